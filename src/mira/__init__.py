@@ -1,0 +1,1 @@
+"""MIRA: federated multi-task LoRA fine-tuning of large language models."""

@@ -1,0 +1,131 @@
+"""How related clients are: a symmetric non-negative matrix a [K,K] with zero diagonal, never built when K is large."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_DENSE_LIMIT = 2048  # above it λ_max is replaced by an upper bound: eigenvalues of a dense [K,K] cost K³
+
+
+class Graph(Protocol):
+    @property
+    def num_clients(self) -> int: ...
+
+    def weights(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """a[rows][:, columns] as float64 [n,m]."""
+        ...
+
+    def neighbours(self, client: Tensor) -> Tensor:
+        """Sorted union of the neighbours of ``client`` [n], as client numbers [m]."""
+        ...
+
+    def laplacian_max(self) -> float:
+        """The largest eigenvalue of L = diag(d) − a, or an upper bound of it when K is large."""
+        ...
+
+
+@dataclass(frozen=True)
+class Groups:
+    """a_kl = 1 within a group, 0 across. One label for all is the complete graph. λ_max is the largest group's size."""
+
+    label: Tensor  # [K] int64
+
+    @property
+    def num_clients(self) -> int:
+        return len(self.label)
+
+    def weights(self, rows: Tensor, columns: Tensor) -> Tensor:
+        same = self.label[rows][:, None] == self.label[columns][None, :]
+        return (same & (rows[:, None] != columns[None, :])).double()
+
+    def neighbours(self, client: Tensor) -> Tensor:
+        labels, size = self.label.unique(return_counts=True)
+        mates = torch.isin(self.label, self.label[client])
+        alone = torch.isin(self.label, labels[size == 1])
+        # A client is in the union when somebody else of its group asked for it.
+        asked = torch.zeros(self.num_clients, dtype=torch.bool)
+        asked[client] = True
+        asking = torch.zeros(int(self.label.max()) + 1, dtype=torch.int64).index_add_(
+            0, self.label[asked], torch.ones(int(asked.sum()), dtype=torch.int64)
+        )
+        only_asker = asked & (asking[self.label] == 1)
+        return (mates & ~alone & ~only_asker).nonzero()[:, 0]
+
+    def laplacian_max(self) -> float:
+        largest = int(self.label.unique(return_counts=True)[1].max())
+        return float(largest) if largest > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Edges:
+    """A weighted graph by its edges, each stored in both directions, sorted by (source, target)."""
+
+    num_clients: int
+    indptr: Tensor  # [K+1] int64
+    target: Tensor  # [2|E|] int64
+    weight: Tensor  # [2|E|] float64
+
+    @staticmethod
+    def of(source: Tensor, target: Tensor, weight: Tensor, num_clients: int) -> Edges:
+        """From undirected edges, each given once. Zero weights are dropped. Raises ValueError on a self-loop, a
+        negative or non-finite weight, an unknown client, or an edge given twice."""
+        if source.numel() and (min(int(source.min()), int(target.min())) < 0 or max(int(source.max()), int(target.max())) >= num_clients):
+            raise ValueError(f"graph: an edge names a client outside 0..{num_clients - 1}")
+        if bool((source == target).any()):
+            raise ValueError(f"graph: client {int(source[source == target][0])} has an edge to itself; the diagonal must be zero")
+        if not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
+            raise ValueError("graph: edge weights must be finite and not negative")
+        source, target, weight = (x[weight > 0] for x in (source, target, weight.double()))
+        both = torch.cat([source * num_clients + target, target * num_clients + source])
+        order = both.argsort()
+        if bool((both[order][1:] == both[order][:-1]).any()):
+            raise ValueError("graph: an edge is given twice")
+        start = torch.cat([source, target])[order]
+        indptr = torch.searchsorted(start.contiguous(), torch.arange(num_clients + 1))
+        return Edges(num_clients, indptr, torch.cat([target, source])[order], torch.cat([weight, weight])[order])
+
+    @staticmethod
+    def dense(a: Tensor) -> Edges:
+        """From a symmetric matrix [K,K]. Raises ValueError when it is not symmetric or its diagonal is not zero."""
+        if a.ndim != 2 or a.shape[0] != a.shape[1] or not torch.equal(a, a.T):
+            raise ValueError(f"graph: needs a symmetric square matrix, got shape {tuple(a.shape)}")
+        if bool((a.diagonal() != 0).any()):
+            raise ValueError("graph: the diagonal must be zero")
+        source, target = a.triu(1).nonzero(as_tuple=True)
+        return Edges.of(source, target, a[source, target], a.shape[0])
+
+    def _of(self, client: Tensor) -> tuple[Tensor, Tensor]:
+        """Edge positions of ``client`` [n] and which of them each belongs to, both [edges]."""
+        start, count = self.indptr[client], self.indptr[client + 1] - self.indptr[client]
+        owner = torch.repeat_interleave(torch.arange(len(client)), count)
+        first = torch.repeat_interleave(start - (count.cumsum(0) - count), count)
+        return first + torch.arange(len(owner)), owner
+
+    def weights(self, rows: Tensor, columns: Tensor) -> Tensor:
+        edge, owner = self._of(rows)
+        order = columns.argsort()
+        place = torch.searchsorted(columns[order], self.target[edge]).clamp(max=max(len(columns) - 1, 0))
+        a = torch.zeros(len(rows), len(columns), dtype=torch.float64)
+        if len(columns):
+            here = columns[order][place] == self.target[edge]
+            a[owner[here], order[place[here]]] = self.weight[edge[here]]
+        return a
+
+    def neighbours(self, client: Tensor) -> Tensor:
+        return self.target[self._of(client)[0]].unique()
+
+    def laplacian_max(self) -> float:
+        degree = torch.zeros(self.num_clients, dtype=torch.float64)
+        source = torch.repeat_interleave(torch.arange(self.num_clients), self.indptr.diff())
+        degree.index_add_(0, source, self.weight)
+        if self.num_clients <= _DENSE_LIMIT:
+            everyone = torch.arange(self.num_clients)
+            laplacian = degree.diag() - self.weights(everyone, everyone)
+            return float(torch.linalg.eigvalsh(laplacian)[-1].clamp(min=0)) if self.num_clients else 0.0
+        if not len(self.target):
+            return 0.0
+        return float((degree[source] + degree[self.target]).max())  # Anderson and Morley 1985: λ_max ≤ max over edges of d_k + d_l

@@ -1,0 +1,188 @@
+"""The nouns every room shares. A method turns server state into work (plain rows) and trained rows into a change.
+
+Letters in tensor names: K clients · C cohort of a round · J jobs of a round · M jobs that came back ·
+S rows the server keeps · P numbers in a row · T tokens · E local steps · r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mira.core.graph import Graph
+from mira.core.layout import Layout
+
+
+class Rows(Protocol):
+    """Adapter rows [S,P], in memory or on disk. A row never written reads as the common start row."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Rows at ``index`` [n] (int64) as a fresh float tensor [n,P]."""
+        ...
+
+
+@dataclass(frozen=True)
+class MemoryRows:
+    """``num_rows`` rows of which only the written ones take memory; all others read as ``start`` [P]."""
+
+    start: Tensor
+    num_rows: int
+    written: dict[int, Tensor]
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return torch.stack([self.written.get(int(i), self.start) for i in index])
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """Rows as they will read once ``value`` [n,P] is written at ``index`` [n]; the rows beneath stay untouched."""
+
+    beneath: Rows
+    index: Tensor
+    value: Tensor
+
+    def __len__(self) -> int:
+        return len(self.beneath)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        place = {int(i): n for n, i in enumerate(self.index)}
+        return torch.cat([self.value[place[int(i)]][None] if int(i) in place else self.beneath[i[None]] for i in index])
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method may know of the experiment before the first round.
+
+    ``max_lr`` and ``max_steps`` bound the local training of any round; a method checks its stability with them.
+    """
+
+    layout: Layout
+    start: Tensor  # [P], the common start row
+    num_clients: int
+    graph: Graph
+    max_lr: float
+    max_steps: int
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All the server knows after ``round`` rounds. ``extra``: small tensors the method owns."""
+
+    rows: Rows
+    graph: Graph
+    extra: dict[str, Tensor]
+    round: int = 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """Jobs of one round, plain data: job j trains client[j]'s adapter from start[j] on that client's own data.
+
+    ``private[j]``: the row stays where the client is (trained, kept and evaluated there): no byte of it is counted as sent.
+    """
+
+    client: Tensor  # [J] int64
+    start: Tensor  # [J,P]
+    private: bool = False
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that was dropped from a round, and why (one line for people)."""
+
+    client: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came back: the M ≤ J jobs that finished. A lost client is absent here and named in ``failed``."""
+
+    client: Tensor  # [M] int64
+    rows: Tensor  # [M,P]
+    examples: Tensor  # [M] int64, the client's number of training examples: FedAvg's weights
+    tokens: Tensor  # [M] int64, tokens trained on, without padding, counted once per sequence
+    steps: Tensor  # [M] int64, local optimiser steps done
+    loss: Tensor  # [M] float64, mean over local steps of the batch loss (nats per label token)
+    lr: float  # learning rate of this round
+    failed: tuple[Failure, ...] = ()
+    optimizer: Tensor | None = None  # [M,1+2P] kept optimiser state, None when it is fresh every round
+
+    def select(self, keep: Tensor, failed: Sequence[Failure]) -> Trained:
+        """The jobs where ``keep`` [M] (bool) holds; the others move to ``failed``."""
+        return Trained(
+            client=self.client[keep], rows=self.rows[keep], examples=self.examples[keep], tokens=self.tokens[keep],
+            steps=self.steps[keep], loss=self.loss[keep], lr=self.lr, failed=self.failed + tuple(failed),
+            optimizer=None if self.optimizer is None else self.optimizer[keep],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Change:
+    """Only what changes: rows ``value`` [n,P] at ``index`` [n], and the method's extra tensors; committed atomically.
+
+    ``notes``: numbers worth a line in the metrics (e.g. the effective mixing step).
+    """
+
+    index: Tensor
+    value: Tensor
+    extra: dict[str, Tensor]
+    notes: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Summed loss of label tokens: ``nll`` [n,s] in nats and ``tokens`` [n,s], per evaluated row and split."""
+
+    nll: Tensor  # float64
+    tokens: Tensor  # int64
+
+    @property
+    def loss(self) -> Tensor:
+        """Token-weighted cross-entropy [n,s] in nats per label token."""
+        return self.nll / self.tokens
+
+
+class Method(Protocol):
+    """Four pure functions over a frozen set of hyper-parameters: no I/O, no model, no mutation, no touching of all S rows."""
+
+    def init(self, setting: Setting) -> ServerState:
+        """The state before round 0. Raises ValueError when hyper-parameters cannot work in this setting."""
+        ...
+
+    def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
+        """The work of a round for ``cohort`` [C] (client numbers)."""
+        ...
+
+    def aggregate(self, state: ServerState, trained: Trained) -> Change:
+        """What the trained rows change on the server."""
+        ...
+
+    def serve(self, state: ServerState, client: Tensor) -> Tensor:
+        """Rows [n,P] that ``client`` [n] would deploy now. The only way evaluation, generation and export get a row."""
+        ...
+
+
+class Engine(Protocol):
+    """Where training and evaluation run. Every engine and every method sees the same batches, keyed (seed, round, client)."""
+
+    def train(self, work: Work, round: int) -> Trained: ...
+
+    def evaluate(self, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None) -> Scores:
+        """Loss of row i [n,P] on the data of client[i] [n], for each split; at most ``limit`` examples of a split."""
+        ...
+
+    def generate(
+        self, rows: Tensor, client: Tensor, split: str, limit: int | None, max_new_tokens: int
+    ) -> list[list[str]]:
+        """Greedy answers of row i [n,P] to the prompts of client[i]'s ``split``, in the order of the examples."""
+        ...
