@@ -1,0 +1,7 @@
+"""Graphs: who is related to whom, and how strongly. One class and one line here for each."""
+
+from mira.graphs.file import File
+from mira.graphs.known import Complete, GroupsGraph
+from mira.graphs.random import Random
+
+GRAPHS = {"groups": GroupsGraph, "complete": Complete, "random": Random, "file": File}

@@ -1,0 +1,28 @@
+"""Local: every client trains alone. MIRA with λ = 0, and the baseline every federated method has to beat."""
+
+from typing import Literal
+
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from mira.core.strict import STRICT
+from mira.core.types import Change, MemoryRows, ServerState, Setting, Trained, Work
+
+
+@dataclass(frozen=True, config=STRICT)
+class Local:
+    """Rows never mix and never leave the client."""
+
+    name: Literal["local"] = "local"
+
+    def init(self, setting: Setting) -> ServerState:
+        return ServerState(MemoryRows(setting.start, setting.num_clients, {}), setting.graph, extra={})
+
+    def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
+        return Work(cohort, start=state.rows[cohort], private=True)
+
+    def aggregate(self, state: ServerState, trained: Trained) -> Change:
+        return Change(trained.client, trained.rows, {}, notes={})
+
+    def serve(self, state: ServerState, client: Tensor) -> Tensor:
+        return state.rows[client]

@@ -1,0 +1,84 @@
+"""MIRA: every client keeps its own row; the server pulls related rows together along a graph.
+
+Elbakary et al., "MIRA: A Method of Federated Multi-Task Learning for Large Language Models", IEEE Networking
+Letters 7(3), 2025; the Laplacian step after Dinh et al., "A New Look and Convergence Rate of Federated Multi-Task
+Learning with Laplacian Regularization" (FedU).
+"""
+
+import logging
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from mira.core.errors import UserError
+from mira.core.mixing import normalised_step, paper_step
+from mira.core.strict import STRICT
+from mira.core.types import Change, MemoryRows, ServerState, Setting, Trained, Work
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Mira:
+    """min Σ_k F_k(θ_k) + λ/2·tr(ΘᵀLΘ), by local training and one Laplacian step a round on the server."""
+
+    name: Literal["mira"] = "mira"
+    form: Literal["normalised", "paper"] = "normalised"
+    """normalised: θ_k ← (1−s)·θ̂_k + s·weighted mean of its neighbours. paper: θ_k ← θ̂_k − ηEλ·Σ_l a_kl(θ̂_k − θ̂_l)."""
+    strength: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """s of the normalised form; 0 is local training only."""
+    regularisation: Annotated[float, Field(ge=0)] = 1e-3
+    """λ of the paper's form; the step is c = learning rate × local steps × λ. 0 is local training only."""
+    neighbours: Literal["cohort", "all"] = "cohort"
+    """Mix with the neighbours that trained this round, or with the last known rows of all graph neighbours."""
+
+    def init(self, setting: Setting) -> ServerState:
+        if self.form == "paper":
+            self._check(setting)
+        return ServerState(MemoryRows(setting.start, setting.num_clients, {}), setting.graph, extra={})
+
+    def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
+        return Work(cohort, start=state.rows[cohort])
+
+    def aggregate(self, state: ServerState, trained: Trained) -> Change:
+        others = torch.empty(0, dtype=torch.int64)
+        if self.neighbours == "all":
+            near = state.graph.neighbours(trained.client)
+            others = near[~torch.isin(near, trained.client)]
+        pool = torch.cat([trained.rows, state.rows[others]]) if len(others) else trained.rows
+        a = state.graph.weights(trained.client, torch.cat([trained.client, others]))
+        if self.form == "normalised":
+            mixed = normalised_step(trained.rows, pool, a, self.strength)
+            effective = self.strength * float((a.sum(1) > 0).double().mean())
+            return Change(trained.client, mixed, {}, notes={"mixing_step": self.strength, "effective_step": effective})
+        c = trained.lr * float(trained.steps.double().mean()) * self.regularisation
+        effective = c * float(a.sum(1).mean())
+        return Change(
+            trained.client, paper_step(trained.rows, pool, a, c), {}, {"mixing_step": c, "effective_step": effective}
+        )
+
+    def serve(self, state: ServerState, client: Tensor) -> Tensor:
+        return state.rows[client]
+
+    def _check(self, setting: Setting) -> None:
+        """Energy does not increase for c ≤ 2/λ_max(L); an induced cohort graph never has a larger λ_max."""
+        largest = setting.graph.laplacian_max()
+        per_lambda = setting.max_lr * setting.max_steps
+        if largest == 0 or per_lambda == 0:
+            return
+        c, limit = per_lambda * self.regularisation, 2 / largest
+        if c > limit:
+            raise UserError(
+                f"method.regularisation={self.regularisation:g}: the step c = lr·steps·λ = {c:.4g} must be within "
+                f"[0, {limit:.4g}] = 2/λ_max of the graph, or rows diverge; largest admissible: {limit / per_lambda:.4g}"
+            )
+        everyone = torch.arange(setting.num_clients)
+        degree = max(float(setting.graph.weights(part, everyone).sum(1).max()) for part in everyone.split(256))
+        if c * degree > 1:
+            log.warning(
+                "method.regularisation=%g: c·max degree = %.3g is above 1: mixed rows are no longer convex combinations",
+                self.regularisation, c * degree,
+            )  # fmt: skip
