@@ -1,0 +1,74 @@
+# Two commands: `make demo` and `make test`. All they install goes into .venv, with the versions of constraints.txt.
+#
+# torch on Linux x86-64: PyPI's build brings CUDA libraries along (several GB). On a machine without a GPU, tell pip where
+# PyTorch keeps its CPU builds (the index or folder its install page names), once, with pip's own settings, for example
+#   PIP_EXTRA_INDEX_URL=... make demo        or        PIP_FIND_LINKS=/folder/with/wheels make demo
+# The pin torch==2.13.0 then resolves to the CPU build 2.13.0+cpu; nothing here can make pip prefer another.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+EVERYTHING := --editable '.[dev,datasets]' 'flwr==1.41.*'
+
+.PHONY: help demo test quick format lock clean
+help:
+	@echo 'make demo    train, measure and export one adapter per client on a small real model (about 5 minutes)'
+	@echo 'make test    lint, types, resolve check and all tests: what CI runs'
+	@echo 'make quick   the same without the slow tests and the resolve check'
+	@echo 'make format  format and mend what ruff can'
+	@echo 'make lock    rewrite constraints.txt with the newest versions that resolve together'
+	@echo 'make clean   remove .venv and caches (runs/ stays)'
+
+demo: $(VENV)/.core
+	$(BIN)/mira run configs/demo.yaml --out runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: lint $(VENV)/.resolves
+	$(BIN)/pytest
+
+quick: lint
+	$(BIN)/pytest -m 'not slow'
+
+.PHONY: lint
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy --strict src
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# Stamps: a target is made again only when what it was made from is newer, so a second run starts at once.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo 'mira needs Python 3.11, 3.12 or 3.13; name one with: make PYTHON=python3.12 ...' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'installing pinned dependencies into $(VENV) (about 350 MB with the CPU build of torch) ...'
+	@$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	@echo 'installing pinned developer tools and data set readers (about 100 MB) ...'
+	@$(INSTALL) --editable '.[dev,datasets]'
+	@touch $@
+
+$(VENV)/.resolves: $(VENV)/.dev
+	@echo 'checking that all extras and flwr 1.41 resolve together ...'
+	@$(INSTALL) --dry-run $(EVERYTHING)
+	@touch $@
+
+# The lock is what a fresh environment gets; labels such as +cpu are cut, so that it holds on every machine.
+lock:
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet 'torch==2.13.0' $(EVERYTHING)
+	sed -n '/^#/p' constraints.txt > build/constraints.txt
+	build/lock/bin/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9]*$$//' | sort --ignore-case >> build/constraints.txt
+	mv build/constraints.txt constraints.txt
+
+clean:
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,39 @@
+"""Tiny models every test may use; no test touches the network or the user's cache unless it says so."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tiny import make_tiny, make_tokenizer, save_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> PreTrainedModel:
+    return make_tiny("llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2() -> PreTrainedModel:
+    return make_tiny("gpt2")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2() -> PreTrainedModel:
+    return make_tiny("qwen2")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama as safetensors and its tokenizer. Read only: tests share it."""
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "llama")
