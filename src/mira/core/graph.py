@@ -129,3 +129,17 @@ class Edges:
         if not len(self.target):
             return 0.0
         return float((degree[source] + degree[self.target]).max())  # Anderson and Morley 1985: λ_max ≤ max over edges of d_k + d_l
+
+
+def to_tensors(graph: Graph) -> dict[str, Tensor]:
+    """A graph as named tensors, for a file."""
+    if isinstance(graph, Groups):
+        return {"label": graph.label}
+    assert isinstance(graph, Edges)
+    return {"indptr": graph.indptr, "target": graph.target, "weight": graph.weight}
+
+
+def from_tensors(tensors: dict[str, Tensor]) -> Graph:
+    if "label" in tensors:
+        return Groups(tensors["label"])
+    return Edges(len(tensors["indptr"]) - 1, tensors["indptr"], tensors["target"], tensors["weight"])

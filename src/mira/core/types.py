@@ -118,7 +118,7 @@ class Trained:
     optimizer: Tensor | None = None  # [M,1+2P] kept optimiser state, None when it is fresh every round
 
     def select(self, keep: Tensor, failed: Sequence[Failure]) -> Trained:
-        """The jobs where ``keep`` [M] (bool) holds; the others move to ``failed``."""
+        """The jobs at ``keep`` (numbers, or a bool mask over M); the others are named in ``failed``."""
         return Trained(
             client=self.client[keep], rows=self.rows[keep], examples=self.examples[keep], tokens=self.tokens[keep],
             steps=self.steps[keep], loss=self.loss[keep], lr=self.lr, failed=self.failed + tuple(failed),
@@ -175,7 +175,10 @@ class Method(Protocol):
 class Engine(Protocol):
     """Where training and evaluation run. Every engine and every method sees the same batches, keyed (seed, round, client)."""
 
-    def train(self, work: Work, round: int) -> Trained: ...
+    def train(self, work: Work, round: int, lr: float) -> Trained:
+        """Local training of every job at learning rate ``lr``. A client that runs out of memory is left out, named in
+        ``failed``; all others are unaffected."""
+        ...
 
     def evaluate(self, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None) -> Scores:
         """Loss of row i [n,P] on the data of client[i] [n], for each split; at most ``limit`` examples of a split."""

@@ -1,0 +1,158 @@
+"""LoRA: which layers it sits on, the start row, and PEFT folders in and out.
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022: y = W·x + s·B·A·x with A [r,in], B [out,r].
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from mira.core.errors import UserError, did_you_mean
+from mira.core.layout import Layout
+from mira.core.seeds import generator
+
+_PREFIX = "base_model.model."  # how PEFT names a module of the wrapped model
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on the target layers of a base model."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    rslora: bool = False
+    targets: str | tuple[str, ...] = "auto"
+
+    def layout(self, model: PreTrainedModel) -> Layout:
+        """The row layout on ``model``. Raises UserError when the targets name no linear layer."""
+        found = _targets(model, self.targets)
+        features = {name: _features(module) for name, module in found.items()}
+        return Layout.of(features, self.rank, self.alpha, self.rslora)
+
+
+def start_row(layout: Layout, seed: int) -> Tensor:
+    """The common start row [P], float32: B = 0 and A uniform in ±1/√in, as PEFT draws it (Kaiming with a = √5)."""
+    row = torch.zeros(layout.size)
+    draw = generator("start", seed)
+    for entry in layout.entries:
+        if entry.factor == "A":
+            bound = 1 / sqrt(entry.shape[1])
+            entry.view(row).uniform_(-bound, bound, generator=draw)
+    return row
+
+
+def peft_config(layout: Layout, model: PreTrainedModel, base_name: str | None, dropout: float = 0.0) -> LoraConfig:
+    """The PEFT config that attaches ``layout`` to ``model`` and to nothing else in it."""
+    conv = any(isinstance(model.get_submodule(name), Conv1D) for name in layout.modules)
+    return LoraConfig(
+        r=layout.rank, lora_alpha=layout.alpha, lora_dropout=dropout, use_rslora=layout.rslora,  # type: ignore[arg-type]
+        target_modules=_names(layout.modules, model), fan_in_fan_out=conv, bias="none", task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name, inference_mode=True,
+    )  # fmt: skip
+
+
+def to_peft(folder: Path, row: Tensor, layout: Layout, model: PreTrainedModel, base_name: str) -> None:
+    """Write ``row`` [P] as a PEFT folder: adapter_config.json and adapter_model.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{_PREFIX}{entry.module}.lora_{entry.factor}.weight": entry.view(row).float().contiguous().cpu()
+        for entry in layout.entries
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    peft_config(layout, model, base_name).save_pretrained(str(folder))
+
+
+def from_peft(folder: Path, layout: Layout) -> Tensor:
+    """Read a PEFT folder back into a row [P]. Raises UserError when its tensors do not fit ``layout``."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    row = torch.empty(layout.size)
+    for entry in layout.entries:
+        name = f"{_PREFIX}{entry.module}.lora_{entry.factor}.weight"
+        if name not in tensors or tuple(tensors[name].shape) != entry.shape:
+            given = tuple(tensors[name].shape) if name in tensors else "nothing"
+            raise UserError(f"{folder}: tensor '{name}' is {given}, expected {entry.shape}; another rank or base model?")
+        entry.view(row).copy_(tensors[name])
+    if len(tensors) != len(layout.entries):
+        raise UserError(f"{folder}: holds {len(tensors)} tensors, expected {len(layout.entries)}; other target modules?")
+    return row
+
+
+def merge(model: PreTrainedModel, row: Tensor, layout: Layout) -> None:
+    """Add s·B·A of ``row`` [P] to the base weights, in place."""
+    factors = {(entry.module, entry.factor): entry.view(row) for entry in layout.entries}
+    for name in layout.modules:
+        module = model.get_submodule(name)
+        delta = layout.scale * (factors[name, "B"].double() @ factors[name, "A"].double())
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        turned = delta.T if isinstance(module, Conv1D) else delta  # Conv1D keeps its weight as [in, out]
+        weight.data = (weight.data.double() + turned.to(weight.device)).to(weight.dtype)
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, nn.Linear):  # bitsandbytes' quantised layers are Linear too
+        return module.in_features, module.out_features
+    assert isinstance(module, Conv1D)
+    return int(module.nx), int(module.nf)
+
+
+def _targets(model: PreTrainedModel, targets: str | Sequence[str]) -> dict[str, nn.Module]:
+    """Linear layers whose name ends in one of ``targets``, or matches it as a pattern when it is one string."""
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings()
+    }
+    if targets == "auto":
+        targets = _defaults(model, linear)
+    if isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise UserError(f"adapter.targets={targets}: not a valid pattern ({error}); give names as a list instead") from None
+        found = {name: module for name, module in linear.items() if pattern.fullmatch(name)}
+    else:
+        found = {name: module for name, module in linear.items() if _ends(name, targets)}
+        for target in targets:
+            if not any(_ends(name, [target]) for name in found):
+                raise UserError(f"adapter.targets: no linear layer is named '{target}'{did_you_mean(target, _short(linear))}")
+    if not found:
+        raise UserError(f"adapter.targets={targets}: matches no linear layer; allowed: {', '.join(_short(linear))}")
+    return found
+
+
+def _defaults(model: PreTrainedModel, linear: dict[str, nn.Module]) -> list[str]:
+    kind = model.config.model_type
+    if kind not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        raise UserError(
+            f"adapter.targets=auto: no default for architecture '{kind}'; name the layers, e.g. one of {', '.join(_short(linear))}"
+        )
+    return list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[kind])
+
+
+def _short(linear: dict[str, nn.Module]) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name in linear})
+
+
+def _ends(name: str, targets: Sequence[str]) -> bool:
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def _names(modules: Sequence[str], model: PreTrainedModel) -> list[str]:
+    """Short names, which people and serving engines expect, when they match no other layer; else the full names."""
+    short = sorted({name.rsplit(".", 1)[-1] for name in modules})
+    matched = {name for name, _ in model.named_modules() if _ends(name, short)}
+    return short if matched == set(modules) else list(modules)

@@ -1,0 +1,116 @@
+"""Files that are whole or absent, whatever happens while they are written, and reading that names what is broken."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mira.core.errors import UserError
+
+
+def _point(name: str) -> None:
+    """The instants at which a crash would be worst; tests replace this to kill the process there."""
+
+
+def digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Puts ``data`` at ``path`` whole or not at all. Only ``sync`` of the folder makes the new name durable."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:  # exclusive: never follows a link that somebody laid here
+            _point("before-write")
+            file.write(data)
+            file.flush()
+            _point("before-fsync")
+            os.fsync(file.fileno())
+        _point("before-rename")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    _point("after-rename")
+
+
+def sync(folder: Path) -> None:
+    """Makes the names in ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        _point("before-remove")
+        path.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    fix = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+    return UserError(
+        f"{error.filename or path}: cannot be written ({error.strerror}); earlier rounds are intact: {fix}, then --resume"
+    )
+
+
+def corrupt(path: Path, why: str) -> UserError:
+    return UserError(f"{path}: corrupt checkpoint ({why}); restore it or start a new run")
+
+
+def read(path: Path, expected: str | None = None) -> bytes:
+    """The bytes of ``path``. Raises UserError when it cannot be read or its digest is not the ``expected`` one."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise corrupt(path, error.strerror or str(error)) from None
+    if expected is not None and digest(data) != expected:
+        raise corrupt(path, "its checksum is not the recorded one")
+    return data
+
+
+def pack_json(value: Any) -> bytes:
+    """One line of JSON. Raises ValueError for NaN and infinities, which JSON does not have."""
+    return json.dumps(value, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(read(path), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise corrupt(path, f"not JSON: {error}") from None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def pack_tensors(tensors: dict[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(read(path, expected))
+    except SafetensorError as error:
+        raise corrupt(path, str(error)) from None
+
+
+def read_tensor(path: Path, expected: str) -> Tensor:
+    """The only tensor of a file."""
+    tensors = list(read_tensors(path, expected).values())
+    if len(tensors) != 1:
+        raise corrupt(path, f"{len(tensors)} tensors instead of one")
+    return tensors[0]

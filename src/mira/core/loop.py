@@ -1,0 +1,133 @@
+"""The one round loop: sample, train, aggregate, measure, commit. It knows no method, no engine and no disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mira.core.seeds import generator
+from mira.core.training import Training
+from mira.core.types import Change, Engine, Failure, Method, Overlay, Rows, ServerState, Trained, Work
+
+Record = dict[str, Any]
+
+
+class Recorder(Protocol):
+    """Where rounds are kept. ``commit`` is atomic: after a crash a round is there as a whole or not at all."""
+
+    def commit(self, round: int, change: Change, optimizer: dict[int, Tensor], record: Record) -> None: ...
+
+    def rows(self) -> Rows:
+        """Rows as of the last committed round."""
+        ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """``share`` of the clients takes part in each of ``rounds`` rounds."""
+
+    seed: int
+    rounds: int
+    share: float
+    training: Training
+
+
+def run_rounds(
+    method: Method,
+    engine: Engine,
+    state: ServerState,
+    schedule: Schedule,
+    names: Sequence[str],
+    recorder: Recorder,
+    measure: Callable[[ServerState], Record],
+    observe: Callable[[Record], None],
+) -> ServerState:
+    """From ``state`` to the end of the schedule. ``measure`` evaluates a state after the server step; what it returns
+    becomes part of the round's record. ``observe`` sees each record once it is committed."""
+    while state.round < schedule.rounds:
+        began = perf_counter()
+        cohort = sample_cohort(schedule.seed, state.round, len(names), schedule.share)
+        lr = schedule.training.lr_at(state.round, schedule.rounds)
+        work = method.broadcast(state, cohort)
+        trained = screen(engine.train(work, state.round, lr))
+        training_seconds = perf_counter() - began
+        change = method.aggregate(state, trained) if len(trained.client) else nothing(trained.rows)
+        mixed = apply(state, change)
+        record = describe(mixed.round, work, trained, change, names)
+        record |= measure(mixed)
+        record["tokens_per_second"] = record["tokens"] / training_seconds
+        record["seconds"] = perf_counter() - began
+        recorder.commit(mixed.round, change, _kept(trained), record)
+        state = replace(mixed, rows=recorder.rows() if len(change.index) else state.rows)
+        observe(record)
+    return state
+
+
+def sample_cohort(seed: int, round: int, num_clients: int, share: float) -> Tensor:
+    """The sorted client numbers [C] of a round, C = max(1, round(share·K)); depends on (seed, round) alone."""
+    size = max(1, round_half_up(share * num_clients))
+    if size == num_clients:
+        return torch.arange(num_clients)
+    if num_clients < 10 * size:
+        return torch.randperm(num_clients, generator=generator("cohort", seed, round))[:size].sort().values
+    # Of very many clients few are drawn: drawing until enough differ does not cost what a permutation of all costs.
+    draw, chosen = generator("cohort", seed, round), set[int]()
+    while len(chosen) < size:
+        chosen.add(int(torch.randint(num_clients, (1,), generator=draw)))
+    return torch.tensor(sorted(chosen))
+
+
+def round_half_up(number: float) -> int:
+    return int(number + 0.5)
+
+
+def screen(trained: Trained) -> Trained:
+    """Drop the rows that no method may touch: a NaN or infinite loss or row would spread to every neighbour."""
+    good = torch.isfinite(trained.loss) & torch.isfinite(trained.rows).all(dim=1)
+    if bool(good.all()):
+        return trained
+    failed = [
+        Failure(int(k), f"loss is {loss:g}; lower training.lr or set training.clip" if loss != loss else "row is not finite")
+        for k, loss in zip(trained.client[~good], trained.loss[~good].tolist(), strict=True)
+    ]
+    return trained.select(good, failed)
+
+
+def nothing(rows: Tensor) -> Change:
+    """The change of a round from which no client came back."""
+    return Change(torch.empty(0, dtype=torch.int64), rows[:0], {}, {})
+
+
+def apply(state: ServerState, change: Change) -> ServerState:
+    """The state after ``change``, without writing anything."""
+    rows = Overlay(state.rows, change.index, change.value) if len(change.index) else state.rows
+    return ServerState(rows, state.graph, state.extra | change.extra, state.round + 1)
+
+
+def describe(round: int, work: Work, trained: Trained, change: Change, names: Sequence[str]) -> Record:
+    """What happened in a round, as plain numbers. Bytes: 4 a number of each row sent; a private job sends none."""
+    row_bytes = 0 if work.private else 4 * work.start.shape[1]
+    came = [names[int(k)] for k in trained.client]
+    return {
+        "round": round,
+        "lr": trained.lr,
+        "cohort": [names[int(k)] for k in work.client],
+        "lost": {names[f.client]: f.reason for f in trained.failed},
+        "train_loss": dict(zip(came, trained.loss.tolist(), strict=True)),
+        "steps": dict(zip(came, trained.steps.tolist(), strict=True)),
+        "tokens": int(trained.tokens.sum()),
+        "bytes_down": row_bytes * len(work.client),
+        "bytes_up": row_bytes * len(trained.client),
+        **change.notes,
+    }
+
+
+def _kept(trained: Trained) -> dict[int, Tensor]:
+    if trained.optimizer is None:
+        return {}
+    return {int(k): state for k, state in zip(trained.client, trained.optimizer, strict=True)}

@@ -1,0 +1,235 @@
+"""The production engine: many clients' adapters trained on one frozen base in one pass.
+
+The computation is block diagonal: the sum of the clients' losses gives each row exactly its own gradient, so a row
+trains as if it were alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mira.adapters.attach import Attached, Lane, attach
+from mira.core.errors import UserError
+from mira.core.layout import Layout
+from mira.core.seeds import generator
+from mira.core.training import Training
+from mira.core.types import Failure, Scores, Trained, Work
+from mira.data.corpus import Corpus
+from mira.data.text import Encoded
+from mira.engine import attention
+from mira.engine.generate import greedy
+from mira.engine.loss import LabelLoss, label_nll
+from mira.engine.memory import OUT_OF_MEMORY, is_out_of_memory
+from mira.engine.optim import RowOptimizer
+from mira.engine.packing import Pass, pack, packed_tokens, plan
+
+log = logging.getLogger(__name__)
+
+# What other architectures do to logits or attention scores outside the layers that this engine calls.
+_UNSUPPORTED = ("final_logit_softcapping", "attn_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+@dataclass(frozen=True)
+class BatchedEngine:
+    """``prefix``: compute once the tokens that all sequences of a client begin with. ``kept``: a client's optimiser
+    state from an earlier round, or None. ``progress``: called with the tokens done, for a progress bar."""
+
+    model: PreTrainedModel
+    pad: int
+    end: int
+    decode: Callable[[Sequence[int]], str]
+    layout: Layout
+    dropout: float
+    corpus: Corpus
+    training: Training
+    seed: int
+    tokens_per_pass: int
+    prefix: bool
+    kept: Callable[[int], Tensor | None] = lambda client: None
+    progress: Callable[[int], None] = lambda tokens: None
+    attached: Attached = field(init=False)
+
+    def __post_init__(self) -> None:
+        config = self.model.config
+        for name in _UNSUPPORTED:
+            if getattr(config, name, None) not in (None, 1, 1.0):
+                raise UserError(
+                    f"engine.name=batched: architecture '{config.model_type}' uses {name}, which it does not support; "
+                    "use engine.name=reference"
+                )
+        if not self.model._supports_attention_backend or getattr(config, "is_encoder_decoder", False):
+            raise UserError(
+                f"engine.name=batched: architecture '{config.model_type}' has no exchangeable attention; use engine.name=reference"
+            )
+        attention.register()
+        self.model.set_attn_implementation(attention.NAME)
+        object.__setattr__(self, "attached", attach(self.model, self.layout, self.dropout))
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def train(self, work: Work, round: int, lr: float) -> Trained:
+        batches = [self.corpus.batches(round, int(client)) for client in work.client]
+        order = sorted(range(len(batches)), key=lambda j: -len(batches[j]))
+        batches = [batches[j] for j in order]
+        client = work.client[order]
+        rows = self._rows(work.start[order])
+        kept = [self.kept(int(k)) for k in client] if self.training.keep_optimizer else [None] * len(order)
+        optimizer = RowOptimizer.start(self.training, rows, kept)
+        grad = torch.zeros_like(rows)
+        loss = torch.zeros(len(order), dtype=torch.float64, device=self.device)
+        dropout = [generator("dropout", self.seed, round, int(k)) for k in client] if self.dropout else None
+        lost: dict[int, str] = {}
+        for step in range(len(batches[0])):
+            active = sum(len(steps) > step for steps in batches)
+            jobs = [(j, batches[j][step]) for j in range(active) if j not in lost]
+            grad[:active].zero_()
+            for part in self._passes(jobs):
+                self._accumulate(part, rows, grad, loss, dropout, lost)
+            optimizer.step(rows, grad, active, lr)
+        steps = torch.tensor([len(b) for b in batches])
+        trained = Trained(
+            client=client, rows=rows.cpu(), examples=torch.tensor([self.corpus.num_train(int(k)) for k in client]),
+            tokens=torch.tensor([sum(len(s.tokens) for batch in b for s in batch) for b in batches]),
+            steps=steps, loss=loss.cpu() / steps, lr=lr,
+            optimizer=optimizer.packed().cpu() if self.training.keep_optimizer else None,
+        )  # fmt: skip
+        alive = [n for n in sorted(range(len(order)), key=lambda n: order[n]) if n not in lost]
+        failed = [Failure(int(client[n]), reason) for n, reason in sorted(lost.items())]
+        return trained.select(torch.tensor(alive, dtype=torch.int64), failed)
+
+    def evaluate(self, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None) -> Scores:
+        sequences = [
+            [s for split in splits for s in self.corpus.encoded(int(k), split, limit)] for k in client
+        ]  # fmt: skip
+        counts = [[len(self.corpus.encoded(int(k), split, limit)) for split in splits] for k in client]
+        nll, tokens = self.score(rows, sequences)
+        # All sequences lie job by job, split by split: sum each stretch.
+        cell = torch.repeat_interleave(torch.arange(len(client) * len(splits)), torch.tensor(counts).flatten())
+        shape = (len(client), len(splits))
+        return Scores(
+            torch.zeros(shape[0] * shape[1], dtype=torch.float64).index_add_(0, cell, nll).view(shape),
+            torch.zeros(shape[0] * shape[1], dtype=torch.int64).index_add_(0, cell, tokens).view(shape),
+        )
+
+    def score(self, rows: Tensor, sequences: Sequence[Sequence[Encoded]]) -> tuple[Tensor, Tensor]:
+        """Summed loss (nats, float64) and label tokens of every sequence, row by row in the given order."""
+        jobs = [(row, part) for row, job in enumerate(sequences) for part in self._cut(job)]
+        nll, tokens = [], []
+        on_device = self._rows(rows)
+        for part in self._passes(jobs):
+            packed = pack(part, self.prefix)
+            with torch.no_grad(), self._lane(Lane(on_device, packed.ranges)):
+                hidden = self._body(packed)
+                each = label_nll(hidden[packed.predict.to(self.device)], self._head, packed.target.to(self.device))
+            number = sum(len(job) for _, job in part)
+            nll.append(torch.zeros(number, dtype=torch.float64).index_add_(0, packed.owner, each.double().cpu()))
+            tokens.append(packed.owner.bincount(minlength=number))
+            self._report(part)
+        return torch.cat(nll), torch.cat(tokens)
+
+    def generate(
+        self, rows: Tensor, client: Tensor, split: str, limit: int | None, max_new_tokens: int
+    ) -> list[list[str]]:
+        prompts = [[list(p) for p in self.corpus.prompts(int(k), split, limit)] for k in client]
+        return self.answer(rows, prompts, max_new_tokens)
+
+    def answer(self, rows: Tensor, prompts: Sequence[Sequence[Sequence[int]]], max_new_tokens: int) -> list[list[str]]:
+        """Greedy answers of row i [n,P] to each of prompts[i] (token ids), rows together in one batch."""
+        sequences = [[Encoded(tuple(p), (False,) * len(p), False) for p in job] for job in prompts]
+        jobs = [(row, part) for row, job in enumerate(sequences) for part in self._cut(job)]
+        answers: list[list[str]] = [[] for _ in prompts]
+        on_device = self._rows(rows)
+        for part in self._passes(jobs):
+            packed = pack(part, self.prefix)
+            with torch.no_grad(), self._lane(Lane(on_device, packed.ranges)) as lane:
+                new = greedy(self.model, self._head, packed, lane, [len(job) for _, job in part], self.end, max_new_tokens)
+            owners = [row for row, job in part for _ in job]
+            for row, tokens in zip(owners, new, strict=True):
+                answers[row].append(self.decode(tokens))
+            self._report(part)
+        return answers
+
+    def _accumulate(
+        self, part: Sequence[tuple[int, Sequence[Encoded]]], rows: Tensor, grad: Tensor, loss: Tensor,
+        dropout: Sequence[torch.Generator] | None, lost: dict[int, str],
+    ) -> None:  # fmt: skip
+        """Add the gradient and the loss of one pass. Out of memory: halve the pass; a client that does not fit alone is lost."""
+        index = [row for row, _ in part]
+        try:
+            each = self._backward(part, rows, grad, dropout)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            grad[index] = 0
+            if len(part) == 1:
+                lost[index[0]] = OUT_OF_MEMORY
+                return
+            log.warning("out of memory with %d clients in a pass; trying halves (engine.tokens_per_pass=%d)", len(part), self.tokens_per_pass)
+            for half in (part[: len(part) // 2], part[len(part) // 2 :]):
+                self._accumulate(half, rows, grad, loss, dropout, lost)
+            return
+        loss[index] += each
+        self._report(part)
+
+    def _backward(
+        self, part: Sequence[tuple[int, Sequence[Encoded]]], rows: Tensor, grad: Tensor,
+        dropout: Sequence[torch.Generator] | None,
+    ) -> Tensor:  # fmt: skip
+        """One pass forward and back; the mean label loss of each job (float64)."""
+        packed = pack(part, self.prefix)
+        with self._lane(Lane(rows, packed.ranges, grad, dropout)):
+            hidden = self._body(packed)
+            each = LabelLoss.apply(hidden[packed.predict.to(self.device)], self._head, packed.target.to(self.device))
+            job_of_sequence = torch.repeat_interleave(torch.arange(len(part)), torch.tensor([len(job) for _, job in part]))
+            job = job_of_sequence[packed.owner].to(self.device)
+            weight = job.bincount(minlength=len(part)).double().reciprocal()
+            each.backward(weight[job].to(each.dtype))
+        mean = torch.zeros(len(part), dtype=torch.float64, device=self.device).index_add_(0, job, each.detach().double())
+        return mean * weight
+
+    def _body(self, packed: Pass) -> Tensor:
+        """Last hidden states [T,d]."""
+        out = self.model.base_model(
+            input_ids=packed.tokens[None].to(self.device), position_ids=packed.positions[None].to(self.device),
+            use_cache=False, packed=attention.Packed(packed.segments),
+        )  # fmt: skip
+        return out.last_hidden_state[0]  # type: ignore[no-any-return]
+
+    @property
+    def _head(self) -> torch.nn.Module:
+        return self.model.get_output_embeddings()
+
+    @contextmanager
+    def _lane(self, lane: Lane) -> Iterator[Lane]:
+        self.attached.lane = lane
+        try:
+            yield lane
+        finally:
+            self.attached.lane = None
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        """Rows on the device in the adapters' precision: fp32, or fp64 on an fp64 base."""
+        dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
+        return rows.to(device=self.device, dtype=dtype, copy=True)
+
+    def _passes(self, jobs: Sequence[tuple[int, Sequence[Encoded]]]) -> Iterator[list[tuple[int, Sequence[Encoded]]]]:
+        sizes = [packed_tokens(sequences, self.prefix) for _, sequences in jobs]
+        for chosen in plan(sizes, self.tokens_per_pass):
+            yield [jobs[n] for n in chosen]
+
+    def _cut(self, sequences: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
+        """Pieces of one client's sequences that fit a pass; without gradients a client may be spread over passes."""
+        for chosen in plan([len(s.tokens) for s in sequences], self.tokens_per_pass):
+            yield [sequences[n] for n in chosen]
+
+    def _report(self, part: Sequence[tuple[int, Sequence[Encoded]]]) -> None:
+        self.progress(sum(len(s.tokens) for _, job in part for s in job))

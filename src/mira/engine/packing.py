@@ -1,0 +1,102 @@
+"""Sequences of many clients laid end to end in one row of tokens, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mira.data.text import Encoded
+from mira.engine.attention import Segment
+
+_WORTH = 8  # a shared prefix shorter than this saves less than its bookkeeping costs
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass: T tokens, each range of them under one row.
+
+    ``predict`` [N]: places whose hidden state predicts a label; ``target`` [N]: that label; ``owner`` [N]: which
+    sequence it belongs to, numbered in the order given to ``pack``.
+    ``prompts``: the segment of each sequence, without those of the shared prefixes.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    ranges: tuple[tuple[int, int, int], ...]
+    segments: tuple[Segment, ...]
+    predict: Tensor
+    target: Tensor
+    owner: Tensor
+    prompts: tuple[Segment, ...]
+
+
+def pack(jobs: Sequence[tuple[int, Sequence[Encoded]]], share_prefix: bool) -> Pass:
+    """Lay out the sequences of each (row, sequences) job. The prefix that a job's sequences have in common, found on
+    token ids, is laid once; it ends before the token that predicts the first label of any of them."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    ranges: list[tuple[int, int, int]] = []
+    segments: list[Segment] = []
+    predict: list[int] = []
+    target: list[int] = []
+    owner: list[int] = []
+    own_segments: list[Segment] = []
+    for row, sequences in jobs:
+        begin = len(tokens)
+        shared = common_prefix(sequences) if share_prefix else 0
+        if shared:
+            segments.append(Segment(begin, begin + shared))
+            tokens += sequences[0].tokens[:shared]
+            positions += range(shared)
+        for sequence in sequences:
+            at = len(tokens)
+            own = len(sequence.tokens) - shared
+            segments.append(Segment(at, at + own, begin, begin + shared))
+            own_segments.append(segments[-1])
+            tokens += sequence.tokens[shared:]
+            positions += range(shared, shared + own)
+            for i, is_label in enumerate(sequence.label):
+                if is_label:
+                    predict.append(at + i - shared - 1)
+                    target.append(sequence.tokens[i])
+                    owner.append(len(own_segments) - 1)
+        ranges.append((row, begin, len(tokens)))
+    return Pass(
+        torch.tensor(tokens), torch.tensor(positions), tuple(ranges), tuple(segments),
+        torch.tensor(predict, dtype=torch.int64), torch.tensor(target, dtype=torch.int64),
+        torch.tensor(owner, dtype=torch.int64), tuple(own_segments),
+    )  # fmt: skip
+
+
+def common_prefix(sequences: Sequence[Encoded]) -> int:
+    """Tokens that all ``sequences`` begin with and that predict no label; 0 when sharing them would not pay."""
+    if len(sequences) < 2:
+        return 0
+    first = min(sequences, key=lambda sequence: sequence.tokens).tokens
+    last = max(sequences, key=lambda sequence: sequence.tokens).tokens
+    # The first and the last in sorted order differ the earliest.
+    shared = next((i for i, (x, y) in enumerate(zip(first, last, strict=False)) if x != y), min(len(first), len(last)))
+    shared = min(shared, *((s.label.index(True) if True in s.label else len(s.tokens)) - 1 for s in sequences))
+    return shared if shared >= _WORTH else 0
+
+
+def packed_tokens(sequences: Sequence[Encoded], share_prefix: bool) -> int:
+    """Tokens that ``pack`` lays out for one job."""
+    total = sum(len(sequence.tokens) for sequence in sequences)
+    return total - (len(sequences) - 1) * common_prefix(sequences) if share_prefix else total
+
+
+def plan(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Jobs of the given token counts, in order, cut into passes of at most ``budget`` tokens (one job at least)."""
+    passes: list[list[int]] = []
+    used = 0
+    for job, size in enumerate(sizes):
+        if not passes or used + size > budget:
+            passes.append([])
+            used = 0
+        passes[-1].append(job)
+        used += size
+    return passes

@@ -1,0 +1,195 @@
+"""The oracle: PEFT and a plain loop, one client at a time. Slow, obvious, never optimised; every engine must equal it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from mira.adapters.lora import peft_config
+from mira.core.layout import Layout
+from mira.core.seeds import stream
+from mira.core.training import Training
+from mira.core.types import Failure, Scores, Trained, Work
+from mira.data.corpus import Corpus
+from mira.data.text import Encoded
+from mira.engine.memory import OUT_OF_MEMORY, is_out_of_memory
+
+
+@dataclass(frozen=True)
+class ReferenceEngine:
+    """Fields as in BatchedEngine."""
+
+    model: PreTrainedModel
+    pad: int
+    end: int
+    decode: Callable[[Sequence[int]], str]
+    layout: Layout
+    dropout: float
+    corpus: Corpus
+    training: Training
+    seed: int
+    kept: Callable[[int], Tensor | None] = lambda client: None
+    progress: Callable[[int], None] = lambda tokens: None
+    peft: PeftModel = field(init=False)
+
+    def __post_init__(self) -> None:
+        config = peft_config(self.layout, self.model, None, self.dropout)
+        config.inference_mode = False
+        object.__setattr__(self, "peft", get_peft_model(self.model, config))
+
+    def train(self, work: Work, round: int, lr: float) -> Trained:
+        done: list[Trained] = []
+        failed: list[Failure] = []
+        for client, start in zip(work.client, work.start, strict=True):
+            try:
+                done.append(self._train_one(int(client), start, round, lr))
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed.append(Failure(int(client), OUT_OF_MEMORY))
+        if not done:
+            nothing = torch.empty(0, dtype=torch.int64)
+            return Trained(nothing, work.start[:0], nothing, nothing, nothing, nothing.double(), lr, tuple(failed))
+
+        def column(name: str) -> Tensor:
+            return torch.cat([getattr(one, name) for one in done])
+
+        return Trained(
+            column("client"), column("rows"), column("examples"), column("tokens"), column("steps"), column("loss"), lr,
+            tuple(failed), column("optimizer") if self.training.keep_optimizer else None,
+        )  # fmt: skip
+
+    def _train_one(self, client: int, start: Tensor, round: int, lr: float) -> Trained:
+        parameters = self._load(start)
+        batches = self.corpus.batches(round, client)
+        optimizer = self._optimizer(parameters, lr)
+        kept = self.kept(client) if self.training.keep_optimizer else None
+        if kept is not None:
+            self._restore(optimizer, parameters, kept)
+        losses = []
+        torch.manual_seed(stream("dropout", self.seed, round, client))
+        self._adapter_dropout(on=True)
+        for batch in batches:
+            optimizer.zero_grad()
+            loss = self._loss(batch, "mean")
+            loss.backward()  # type: ignore[no-untyped-call]
+            if self.training.clip is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, self.training.clip)
+            optimizer.step()
+            losses.append(loss.detach().double().cpu())
+            self.progress(sum(len(s.tokens) for s in batch))
+        self._adapter_dropout(on=False)
+        return Trained(
+            client=torch.tensor([client]), rows=self._row()[None], examples=torch.tensor([self.corpus.num_train(client)]),
+            tokens=torch.tensor([sum(len(s.tokens) for batch in batches for s in batch)]),
+            steps=torch.tensor([len(batches)]), loss=torch.stack(losses).mean()[None], lr=lr,
+            optimizer=self._packed(optimizer, parameters)[None] if self.training.keep_optimizer else None,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def evaluate(self, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None) -> Scores:
+        nll = torch.zeros(len(rows), len(splits), dtype=torch.float64)
+        tokens = torch.zeros(len(rows), len(splits), dtype=torch.int64)
+        for i, k in enumerate(client):
+            self._load(rows[i])
+            for j, split in enumerate(splits):
+                for sequence in self.corpus.encoded(int(k), split, limit):
+                    nll[i, j] += self._loss([sequence], "sum").double().cpu()
+                    tokens[i, j] += sum(sequence.label)
+        return Scores(nll, tokens)
+
+    @torch.no_grad()
+    def generate(
+        self, rows: Tensor, client: Tensor, split: str, limit: int | None, max_new_tokens: int
+    ) -> list[list[str]]:
+        prompts = [[list(p) for p in self.corpus.prompts(int(k), split, limit)] for k in client]
+        return self.answer(rows, prompts, max_new_tokens)
+
+    @torch.no_grad()
+    def answer(self, rows: Tensor, prompts: Sequence[Sequence[Sequence[int]]], max_new_tokens: int) -> list[list[str]]:
+        """Greedy answers of row i [n,P] to each of prompts[i] (token ids)."""
+        answers: list[list[str]] = []
+        for i in range(len(prompts)):
+            self._load(rows[i])
+            answers.append([self._answer(prompt, max_new_tokens) for prompt in prompts[i]])
+        return answers
+
+    def _answer(self, prompt: Sequence[int], max_new_tokens: int) -> str:
+        ids = torch.tensor([prompt], device=self.model.device)
+        out = self.peft.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
+            eos_token_id=self.end, pad_token_id=self.pad, repetition_penalty=1.0,
+        )  # fmt: skip
+        new = out[0, len(prompt) :].tolist()
+        return self.decode(new[: new.index(self.end)] if self.end in new else new)
+
+    def _loss(self, batch: Sequence[Encoded], reduction: str) -> Tensor:
+        """Cross-entropy over the label tokens of a right-padded batch."""
+        width = max(len(s.tokens) for s in batch)
+        ids = torch.full((len(batch), width), self.pad)
+        mask = torch.zeros(len(batch), width, dtype=torch.int64)
+        labels = torch.full((len(batch), width), -100)
+        for i, s in enumerate(batch):
+            n = len(s.tokens)
+            ids[i, :n] = torch.tensor(s.tokens)
+            mask[i, :n] = 1
+            labels[i, :n] = torch.where(torch.tensor(s.label), ids[i, :n], -100)
+        device = self.model.device
+        logits = self.peft(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, :-1]
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return cross_entropy(wide.flatten(0, 1), labels[:, 1:].flatten().to(device), reduction=reduction)
+
+    def _named(self) -> list[torch.nn.Parameter]:
+        """The adapter's parameters in the order of the layout."""
+        named = dict(self.peft.named_parameters())
+        return [named[f"base_model.model.{e.module}.lora_{e.factor}.default.weight"] for e in self.layout.entries]
+
+    def _load(self, row: Tensor) -> list[torch.nn.Parameter]:
+        parameters = self._named()
+        with torch.no_grad():
+            for entry, parameter in zip(self.layout.entries, parameters, strict=True):
+                parameter.copy_(entry.view(row))
+        return parameters
+
+    def _row(self) -> Tensor:
+        return torch.cat([parameter.detach().flatten() for parameter in self._named()]).cpu()
+
+    def _adapter_dropout(self, on: bool) -> None:
+        """Only the adapters' dropout: the frozen base stays in eval mode, in every engine."""
+        for name, module in self.peft.named_modules():
+            if "lora_dropout" in name:
+                module.train(on)
+
+    def _optimizer(self, parameters: list[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        t = self.training
+        if t.optimizer == "sgd":
+            return torch.optim.SGD(parameters, lr=lr, momentum=t.momentum, weight_decay=t.weight_decay)
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=t.weight_decay)
+
+    def _packed(self, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]) -> Tensor:
+        """Optimiser state as RowOptimizer keeps it: steps, first and (AdamW) second moments, end to end."""
+        state = [optimizer.state[p] for p in parameters]
+        if self.training.optimizer == "sgd":
+            zero = torch.zeros(1)
+            moments = [s["momentum_buffer"].flatten() if self.training.momentum else torch.zeros_like(p).flatten() for s, p in zip(state, parameters, strict=True)]
+            return torch.cat([zero, *moments]).cpu()
+        first, second = ([s[name].flatten() for s in state] for name in ("exp_avg", "exp_avg_sq"))
+        return torch.cat([torch.as_tensor(state[0]["step"]).view(1), *first, *second]).cpu()
+
+    def _restore(self, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], kept: Tensor) -> None:
+        width = self.layout.size
+        for entry, p in zip(self.layout.entries, parameters, strict=True):
+            if self.training.optimizer == "sgd":
+                optimizer.state[p] = {"momentum_buffer": entry.view(kept[1 : 1 + width]).clone().to(p.device)}
+            else:
+                optimizer.state[p] = {
+                    "step": kept[0].clone(),
+                    "exp_avg": entry.view(kept[1 : 1 + width]).clone().to(p),
+                    "exp_avg_sq": entry.view(kept[1 + width :]).clone().to(p),
+                }

@@ -1,0 +1,89 @@
+"""Measuring every client under the row it would deploy: loss, answers, transfer.
+
+Loss is token-weighted cross-entropy in nats; means over clients are unweighted, so that a client with long answers
+counts as much as any other. ROUGE-L: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004, F1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import exp
+from typing import Any
+
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+
+from mira.core.seeds import generator
+from mira.core.types import Engine, Method, ServerState
+
+Record = dict[str, Any]
+
+
+def losses(method: Method, engine: Engine, state: ServerState, names: Sequence[str], limit: int | None) -> Record:
+    """Validation and test loss of every client, and their means."""
+    everyone = torch.arange(len(names))
+    scores = engine.evaluate(method.serve(state, everyone), everyone, ("validation", "test"), limit)
+    validation, test = scores.loss.T.tolist()
+    clients = {
+        name: {"validation_loss": v, "test_loss": t, "perplexity": _perplexity(t)}
+        for name, v, t in zip(names, validation, test, strict=True)
+    }
+    return {"validation_loss": _mean(validation), "local_loss": _mean(test), "clients": clients}
+
+
+def answers(
+    method: Method, engine: Engine, state: ServerState, references: Sequence[Sequence[str]], names: Sequence[str],
+    limit: int | None, max_new_tokens: int,
+) -> Record:  # fmt: skip
+    """Exact match and ROUGE-L F1 of every client's greedy answers on its test split."""
+    everyone = torch.arange(len(names))
+    given = engine.generate(method.serve(state, everyone), everyone, "test", limit, max_new_tokens)
+    clients = {
+        name: {"exact_match": exact_match(g, r), "rouge_l": rouge_l(g, r)}
+        for name, g, r in zip(names, given, references, strict=True)
+    }
+    means = {key: _mean([scores[key] for scores in clients.values()]) for key in ("exact_match", "rouge_l")}
+    return {**means, "clients": clients}
+
+
+def transfer(
+    method: Method, engine: Engine, state: ServerState, names: Sequence[str], seed: int, clients: int, examples: int
+) -> Record:
+    """Each sampled client's row on the test split of each sampled client, and the mean row on each of them.
+
+    ``matrix[i][j]``: loss of row i on the data of client j; ``global_loss``: mean off the diagonal.
+    """
+    n = min(clients, len(names))
+    if n < 2:
+        return {}
+    chosen = torch.randperm(len(names), generator=generator("transfer", seed))[:n].sort().values
+    rows = method.serve(state, chosen)
+    matrix = torch.stack([engine.evaluate(row.expand(n, -1), chosen, ("test",), examples).loss[:, 0] for row in rows])
+    mean = engine.evaluate(rows.mean(0).expand(n, -1), chosen, ("test",), examples).loss[:, 0]
+    others = ~torch.eye(n, dtype=torch.bool)
+    return {
+        "names": [names[int(k)] for k in chosen],
+        "matrix": matrix.tolist(),
+        "global_loss": float(matrix[others].mean()),
+        "mean_row_loss": float(mean.mean()),
+    }
+
+
+def exact_match(given: Sequence[str], references: Sequence[str]) -> float:
+    """Share of answers equal to their reference, surrounding white space aside."""
+    return _mean([float(g.strip() == r.strip()) for g, r in zip(given, references, strict=True)])
+
+
+def rouge_l(given: Sequence[str], references: Sequence[str]) -> float:
+    """Mean ROUGE-L F1 with Porter stemming, as Natural Instructions scores it."""
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return _mean([float(scorer.score(r, g)["rougeL"].fmeasure) for g, r in zip(given, references, strict=True)])
+
+
+def _perplexity(loss: float) -> float | None:
+    """exp(loss), or None where it leaves the range of a float."""
+    return exp(loss) if loss < 700 else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
