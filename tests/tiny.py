@@ -44,7 +44,7 @@ def make_tiny(kind: Kind = "llama", dtype: torch.dtype = torch.float32, seed: in
     }
     special = {"bos_token_id": None, "eos_token_id": VOCABULARY[EOS], "pad_token_id": VOCABULARY[PAD]}
     # Wider than the usual 0.02, so that logits differ between tokens and a test of equality means something.
-    wide = {"initializer_range": 0.3, "attn_implementation": "sdpa"}
+    wide = {"initializer_range": 0.1, "attn_implementation": "sdpa"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel
@@ -55,7 +55,19 @@ def make_tiny(kind: Kind = "llama", dtype: torch.dtype = torch.float32, seed: in
         else:
             shape = {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
             model = GPT2LMHeadModel(GPT2Config(**shape, **special, **wide))
-    return model.to(dtype).requires_grad_(False).eval()
+    model = model.to(dtype)
+    if dtype == torch.float64:
+        _norms_in_double(model)
+    return model.requires_grad_(False).eval()
+
+
+def _norms_in_double(model: PreTrainedModel) -> None:
+    """transformers' RMSNorm rounds to fp32 inside, whatever the model's precision: an fp64 oracle must not."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            exact = torch.nn.RMSNorm(module.weight.shape[0], module.variance_epsilon, dtype=torch.float64)
+            exact.weight.data.copy_(module.weight)
+            model.set_submodule(name, exact)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

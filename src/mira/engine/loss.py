@@ -26,7 +26,7 @@ class LabelLoss(torch.autograd.Function):
                 leaf = h.detach().requires_grad_()
                 loss = _nll(head(leaf), t)
             if ctx.needs_input_grad[0]:
-                grads.append(torch.autograd.grad(loss.sum(), leaf)[0])
+                grads.append(torch.autograd.grad(loss, leaf, torch.ones_like(loss))[0])
             losses.append(loss.detach())
         ctx.save_for_backward(*grads)
         return torch.cat(losses) if losses else hidden.new_zeros(0)

@@ -65,8 +65,10 @@ class RowOptimizer:
         second = self.second[:active]
         first.lerp_(g, 1 - BETA1)
         second.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
-        root = (second.sqrt() / (1 - BETA2**count).sqrt()).add_(EPSILON)
-        w.sub_(first.div(root).mul_(lr / (1 - BETA1**count)))
+        # In torch.optim.AdamW's order of operations, its scalars made in double: then even the rounding agrees.
+        exact = count.double()
+        root = second.sqrt().div_((1 - BETA2**exact).sqrt().to(w.dtype)).add_(EPSILON)
+        w.add_((first * (-lr / (1 - BETA1**exact)).to(w.dtype)).div_(root))
 
 
 def clip(grad: Tensor, limit: float) -> None:

@@ -1,0 +1,81 @@
+"""A small federation of random tokens, and the engines on it: what the contract tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mira.adapters.lora import Lora, start_row
+from mira.core.layout import Layout
+from mira.core.seeds import generator
+from mira.core.training import Training
+from mira.data.text import Encoded
+from mira.engine.batched import BatchedEngine
+from mira.engine.reference import ReferenceEngine
+from tiny import PAD, EOS, VOCABULARY, make_tiny
+
+
+@dataclass(frozen=True)
+class RandomCorpus:
+    """Clients with unlike numbers of steps and sequences of unlike lengths; each client's sequences share a prefix."""
+
+    steps: tuple[int, ...]
+    batch: int = 3
+    prefix: int = 12
+    seed: int = 0
+
+    def _sequences(self, count: int, *key: object) -> list[Encoded]:
+        draw = generator("corpus", self.seed, *key)
+        shared = generator("prefix", self.seed, key[1])
+        head = torch.randint(3, 128, (self.prefix,), generator=shared).tolist()
+        out = []
+        for _ in range(count):
+            body = int(torch.randint(1, 15, (), generator=draw))
+            answer = int(torch.randint(1, 8, (), generator=draw))
+            tail = torch.randint(3, 128, (body + answer,), generator=draw).tolist()
+            out.append(Encoded(tuple(head + tail), (False,) * (self.prefix + body) + (True,) * answer, False))
+        return out
+
+    def batches(self, round: int, client: int) -> list[list[Encoded]]:
+        return [self._sequences(self.batch, "train", client, round, step) for step in range(self.steps[client])]
+
+    def encoded(self, client: int, split: str, limit: int | None = None) -> Sequence[Encoded]:
+        return self._sequences(4 + client, split, client)[:limit]
+
+    def prompts(self, client: int, split: str, limit: int | None = None) -> Sequence[tuple[int, ...]]:
+        return [s.tokens[: s.label.index(True)] for s in self.encoded(client, split, limit)]
+
+    def num_train(self, client: int) -> int:
+        return 10 + client
+
+
+def layout_on(kind: str, rank: int = 4) -> Layout:
+    targets = ("c_attn", "c_proj") if kind == "gpt2" else ("q_proj", "v_proj", "down_proj")
+    return Lora(rank, 8.0, targets=targets).layout(make_tiny(kind))
+
+
+def warm_row(layout: Layout, seed: int = 0) -> Tensor:
+    """A start row whose B is not zero, so that gradients of A are there from the first step."""
+    row = start_row(layout, seed)
+    for entry in layout.entries:
+        if entry.factor == "B":
+            entry.view(row).normal_(0, 0.05, generator=generator("warm", seed, entry.module))
+    return row
+
+
+def make_engine(
+    name: str, kind: str, corpus: Any, training: Training, dtype: torch.dtype = torch.float32, **options: Any
+) -> BatchedEngine | ReferenceEngine:
+    layout = layout_on(kind)
+    shared: dict[str, Any] = {
+        "model": make_tiny(kind, dtype), "pad": VOCABULARY[PAD], "end": VOCABULARY[EOS],
+        "decode": lambda tokens: " ".join(map(str, tokens)), "layout": layout, "dropout": options.pop("dropout", 0.0),
+        "corpus": corpus, "training": training, "seed": 0,
+    }  # fmt: skip
+    if name == "reference":
+        return ReferenceEngine(**shared)
+    return BatchedEngine(**shared, tokens_per_pass=options.get("tokens_per_pass", 4096), prefix=options.get("prefix", True))

@@ -1,0 +1,169 @@
+"""The batched engine against the oracle: a row trains in a crowd as it does alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engines import RandomCorpus, layout_on, make_engine, warm_row
+from mira.core.training import Training
+from mira.core.types import Work
+from tiny import KINDS
+
+STEPS = (20, 7, 20, 13)
+# fp32: rounding of sums in another order, over 20 steps of AdamW. fp64: the same with 2^29 times finer rounding.
+LIMIT = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def displacement_error(layout: Any, ours: Tensor, oracle: Tensor, start: Tensor) -> float:
+    """Largest ‖Δ‖/‖θ − θ⁰‖ over adapter tensors and rows."""
+    worst = 0.0
+    for entry in layout.entries:
+        moved = (entry.view(oracle) - entry.view(start)).flatten(1).norm(dim=1)
+        assert bool((moved > 0).all()), entry
+        worst = max(worst, float(((entry.view(ours) - entry.view(oracle)).flatten(1).norm(dim=1) / moved).max()))
+    return worst
+
+
+def train(name: str, kind: str, training: Training, dtype: torch.dtype, **options: Any) -> tuple[Any, Tensor, Any]:
+    corpus = RandomCorpus(STEPS)
+    engine = make_engine(name, kind, corpus, training, dtype, **options)
+    start = warm_row(engine.layout).expand(len(STEPS), -1).to(dtype)
+    work = Work(torch.tensor([2, 0, 3, 1]), start)
+    return engine.layout, start, engine.train(work, round=1, lr=training.lr)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_batched_equals_reference_after_20_steps(kind: str, dtype: torch.dtype, prefix: bool) -> None:
+    training = Training(lr=1e-3, local_steps=20, clip=0.5, weight_decay=0.01)
+    layout, start, oracle = train("reference", kind, training, dtype)
+    for budget in (4096, 150):  # all clients in one pass, and several passes
+        _, _, ours = train("batched", kind, training, dtype, prefix=prefix, tokens_per_pass=budget)
+        assert ours.client.tolist() == oracle.client.tolist() == [2, 0, 3, 1]
+        assert ours.steps.tolist() == oracle.steps.tolist()
+        assert ours.tokens.tolist() == oracle.tokens.tolist()
+        assert ours.examples.tolist() == oracle.examples.tolist()
+        assert displacement_error(layout, ours.rows, oracle.rows, start) <= LIMIT[dtype]
+        torch.testing.assert_close(ours.loss, oracle.loss, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", [{"optimizer": "sgd", "momentum": 0.9, "lr": 0.05}, {"optimizer": "sgd", "lr": 0.05}])
+def test_sgd_equals_reference(optimizer: dict[str, Any]) -> None:
+    training = Training(local_steps=20, clip=1.0, weight_decay=0.01, **optimizer)
+    layout, start, oracle = train("reference", "llama", training, torch.float64)
+    _, _, ours = train("batched", "llama", training, torch.float64)
+    assert displacement_error(layout, ours.rows, oracle.rows, start) <= LIMIT[torch.float64]
+
+
+def test_clipping_is_active_and_per_client() -> None:
+    training = Training(lr=1e-3, local_steps=20, clip=0.5, optimizer="sgd")
+    _, _, clipped = train("batched", "llama", training, torch.float64)
+    _, _, free = train("batched", "llama", Training(lr=1e-3, local_steps=20, clip=None, optimizer="sgd"), torch.float64)
+    assert not torch.equal(clipped.rows, free.rows)
+
+
+@pytest.mark.parametrize("name", ["batched", "reference"])
+def test_kept_optimiser_state_carries_over(name: str) -> None:
+    """Two rounds with kept state differ from fresh ones, and both engines keep the same state."""
+    training = Training(lr=1e-3, local_steps=5, keep_optimizer=True)
+    corpus = RandomCorpus((5, 3))
+    kept: dict[int, Tensor] = {}
+    start = warm_row(layout_on("llama")).expand(2, -1).double()
+    rows = {}
+    for keeping in (True, False):
+        engine = make_engine(name, "llama", corpus, training, torch.float64)
+        object.__setattr__(engine, "kept", kept.get if keeping else lambda client: None)
+        first = engine.train(Work(torch.tensor([0, 1]), start), 0, 1e-3)
+        assert first.optimizer is not None
+        kept.update({int(k): s for k, s in zip(first.client, first.optimizer, strict=True)})
+        rows[keeping] = engine.train(Work(torch.tensor([0, 1]), first.rows), 1, 1e-3)
+        kept.clear() if not keeping else None
+    assert not torch.equal(rows[True].rows, rows[False].rows)
+
+
+def test_kept_state_is_the_same_in_both_engines() -> None:
+    training = Training(lr=1e-3, local_steps=5, keep_optimizer=True)
+    states, rows = [], []
+    for name in ("batched", "reference"):
+        kept: dict[int, Tensor] = {}
+        engine = make_engine(name, "llama", RandomCorpus((5, 3)), training, torch.float64)
+        object.__setattr__(engine, "kept", kept.get)
+        start = warm_row(engine.layout).expand(2, -1).double()
+        for round in range(2):
+            trained = engine.train(Work(torch.tensor([0, 1]), start), round, 1e-3)
+            kept.update({int(k): s for k, s in zip(trained.client, trained.optimizer, strict=True)})
+            start = trained.rows
+        states.append(trained.optimizer)
+        rows.append(trained.rows)
+    assert states[0][:, 0].tolist() == [10, 6]
+    torch.testing.assert_close(states[0], states[1], rtol=1e-8, atol=1e-14)
+    torch.testing.assert_close(rows[0], rows[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_and_answers_equal_reference(kind: str, prefix: bool) -> None:
+    corpus, training = RandomCorpus((1, 1, 1)), Training(local_steps=1)
+    oracle = make_engine("reference", kind, corpus, training, torch.float64)
+    ours = make_engine("batched", kind, corpus, training, torch.float64, prefix=prefix, tokens_per_pass=90)
+    rows = torch.stack([warm_row(oracle.layout, seed) for seed in range(3)]).double()
+    client = torch.tensor([1, 2, 0])
+    a, b = (engine.evaluate(rows, client, ("validation", "test"), 4) for engine in (ours, oracle))
+    assert a.tokens.tolist() == b.tokens.tolist()
+    torch.testing.assert_close(a.nll, b.nll, rtol=1e-10, atol=0)
+    assert not torch.allclose(a.loss[0], a.loss[1])
+    texts = [engine.generate(rows, client, "test", None, 40) for engine in (ours, oracle)]
+    assert texts[0] == texts[1]
+    assert max(len(text.split()) for job in texts[0] for text in job) == 40  # past one growth of the cache
+
+
+def test_a_client_trains_alike_alone_and_in_a_crowd_with_dropout() -> None:
+    """Dropout masks come from one generator a client, whoever else is in the pass."""
+    training = Training(lr=1e-3, local_steps=20)
+    engine = make_engine("batched", "llama", RandomCorpus(STEPS), training, torch.float64, dropout=0.2, prefix=False)
+    start = warm_row(engine.layout).expand(4, -1).double()
+    crowd = engine.train(Work(torch.arange(4), start), 0, 1e-3)
+    alone = engine.train(Work(torch.tensor([2]), start[:1]), 0, 1e-3)
+    torch.testing.assert_close(crowd.rows[2], alone.rows[0], rtol=1e-10, atol=1e-13)
+    dry = make_engine("batched", "llama", RandomCorpus(STEPS), training, torch.float64, prefix=False)
+    assert not torch.allclose(dry.train(Work(torch.tensor([2]), start[:1]), 0, 1e-3).rows, alone.rows)
+
+
+def test_a_poisoned_client_leaves_the_others_alone() -> None:
+    engine = make_engine("batched", "llama", RandomCorpus(STEPS), Training(local_steps=20), torch.float64)
+    start = warm_row(engine.layout).expand(4, -1).double().clone()
+    good = engine.train(Work(torch.arange(4), start), 0, 1e-3)
+    start[1, 5] = float("nan")
+    bad = engine.train(Work(torch.arange(4), start), 0, 1e-3)
+    assert not bool(torch.isfinite(bad.rows[1]).all())
+    torch.testing.assert_close(bad.rows[[0, 2, 3]], good.rows[[0, 2, 3]], rtol=0, atol=0)
+
+
+def test_out_of_memory_halves_the_pass_and_drops_who_does_not_fit_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine("batched", "llama", RandomCorpus(STEPS), Training(local_steps=20), torch.float64)
+    start = warm_row(engine.layout).expand(4, -1).double()
+    good = engine.train(Work(torch.arange(4), start), 0, 1e-3)
+    real = type(engine)._backward
+
+    def scarce(self: Any, part: Any, *args: Any) -> Tensor:
+        out = real(self, part, *args)  # gradients are already written when memory runs out
+        if len(part) > 2 or any(len(job[0].tokens) and engine_row in crowded for engine_row, job in part):
+            raise torch.OutOfMemoryError("pretend")
+        return out
+
+    crowded: set[int] = set()
+    monkeypatch.setattr(type(engine), "_backward", scarce)
+    halves = engine.train(Work(torch.arange(4), start), 0, 1e-3)
+    assert not halves.failed
+    torch.testing.assert_close(halves.rows, good.rows, rtol=1e-9, atol=1e-12)
+    crowded.add(1)  # the second row in training order, client 2
+    dropped = engine.train(Work(torch.arange(4), start), 0, 1e-3)
+    assert [f.client for f in dropped.failed] == [2]
+    assert "out of memory" in dropped.failed[0].reason
+    assert dropped.client.tolist() == [0, 1, 3]
+    torch.testing.assert_close(dropped.rows, good.rows[[0, 1, 3]], rtol=1e-9, atol=1e-12)
