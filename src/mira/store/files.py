@@ -1,0 +1,145 @@
+"""Files that are whole or absent, whatever happens while they are written, and reading that names what is broken."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mira.core.errors import UserError
+
+LOCK = ".lock"
+
+
+def _point(name: str) -> None:
+    """The instants at which a crash would be worst; tests replace this to kill the process there."""
+
+
+def digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def take_lock(folder: Path) -> int:
+    """The descriptor that holds the folder's write lock until it is closed. Raises UserError when it is taken."""
+    descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise UserError(f"{folder}: another process is writing to this run; wait for it or stop it") from None
+        raise
+    return descriptor
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Puts ``data`` at ``path`` whole or not at all. Only ``sync`` of the folder makes the new name durable."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:  # exclusive: never follows a link that somebody laid here
+            _point("before-write")
+            file.write(data)
+            file.flush()
+            _point("before-fsync")
+            os.fsync(file.fileno())
+        _point("before-rename")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    _point("after-rename")
+
+
+def sync(folder: Path) -> None:
+    """Makes the names in ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        _point("before-remove")
+        path.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: OSError, then: str) -> UserError:
+    """``then``: how to go on once the cause is mended."""
+    fix = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+    return UserError(f"{error.filename or path}: cannot be written ({error.strerror}); {fix}, then {then}")
+
+
+def corrupt(path: Path, why: str) -> UserError:
+    return UserError(f"{path}: corrupt checkpoint ({why}); restore it or start a new run")
+
+
+def read(path: Path, expected: str | None = None) -> bytes:
+    """The bytes of ``path``. Raises UserError when it cannot be read or its digest is not the ``expected`` one."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise corrupt(path, error.strerror or str(error)) from None
+    if expected is not None and digest(data) != expected:
+        raise corrupt(path, "its checksum is not the recorded one")
+    return data
+
+
+def pack_json(value: Any) -> bytes:
+    """One line of JSON. Raises ValueError for NaN and infinities, which JSON does not have."""
+    return json.dumps(value, allow_nan=False).encode() + b"\n"
+
+
+def read_json(path: Path, expected: str | None = None) -> Any:
+    data = read(path, expected)
+    try:
+        return json.loads(data, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise corrupt(path, f"not JSON: {error}") from None
+
+
+def seal(value: dict[str, Any]) -> bytes:
+    """JSON that carries its own digest."""
+    return pack_json({"check": digest(pack_json(value)), **value})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict) or value.pop("check", None) != digest(pack_json(value)):
+        raise corrupt(path, "its content does not match its checksum")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def pack_tensors(tensors: dict[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
+    data = read(path, expected)
+    try:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise corrupt(path, str(error)) from None
+
+
+def read_tensor(path: Path, expected: str) -> Tensor:
+    """The only tensor of a file."""
+    tensors = list(read_tensors(path, expected).values())
+    if len(tensors) != 1:
+        raise corrupt(path, f"{len(tensors)} tensors instead of one")
+    return tensors[0]

@@ -1,0 +1,351 @@
+"""The run folder: every round is committed atomically, so that a run survives being killed at any instant.
+
+    store.json           format, number of rows, digests of the next four; written last: without it there is no run
+    config.yaml  environment.json  graph.safetensors  start.safetensors          what never changes
+    rounds/000007.json   the commit record of round 7: its metrics, and the digest of every file it wrote
+    rows/000012.r000007.safetensors      row 12 as of round 7
+    optim/  extra/       the same for kept optimiser state by client, and for the method's own tensors (one key, 0)
+    metrics.jsonl        a copy of the records' metrics for people and tools; never read, rebuilt when it differs
+    result.json          the summary of a finished run
+
+A round is committed if and only if its record exists; the record is renamed into place after all else is on disk.
+Which versions of a file are read and kept is decided in ``history``. A commit costs what its changed rows cost.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from mira.core.errors import UserError
+from mira.store import files
+from mira.store.history import KINDS, History, Record
+
+_FORMAT = 1
+_FIXED = ("config.yaml", "environment.json", "graph.safetensors", "start.safetensors")
+_OURS = re.compile(r"[0-9]{6,}\.r[0-9]{6,}\.safetensors|\..*\.tmp")
+_MANIFEST, _METRICS, _RESULT = "store.json", "metrics.jsonl", "result.json"
+_CONTINUE = "continue with --resume; committed rounds are intact"
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    format: int
+    num_rows: int
+    files: dict[str, str]
+
+
+_Parsed = TypeVar("_Parsed", _Manifest, Record)
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows read from disk when asked for; none is held in memory. ``as_of`` None follows the last committed round."""
+
+    store: Store
+    as_of: int | None
+
+    def __len__(self) -> int:
+        return self.store.num_rows
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        rows = self.store.start.new_empty(len(index), len(self.store.start))
+        for place, key in enumerate(index.tolist()):
+            rows[place] = self.store._row(key, self.as_of)
+        return rows
+
+
+class Store:
+    """One run folder, opened. Close it, or use it in a ``with``, to let another process write."""
+
+    def __init__(self, folder: Path, lock: int | None) -> None:
+        """Use ``create`` or ``open``. ``lock``: the descriptor that holds the write lock, None to read only."""
+        self.folder = folder
+        self._lock = lock
+        manifest = _parse(_Manifest, folder / _MANIFEST)
+        if manifest.format != _FORMAT or sorted(manifest.files) != sorted(_FIXED):
+            raise UserError(f"{folder}: written by another version of mira (format {manifest.format}, here {_FORMAT})")
+        for kind in (*KINDS, "rounds"):
+            if (folder / kind).is_symlink() or not (folder / kind).is_dir():
+                raise files.corrupt(folder / kind, "not a folder")
+        self._manifest = manifest
+        self.num_rows = manifest.num_rows
+        self.start = files.read_tensor(folder / "start.safetensors", manifest.files["start.safetensors"])
+        """The common start row [P]."""
+        self._history = History()
+        metrics = b""
+        for record in self._records():
+            self._history.add(record)
+            metrics += _metrics_line(record)
+        if lock is not None:
+            self._tidy()
+            self._rebuild(metrics)
+
+    @staticmethod
+    def create(
+        folder: Path,
+        config_yaml: str,
+        environment: dict[str, Any],
+        start: Tensor,
+        num_rows: int,
+        graph: dict[str, Tensor],
+    ) -> Store:
+        """A new run in an empty or absent folder, or where a creation was interrupted; UserError for any other."""
+        contents = {
+            "config.yaml": config_yaml.encode(),
+            "environment.json": files.pack_json(environment),
+            "graph.safetensors": files.pack_tensors(graph),
+            "start.safetensors": files.pack_tensors({"start": start}),
+        }
+        manifest = _Manifest(
+            format=_FORMAT, num_rows=num_rows, files={name: files.digest(data) for name, data in contents.items()}
+        )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _check_vacant(folder)
+            lock = files.take_lock(folder)
+            try:
+                _check_vacant(folder)  # again, now that nobody else can fill it
+                for kind in (*KINDS, "rounds"):
+                    (folder / kind).mkdir(exist_ok=True)
+                for name, data in contents.items():
+                    files.replace(folder / name, data)
+                files.sync(folder)
+                files.replace(folder / _MANIFEST, files.seal(manifest.model_dump()))
+                files.sync(folder)
+                files.sync(folder.parent)
+                return Store(folder, lock)
+            except BaseException:
+                os.close(lock)
+                raise
+        except OSError as error:
+            raise files.unwritable(folder, error, "start again; no run was created") from None
+
+    @staticmethod
+    def open(folder: Path, writable: bool = True) -> Store:
+        """An existing run. Writable: takes the lock, and removes what an interrupted commit left behind.
+
+        Raises UserError when there is no run, another process writes to it, or a file is missing or corrupt.
+        """
+        if not (folder / _MANIFEST).exists():
+            begun = (folder / files.LOCK).exists()
+            why = "its creation was interrupted; start it again without --resume" if begun else "there is no run here"
+            raise UserError(f"{folder}: {why}")
+        if not writable:
+            return Store(folder, None)
+        try:
+            lock = files.take_lock(folder)
+            try:
+                return Store(folder, lock)
+            except BaseException:
+                os.close(lock)
+                raise
+        except OSError as error:
+            raise files.unwritable(folder, error, _CONTINUE) from None
+
+    def close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def last_round(self) -> int | None:
+        """The last committed round; None before the first commit."""
+        return self._history.last
+
+    @property
+    def best_round(self) -> int | None:
+        """The round of the lowest validation loss; None while no round has one."""
+        return self._history.best
+
+    def config(self) -> str:
+        """The resolved configuration, YAML."""
+        return files.read(self.folder / "config.yaml", self._manifest.files["config.yaml"]).decode()
+
+    def environment(self) -> dict[str, Any]:
+        name = "environment.json"
+        environment: dict[str, Any] = files.read_json(self.folder / name, self._manifest.files[name])
+        return environment
+
+    def graph(self) -> dict[str, Tensor]:
+        return files.read_tensors(self.folder / "graph.safetensors", self._manifest.files["graph.safetensors"])
+
+    def rows(self, as_of: int | None = None) -> StoredRows:
+        """The rows as of round ``as_of``, the last or the best; None: of the last round, also after further commits."""
+        return StoredRows(self, as_of)
+
+    def optimizer(self, client: int) -> Tensor | None:
+        """The client's last kept optimiser state; None when it has none."""
+        version = self._version("optim", client, None)
+        return None if version is None else files.read_tensor(*version)
+
+    def extra(self, as_of: int | None = None) -> dict[str, Tensor]:
+        """The method's own tensors as of the last (None) or the best round."""
+        version = self._version("extra", 0, as_of)
+        return {} if version is None else files.read_tensors(*version)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The metrics of every committed round, from round 0 on."""
+        return [{"round": record.round, **record.metrics} for record in self._records()]
+
+    def commit(
+        self,
+        round: int,
+        index: Tensor,
+        value: Tensor,
+        extra: Mapping[str, Tensor],
+        optimizer: Mapping[int, Tensor] | None,
+        metrics: dict[str, Any],
+    ) -> None:
+        """Makes ``round`` the last one: rows ``value`` [n,P] at ``index`` [n], optimiser states by client, metrics.
+
+        ``extra``: the method's tensors that change; the others keep their value. Rounds count from 0, without a gap.
+        Raises UserError when a file cannot be written; the state of the former round is then untouched.
+        """
+        self._check_commit(round, index, value)
+        files.pack_json(metrics)  # a number that JSON lacks must be found before anything is written
+        new: list[tuple[str, int, dict[str, Tensor]]] = [
+            ("rows", key, {"row": row}) for key, row in zip(index.tolist(), value, strict=True)
+        ]
+        new += [("optim", client, {"state": state}) for client, state in (optimizer or {}).items()]
+        if extra:
+            new.append(("extra", 0, {**self.extra(), **extra}))
+        record = Record(round=round, metrics=metrics, rows={}, optim={}, extra={})
+        path = self._record_path(round)
+        try:
+            for kind, key, tensors in new:
+                data = files.pack_tensors(tensors)
+                record.digests(kind)[key] = files.digest(data)
+                files.replace(self._path(kind, key, round), data)
+            for kind in {kind for kind, _, _ in new}:
+                files.sync(self.folder / kind)
+            files.replace(path, files.seal(record.model_dump()))
+            files.sync(path.parent)
+        except OSError as error:
+            with suppress(OSError):  # only to give the space back: opening the run again removes what is left
+                files.remove([path, *(self._path(kind, key, round) for kind, key, _ in new)])
+            raise files.unwritable(self.folder, error, _CONTINUE) from None
+        obsolete = self._history.add(record)
+        try:
+            files.remove([self._path(*version) for version in obsolete])
+            with open(self.folder / _METRICS, "ab") as file:
+                file.write(_metrics_line(record))
+        except OSError as error:
+            raise files.unwritable(self.folder, error, _CONTINUE) from None
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Writes the summary of a finished run."""
+        self._write(_RESULT, files.pack_json(summary))
+
+    def result(self) -> dict[str, Any] | None:
+        """The summary, None while the run is not finished."""
+        path = self.folder / _RESULT
+        result: dict[str, Any] | None = files.read_json(path) if path.exists() else None
+        return result
+
+    def _next_round(self) -> int:
+        return 0 if self.last_round is None else self.last_round + 1
+
+    def _record_path(self, round: int) -> Path:
+        return self.folder / "rounds" / f"{round:06d}.json"
+
+    def _path(self, kind: str, key: int, round: int) -> Path:
+        return self.folder / kind / f"{key:06d}.r{round:06d}.safetensors"
+
+    def _records(self) -> Iterator[Record]:
+        names = os.listdir(self.folder / "rounds")
+        rounds = sorted(int(name[:-5]) for name in names if re.fullmatch(r"[0-9]{6,}\.json", name))
+        for expected, round in enumerate(rounds):
+            if round != expected:
+                raise files.corrupt(self._record_path(expected), "missing")
+            yield _parse(Record, self._record_path(round))
+
+    def _tidy(self) -> None:
+        """Removes what an interrupted commit left behind, once it is sure that everything needed is there."""
+        present = {path for kind in (*KINDS, "rounds") for path in (self.folder / kind).iterdir()}
+        present |= {self.folder / f".{name}.tmp" for name in (_METRICS, _RESULT)}
+        needed = {self._path(*version) for version in self._history.kept()}
+        for path in sorted(needed - present):
+            raise files.corrupt(path, "missing")
+        files.remove(sorted(path for path in present - needed if _OURS.fullmatch(path.name)))
+
+    def _rebuild(self, metrics: bytes) -> None:
+        path = self.folder / _METRICS
+        if path.is_symlink() or not path.exists() or path.read_bytes() != metrics:
+            self._write(_METRICS, metrics)
+
+    def _write(self, name: str, data: bytes) -> None:
+        try:
+            files.replace(self.folder / name, data)
+            files.sync(self.folder)
+        except OSError as error:
+            raise files.unwritable(self.folder / name, error, _CONTINUE) from None
+
+    def _version(self, kind: str, key: int, as_of: int | None) -> tuple[Path, str] | None:
+        """File and digest of the version to read; None when there is none up to then."""
+        if as_of is not None and as_of not in (self.last_round, self.best_round):
+            kept = f"last: {self.last_round}, best: {self.best_round}"
+            raise UserError(f"{self.folder}: round {as_of} is not kept; {kept}")
+        version = self._history.newest(kind, key, as_of)
+        if version is None:
+            return None
+        path = self._path(kind, key, version.round)
+        if self._lock is None and not path.exists() and self._record_path(self._next_round()).exists():
+            raise UserError(f"{self.folder}: the run went on while it was read; try again")
+        return path, version.digest
+
+    def _row(self, key: int, as_of: int | None) -> Tensor:
+        if not 0 <= key < self.num_rows:
+            raise IndexError(f"row {key} of {self.num_rows}")
+        version = self._version("rows", key, as_of)
+        if version is None:
+            return self.start
+        row = files.read_tensor(*version)
+        if row.shape != self.start.shape or row.dtype != self.start.dtype:
+            expected = f"{self.start.dtype} {tuple(self.start.shape)}"
+            raise files.corrupt(version[0], f"{row.dtype} {tuple(row.shape)}, expected {expected}")
+        return row
+
+    def _check_commit(self, round: int, index: Tensor, value: Tensor) -> None:
+        """These are bugs of the caller, not of the user."""
+        assert self._lock is not None, "opened to read only, or closed"
+        assert round == self._next_round(), f"round {round} committed, expected {self._next_round()}"
+        assert len(index.unique()) == len(index) == len(value), "one value for each row, each row once"
+        assert not len(index) or 0 <= int(index.min()) <= int(index.max()) < self.num_rows, "no such row"
+        assert value.shape[1:] == self.start.shape, "rows of another size than the start row"
+        assert value.dtype == self.start.dtype, "rows of another type than the start row"
+
+
+def _parse(kind: type[_Parsed], path: Path) -> _Parsed:
+    try:
+        return kind.model_validate(files.read_sealed(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise files.corrupt(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _metrics_line(record: Record) -> bytes:
+    return files.pack_json({"round": record.round, **record.metrics})
+
+
+def _check_vacant(folder: Path) -> None:
+    """Passes an empty folder, and one where a creation was interrupted: locked once, all names known, no manifest."""
+    names = set(os.listdir(folder))
+    known = {files.LOCK, *KINDS, "rounds", *_FIXED, *(f".{name}.tmp" for name in (*_FIXED, _MANIFEST))}
+    filled = any(os.listdir(folder / name) for name in names.intersection((*KINDS, "rounds")))
+    if names and (filled or files.LOCK not in names or not names <= known):
+        raise UserError(f"{folder}: not empty; continue its run with --resume, or choose another --out")
