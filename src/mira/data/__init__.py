@@ -1,0 +1,16 @@
+"""Data: where clients come from, their splits and batches, and how an example becomes tokens."""
+
+from mira.data.sources.builtin import Builtin
+from mira.data.sources.dolly import Dolly
+from mira.data.sources.hub import Hub
+from mira.data.sources.jsonl import Jsonl
+from mira.data.sources.natural_instructions import NaturalInstructions
+from mira.data.types import Source
+
+SOURCES: dict[str, type[Source]] = {
+    "builtin": Builtin,
+    "natural-instructions": NaturalInstructions,
+    "dolly": Dolly,
+    "jsonl": Jsonl,
+    "hub": Hub,
+}

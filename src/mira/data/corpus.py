@@ -1,0 +1,70 @@
+"""The federation as tokens: what engines train and evaluate on. Every example is encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mira.data.federation import Client, Federation, Split, batches
+from mira.data.text import Encoded, Encoder
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """``steps`` or ``epochs`` (exactly one) of local training in batches of ``batch_size``."""
+
+    federation: Federation
+    encoder: Encoder
+    batch_size: int
+    steps: int | None = None
+    epochs: int | None = None
+    _cache: dict[tuple[int, Split], tuple[Encoded, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def num_clients(self) -> int:
+        return len(self.federation.clients)
+
+    def num_train(self, client: int) -> int:
+        return len(self._client(client).train)
+
+    def encoded(self, client: int, split: Split, limit: int | None = None) -> Sequence[Encoded]:
+        """A client's examples of one split, at most the first ``limit``. Raises UserError when one does not fit."""
+        if (client, split) not in self._cache:
+            owner = self._client(client)
+            self._cache[client, split] = tuple(
+                self.encoder.encode(example, _place(owner, split, n)) for n, example in enumerate(owner.split(split))
+            )
+        return self._cache[client, split][:limit]
+
+    def prompts(self, client: int, split: Split, limit: int | None = None) -> list[tuple[int, ...]]:
+        """The tokens before the answer, example by example."""
+        owner = self._client(client)
+        examples = enumerate(owner.split(split)[:limit])
+        return [self.encoder.prompt(example, _place(owner, split, n)) for n, example in examples]
+
+    def references(self, client: int, split: Split, limit: int | None = None) -> list[str]:
+        """The answers that generated text is compared with, in the order of ``prompts``."""
+        return [self.encoder.reference(example) for example in self._client(client).split(split)[:limit]]
+
+    def batches(self, round: int, client: int) -> list[list[Encoded]]:
+        """What ``client`` trains on in ``round``: one list per local step."""
+        train = self.encoded(client, "train")
+        name, seed = self._client(client).name, self.federation.seed
+        order = batches(seed, round, name, len(train), self.batch_size, self.steps, self.epochs)
+        return [[train[i] for i in batch] for batch in order]
+
+    def truncated(self) -> dict[str, int]:
+        """Truncated examples of each client, over all splits. Encodes everything, so every length error comes now."""
+        return {
+            owner.name: sum(item.truncated for split in SPLITS for item in self.encoded(number, split))
+            for number, owner in enumerate(self.federation.clients)
+        }
+
+    def _client(self, number: int) -> Client:
+        return self.federation.clients[number]
+
+
+def _place(client: Client, split: Split, number: int) -> str:
+    return f"example {number} of the {split} split of client '{client.name}'"

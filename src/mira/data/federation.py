@@ -1,0 +1,147 @@
+"""Clients with their own splits, and the batches each trains on: pure functions of a seed, a round and a name."""
+
+from __future__ import annotations
+
+import logging
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from mira.core.errors import UserError
+from mira.core.seeds import generator, stream
+from mira.core.strict import STRICT
+from mira.data.types import ClientData, Example, Source, unique
+
+Split = Literal["train", "validation", "test"]
+Size = Annotated[int, Field(strict=True, ge=1)] | Annotated[float, Field(strict=True, gt=0, lt=1)]
+
+_log = logging.getLogger(__name__)
+_SLUG = re.compile(r"[a-z0-9][a-z0-9_-]{0,79}")
+
+
+@pydantic_dataclass(frozen=True, config=STRICT)
+class SplitSizes:
+    """How many of its examples each client gives to each split: a count, or a share (rounded down) of what it has."""
+
+    train: Size
+    """Examples a client trains on."""
+    validation: Size
+    """Examples that choose the best round."""
+    test: Size
+    """Examples behind every reported loss and generation metric."""
+
+
+@dataclass(frozen=True)
+class Client:
+    name: str
+    slug: str  # the name as a file name: a-z, 0-9, "_" and "-", at most 80 characters, unique
+    task: str
+    group: str
+    description: str
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+
+    def split(self, name: Split) -> tuple[Example, ...]:
+        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
+
+@dataclass(frozen=True)
+class Federation:
+    clients: tuple[Client, ...]
+    seed: int
+
+
+def _permutation(size: int, random: torch.Generator) -> list[int]:
+    return [int(i) for i in torch.randperm(size, generator=random)]
+
+
+def slug(name: str) -> str:
+    """``name`` where it is a safe file name already, else what is safe of it and a hash; at most 80 characters."""
+    if _SLUG.fullmatch(name):
+        return name
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+    safe = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:63].strip("-")
+    return f"{safe or 'client'}-{stream('slug', name):016x}"
+
+
+def _count(size: float, available: int) -> int:
+    return size if isinstance(size, int) else max(1, int(size * available + 1e-9))  # 0.7 · 10 is just below 7 in floats
+
+
+def _client(data: ClientData, sizes: SplitSizes, seed: int) -> Client:
+    examples = unique(data.examples)
+    train, validation, test = (_count(size, len(examples)) for size in (sizes.train, sizes.validation, sizes.test))
+    if train + validation + test > len(examples):
+        raise UserError(
+            f"data: client '{data.name}' has {len(examples)} different examples, fewer than split.train +"
+            f" split.validation + split.test = {train} + {validation} + {test}; lower them or leave this client out"
+        )
+    order = [examples[i] for i in _permutation(len(examples), generator("split", seed, data.name))]
+    # Test from the front, train from the back: the size of one does not change what is in the other.
+    return Client(
+        data.name, slug(data.name), data.task, data.group, data.description,
+        train=tuple(order[::-1][:train]), validation=tuple(order[test : test + validation]), test=tuple(order[:test]),
+    )  # fmt: skip
+
+
+def make_federation(source: Source, sizes: SplitSizes, seed: int) -> Federation:
+    """Every client of ``source`` with its splits, drawn by (seed, client name) alone and disjoint by content.
+
+    Of examples that ask the same (white space and case aside) a client keeps the first; how many went is logged.
+    Raises UserError when the source cannot be read, two clients share a name or a client has too few examples.
+    """
+    data = source.load(seed)
+    if not data:
+        raise UserError("data: the source holds no client; check data.path")
+    name, times = Counter(client.name for client in data).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"data: {times} clients are named '{name}'; client names must be unique: rename or merge them")
+    clients = tuple(_client(client, sizes, seed) for client in data)
+    place, times = Counter(client.slug for client in clients).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"data: {times} client names become the file name '{place}'; rename one of them")
+    dropped = {c.name: n for c in data if (n := len(c.examples) - len(unique(c.examples)))}
+    if dropped:
+        which = ", ".join(f"{name} ({count})" for name, count in dropped.items())
+        _log.warning("dropped %d duplicate examples: %s", sum(dropped.values()), which)
+    return Federation(clients, seed)
+
+
+def batches(
+    seed: int, round: int, client: str, num_examples: int, batch_size: int,
+    steps: int | None = None, epochs: int | None = None,
+) -> list[list[int]]:  # fmt: skip
+    """Indices of the training examples of each local step, keyed by (seed, round, client) and nothing else.
+
+    ``epochs``: that many permutations, each cut in batches, its last one possibly short. ``steps``: so many batches of
+    ``batch_size`` (all examples when there are fewer) from endless permutations; no batch holds an example twice.
+    Raises ValueError unless exactly one of the two is given.
+    """
+    if (steps is None) == (epochs is None):
+        raise ValueError(f"batches: exactly one of steps and epochs is needed, got steps={steps}, epochs={epochs}")
+    if num_examples < 1 or batch_size < 1:
+        raise ValueError(f"batches: num_examples={num_examples} and batch_size={batch_size} must be at least 1")
+    random = generator("batches", seed, round, client)
+    if epochs is not None:
+        passes = [_permutation(num_examples, random) for _ in range(epochs)]
+        return [order[i : i + batch_size] for order in passes for i in range(0, num_examples, batch_size)]
+    size = min(batch_size, num_examples)
+    queue: list[int] = []
+    made: list[list[int]] = []
+    for _ in range(steps or 0):
+        if (
+            len(queue) < size
+        ):  # what the last pass left comes first; its own repeats wait behind the rest of the next pass
+            fresh = _permutation(num_examples, random)
+            left = set(queue)
+            queue += [i for i in fresh if i not in left] + [i for i in fresh if i in left]
+        made.append(queue[:size])
+        queue = queue[size:]
+    return made

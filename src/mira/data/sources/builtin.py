@@ -1,0 +1,142 @@
+"""The demo suite: 12 small tasks in 4 families, generated, so that it needs no download.
+
+The answers of a family follow one house style that no definition spells out: it has to be learned from examples, and
+what one client of the family learns serves the other two. Families are the ground-truth graph.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass as plain_dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from mira.core.strict import STRICT
+from mira.data.types import ClientData, Example
+
+MONTHS = (
+    "January", "February", "March", "April", "May", "June",
+    "July", "August", "September", "October", "November", "December",
+)  # fmt: skip
+NAMES = "Anna Ben Clara David Emma Frank Grace Henry Ivy Jack Kate Leo Maria Nina Oscar Paul Rosa Sam Tom Vera"
+GOODS = "apples books boxes cakes chairs clocks coats cups flowers knives lamps pens plates rings shoes tables"
+CITIES = "Athens Berlin Boston Cairo Dallas Delhi Dublin Lima London Madrid Milan Oslo Paris Rome Tokyo Vienna"
+WORDS = (
+    "Apple Bird Blue Bread Cloud Dark Deep Dream Fire Fish Forest Garden Glass Gold Green Heart Horse House Iron Island"
+    " Lake Light Long Milk Moon Mountain Night Old Paper Rain Red River Road Rock Salt Sand Sea Ship Silver Snow Stone"
+    " Storm Summer Sun Tree Water White Wind Winter Wood"
+)
+
+Make = Callable[[random.Random], tuple[str, str]]  # one (input, output)
+
+
+@plain_dataclass(frozen=True)
+class Task:
+    name: str
+    family: str
+    definition: str
+    make: Make
+
+
+def _thousandfold(large: str, small: str) -> Make:
+    """ "47 km" -> "47000|m"."""
+
+    def make(rng: random.Random) -> tuple[str, str]:
+        amount = rng.randint(2, 999)
+        return f"{amount} {large}", f"{amount}000|{small}"
+
+    return make
+
+
+def _date(spelling: str) -> Make:
+    """Any spelling of a date -> "1987.03.14"."""
+
+    def make(rng: random.Random) -> tuple[str, str]:
+        year, month, day = rng.randint(1950, 2029), rng.randint(1, 12), rng.randint(1, 28)
+        return spelling.format(day=day, month=MONTHS[month - 1], year=year), f"{year}.{month:02}.{day:02}"
+
+    return make
+
+
+def _tag(choose: Callable[[list[str]], list[str]]) -> Make:
+    """ "Blue River Stone" -> "[blue-river-stone]", or of some of the words."""
+
+    def make(rng: random.Random) -> tuple[str, str]:
+        words = rng.sample(WORDS.split(), 3)
+        return " ".join(words), f"[{'-'.join(choose(words)).lower()}]"
+
+    return make
+
+
+def _record(layout: str) -> Make:
+    """A shipment in any layout -> "Lima: 3 lamps (Anna)"."""
+
+    def make(rng: random.Random) -> tuple[str, str]:
+        name, goods, city = (rng.choice(words.split()) for words in (NAMES, GOODS, CITIES))
+        count = rng.randint(2, 99)
+        return layout.format(name=name, count=count, goods=goods, city=city), f"{city}: {count} {goods} ({name})"
+
+    return make
+
+
+def _family(family: str, *tasks: tuple[str, str, Make]) -> tuple[Task, ...]:
+    return tuple(Task(f"{family}-{name}", family, definition, make) for name, definition, make in tasks)
+
+
+TASKS = (
+    *_family(
+        "units",
+        ("length", "Convert kilometres to metres in log style.", _thousandfold("km", "m")),
+        ("mass", "Convert kilograms to grams in log style.", _thousandfold("kg", "g")),
+        ("volume", "Convert litres to millilitres in log style.", _thousandfold("l", "ml")),
+    ),
+    *_family(
+        "dates",
+        ("day-first", "Rewrite the date in archive style.", _date("{day} {month} {year}")),
+        ("month-first", "Rewrite the US date in archive style.", _date("{month} {day}, {year}")),
+        ("short", "Rewrite the short date in archive style.", _date("{day}-{month:.3}-{year}")),
+    ),
+    *_family(
+        "tags",
+        ("all", "Make a tag of all words.", _tag(lambda words: words)),
+        ("ends", "Make a tag of the first and the last word.", _tag(lambda words: words[::2])),
+        ("tail", "Make a tag without the first word.", _tag(lambda words: words[1:])),
+    ),
+    *_family(
+        "records",
+        (
+            "sentence",
+            "Extract the shipping record from the sentence.",
+            _record("{name} sent {count} {goods} to {city}."),
+        ),
+        ("fields", "Extract the shipping record from the fields.", _record("to={city} from={name} {goods}={count}")),
+        ("row", "Extract the shipping record from the row.", _record("{name};{city};{count};{goods}")),
+    ),
+)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Builtin:
+    """12 clients, one per task; the group is the family."""
+
+    examples: Annotated[int, Field(ge=1, le=500)] = 64
+    """Different examples a client has, for all of its splits together."""
+    source: Literal["builtin"] = "builtin"
+
+    def load(self, seed: int) -> list[ClientData]:
+        return [
+            ClientData(task.name, task.name, task.family, task.definition, _examples(task, self.examples, seed))
+            for task in TASKS
+        ]
+
+
+def _examples(task: Task, count: int, seed: int) -> tuple[Example, ...]:
+    rng = random.Random(f"{seed} {task.name}")  # a text seeds it the same way in every process
+    made: dict[str, str] = {}
+    while len(made) < count:
+        given, answer = task.make(rng)
+        made.setdefault(given, answer)
+    return tuple(Example(task.definition, given, answer) for given, answer in made.items())

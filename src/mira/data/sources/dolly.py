@@ -1,0 +1,33 @@
+"""Databricks Dolly 15k: instruction, context, response and one of 8 categories, from a JSONL file or from the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from mira.core.strict import STRICT
+from mira.data.partition import ByColumn, Partition, split_pool
+from mira.data.records import Columns, existing, read_jsonl
+from mira.data.sources.hub import hub_records
+from mira.data.types import ClientData
+
+_HUB = "databricks/databricks-dolly-15k"
+_COLUMNS: Columns = {"instruction": "instruction", "input": "context", "output": "response"}
+
+
+@dataclass(frozen=True, config=STRICT)
+class Dolly:
+    """By default a client is a category."""
+
+    path: Path | None = None
+    """The JSONL file; without one the data set is fetched from the hub."""
+    partition: Partition = Field(default_factory=lambda: ByColumn("category"))
+    """How the pool becomes clients."""
+    source: Literal["dolly"] = "dolly"
+
+    def load(self, seed: int) -> list[ClientData]:
+        records = hub_records(_HUB, None, "train", None) if self.path is None else read_jsonl(existing(self.path))
+        return split_pool(records, _COLUMNS, self.partition, seed)

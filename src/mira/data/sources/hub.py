@@ -1,0 +1,55 @@
+"""Any instruction data set on the model hub, its columns mapped to ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from mira.core.errors import UserError
+from mira.core.strict import STRICT
+from mira.data.partition import Partition, split_pool
+from mira.data.records import Columns, Record
+from mira.data.types import ClientData
+
+
+@dataclass(frozen=True, config=STRICT)
+class Hub:
+    """A pool of examples that a partition turns into clients."""
+
+    path: str
+    """Name on the hub, e.g. databricks/databricks-dolly-15k."""
+    partition: Partition
+    """How the pool becomes clients."""
+    columns: Columns = Field(default_factory=dict)
+    """Our fields -> the data set's columns, e.g. {instruction: question, output: answer}; empty: ours already."""
+    subset: str | None = None
+    """The configuration of a data set that has several."""
+    split: str = "train"
+    """The part to read; our own splits are drawn from it."""
+    revision: str | None = None
+    """Branch, tag or commit; pin it for runs that must be repeated."""
+    source: Literal["hub"] = "hub"
+
+    def load(self, seed: int) -> list[ClientData]:
+        records = hub_records(self.path, self.subset, self.split, self.revision)
+        return split_pool(records, self.columns, self.partition, seed)
+
+
+def hub_records(path: str, subset: str | None, split: str, revision: str | None) -> Iterator[tuple[str, Record]]:
+    """(place, row) for every row. Raises UserError when the library or the data set cannot be had."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"data: reading '{path}' from the hub needs datasets; pip install 'mira[datasets]'") from error
+    try:
+        rows = datasets.load_dataset(path, subset, split=split, revision=revision)
+    except Exception as error:  # offline, unknown, gated, no such split: the library has no common base class for them
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"data: '{path}' cannot be loaded from the hub ({reason}); check name, split and connection, or download it"
+            " and use source: jsonl"
+        ) from error
+    return ((f"{path}[{split}] row {number}", row) for number, row in enumerate(rows))

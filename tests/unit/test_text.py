@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from mira.core.errors import UserError
+from mira.data.corpus import Corpus
+from mira.data.federation import Client, Federation
+from mira.data.text import Encoded, Encoder
+from mira.data.types import Example, Message
+from tiny import EOS, VOCABULARY, make_tokenizer
+
+TOKENIZER = make_tokenizer()
+CITY = Example("Name the capital.", "France", "Paris")
+TALK = Example(
+    "", "", "Four.",
+    (Message("system", "Be brief."), Message("user", "1+1?"), Message("assistant", "Two."),
+     Message("user", "2+2?"), Message("assistant", "Four.")),
+)  # fmt: skip
+
+
+def labelled(encoded: Encoded) -> str:
+    return str(TOKENIZER.decode([t for t, seen in zip(encoded.tokens, encoded.label, strict=True) if seen]))
+
+
+def words(bos: bool = False, end: bool = False) -> PreTrainedTokenizerFast:
+    """One token a word; with ``bos`` or ``end`` it adds <s> before or </s> after every text."""
+    vocabulary = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", "Sum", "up", ".", ":", *map(str, range(30))])}
+    inner = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single=f"{'<s> ' * bos}$A{' </s>' * end}", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+
+
+def test_alpaca_is_the_published_wording() -> None:
+    assert TOKENIZER.decode(Encoder(TOKENIZER, "alpaca", 1024).encode(CITY).tokens) == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nName the capital.\n\n### Input:\nFrance\n\n### Response:Paris<eos>"
+    )
+    assert TOKENIZER.decode(Encoder(TOKENIZER, "alpaca", 1024).prompt(Example("Sing.", "", "la"))) == (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nSing.\n\n### Response:"
+    )
+
+
+def test_plain_and_chat() -> None:
+    assert (
+        TOKENIZER.decode(Encoder(TOKENIZER, "plain", 99).encode(CITY).tokens) == "Name the capital.\nFrance\nParis<eos>"
+    )
+    assert TOKENIZER.decode(Encoder(TOKENIZER, "plain", 99).prompt(Example("Sing.", "", "la"))) == "Sing.\n"
+    chat = TOKENIZER.decode(Encoder(TOKENIZER, "chat", 99).encode(CITY).tokens)
+    assert chat == "<start>user\nName the capital.\n\nFrance<eos>\n<start>assistant\nParis<eos>"
+
+
+text = st.text(st.sampled_from([t for t in VOCABULARY if len(t) == 1]), min_size=1, max_size=40)
+
+
+@given(text, st.one_of(st.just(""), text), text, st.sampled_from(["alpaca", "plain", "chat"]))
+def test_the_loss_sees_the_response_and_eos_and_nothing_else(
+    instruction: str, given: str, output: str, name: str
+) -> None:
+    encoder = Encoder(TOKENIZER, name, 1024)
+    encoded = encoder.encode(Example(instruction, given, output))
+    prompt = encoder.prompt(Example(instruction, given, output))
+    assert labelled(encoded) == output + EOS
+    assert encoded.tokens[: len(prompt)] == prompt
+    assert encoded.label == (False,) * len(prompt) + (True,) * (len(encoded.tokens) - len(prompt))
+    assert not encoded.truncated
+    assert TOKENIZER.decode(encoded.tokens) == TOKENIZER.decode(prompt) + output + EOS
+    assert given in TOKENIZER.decode(prompt) or name == "chat"
+
+
+@given(text, text, text, st.integers(30, 130))
+def test_too_long_loses_input_from_its_left_and_nothing_else(
+    instruction: str, given: str, output: str, room: int
+) -> None:
+    example = Example(instruction, given, output)
+    whole = Encoder(TOKENIZER, "plain", 1024).encode(example)
+    least = len(instruction) + 1 + len(output) + 1
+    encoder = Encoder(TOKENIZER, "plain", room)
+    if least > room:
+        with pytest.raises(UserError, match=rf"at least {least} "):
+            encoder.encode(example)
+        return
+    short = encoder.encode(example)
+    assert labelled(short) == output + EOS
+    assert short.truncated == (len(whole.tokens) > room)
+    kept = max(0, room - least - 1) if short.truncated else len(given)
+    tail = given[len(given) - kept :]
+    assert TOKENIZER.decode(encoder.prompt(example)) == (f"{instruction}\n{tail}\n" if tail else f"{instruction}\n")
+
+
+def test_truncation_drops_whole_tokens() -> None:
+    tokenizer = words()
+    example = Example("Sum up.", " ".join(map(str, range(30))), "7")
+    encoded = Encoder(tokenizer, "plain", 8).encode(example)
+    assert tokenizer.decode(encoded.tokens) == "Sum up. 27 28 29 7</s>".replace(".", " .").replace("</s>", " </s>")
+    assert encoded.truncated
+
+
+def test_a_bos_is_kept_and_an_eos_after_the_prompt_is_not() -> None:
+    example = Example("Sum up.", "1 2", "3")
+    bare = Encoder(words(), "plain", 99).encode(example).tokens
+    assert bare[-1] == 2
+    assert bare.count(2) == 1
+    assert Encoder(words(bos=True), "plain", 99).encode(example).tokens == (1, *bare)
+    assert Encoder(words(bos=True, end=True), "plain", 99).encode(example).tokens == (1, *bare)
+    assert Encoder(words(end=True), "plain", 99).encode(example).tokens == bare
+
+
+def test_the_loss_sees_every_assistant_turn_of_a_conversation() -> None:
+    encoder = Encoder(TOKENIZER, "chat", 200)
+    encoded = encoder.encode(TALK)
+    whole = TOKENIZER.apply_chat_template([vars(m) for m in TALK.messages], tokenize=False)
+    assert TOKENIZER.decode(encoded.tokens) + "\n" == whole
+    assert labelled(encoded) == "Two.<eos>Four.<eos>"
+    assert TOKENIZER.decode(encoder.prompt(TALK)) + "Four.<eos>\n" == whole
+    assert encoder.reference(TALK) == "Four."
+
+
+def test_one_exchange_as_messages_is_the_same_as_an_instruction() -> None:
+    encoder = Encoder(TOKENIZER, "chat", 200)
+    messages = (Message("user", "Sing."), Message("assistant", "la"))
+    assert encoder.encode(Example("", "", "la", messages)) == encoder.encode(Example("Sing.", "", "la"))
+
+
+def test_a_template_that_closes_turns_without_eos_teaches_none_inside() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<start>{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<start>assistant:{% endif %}"
+    )
+    assert labelled(Encoder(tokenizer, "chat", 200).encode(TALK)) == "Two.Four.<eos>"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
+        "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}",
+        "{% for m in messages[-1:] %}{{ m['content'] }}{% endfor %}",
+    ],
+    ids=["head changes", "content changes", "forgets"],
+)
+def test_a_template_that_rewrites_earlier_turns_is_refused(template: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match="rewrites earlier turns"):
+        Encoder(tokenizer, "chat", 200).encode(TALK)
+
+
+def test_what_a_template_refuses_is_told() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(UserError, match="refuses it: no system role"):
+        Encoder(tokenizer, "chat", 200).encode(TALK, "it")
+
+
+def test_a_conversation_that_is_too_long_says_what_it_needs() -> None:
+    needed = len(Encoder(TOKENIZER, "chat", 200).encode(TALK).tokens)
+    assert not Encoder(TOKENIZER, "chat", needed).encode(TALK).truncated
+    with pytest.raises(UserError, match=rf"client 'a' needs {needed} tokens.*oldest turns"):
+        Encoder(TOKENIZER, "chat", needed - 1).encode(TALK, "client 'a'")
+
+
+def test_conversations_need_the_chat_template() -> None:
+    with pytest.raises(UserError, match=r"prompt\.template='alpaca'.*'messages'.*'chat'"):
+        Encoder(TOKENIZER, "alpaca", 200).encode(TALK)
+
+
+def test_what_cannot_encode_is_refused_at_once() -> None:
+    with pytest.raises(UserError, match=r"prompt\.template='alpacca'.*did you mean 'alpaca'"):
+        Encoder(TOKENIZER, "alpacca", 99)
+    with pytest.raises(UserError, match="no chat template"):
+        Encoder(words(), "chat", 99)
+    endless = words()
+    endless.eos_token = None
+    with pytest.raises(UserError, match="no end-of-text token"):
+        Encoder(endless, "plain", 99)
+
+
+def make_corpus(max_length: int = 60) -> Corpus:
+    def examples(split: str) -> tuple[Example, ...]:
+        return tuple(Example("Echo.", f"{split} {'long ' * (n == 2)}{n}", str(n)) for n in range(3))
+
+    clients = [Client(n, n, n, "", "", examples("train"), examples("dev"), examples("test")) for n in ("a", "b")]
+    return Corpus(Federation(tuple(clients), 0), Encoder(TOKENIZER, "plain", max_length), 2, steps=3)
+
+
+def test_corpus_gives_encoded_splits_prompts_and_references_in_one_order() -> None:
+    corpus = make_corpus()
+    assert (corpus.num_clients, corpus.num_train(1)) == (2, 3)
+    assert [labelled(e) for e in corpus.encoded(0, "test")] == ["0<eos>", "1<eos>", "2<eos>"]
+    assert corpus.encoded(0, "test")[0] is corpus.encoded(0, "test", limit=1)[0]
+    assert [TOKENIZER.decode(p) for p in corpus.prompts(1, "validation", 2)] == ["Echo.\ndev 0\n", "Echo.\ndev 1\n"]
+    assert corpus.references(1, "validation", 2) == ["0", "1"]
+
+
+def test_corpus_batches_are_training_examples_keyed_by_round_and_client() -> None:
+    corpus = make_corpus()
+    assert [len(batch) for batch in corpus.batches(0, 0)] == [2, 2, 2]
+    assert {e for batch in corpus.batches(0, 0) for e in batch} == set(corpus.encoded(0, "train"))
+    assert any(corpus.batches(r, 0) != corpus.batches(r, 1) for r in range(5))
+    assert any(corpus.batches(0, 0) != corpus.batches(r, 0) for r in range(1, 5))
+
+
+def test_corpus_counts_what_was_truncated() -> None:
+    assert make_corpus().truncated() == {"a": 0, "b": 0}
+    assert make_corpus(max_length=len("Echo.\ntrain 0\n0\n")).truncated() == {"a": 3, "b": 3}
+
+
+def test_corpus_names_the_example_that_cannot_fit() -> None:
+    with pytest.raises(UserError, match=r"max_length=5: example 0 of the train split of client 'a' needs 8 tokens"):
+        make_corpus(max_length=5).truncated()
