@@ -91,6 +91,13 @@ def test_two_clients_of_one_name_are_refused() -> None:
         make(client("a"), client("b"), client("a"))
 
 
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "\udce9"])
+def test_a_name_that_cannot_be_shown_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="cannot be shown") as caught:
+        make(client(name))
+    assert str(caught.value).isprintable()
+
+
 def test_two_clients_of_one_file_name_are_refused() -> None:
     with pytest.raises(UserError, match="become the file name"):
         make(client("A"), client(slug("A")))

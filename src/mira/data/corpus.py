@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mira.data.federation import Client, Federation, Split, batches
+from mira.data.federation import SPLITS, Client, Federation, batches
 from mira.data.text import Encoded, Encoder
-
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -20,7 +18,7 @@ class Corpus:
     batch_size: int
     steps: int | None = None
     epochs: int | None = None
-    _cache: dict[tuple[int, Split], tuple[Encoded, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _cache: dict[tuple[int, str], tuple[Encoded, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_clients(self) -> int:
@@ -29,7 +27,7 @@ class Corpus:
     def num_train(self, client: int) -> int:
         return len(self._client(client).train)
 
-    def encoded(self, client: int, split: Split, limit: int | None = None) -> Sequence[Encoded]:
+    def encoded(self, client: int, split: str, limit: int | None = None) -> Sequence[Encoded]:
         """A client's examples of one split, at most the first ``limit``. Raises UserError when one does not fit."""
         if (client, split) not in self._cache:
             owner = self._client(client)
@@ -38,13 +36,13 @@ class Corpus:
             )
         return self._cache[client, split][:limit]
 
-    def prompts(self, client: int, split: Split, limit: int | None = None) -> list[tuple[int, ...]]:
+    def prompts(self, client: int, split: str, limit: int | None = None) -> list[tuple[int, ...]]:
         """The tokens before the answer, example by example."""
         owner = self._client(client)
         examples = enumerate(owner.split(split)[:limit])
         return [self.encoder.prompt(example, _place(owner, split, n)) for n, example in examples]
 
-    def references(self, client: int, split: Split, limit: int | None = None) -> list[str]:
+    def references(self, client: int, split: str, limit: int | None = None) -> list[str]:
         """The answers that generated text is compared with, in the order of ``prompts``."""
         return [self.encoder.reference(example) for example in self._client(client).split(split)[:limit]]
 
@@ -66,5 +64,5 @@ class Corpus:
         return self.federation.clients[number]
 
 
-def _place(client: Client, split: Split, number: int) -> str:
+def _place(client: Client, split: str, number: int) -> str:
     return f"example {number} of the {split} split of client '{client.name}'"

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -18,7 +18,7 @@ from mira.core.seeds import generator, stream
 from mira.core.strict import STRICT
 from mira.data.types import ClientData, Example, Source, unique
 
-Split = Literal["train", "validation", "test"]
+SPLITS = ("train", "validation", "test")
 Size = Annotated[int, Field(strict=True, ge=1)] | Annotated[float, Field(strict=True, gt=0, lt=1)]
 
 _log = logging.getLogger(__name__)
@@ -48,7 +48,8 @@ class Client:
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
 
-    def split(self, name: Split) -> tuple[Example, ...]:
+    def split(self, name: str) -> tuple[Example, ...]:
+        """The examples of a split, named as in SPLITS."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[name]
 
 
@@ -100,6 +101,9 @@ def make_federation(source: Source, sizes: SplitSizes, seed: int) -> Federation:
     data = source.load(seed)
     if not data:
         raise UserError("data: the source holds no client; check data.path")
+    for client in data:
+        if not client.name.isprintable():  # also half characters, which file names of another encoding turn into
+            raise UserError(f"data: client name {client.name!a} holds characters that cannot be shown; rename it")
     name, times = Counter(client.name for client in data).most_common(1)[0]
     if times > 1:
         raise UserError(f"data: {times} clients are named '{name}'; client names must be unique: rename or merge them")

@@ -16,7 +16,7 @@ from mira.core.errors import UserError
 from mira.core.seeds import stream
 from mira.core.strict import STRICT
 from mira.data.records import Columns, Record, label_field, mapped, to_example
-from mira.data.types import ClientData, Example
+from mira.data.types import ClientData, Example, client_data
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
@@ -66,18 +66,13 @@ def split_pool(
         asked.setdefault(example.key, (example, label))
     examples, labels = [example for example, _ in asked.values()], [label for _, label in asked.values()]
     if isinstance(partition, ByColumn):
-        return [
-            client_data(value, [e for e, label in zip(examples, labels, strict=True) if label == value], value)
-            for value in sorted(set(labels))
-        ]
+        groups: dict[str, list[Example]] = {}
+        for example, label in asked.values():
+            groups.setdefault(label, []).append(example)
+        return [client_data(value, group, value) for value, group in sorted(groups.items())]
     parts = _deal(labels, partition, seed)
     width = len(str(len(parts) - 1))
     return [client_data(f"client-{n:0{width}}", [examples[row] for row in part]) for n, part in enumerate(parts)]
-
-
-def client_data(name: str, examples: Sequence[Example], group: str = "") -> ClientData:
-    """A client whose task is known by its name alone; its first instruction describes it."""
-    return ClientData(name, name, group, examples[0].instruction if examples else "", tuple(examples))
 
 
 def _deal(labels: Sequence[str], partition: ByDirichlet | ByChance, seed: int) -> list[list[int]]:

@@ -167,8 +167,7 @@ class Encoder:
         probe = alpaca("a", "")
         bare = self._bare(probe)
         full = tuple(self.tokenizer(probe, verbose=False)["input_ids"])
-        at = next((i for i in range(len(full)) if bare and full[i : i + len(bare)] == bare), 0)
-        return full[:at]
+        return full[: next(i for i in range(len(full) + 1) if full[i : i + len(bare)] == bare)]
 
     def _starts(self, text: str) -> list[int]:
         """The character at which each token of ``text`` starts (each character, where the tokenizer cannot tell)."""

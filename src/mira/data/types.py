@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,6 +43,11 @@ class ClientData:
     group: str
     description: str
     examples: tuple[Example, ...]
+
+
+def client_data(name: str, examples: Sequence[Example], group: str = "") -> ClientData:
+    """A client whose task is known by its name alone; its first instruction describes it."""
+    return ClientData(name, name, group, examples[0].instruction if examples else "", tuple(examples))
 
 
 class Source(Protocol):

@@ -42,7 +42,7 @@ class Task:
 
 
 def _thousandfold(large: str, small: str) -> Make:
-    """ "47 km" -> "47000|m"."""
+    """As "47 km" -> "47000|m"."""
 
     def make(rng: random.Random) -> tuple[str, str]:
         amount = rng.randint(2, 999)
@@ -62,7 +62,7 @@ def _date(spelling: str) -> Make:
 
 
 def _tag(choose: Callable[[list[str]], list[str]]) -> Make:
-    """ "Blue River Stone" -> "[blue-river-stone]", or of some of the words."""
+    """As "Blue River Stone" -> "[blue-river-stone]", or with some of the words only."""
 
     def make(rng: random.Random) -> tuple[str, str]:
         words = rng.sample(WORDS.split(), 3)

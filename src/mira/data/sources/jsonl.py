@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from mira.core.errors import UserError
 from mira.core.strict import STRICT
 from mira.data.records import Record, existing, label_field, read_jsonl, to_example
-from mira.data.types import ClientData
+from mira.data.types import ClientData, client_data
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -51,7 +51,7 @@ class Jsonl:
     def _client(self, name: str, records: list[tuple[str, Record]]) -> ClientData:
         examples = tuple(to_example(record, place) for place, record in records)
         group = self._group(name, records) if self.group_column else ""
-        return ClientData(name, name, group, examples[0].instruction if examples else "", examples)
+        return client_data(name, examples, group)
 
     def _group(self, name: str, records: list[tuple[str, Record]]) -> str:
         group = ""
