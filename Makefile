@@ -9,7 +9,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet --constraint constraints.txt
+# -qq: pip warns about every index that lacks a package; errors are still shown.
+INSTALL := $(PIP) install -qq --constraint constraints.txt
 EVERYTHING := --editable '.[dev,datasets]' 'flwr==1.41.*'
 
 .PHONY: help demo test quick format lock clean
@@ -47,7 +48,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
-	@echo 'installing pinned dependencies into $(VENV) (about 350 MB with the CPU build of torch) ...'
+	@echo 'installing pinned dependencies into $(VENV) (about 250 MB with the CPU build of torch) ...'
 	@$(INSTALL) --editable .
 	@touch $@
 

