@@ -1,7 +1,7 @@
 # Two commands: `make demo` and `make test`. All they install goes into .venv, with the versions of constraints.txt.
 #
-# torch on Linux x86-64: PyPI's build brings CUDA libraries along (several GB). On a machine without a GPU, tell pip where
-# PyTorch keeps its CPU builds (the index or folder its install page names), once, with pip's own settings, for example
+# torch on Linux x86-64: PyPI's build brings CUDA libraries along (several GB). On a machine without a GPU, tell pip
+# where CPU builds are (the index that PyTorch's install page names, or a folder), with pip's own settings, for example
 #   PIP_EXTRA_INDEX_URL=... make demo        or        PIP_FIND_LINKS=/folder/with/wheels make demo
 # The pin torch==2.13.0 then resolves to the CPU build 2.13.0+cpu; nothing here can make pip prefer another.
 
@@ -62,13 +62,14 @@ $(VENV)/.resolves: $(VENV)/.dev
 	@$(INSTALL) --dry-run $(EVERYTHING)
 	@touch $@
 
-# The lock is what a fresh environment gets; labels such as +cpu are cut, so that it holds on every machine.
+# What a fresh environment gets; labels such as +cpu are cut, so that the lock holds on every machine.
 lock:
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install --quiet 'torch==2.13.0' $(EVERYTHING)
+	build/lock/bin/python -m pip install -qq 'torch==2.13.0' $(EVERYTHING)
 	sed -n '/^#/p' constraints.txt > build/constraints.txt
-	build/lock/bin/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9]*$$//' | sort --ignore-case >> build/constraints.txt
+	build/lock/bin/python -m pip freeze --all --exclude pip --exclude-editable \
+	  | sed 's/+[a-z0-9]*$$//' | sort --ignore-case >> build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
 clean:
