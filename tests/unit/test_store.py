@@ -156,7 +156,7 @@ def histories(draw: st.DrawFn) -> list[tuple[dict[int, float], float | None, boo
     return draw(st.lists(st.tuples(rows, loss, st.booleans(), st.booleans()), min_size=1, max_size=12))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(history=histories())
 def test_any_history_reads_as_a_model_in_memory(history: list[Any], tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("run")

@@ -1,0 +1,58 @@
+"""The experiment: typed, documented fields <-> YAML. Unknown keys are errors; ``a.b=value`` overrides a field."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mira.config.experiment import VARIANTS, Experiment
+from mira.config.overrides import override
+from mira.config.text import read, write
+
+__all__ = ["Experiment", "differences", "dump", "load", "parse", "schema"]
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a YAML file. ``overrides``: dotted keys with YAML values, e.g. ``training.lr=3e-4``.
+
+    An override that changes the variant of a section (``method.name=fedit``) drops what the file says of the former
+    variant and the new one does not have. Raises UserError, one line that names the file and line or the key.
+    """
+    return parse(override(read(path), overrides))
+
+
+def parse(values: Mapping[str, Any]) -> Experiment:
+    """The experiment of a mapping as YAML gives it. Raises UserError."""
+    return Experiment(**values)
+
+
+def dump(experiment: Experiment) -> str:
+    """YAML with every field, defaults included: ``load`` gives the same experiment back."""
+    values = experiment.model_dump(mode="json")
+    for section, variants in VARIANTS.items():
+        values[section] = {variants.tag: values[section].pop(variants.tag), **values[section]}
+    return write(values)
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema, for editors."""
+    return Experiment.model_json_schema()
+
+
+def differences(here: Experiment, there: Experiment) -> list[str]:
+    """One line for each field that differs: 'training.lr: 0.001 here, 0.002 there'."""
+    a, b = (dict(_leaves("", each.model_dump(mode="json"))) for each in (here, there))
+    keys = [*a, *(key for key in b if key not in a)]
+    return [
+        f"{key}: {a.get(key, 'absent')} here, {b.get(key, 'absent')} there" for key in keys if a.get(key) != b.get(key)
+    ]
+
+
+def _leaves(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(f"{prefix}{key}.", value)
+        else:
+            yield prefix + key, json.dumps(value, ensure_ascii=False)

