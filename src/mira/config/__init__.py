@@ -9,9 +9,9 @@ from typing import Any
 
 from mira.config.experiment import VARIANTS, Experiment
 from mira.config.overrides import override
-from mira.config.text import read, write
+from mira.config.text import mapping, read, write
 
-__all__ = ["Experiment", "differences", "dump", "load", "parse", "schema"]
+__all__ = ["Experiment", "differences", "dump", "load", "parse", "parse_text", "schema"]
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -26,6 +26,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
 def parse(values: Mapping[str, Any]) -> Experiment:
     """The experiment of a mapping as YAML gives it. Raises UserError."""
     return Experiment(**values)
+
+
+def parse_text(text: str, where: str = "config.yaml") -> Experiment:
+    """The experiment of a YAML text, such as ``dump`` gives. Raises UserError."""
+    return parse(mapping(text, where))
 
 
 def dump(experiment: Experiment) -> str:

@@ -67,12 +67,15 @@ def read(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
-    values = value(text, str(path))
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must be a mapping such as 'rounds: 3', got a {type(values).__name__}")
-    return values
+    return mapping(text, str(path))
+
+
+def mapping(text: str, where: str) -> dict[str, Any]:
+    """The mapping in a YAML text; nothing is an empty one. Raises UserError that begins with ``where``."""
+    values = value(text, where)
+    if not isinstance(values, dict | None):
+        raise UserError(f"{where}: must be a mapping such as 'rounds: 3', got a {type(values).__name__}")
+    return values or {}
 
 
 def value(text: str, where: str) -> Any:
