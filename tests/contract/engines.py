@@ -16,7 +16,7 @@ from mira.core.training import Training
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.engine.reference import ReferenceEngine
-from tiny import PAD, EOS, VOCABULARY, make_tiny
+from tiny import EOS, PAD, VOCABULARY, make_tiny
 
 
 @dataclass(frozen=True)
@@ -78,4 +78,6 @@ def make_engine(
     }  # fmt: skip
     if name == "reference":
         return ReferenceEngine(**shared)
-    return BatchedEngine(**shared, tokens_per_pass=options.get("tokens_per_pass", 4096), prefix=options.get("prefix", True))
+    return BatchedEngine(
+        **shared, tokens_per_pass=options.get("tokens_per_pass", 4096), prefix=options.get("prefix", True)
+    )

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from engines import RandomCorpus, layout_on, make_engine, warm_row
 from torch import Tensor
 
-from engines import RandomCorpus, layout_on, make_engine, warm_row
 from mira.core.training import Training
 from mira.core.types import Work
 from tiny import KINDS
@@ -52,7 +52,9 @@ def test_batched_equals_reference_after_20_steps(kind: str, dtype: torch.dtype, 
         torch.testing.assert_close(ours.loss, oracle.loss, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("optimizer", [{"optimizer": "sgd", "momentum": 0.9, "lr": 0.05}, {"optimizer": "sgd", "lr": 0.05}])
+@pytest.mark.parametrize(
+    "optimizer", [{"optimizer": "sgd", "momentum": 0.9, "lr": 0.05}, {"optimizer": "sgd", "lr": 0.05}]
+)
 def test_sgd_equals_reference(optimizer: dict[str, Any]) -> None:
     training = Training(local_steps=20, clip=1.0, weight_decay=0.01, **optimizer)
     layout, start, oracle = train("reference", "llama", training, torch.float64)

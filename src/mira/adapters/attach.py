@@ -61,7 +61,7 @@ def _hook(attached: Attached, a: Entry, b: Entry) -> Any:
             x = x * _mask(x, lane, attached.dropout)
         # Without a tensor that asks for gradients the first layer's product would not be recorded: its input is frozen.
         probe = torch.empty(0, requires_grad=lane.grad is not None)
-        delta = _LowRank.apply(x, probe, lane, a, b, attached.layout.scale)
+        delta = _LowRank.apply(x, probe, lane, a, b, attached.layout.scale)  # type: ignore[no-untyped-call]
         return (out + delta.view(out.shape)).to(out.dtype)  # type: ignore[no-any-return]
 
     return add

@@ -83,10 +83,14 @@ def from_peft(folder: Path, layout: Layout) -> Tensor:
         name = f"{_PREFIX}{entry.module}.lora_{entry.factor}.weight"
         if name not in tensors or tuple(tensors[name].shape) != entry.shape:
             given = tuple(tensors[name].shape) if name in tensors else "nothing"
-            raise UserError(f"{folder}: tensor '{name}' is {given}, expected {entry.shape}; another rank or base model?")
+            raise UserError(
+                f"{folder}: tensor '{name}' is {given}, expected {entry.shape}; another rank or base model?"
+            )
         entry.view(row).copy_(tensors[name])
     if len(tensors) != len(layout.entries):
-        raise UserError(f"{folder}: holds {len(tensors)} tensors, expected {len(layout.entries)}; other target modules?")
+        raise UserError(
+            f"{folder}: holds {len(tensors)} tensors, expected {len(layout.entries)}; other target modules?"
+        )
     return row
 
 
@@ -111,7 +115,7 @@ def _features(module: nn.Module) -> tuple[int, int]:
 
 def _targets(model: PreTrainedModel, targets: str | Sequence[str]) -> dict[str, nn.Module]:
     """Linear layers whose name ends in one of ``targets``, or matches it as a pattern when it is one string."""
-    linear = {
+    linear: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings()
@@ -122,13 +126,17 @@ def _targets(model: PreTrainedModel, targets: str | Sequence[str]) -> dict[str, 
         try:
             pattern = re.compile(targets)
         except re.error as error:
-            raise UserError(f"adapter.targets={targets}: not a valid pattern ({error}); give names as a list instead") from None
+            raise UserError(
+                f"adapter.targets={targets}: not a valid pattern ({error}); give names as a list instead"
+            ) from None
         found = {name: module for name, module in linear.items() if pattern.fullmatch(name)}
     else:
         found = {name: module for name, module in linear.items() if _ends(name, targets)}
         for target in targets:
             if not any(_ends(name, [target]) for name in found):
-                raise UserError(f"adapter.targets: no linear layer is named '{target}'{did_you_mean(target, _short(linear))}")
+                raise UserError(
+                    f"adapter.targets: no linear layer is named '{target}'{did_you_mean(target, _short(linear))}"
+                )
     if not found:
         raise UserError(f"adapter.targets={targets}: matches no linear layer; allowed: {', '.join(_short(linear))}")
     return found
@@ -138,7 +146,7 @@ def _defaults(model: PreTrainedModel, linear: dict[str, nn.Module]) -> list[str]
     kind = model.config.model_type
     if kind not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
         raise UserError(
-            f"adapter.targets=auto: no default for architecture '{kind}'; name the layers, e.g. one of {', '.join(_short(linear))}"
+            f"adapter.targets=auto: no default for architecture '{kind}'; name the layers, among {', '.join(_short(linear))}"
         )
     return list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[kind])
 

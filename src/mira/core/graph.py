@@ -73,10 +73,14 @@ class Edges:
     def of(source: Tensor, target: Tensor, weight: Tensor, num_clients: int) -> Edges:
         """From undirected edges, each given once. Zero weights are dropped. Raises ValueError on a self-loop, a
         negative or non-finite weight, an unknown client, or an edge given twice."""
-        if source.numel() and (min(int(source.min()), int(target.min())) < 0 or max(int(source.max()), int(target.max())) >= num_clients):
+        if source.numel() and (
+            min(int(source.min()), int(target.min())) < 0 or max(int(source.max()), int(target.max())) >= num_clients
+        ):
             raise ValueError(f"graph: an edge names a client outside 0..{num_clients - 1}")
         if bool((source == target).any()):
-            raise ValueError(f"graph: client {int(source[source == target][0])} has an edge to itself; the diagonal must be zero")
+            raise ValueError(
+                f"graph: client {int(source[source == target][0])} has an edge to itself; the diagonal must be zero"
+            )
         if not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
             raise ValueError("graph: edge weights must be finite and not negative")
         source, target, weight = (x[weight > 0] for x in (source, target, weight.double()))
@@ -116,7 +120,8 @@ class Edges:
         return a
 
     def neighbours(self, client: Tensor) -> Tensor:
-        return self.target[self._of(client)[0]].unique()
+        near: Tensor = self.target[self._of(client)[0]].unique()
+        return near
 
     def laplacian_max(self) -> float:
         degree = torch.zeros(self.num_clients, dtype=torch.float64)
@@ -128,7 +133,9 @@ class Edges:
             return float(torch.linalg.eigvalsh(laplacian)[-1].clamp(min=0)) if self.num_clients else 0.0
         if not len(self.target):
             return 0.0
-        return float((degree[source] + degree[self.target]).max())  # Anderson and Morley 1985: λ_max ≤ max over edges of d_k + d_l
+        return float(
+            (degree[source] + degree[self.target]).max()
+        )  # Anderson and Morley 1985: λ_max ≤ max over edges of d_k + d_l
 
 
 def to_tensors(graph: Graph) -> dict[str, Tensor]:

@@ -92,7 +92,9 @@ def screen(trained: Trained) -> Trained:
     if bool(good.all()):
         return trained
     failed = [
-        Failure(int(k), f"loss is {loss:g}; lower training.lr or set training.clip" if loss != loss else "row is not finite")
+        Failure(
+            int(k), f"loss is {loss:g}; lower training.lr or set training.clip" if loss != loss else "row is not finite"
+        )
         for k, loss in zip(trained.client[~good], trained.loss[~good].tolist(), strict=True)
     ]
     return trained.select(good, failed)

@@ -40,7 +40,9 @@ class Training:
     def __post_init__(self) -> None:
         if (self.local_steps is None) == (self.local_epochs is None):
             given = "neither" if self.local_steps is None else "both"
-            raise UserError(f"training: {given} of local_steps and local_epochs given; set exactly one, e.g. local_steps: 4")
+            raise UserError(
+                f"training: {given} of local_steps and local_epochs given; set exactly one, e.g. local_steps: 4"
+            )
         if self.momentum and self.optimizer != "sgd":
             raise UserError(f"training.momentum={self.momentum}: belongs to optimizer 'sgd', not '{self.optimizer}'")
 

@@ -155,6 +155,9 @@ class Scores:
 class Method(Protocol):
     """Four pure functions over a frozen set of hyper-parameters: no I/O, no model, no mutation, no touching of all S rows."""
 
+    @property
+    def name(self) -> str: ...
+
     def init(self, setting: Setting) -> ServerState:
         """The state before round 0. Raises ValueError when hyper-parameters cannot work in this setting."""
         ...

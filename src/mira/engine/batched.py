@@ -66,7 +66,7 @@ class BatchedEngine:
                 )
         if not self.model._supports_attention_backend or getattr(config, "is_encoder_decoder", False):
             raise UserError(
-                f"engine.name=batched: architecture '{config.model_type}' has no exchangeable attention; use engine.name=reference"
+                f"engine.name=batched: architecture '{config.model_type}' cannot exchange its attention; use engine.name=reference"
             )
         attention.register()
         self.model.set_attn_implementation(attention.NAME)
@@ -82,7 +82,7 @@ class BatchedEngine:
         batches = [batches[j] for j in order]
         client = work.client[order]
         rows = self._rows(work.start[order])
-        kept = [self.kept(int(k)) for k in client] if self.training.keep_optimizer else [None] * len(order)
+        kept = [self.kept(int(k)) if self.training.keep_optimizer else None for k in client]
         optimizer = RowOptimizer.start(self.training, rows, kept)
         grad = torch.zeros_like(rows)
         loss = torch.zeros(len(order), dtype=torch.float64, device=self.device)
@@ -151,7 +151,9 @@ class BatchedEngine:
         for part in self._passes(jobs):
             packed = pack(part, self.prefix)
             with torch.no_grad(), self._lane(Lane(on_device, packed.ranges)) as lane:
-                new = greedy(self.model, self._head, packed, lane, [len(job) for _, job in part], self.end, max_new_tokens)
+                new = greedy(
+                    self.model, self._head, packed, lane, [len(job) for _, job in part], self.end, max_new_tokens
+                )
             owners = [row for row, job in part for _ in job]
             for row, tokens in zip(owners, new, strict=True):
                 answers[row].append(self.decode(tokens))
@@ -173,7 +175,11 @@ class BatchedEngine:
             if len(part) == 1:
                 lost[index[0]] = OUT_OF_MEMORY
                 return
-            log.warning("out of memory with %d clients in a pass; trying halves (engine.tokens_per_pass=%d)", len(part), self.tokens_per_pass)
+            log.warning(
+                "out of memory with %d clients in a pass; trying halves (engine.tokens_per_pass=%d)",
+                len(part),
+                self.tokens_per_pass,
+            )
             for half in (part[: len(part) // 2], part[len(part) // 2 :]):
                 self._accumulate(half, rows, grad, loss, dropout, lost)
             return
@@ -188,12 +194,17 @@ class BatchedEngine:
         packed = pack(part, self.prefix)
         with self._lane(Lane(rows, packed.ranges, grad, dropout)):
             hidden = self._body(packed)
-            each = LabelLoss.apply(hidden[packed.predict.to(self.device)], self._head, packed.target.to(self.device))
-            job_of_sequence = torch.repeat_interleave(torch.arange(len(part)), torch.tensor([len(job) for _, job in part]))
+            label = packed.predict.to(self.device), packed.target.to(self.device)
+            each = LabelLoss.apply(hidden[label[0]], self._head, label[1])  # type: ignore[no-untyped-call]
+            job_of_sequence = torch.repeat_interleave(
+                torch.arange(len(part)), torch.tensor([len(job) for _, job in part])
+            )
             job = job_of_sequence[packed.owner].to(self.device)
             weight = job.bincount(minlength=len(part)).double().reciprocal()
             each.backward(weight[job].to(each.dtype))
-        mean = torch.zeros(len(part), dtype=torch.float64, device=self.device).index_add_(0, job, each.detach().double())
+        mean = torch.zeros(len(part), dtype=torch.float64, device=self.device).index_add_(
+            0, job, each.detach().double()
+        )
         return mean * weight
 
     def _body(self, packed: Pass) -> Tensor:
@@ -206,7 +217,8 @@ class BatchedEngine:
 
     @property
     def _head(self) -> torch.nn.Module:
-        return self.model.get_output_embeddings()
+        head: torch.nn.Module = self.model.get_output_embeddings()
+        return head
 
     @contextmanager
     def _lane(self, lane: Lane) -> Iterator[Lane]:

@@ -78,7 +78,7 @@ class ReferenceEngine:
         for batch in batches:
             optimizer.zero_grad()
             loss = self._loss(batch, "mean")
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             if self.training.clip is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, self.training.clip)
             optimizer.step()
@@ -122,7 +122,7 @@ class ReferenceEngine:
 
     def _answer(self, prompt: Sequence[int], max_new_tokens: int) -> str:
         ids = torch.tensor([prompt], device=self.model.device)
-        out = self.peft.generate(
+        out = self.peft.generate(  # type: ignore[no-untyped-call]
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
             eos_token_id=self.end, pad_token_id=self.pad, repetition_penalty=1.0,
         )  # fmt: skip
@@ -177,7 +177,10 @@ class ReferenceEngine:
         state = [optimizer.state[p] for p in parameters]
         if self.training.optimizer == "sgd":
             zero = torch.zeros(1)
-            moments = [s["momentum_buffer"].flatten() if self.training.momentum else torch.zeros_like(p).flatten() for s, p in zip(state, parameters, strict=True)]
+            moments = [
+                s["momentum_buffer"].flatten() if self.training.momentum else torch.zeros_like(p).flatten()
+                for s, p in zip(state, parameters, strict=True)
+            ]
             return torch.cat([zero, *moments]).cpu()
         first, second = ([s[name].flatten() for s in state] for name in ("exp_avg", "exp_avg_sq"))
         return torch.cat([torch.as_tensor(state[0]["step"]).view(1), *first, *second]).cpu()

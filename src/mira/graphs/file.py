@@ -41,19 +41,25 @@ class File:
             with self.path.open(encoding="utf-8", newline="") as file:
                 reader = csv.DictReader(file)
                 if reader.fieldnames != _COLUMNS:
-                    raise UserError(f"graph.path={self.path}: line 1 must be '{','.join(_COLUMNS)}', got {reader.fieldnames}")
+                    raise UserError(
+                        f"graph.path={self.path}: line 1 must be '{','.join(_COLUMNS)}', got {reader.fieldnames}"
+                    )
                 edges = []
                 for row in reader:
                     where = f"graph.path={self.path}, line {reader.line_num}"
                     for end in ("source", "target"):
                         if row[end] not in number:
-                            raise UserError(f"{where}: no client is named '{row[end]}'{did_you_mean(str(row[end]), names)}")
+                            raise UserError(
+                                f"{where}: no client is named '{row[end]}'{did_you_mean(str(row[end]), names)}"
+                            )
                     edges.append((number[row["source"]], number[row["target"]], _weight(row["weight"], where)))
                 return edges
         except OSError as error:
             raise UserError(f"graph.path={self.path}: cannot be read ({error.strerror})") from None
         except UnicodeDecodeError as error:
-            raise UserError(f"graph.path={self.path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+            raise UserError(
+                f"graph.path={self.path}: not UTF-8 at byte {error.start}; save the file as UTF-8"
+            ) from None
 
 
 def _weight(text: str | None, where: str) -> float:

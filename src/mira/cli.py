@@ -1,0 +1,199 @@
+"""The command line: parse, call, print. Results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import typer
+from rich.console import Console
+
+from mira.core.errors import UserError
+
+app = typer.Typer(
+    name="mira",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Federated multi-task LoRA fine-tuning: one adapter per client, trained together.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Show, check or describe a configuration.")
+app.add_typer(config_app, name="config")
+
+out_console = Console()
+err_console = Console(stderr=True, soft_wrap=True)
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one field, e.g. training.lr=0.001. Repeatable."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Which = Annotated[str, typer.Option("--round", help="last, or best: the round of the lowest validation loss.")]
+
+
+@app.command()
+def run(
+    target: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; with --resume also a run folder.")],
+    overrides: Set = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The run folder, new (default runs/NAME-TIME).")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in CONFIG (a run folder) or --out.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train one adapter per client, measure every client, and write a PEFT folder for each."""
+    from mira import config, experiment
+    from mira.progress import RunProgress
+    from mira.report import table
+
+    watcher = RunProgress(err_console)
+    try:
+        if not resume:
+            result = experiment.run(config.load(target, overrides or []), out, watcher)
+        else:
+            result = experiment.resume(_folder_to_resume(target, overrides or [], out), watcher)
+    finally:
+        watcher.stop()
+    _print(result, table, as_json)
+
+
+@app.command()
+def evaluate(run: Run, round: Which = "last", as_json: Json = False) -> None:
+    """Measure every client of a run again: loss, exact match and ROUGE-L under the row it deploys."""
+    from mira import inspect_run
+
+    _print(inspect_run.evaluate(run, round), inspect_run.evaluation_table, as_json)
+
+
+@app.command()
+def generate(
+    run: Run,
+    client: Annotated[str, typer.Option("--client", help="Whose adapter answers.")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="The input to answer; without it, the client's first test inputs.")
+    ] = None,
+    instruction: Annotated[
+        str | None, typer.Option("--instruction", help="Default: the client's own task definition.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    round: Which = "last",
+) -> None:
+    """Answer a prompt with one client's adapter."""
+    from mira import inspect_run
+
+    for line in inspect_run.generate(run, client, prompt, instruction, max_new_tokens, round):
+        out_console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    run: Run,
+    client: Annotated[list[str] | None, typer.Option("--client", help="Whose adapter; repeatable.")] = None,
+    everyone: Annotated[bool, typer.Option("--all", help="Every client's adapter.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the whole model with the adapter merged into it.")
+    ] = False,
+    format: Annotated[
+        Literal["peft", "vllm"], typer.Option(help="vllm: check what vLLM cannot serve and print its command line.")
+    ] = "peft",
+    round: Which = "last",
+) -> None:
+    """Write adapters as PEFT folders, or merged models, under the run folder."""
+    from mira import inspect_run
+
+    if everyone == bool(client):
+        raise UserError("export: name the clients with --client NAME (repeatable), or give --all")
+    for line in inspect_run.export(run, client, merge, format, round):
+        out_console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@config_app.command()
+def show(file: Path, overrides: Set = None) -> None:
+    """Print the whole configuration, defaults included."""
+    from mira import config
+
+    out_console.print(
+        config.dump(config.load(file, overrides or [])), markup=False, highlight=False, soft_wrap=True, end=""
+    )
+
+
+@config_app.command()
+def check(file: Path, overrides: Set = None) -> None:
+    """Check a configuration and its data, without training."""
+    from mira import config
+    from mira.data.federation import make_federation
+
+    experiment = config.load(file, overrides or [])
+    federation = make_federation(experiment.data, experiment.split, experiment.seed)
+    out_console.print(
+        f"{file}: fine; {len(federation.clients)} clients, {experiment.rounds} rounds of {experiment.method.name}",
+        highlight=False,
+    )
+
+
+@config_app.command()
+def schema() -> None:
+    """Print the JSON schema of a configuration."""
+    from mira import config
+
+    out_console.print(json.dumps(config.schema(), indent=2), markup=False, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Exit status: 0, 2 for what the user can mend (one line), 1 for our own bugs (a traceback)."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences its warning when a child process is started
+    logging.basicConfig(level=logging.WARNING, handlers=[_ConsoleHandler()])
+    logging.getLogger("mira").setLevel(logging.INFO)
+    try:
+        app()
+    except UserError as error:
+        err_console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err_console.print("interrupted; committed rounds are kept, go on with: mira run RUN --resume", highlight=False)
+        sys.exit(130)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log lines through the console, so that they do not tear a progress bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else "dim"
+        err_console.print(self.format(record), style=style, markup=False, highlight=False)
+
+
+def _folder_to_resume(target: Path, overrides: list[str], out: Path | None) -> Path:
+    """The run folder meant; a configuration given beside it must be the one the run was started with."""
+    from mira import config
+    from mira.store import Store
+
+    if target.is_dir():
+        if overrides or out:
+            raise UserError(f"--resume {target}: goes on exactly as started; drop --set and --out, or start a new run")
+        return target
+    if out is None:
+        raise UserError(f"--resume: name the run folder, as in 'mira run DIR --resume', or with --out beside {target}")
+    asked = config.load(target, overrides)
+    with Store.open(out, writable=False) as store:
+        differences = config.differences(config.load(store.folder / "config.yaml"), asked)
+    if differences:
+        raise UserError(f"--resume {out}: the configuration changed: {'; '.join(differences)}; start a new run for it")
+    return out
+
+
+_Result = TypeVar("_Result", bound=dict[str, Any])
+
+
+def _print(result: _Result, table: Callable[[_Result], Any], as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(result, allow_nan=False) + "\n")
+    else:
+        out_console.print(table(result), highlight=False)

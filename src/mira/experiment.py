@@ -1,0 +1,189 @@
+"""Running an experiment: from a configuration to a run folder, from a run folder to the end of the run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mira import config, measure
+from mira.adapters.lora import to_peft
+from mira.config import Experiment
+from mira.core.graph import from_tensors, to_tensors
+from mira.core.loop import Record, Schedule, run_rounds
+from mira.core.types import Change, Rows, ServerState
+from mira.report import summarise
+from mira.session import Session, check_environment, open_session
+from mira.store import Store
+
+log = logging.getLogger(__name__)
+Result = dict[str, Any]
+
+
+class Watcher(Protocol):
+    """Who looks on while a run goes: a progress bar, or nobody."""
+
+    def start(self, folder: Path, rounds: int, clients: int, done: int) -> None: ...
+    def stage(self, what: str) -> None: ...
+    def tokens(self, count: int) -> None: ...
+    def round(self, record: Record) -> None: ...
+
+
+class Nobody:
+    def start(self, folder: Path, rounds: int, clients: int, done: int) -> None: ...
+    def stage(self, what: str) -> None: ...
+    def tokens(self, count: int) -> None: ...
+    def round(self, record: Record) -> None: ...
+
+
+def run(experiment: Experiment, out: Path | str | None = None, watcher: Watcher | None = None) -> Result:
+    """Run ``experiment`` in the new folder ``out`` (default runs/NAME-TIME) and return its result: what
+    ``mira run --json`` prints (docs/cli.md). Raises UserError for anything the user can mend."""
+    watcher = watcher or Nobody()
+    folder = Path(out) if out is not None else Path("runs") / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    watcher.stage("preparing")
+    kept = _Kept()
+    session = open_session(experiment, kept=kept, progress=watcher.tokens)
+    state = session.initial_state()
+    store = Store.create(
+        folder, config.dump(experiment), session.environment, session.start(), len(state.rows), to_tensors(state.graph)
+    )
+    with store:
+        kept.store = store
+        return _go_on(session, store, state, watcher)
+
+
+def resume(folder: Path | str, watcher: Watcher | None = None) -> Result:
+    """Go on with the run in ``folder`` from its last committed round; what was not committed is done again."""
+    watcher = watcher or Nobody()
+    watcher.stage("preparing")
+    with Store.open(Path(folder)) as store:
+        finished = store.result()
+        if finished is not None:
+            log.warning("%s is finished; nothing to resume", folder)
+            return finished
+        experiment = config.load(store.folder / "config.yaml")
+        kept = _Kept(store)
+        session = open_session(experiment, store.environment()["threads"], kept, watcher.tokens)
+        check_environment(store.environment(), session.environment)
+        return _go_on(session, store, state_of(session, store), watcher)
+
+
+def state_of(session: Session, store: Store, as_of: int | None = None) -> ServerState:
+    """The server state as of a committed round (None: the last)."""
+    done = store.last_round if as_of is None else as_of
+    if done is None:
+        return session.initial_state()
+    return ServerState(store.rows(as_of), from_tensors(store.graph()), store.extra(as_of), done)
+
+
+@dataclass
+class _Kept:
+    """Kept optimiser states, read from the run folder once there is one."""
+
+    store: Store | None = None
+
+    def __call__(self, client: int) -> Tensor | None:
+        return self.store.optimizer(client) if self.store else None
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """The store as the round loop sees it."""
+
+    store: Store
+
+    def commit(self, round: int, change: Change, optimizer: dict[int, Tensor], record: Record) -> None:
+        self.store.commit(round, change.index, change.value, change.extra, optimizer, record)
+
+    def rows(self) -> Rows:
+        return self.store.rows()
+
+
+def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher) -> Result:
+    experiment, method = session.experiment, session.experiment.method
+    rounds, names = experiment.rounds, session.names
+    look = _measurer(session, watcher)
+    if store.last_round is None:
+        watcher.stage("measuring the start")
+        began = time.perf_counter()
+        record = {"round": 0} | look(state)
+        record["seconds"] = time.perf_counter() - began
+        nothing = torch.empty(0, dtype=torch.int64)
+        store.commit(0, nothing, store.start[None][:0], state.extra, {}, record)
+        state = state_of(session, store)
+    watcher.start(store.folder, rounds, len(names), state.round)
+    schedule = Schedule(experiment.seed, rounds, experiment.cohort, experiment.training)
+    run_rounds(method, session.engine, state, schedule, names, _Folder(store), look, watcher.round)
+    watcher.stage("measuring the best round")
+    best = _best_answers(session, store)
+    watcher.stage("writing adapters")
+    folders = export_adapters(session, store, range(len(names)))
+    tasks = [client.task for client in session.federation.clients]
+    examples = [len(client.train) for client in session.federation.clients]
+    result = summarise(store, tasks, examples, folders, best)
+    store.finish(result)
+    return result
+
+
+def _measurer(session: Session, watcher: Watcher) -> Callable[[ServerState], Record]:
+    """What to measure after which round: losses every n rounds, answers at the start and at the end, transfer at the end."""
+    e, method, engine, names = session.experiment, session.experiment.method, session.engine, session.names
+    plan = e.evaluation
+
+    def look(state: ServerState) -> Record:
+        record: Record = {}
+        last = state.round == e.rounds
+        if state.round % plan.every == 0 or last:
+            record |= measure.losses(method, engine, state, names, plan.examples)
+        if plan.generate and (last or state.round == 0):
+            watcher.stage("generating answers")
+            record["answers"] = _answers(session, state)
+        if last:
+            watcher.stage("measuring transfer")
+            record["transfer"] = measure.transfer(
+                method, engine, state, names, e.seed, plan.transfer_clients, plan.transfer_examples
+            )
+        return record
+
+    return look
+
+
+def _answers(session: Session, state: ServerState) -> Record:
+    plan = session.experiment.evaluation
+    references = [session.corpus.references(k, "test", plan.examples) for k in range(len(session.names))]
+    return measure.answers(
+        session.experiment.method, session.engine, state, references, session.names, plan.examples, plan.max_new_tokens
+    )
+
+
+def _best_answers(session: Session, store: Store) -> Record:
+    """The answers under the rows of the validation-best round; those of the last round when it is the best."""
+    if not session.experiment.evaluation.generate or store.best_round is None:
+        return {}
+    record = store.metrics()[store.best_round]
+    return record["answers"] if "answers" in record else _answers(session, state_of(session, store, store.best_round))
+
+
+def base_name(session: Session) -> str:
+    """What an adapter names as its base: the hub's name only if those are the weights it was trained on."""
+    base = session.base
+    return base.name if base.source == "hub" or base.path is None else str(base.path.resolve())
+
+
+def export_adapters(session: Session, store: Store, clients: range | list[int], as_of: int | None = None) -> list[Path]:
+    """A PEFT folder for each client, under the run folder."""
+    state = state_of(session, store, as_of)
+    folders = []
+    for k in clients:
+        folder = store.folder / "adapters" / session.federation.clients[k].slug
+        row = session.experiment.method.serve(state, torch.tensor([k]))[0]
+        to_peft(folder, row, session.layout, session.base.model, base_name(session))
+        folders.append(folder)
+    return folders

@@ -1,0 +1,143 @@
+"""From a run folder to what people and programs read: the result as plain data, and its table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from mira.config import load
+from mira.store import Store
+
+Result = dict[str, Any]
+
+
+def summarise(
+    store: Store, tasks: Sequence[str], examples: Sequence[int], adapters: Sequence[Path], best_answers: dict[str, Any]
+) -> Result:
+    """The result of a finished run, from its records (the fields are documented in docs/cli.md)."""
+    records = store.metrics()
+    start, last, best = records[0], records[-1], records[store.best_round or 0]
+    training = [record for record in records if record["round"]]
+    clients = []
+    for name, task, count, folder in zip(last["clients"], tasks, examples, adapters, strict=True):
+        clients.append(
+            {
+                "name": name,
+                "task": task,
+                "examples": count,
+                "loss_start": start["clients"][name]["test_loss"],
+                "loss": last["clients"][name]["test_loss"],
+                "loss_best": best["clients"][name]["test_loss"],
+                "exact_match_start": _answer(start.get("answers"), name, "exact_match"),
+                "exact_match": _answer(last.get("answers"), name, "exact_match"),
+                "exact_match_best": _answer(best_answers, name, "exact_match"),
+                "rouge_l_start": _answer(start.get("answers"), name, "rouge_l"),
+                "rouge_l": _answer(last.get("answers"), name, "rouge_l"),
+                "rouge_l_best": _answer(best_answers, name, "rouge_l"),
+                "adapter": str(folder.resolve()),
+            }
+        )
+    experiment = load(store.folder / "config.yaml")
+    tokens = sum(record["tokens"] for record in training)
+    return {
+        "run": str(store.folder.resolve()),
+        "method": experiment.method.name,
+        "seed": experiment.seed,
+        "model": store.environment()["model"],
+        "rounds": last["round"],
+        "clients": clients,
+        "local_loss_start": start["local_loss"],
+        "local_loss": last["local_loss"],
+        "global_loss": last["transfer"].get("global_loss"),
+        "mean_row_loss": last["transfer"].get("mean_row_loss"),
+        "exact_match_start": start.get("answers", {}).get("exact_match"),
+        "exact_match": last.get("answers", {}).get("exact_match"),
+        "rouge_l": last.get("answers", {}).get("rouge_l"),
+        "best": {
+            "round": best["round"],
+            "validation_loss": best["validation_loss"],
+            "local_loss": best["local_loss"],
+            "exact_match": best_answers.get("exact_match"),
+            "rouge_l": best_answers.get("rouge_l"),
+        },
+        "lost": sum(len(record["lost"]) for record in training),
+        "bytes_up": sum(record["bytes_up"] for record in training),
+        "bytes_down": sum(record["bytes_down"] for record in training),
+        "tokens": tokens,
+        "seconds": sum(record["seconds"] for record in records),
+        "tokens_per_second": tokens / sum(r["tokens"] / r["tokens_per_second"] for r in training if r["tokens"])
+        if tokens
+        else 0.0,
+    }
+
+
+def table(result: Result) -> Group:
+    """One line a client, before and after, the mean, and what the run cost."""
+    grid = Table(box=box.SIMPLE_HEAD, title=f"{result['method']}, {result['rounds']} rounds", title_justify="left")
+    grid.add_column("task", overflow="fold")
+    grid.add_column("examples", justify="right")
+    grid.add_column("test loss", justify="right", no_wrap=True)
+    answered = result["exact_match"] is not None
+    if answered:
+        grid.add_column("exact match", justify="right", no_wrap=True)
+        grid.add_column("ROUGE-L", justify="right", no_wrap=True)
+    clients = result["clients"]
+    for c in clients:
+        grid.add_row(*_line(c["name"], str(c["examples"]), c, answered))
+    mean = {key: _mean(clients, key) for key in _SHOWN}
+    grid.add_section()
+    grid.add_row(*_line("mean", "", mean, answered), style="bold")
+    best, model = result["best"], result["model"]
+    lines = [
+        f"global loss {result['global_loss']:.3f} (rows on other clients' data)"
+        if result["global_loss"] is not None
+        else "",
+        f"best round {best['round']} by validation: test loss {best['local_loss']:.3f}"
+        + (f", exact match {best['exact_match']:.2f}" if best["exact_match"] is not None else ""),
+        f"sent {_bytes(result['bytes_up'])} up, {_bytes(result['bytes_down'])} down; {result['seconds']:.0f} s,"
+        f" {result['tokens_per_second']:.0f} training tokens/s"
+        + (f"; {result['lost']} client rounds lost" if result["lost"] else ""),
+        f"model {model['name']} ({model['source']}, sha256 {model['sha256'][:12]})",
+        f"run folder {_relative(result['run'])}",
+    ]
+    return Group(grid, *[Text(line, overflow="fold") for line in lines if line])
+
+
+_SHOWN = ("loss_start", "loss", "exact_match_start", "exact_match", "rouge_l_start", "rouge_l")
+
+
+def _line(name: str, examples: str, values: dict[str, Any], answered: bool) -> list[str]:
+    line = [name, examples, f"{values['loss_start']:.3f} → {values['loss']:.3f}"]
+    if answered:
+        line += [f"{values[f'{key}_start']:.2f} → {values[key]:.2f}" for key in ("exact_match", "rouge_l")]
+    return line
+
+
+def _answer(answers: dict[str, Any] | None, name: str, key: str) -> float | None:
+    return answers["clients"][name][key] if answers else None
+
+
+def _mean(clients: Sequence[dict[str, Any]], key: str) -> float | None:
+    values = [client[key] for client in clients]
+    return None if None in values else sum(values) / len(values)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def _relative(path: str) -> str:
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return path

@@ -1,0 +1,175 @@
+"""Everything an experiment is made of, built in one place: base model, clients, layout, method, graph, engine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mira.adapters.lora import Lora, start_row
+from mira.config import Experiment
+from mira.core.errors import UserError, did_you_mean
+from mira.core.layout import Layout
+from mira.core.types import ServerState, Setting
+from mira.data.corpus import Corpus
+from mira.data.federation import Federation, make_federation
+from mira.data.text import Encoder
+from mira.engine.batched import BatchedEngine
+from mira.engine.reference import ReferenceEngine
+from mira.model import Base, load
+
+log = logging.getLogger(__name__)
+
+# Numbers depend on these; a resumed run must find them as they were.
+DECIDING = ("versions", "model", "data", "threads", "device", "prefix")
+
+
+@dataclass(frozen=True)
+class Session:
+    experiment: Experiment
+    base: Base
+    federation: Federation
+    corpus: Corpus
+    layout: Layout
+    engine: BatchedEngine | ReferenceEngine
+    environment: dict[str, Any]
+
+    @property
+    def names(self) -> list[str]:
+        return [client.name for client in self.federation.clients]
+
+    def number(self, name: str) -> int:
+        """The number of the client called ``name``. Raises UserError when there is none."""
+        if name not in self.names:
+            raise UserError(f"no client is named '{name}'{did_you_mean(name, self.names)}")
+        return self.names.index(name)
+
+    def start(self) -> Tensor:
+        return start_row(self.layout, self.experiment.seed)
+
+    def initial_state(self) -> ServerState:
+        """The state before round 0. Raises UserError when graph, method and data do not fit together."""
+        clients = self.federation.clients
+        seed = self.experiment.seed
+        graph = self.experiment.graph.build([c.name for c in clients], [c.group for c in clients], seed)
+        training = self.experiment.training
+        steps = max(training.steps_for(len(client.train)) for client in clients)
+        return self.experiment.method.init(
+            Setting(self.layout, self.start(), len(clients), graph, max_lr=training.lr, max_steps=steps)
+        )
+
+
+def open_session(
+    experiment: Experiment,
+    threads: int | None = None,
+    kept: Callable[[int], Tensor | None] = lambda client: None,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Session:
+    """Build all of ``experiment``. ``threads``: as recorded in a run folder, where there is one."""
+    threads = threads or experiment.engine.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    federation = make_federation(experiment.data, experiment.split, experiment.seed)
+    base = load(
+        experiment.model.name, experiment.model.source, experiment.model.dtype, experiment.model.device,
+        experiment.model.trust_remote_code,
+    )  # fmt: skip
+    training, prompt = experiment.training, experiment.prompt
+    encoder = Encoder(base.tokenizer, prompt.template, prompt.max_length)
+    corpus = Corpus(federation, encoder, training.batch_size, training.local_steps, training.local_epochs)
+    truncated = {name: count for name, count in corpus.truncated().items() if count}
+    if truncated:
+        which = ", ".join(f"{name} ({count})" for name, count in truncated.items())
+        log.warning("prompt.max_length=%d: inputs cut on the left for %s", prompt.max_length, which)
+    adapter = experiment.adapter
+    targets = tuple(adapter.targets) if isinstance(adapter.targets, list | tuple) else adapter.targets
+    layout = Lora(adapter.rank, adapter.alpha, adapter.dropout, adapter.rslora, targets).layout(base.model)
+    prefix = experiment.engine.prefix != "off"
+    if prefix and adapter.dropout:
+        log.warning(
+            "adapter.dropout=%g: the shared prefix is off, since sharing it would share one dropout mask",
+            adapter.dropout,
+        )
+        prefix = False
+    common = partial(
+        dict[str, Any], model=base.model, pad=base.tokenizer.pad_token_id, end=base.tokenizer.eos_token_id,
+        decode=partial(_decode, base.tokenizer), layout=layout, dropout=adapter.dropout, corpus=corpus,
+        training=training, seed=experiment.seed, kept=kept, progress=progress,
+    )  # fmt: skip
+    engine: BatchedEngine | ReferenceEngine
+    if experiment.engine.name == "reference":
+        engine = ReferenceEngine(**common())
+    else:
+        engine = BatchedEngine(**common(), tokens_per_pass=experiment.engine.tokens_per_pass, prefix=prefix)
+    environment = _environment(base, federation, threads, prefix, truncated)
+    return Session(experiment, base, federation, corpus, layout, engine, environment)
+
+
+def check_environment(recorded: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on where numbers would differ, naming the difference; another machine is only warned about."""
+    for key in DECIDING:
+        old, new = recorded.get(key), now[key]
+        if old != new:
+            raise UserError(
+                f"--resume: {key} was {_short(old, new)} when the run started and is {_short(new, old)} now; "
+                "restore it, or start a new run"
+            )
+    if recorded.get("machine") != now["machine"]:
+        log.warning("--resume: the run started on another machine; rows are no longer promised to be bit-identical")
+
+
+def _short(value: Any, other: Any) -> str:
+    """``value``, or of two dictionaries only what differs."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        value = {key: item for key, item in value.items() if other.get(key) != item}
+    return json.dumps(value)
+
+
+def _environment(
+    base: Base, federation: Federation, threads: int, prefix: bool, truncated: dict[str, int]
+) -> dict[str, Any]:
+    return {
+        "versions": {name: version(name) for name in ("mira", "torch", "transformers", "peft", "tokenizers")},
+        "model": {"name": base.name, "source": base.source, "sha256": base.sha256},
+        "data": {"clients": len(federation.clients), "sha256": _fingerprint(federation)},
+        "threads": threads,
+        "device": base.model.device.type,
+        "prefix": prefix,
+        "machine": {
+            "python": platform.python_version(), "platform": platform.platform(), "processor": _processor(),
+            "cores": os.cpu_count(),
+        },
+        "truncated": truncated,
+    }  # fmt: skip
+
+
+def _fingerprint(federation: Federation) -> str:
+    """SHA-256 of every client's name and splits: the same data gives the same digest, whatever file it came from."""
+    digest = hashlib.sha256()
+    for client in federation.clients:
+        for split in ("train", "validation", "test"):
+            digest.update(json.dumps([client.name, split, [asdict(e) for e in client.split(split)]]).encode())
+    return digest.hexdigest()
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(
+                (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+            )
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
