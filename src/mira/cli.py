@@ -150,7 +150,7 @@ def schema() -> None:
 def main() -> None:
     """Exit status: 0, 2 for what the user can mend (one line), 1 for our own bugs (a traceback)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences its warning when a child process is started
-    logging.basicConfig(level=logging.WARNING, handlers=[_ConsoleHandler()])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_ConsoleHandler()])
     logging.getLogger("mira").setLevel(logging.INFO)
     try:
         app()

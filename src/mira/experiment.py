@@ -68,7 +68,7 @@ def resume(folder: Path | str, watcher: Watcher | None = None) -> Result:
         if finished is not None:
             log.warning("%s is finished; nothing to resume", folder)
             return finished
-        experiment = config.load(store.folder / "config.yaml")
+        experiment = config.parse_text(store.config())
         kept = _Kept(store)
         session = open_session(experiment, store.environment()["threads"], kept, watcher.tokens)
         check_environment(store.environment(), session.environment)
@@ -113,7 +113,7 @@ def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher)
     if store.last_round is None:
         watcher.stage("measuring the start")
         began = time.perf_counter()
-        record = {"round": 0} | look(state)
+        record: Record = {"round": 0} | look(state)
         record["seconds"] = time.perf_counter() - began
         nothing = torch.empty(0, dtype=torch.int64)
         store.commit(0, nothing, store.start[None][:0], state.extra, {}, record)

@@ -100,7 +100,7 @@ def export(folder: Path, clients: list[str] | None, merge: bool, format: str, wh
 
 def _session(store: Store) -> Session:
     environment = store.environment()
-    session = open_session(config.load(store.folder / "config.yaml"), environment["threads"])
+    session = open_session(config.parse_text(store.config()), environment["threads"])
     check_environment(environment, session.environment)
     return session
 

@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from mira.config import load
+from mira.config import parse_text
 from mira.store import Store
 
 Result = dict[str, Any]
@@ -43,7 +43,7 @@ def summarise(
                 "adapter": str(folder.resolve()),
             }
         )
-    experiment = load(store.folder / "config.yaml")
+    experiment = parse_text(store.config())
     tokens = sum(record["tokens"] for record in training)
     return {
         "run": str(store.folder.resolve()),

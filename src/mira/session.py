@@ -55,7 +55,9 @@ class Session:
         return self.names.index(name)
 
     def start(self) -> Tensor:
-        return start_row(self.layout, self.experiment.seed)
+        """The common start row [P], in the precision adapters are trained in."""
+        row = start_row(self.layout, self.experiment.seed)
+        return row.double() if self.experiment.model.dtype == "float64" else row
 
     def initial_state(self) -> ServerState:
         """The state before round 0. Raises UserError when graph, method and data do not fit together."""

@@ -66,7 +66,7 @@ class BatchedEngine:
                 )
         if not self.model._supports_attention_backend or getattr(config, "is_encoder_decoder", False):
             raise UserError(
-                f"engine.name=batched: architecture '{config.model_type}' cannot exchange its attention; use engine.name=reference"
+                f"engine.name=batched: '{config.model_type}' cannot exchange its attention; use engine.name=reference"
             )
         attention.register()
         self.model.set_attn_implementation(attention.NAME)
