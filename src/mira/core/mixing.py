@@ -2,7 +2,7 @@
 
 θ_k ← θ̂_k − c·Σ_l a_kl (θ̂_k − θ̂_l)  (paper, after Dinh et al., FedU) and
 θ_k ← (1−s)·θ̂_k + s·Σ_l (a_kl/d_k)·θ̂_l  (normalised). All rows move at once from the old values.
-Sums run in the rows' own precision except the mean, whose error would otherwise grow with the cohort.
+Coefficients are made in float64, sums run in the rows' own precision.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ def weighted_mean(rows: Tensor, weight: Tensor) -> Tensor:
 
 def paper_step(rows: Tensor, pool: Tensor, a: Tensor, c: float) -> Tensor:
     """rows [M,P] pulled towards pool [N,P] along a [M,N]: rows − c·(d·rows − a·pool), d_k = Σ_l a_kl."""
-    a = a.to(rows.dtype)
-    return torch.addmm(rows * (1 - c * a.sum(1, keepdim=True)), a, pool, alpha=c)
+    own = 1 - c * a.double().sum(1, keepdim=True)
+    return torch.addmm(rows * own.to(rows.dtype), (c * a).to(rows.dtype), pool)
 
 
 def normalised_step(rows: Tensor, pool: Tensor, a: Tensor, s: float) -> Tensor:
     """(1−s)·rows + s·(a/d)·pool: rows [M,P], pool [N,P], a [M,N]. A row without neighbours in the pool stays as it is."""
-    degree = a.sum(1, keepdim=True)
-    alone = degree == 0
-    share = (s * a / torch.where(alone, 1.0, degree)).to(rows.dtype)
-    return torch.addmm(rows * torch.where(alone, 1.0, 1 - s).to(rows.dtype), share, pool)
+    degree = a.double().sum(1, keepdim=True)
+    related = degree > 0
+    share = s * a / torch.where(related, degree, 1.0)
+    own = 1 - s * related.double()
+    return torch.addmm(rows * own.to(rows.dtype), share.to(rows.dtype), pool)
 
 
 def energy(rows: Tensor, a: Tensor) -> Tensor:
