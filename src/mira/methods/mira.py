@@ -6,6 +6,7 @@ Learning with Laplacian Regularization" (FedU).
 """
 
 import logging
+from decimal import ROUND_FLOOR, Context
 from typing import Annotated, Literal
 
 import torch
@@ -70,10 +71,11 @@ class Mira:
         if largest == 0 or per_lambda == 0:
             return
         c, limit = per_lambda * self.regularisation, 2 / largest
-        if c > limit:
+        admissible = limit / per_lambda
+        if self.regularisation > admissible:
             raise UserError(
                 f"method.regularisation={self.regularisation:g}: the step c = lr·steps·λ = {c:.4g} must be within "
-                f"[0, {limit:.4g}] = 2/λ_max of the graph, or rows diverge; largest admissible: {limit / per_lambda:.4g}"
+                f"[0, {limit:.4g}] = 2/λ_max of the graph, or rows diverge; largest admissible: {_floor(admissible)}"
             )
         everyone = torch.arange(setting.num_clients)
         degree = max(float(setting.graph.weights(part, everyone).sum(1).max()) for part in everyone.split(256))
@@ -82,3 +84,8 @@ class Mira:
                 "method.regularisation=%g: c·max degree = %.3g is above 1: mixed rows are no longer convex combinations",
                 self.regularisation, c * degree,
             )  # fmt: skip
+
+
+def _floor(number: float) -> str:
+    """Four digits, rounded down: what a message names as the largest admissible value must be admissible."""
+    return f"{Context(prec=4, rounding=ROUND_FLOOR).create_decimal_from_float(number):g}"
