@@ -7,13 +7,18 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
+import click
 import typer
 from rich.console import Console
 
 from mira.core.errors import UserError
+
+if TYPE_CHECKING:
+    from mira.config import Experiment
 
 app = typer.Typer(
     name="mira",
@@ -25,8 +30,9 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="Show, check or describe a configuration.")
 app.add_typer(config_app, name="config")
 
-out_console = Console()
-err_console = Console(stderr=True, soft_wrap=True)
+# Names come from data: what looks like markup or an emoji code in them is shown as it is.
+out_console = Console(markup=False, emoji=False, highlight=False)
+err_console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 Set = Annotated[
     list[str] | None,
@@ -57,9 +63,13 @@ def run(
     watcher = RunProgress(err_console)
     try:
         if not resume:
-            result = experiment.run(config.load(target, overrides or []), out, watcher)
+            result = experiment.run(_configuration(target, overrides or []), out, watcher)
         else:
             result = experiment.resume(_folder_to_resume(target, overrides or [], out), watcher)
+    except KeyboardInterrupt:
+        watcher.stop()
+        err_console.print(f"interrupted; {watcher.advice}")
+        raise typer.Exit(130) from None
     finally:
         watcher.stop()
     _print(result, table, as_json)
@@ -90,7 +100,7 @@ def generate(
     from mira import inspect_run
 
     for line in inspect_run.generate(run, client, prompt, instruction, max_new_tokens, round):
-        out_console.print(line, markup=False, highlight=False, soft_wrap=True)
+        out_console.print(line, soft_wrap=True)
 
 
 @app.command()
@@ -112,7 +122,7 @@ def export(
     if everyone == bool(client):
         raise UserError("export: name the clients with --client NAME (repeatable), or give --all")
     for line in inspect_run.export(run, client, merge, format, round):
-        out_console.print(line, markup=False, highlight=False, soft_wrap=True)
+        out_console.print(line, soft_wrap=True)
 
 
 @config_app.command()
@@ -120,9 +130,7 @@ def show(file: Path, overrides: Set = None) -> None:
     """Print the whole configuration, defaults included."""
     from mira import config
 
-    out_console.print(
-        config.dump(config.load(file, overrides or [])), markup=False, highlight=False, soft_wrap=True, end=""
-    )
+    out_console.print(config.dump(config.load(file, overrides or [])), soft_wrap=True, end="")
 
 
 @config_app.command()
@@ -132,11 +140,10 @@ def check(file: Path, overrides: Set = None) -> None:
     from mira.data.federation import make_federation
 
     experiment = config.load(file, overrides or [])
-    federation = make_federation(experiment.data, experiment.split, experiment.seed)
-    out_console.print(
-        f"{file}: fine; {len(federation.clients)} clients, {experiment.rounds} rounds of {experiment.method.name}",
-        highlight=False,
-    )
+    clients = make_federation(experiment.data, experiment.split, experiment.seed).clients
+    experiment.graph.build([client.name for client in clients], [client.group for client in clients], experiment.seed)
+    summary = f"{file}: fine; {len(clients)} clients, {experiment.rounds} rounds of {experiment.method.name}"
+    out_console.print(summary, soft_wrap=True)
 
 
 @config_app.command()
@@ -144,22 +151,33 @@ def schema() -> None:
     """Print the JSON schema of a configuration."""
     from mira import config
 
-    out_console.print(json.dumps(config.schema(), indent=2), markup=False, highlight=False, soft_wrap=True)
+    out_console.print(json.dumps(config.schema(), indent=2), soft_wrap=True)
 
 
 def main() -> None:
     """Exit status: 0, 2 for what the user can mend (one line), 1 for our own bugs (a traceback)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences its warning when a child process is started
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a name that the terminal cannot show must not end a run
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_ConsoleHandler()])
     logging.getLogger("mira").setLevel(logging.INFO)
     try:
-        app()
+        status = app(standalone_mode=False)
     except UserError as error:
-        err_console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        err_console.print("interrupted; committed rounds are kept, go on with: mira run RUN --resume", highlight=False)
-        sys.exit(130)
+        status = _refuse(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:  # its message is the help, printed already
+        status = error.exit_code
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        where = f" (see: {context.command_path} --help)" if context else ""
+        status = _refuse(error.format_message() + where)
+    sys.exit(status)
+
+
+def _refuse(why: str) -> int:
+    err_console.print(f"error: {' '.join(why.split())}", style="red")
+    return 2
 
 
 class _ConsoleHandler(logging.Handler):
@@ -167,7 +185,17 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else "dim"
-        err_console.print(self.format(record), style=style, markup=False, highlight=False)
+        err_console.print(self.format(record), style=style)
+
+
+def _configuration(target: Path, overrides: list[str]) -> Experiment:
+    from mira import config
+
+    if target.is_dir():
+        raise UserError(
+            f"{target}: is a folder, not a YAML file; to go on with the run in it: mira run {target} --resume"
+        )
+    return config.load(target, overrides)
 
 
 def _folder_to_resume(target: Path, overrides: list[str], out: Path | None) -> Path:
@@ -179,13 +207,18 @@ def _folder_to_resume(target: Path, overrides: list[str], out: Path | None) -> P
         if overrides or out:
             raise UserError(f"--resume {target}: goes on exactly as started; drop --set and --out, or start a new run")
         return target
+    if not target.exists():
+        raise UserError(f"--resume {target}: no such folder or file; name a run folder, one that 'mira run' made")
     if out is None:
         raise UserError(f"--resume: name the run folder, as in 'mira run DIR --resume', or with --out beside {target}")
     asked = config.load(target, overrides)
     with Store.open(out, writable=False) as store:
-        differences = config.differences(config.load(store.folder / "config.yaml"), asked)
+        differences = config.differences(config.parse_text(store.config()), asked)
     if differences:
-        raise UserError(f"--resume {out}: the configuration changed: {'; '.join(differences)}; start a new run for it")
+        raise UserError(
+            f"--resume {out}: the configuration changed: {'; '.join(differences)} (here: the run folder, there: what "
+            "you ask for now); go on as started with 'mira run DIR --resume', or start a new run"
+        )
     return out
 
 
@@ -196,4 +229,4 @@ def _print(result: _Result, table: Callable[[_Result], Any], as_json: bool) -> N
     if as_json:
         sys.stdout.write(json.dumps(result, allow_nan=False) + "\n")
     else:
-        out_console.print(table(result), highlight=False)
+        out_console.print(table(result))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
+import resource
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,9 +25,11 @@ from mira.core.types import Change, Rows, ServerState
 from mira.report import summarise
 from mira.session import Session, check_environment, open_session
 from mira.store import Store
+from mira.store.folders import replace_folder
 
 log = logging.getLogger(__name__)
 Result = dict[str, Any]
+ADAPTERS = "adapters"  # in the run folder: a PEFT folder of each client as of the last round
 
 
 class Watcher(Protocol):
@@ -66,13 +72,19 @@ def resume(folder: Path | str, watcher: Watcher | None = None) -> Result:
     with Store.open(Path(folder)) as store:
         finished = store.result()
         if finished is not None:
-            log.warning("%s is finished; nothing to resume", folder)
-            return finished
+            log.info("%s is finished; nothing to resume", folder)
+            return located(finished, store.folder)
         experiment = config.parse_text(store.config())
         kept = _Kept(store)
         session = open_session(experiment, store.environment()["threads"], kept, watcher.tokens)
         check_environment(store.environment(), session.environment)
         return _go_on(session, store, state_of(session, store), watcher)
+
+
+def located(result: Result, folder: Path) -> Result:
+    """A result with absolute paths: a run folder keeps them relative to itself, so that it can be moved."""
+    clients = [client | {"adapter": str((folder / client["adapter"]).resolve())} for client in result["clients"]]
+    return {"run": str(folder.resolve())} | result | {"clients": clients}
 
 
 def state_of(session: Session, store: Store, as_of: int | None = None) -> ServerState:
@@ -110,6 +122,7 @@ def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher)
     experiment, method = session.experiment, session.experiment.method
     rounds, names = experiment.rounds, session.names
     look = _measurer(session, watcher)
+    watcher.start(store.folder, rounds, len(names), state.round)
     if store.last_round is None:
         watcher.stage("measuring the start")
         began = time.perf_counter()
@@ -118,18 +131,18 @@ def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher)
         nothing = torch.empty(0, dtype=torch.int64)
         store.commit(0, nothing, store.start[None][:0], state.extra, {}, record)
         state = state_of(session, store)
-    watcher.start(store.folder, rounds, len(names), state.round)
     schedule = Schedule(experiment.seed, rounds, experiment.cohort, experiment.training)
     run_rounds(method, session.engine, state, schedule, names, _Folder(store), look, watcher.round)
     watcher.stage("measuring the best round")
     best = _best_answers(session, store)
     watcher.stage("writing adapters")
-    folders = export_adapters(session, store, range(len(names)))
+    export_adapters(session, store.folder / ADAPTERS, state_of(session, store), range(len(names)))
     tasks = [client.task for client in session.federation.clients]
     examples = [len(client.train) for client in session.federation.clients]
-    result = summarise(store, tasks, examples, folders, best)
+    adapters = [f"{ADAPTERS}/{client.slug}" for client in session.federation.clients]
+    result = summarise(store, tasks, examples, adapters, best)
     store.finish(result)
-    return result
+    return located(result, store.folder)
 
 
 def _measurer(session: Session, watcher: Watcher) -> Callable[[ServerState], Record]:
@@ -150,9 +163,27 @@ def _measurer(session: Session, watcher: Watcher) -> Callable[[ServerState], Rec
             record["transfer"] = measure.transfer(
                 method, engine, state, names, e.seed, plan.transfer_clients, plan.transfer_examples
             )
-        return record
+        record["peak_memory_bytes"] = peak_memory(session.base.model.device)
+        return without_nan(record)
 
     return look
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at most so far: of this process, or on a GPU what PyTorch allocated there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def without_nan(value: Any) -> Any:
+    """``value`` with None in the place of NaN and infinities, which JSON does not have: not a finite number."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _answers(session: Session, state: ServerState) -> Record:
@@ -177,13 +208,13 @@ def base_name(session: Session) -> str:
     return base.name if base.source == "hub" or base.path is None else str(base.path.resolve())
 
 
-def export_adapters(session: Session, store: Store, clients: range | list[int], as_of: int | None = None) -> list[Path]:
-    """A PEFT folder for each client, under the run folder."""
-    state = state_of(session, store, as_of)
-    folders = []
+def export_adapters(session: Session, folder: Path, state: ServerState, clients: Sequence[int]) -> list[Path]:
+    """In ``folder``, a PEFT folder for each client, of the row it deploys in ``state``."""
+    places = []
     for k in clients:
-        folder = store.folder / "adapters" / session.federation.clients[k].slug
+        place = folder / session.federation.clients[k].slug
         row = session.experiment.method.serve(state, torch.tensor([k]))[0]
-        to_peft(folder, row, session.layout, session.base.model, base_name(session))
-        folders.append(folder)
-    return folders
+        model, name = session.base.model, base_name(session)
+        replace_folder(place, partial(to_peft, row=row, layout=session.layout, model=model, base_name=name))
+        places.append(place)
+    return places

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,21 @@ class RunProgress:
         self._rounds = 0
         self._clients = 0
         self._first = 0
-        self._began = time.perf_counter()
+        self._spent = 0.0
         self._tokens = 0
-        self._since = self._began
+        self._since = time.perf_counter()
+        self.advice = "nothing was started"
+        """What to tell who interrupts the run."""
 
     def start(self, folder: Path, rounds: int, clients: int, done: int) -> None:
         self._rounds, self._clients, self._first = rounds, clients, done
-        self._began = self._since = time.perf_counter()
-        self._tokens = 0
+        self._spent, self._tokens, self._since = 0.0, 0, time.perf_counter()
+        self.advice = f"committed rounds are kept, go on with: mira run {shlex.quote(str(folder))} --resume"
         self._console.print(
             f"run folder {folder}: {clients} clients, {rounds} rounds"
             + (f", going on after round {done}" if done else ""),
-            highlight=False,
-        )
+            markup=False, emoji=False, highlight=False,
+        )  # fmt: skip
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("round"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
@@ -52,11 +55,12 @@ class RunProgress:
 
     def round(self, record: dict[str, Any]) -> None:
         done = record["round"]
-        left = (time.perf_counter() - self._began) / max(done - self._first, 1) * (self._rounds - done)
+        self._spent += record["seconds"]
+        left = self._spent / (done - self._first) * (self._rounds - done)
         loss = sum(record["train_loss"].values()) / len(record["train_loss"]) if record["train_loss"] else None
         parts = [f"round {done}/{self._rounds}", f"{len(record['cohort'])} clients"]
         parts.append(f"train loss {loss:.3f}" if loss is not None else "no client came back")
-        if "validation_loss" in record:
+        if record.get("validation_loss") is not None:
             parts.append(f"validation {record['validation_loss']:.3f}")
         parts += [
             f"{record['tokens_per_second']:.0f} tokens/s",
@@ -65,7 +69,7 @@ class RunProgress:
         ]
         self._console.print(" · ".join(parts), highlight=False)
         for name, reason in record["lost"].items():
-            self._console.print(f"  lost {name}: {reason}", style="yellow", highlight=False, markup=False)
+            self._console.print(f"  lost {name}: {reason}", style="yellow", markup=False, emoji=False, highlight=False)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done)
         if done == self._rounds:

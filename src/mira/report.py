@@ -18,9 +18,12 @@ Result = dict[str, Any]
 
 
 def summarise(
-    store: Store, tasks: Sequence[str], examples: Sequence[int], adapters: Sequence[Path], best_answers: dict[str, Any]
+    store: Store, tasks: Sequence[str], examples: Sequence[int], adapters: Sequence[str], best_answers: dict[str, Any]
 ) -> Result:
-    """The result of a finished run, from its records (the fields are documented in docs/cli.md)."""
+    """The result of a finished run, from its records (the fields are documented in docs/cli.md).
+
+    ``adapters``: the clients' PEFT folders, relative to the run folder.
+    """
     records = store.metrics()
     start, last, best = records[0], records[-1], records[store.best_round or 0]
     training = [record for record in records if record["round"]]
@@ -40,13 +43,12 @@ def summarise(
                 "rouge_l_start": _answer(start.get("answers"), name, "rouge_l"),
                 "rouge_l": _answer(last.get("answers"), name, "rouge_l"),
                 "rouge_l_best": _answer(best_answers, name, "rouge_l"),
-                "adapter": str(folder.resolve()),
+                "adapter": folder,
             }
         )
     experiment = parse_text(store.config())
     tokens = sum(record["tokens"] for record in training)
     return {
-        "run": str(store.folder.resolve()),
         "method": experiment.method.name,
         "seed": experiment.seed,
         "model": store.environment()["model"],
@@ -74,6 +76,7 @@ def summarise(
         "tokens_per_second": tokens / sum(r["tokens"] / r["tokens_per_second"] for r in training if r["tokens"])
         if tokens
         else 0.0,
+        "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
     }
 
 
@@ -89,19 +92,19 @@ def table(result: Result) -> Group:
         grid.add_column("ROUGE-L", justify="right", no_wrap=True)
     clients = result["clients"]
     for c in clients:
-        grid.add_row(*_line(c["name"], str(c["examples"]), c, answered))
+        grid.add_row(Text(c["name"]), *_line(str(c["examples"]), c, answered))
     mean = {key: _mean(clients, key) for key in _SHOWN}
     grid.add_section()
-    grid.add_row(*_line("mean", "", mean, answered), style="bold")
+    grid.add_row("mean", *_line("", mean, answered), style="bold")
     best, model = result["best"], result["model"]
     lines = [
-        f"global loss {result['global_loss']:.3f} (rows on other clients' data)"
+        f"global loss {number(result['global_loss'])} (rows on other clients' data)"
         if result["global_loss"] is not None
         else "",
-        f"best round {best['round']} by validation: test loss {best['local_loss']:.3f}"
-        + (f", exact match {best['exact_match']:.2f}" if best["exact_match"] is not None else ""),
+        f"best round {best['round']} by validation: test loss {number(best['local_loss'])}"
+        + (f", exact match {number(best['exact_match'], 2)}" if best["exact_match"] is not None else ""),
         f"sent {_bytes(result['bytes_up'])} up, {_bytes(result['bytes_down'])} down; {result['seconds']:.0f} s,"
-        f" {result['tokens_per_second']:.0f} training tokens/s"
+        f" {result['tokens_per_second']:.0f} training tokens/s, at most {_bytes(result['peak_memory_bytes'])} of memory"
         + (f"; {result['lost']} client rounds lost" if result["lost"] else ""),
         f"model {model['name']} ({model['source']}, sha256 {model['sha256'][:12]})",
         f"run folder {_relative(result['run'])}",
@@ -112,11 +115,16 @@ def table(result: Result) -> Group:
 _SHOWN = ("loss_start", "loss", "exact_match_start", "exact_match", "rouge_l_start", "rouge_l")
 
 
-def _line(name: str, examples: str, values: dict[str, Any], answered: bool) -> list[str]:
-    line = [name, examples, f"{values['loss_start']:.3f} → {values['loss']:.3f}"]
+def number(value: float | None, digits: int = 3) -> str:
+    """For people; None is what was not measured or was not a finite number."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _line(examples: str, values: dict[str, Any], answered: bool) -> list[str]:
+    shown = [("loss_start", "loss", 3)]
     if answered:
-        line += [f"{values[f'{key}_start']:.2f} → {values[key]:.2f}" for key in ("exact_match", "rouge_l")]
-    return line
+        shown += [("exact_match_start", "exact_match", 2), ("rouge_l_start", "rouge_l", 2)]
+    return [examples, *(f"{number(values[a], digits)} → {number(values[b], digits)}" for a, b, digits in shown)]
 
 
 def _answer(answers: dict[str, Any] | None, name: str, key: str) -> float | None:

@@ -21,7 +21,8 @@ NAME = "mira_packed"
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens start:end attend causally to themselves and to all of prefix_start:prefix_end (empty when equal)."""
+    """Tokens start:end attend causally to themselves and to all of prefix_start:prefix_end: another segment, or none
+    when these are equal."""
 
     start: int
     end: int
@@ -45,19 +46,24 @@ class Packed:
         """q [1,H,T,d], k and v [1,h,T,d] -> [1,T,H,d]."""
         if self.keep:
             self.cache[layer] = (k, v)
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        repeat = q.shape[1] // k.shape[1]
+        sizes = [s.end - s.start for s in self.segments]
+        # Split, not slice: the gradient of n slices is n full-size tensors, that of a split is one concatenation.
+        qs, ks, vs = (
+            x.split(sizes, dim=2) for x in (q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1))
+        )
+        number = {s.start: n for n, s in enumerate(self.segments)}
         parts = []
-        for s in self.segments:
-            own = slice(s.start, s.end)
-            if s.prefix == 0 and (window is None or s.end - s.start <= window):
-                parts.append(
-                    scaled_dot_product_attention(q[:, :, own], k[:, :, own], v[:, :, own], is_causal=True, scale=scale)
-                )
-                continue
-            before = slice(s.prefix_start, s.prefix_end)
-            keys, values = (torch.cat([x[:, :, before], x[:, :, own]], dim=2) for x in (k, v))
-            mask = _visible(s.end - s.start, s.prefix, window, q.device)
-            parts.append(scaled_dot_product_attention(q[:, :, own], keys, values, attn_mask=mask, scale=scale))
+        for s, own_q, own_k, own_v in zip(self.segments, qs, ks, vs, strict=True):
+            keys, values, mask = own_k, own_v, None
+            if s.prefix:
+                before = number[s.prefix_start]
+                keys, values = torch.cat([ks[before], own_k], dim=2), torch.cat([vs[before], own_v], dim=2)
+            if s.prefix or (window is not None and s.end - s.start > window):
+                mask = _visible(s.end - s.start, s.prefix, window, q.device)
+            parts.append(
+                scaled_dot_product_attention(own_q, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale)
+            )
         return torch.cat(parts, dim=2).transpose(1, 2)
 
 

@@ -4,7 +4,7 @@ import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -25,46 +25,49 @@ class File:
     name: Literal["file"] = "file"
 
     def build(self, names: Sequence[str], groups: Sequence[str], seed: int) -> Graph:
-        edges = list(self._edges(names))
-        source, target, weight = (list(column) for column in zip(*edges, strict=True)) if edges else ([], [], [])
         try:
-            return Edges.of(
-                torch.tensor(source, dtype=torch.int64), torch.tensor(target, dtype=torch.int64),
-                torch.tensor(weight, dtype=torch.float64), len(names),
-            )  # fmt: skip
-        except ValueError as error:
-            raise UserError(f"graph.path={self.path}: {str(error).removeprefix('graph: ')}") from None
-
-    def _edges(self, names: Sequence[str]) -> list[tuple[int, int, float]]:
-        number = {name: n for n, name in enumerate(names)}
-        try:
-            with self.path.open(encoding="utf-8", newline="") as file:
-                reader = csv.DictReader(file)
-                if reader.fieldnames != _COLUMNS:
-                    raise UserError(
-                        f"graph.path={self.path}: line 1 must be '{','.join(_COLUMNS)}', got {reader.fieldnames}"
-                    )
-                edges = []
-                for row in reader:
-                    where = f"graph.path={self.path}, line {reader.line_num}"
-                    for end in ("source", "target"):
-                        if row[end] not in number:
-                            raise UserError(
-                                f"{where}: no client is named '{row[end]}'{did_you_mean(str(row[end]), names)}"
-                            )
-                    edges.append((number[row["source"]], number[row["target"]], _weight(row["weight"], where)))
-                return edges
+            with self.path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets put a byte order mark first
+                edges = self._edges(file, {name: n for n, name in enumerate(names)})
         except OSError as error:
             raise UserError(f"graph.path={self.path}: cannot be read ({error.strerror})") from None
         except UnicodeDecodeError as error:
             raise UserError(
                 f"graph.path={self.path}: not UTF-8 at byte {error.start}; save the file as UTF-8"
             ) from None
+        ends = torch.tensor(list(edges), dtype=torch.int64).view(-1, 2)
+        weight = torch.tensor(list(edges.values()), dtype=torch.float64)
+        return Edges.of(ends[:, 0], ends[:, 1], weight, len(names))
+
+    def _edges(self, file: TextIO, number: dict[str, int]) -> dict[tuple[int, int], float]:
+        """Weight of each edge (k, l) with k < l."""
+        lines = csv.reader(file)
+        edges: dict[tuple[int, int], float] = {}
+        try:
+            header = next(lines, [])
+            if header != _COLUMNS:
+                raise UserError(f"graph.path={self.path}: line 1 must be '{','.join(_COLUMNS)}', got {header}")
+            for fields in filter(None, lines):  # a blank line has no fields
+                where = f"graph.path={self.path}, line {lines.line_num}"
+                if len(fields) != len(_COLUMNS):
+                    raise UserError(f"{where}: has {len(fields)} fields, needs 3 fields; quote names that hold a comma")
+                *ends, weight = fields
+                for name in ends:
+                    if name not in number:
+                        raise UserError(f"{where}: no client is named '{name}'{did_you_mean(name, number)}")
+                near, far = sorted(number[name] for name in ends)
+                if near == far:
+                    raise UserError(f"{where}: '{ends[0]}' has an edge to itself; remove the line")
+                if (near, far) in edges:
+                    raise UserError(f"{where}: the edge between '{ends[0]}' and '{ends[1]}' is given twice; remove one")
+                edges[near, far] = _weight(weight, where)
+        except csv.Error as error:
+            raise UserError(f"graph.path={self.path}, line {lines.line_num}: {error}") from None
+        return edges
 
 
-def _weight(text: str | None, where: str) -> float:
+def _weight(text: str, where: str) -> float:
     try:
-        weight = float(text or "")
+        weight = float(text)
     except ValueError:
         weight = math.nan
     if not (math.isfinite(weight) and weight >= 0):
