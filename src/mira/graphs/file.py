@@ -53,7 +53,7 @@ class File:
                 *ends, weight = fields
                 for name in ends:
                     if name not in number:
-                        raise UserError(f"{where}: no client is named '{name}'{did_you_mean(name, number)}")
+                        raise UserError(f"{where}: no client is named {name!r}{did_you_mean(name, number)}")
                 near, far = sorted(number[name] for name in ends)
                 if near == far:
                     raise UserError(f"{where}: '{ends[0]}' has an edge to itself; remove the line")
@@ -71,5 +71,5 @@ def _weight(text: str, where: str) -> float:
     except ValueError:
         weight = math.nan
     if not (math.isfinite(weight) and weight >= 0):
-        raise UserError(f"{where}: weight '{text}' must be a finite number that is not negative")
+        raise UserError(f"{where}: weight {text!r} must be a finite number that is not negative")
     return weight
