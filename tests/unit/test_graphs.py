@@ -1,0 +1,226 @@
+"""Graphs against dense numpy, and what the graph file's reader refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+
+from mira.core import graph as core_graph
+from mira.core.errors import UserError
+from mira.core.graph import Edges, Graph, Groups, from_tensors, to_tensors
+from mira.graphs import GRAPHS, Complete, File, GroupsGraph, Random
+
+Array = NDArray[np.float64]
+Case = tuple[Graph, Array]
+
+
+@st.composite
+def grouped(draw: st.DrawFn) -> Case:
+    label = np.array(draw(st.lists(st.integers(0, 4), min_size=1, max_size=8)))
+    a = (label[:, None] == label[None, :]).astype(np.float64)
+    np.fill_diagonal(a, 0)
+    return Groups(torch.from_numpy(label)), a
+
+
+@st.composite
+def weighted(draw: st.DrawFn) -> Case:
+    k = draw(st.integers(1, 8))
+    upper = draw(arrays(np.float64, (k, k), elements=st.one_of(st.just(0.0), st.floats(0.01, 3))))
+    a = np.triu(upper, 1) + np.triu(upper, 1).T
+    return Edges.dense(torch.from_numpy(a)), a
+
+
+cases = st.one_of(grouped(), weighted())
+
+
+@given(cases, st.data())
+def test_weights_and_neighbours_equal_the_dense_matrix(case: Case, data: st.DataObject) -> None:
+    graph, a = case
+    assert graph.num_clients == len(a)
+    some = st.permutations(range(len(a))).flatmap(lambda p: st.integers(0, len(p)).map(lambda n: p[:n]))
+    rows, columns = data.draw(some), data.draw(some)
+    given_rows = torch.tensor(rows, dtype=torch.int64)
+    weights = graph.weights(given_rows, torch.tensor(columns, dtype=torch.int64))
+    assert weights.dtype == torch.float64
+    np.testing.assert_array_equal(weights, a[np.ix_(rows, columns)])
+    assert graph.neighbours(given_rows).tolist() == np.flatnonzero(a[rows].any(0)).tolist()
+
+
+@given(cases)
+def test_the_largest_eigenvalue_equals_numpys(case: Case) -> None:
+    graph, a = case
+    exact = np.linalg.eigvalsh(np.diag(a.sum(1)) - a)[-1]
+    # Two LAPACK calls on a matrix of norm below 2 · 7 · 3; a graph without edges has exactly 0.
+    assert graph.laplacian_max() == pytest.approx(exact, abs=1e-12)
+    assert graph.laplacian_max() == 0 or a.any()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(weighted())
+def test_of_many_clients_the_bound_is_never_too_small(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+    graph, a = case
+    with monkeypatch.context() as patch:
+        patch.setattr(core_graph, "_DENSE_LIMIT", 0)
+        bound = graph.laplacian_max()
+    assert bound >= np.linalg.eigvalsh(np.diag(a.sum(1)) - a)[-1] - 1e-12
+    assert bound <= 2 * a.sum(1).max() + 1e-12  # and never worse than Gershgorin's discs
+
+
+@given(cases)
+def test_a_graph_comes_back_from_its_tensors(case: Case) -> None:
+    graph, a = case
+    back = from_tensors(to_tensors(graph))
+    everyone = torch.arange(len(a))
+    assert type(back) is type(graph)
+    assert back.num_clients == graph.num_clients
+    np.testing.assert_array_equal(back.weights(everyone, everyone), a)
+
+
+def test_many_clients_cost_their_edges() -> None:
+    """A ring of 200 000 clients: a dense matrix would take 320 GB."""
+    k = 200_000
+    ring = Edges.of(torch.arange(k), (torch.arange(k) + 1) % k, torch.ones(k), k)
+    assert ring.weights(torch.tensor([7, 3]), torch.tensor([8, 2, 6])).tolist() == [[1, 0, 1], [0, 1, 0]]
+    assert ring.neighbours(torch.tensor([0, 5])).tolist() == [1, 4, 6, k - 1]
+    assert ring.laplacian_max() == 4.0
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "weight", "message"),
+    [
+        ([0], [3], [1.0], "outside 0..2"),
+        ([-1], [1], [1.0], "outside 0..2"),
+        ([1], [1], [1.0], "client 1 has an edge to itself"),
+        ([0], [1], [-0.5], "not negative"),
+        ([0], [1], [float("nan")], "finite"),
+        ([0], [1], [float("inf")], "finite"),
+        ([0, 1], [1, 0], [1.0, 1.0], "twice"),
+        ([0, 0], [1, 1], [1.0, 2.0], "twice"),
+    ],
+)
+def test_edges_that_make_no_graph_are_refused(
+    source: list[int], target: list[int], weight: list[float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Edges.of(torch.tensor(source), torch.tensor(target), torch.tensor(weight), 3)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        ([[0.0, 1.0], [2.0, 0.0]], "symmetric"),
+        ([[0.0, 1.0]], "symmetric"),
+        ([[1.0, 1.0], [1.0, 0.0]], "diagonal"),
+        ([[0.0, -1.0], [-1.0, 0.0]], "not negative"),
+    ],
+)
+def test_matrices_that_are_no_graph_are_refused(matrix: list[list[float]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Edges.dense(torch.tensor(matrix))
+
+
+# How graphs are made.
+
+
+def dense(graph: Graph) -> Array:
+    everyone = torch.arange(graph.num_clients)
+    return graph.weights(everyone, everyone).numpy()
+
+
+def test_the_random_graph_is_the_papers() -> None:
+    names = [f"c{n}" for n in range(60)]
+    a = dense(Random().build(names, [""] * 60, seed=3))
+    assert (a == a.T).all()
+    assert (a.diagonal() == 0).all()
+    off = a[~np.eye(60, dtype=bool)]
+    assert ((off == 0) | (off >= 0.25)).all()
+    assert (off <= 1).all()
+    # The mean of two uniforms is triangular: P(below 0.25) = 2 · 0.25² = 0.125. 1770 pairs: standard deviation 0.008.
+    assert (off == 0).mean() == pytest.approx(0.125, abs=0.03)
+    np.testing.assert_array_equal(a, dense(Random().build(names, [""] * 60, seed=3)))
+    assert (a != dense(Random().build(names, [""] * 60, seed=4))).any()
+
+
+def test_the_complete_graph() -> None:
+    a = dense(Complete().build(["a", "b", "c"], ["", "", ""], 0))
+    np.testing.assert_array_equal(a, np.ones((3, 3)) - np.eye(3))
+
+
+def test_groups_join_clients_with_the_same_label() -> None:
+    a = dense(GroupsGraph().build(["a", "b", "c", "d"], ["y", "x", "y", "z"], 0))
+    assert sorted(zip(*map(list, np.nonzero(a)), strict=True)) == [(0, 2), (2, 0)]
+    assert a[0, 2] == 1
+
+
+def test_clients_without_a_group_are_named() -> None:
+    with pytest.raises(UserError, match=r"graph\.name=groups: 1 of 3 clients .*'b'.*graph\.name=complete"):
+        GroupsGraph().build(["a", "b", "c"], ["x", "", "x"], 0)
+
+
+def test_every_graph_is_registered_under_its_name() -> None:
+    assert {name: graph.__dataclass_fields__["name"].default for name, graph in GRAPHS.items()} == {
+        n: n for n in GRAPHS
+    }
+
+
+# The user's own graph.
+
+NAMES = ["alpha", "beta, the second", "gamma"]
+
+
+@pytest.fixture
+def edges(tmp_path: Path) -> Callable[[str | bytes], Graph]:
+    def build(text: str | bytes) -> Graph:
+        path = tmp_path / "edges.csv"
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return File(path).build(NAMES, [""] * 3, 0)
+
+    return build
+
+
+def test_a_file_of_edges(edges: Callable[[str], Graph]) -> None:
+    text = 'source,target,weight\ngamma,alpha,0.5\r\n"beta, the second",gamma,2\nalpha,"beta, the second",0\n'
+    a = [[0, 0, 0.5], [0, 0, 2], [0.5, 2, 0]]
+    assert dense(edges(text)).tolist() == a
+    assert dense(edges("\ufeff" + text)).tolist() == a  # as Excel saves it
+    assert dense(edges("source,target,weight\n")).tolist() == np.zeros((3, 3)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"line 1 must be 'source,target,weight'"),
+        ("from,to,weight\n", r"line 1 must be 'source,target,weight', got \['from', 'to', 'weight'\]"),
+        ("source,target,weight\nalpha,gama,1\n", r"line 2: no client is named 'gama'; did you mean 'gamma'\?"),
+        ("source,target,weight\nalpha,gamma,1\nalpha\n", r"line 3: .*3 fields"),
+        ("source,target,weight\nalpha,gamma,1,2\n", r"line 2: .*3 fields"),
+        ("source,target,weight\nalpha,alpha,1\n", r"line 2: .*'alpha'.* itself"),
+        ("source,target,weight\nalpha,gamma,1\ngamma,alpha,2\n", r"line 3: .*'gamma' and 'alpha'.* twice"),
+        ("source,target,weight\nalpha,gamma,-1\n", r"line 2: weight '-1' must be a finite number"),
+        ("source,target,weight\nalpha,gamma,nan\n", r"line 2: weight 'nan' must be a finite number"),
+        ("source,target,weight\nalpha,gamma,inf\n", r"line 2: weight 'inf' must be a finite number"),
+        ("source,target,weight\nalpha,gamma,much\n", r"line 2: weight 'much' must be a finite number"),
+        ("source,target,weight\nalpha,gamma,\n", r"line 2: weight '' must be a finite number"),
+        ('source,target,weight\nalpha,"gam\nma",1\n', r"line 3: no client is named 'gam\\nma'"),
+        (b"source,target,weight\nalpha,g\xe4mma,1\n", r"not UTF-8 at byte \d+; save the file as UTF-8"),
+        ("source,target,weight\n" + "a" * 200_000 + ",gamma,1\n", r"line 2: field larger"),
+    ],
+)
+def test_a_bad_file_is_one_clear_line(edges: Callable[[str | bytes], Graph], text: str | bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message) as refused:
+        edges(text)
+    assert str(refused.value).startswith("graph.path=")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_file_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"graph\.path=.*nowhere\.csv: cannot be read \(No such file"):
+        File(tmp_path / "nowhere.csv").build(NAMES, [""] * 3, 0)
