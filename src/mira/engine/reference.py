@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
@@ -41,7 +42,9 @@ class ReferenceEngine:
     def __post_init__(self) -> None:
         config = peft_config(self.layout, self.model, None, self.dropout)
         config.inference_mode = False
-        object.__setattr__(self, "peft", get_peft_model(self.model, config))
+        # PEFT changes the model it is given; the weights are shared, the modules are not.
+        shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
+        object.__setattr__(self, "peft", get_peft_model(deepcopy(self.model, shared), config))
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
         done: list[Trained] = []
