@@ -40,7 +40,9 @@ Set = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-Which = Annotated[str, typer.Option("--round", help="last, or best: the round of the lowest validation loss.")]
+Which = Annotated[
+    Literal["last", "best"], typer.Option("--round", help="last, or best: the round of the lowest validation loss.")
+]
 
 
 @app.command()
@@ -56,7 +58,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Train one adapter per client, measure every client, and write a PEFT folder for each."""
-    from mira import config, experiment
+    from mira import experiment
     from mira.progress import RunProgress
     from mira.report import table
 

@@ -68,12 +68,12 @@ def run(experiment: Experiment, out: Path | str | None = None, watcher: Watcher 
 def resume(folder: Path | str, watcher: Watcher | None = None) -> Result:
     """Go on with the run in ``folder`` from its last committed round; what was not committed is done again."""
     watcher = watcher or Nobody()
-    watcher.stage("preparing")
     with Store.open(Path(folder)) as store:
         finished = store.result()
         if finished is not None:
             log.info("%s is finished; nothing to resume", folder)
             return located(finished, store.folder)
+        watcher.stage("preparing")
         experiment = config.parse_text(store.config())
         kept = _Kept(store)
         session = open_session(experiment, store.environment()["threads"], kept, watcher.tokens)
@@ -164,7 +164,8 @@ def _measurer(session: Session, watcher: Watcher) -> Callable[[ServerState], Rec
                 method, engine, state, names, e.seed, plan.transfer_clients, plan.transfer_examples
             )
         record["peak_memory_bytes"] = peak_memory(session.base.model.device)
-        return without_nan(record)
+        clean: Record = without_nan(record)
+        return clean
 
     return look
 

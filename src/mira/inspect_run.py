@@ -2,43 +2,59 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from mira import config, measure
 from mira.adapters.lora import merge as merge_into
 from mira.core.errors import UserError
+from mira.core.types import Overlay, ServerState
 from mira.data.types import Example
-from mira.experiment import base_name, export_adapters, state_of
+from mira.experiment import ADAPTERS, base_name, export_adapters, state_of, without_nan
+from mira.model.wheel import quiet
+from mira.report import number
 from mira.session import Session, check_environment, open_session
 from mira.store import Store
+from mira.store.folders import replace_folder
+
+Which = Literal["last", "best"]
+Format = Literal["peft", "vllm"]
 
 _VLLM_MAX_RANK = 512  # the largest --max-lora-rank vLLM 0.11 takes
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_NO_LORA = ("gpt2",)  # architectures vLLM serves without LoRA support
 
 
-def evaluate(folder: Path, which: str) -> dict[str, Any]:
-    """Losses and answers of every client under the row it deploys as of ``which`` round."""
+def evaluate(folder: Path, which: Which) -> dict[str, Any]:
+    """Losses and answers of every client under the row it deploys as of ``which`` round (fields: docs/cli.md)."""
+    session = _session(folder)
     with Store.open(folder, writable=False) as store:
-        session = _session(store)
         as_of = _round(store, which)
         state = state_of(session, store, as_of)
-        e, method, engine, names = session.experiment, session.experiment.method, session.engine, session.names
-        plan = e.evaluation
-        result: dict[str, Any] = {"run": str(folder.resolve()), "method": method.name, "round": as_of}
-        result |= measure.losses(method, engine, state, names, plan.examples)
-        references = [session.corpus.references(k, "test", plan.examples) for k in range(len(names))]
-        answers = measure.answers(method, engine, state, references, names, plan.examples, plan.max_new_tokens)
-        for name, scores in answers.pop("clients").items():
-            result["clients"][name] |= scores
-        clients = [{"name": name} | scores for name, scores in result.pop("clients").items()]
-        return result | answers | {"clients": clients}
+        everyone = torch.arange(len(state.rows))
+        state = replace(state, rows=Overlay(state.rows, everyone, state.rows[everyone]))  # the run may go on meanwhile
+    method, engine, names, plan = (
+        session.experiment.method,
+        session.engine,
+        session.names,
+        session.experiment.evaluation,
+    )
+    losses = measure.losses(method, engine, state, names, plan.examples)
+    references = [session.corpus.references(k, "test", plan.examples) for k in range(len(names))]
+    answers = measure.answers(method, engine, state, references, names, plan.examples, plan.max_new_tokens)
+    clients = [{"name": name} | losses["clients"][name] | answers["clients"][name] for name in names]
+    head = {"run": str(folder.resolve()), "method": method.name, "round": as_of}
+    result: dict[str, Any] = without_nan(head | losses | answers | {"clients": clients})
+    return result
 
 
 def evaluation_table(result: dict[str, Any]) -> Table:
@@ -48,70 +64,82 @@ def evaluation_table(result: dict[str, Any]) -> Table:
     for key in shown:
         grid.add_column(key.replace("_", " "), justify="right")
     for client in result["clients"]:
-        grid.add_row(client["name"], *[f"{client[key]:.3f}" for key in shown])
+        grid.add_row(Text(client["name"]), *[number(client[key]) for key in shown])
     grid.add_section()
     means = (result["validation_loss"], result["local_loss"], result["exact_match"], result["rouge_l"])
-    grid.add_row("mean", *[f"{value:.3f}" for value in means], style="bold")
+    grid.add_row("mean", *[number(value) for value in means], style="bold")
     return grid
 
 
 def generate(
-    folder: Path, client: str, prompt: str | None, instruction: str | None, max_new_tokens: int, which: str
+    folder: Path, client: str, prompt: str | None, instruction: str | None, max_new_tokens: int, which: Which
 ) -> Iterator[str]:
     """Answers of one client's adapter, to ``prompt`` or else to its first test inputs beside what was expected."""
+    session = _session(folder)
+    k = session.number(client)
     with Store.open(folder, writable=False) as store:
-        session = _session(store)
-        k = session.number(client)
         row = session.experiment.method.serve(state_of(session, store, _round(store, which)), torch.tensor([k]))
-        owner = session.federation.clients[k]
-        encoder = session.corpus.encoder
-        if prompt is not None:
-            example = _example(prompt, instruction, owner.description)
-            yield session.engine.answer(row, [[encoder.prompt(example)]], max_new_tokens)[0][0]
-            return
-        shown = owner.test[:4]
-        given = session.engine.answer(row, [[encoder.prompt(example) for example in shown]], max_new_tokens)[0]
-        for example, answer in zip(shown, given, strict=True):
-            yield f"input:    {example.input or example.instruction}"
-            yield f"answer:   {answer}"
-            yield f"expected: {example.output}"
-            yield ""
+    owner, encoder = session.federation.clients[k], session.corpus.encoder
+    if prompt is not None:
+        asked = encoder.prompt(_example(prompt, instruction, owner.description))
+        yield _visible(session.engine.answer(row, [[asked]], max_new_tokens)[0][0])
+        return
+    shown = owner.test[:4]
+    given = session.engine.answer(row, [[encoder.prompt(example) for example in shown]], max_new_tokens)[0]
+    for example, answer in zip(shown, given, strict=True):
+        question = example.messages[-2].content if example.messages else example.input or example.instruction
+        yield f"input:    {_visible(question)}"
+        yield f"answer:   {_visible(answer)}"
+        yield f"expected: {_visible(example.output)}"
+        yield ""
 
 
-def export(folder: Path, clients: list[str] | None, merge: bool, format: str, which: str) -> Iterator[str]:
-    """Write adapters (or merged models) and say where; for vLLM, its command line too."""
-    with Store.open(folder) as store:
-        session = _session(store)
-        numbers = [session.number(name) for name in clients] if clients else list(range(len(session.names)))
-        if format == "vllm":
-            _check_vllm(session)
-        as_of = _round(store, which)
+def export(folder: Path, clients: list[str] | None, merge: bool, format: Format, which: Which) -> Iterator[str]:
+    """Write adapters (or merged models) and say where; for vLLM, its command line too.
+
+    A run that is under way is not disturbed: it is only read, as of its last committed round.
+    """
+    session = _session(folder)
+    numbers = [session.number(name) for name in clients] if clients else list(range(len(session.names)))
+    if format == "vllm" and not merge:
+        _check_vllm(session)
+    with Store.open(folder, writable=False) as store:
+        state = state_of(session, store, _round(store, which))
+        suffix = "" if which == "last" else f"-{which}"  # what a finished run reports stays as of its last round
         if merge:
             for k in numbers:
-                yield str(_merged(session, store, k, as_of))
+                place = folder / f"merged{suffix}" / session.federation.clients[k].slug
+                replace_folder(place, partial(_write_merged, session, state, k))
+                yield f"vllm serve {shlex.quote(str(place.resolve()))}" if format == "vllm" else str(place)
             return
-        folders = export_adapters(session, store, numbers, as_of)
-        yield from map(str, folders)
-        if format == "vllm":
-            modules = " ".join(f"{path.name}={path.resolve()}" for path in folders)
-            rank = next(r for r in _VLLM_RANKS if r >= session.layout.rank)
-            yield f"vllm serve {base_name(session)} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
+        folders = export_adapters(session, folder / f"{ADAPTERS}{suffix}", state, numbers)
+    yield from map(str, folders)
+    if format == "vllm":
+        modules = " ".join(shlex.quote(f"{path.name}={path.resolve()}") for path in folders)
+        rank = next(r for r in _VLLM_RANKS if r >= session.layout.rank)
+        base = shlex.quote(base_name(session))
+        yield f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
 
 
-def _session(store: Store) -> Session:
-    environment = store.environment()
-    session = open_session(config.parse_text(store.config()), environment["threads"])
-    check_environment(environment, session.environment)
+def _session(folder: Path) -> Session:
+    """The experiment of a run folder, built on the same weights and data; the folder is closed again meanwhile."""
+    with Store.open(folder, writable=False) as store:
+        environment, experiment = store.environment(), config.parse_text(store.config())
+    session = open_session(experiment, environment["threads"])
+    check_environment(environment, session.environment, must=("model", "data"))
     return session
 
 
-def _round(store: Store, which: str) -> int:
-    if which not in ("last", "best"):
-        raise UserError(f"--round={which}: allowed: last, best")
+def _round(store: Store, which: Which) -> int:
     number = store.last_round if which == "last" else store.best_round
     if number is None:
         raise UserError(f"{store.folder}: no round is committed yet; go on with: mira run {store.folder} --resume")
     return number
+
+
+def _visible(text: str) -> str:
+    """Text of a model or of a data file, without what could command the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def _example(prompt: str, instruction: str | None, description: str) -> Example:
@@ -120,20 +148,19 @@ def _example(prompt: str, instruction: str | None, description: str) -> Example:
     return Example(told, prompt, "") if told else Example(prompt, "", "")
 
 
-def _merged(session: Session, store: Store, k: int, as_of: int) -> Path:
+def _write_merged(session: Session, state: ServerState, k: int, folder: Path) -> None:
     """The whole model with client ``k``'s adapter in its weights; the base is put back afterwards."""
-    row = session.experiment.method.serve(state_of(session, store, as_of), torch.tensor([k]))[0]
-    folder = store.folder / "merged" / session.federation.clients[k].slug
+    row = session.experiment.method.serve(state, torch.tensor([k]))[0]
     model = session.base.model
     original = {name: model.get_parameter(f"{name}.weight").detach().clone() for name in session.layout.modules}
     merge_into(model, row, session.layout)
     try:
-        model.save_pretrained(folder)
+        with quiet():
+            model.save_pretrained(folder)
         session.base.tokenizer.save_pretrained(folder)
     finally:
         for name, weight in original.items():
             model.get_parameter(f"{name}.weight").data.copy_(weight)
-    return folder
 
 
 def _check_vllm(session: Session) -> None:

@@ -103,9 +103,10 @@ def table(result: Result) -> Group:
         else "",
         f"best round {best['round']} by validation: test loss {number(best['local_loss'])}"
         + (f", exact match {number(best['exact_match'], 2)}" if best["exact_match"] is not None else ""),
-        f"sent {_bytes(result['bytes_up'])} up, {_bytes(result['bytes_down'])} down; {result['seconds']:.0f} s,"
-        f" {result['tokens_per_second']:.0f} training tokens/s, at most {_bytes(result['peak_memory_bytes'])} of memory"
+        f"sent {_bytes(result['bytes_up'])} up, {_bytes(result['bytes_down'])} down"
         + (f"; {result['lost']} client rounds lost" if result["lost"] else ""),
+        f"{result['seconds']:.0f} s, {result['tokens_per_second']:.0f} training tokens/s,"
+        f" peak memory {_bytes(result['peak_memory_bytes'])}",
         f"model {model['name']} ({model['source']}, sha256 {model['sha256'][:12]})",
         f"run folder {_relative(result['run'])}",
     ]

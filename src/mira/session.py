@@ -116,17 +116,19 @@ def open_session(
     return Session(experiment, base, federation, corpus, layout, engine, environment)
 
 
-def check_environment(recorded: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on where numbers would differ, naming the difference; another machine is only warned about."""
+def check_environment(recorded: dict[str, Any], now: dict[str, Any], must: Sequence[str] = DECIDING) -> None:
+    """Refuse to go on where what ``must`` be the same differs, naming the difference; warn of what else differs."""
     for key in DECIDING:
         old, new = recorded.get(key), now[key]
         if old != new:
-            raise UserError(
-                f"--resume: {key} was {_short(old, new)} when the run started and is {_short(new, old)} now; "
-                "restore it, or start a new run"
-            )
+            difference = f"{key} was {_short(old, new)} when the run started and is {_short(new, old)} now"
+            if key in must:
+                raise UserError(f"{difference}; restore it, or start a new run")
+            log.warning("%s; numbers may differ in their last digits", difference)
     if recorded.get("machine") != now["machine"]:
-        log.warning("--resume: the run started on another machine; rows are no longer promised to be bit-identical")
+        log.warning(
+            "the run started on another machine; numbers are no longer promised to be identical to the last bit"
+        )
 
 
 def _short(value: Any, other: Any) -> str:

@@ -35,7 +35,9 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
             os.close(turn)
     except (OSError, SafetensorError) as error:  # the writer of safetensors has its own error for a full disk
         why = " ".join(str(error).split())
-        raise UserError(f"{folder}: cannot be written ({why}); mend that, then continue with --resume or export again") from None
+        raise UserError(
+            f"{folder}: cannot be written ({why}); mend that, then continue with --resume or export again"
+        ) from None
 
 
 def _remove(folder: Path) -> None:
