@@ -27,6 +27,10 @@ class Graph(Protocol):
         """The largest eigenvalue of L = diag(d) − a, or an upper bound of it when K is large."""
         ...
 
+    def degree_max(self) -> float:
+        """The largest d_k = Σ_l a_kl."""
+        ...
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -58,6 +62,9 @@ class Groups:
     def laplacian_max(self) -> float:
         largest = int(self.label.unique(return_counts=True)[1].max())
         return float(largest) if largest > 1 else 0.0
+
+    def degree_max(self) -> float:
+        return float(self.label.unique(return_counts=True)[1].max() - 1)
 
 
 @dataclass(frozen=True)
@@ -123,10 +130,13 @@ class Edges:
         near: Tensor = self.target[self._of(client)[0]].unique()
         return near
 
-    def laplacian_max(self) -> float:
-        degree = torch.zeros(self.num_clients, dtype=torch.float64)
+    def _degrees(self) -> tuple[Tensor, Tensor]:
+        """d [K], and the source of each edge [2|E|]."""
         source = torch.repeat_interleave(torch.arange(self.num_clients), self.indptr.diff())
-        degree.index_add_(0, source, self.weight)
+        return torch.zeros(self.num_clients, dtype=torch.float64).index_add_(0, source, self.weight), source
+
+    def laplacian_max(self) -> float:
+        degree, source = self._degrees()
         if self.num_clients <= _DENSE_LIMIT:
             everyone = torch.arange(self.num_clients)
             laplacian = degree.diag() - self.weights(everyone, everyone)
@@ -136,6 +146,9 @@ class Edges:
         return float(
             (degree[source] + degree[self.target]).max()
         )  # Anderson and Morley 1985: λ_max ≤ max over edges of d_k + d_l
+
+    def degree_max(self) -> float:
+        return float(self._degrees()[0].max()) if self.num_clients else 0.0
 
 
 def to_tensors(graph: Graph) -> dict[str, Tensor]:

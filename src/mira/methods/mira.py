@@ -77,12 +77,10 @@ class Mira:
                 f"method.regularisation={self.regularisation:g}: the step c = lr·steps·λ = {c:.4g} must be within "
                 f"[0, {limit:.4g}] = 2/λ_max of the graph, or rows diverge; largest admissible: {_floor(admissible)}"
             )
-        everyone = torch.arange(setting.num_clients)
-        degree = max(float(setting.graph.weights(part, everyone).sum(1).max()) for part in everyone.split(256))
-        if c * degree > 1:
+        if c * setting.graph.degree_max() > 1:
             log.warning(
                 "method.regularisation=%g: c·max degree = %.3g is above 1: mixed rows are no longer convex combinations",
-                self.regularisation, c * degree,
+                self.regularisation, c * setting.graph.degree_max(),
             )  # fmt: skip
 
 
