@@ -7,6 +7,7 @@ Tolerances in float64: entries are at most 10, weights at most 3, at most 6 rows
 from __future__ import annotations
 
 import logging
+import random
 import re
 from dataclasses import dataclass
 
@@ -167,10 +168,10 @@ def test_both_steps_are_translation_invariant(problem: Problem, s: float, shift:
 
 
 @given(problems(), unit, st.randoms())
-def test_both_steps_follow_the_order_of_clients(problem: Problem, s: float, random: object) -> None:
+def test_both_steps_follow_the_order_of_clients(problem: Problem, s: float, shuffler: random.Random) -> None:
     rows, a = problem.torch
     order = list(range(len(rows)))
-    random.shuffle(order)  # type: ignore[attr-defined]
+    shuffler.shuffle(order)
     for step in (paper_step, normalised_step):
         turned = step(rows[order], rows[order], a[order][:, order], s)
         close(turned, step(rows, rows, a, s)[order])

@@ -55,12 +55,13 @@ def test_weights_and_neighbours_equal_the_dense_matrix(case: Case, data: st.Data
 
 
 @given(cases)
-def test_the_largest_eigenvalue_equals_numpys(case: Case) -> None:
+def test_the_largest_eigenvalue_and_degree_equal_numpys(case: Case) -> None:
     graph, a = case
     exact = np.linalg.eigvalsh(np.diag(a.sum(1)) - a)[-1]
     # Two LAPACK calls on a matrix of norm below 2 · 7 · 3; a graph without edges has exactly 0.
     assert graph.laplacian_max() == pytest.approx(exact, abs=1e-12)
     assert graph.laplacian_max() == 0 or a.any()
+    assert graph.degree_max() == pytest.approx(a.sum(1).max(), abs=1e-12)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -90,7 +91,7 @@ def test_many_clients_cost_their_edges() -> None:
     ring = Edges.of(torch.arange(k), (torch.arange(k) + 1) % k, torch.ones(k), k)
     assert ring.weights(torch.tensor([7, 3]), torch.tensor([8, 2, 6])).tolist() == [[1, 0, 1], [0, 1, 0]]
     assert ring.neighbours(torch.tensor([0, 5])).tolist() == [1, 4, 6, k - 1]
-    assert ring.laplacian_max() == 4.0
+    assert (ring.laplacian_max(), ring.degree_max()) == (4.0, 2.0)
 
 
 @pytest.mark.parametrize(
