@@ -1,0 +1,69 @@
+"""A small experiment on a tiny model: a run of it takes about a second. Child processes import it too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ADAPTERS = "adapters"
+NAMES = ("ann", "bob", "cleo", "dan")
+
+
+def write_clients(file: Path, names: Sequence[str] = NAMES, examples: int = 8) -> Path:
+    """One JSONL file for all clients; two groups, by turns."""
+    with file.open("w", encoding="utf-8") as lines:
+        for k, name in enumerate(names):
+            for n in range(examples):
+                line = {
+                    "client": name, "group": "even" if k % 2 == 0 else "odd",
+                    "instruction": "Add." if k % 2 == 0 else "Take away.", "input": f"{n} and {k}",
+                    "output": str(n + k if k % 2 == 0 else n - k),
+                }  # fmt: skip
+                lines.write(json.dumps(line) + "\n")
+    return file
+
+
+def settings(model: Path, data: Path, **sections: Any) -> dict[str, Any]:
+    """The experiment as a mapping; ``sections`` are merged into it key by key."""
+    values: dict[str, Any] = {
+        "name": "small",
+        "rounds": 3,
+        "model": {"name": str(model)},
+        "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"]},
+        "data": {"source": "jsonl", "path": str(data), "client_column": "client", "group_column": "group"},
+        "split": {"train": 4, "validation": 2, "test": 2},
+        "training": {"lr": 0.02, "local_steps": 2, "batch_size": 2},
+        "engine": {"threads": 1},
+        "evaluation": {"max_new_tokens": 3, "transfer_clients": 3, "transfer_examples": 1},
+    }
+    for key, value in sections.items():
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+    return values
+
+
+def write_config(file: Path, model: Path, data: Path, **sections: Any) -> Path:
+    file.write_text(json.dumps(settings(model, data, **sections)), encoding="utf-8")  # JSON is YAML
+    return file
+
+
+# What a run's records and result hold of time and memory; all else is the same whenever it is run again.
+VOLATILE = ("seconds", "tokens_per_second", "peak_memory_bytes")
+
+
+def lasting(value: dict[str, Any]) -> dict[str, Any]:
+    return {key: item for key, item in value.items() if key not in VOLATILE}
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that a finished run leaves behind, to the last bit, time and memory aside."""
+    kinds = ("rows", "optim", "extra", ADAPTERS)
+    tensors = [file for kind in kinds for file in sorted((folder / kind).rglob("*.safetensors"))]
+    tensors += [folder / "graph.safetensors", folder / "start.safetensors"]
+    return {
+        "tensors": {str(file.relative_to(folder)): file.read_bytes().hex() for file in tensors},
+        "metrics": [lasting(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()],
+        "result": lasting(json.loads((folder / "result.json").read_text())),
+        "config": (folder / "config.yaml").read_text(),
+    }
