@@ -162,8 +162,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a name that the terminal cannot show must not end a run
             stream.reconfigure(errors="backslashreplace")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_ConsoleHandler()])
-    logging.getLogger("mira").setLevel(logging.INFO)
+    log = logging.getLogger("mira")
+    log.handlers = [_ConsoleHandler()]
+    log.setLevel(logging.INFO)
     try:
         status = app(standalone_mode=False)
     except UserError as error:

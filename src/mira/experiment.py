@@ -23,7 +23,7 @@ from mira.core.graph import from_tensors, to_tensors
 from mira.core.loop import Record, Schedule, run_rounds
 from mira.core.types import Change, Rows, ServerState
 from mira.report import summarise
-from mira.session import Session, check_environment, open_session
+from mira.session import Session, check_environment, enough_memory, open_session
 from mira.store import Store
 from mira.store.folders import replace_folder
 
@@ -132,7 +132,13 @@ def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher)
         store.commit(0, nothing, store.start[None][:0], state.extra, {}, record)
         state = state_of(session, store)
     schedule = Schedule(experiment.seed, rounds, experiment.cohort, experiment.training)
-    run_rounds(method, session.engine, state, schedule, names, _Folder(store), look, watcher.round)
+
+    def observe(record: Record) -> None:
+        for name, reason in record["lost"].items():
+            log.warning("round %d lost %s: %s", record["round"], name, reason)
+        watcher.round(record)
+
+    run_rounds(method, session.engine, state, schedule, names, _Folder(store), look, observe)
     watcher.stage("measuring the best round")
     best = _best_answers(session, store)
     watcher.stage("writing adapters")
@@ -153,18 +159,22 @@ def _measurer(session: Session, watcher: Watcher) -> Callable[[ServerState], Rec
     def look(state: ServerState) -> Record:
         record: Record = {}
         last = state.round == e.rounds
-        if state.round % plan.every == 0 or last:
-            record |= measure.losses(method, engine, state, names, plan.examples)
-        if plan.generate and (last or state.round == 0):
-            watcher.stage("generating answers")
-            record["answers"] = _answers(session, state)
-        if last:
-            watcher.stage("measuring transfer")
-            record["transfer"] = measure.transfer(
-                method, engine, state, names, e.seed, plan.transfer_clients, plan.transfer_examples
-            )
+        with enough_memory(e):
+            if state.round % plan.every == 0 or last:
+                record |= measure.losses(method, engine, state, names, plan.examples)
+            if plan.generate and (last or state.round == 0):
+                watcher.stage("generating answers")
+                record["answers"] = _answers(session, state)
+            if last:
+                watcher.stage("measuring transfer")
+                record["transfer"] = measure.transfer(
+                    method, engine, state, names, e.seed, plan.transfer_clients, plan.transfer_examples
+                )
         record["peak_memory_bytes"] = peak_memory(session.base.model.device)
         clean: Record = without_nan(record)
+        endless = [name for name, scores in clean.get("clients", {}).items() if None in scores.values()]
+        if endless:
+            log.warning("round %d: no finite loss or perplexity for %s", state.round, ", ".join(endless))
         return clean
 
     return look

@@ -22,7 +22,7 @@ from mira.data.types import Example
 from mira.experiment import ADAPTERS, base_name, export_adapters, state_of, without_nan
 from mira.model.wheel import quiet
 from mira.report import number
-from mira.session import Session, check_environment, open_session
+from mira.session import Session, check_environment, enough_memory, open_session
 from mira.store import Store
 from mira.store.folders import replace_folder
 
@@ -48,9 +48,10 @@ def evaluate(folder: Path, which: Which) -> dict[str, Any]:
         session.names,
         session.experiment.evaluation,
     )
-    losses = measure.losses(method, engine, state, names, plan.examples)
     references = [session.corpus.references(k, "test", plan.examples) for k in range(len(names))]
-    answers = measure.answers(method, engine, state, references, names, plan.examples, plan.max_new_tokens)
+    with enough_memory(session.experiment):
+        losses = measure.losses(method, engine, state, names, plan.examples)
+        answers = measure.answers(method, engine, state, references, names, plan.examples, plan.max_new_tokens)
     clients = [{"name": name} | losses["clients"][name] | answers["clients"][name] for name in names]
     head = {"run": str(folder.resolve()), "method": method.name, "round": as_of}
     result: dict[str, Any] = without_nan(head | losses | answers | {"clients": clients})

@@ -68,8 +68,6 @@ class RunProgress:
             f"about {left:.0f} s left",
         ]
         self._console.print(" · ".join(parts), highlight=False)
-        for name, reason in record["lost"].items():
-            self._console.print(f"  lost {name}: {reason}", style="yellow", markup=False, emoji=False, highlight=False)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done)
         if done == self._rounds:

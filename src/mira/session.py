@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -25,6 +26,7 @@ from mira.data.corpus import Corpus
 from mira.data.federation import Federation, make_federation
 from mira.data.text import Encoder
 from mira.engine.batched import BatchedEngine
+from mira.engine.memory import is_out_of_memory
 from mira.engine.reference import ReferenceEngine
 from mira.model import Base, load
 
@@ -129,6 +131,20 @@ def check_environment(recorded: dict[str, Any], now: dict[str, Any], must: Seque
         log.warning(
             "the run started on another machine; numbers are no longer promised to be identical to the last bit"
         )
+
+
+@contextmanager
+def enough_memory(experiment: Experiment) -> Iterator[None]:
+    """Running out of memory where no client can be left out, as a fault that the user can mend."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"engine.tokens_per_pass={experiment.engine.tokens_per_pass}: out of memory while measuring; start a new run"
+            " with less of it, or with a smaller prompt.max_length or evaluation.max_new_tokens"
+        ) from None
 
 
 def _short(value: Any, other: Any) -> str:
