@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+from mira import Experiment, cli, run
+from mira.experiment import Nobody
 
 ADAPTERS = "adapters"
 NAMES = ("ann", "bob", "cleo", "dan")
@@ -67,3 +74,63 @@ def outcome(folder: Path) -> dict[str, Any]:
         "result": lasting(json.loads((folder / "result.json").read_text())),
         "config": (folder / "config.yaml").read_text(),
     }
+
+
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Content and time of change of every file in a folder; the lock, which is empty, aside."""
+    return {
+        str(file.relative_to(folder)): (file.read_bytes(), file.stat().st_mtime_ns)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != ".lock"
+    }
+
+
+class Interrupt(Nobody):
+    """A watcher under which a run stops once ``round`` is committed, as if somebody had pulled the plug."""
+
+    class Pulled(Exception):
+        pass
+
+    def __init__(self, round: int) -> None:
+        self.last = round
+
+    def round(self, record: dict[str, Any]) -> None:
+        if record["round"] == self.last:
+            raise self.Pulled
+
+
+def begin(experiment: Experiment, folder: Path, rounds: int) -> Path:
+    """A run folder with ``rounds`` rounds committed, and more to come."""
+    with suppress(Interrupt.Pulled):
+        run(experiment, folder, Interrupt(rounds))
+    return folder
+
+
+@dataclass(frozen=True)
+class Ended:
+    status: object
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The message of a command refused: one line on standard error, nothing on standard output."""
+        assert self.status == 2, self
+        assert self.out == "", self
+        assert "Traceback" not in self.err
+        last = self.err.splitlines()[-1]
+        assert last.startswith("error: "), self
+        assert self.err.count("error: ") == 1
+        return last.removeprefix("error: ")
+
+
+def mira(*arguments: object) -> Ended:
+    """The command line, called in this process. A bug of ours comes out as the exception it is."""
+    out, err = StringIO(), StringIO()
+    with patch("sys.argv", ["mira", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            cli.main()
+            status: object = 0  # a bug, if main() ever returns
+        except SystemExit as end:
+            status = end.code or 0
+    return Ended(status, out.getvalue(), err.getvalue())
