@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,7 +28,7 @@ class NaturalInstructions:
     path: Path
     """The folder that holds the task JSON files, or its parent with a tasks/ folder."""
     clients: Annotated[int, Field(ge=1)] | None = None
-    """The first so many usable tasks by name; null takes all."""
+    """So many usable tasks, evenly spaced in the order of their names, so that they span the categories; null: all."""
     tasks: tuple[str, ...] | None = None
     """These tasks (file names without .json) instead of all in the folder."""
     max_input_chars: Annotated[int, Field(ge=1)] = 1024
@@ -39,14 +38,14 @@ class NaturalInstructions:
     source: Literal["natural-instructions"] = "natural-instructions"
 
     def load(self, seed: int) -> list[ClientData]:
-        usable = (client for file in self._files() if (client := self._client(file, seed)))
-        clients = list(islice(usable, self.clients))
-        if len(clients) < (self.clients or 1):
+        every = [client for file in self._files() if (client := self._client(file, seed))]
+        wanted = len(every) if self.clients is None else self.clients
+        if len(every) < max(wanted, 1):
             raise UserError(
-                f"data.clients={self.clients}: '{self.path}' holds {len(clients)} usable tasks (at least"
+                f"data.clients={self.clients}: '{self.path}' holds {len(every)} usable tasks (at least"
                 f" {MIN_INSTANCES} instances with inputs below {self.max_input_chars} characters); ask for fewer"
             )
-        return clients
+        return [every[n * len(every) // wanted] for n in range(wanted)]
 
     def _files(self) -> list[Path]:
         folder = existing(self.path)
