@@ -32,7 +32,7 @@ def write_clients(file: Path, names: Sequence[str] = NAMES, examples: int = 8) -
     return file
 
 
-def settings(model: Path, data: Path, **sections: Any) -> dict[str, Any]:
+def settings(model: Path, data: Path, /, **sections: Any) -> dict[str, Any]:
     """The experiment as a mapping; ``sections`` are merged into it key by key."""
     values: dict[str, Any] = {
         "name": "small",
@@ -50,7 +50,7 @@ def settings(model: Path, data: Path, **sections: Any) -> dict[str, Any]:
     return values
 
 
-def write_config(file: Path, model: Path, data: Path, **sections: Any) -> Path:
+def write_config(file: Path, model: Path, data: Path, /, **sections: Any) -> Path:
     file.write_text(json.dumps(settings(model, data, **sections)), encoding="utf-8")  # JSON is YAML
     return file
 
