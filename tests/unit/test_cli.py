@@ -1,0 +1,456 @@
+"""The command line: exit statuses, one-line errors, what goes where, and names shown as they are."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mira import config, load, run
+from mira.cli import app
+from mira.progress import RunProgress
+from small import NAMES, begin, mira, snapshot, write_clients, write_config
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "cli.md"
+TYPES: dict[str, tuple[type, ...]] = {
+    "text": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "number or null": (int, float, type(None)),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a configuration and a finished run of it, to look at."""
+    base = tmp_path_factory.mktemp("cli")
+    write_config(base / "config.yaml", tiny_folder, write_clients(base / "data.jsonl"))
+    run(load(base / "config.yaml"), base / "run")
+    return base
+
+
+@pytest.fixture
+def file(tiny_folder: Path, tmp_path: Path) -> Path:
+    return write_config(tmp_path / "config.yaml", tiny_folder, write_clients(tmp_path / "data.jsonl"))
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["run"], "Missing argument 'CONFIG'. (see: mira run --help)"),
+        (["run", "a.yaml", "--foo"], "Did you mean '--out'? (see: mira run --help)"),
+        (["rnu"], "No such command 'rnu'"),
+        (["run", "a.yaml", "b.yaml"], "Got unexpected extra argument"),
+        (["generate", "RUN"], "Missing option '--client'"),
+        (["generate", "RUN", "--client", "a", "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
+        (["evaluate", "RUN", "--round", "7"], "'7' is not one of 'last', 'best'"),
+        (["export", "RUN", "--all", "--format", "onnx"], "'onnx' is not one of 'peft', 'vllm'"),
+        (["export", "RUN"], "export: name the clients with --client NAME (repeatable), or give --all"),
+        (["export", "RUN", "--all", "--client", "ann"], "export: name the clients with --client NAME"),
+        (["run", "nonexistent.yaml"], "nonexistent.yaml: cannot be read (No such file or directory)"),
+        (["config", "check", "nonexistent.yaml"], "nonexistent.yaml: cannot be read (No such file or directory)"),
+        (["evaluate", "nowhere"], "nowhere: there is no run here"),
+        (["generate", "nowhere", "--client", "ann"], "nowhere: there is no run here"),
+        (["export", "nowhere", "--all"], "nowhere: there is no run here"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(
+    arguments: list[str], error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert error in mira(*arguments).error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [
+        ("training.lrr=0.1", "training.lrr: unknown key; did you mean 'lr'?"),
+        ("trainig.lr=0.1", "trainig: unknown key; did you mean 'training'?"),
+        ("method.name=mirra", "did you mean 'mira'?"),
+        ("method.strengh=0.1", "did you mean 'strength'?"),
+        ("training.lr=fast", "training.lr='fast'"),
+        ("training.lr", "override 'training.lr': must be key=value"),
+        ("rounds=0", "rounds=0"),
+        ("data.path=absent", "data.path='absent': no such file or folder"),
+        ("model.name=absent/", "model.name='absent/': not found"),
+        ("split.train=99", "client 'ann' has 8 different examples, fewer than"),
+        ("adapter.targets=[q_prj]", "adapter.targets: no linear layer is named 'q_prj'; did you mean 'q_proj'?"),
+    ],
+)
+def test_a_faulty_setting_is_one_line_and_makes_no_run(override: str, error: str, file: Path) -> None:
+    assert error in mira("run", file, "--out", file.parent / "run", "--set", override).error
+    assert not (file.parent / "run").exists()
+
+
+def test_a_fault_that_spans_lines_is_one_line(file: Path) -> None:
+    broken = file.with_name("a\nb.yaml")
+    broken.write_text("rounds: [1\n", encoding="utf-8")
+    assert "b.yaml, line 2: not valid YAML" in mira("run", broken).error
+
+
+def test_a_bug_of_ours_is_a_traceback() -> None:
+    program = "import mira.cli as cli\ncli.app = lambda **_: 1 / 0\ncli.main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert "ZeroDivisionError" in done.stderr
+
+
+def test_help_does_not_wait_for_the_deep_learning_libraries() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    program = [str(Path(sys.executable).with_name("mira")), "--help"]
+    done = subprocess.run(program, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "evaluate" in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
+    loaded = (
+        "import sys, mira.cli; print(*[name for name in ('torch', 'transformers', 'pydantic') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
+
+
+@pytest.mark.parametrize("command", [[], ["config"]])
+def test_without_a_command_the_help(command: list[str]) -> None:
+    ended = mira(*command)
+    assert ended.status == 2
+    assert "Usage: mira" in ended.out + ended.err
+    assert "error:" not in ended.err
+
+
+def test_an_interrupted_run_says_how_to_go_on(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = RunProgress.round
+
+    def interrupted(self: RunProgress, record: dict[str, Any]) -> None:
+        whole(self, record)
+        raise KeyboardInterrupt
+
+    folder = file.parent / "a run"
+    with monkeypatch.context() as patched:
+        patched.setattr(RunProgress, "round", interrupted)
+        ended = mira("run", file, "--out", folder)
+    assert ended.status == 130
+    assert ended.out == ""
+    assert ended.err.endswith(f"interrupted; committed rounds are kept, go on with: mira run '{folder}' --resume\n")
+    assert mira("run", folder, "--resume").status == 0
+
+
+# Output
+
+
+def documented(section: str) -> dict[str, str]:
+    """Field → type, from the table in a section of docs/cli.md."""
+    text = DOCUMENT.read_text(encoding="utf-8").split(f"\n## {section}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", text, flags=re.MULTILINE)
+    return {field: kind.strip() for field, kind in rows}
+
+
+def fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field of a result under its documented name."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from fields(item, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for item in value:
+            yield from fields(item, f"{name}[]")
+    else:
+        yield name, value
+
+
+def one_object(text: str) -> dict[str, Any]:
+    assert text.count("\n") == 1
+    assert text.endswith("\n")
+    result: dict[str, Any] = json.loads(text, parse_constant=pytest.fail)
+    return result
+
+
+@pytest.mark.parametrize("generate", [True, False])
+def test_run_prints_one_json_object_as_documented(generate: bool, file: Path) -> None:
+    folder = file.parent / "run"
+    ended = mira("run", file, "--out", folder, "--json", "--set", f"evaluation.generate={str(generate).lower()}")
+    assert ended.status == 0, ended.err
+    result = one_object(ended.out)
+    expected = documented("mira run")
+    found = list(fields(result))
+    assert {name for name, _ in found} == set(expected)
+    for name, value in found:
+        assert isinstance(value, TYPES[expected[name]]), f"{name}={value!r} is not {expected[name]}"
+        assert not isinstance(value, bool)
+        if value is None:
+            assert re.search("exact_match|rouge_l", name), f"{name} was not measured"
+            assert not generate
+    assert result["run"] == str(folder)
+    assert result["rounds"] == 3
+    assert [client["name"] for client in result["clients"]] == list(NAMES)
+    assert result["peak_memory_bytes"] > 10 * 2**20
+    assert (
+        result["bytes_up"]
+        == result["bytes_down"]
+        == 3 * 4 * 4 * load_file(folder / "start.safetensors")["start"].numel()
+    )
+    for client in result["clients"]:
+        assert (Path(client["adapter"]) / "adapter_config.json").is_file()
+
+
+def test_time_and_memory_fields_are_the_documented_ones(base: Path) -> None:
+    volatile = ("seconds", "tokens_per_second", "peak_memory_bytes")
+    text = " ".join(DOCUMENT.read_text(encoding="utf-8").split())
+    assert "The time and memory fields are `seconds`, `tokens_per_second` and `peak_memory_bytes`" in text
+    records = [json.loads(line) for line in (base / "run" / "metrics.jsonl").read_text().splitlines()]
+    for record in records[1:]:
+        assert all(record[name] > 0 for name in volatile)
+    assert records[0]["peak_memory_bytes"] > 0
+
+
+def test_evaluate_prints_one_json_object_as_documented(base: Path) -> None:
+    before = snapshot(base / "run")
+    ended = mira("evaluate", base / "run", "--json")
+    assert ended.status == 0, ended.err
+    result = one_object(ended.out)
+    expected = documented("mira evaluate")
+    found = list(fields(result))
+    assert {name for name, _ in found} == set(expected)
+    for name, value in found:
+        assert isinstance(value, TYPES[expected[name]]), f"{name}={value!r} is not {expected[name]}"
+        assert value is not None
+    finished = json.loads((base / "run" / "result.json").read_text())
+    assert result["local_loss"] == finished["local_loss"]
+    assert [c["test_loss"] for c in result["clients"]] == [c["loss"] for c in finished["clients"]]
+    assert snapshot(base / "run") == before
+
+
+def test_evaluate_the_best_round(base: Path) -> None:
+    finished = json.loads((base / "run" / "result.json").read_text())
+    assert finished["best"]["round"] == 2, "the scenario should have a best round that is not the last"
+    result = one_object(mira("evaluate", base / "run", "--round", "best", "--json").out)
+    assert result["round"] == 2
+    assert result["local_loss"] == finished["best"]["local_loss"]
+
+
+def test_plain_lines_where_there_is_no_terminal(file: Path) -> None:
+    ended = mira("run", file, "--out", file.parent / "run")
+    assert ended.status == 0
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", ended.out + ended.err)
+    lines = [line for line in ended.err.splitlines() if line.startswith("round ")]
+    assert [line.split(" · ")[0] for line in lines] == ["round 1/3", "round 2/3", "round 3/3"]
+    assert re.fullmatch(
+        r"round 2/3 · 4 clients · train loss [\d.]+ · validation [\d.]+ · \d+ tokens/s · [\d.]+ s · about \d+ s left",
+        lines[1],
+    )
+    assert ended.out.splitlines()[0].startswith("mira, 3 rounds")
+    assert "run folder" in ended.out
+
+
+def test_a_terminal_that_knows_no_unicode(base: Path) -> None:
+    program = "import sys, mira.cli as cli\ncli.app = lambda **_: cli.out_console.print('loss → é')\ncli.main()"
+    environment = {"PYTHONIOENCODING": "ascii", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (0, "loss \\u2192 \\xe9\n")
+
+
+# config
+
+
+def test_config_show_is_a_configuration_again(file: Path) -> None:
+    ended = mira("config", "show", file, "--set", "training.lr=0.125")
+    assert ended.status == 0
+    shown = config.parse_text(ended.out)
+    assert shown == load(file, ["training.lr=0.125"])
+    assert "momentum: 0.0" in ended.out
+
+
+def test_config_check(file: Path) -> None:
+    ended = mira("config", "check", file)
+    assert (ended.status, ended.out) == (0, f"{file}: fine; 4 clients, 3 rounds of mira\n")
+    assert "no such file or folder" in mira("config", "check", file, "--set", "data.path=absent").error
+    assert "have no group" in mira("config", "check", file, "--set", "data.group_column=null").error
+
+
+def test_config_schema() -> None:
+    ended = mira("config", "schema")
+    assert ended.status == 0
+    assert "training" in json.loads(ended.out)["properties"]
+
+
+# generate and export
+
+
+def test_generate(base: Path) -> None:
+    shown = mira("generate", base / "run", "--client", "bob", "--max-new-tokens", "2")
+    assert shown.status == 0, shown.err
+    assert shown.out.count("input:    ") == shown.out.count("answer:   ") == shown.out.count("expected: ") == 2
+    assert re.search(r"input:    \d and 1\n", shown.out)
+    prompt = ["generate", base / "run", "--client", "bob", "--prompt", "3 and 4", "--max-new-tokens", "2"]
+    assert mira(*prompt).status == 0
+    assert mira(*prompt, "--instruction", "Say [b]x[/b].", "--round", "best").status == 0
+    assert mira("generate", base / "run", "--client", "bop").error == "no client is named 'bop'; did you mean 'bob'?"
+
+
+def test_answers_cannot_command_the_terminal(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mira.session._decode", lambda tokenizer, tokens: "[red]:smile:[/red]\x1b]0;owned\x07é😀")
+    ended = mira("generate", base / "run", "--client", "bob", "--prompt", "x")
+    assert ended.out == "[red]:smile:[/red]\\x1b]0;owned\\x07é😀\n"
+
+
+def test_export_the_best_round_beside_the_last(base: Path) -> None:
+    before = snapshot(base / "run" / "adapters")
+    ended = mira("export", base / "run", "--all", "--round", "best")
+    assert ended.status == 0, ended.err
+    folders = [Path(line) for line in ended.out.splitlines()]
+    assert [folder.name for folder in folders] == list(NAMES)
+    assert {folder.parent for folder in folders} == {base / "run" / "adapters-best"}
+    for folder in folders:
+        best, last = (
+            load_file(place / folder.name / "adapter_model.safetensors")
+            for place in (base / "run" / "adapters-best", base / "run" / "adapters")
+        )
+        assert all(best[name].shape == last[name].shape for name in last)
+        assert any(not torch.equal(best[name], last[name]) for name in last)
+    assert snapshot(base / "run" / "adapters") == before
+
+
+def test_export_while_another_process_writes_the_run(file: Path) -> None:
+    from mira.store import Store
+
+    folder = begin(load(file), file.parent / "run", rounds=1)
+    with Store.open(folder):
+        state = snapshot(folder)
+        ended = mira("export", folder, "--client", "ann", "--client", "dan")
+    assert ended.status == 0, ended.err
+    assert ended.out == f"{folder}/adapters/ann\n{folder}/adapters/dan\n"
+    written = snapshot(folder)
+    assert {name.split("/")[0] for name in written.keys() - state.keys()} == {"adapters"}
+    assert {name: written[name] for name in state} == state
+
+
+def test_export_before_any_round(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: RunProgress, what: str) -> None:
+        if what.startswith("measuring"):
+            raise KeyboardInterrupt
+
+    folder = file.parent / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(RunProgress, "stage", interrupted)
+        assert mira("run", file, "--out", folder).status == 130
+    for command in (["export", folder, "--all"], ["evaluate", folder], ["generate", folder, "--client", "ann"]):
+        assert mira(*command).error == f"{folder}: no round is committed yet; go on with: mira run {folder} --resume"
+
+
+def test_export_for_vllm(base: Path) -> None:
+    line = mira("export", base / "run", "--all", "--format", "vllm").out.splitlines()[-1]
+    assert line.startswith("vllm serve /")
+    assert "--enable-lora --max-lora-rank 8 --lora-modules ann=/" in line
+    assert line.count("=/") == len(NAMES)
+    merged = mira("export", base / "run", "--client", "ann", "--merge", "--format", "vllm").out
+    assert merged == f"vllm serve {base}/run/merged/ann\n"
+
+
+@pytest.mark.parametrize("engine", ["batched", "reference"])
+def test_a_merged_model_is_a_whole_model(engine: str, file: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = file.parent / "run"
+    assert mira("run", file, "--out", folder, "--set", f"engine.name={engine}").status == 0
+    ended = mira("export", folder, "--client", "ann", "--merge")
+    assert ended.out == f"{folder}/merged/ann\n"
+    original = load_file(Path(load(file).model.name) / "model.safetensors")
+    merged = load_file(folder / "merged" / "ann" / "model.safetensors")
+    changed = {name for name in original if not torch.equal(original[name], merged[name])}
+    assert set(merged) == set(original)
+    assert len(changed) == 4
+    assert all(re.search("[qv]_proj.weight", name) for name in changed)
+    AutoModelForCausalLM.from_pretrained(folder / "merged" / "ann")
+
+
+def test_what_looks_at_a_run_needs_its_weights_but_not_its_versions(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tiny import save_tiny
+
+    model = save_tiny(tmp_path / "model")
+    file = write_config(tmp_path / "config.yaml", model, write_clients(tmp_path / "data.jsonl"))
+    folder = begin(load(file), tmp_path / "run", rounds=1)
+    with monkeypatch.context() as patched:
+        patched.setattr("mira.session.version", lambda name: "99.0")
+        ended = mira("export", folder, "--all")
+        assert ended.status == 0
+        assert "versions was" in ended.err
+    save_tiny(model, seed=1)
+    assert mira("export", folder, "--all").error.startswith('model was {"sha256"')
+
+
+# Names
+
+HOSTILE = (
+    "[red]x[/red]", "[/]", "[bold", ":smile:", "../../x", "/etc/x", "a/b", "..", ".hidden", "-rf", "$(touch x)", "😀", "n" * 300,
+    "CON", "a b", "\\", "{x}", "%s",
+)  # fmt: skip
+
+
+def test_names_are_shown_as_they_are_and_write_nothing_outside(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outer = tmp_path / "outer"
+    inner = outer / "inner"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    file = write_config(outer / "config.yaml", tiny_folder, write_clients(outer / "data.jsonl", HOSTILE), rounds=1)
+    before = snapshot(tmp_path)
+    folder = inner / "[red]run"
+    poisoned = sorted(HOSTILE).index("[/]")
+    whole = torch.isfinite
+
+    def some_fail(tensor: torch.Tensor) -> torch.Tensor:
+        good = whole(tensor)
+        if tensor.shape == (len(HOSTILE),):
+            good[poisoned] = False
+        return good
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mira.core.loop.torch.isfinite", some_fail)
+        ended = mira("run", file, "--out", folder, "--json")
+    assert ended.status == 0, ended.err
+    assert "run folder " + str(folder) in ended.err
+    assert "round 1 lost [/]: row is not finite" in ended.err
+    result = json.loads(ended.out)
+    assert sorted(client["name"] for client in result["clients"]) == sorted(HOSTILE)
+    for client in result["clients"]:
+        assert Path(client["adapter"]).resolve().parent == folder / "adapters"
+    table, evaluated = mira("run", folder, "--resume"), mira("evaluate", folder)
+    for text in (table.out, evaluated.out):
+        folded = "".join(re.findall("^ *(n+)(?= |$)", text, flags=re.MULTILINE))
+        assert [name for name in HOSTILE if name not in text + folded] == []
+    exported = mira("export", folder, "--all", "--format", "vllm")
+    assert exported.status == 0, exported.err
+    assert mira("generate", folder, "--client", "../../x", "--max-new-tokens", "1").status == 0
+    assert "no client is named '[/red]'" in mira("generate", folder, "--client", "[/red]").error
+    after = snapshot(tmp_path)
+    new = after.keys() - before.keys()
+    assert {name: after[name] for name in before} == before
+    assert all(name.startswith("outer/inner/[red]run/") for name in new)
+    assert [entry.name for entry in inner.iterdir()] == ["[red]run"]
+
+
+def test_every_command_and_option_is_documented() -> None:
+    import typer
+
+    text = DOCUMENT.read_text(encoding="utf-8")
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        assert f"## mira {name}" in text
+        for parameter in getattr(command, "params", []):
+            for option in parameter.opts:
+                assert not option.startswith("--") or option == "--help" or option in text, f"mira {name} {option}"
