@@ -8,10 +8,14 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports the hub's client, which reads it once
 
 import pytest
+from hypothesis import settings
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mira.model import Base, load
 from tiny import make_tiny, make_tokenizer, save_tiny
+
+settings.register_profile("mira", deadline=None)  # machines are shared: a slow example is no failure
+settings.load_profile("mira")
 
 
 @pytest.fixture(scope="session")
