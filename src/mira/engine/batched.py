@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mira.adapters.attach import Attached, Lane, attach
-from mira.core.errors import UserError
 from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.training import Training
@@ -24,6 +23,7 @@ from mira.core.types import Failure, Scores, Trained, Work
 from mira.data.corpus import Corpus
 from mira.data.text import Encoded
 from mira.engine import attention
+from mira.engine.exchange import exchange
 from mira.engine.generate import greedy
 from mira.engine.loss import LabelLoss, label_nll
 from mira.engine.memory import OUT_OF_MEMORY, is_out_of_memory
@@ -31,9 +31,6 @@ from mira.engine.optim import RowOptimizer
 from mira.engine.packing import Pass, pack, packed_tokens, plan
 
 log = logging.getLogger(__name__)
-
-# What other architectures do to logits or attention scores outside the layers that this engine calls.
-_UNSUPPORTED = ("final_logit_softcapping", "attn_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 @dataclass(frozen=True)
@@ -57,19 +54,7 @@ class BatchedEngine:
     attached: Attached = field(init=False)
 
     def __post_init__(self) -> None:
-        config = self.model.config
-        for name in _UNSUPPORTED:
-            if getattr(config, name, None) not in (None, 1, 1.0):
-                raise UserError(
-                    f"engine.name=batched: architecture '{config.model_type}' uses {name}, which it does not support; "
-                    "use engine.name=reference"
-                )
-        if not self.model._supports_attention_backend or getattr(config, "is_encoder_decoder", False):
-            raise UserError(
-                f"engine.name=batched: '{config.model_type}' cannot exchange its attention; use engine.name=reference"
-            )
-        attention.register()
-        self.model.set_attn_implementation(attention.NAME)
+        exchange(self.model)
         object.__setattr__(self, "attached", attach(self.model, self.layout, self.dropout))
 
     @property
