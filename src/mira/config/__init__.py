@@ -14,13 +14,13 @@ from mira.config.text import mapping, read, write
 __all__ = ["Experiment", "differences", "dump", "load", "parse", "parse_text", "schema"]
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment of a YAML file. ``overrides``: dotted keys with YAML values, e.g. ``training.lr=3e-4``.
 
     An override that changes the variant of a section (``method.name=fedit``) drops what the file says of the former
     variant and the new one does not have. Raises UserError, one line that names the file and line or the key.
     """
-    return parse(override(read(path), overrides))
+    return parse(override(read(Path(path)), overrides))
 
 
 def parse(values: Mapping[str, Any]) -> Experiment:
