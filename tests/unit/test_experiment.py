@@ -1,0 +1,153 @@
+"""What running an experiment rests on: the check of the environment, numbers fit for JSON, whole folders."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import math
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from mira import Experiment
+from mira.core.errors import UserError
+from mira.experiment import located, peak_memory, without_nan
+from mira.session import DECIDING, check_environment, enough_memory, open_session
+from mira.store.folders import replace_folder
+from small import settings, write_clients
+
+ENVIRONMENT: dict[str, Any] = {
+    "versions": {"torch": "2.13.0", "peft": "0.21"}, "model": {"sha256": "a"}, "data": {"sha256": "b"}, "threads": 2,
+    "device": "cpu", "prefix": True, "machine": {"cores": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", DECIDING)
+def test_what_decides_numbers_must_not_change(key: str) -> None:
+    check_environment(ENVIRONMENT, ENVIRONMENT)
+    with pytest.raises(UserError, match=f"^{key} was .* when the run started and is .* now; restore it"):
+        check_environment(ENVIRONMENT, ENVIRONMENT | {key: {"torch": "9"}})
+
+
+def test_the_difference_alone_is_named() -> None:
+    now = ENVIRONMENT | {"versions": {"torch": "2.14.0", "peft": "0.21"}}
+    with pytest.raises(UserError) as error:
+        check_environment(ENVIRONMENT, now)
+    assert 'versions was {"torch": "2.13.0"} when the run started and is {"torch": "2.14.0"} now' in str(error.value)
+
+
+def test_what_need_not_be_the_same_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    now = ENVIRONMENT | {"device": "cuda", "machine": {"cores": 4}}
+    with caplog.at_level(logging.WARNING):
+        check_environment(ENVIRONMENT, now, must=("model", "data"))
+    assert ['device was "cpu"' in message for message in caplog.messages] == [True, False]
+    assert "another machine" in caplog.messages[1]
+
+
+def test_json_has_no_nan() -> None:
+    value = {"a": [1.0, math.nan, {"b": -math.inf}], "c": "nan", "d": 3, "e": None, "f": True}
+    assert without_nan(value) == {"a": [1.0, None, {"b": None}], "c": "nan", "d": 3, "e": None, "f": True}
+
+
+def test_peak_memory_is_in_bytes() -> None:
+    assert 50 * 2**20 < peak_memory(torch.device("cpu")) < 2**40
+
+
+def test_a_result_is_located_in_its_folder(tmp_path: Path) -> None:
+    kept = {"method": "mira", "clients": [{"name": "ann", "adapter": "adapters/ann"}]}
+    assert located(kept, tmp_path) == {
+        "run": str(tmp_path), "method": "mira", "clients": [{"name": "ann", "adapter": f"{tmp_path}/adapters/ann"}],
+    }  # fmt: skip
+    assert kept["clients"] == [{"name": "ann", "adapter": "adapters/ann"}]
+
+
+def test_only_running_out_of_memory_is_the_users(tiny_folder: Path, tmp_path: Path) -> None:
+    experiment = Experiment(**settings(tiny_folder, tmp_path))
+    with pytest.raises(UserError, match=r"engine.tokens_per_pass=8192: out of memory"), enough_memory(experiment):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="shape"), enough_memory(experiment):
+        raise RuntimeError("shape mismatch")
+
+
+@pytest.mark.parametrize(("given", "recorded", "used"), [(None, None, 3), (2, None, 2), (2, 1, 1), (None, 1, 1)])
+def test_threads(
+    given: int | None, recorded: int | None, used: int, tiny_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    values = settings(tiny_folder, write_clients(tmp_path / "data.jsonl"), engine={"threads": given})
+    try:
+        session = open_session(Experiment(**values), recorded)
+        assert (torch.get_num_threads(), session.environment["threads"]) == (used, used)
+    finally:
+        torch.set_num_threads(before)
+
+
+# Folders
+
+
+def write(folder: Path, text: str) -> None:
+    folder.mkdir()
+    (folder / "file").write_text(text)
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    place = tmp_path / "adapters" / "ann"
+    replace_folder(place, lambda folder: write(folder, "one"))
+    (place / "old").touch()
+    replace_folder(place, lambda folder: write(folder, "two"))
+    assert [file.name for file in place.iterdir()] == ["file"]
+    assert (place / "file").read_text() == "two"
+    assert list(place.parent.iterdir()) == [place]
+
+
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), SafetensorError("I/O error: no space")])
+def test_a_folder_that_cannot_be_written_leaves_the_former_one(fault: Exception, tmp_path: Path) -> None:
+    place = tmp_path / "adapters" / "ann"
+    replace_folder(place, lambda folder: write(folder, "one"))
+
+    def half(folder: Path) -> None:
+        write(folder, "half")
+        raise fault
+
+    with pytest.raises(UserError, match=r"cannot be written .*space"):
+        replace_folder(place, half)
+    assert (place / "file").read_text() == "one"
+    assert list(place.parent.iterdir()) == [place]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    write(tmp_path / ".ann.tmp", "half")
+    (tmp_path / ".ann.tmp" / "more").touch()
+    replace_folder(tmp_path / "ann", lambda folder: write(folder, "one"))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["ann"]
+    assert [file.name for file in (tmp_path / "ann").iterdir()] == ["file"]
+
+
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    write(outside, "mine")
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "ann").symlink_to(outside)
+    with pytest.raises(UserError, match="cannot be written"):
+        replace_folder(tmp_path / "adapters" / "ann", lambda folder: write(folder, "one"))
+    assert (outside / "file").read_text() == "mine"
+
+
+def test_writers_take_turns(tmp_path: Path) -> None:
+    turn = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(turn, fcntl.LOCK_EX)
+    writer = threading.Thread(target=replace_folder, args=(tmp_path / "ann", lambda folder: write(folder, "one")))
+    writer.start()
+    time.sleep(0.2)
+    assert list(tmp_path.iterdir()) == []
+    os.close(turn)
+    writer.join(10)
+    assert (tmp_path / "ann" / "file").read_text() == "one"
