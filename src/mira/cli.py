@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from mira.core.errors import UserError
+from mira.progress import RunProgress, visible
 
 if TYPE_CHECKING:
     from mira.config import Experiment
@@ -59,7 +60,6 @@ def run(
 ) -> None:
     """Train one adapter per client, measure every client, and write a PEFT folder for each."""
     from mira import experiment
-    from mira.progress import RunProgress
     from mira.report import table
 
     watcher = RunProgress(err_console)
@@ -181,7 +181,7 @@ def main() -> None:
 
 
 def _refuse(why: str) -> int:
-    err_console.print(f"error: {' '.join(why.split())}", style="red")
+    err_console.print(f"error: {visible(' '.join(why.splitlines()))}", style="red")
     return 2
 
 
@@ -190,7 +190,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else "dim"
-        err_console.print(self.format(record), style=style)
+        err_console.print(visible(self.format(record)), style=style)
 
 
 def _configuration(target: Path, overrides: list[str]) -> Experiment:

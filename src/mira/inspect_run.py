@@ -21,6 +21,7 @@ from mira.core.types import Overlay, ServerState
 from mira.data.types import Example
 from mira.experiment import ADAPTERS, base_name, export_adapters, state_of, without_nan
 from mira.model.wheel import quiet
+from mira.progress import visible
 from mira.report import number
 from mira.session import Session, check_environment, enough_memory, open_session
 from mira.store import Store
@@ -83,15 +84,15 @@ def generate(
     owner, encoder = session.federation.clients[k], session.corpus.encoder
     if prompt is not None:
         asked = encoder.prompt(_example(prompt, instruction, owner.description))
-        yield _visible(session.engine.answer(row, [[asked]], max_new_tokens)[0][0])
+        yield visible(session.engine.answer(row, [[asked]], max_new_tokens)[0][0])
         return
     shown = owner.test[:4]
     given = session.engine.answer(row, [[encoder.prompt(example) for example in shown]], max_new_tokens)[0]
     for example, answer in zip(shown, given, strict=True):
         question = example.messages[-2].content if example.messages else example.input or example.instruction
-        yield f"input:    {_visible(question)}"
-        yield f"answer:   {_visible(answer)}"
-        yield f"expected: {_visible(example.output)}"
+        yield f"input:    {visible(question)}"
+        yield f"answer:   {visible(answer)}"
+        yield f"expected: {visible(example.output)}"
         yield ""
 
 
@@ -136,11 +137,6 @@ def _round(store: Store, which: Which) -> int:
     if number is None:
         raise UserError(f"{store.folder}: no round is committed yet; go on with: mira run {store.folder} --resume")
     return number
-
-
-def _visible(text: str) -> str:
-    """Text of a model or of a data file, without what could command the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def _example(prompt: str, instruction: str | None, description: str) -> Example:

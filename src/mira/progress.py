@@ -11,6 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 
+def visible(text: str) -> str:
+    """Text of a model or of somebody's data, with what could command the terminal escaped."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
 class RunProgress:
     """Rounds, clients, tokens a second and the time left."""
 

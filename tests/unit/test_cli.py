@@ -101,6 +101,13 @@ def test_a_fault_that_spans_lines_is_one_line(file: Path) -> None:
     assert "b.yaml, line 2: not valid YAML" in mira("run", broken).error
 
 
+def test_an_error_cannot_command_the_terminal(file: Path) -> None:
+    data = file.parent / "data.jsonl"
+    data.write_text(json.dumps({"client": "ann", "prompt": "a", "completion": "b", "group\x1b]0;owned\x07": 1}) + "\n")
+    error = mira("config", "check", file).error
+    assert "group\\x1b]0;owned\\x07" in error
+
+
 def test_a_bug_of_ours_is_a_traceback() -> None:
     program = "import mira.cli as cli\ncli.app = lambda **_: 1 / 0\ncli.main()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
