@@ -6,10 +6,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import click
 import typer
@@ -60,7 +59,6 @@ def run(
 ) -> None:
     """Train one adapter per client, measure every client, and write a PEFT folder for each."""
     from mira import experiment
-    from mira.report import table
 
     watcher = RunProgress(err_console)
     try:
@@ -74,7 +72,7 @@ def run(
         raise typer.Exit(130) from None
     finally:
         watcher.stop()
-    _print(result, table, as_json)
+    _print(result, as_json)
 
 
 @app.command()
@@ -82,7 +80,7 @@ def evaluate(run: Run, round: Which = "last", as_json: Json = False) -> None:
     """Measure every client of a run again: loss, exact match and ROUGE-L under the row it deploys."""
     from mira import inspect_run
 
-    _print(inspect_run.evaluate(run, round), inspect_run.evaluation_table, as_json)
+    _print(inspect_run.evaluate(run, round, RunProgress(err_console)), as_json)
 
 
 @app.command()
@@ -227,10 +225,9 @@ def _folder_to_resume(target: Path, overrides: list[str], out: Path | None) -> P
     return out
 
 
-_Result = TypeVar("_Result", bound=dict[str, Any])
+def _print(result: dict[str, Any], as_json: bool) -> None:
+    from mira.report import table
 
-
-def _print(result: _Result, table: Callable[[_Result], Any], as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(result, allow_nan=False) + "\n")
     else:

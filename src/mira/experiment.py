@@ -83,8 +83,13 @@ def resume(folder: Path | str, watcher: Watcher | None = None) -> Result:
 
 def located(result: Result, folder: Path) -> Result:
     """A result with absolute paths: a run folder keeps them relative to itself, so that it can be moved."""
-    clients = [client | {"adapter": str((folder / client["adapter"]).resolve())} for client in result["clients"]]
-    return {"run": str(folder.resolve())} | result | {"clients": clients}
+    root = folder.resolve()
+    places = [root / client["adapter"] for client in result["clients"]]
+    clients = [
+        client | {"adapter": str(place) if place.is_dir() else None}
+        for client, place in zip(result["clients"], places, strict=True)
+    ]
+    return {"run": str(root)} | result | {"clients": clients}
 
 
 def state_of(session: Session, store: Store, as_of: int | None = None) -> ServerState:
@@ -143,41 +148,60 @@ def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher)
     best = _best_answers(session, store)
     watcher.stage("writing adapters")
     export_adapters(session, store.folder / ADAPTERS, state_of(session, store), range(len(names)))
-    tasks = [client.task for client in session.federation.clients]
-    examples = [len(client.train) for client in session.federation.clients]
-    adapters = [f"{ADAPTERS}/{client.slug}" for client in session.federation.clients]
-    result = summarise(store, tasks, examples, adapters, best)
+    result = summary(session, store, store.metrics()[-1], best)
     store.finish(result)
     return located(result, store.folder)
 
 
+def summary(session: Session, store: Store, last: Record, best_answers: Record) -> Result:
+    """The result of a run of which ``last`` was measured last, with paths relative to the run folder."""
+    clients = session.federation.clients
+    adapters = [f"{ADAPTERS}/{client.slug}" for client in clients]
+    return summarise(
+        store,
+        last,
+        [client.task for client in clients],
+        [len(client.train) for client in clients],
+        adapters,
+        best_answers,
+    )
+
+
 def _measurer(session: Session, watcher: Watcher) -> Callable[[ServerState], Record]:
     """What to measure after which round: losses every n rounds, answers at the start and at the end, transfer at the end."""
-    e, method, engine, names = session.experiment, session.experiment.method, session.engine, session.names
-    plan = e.evaluation
+    plan, rounds = session.experiment.evaluation, session.experiment.rounds
 
     def look(state: ServerState) -> Record:
-        record: Record = {}
-        last = state.round == e.rounds
-        with enough_memory(e):
-            if state.round % plan.every == 0 or last:
-                record |= measure.losses(method, engine, state, names, plan.examples)
-            if plan.generate and (last or state.round == 0):
-                watcher.stage("generating answers")
-                record["answers"] = _answers(session, state)
-            if last:
-                watcher.stage("measuring transfer")
-                record["transfer"] = measure.transfer(
-                    method, engine, state, names, e.seed, plan.transfer_clients, plan.transfer_examples
-                )
-        record["peak_memory_bytes"] = peak_memory(session.base.model.device)
-        clean: Record = without_nan(record)
-        endless = [name for name, scores in clean.get("clients", {}).items() if None in scores.values()]
-        if endless:
-            log.warning("round %d: no finite loss or perplexity for %s", state.round, ", ".join(endless))
-        return clean
+        first, last = state.round == 0, state.round == rounds
+        due = last or state.round % plan.every == 0
+        record = measured(session, state, watcher, plan.generate and (first or last), transfer=last) if due else {}
+        return record | {"peak_memory_bytes": peak_memory(session.base.model.device)}
 
     return look
+
+
+def measured(session: Session, state: ServerState, watcher: Watcher, answers: bool, transfer: bool) -> Record:
+    """The losses of every client under the row it would deploy in ``state``, if asked for also answers and transfer.
+
+    Raises UserError when memory runs out.
+    """
+    e, method, engine, names = session.experiment, session.experiment.method, session.engine, session.names
+    plan = e.evaluation
+    with enough_memory(e):
+        record = measure.losses(method, engine, state, names, plan.examples)
+        if answers:
+            watcher.stage("generating answers")
+            record["answers"] = _answers(session, state)
+        if transfer:
+            watcher.stage("measuring transfer")
+            record["transfer"] = measure.transfer(
+                method, engine, state, names, e.seed, plan.transfer_clients, plan.transfer_examples
+            )
+    clean: Record = without_nan(record)
+    endless = [name for name, scores in clean["clients"].items() if None in scores.values()]
+    if endless:
+        log.warning("round %d: no finite loss or perplexity for %s", state.round, ", ".join(endless))
+    return clean
 
 
 def peak_memory(device: torch.device) -> int:

@@ -7,23 +7,29 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
-from mira import config, measure
+from mira import config
 from mira.adapters.lora import merge as merge_into
 from mira.core.errors import UserError
 from mira.core.types import Overlay, ServerState
 from mira.data.types import Example
-from mira.experiment import ADAPTERS, base_name, export_adapters, state_of, without_nan
+from mira.experiment import (
+    ADAPTERS,
+    Result,
+    Watcher,
+    base_name,
+    export_adapters,
+    located,
+    measured,
+    state_of,
+    summary,
+)
 from mira.model.wheel import quiet
 from mira.progress import visible
-from mira.report import number
-from mira.session import Session, check_environment, enough_memory, open_session
+from mira.session import Session, check_environment, open_session
 from mira.store import Store
 from mira.store.folders import replace_folder
 
@@ -35,42 +41,18 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_NO_LORA = ("gpt2",)  # architectures vLLM serves without LoRA support
 
 
-def evaluate(folder: Path, which: Which) -> dict[str, Any]:
-    """Losses and answers of every client under the row it deploys as of ``which`` round (fields: docs/cli.md)."""
+def evaluate(folder: Path, which: Which, watcher: Watcher) -> Result:
+    """The result of the run (docs/cli.md), measured again under the rows of ``which`` round."""
+    watcher.stage("preparing")
     session = _session(folder)
     with Store.open(folder, writable=False) as store:
-        as_of = _round(store, which)
-        state = state_of(session, store, as_of)
+        state = state_of(session, store, _round(store, which))
         everyone = torch.arange(len(state.rows))
-        state = replace(state, rows=Overlay(state.rows, everyone, state.rows[everyone]))  # the run may go on meanwhile
-    method, engine, names, plan = (
-        session.experiment.method,
-        session.engine,
-        session.names,
-        session.experiment.evaluation,
-    )
-    references = [session.corpus.references(k, "test", plan.examples) for k in range(len(names))]
-    with enough_memory(session.experiment):
-        losses = measure.losses(method, engine, state, names, plan.examples)
-        answers = measure.answers(method, engine, state, references, names, plan.examples, plan.max_new_tokens)
-    clients = [{"name": name} | losses["clients"][name] | answers["clients"][name] for name in names]
-    head = {"run": str(folder.resolve()), "method": method.name, "round": as_of}
-    result: dict[str, Any] = without_nan(head | losses | answers | {"clients": clients})
-    return result
-
-
-def evaluation_table(result: dict[str, Any]) -> Table:
-    grid = Table(box=box.SIMPLE_HEAD, title=f"{result['method']}, round {result['round']}", title_justify="left")
-    grid.add_column("client", overflow="fold")
-    shown = ("validation_loss", "test_loss", "exact_match", "rouge_l")
-    for key in shown:
-        grid.add_column(key.replace("_", " "), justify="right")
-    for client in result["clients"]:
-        grid.add_row(Text(client["name"]), *[number(client[key]) for key in shown])
-    grid.add_section()
-    means = (result["validation_loss"], result["local_loss"], result["exact_match"], result["rouge_l"])
-    grid.add_row("mean", *[number(value) for value in means], style="bold")
-    return grid
+        rows = Overlay(state.rows, everyone, state.rows[everyone])  # read now: the run may go on meanwhile
+        watcher.stage(f"measuring round {state.round}")
+        record = measured(session, replace(state, rows=rows), watcher, answers=True, transfer=True)
+        best = record if state.round == store.best_round else store.metrics()[store.best_round or 0]
+        return located(summary(session, store, {"round": state.round} | record, best.get("answers", {})), folder)
 
 
 def generate(

@@ -18,14 +18,15 @@ Result = dict[str, Any]
 
 
 def summarise(
-    store: Store, tasks: Sequence[str], examples: Sequence[int], adapters: Sequence[str], best_answers: dict[str, Any]
-) -> Result:
-    """The result of a finished run, from its records (the fields are documented in docs/cli.md).
+    store: Store, last: dict[str, Any], tasks: Sequence[str], examples: Sequence[int], adapters: Sequence[str],
+    best_answers: dict[str, Any],
+) -> Result:  # fmt: skip
+    """The result of a run (the fields are documented in docs/cli.md), from its records and the ``last`` thing measured.
 
     ``adapters``: the clients' PEFT folders, relative to the run folder.
     """
     records = store.metrics()
-    start, last, best = records[0], records[-1], records[store.best_round or 0]
+    start, best = records[0], records[store.best_round or 0]
     training = [record for record in records if record["round"]]
     clients = []
     for name, task, count, folder in zip(last["clients"], tasks, examples, adapters, strict=True):
@@ -37,6 +38,8 @@ def summarise(
                 "loss_start": start["clients"][name]["test_loss"],
                 "loss": last["clients"][name]["test_loss"],
                 "loss_best": best["clients"][name]["test_loss"],
+                "validation_loss": last["clients"][name]["validation_loss"],
+                "perplexity": last["clients"][name]["perplexity"],
                 "exact_match_start": _answer(start.get("answers"), name, "exact_match"),
                 "exact_match": _answer(last.get("answers"), name, "exact_match"),
                 "exact_match_best": _answer(best_answers, name, "exact_match"),
@@ -68,6 +71,7 @@ def summarise(
             "exact_match": best_answers.get("exact_match"),
             "rouge_l": best_answers.get("rouge_l"),
         },
+        "validation_loss": last["validation_loss"],
         "lost": sum(len(record["lost"]) for record in training),
         "bytes_up": sum(record["bytes_up"] for record in training),
         "bytes_down": sum(record["bytes_down"] for record in training),
@@ -104,7 +108,7 @@ def table(result: Result) -> Group:
         f"best round {best['round']} by validation: test loss {number(best['local_loss'])}"
         + (f", exact match {number(best['exact_match'], 2)}" if best["exact_match"] is not None else ""),
         f"sent {_bytes(result['bytes_up'])} up, {_bytes(result['bytes_down'])} down"
-        + (f"; {result['lost']} client rounds lost" if result["lost"] else ""),
+        + (f"; clients lost from a round: {result['lost']}" if result["lost"] else ""),
         f"{result['seconds']:.0f} s, {result['tokens_per_second']:.0f} training tokens/s,"
         f" peak memory {_bytes(result['peak_memory_bytes'])}",
         f"model {model['name']} ({model['source']}, sha256 {model['sha256'][:12]})",

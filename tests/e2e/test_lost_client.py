@@ -138,7 +138,7 @@ def test_a_round_that_loses_everybody(tiny_folder: Path, tmp_path: Path, monkeyp
     assert ended.status == 0, ended.err
     assert "round 1/2 · 4 clients · no client came back" in ended.err
     assert ended.err.count(OUT_OF_MEMORY) == 2 * len(NAMES)
-    assert "8 client rounds lost" in ended.out
+    assert "clients lost from a round: 8" in ended.out
     assert rows(tmp_path / "run") == {}
 
 

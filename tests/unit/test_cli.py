@@ -24,6 +24,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "cli.md"
 TYPES: dict[str, tuple[type, ...]] = {
     "text": (str,),
     "integer": (int,),
+    "text or null": (str, type(None)),
     "number": (int, float),
     "number or null": (int, float, type(None)),
 }
@@ -227,15 +228,18 @@ def test_evaluate_prints_one_json_object_as_documented(base: Path) -> None:
     ended = mira("evaluate", base / "run", "--json")
     assert ended.status == 0, ended.err
     result = one_object(ended.out)
-    expected = documented("mira evaluate")
+    expected = documented("mira run")
     found = list(fields(result))
     assert {name for name, _ in found} == set(expected)
     for name, value in found:
         assert isinstance(value, TYPES[expected[name]]), f"{name}={value!r} is not {expected[name]}"
-        assert value is not None
-    finished = json.loads((base / "run" / "result.json").read_text())
-    assert result["local_loss"] == finished["local_loss"]
-    assert [c["test_loss"] for c in result["clients"]] == [c["loss"] for c in finished["clients"]]
+    finished = one_object(mira("run", base / "run", "--resume", "--json").out)
+    best_answers = re.compile("best")  # measured when a run ends; here only if it is the round asked for
+    assert {name for name, value in found if value is None} <= {name for name, _ in found if best_answers.search(name)}
+    for key in ("run", "method", "rounds", "local_loss_start", "local_loss", "global_loss", "bytes_up", "seconds"):
+        assert result[key] == finished[key]
+    for now, then in zip(result["clients"], finished["clients"], strict=True):
+        assert all(now[key] == then[key] for key in then if "match_best" not in key and "l_best" not in key)
     assert snapshot(base / "run") == before
 
 
@@ -243,8 +247,21 @@ def test_evaluate_the_best_round(base: Path) -> None:
     finished = json.loads((base / "run" / "result.json").read_text())
     assert finished["best"]["round"] == 2, "the scenario should have a best round that is not the last"
     result = one_object(mira("evaluate", base / "run", "--round", "best", "--json").out)
-    assert result["round"] == 2
+    assert result["rounds"] == 2
     assert result["local_loss"] == finished["best"]["local_loss"]
+    assert result["best"] == finished["best"]
+
+
+def test_evaluate_a_run_under_way(file: Path) -> None:
+    folder = begin(load(file, ["evaluation.generate=false"]), file.parent / "run", rounds=1)
+    result = one_object(mira("evaluate", folder, "--json").out)
+    assert result["rounds"] == 1
+    assert [client["adapter"] for client in result["clients"]] == [None] * len(NAMES)
+    assert result["exact_match_start"] is None
+    assert result["exact_match"] is not None
+    table = mira("evaluate", folder)
+    assert table.status == 0
+    assert "– → 0.00" in table.out
 
 
 def test_plain_lines_where_there_is_no_terminal(file: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mira.inspect_run import evaluation_table
 from mira.progress import RunProgress
 from mira.report import number, table
 
@@ -45,7 +44,7 @@ def test_before_and_after_for_each_client_and_the_mean() -> None:
 
 def test_what_the_run_cost() -> None:
     text = shown(table(result(client("ann"), lost=2)))
-    assert "sent 999 B up, 1.2 GB down; 2 client rounds lost\n" in text
+    assert "sent 999 B up, 1.2 GB down; clients lost from a round: 2\n" in text
     assert "62 s, 1234 training tokens/s, peak memory 2.5 MB\n" in text
     assert "best round 2 by validation: test loss 0.875, exact match 0.62" in text
     assert "model model (hub, sha256 0123456789ab)" in text
@@ -76,9 +75,6 @@ def test_what_is_no_number_is_a_dash() -> None:
 @pytest.mark.parametrize("name", ["[red]x[/red]", "[/]", ":smile:", "[link=file:///x]y"])
 def test_names_are_no_markup_on_any_console(name: str) -> None:
     assert name in shown(table(result(client(name), run=f"/{name}")))
-    scores = dict.fromkeys(("validation_loss", "test_loss", "exact_match", "rouge_l"), 0.5)
-    evaluated = {"method": "mira", "round": 1, "local_loss": 0.5, "clients": [scores | {"name": name}]} | scores
-    assert name in shown(evaluation_table(evaluated))
 
 
 def record(round: int, **changes: Any) -> dict[str, Any]:
