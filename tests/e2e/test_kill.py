@@ -42,7 +42,7 @@ def killed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (base / name).mkdir()
         write_config(base / name / "config.yaml", tiny_folder, data, **sections)
     program = [sys.executable, str(HERE / "kill_program.py"), str(KILLS), *(str(base / name) for name in SCENARIOS)]
-    done = subprocess.run(program, env=environment(), capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(program, env=environment(), capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stderr
     return base
 
@@ -83,7 +83,7 @@ def test_the_real_command_killed_and_resumed(tiny_folder: Path, tmp_path: Path) 
     assert 3 <= len((folder / "metrics.jsonl").read_text().splitlines()) - 1 < 12
     end = subprocess.run(
         [mira, "run", str(folder), "--resume", "--json"],
-        env=environment(), capture_output=True, text=True, timeout=120, check=False,
+        env=environment(), capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert end.returncode == 0, end.stderr
     assert "going on after round" in end.stderr

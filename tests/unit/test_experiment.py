@@ -151,5 +151,5 @@ def test_writers_take_turns(tmp_path: Path) -> None:
     time.sleep(0.2)
     assert list(tmp_path.iterdir()) == []
     os.close(turn)
-    writer.join(10)
+    writer.join(60)
     assert (tmp_path / "ann" / "file").read_text() == "one"
