@@ -101,8 +101,9 @@ class EngineSection:
 
     name: Literal["batched", "reference"] = "batched"
     """batched: many clients in one pass. reference: one client at a time with PEFT; slow."""
-    tokens_per_pass: Count = 8192
-    """Tokens of all clients together in one pass of the base model; less takes less memory."""
+    tokens_per_pass: Count = 4096
+    """Tokens of all clients together in one pass of the base model; less takes less memory (SmolLM2-135M in training: about
+    1.8 MB a token)."""
     prefix: Literal["auto", "on", "off"] = "auto"
     """Compute a prompt that a client's sequences have in common once. auto: on where there is no dropout."""
     threads: Count | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -91,10 +92,9 @@ def screen(trained: Trained) -> Trained:
     good = torch.isfinite(trained.loss) & torch.isfinite(trained.rows).all(dim=1)
     if bool(good.all()):
         return trained
+    fix = "lower training.lr or set training.clip"
     failed = [
-        Failure(
-            int(k), f"loss is {loss:g}; lower training.lr or set training.clip" if loss != loss else "row is not finite"
-        )
+        Failure(int(k), f"row is not finite; {fix}" if isfinite(loss) else f"loss is {loss:g}; {fix}")
         for k, loss in zip(trained.client[~good], trained.loss[~good].tolist(), strict=True)
     ]
     return trained.select(good, failed)
