@@ -70,11 +70,11 @@ def our_logits(kind: str, layout: Layout, row: Tensor, prefix: bool) -> list[Ten
         4096,
         prefix,
     )
-    rows = torch.stack([random_row(layout, 1), row, random_row(layout, 2)])
-    packed = pack([(n, sequences()) for n in range(3)], prefix)
+    rows = torch.stack([random_row(layout, 1), random_row(layout, 2), row, random_row(layout, 3)])
+    packed = pack([(n, sequences()) for n in range(4)], prefix)
     with torch.no_grad(), engine._lane(Lane(rows, packed.ranges)):
         logits = engine._head(engine._body(packed))
-    mine = packed.prompts[len(sequences()) : 2 * len(sequences())]
+    mine = packed.prompts[2 * len(sequences()) : 3 * len(sequences())]
     return [logits[s.start : s.end] for s in mine]
 
 
