@@ -18,6 +18,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from mira.model.base import norms_in_double
+
 Kind = Literal["llama", "gpt2", "qwen2"]
 KINDS: tuple[Kind, ...] = ("llama", "gpt2", "qwen2")
 
@@ -57,17 +59,8 @@ def make_tiny(kind: Kind = "llama", dtype: torch.dtype = torch.float32, seed: in
             model = GPT2LMHeadModel(GPT2Config(**shape, **special, **wide))
     model = model.to(dtype)
     if dtype == torch.float64:
-        _norms_in_double(model)
+        norms_in_double(model)
     return model.requires_grad_(False).eval()
-
-
-def _norms_in_double(model: PreTrainedModel) -> None:
-    """transformers' RMSNorm rounds to fp32 inside, whatever the model's precision: an fp64 oracle must not."""
-    for name, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
-            exact = torch.nn.RMSNorm(module.weight.shape[0], module.variance_epsilon, dtype=torch.float64)
-            exact.weight.data.copy_(module.weight)
-            model.set_submodule(name, exact)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -53,6 +53,8 @@ def run(experiment: Experiment, out: Path | str | None = None, watcher: Watcher 
     ``mira run --json`` prints (docs/cli.md). Raises UserError for anything the user can mend."""
     watcher = watcher or Nobody()
     folder = Path(out) if out is not None else Path("runs") / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    experiment = config.absolute(experiment)
+    Store.check_vacant(folder)
     watcher.stage("preparing")
     kept = _Kept()
     session = open_session(experiment, kept=kept, progress=watcher.tokens)
@@ -145,7 +147,7 @@ def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher)
 
     run_rounds(method, session.engine, state, schedule, names, _Folder(store), look, observe)
     watcher.stage("measuring the best round")
-    best = _best_answers(session, store)
+    best = best_answers(session, store)
     watcher.stage("writing adapters")
     export_adapters(session, store.folder / ADAPTERS, state_of(session, store), range(len(names)))
     result = summary(session, store, store.metrics()[-1], best)
@@ -229,12 +231,15 @@ def _answers(session: Session, state: ServerState) -> Record:
     )
 
 
-def _best_answers(session: Session, store: Store) -> Record:
+def best_answers(session: Session, store: Store) -> Record:
     """The answers under the rows of the validation-best round; those of the last round when it is the best."""
     if not session.experiment.evaluation.generate or store.best_round is None:
         return {}
     record = store.metrics()[store.best_round]
-    return record["answers"] if "answers" in record else _answers(session, state_of(session, store, store.best_round))
+    if "answers" in record:
+        return dict(record["answers"])
+    with enough_memory(session.experiment):
+        return without_nan(_answers(session, state_of(session, store, store.best_round)))  # type: ignore[no-any-return]
 
 
 def base_name(session: Session) -> str:

@@ -21,6 +21,7 @@ from mira.experiment import (
     Result,
     Watcher,
     base_name,
+    best_answers,
     export_adapters,
     located,
     measured,
@@ -51,8 +52,8 @@ def evaluate(folder: Path, which: Which, watcher: Watcher) -> Result:
         rows = Overlay(state.rows, everyone, state.rows[everyone])  # read now: the run may go on meanwhile
         watcher.stage(f"measuring round {state.round}")
         record = measured(session, replace(state, rows=rows), watcher, answers=True, transfer=True)
-        best = record if state.round == store.best_round else store.metrics()[store.best_round or 0]
-        return located(summary(session, store, {"round": state.round} | record, best.get("answers", {})), folder)
+        best = record["answers"] if state.round == store.best_round else best_answers(session, store)
+        return located(summary(session, store, {"round": state.round} | record, best), folder)
 
 
 def generate(

@@ -26,6 +26,7 @@ from mira.data.corpus import Corpus
 from mira.data.federation import Federation, make_federation
 from mira.data.text import Encoder
 from mira.engine.batched import BatchedEngine
+from mira.engine.generate import positions
 from mira.engine.memory import is_out_of_memory
 from mira.engine.reference import ReferenceEngine
 from mira.model import Base, load
@@ -80,7 +81,7 @@ def open_session(
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Session:
     """Build all of ``experiment``. ``threads``: as recorded in a run folder, where there is one."""
-    threads = threads or experiment.engine.threads or len(os.sched_getaffinity(0))
+    threads = threads or experiment.engine.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     federation = make_federation(experiment.data, experiment.split, experiment.seed)
     base = load(
@@ -88,12 +89,14 @@ def open_session(
         experiment.model.trust_remote_code,
     )  # fmt: skip
     training, prompt = experiment.training, experiment.prompt
-    encoder = Encoder(base.tokenizer, prompt.template, prompt.max_length)
+    # A model knows no positions beyond its own: longer inputs are cut to what it can read.
+    length = min(prompt.max_length, positions(base.model))
+    encoder = Encoder(base.tokenizer, prompt.template, length)
     corpus = Corpus(federation, encoder, training.batch_size, training.local_steps, training.local_epochs)
     truncated = {name: count for name, count in corpus.truncated().items() if count}
     if truncated:
         which = ", ".join(f"{name} ({count})" for name, count in truncated.items())
-        log.warning("prompt.max_length=%d: inputs cut on the left for %s", prompt.max_length, which)
+        log.warning("prompts of at most %d tokens: inputs cut on the left for %s", length, which)
     adapter = experiment.adapter
     targets = tuple(adapter.targets) if isinstance(adapter.targets, list | tuple) else adapter.targets
     layout = Lora(adapter.rank, adapter.alpha, adapter.dropout, adapter.rslora, targets).layout(base.model)

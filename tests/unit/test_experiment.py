@@ -82,12 +82,13 @@ def test_threads(
     given: int | None, recorded: int | None, used: int, tiny_folder: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    before = torch.get_num_threads()
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    count = torch.get_num_threads
+    before = count()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     values = settings(tiny_folder, write_clients(tmp_path / "data.jsonl"), engine={"threads": given})
     try:
         session = open_session(Experiment(**values), recorded)
-        assert (torch.get_num_threads(), session.environment["threads"]) == (used, used)
+        assert (count(), session.environment["threads"]) == (used, used)
     finally:
         torch.set_num_threads(before)
 

@@ -20,7 +20,7 @@ from mira.core.training import Training
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.engine.packing import common_prefix, pack, packed_tokens, plan
-from tiny import PAD, VOCABULARY, _norms_in_double, make_tiny
+from tiny import PAD, VOCABULARY, make_tiny, norms_in_double
 
 Jobs = list[tuple[int, list[Encoded]]]
 
@@ -124,7 +124,7 @@ def sliding(kind: str) -> PreTrainedModel:
         else:
             model = Qwen2ForCausalLM(Qwen2Config(**shape, use_sliding_window=True, max_window_layers=1))
     model = model.double()
-    _norms_in_double(model)
+    norms_in_double(model)
     return model.requires_grad_(False).eval()
 
 

@@ -138,7 +138,8 @@ def _targets(model: PreTrainedModel, targets: str | Sequence[str]) -> dict[str, 
                     f"adapter.targets: no linear layer is named '{target}'{did_you_mean(target, _short(linear))}"
                 )
     if not found:
-        raise UserError(f"adapter.targets={targets}: matches no linear layer; allowed: {', '.join(_short(linear))}")
+        hint = f"; as a list: [{targets}]" if targets in _short(linear) else f"; allowed: {', '.join(_short(linear))}"
+        raise UserError(f"adapter.targets={targets}: matches no linear layer{hint}")
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from mira.config.experiment import VARIANTS, Experiment
 from mira.config.overrides import override
 from mira.config.text import mapping, read, write
 
-__all__ = ["Experiment", "differences", "dump", "load", "parse", "parse_text", "schema"]
+__all__ = ["Experiment", "absolute", "differences", "dump", "load", "parse", "parse_text", "schema"]
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
@@ -39,6 +40,18 @@ def dump(experiment: Experiment) -> str:
     for section, variants in VARIANTS.items():
         values[section] = {variants.tag: values[section].pop(variants.tag), **values[section]}
     return write(values)
+
+
+def absolute(experiment: Experiment) -> Experiment:
+    """The same experiment with absolute paths, so that its run folder can be used from any directory."""
+    update: dict[str, Any] = {}
+    for section in ("data", "graph"):
+        value: Any = getattr(experiment, section)
+        paths = {f.name: p.absolute() for f in fields(value) if isinstance(p := getattr(value, f.name), Path)}
+        update[section] = replace(value, **paths)
+    if Path(experiment.model.name).is_dir():
+        update["model"] = replace(experiment.model, name=str(Path(experiment.model.name).absolute()))
+    return experiment.model_copy(update=update)
 
 
 def schema() -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from functools import reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -151,6 +152,13 @@ class Experiment(BaseModel):
     graph: GraphSection = GRAPHS["groups"]()
     engine: EngineSection = EngineSection()
     evaluation: EvaluationSection = EvaluationSection()
+
+    @classmethod
+    def from_yaml(cls, path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
+        """``mira.load`` under another name: the experiment of a YAML file."""
+        from mira.config import load
+
+        return load(path, overrides)
 
     def __init__(self, **values: Any) -> None:
         """Sections may be given as mappings. Raises UserError, one line for the first fault."""

@@ -31,6 +31,10 @@ class Graph(Protocol):
         """The largest d_k = Σ_l a_kl."""
         ...
 
+    def alone(self) -> Tensor:
+        """The clients that have no neighbour."""
+        ...
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -66,6 +70,11 @@ class Groups:
     def degree_max(self) -> float:
         return float(self.label.unique(return_counts=True)[1].max() - 1)
 
+    def alone(self) -> Tensor:
+        _, group, size = self.label.unique(return_inverse=True, return_counts=True)
+        lonely: Tensor = (size[group] == 1).nonzero()[:, 0]
+        return lonely
+
 
 @dataclass(frozen=True)
 class Edges:
@@ -95,6 +104,8 @@ class Edges:
         order = both.argsort()
         if bool((both[order][1:] == both[order][:-1]).any()):
             raise ValueError("graph: an edge is given twice")
+        if not bool(torch.isfinite(weight.sum())):
+            raise ValueError("graph: edge weights add up to more than a number can hold; scale them down")
         start = torch.cat([source, target])[order]
         indptr = torch.searchsorted(start.contiguous(), torch.arange(num_clients + 1))
         return Edges(num_clients, indptr, torch.cat([target, source])[order], torch.cat([weight, weight])[order])
@@ -149,6 +160,9 @@ class Edges:
 
     def degree_max(self) -> float:
         return float(self._degrees()[0].max()) if self.num_clients else 0.0
+
+    def alone(self) -> Tensor:
+        return (self.indptr.diff() == 0).nonzero()[:, 0]
 
 
 def to_tensors(graph: Graph) -> dict[str, Tensor]:

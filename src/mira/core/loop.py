@@ -112,8 +112,8 @@ def apply(state: ServerState, change: Change) -> ServerState:
 
 
 def describe(round: int, work: Work, trained: Trained, change: Change, names: Sequence[str]) -> Record:
-    """What happened in a round, as plain numbers. Bytes: 4 a number of each row sent; a private job sends none."""
-    row_bytes = 0 if work.private else 4 * work.start.shape[1]
+    """What happened in a round, as plain numbers. Bytes: all of each row sent, 4 a number in fp32; a private job sends none."""
+    row_bytes = 0 if work.private else work.start.element_size() * work.start.shape[1]
     came = [names[int(k)] for k in trained.client]
     return {
         "round": round,

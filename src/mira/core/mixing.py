@@ -33,10 +33,3 @@ def normalised_step(rows: Tensor, pool: Tensor, a: Tensor, s: float) -> Tensor:
     share = s * a / torch.where(related, degree, 1.0)
     own = 1 - s * related.double()
     return torch.addmm(rows * own.to(rows.dtype), share.to(rows.dtype), pool)
-
-
-def energy(rows: Tensor, a: Tensor) -> Tensor:
-    """tr(ΘᵀLΘ) = ½ Σ_kl a_kl ‖θ_k − θ_l‖² (float64 scalar): how far related rows [M,P] are from agreeing along a [M,M]."""
-    rows = rows.double()
-    a = a.double()
-    return (a.sum(1) * rows.square().sum(1)).sum() - (a * (rows @ rows.T)).sum()

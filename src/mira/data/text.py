@@ -123,7 +123,7 @@ class Encoder:
         if self.template != CHAT:
             return self._lead + self._bare(TEMPLATES[self.template](example.instruction, given))
         content = f"{example.instruction}\n\n{given}" if given else example.instruction
-        return self._bare(self._render([{"role": "user", "content": content.strip()}]))
+        return self._bare(self._render([{"role": "user", "content": content.strip()}]), special=True)
 
     def _turns(self, messages: Sequence[Message], where: str) -> list[Segment]:
         """Everything before the last answer: what the template writes, and the earlier answers inside it."""
@@ -148,9 +148,9 @@ class Encoder:
                 )
             closed = whole.startswith(eos, end)
             tokens = self._bare(answer) + ((self.tokenizer.eos_token_id,) if closed else ())
-            segments += [(self._bare(whole[done : len(head)]), False), (tokens, True)]
+            segments += [(self._bare(whole[done : len(head)], special=True), False), (tokens, True)]
             done = end + len(eos) * closed
-        return [*segments, (self._bare(whole[done:]), False)]
+        return [*segments, (self._bare(whole[done:], special=True), False)]
 
     def _render(self, turns: list[Turn], where: str = "an example") -> str:
         try:
@@ -158,8 +158,12 @@ class Encoder:
         except TemplateError as error:
             raise UserError(f"prompt.template='chat': the model's template refuses {where}: {error}") from error
 
-    def _bare(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def _bare(self, text: str, special: bool = False) -> tuple[int, ...]:
+        """Tokens of ``text``. Data that spells a special token ("<eos>") stays text unless ``special``: a template's own."""
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=not special)[
+            "input_ids"
+        ]
+        return tuple(ids)
 
     @cached_property
     def _lead(self) -> tuple[int, ...]:

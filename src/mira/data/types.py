@@ -46,8 +46,9 @@ class ClientData:
 
 
 def client_data(name: str, examples: Sequence[Example], group: str = "") -> ClientData:
-    """A client whose task is known by its name alone; its first instruction describes it."""
-    return ClientData(name, name, group, examples[0].instruction if examples else "", tuple(examples))
+    """A client whose task is known by its name alone; an instruction that all its examples share describes it."""
+    told = {example.instruction for example in examples}
+    return ClientData(name, name, group, told.pop() if len(told) == 1 else "", tuple(examples))
 
 
 class Source(Protocol):

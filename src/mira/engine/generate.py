@@ -12,14 +12,22 @@ from mira.adapters.attach import Lane
 from mira.engine.attention import Decode, Packed, Segment
 from mira.engine.packing import Pass
 
+_UNLIMITED = 1 << 30
 _ROOM = 32  # the cache grows by this many tokens at a time
+
+
+def positions(model: PreTrainedModel) -> int:
+    """Tokens of the longest sequence ``model`` can read."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or _UNLIMITED)
 
 
 @torch.no_grad()
 def greedy(
     model: PreTrainedModel, head: nn.Module, packed: Pass, lane: Lane, per_job: Sequence[int], end: int, max_new: int
 ) -> list[list[int]]:
-    """The answer tokens (without ``end``) of every packed prompt. ``per_job``: prompts of each range of ``lane``."""
+    """The answer tokens (without ``end``) of every packed prompt; an answer ends at the model's last position too.
+    ``per_job``: prompts of each range of ``lane``."""
     device = model.device
     prompts = packed.prompts
     first_pass = Packed(packed.segments, keep=True)
@@ -36,6 +44,7 @@ def greedy(
         place += count
     lane.ranges = ranges
     token = head(hidden[[s.end - 1 for s in prompts]]).argmax(-1)
+    limit = positions(model)
     answers: list[list[int]] = [[] for _ in prompts]
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for step in range(max_new):
@@ -43,12 +52,13 @@ def greedy(
         for answer, value, stopped in zip(answers, token.tolist(), done.tolist(), strict=True):
             if not stopped:
                 answer.append(value)
+        done |= position >= limit
         if bool(done.all()) or step == max_new - 1:
             break
         state.length = length + step + 1
         _make_room(state)
         hidden = model.base_model(
-            input_ids=token[:, None], position_ids=position[:, None], use_cache=False, packed=state
+            input_ids=token[:, None], position_ids=position.clamp(max=limit - 1)[:, None], use_cache=False, packed=state
         ).last_hidden_state[:, 0]
         token = head(hidden).argmax(-1)
         position = position + 1
@@ -66,8 +76,11 @@ def _left_padded(first: Packed, prompts: Sequence[Segment], device: torch.device
         mask[b, ..., length - len(past) :] = True
     index = index.to(device)
 
+    empty = ~mask[:, 0, :, :, None].to(device)  # [B,1,L,1]
+
     def gather(x: Tensor) -> Tensor:  # [1,h,T,d] -> [B,h,L,d]
-        return x[0][:, index].transpose(0, 1).contiguous()
+        # Padding reads token 0, somebody else's: zeroed, for a mask does not keep out NaN (0·NaN is NaN).
+        return x[0][:, index].transpose(0, 1).masked_fill(empty, 0)
 
     cache = {layer: (gather(k), gather(v)) for layer, (k, v) in first.cache.items()}
     return Decode(cache, mask.to(device)), length

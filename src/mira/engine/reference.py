@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from mira.core.training import Training
 from mira.core.types import Failure, Scores, Trained, Work
 from mira.data.corpus import Corpus
 from mira.data.text import Encoded
+from mira.engine.generate import positions
 from mira.engine.memory import OUT_OF_MEMORY, is_out_of_memory
 
 
@@ -76,18 +78,17 @@ class ReferenceEngine:
         if kept is not None:
             self._restore(optimizer, parameters, kept)
         losses = []
-        torch.manual_seed(stream("dropout", self.seed, round, client))
-        self._adapter_dropout(on=True)
-        for batch in batches:
-            optimizer.zero_grad()
-            loss = self._loss(batch, "mean")
-            loss.backward()
-            if self.training.clip is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, self.training.clip)
-            optimizer.step()
-            losses.append(loss.detach().double().cpu())
-            self.progress(sum(len(s.tokens) for s in batch))
-        self._adapter_dropout(on=False)
+        with torch.random.fork_rng(), self._adapter_dropout():
+            torch.manual_seed(stream("dropout", self.seed, round, client))
+            for batch in batches:
+                optimizer.zero_grad()
+                loss = self._loss(batch, "mean")
+                loss.backward()
+                if self.training.clip is not None:
+                    torch.nn.utils.clip_grad_norm_(parameters, self.training.clip)
+                optimizer.step()
+                losses.append(loss.detach().double().cpu())
+                self.progress(sum(len(s.tokens) for s in batch))
         return Trained(
             client=torch.tensor([client]), rows=self._row()[None], examples=torch.tensor([self.corpus.num_train(client)]),
             tokens=torch.tensor([sum(len(s.tokens) for batch in batches for s in batch)]),
@@ -125,8 +126,9 @@ class ReferenceEngine:
 
     def _answer(self, prompt: Sequence[int], max_new_tokens: int) -> str:
         ids = torch.tensor([prompt], device=self.model.device)
+        room = positions(self.model) - len(prompt) + 1  # the last token need not be read again
         out = self.peft.generate(  # type: ignore[no-untyped-call]
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(max_new_tokens, room), do_sample=False,
             eos_token_id=self.end, pad_token_id=self.pad, repetition_penalty=1.0,
         )  # fmt: skip
         new = out[0, len(prompt) :].tolist()
@@ -163,11 +165,17 @@ class ReferenceEngine:
     def _row(self) -> Tensor:
         return torch.cat([parameter.detach().flatten() for parameter in self._named()]).cpu()
 
-    def _adapter_dropout(self, on: bool) -> None:
+    @contextmanager
+    def _adapter_dropout(self) -> Iterator[None]:
         """Only the adapters' dropout: the frozen base stays in eval mode, in every engine."""
-        for name, module in self.peft.named_modules():
-            if "lora_dropout" in name:
-                module.train(on)
+        modules = [module for name, module in self.peft.named_modules() if "lora_dropout" in name]
+        try:
+            for module in modules:
+                module.train()
+            yield
+        finally:
+            for module in modules:
+                module.eval()
 
     def _optimizer(self, parameters: list[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
         t = self.training

@@ -37,6 +37,14 @@ class Mira:
     """Mix with the neighbours that trained this round, or with the last known rows of all graph neighbours."""
 
     def init(self, setting: Setting) -> ServerState:
+        alone = len(setting.graph.alone())
+        if alone == setting.num_clients > 1:
+            raise UserError(
+                "graph: no client has a neighbour, so nobody would learn from anybody; use graph.name=complete, "
+                "or method.name=local if that is meant"
+            )
+        if alone and setting.num_clients > 1:
+            log.warning("%d of %d clients have no neighbour in the graph and train alone", alone, setting.num_clients)
         if self.form == "paper":
             self._check(setting)
         return ServerState(MemoryRows(setting.start, setting.num_clients, {}), setting.graph, extra={})

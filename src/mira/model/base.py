@@ -115,4 +115,16 @@ def _settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: st
         eos_token_id=tokenizer.eos_token_id if stops is None else stops,
         pad_token_id=tokenizer.pad_token_id,
     )
+    if model.dtype == torch.float64:
+        norms_in_double(model)
     model.requires_grad_(False).eval()
+
+
+def norms_in_double(model: PreTrainedModel) -> None:
+    """transformers' RMSNorm rounds to fp32 inside, whatever the model's precision; an fp64 run is there to be exact."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            weight = module.get_parameter("weight")
+            exact = torch.nn.RMSNorm(weight.shape, module.variance_epsilon, dtype=torch.float64, device=weight.device)
+            exact.weight.data.copy_(weight)
+            model.set_submodule(name, exact)

@@ -130,6 +130,12 @@ class Store:
             raise files.unwritable(folder, error, "start again; no run was created") from None
 
     @staticmethod
+    def check_vacant(folder: Path) -> None:
+        """Raises UserError where ``create`` would refuse ``folder`` because something lies there already."""
+        if folder.is_dir():
+            _check_vacant(folder)
+
+    @staticmethod
     def open(folder: Path, writable: bool = True) -> Store:
         """An existing run. Writable: takes the lock, and removes what an interrupted commit left behind.
 

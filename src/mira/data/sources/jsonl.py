@@ -32,7 +32,7 @@ class Jsonl:
                 raise UserError(
                     f"data.client_column: '{self.path}' is a folder, one client per file; remove client_column"
                 )
-            for file in sorted(self.path.glob("*.jsonl")):
+            for file in sorted(self.path.glob("[!.]*.jsonl")):
                 clients[file.stem] = list(read_jsonl(file))
             if not clients:
                 raise UserError(

@@ -50,7 +50,7 @@ class NaturalInstructions:
     def _files(self) -> list[Path]:
         folder = existing(self.path)
         folder = folder / "tasks" if (folder / "tasks").is_dir() else folder
-        files = {file.stem: file for file in sorted(folder.glob("*.json"))}
+        files = {file.stem: file for file in sorted(folder.glob("[!.]*.json"))}
         if not files:
             raise UserError(f"data.path='{self.path}': no task files (*.json) there; give the folder that holds them")
         for task in self.tasks or ():
