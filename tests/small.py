@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -127,10 +128,15 @@ class Ended:
 def mira(*arguments: object) -> Ended:
     """The command line, called in this process. A bug of ours comes out as the exception it is."""
     out, err = StringIO(), StringIO()
+    log = logging.getLogger("mira")
+    before = log.handlers, log.level
     with patch("sys.argv", ["mira", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
         try:
             cli.main()
             status: object = 0  # a bug, if main() ever returns
         except SystemExit as end:
             status = end.code or 0
+        finally:
+            log.handlers, _ = before
+            log.setLevel(before[1])
     return Ended(status, out.getvalue(), err.getvalue())

@@ -166,7 +166,7 @@ def main() -> None:
     log.handlers = [_ConsoleHandler()]
     log.setLevel(logging.INFO)
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="mira", standalone_mode=False)
     except UserError as error:
         status = _refuse(str(error))
     except click.exceptions.NoArgsIsHelpError as error:  # its message is the help, printed already
@@ -214,7 +214,7 @@ def _folder_to_resume(target: Path, overrides: list[str], out: Path | None) -> P
         raise UserError(f"--resume {target}: no such folder or file; name a run folder, one that 'mira run' made")
     if out is None:
         raise UserError(f"--resume: name the run folder, as in 'mira run DIR --resume', or with --out beside {target}")
-    asked = config.load(target, overrides)
+    asked = config.absolute(config.load(target, overrides))
     with Store.open(out, writable=False) as store:
         differences = config.differences(config.parse_text(store.config()), asked)
     if differences:

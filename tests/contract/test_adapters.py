@@ -208,7 +208,7 @@ def test_the_layout_lays_a_then_b_end_to_end(tiny_llama: PreTrainedModel) -> Non
         (("q_prj",), r"no linear layer is named 'q_prj'; did you mean 'q_proj'\?"),
         (("q_proj", "embed_tokens"), r"no linear layer is named 'embed_tokens'"),
         (("proj",), r"no linear layer is named 'proj'"),
-        ("q_proj", r"matches no linear layer; allowed: down_proj, gate_proj"),  # a pattern is matched in full
+        ("q_proj", r"matches no linear layer; as a list: \[q_proj\]"),  # a pattern is matched in full
         ("(", r"not a valid pattern"),
         ((), r"matches no linear layer"),
     ],

@@ -85,7 +85,7 @@ def test_what_the_user_can_mend_is_one_line(
         ("training.lr=fast", "training.lr='fast'"),
         ("training.lr", "override 'training.lr': must be key=value"),
         ("rounds=0", "rounds=0"),
-        ("data.path=absent", "data.path='absent': no such file or folder"),
+        ("data.path=absent", "absent': no such file or folder"),
         ("model.name=absent/", "model.name='absent/': not found"),
         ("split.train=99", "client 'ann' has 8 different examples, fewer than"),
         ("adapter.targets=[q_prj]", "adapter.targets: no linear layer is named 'q_prj'; did you mean 'q_proj'?"),

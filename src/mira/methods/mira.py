@@ -38,13 +38,11 @@ class Mira:
 
     def init(self, setting: Setting) -> ServerState:
         alone = len(setting.graph.alone())
-        if alone == setting.num_clients > 1:
-            raise UserError(
-                "graph: no client has a neighbour, so nobody would learn from anybody; use graph.name=complete, "
-                "or method.name=local if that is meant"
-            )
         if alone and setting.num_clients > 1:
-            log.warning("%d of %d clients have no neighbour in the graph and train alone", alone, setting.num_clients)
+            log.warning(
+                "%d of %d clients have no neighbour in the graph and train alone; graph.name=complete relates everybody",
+                alone, setting.num_clients,
+            )  # fmt: skip
         if self.form == "paper":
             self._check(setting)
         return ServerState(MemoryRows(setting.start, setting.num_clients, {}), setting.graph, extra={})
