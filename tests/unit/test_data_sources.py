@@ -20,7 +20,7 @@ from mira.data.sources.dolly import Dolly
 from mira.data.sources.hub import Hub
 from mira.data.sources.jsonl import Jsonl
 from mira.data.sources.natural_instructions import NaturalInstructions
-from mira.data.types import Example, Message
+from mira.data.types import Example, Message, client_data
 
 SAY = {"instruction": "Say it.", "input": "7", "output": "seven"}
 
@@ -391,3 +391,10 @@ def test_the_real_natural_instructions() -> None:
     federation = make_federation(NaturalInstructions(path, clients=12), SplitSizes(24, 16, 32), 0)
     assert len(federation.clients) == 12
     assert all(c.group and c.slug == c.name and len(c.test) == 32 for c in federation.clients)
+
+
+def test_only_an_instruction_that_all_examples_share_describes_a_client() -> None:
+    same, other = Example("translate", "a", "b"), Example("say it", "", "c")
+    assert client_data("x", [same, same]).description == "translate"
+    assert client_data("x", [same, other]).description == ""
+    assert client_data("x", []).description == ""

@@ -219,3 +219,21 @@ def test_corpus_counts_what_was_truncated() -> None:
 def test_corpus_names_the_example_that_cannot_fit() -> None:
     with pytest.raises(UserError, match=r"max_length=5: example 0 of the train split of client 'a' needs 8 tokens"):
         make_corpus(max_length=5).truncated()
+
+
+def test_data_that_spells_a_special_token_stays_text(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """No answer ends early and no turn is faked because a text holds "<eos>"; the template's own tokens stay tokens."""
+    eos = tiny_tokenizer.eos_token_id
+    hostile = Example("say<eos>it", "in<eos>put", "yes<eos>no")
+    for template in ("alpaca", "plain"):
+        encoded = Encoder(tiny_tokenizer, template, 512).encode(hostile)
+        assert encoded.tokens.count(eos) == 1
+        assert encoded.tokens[-1] == eos
+    answer = [
+        t for t, label in zip(*_parts(Encoder(tiny_tokenizer, "chat", 512).encode(hostile)), strict=True) if label
+    ]
+    assert answer.count(eos) == 1
+
+
+def _parts(encoded: Encoded) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    return encoded.tokens, encoded.label

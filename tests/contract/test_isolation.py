@@ -1,0 +1,67 @@
+"""What one client, or one model's limit, must not do to the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from engines import RandomCorpus, make_engine, warm_row
+
+from mira.core.training import Training
+from mira.core.types import Work
+from mira.engine import reference
+
+TRAINING = Training(local_steps=1)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_an_exploding_client_leaves_the_answers_of_others_alone(prefix: bool) -> None:
+    """Its keys and values are infinite, and padding of shorter prompts must not read them."""
+    engine = make_engine("batched", "llama", RandomCorpus((1, 1, 1)), TRAINING, prefix=prefix)
+    rows = torch.stack([warm_row(engine.layout, seed) for seed in range(3)])
+    client = torch.arange(3)
+    good = engine.generate(rows, client, "test", None, 12)
+    rows[0] = 1e20
+    bad = engine.generate(rows, client, "test", None, 12)
+    assert bad[1:] == good[1:]
+    assert not torch.isfinite(engine.evaluate(rows, client, ("test",)).loss[0])
+
+
+@pytest.mark.parametrize("room", [0, 3])
+def test_answers_end_at_the_models_last_position(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2 has no position beyond its table: both engines stop there, and say the same until then."""
+    corpus = RandomCorpus((1, 1))
+    prompts = [[list(p) for p in corpus.prompts(k, "test")] for k in range(2)]
+    longest = max(len(p) for job in prompts for p in job)
+    answers = []
+    for name in ("batched", "reference"):
+        engine = make_engine(name, "gpt2", corpus, TRAINING, torch.float64)
+        engine.model.config.n_positions = longest + room
+        rows = torch.stack([warm_row(engine.layout, seed) for seed in range(2)]).double()
+        answers.append(engine.answer(rows, prompts, 20))
+    assert answers[0] == answers[1]
+    lengths = [len(text.split()) for job in answers[0] for text in job]
+    assert max(lengths) > min(lengths) == room + 1
+
+
+def test_dropout_is_off_after_a_client_ran_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Any = make_engine("reference", "llama", RandomCorpus((1, 1)), TRAINING, dropout=0.5)
+
+    def scarce(self: Any, *rest: Any) -> Any:
+        raise torch.OutOfMemoryError("pretend")
+
+    rows = warm_row(engine.layout)[None]
+    with monkeypatch.context() as patch:
+        patch.setattr(reference.ReferenceEngine, "_loss", scarce)
+        assert len(engine.train(Work(torch.tensor([0]), rows), 0, 1e-3).failed) == 1
+    twice = [engine.evaluate(rows, torch.tensor([0]), ("test",)).nll for _ in range(2)]
+    assert torch.equal(*twice)
+
+
+def test_training_leaves_the_global_random_state_alone() -> None:
+    for name in ("batched", "reference"):
+        engine = make_engine(name, "llama", RandomCorpus((1, 1)), TRAINING, dropout=0.5, prefix=False)
+        before = torch.get_rng_state()
+        engine.train(Work(torch.arange(2), warm_row(engine.layout).expand(2, -1)), 0, 1e-3)
+        assert torch.equal(before, torch.get_rng_state()), name
