@@ -16,6 +16,8 @@ from mira.store import Store
 
 Result = dict[str, Any]
 
+_NONE = {"up": 0, "down": 0}  # of a client that was not in the cohort
+
 
 def summarise(
     store: Store, last: dict[str, Any], tasks: Sequence[str], examples: Sequence[int], adapters: Sequence[str],
@@ -47,6 +49,8 @@ def summarise(
                 "rouge_l": _answer(last.get("answers"), name, "rouge_l"),
                 "rouge_l_best": _answer(best_answers, name, "rouge_l"),
                 "adapter": folder,
+                "bytes_up": sum(r["client_bytes"].get(name, _NONE)["up"] for r in training),
+                "bytes_down": sum(r["client_bytes"].get(name, _NONE)["down"] for r in training),
             }
         )
     experiment = parse_text(store.config())

@@ -303,7 +303,11 @@ def test_describe_counts_what_travels() -> None:
     assert describe(4, work, done, change, NAMES) == {
         "round": 4, "lr": 0.01, "cohort": ["c", "a", "b"], "lost": {"b": "out of memory"},
         "train_loss": {"c": 0.5, "a": 0.25}, "steps": {"c": 3, "a": 4}, "tokens": 120,
-        "bytes_down": 60, "bytes_up": 40, "mixing_step": 0.5,
+        "bytes_down": 60, "bytes_up": 40,
+        "client_bytes": {
+            "c": {"down": 20, "up": 20}, "a": {"down": 20, "up": 20}, "b": {"down": 20, "up": 0},
+        },
+        "mixing_step": 0.5,
     }  # fmt: skip
     private = describe(4, replace(work, private=True), done, change, NAMES)
     assert (private["bytes_down"], private["bytes_up"]) == (0, 0)

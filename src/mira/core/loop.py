@@ -125,6 +125,9 @@ def describe(round: int, work: Work, trained: Trained, change: Change, names: Se
         "tokens": int(trained.tokens.sum()),
         "bytes_down": row_bytes * len(work.client),
         "bytes_up": row_bytes * len(trained.client),
+        "client_bytes": {
+            names[int(k)]: {"down": row_bytes, "up": row_bytes if names[int(k)] in came else 0} for k in work.client
+        },
         **change.notes,
     }
 
