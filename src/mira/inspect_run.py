@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,6 +34,8 @@ from mira.progress import visible
 from mira.session import Session, check_environment, open_session
 from mira.store import Store
 from mira.store.folders import replace_folder
+
+log = logging.getLogger(__name__)
 
 Which = Literal["last", "best"]
 Format = Literal["peft", "vllm"]
@@ -66,7 +69,10 @@ def generate(
         row = session.experiment.method.serve(state_of(session, store, _round(store, which)), torch.tensor([k]))
     owner, encoder = session.federation.clients[k], session.corpus.encoder
     if prompt is not None:
-        asked = encoder.prompt(_example(prompt, instruction, owner.description))
+        example = _example(prompt, instruction, owner.description)
+        asked = encoder.prompt(example)
+        if encoder.encode(example).truncated:
+            log.warning("--prompt: cut on the left to fit prompt.max_length=%d tokens", encoder.max_length)
         yield visible(session.engine.answer(row, [[asked]], max_new_tokens)[0][0])
         return
     shown = owner.test[:4]

@@ -258,10 +258,10 @@ def test_one_client_alone_keeps_what_it_learned(method: Method) -> None:
     assert torch.equal(method.aggregate(state, done).value, done.rows)
 
 
-def test_no_strength_is_local(method: Method) -> None:
+def test_no_strength_is_local(method: Any) -> None:
     if method.name != "mira":
         return
-    off = replace(method, strength=0.0, regularisation=0.0)
+    off = replace(method, **{"regularisation" if method.form == "paper" else "strength": 0.0})
     state, done = state_of(off), trained()
     assert torch.equal(off.aggregate(state, done).value, VARIANTS["local"].aggregate(state, done).value)
 
@@ -350,3 +350,15 @@ def test_mixing_takes_effect_end_to_end(kind: str, tmp_path: Path) -> None:
     for k in range(4):
         to_peft(tmp_path / str(k), VARIANTS["mira"].serve(final, torch.tensor([k]))[0], layout, model, "base")
         assert torch.equal(from_peft(tmp_path / str(k), layout), recorder.changes[1].value[k].float())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"form": "paper", "strength": 0.3}, "method.strength=0.3: belongs to form 'normalised'"),
+        ({"regularisation": 2.0}, "method.regularisation=2: belongs to form 'paper'"),
+    ],
+)
+def test_mira_ignores_no_strength_in_silence(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        METHODS["mira"](**settings)

@@ -36,6 +36,15 @@ class Mira:
     neighbours: Literal["cohort", "all"] = "cohort"
     """Mix with the neighbours that trained this round, or with the last known rows of all graph neighbours."""
 
+    def __post_init__(self) -> None:
+        """A strength of the form that is not in use would be ignored in silence."""
+        unused, form = ("strength", "normalised") if self.form == "paper" else ("regularisation", "paper")
+        if getattr(self, unused) != getattr(type(self), unused):
+            raise UserError(
+                f"method.{unused}={getattr(self, unused):g}: belongs to form '{form}', not '{self.form}'; "
+                f"set method.form={form} or leave {unused} out"
+            )
+
     def init(self, setting: Setting) -> ServerState:
         alone = len(setting.graph.alone())
         if alone and setting.num_clients > 1:
