@@ -31,16 +31,14 @@ class Corpus:
         """A client's examples of one split, at most the first ``limit``. Raises UserError when one does not fit."""
         if (client, split) not in self._cache:
             owner = self._client(client)
-            self._cache[client, split] = tuple(
-                self.encoder.encode(example, _place(owner, split, n)) for n, example in enumerate(owner.split(split))
-            )
+            examples = owner.split(split)
+            places = [f"example {n} of the {split} split of client '{owner.name}'" for n in range(len(examples))]
+            self._cache[client, split] = tuple(self.encoder.encode_all(examples, places))
         return self._cache[client, split][:limit]
 
     def prompts(self, client: int, split: str, limit: int | None = None) -> list[tuple[int, ...]]:
         """The tokens before the answer, example by example."""
-        owner = self._client(client)
-        examples = enumerate(owner.split(split)[:limit])
-        return [self.encoder.prompt(example, _place(owner, split, n)) for n, example in examples]
+        return [encoded.asked for encoded in self.encoded(client, split, limit)]
 
     def references(self, client: int, split: str, limit: int | None = None) -> list[str]:
         """The answers that generated text is compared with, in the order of ``prompts``."""
@@ -62,7 +60,3 @@ class Corpus:
 
     def _client(self, number: int) -> Client:
         return self.federation.clients[number]
-
-
-def _place(client: Client, split: str, number: int) -> str:
-    return f"example {number} of the {split} split of client '{client.name}'"

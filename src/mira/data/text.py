@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NoReturn
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +18,6 @@ from mira.core.errors import UserError, did_you_mean
 from mira.data.types import Example, Message
 
 Turn = dict[str, str]
-Segment = tuple[tuple[int, ...], bool]  # tokens, and whether the loss sees them
 
 
 def alpaca(instruction: str, given: str) -> str:
@@ -47,6 +47,22 @@ class Encoded:
     tokens: tuple[int, ...]  # [T]
     label: tuple[bool, ...]  # [T], True on response tokens and EOS alone
     truncated: bool  # whether the input field lost tokens on its left
+    prompt: int = 0  # tokens before the (last) answer, as an encoder counts them
+
+    @property
+    def asked(self) -> tuple[int, ...]:
+        """The tokens before the (last) answer."""
+        return self.tokens[: self.prompt]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of text that is tokenised by itself."""
+
+    text: str
+    special: bool = False  # a template's own text, in which special tokens are meant
+    answer: bool = False  # whether the loss sees it
+    closed: bool = False  # whether EOS follows it
 
 
 @dataclass(frozen=True)
@@ -81,51 +97,65 @@ class Encoder:
 
     def encode(self, example: Example, where: str = "an example") -> Encoded:
         """Tokens and labels. ``where`` names the example in the UserError raised when it does not fit."""
-        segments, truncated = self._segments(example, where)
-        tokens = tuple(token for part, _ in segments for token in part)
-        return Encoded(tokens, tuple(label for part, label in segments for _ in part), truncated)
+        return self.encode_all([example], [where])[0]
+
+    def encode_all(self, examples: Sequence[Example], where: Sequence[str]) -> list[Encoded]:
+        """``encode`` for each example, tokenised together: the same tokens, sooner."""
+        drafts = [self._pieces(example, 0, place) for example, place in zip(examples, where, strict=True)]
+        tokens = iter(self._tokens([piece for draft in drafts for piece in draft]))
+        whole = [self._join(draft, [next(tokens) for _ in draft]) for draft in drafts]
+        return [
+            encoded if len(encoded.tokens) <= self.max_length else self._cut(example, place)
+            for encoded, example, place in zip(whole, examples, where, strict=True)
+        ]
 
     def prompt(self, example: Example, where: str = "an example") -> tuple[int, ...]:
         """The tokens before the (last) answer, cut as ``encode`` cuts them."""
-        return tuple(token for part, _ in self._segments(example, where)[0][:-1] for token in part)
+        return self.encode(example, where).asked
 
     def reference(self, example: Example) -> str:
         """The text a generated answer is compared with."""
         return example.output
 
-    def _segments(self, example: Example, where: str) -> tuple[list[Segment], bool]:
-        answer = (*self._bare(example.output), self.tokenizer.eos_token_id)
+    def _cut(self, example: Example, where: str) -> Encoded:
+        """An example that is too long, without as much of its input as must go."""
+
+        def shortened(cut: int) -> Encoded:
+            pieces = self._pieces(example, cut, where)
+            return self._join(pieces, self._tokens(pieces))
+
         if example.messages:
-            segments = [*self._turns(example.messages, where), (answer, True)]
-            self._check(sum(len(part) for part, _ in segments), where, "drop its oldest turns or shorten it")
-            return segments, False
+            self._refuse(shortened(0), where, "drop its oldest turns or shorten it")
+        # Tokens are dropped in the text and the rest tokenised anew: what remains reads as if it had been given so.
+        cuts = [*self._starts(example.input)[1:], len(example.input)]
 
         def fits(cut: int) -> bool:
-            return len(self._prompt(example, cut)) + len(answer) <= self.max_length
+            return len(shortened(cut).tokens) <= self.max_length
 
-        # Tokens are dropped in the text and the rest tokenised anew: what remains reads as if it had been given so.
-        cuts = [0, *self._starts(example.input)[1:], len(example.input)]
-        cut = 0 if fits(0) else cuts[bisect_left(cuts, True, lo=1, hi=len(cuts) - 1, key=fits)]
-        prompt = self._prompt(example, cut)
-        self._check(len(prompt) + len(answer), where, "shorten its instruction or response")
-        return [(prompt, False), (answer, True)], cut > 0
+        encoded = shortened(cuts[bisect_left(cuts, True, hi=len(cuts) - 1, key=fits)])
+        if len(encoded.tokens) > self.max_length:
+            self._refuse(encoded, where, "shorten its instruction or response")
+        return replace(encoded, truncated=True)
 
-    def _check(self, length: int, where: str, fix: str) -> None:
-        if length > self.max_length:
-            raise UserError(
-                f"prompt.max_length={self.max_length}: {where} needs {length} tokens even with nothing left to cut;"
-                f" set prompt.max_length to at least {length} or {fix}"
-            )
+    def _refuse(self, shortest: Encoded, where: str, fix: str) -> NoReturn:
+        length = len(shortest.tokens)
+        raise UserError(
+            f"prompt.max_length={self.max_length}: {where} needs {length} tokens even with nothing left to cut;"
+            f" set prompt.max_length to at least {length} or {fix}"
+        )
 
-    def _prompt(self, example: Example, cut: int) -> tuple[int, ...]:
-        """Tokens of the prompt with the input field from character ``cut`` on."""
+    def _pieces(self, example: Example, cut: int, where: str) -> list[Piece]:
+        """The text of ``example``, its input field from character ``cut`` on; the last piece is the (last) answer."""
+        answer = Piece(example.output, answer=True, closed=True)
+        if example.messages:
+            return [*self._turns(example.messages, where), answer]
         given = example.input[cut:]
         if self.template != CHAT:
-            return self._lead + self._bare(TEMPLATES[self.template](example.instruction, given))
+            return [Piece(TEMPLATES[self.template](example.instruction, given)), answer]
         content = f"{example.instruction}\n\n{given}" if given else example.instruction
-        return self._bare(self._render([{"role": "user", "content": content.strip()}]), special=True)
+        return [Piece(self._render([{"role": "user", "content": content.strip()}]), special=True), answer]
 
-    def _turns(self, messages: Sequence[Message], where: str) -> list[Segment]:
+    def _turns(self, messages: Sequence[Message], where: str) -> list[Piece]:
         """Everything before the last answer: what the template writes, and the earlier answers inside it."""
         if self.template != CHAT:
             raise UserError(
@@ -135,7 +165,7 @@ class Encoder:
         *earlier, last = (n for n, turn in enumerate(turns) if turn["role"] == "assistant")
         whole = self._render(turns[:last], where)
         eos = str(self.tokenizer.eos_token)
-        segments: list[Segment] = []
+        pieces: list[Piece] = []
         done = 0
         for n in earlier:
             head = self._render(turns[:n], where)
@@ -147,10 +177,15 @@ class Encoder:
                     " tokens are the assistant's is not certain; give one exchange per example or another chat template"
                 )
             closed = whole.startswith(eos, end)
-            tokens = self._bare(answer) + ((self.tokenizer.eos_token_id,) if closed else ())
-            segments += [(self._bare(whole[done : len(head)], special=True), False), (tokens, True)]
+            pieces += [Piece(whole[done : len(head)], special=True), Piece(answer, answer=True, closed=closed)]
             done = end + len(eos) * closed
-        return [*segments, (self._bare(whole[done:], special=True), False)]
+        return [*pieces, Piece(whole[done:], special=True)]
+
+    def _join(self, pieces: Sequence[Piece], tokens: Sequence[tuple[int, ...]]) -> Encoded:
+        lead = () if self.template == CHAT else self._lead
+        label = tuple(piece.answer for piece, part in zip(pieces, tokens, strict=True) for _ in part)
+        joined = lead + tuple(token for part in tokens for token in part)
+        return Encoded(joined, (False,) * len(lead) + label, False, len(joined) - len(tokens[-1]))
 
     def _render(self, turns: list[Turn], where: str = "an example") -> str:
         try:
@@ -158,18 +193,29 @@ class Encoder:
         except TemplateError as error:
             raise UserError(f"prompt.template='chat': the model's template refuses {where}: {error}") from error
 
-    def _bare(self, text: str, special: bool = False) -> tuple[int, ...]:
-        """Tokens of ``text``. Data that spells a special token ("<eos>") stays text unless ``special``: a template's own."""
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=not special)[
+    def _tokens(self, pieces: Sequence[Piece]) -> list[tuple[int, ...]]:
+        """The tokens of each piece. Data that spells a special token ("<eos>") stays text; a template's own does not."""
+        tokens: dict[int, tuple[int, ...]] = {}
+        for special in (False, True):
+            chosen = [n for n, piece in enumerate(pieces) if piece.special == special]
+            tokens |= zip(chosen, self._bare([pieces[n].text for n in chosen], special), strict=True)
+        end = (self.tokenizer.eos_token_id,)
+        return [tokens[n] + end * piece.closed for n, piece in enumerate(pieces)]
+
+    def _bare(self, texts: list[str], special: bool = False) -> list[tuple[int, ...]]:
+        """Tokens of each text and nothing around them."""
+        if not texts:
+            return []
+        ids = self.tokenizer(texts, add_special_tokens=False, verbose=False, split_special_tokens=not special)[
             "input_ids"
         ]
-        return tuple(ids)
+        return [tuple(each) for each in ids]
 
     @cached_property
     def _lead(self) -> tuple[int, ...]:
         """What the tokenizer adds in front of any text, e.g. (BOS,) or nothing."""
         probe = alpaca("a", "")
-        bare = self._bare(probe)
+        bare = self._bare([probe])[0]
         full = tuple(self.tokenizer(probe, verbose=False)["input_ids"])
         return full[: next(i for i in range(len(full) + 1) if full[i : i + len(bare)] == bare)]
 
