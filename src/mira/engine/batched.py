@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,7 @@ from mira.core.types import Failure, Scores, Trained, Work
 from mira.data.corpus import Corpus
 from mira.data.text import Encoded
 from mira.engine import attention
+from mira.engine.checkpoint import recomputed
 from mira.engine.exchange import exchange
 from mira.engine.generate import greedy
 from mira.engine.loss import LabelLoss, label_nll
@@ -49,6 +50,7 @@ class BatchedEngine:
     seed: int
     tokens_per_pass: int
     prefix: bool
+    checkpointing: bool = False
     kept: Callable[[int], Tensor | None] = lambda client: None
     progress: Callable[[int], None] = lambda tokens: None
     attached: Attached = field(init=False)
@@ -178,7 +180,8 @@ class BatchedEngine:
         """One pass forward and back; the mean label loss of each job (float64)."""
         packed = pack(part, self.prefix)
         with self._lane(Lane(rows, packed.ranges, grad, dropout)):
-            hidden = self._body(packed)
+            with recomputed(self.model, dropout or ()) if self.checkpointing else nullcontext():
+                hidden = self._body(packed)
             label = packed.predict.to(self.device), packed.target.to(self.device)
             each = LabelLoss.apply(hidden[label[0]], self._head, label[1])  # type: ignore[no-untyped-call]
             job_of_sequence = torch.repeat_interleave(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 
@@ -20,6 +20,7 @@ from mira.core.training import Training
 from mira.core.types import Failure, Scores, Trained, Work
 from mira.data.corpus import Corpus
 from mira.data.text import Encoded
+from mira.engine.checkpoint import recomputed
 from mira.engine.generate import positions
 from mira.engine.memory import OUT_OF_MEMORY, is_out_of_memory
 
@@ -37,6 +38,7 @@ class ReferenceEngine:
     corpus: Corpus
     training: Training
     seed: int
+    checkpointing: bool = False
     kept: Callable[[int], Tensor | None] = lambda client: None
     progress: Callable[[int], None] = lambda tokens: None
     peft: PeftModel = field(init=False)
@@ -82,7 +84,8 @@ class ReferenceEngine:
             torch.manual_seed(stream("dropout", self.seed, round, client))
             for batch in batches:
                 optimizer.zero_grad()
-                loss = self._loss(batch, "mean")
+                with recomputed(self.peft, _drawn_from()) if self.checkpointing else nullcontext():
+                    loss = self._loss(batch, "mean")
                 loss.backward()
                 if self.training.clip is not None:
                     torch.nn.utils.clip_grad_norm_(parameters, self.training.clip)
@@ -146,7 +149,8 @@ class ReferenceEngine:
             mask[i, :n] = 1
             labels[i, :n] = torch.where(torch.tensor(s.label), ids[i, :n], -100)
         device = self.model.device
-        logits = self.peft(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, :-1]
+        out = self.peft(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        logits = out.logits[:, :-1]
         wide = logits if logits.dtype == torch.float64 else logits.float()
         return cross_entropy(wide.flatten(0, 1), labels[:, 1:].flatten().to(device), reduction=reduction)
 
@@ -207,3 +211,8 @@ class ReferenceEngine:
                     "exp_avg": entry.view(kept[1 : 1 + width]).clone().to(p),
                     "exp_avg_sq": entry.view(kept[1 + width :]).clone().to(p),
                 }
+
+
+def _drawn_from() -> list[torch.Generator]:
+    """Where PEFT's dropout masks come from."""
+    return [torch.default_generator, *torch.cuda.default_generators]

@@ -1,0 +1,107 @@
+"""Recomputing each decoder layer in the backward pass instead of keeping what it computed.
+
+Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016. Only a layer's inputs are kept, and the inside of one
+layer at a time. transformers' own switch takes effect in train mode alone, which would bring the base's dropout back; and
+torch's checkpoint with hooks on saved tensors keeps what functions of other libraries (bitsandbytes' 8-bit product) store
+by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from mira.core.errors import UserError
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that transformers marks as fit for recomputing. Raises UserError when there are none."""
+    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        kind = model.config.model_type if isinstance(model, PreTrainedModel) else type(model).__name__
+        raise UserError(f"engine.checkpointing=true: architecture '{kind}' marks no layers for it; set it to false")
+    return layers
+
+
+@contextmanager
+def recomputed(model: nn.Module, generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
+    """Forward passes in this block keep the inputs of the decoder layers alone; the backward pass may come after it.
+
+    Each layer computes the same numbers twice, so gradients are those without recomputing. ``generators``: whatever the
+    layers draw from, such as dropout masks; they draw the same again, and are then where they were. The model must be
+    called with use_cache=False: a layer would write to the cache twice.
+    """
+    layers = decoder_layers(model)
+    own = [vars(layer).get("forward") for layer in layers]  # what other libraries may have put on the instance
+    for layer in layers:
+        vars(layer)["forward"] = partial(_call, layer.forward, generators)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            vars(layer).pop("forward") if forward is None else vars(layer).update(forward=forward)
+
+
+def _call(forward: Callable[..., Any], generators: Sequence[torch.Generator], *args: Any, **kwargs: Any) -> Any:
+    flat, shape = tree_flatten((args, kwargs))
+    places = [n for n, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
+
+    def run(*tensors: Tensor) -> Any:
+        again = list(flat)
+        for place, tensor in zip(places, tensors, strict=True):
+            again[place] = tensor
+        new_args, new_kwargs = tree_unflatten(again, shape)
+        return forward(*new_args, **new_kwargs)
+
+    tensors = [flat[place] for place in places]
+    for place in places:
+        flat[place] = None  # kept by autograd alone, which lets go of them after the backward pass
+    # Without a tensor that asks for gradients the first layer would not be recorded: its input is frozen.
+    probe = torch.empty(0, requires_grad=True)
+    return _Recomputed.apply(run, generators, probe, *tensors)  # type: ignore[no-untyped-call]
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Any], generators: Any, probe: Tensor, *tensors: Tensor) -> Any:
+        ctx.run, ctx.generators = run, generators
+        ctx.states = [generator.get_state() for generator in generators]
+        ctx.save_for_backward(*tensors)
+        return run(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        asks = ctx.needs_input_grad[3:]
+        inputs = [t.detach().requires_grad_(ask) for t, ask in zip(ctx.saved_tensors, asks, strict=True)]
+        with torch.enable_grad(), _rewound(ctx.generators, ctx.states):
+            out = ctx.run(*inputs)
+        outs = out if isinstance(out, tuple) else (out,)
+        # None below the first adapter.
+        asking = [n for n, tensor in enumerate(outs) if isinstance(tensor, Tensor) and tensor.requires_grad]
+        # Not torch.autograd.grad: the adapters' gradients go where they go without recomputing.
+        torch.autograd.backward([outs[n] for n in asking], [grads[n] for n in asking])
+        return None, None, None, *(t.grad for t in inputs)
+
+
+@contextmanager
+def _rewound(generators: Sequence[torch.Generator], states: Sequence[Tensor]) -> Iterator[None]:
+    """Generators as they were at ``states``, and afterwards as they are now."""
+    now = [generator.get_state() for generator in generators]
+    _set(generators, states)
+    try:
+        yield
+    finally:
+        _set(generators, now)
+
+
+def _set(generators: Sequence[torch.Generator], states: Sequence[Tensor]) -> None:
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)

@@ -1,0 +1,113 @@
+"""Recomputing layers changes what is kept in memory, and no number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from engines import RandomCorpus, make_engine, warm_row
+from torch import Tensor, nn
+
+from mira.core.errors import UserError
+from mira.core.training import Training
+from mira.core.types import Trained, Work
+from mira.engine.checkpoint import decoder_layers, recomputed
+from tiny import KINDS, make_tiny
+
+STEPS = (4, 2, 3)
+
+
+def train(name: str, kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Trained:
+    engine = make_engine(name, kind, RandomCorpus(STEPS), Training(lr=1e-2, local_steps=4, clip=0.5), dtype, **options)
+    start = warm_row(engine.layout).expand(len(STEPS), -1)
+    return engine.train(Work(torch.arange(3), start.double() if dtype == torch.float64 else start), 0, 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["batched", "reference"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_the_same_to_the_last_bit(kind: str, name: str, dtype: torch.dtype) -> None:
+    kept, again = (train(name, kind, dtype, checkpointing=on) for on in (False, True))
+    assert torch.equal(kept.rows, again.rows)
+    assert torch.equal(kept.loss, again.loss)
+
+
+@pytest.mark.parametrize("name", ["batched", "reference"])
+def test_dropout_draws_the_same_masks_again(name: str) -> None:
+    kept, again = (train(name, "llama", dropout=0.3, prefix=False, checkpointing=on) for on in (False, True))
+    assert torch.equal(kept.rows, again.rows)
+    assert not torch.equal(kept.rows, train(name, "llama", prefix=False).rows)
+
+
+def test_adapters_on_the_last_layer_alone() -> None:
+    """Below the first adapter there is nothing to differentiate."""
+    model = make_tiny("llama")
+    weight = nn.Parameter(torch.zeros(32))
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: out + weight)
+    grads = []
+    for block in (nullcontext(), recomputed(model)):
+        weight.grad = None
+        with block:
+            loss = model(torch.tensor([[5, 6, 7]]), use_cache=False).logits.square().mean()
+        loss.backward()
+        assert weight.grad is not None
+        grads.append(weight.grad)
+    assert torch.equal(*grads)
+
+
+@contextmanager
+def counted(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes of each storage that autograd keeps while the block runs, the model's own aside."""
+    kept: dict[int, int] = {}
+    alive = []  # so that no address is used twice
+    frozen = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in frozen:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield kept
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_inputs_of_layers_are_kept(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[bool, int] = {}
+    for on in (False, True):
+        engine: Any = make_engine("batched", kind, RandomCorpus((1, 1)), Training(local_steps=1), checkpointing=on)
+        body = type(engine)._body
+
+        def measured(self: Any, packed: Any, on: bool = on, body: Any = body) -> Tensor:
+            with counted(self.model) as bytes_:
+                hidden: Tensor = body(self, packed)
+            kept[on] = sum(bytes_.values())
+            tokens = len(packed.tokens)
+            # Inputs of two layers and of the last norm with what it keeps, angles, and indices: a few times T·d.
+            assert not on or kept[on] <= 8 * tokens * 32 * 4
+            return hidden
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(engine), "_body", measured)
+            engine.train(Work(torch.arange(2), warm_row(engine.layout).expand(2, -1)), 0, 1e-3)
+    assert kept[True] < kept[False] / 4
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = make_tiny("llama")
+    before = [dict(vars(layer)) for layer in decoder_layers(model)]
+    with recomputed(model):
+        assert all("forward" in vars(layer) for layer in decoder_layers(model))
+        with pytest.raises(ValueError, match="input_ids"):
+            model(use_cache=False)
+    assert [dict(vars(layer)) for layer in decoder_layers(model)] == before
+
+
+def test_a_model_without_marked_layers_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^engine\.checkpointing=true: architecture 'Linear' marks no layers"):
+        decoder_layers(nn.Linear(2, 2))
