@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 
+from mira.data import tokens
 from mira.data.federation import SPLITS, Client, Federation, batches
 from mira.data.text import Encoded, Encoder
 
@@ -18,7 +21,7 @@ class Corpus:
     batch_size: int
     steps: int | None = None
     epochs: int | None = None
-    _cache: dict[tuple[int, str], tuple[Encoded, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _cache: dict[tuple[int, str], Sequence[Encoded]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_clients(self) -> int:
@@ -57,6 +60,21 @@ class Corpus:
             owner.name: sum(item.truncated for split in SPLITS for item in self.encoded(number, split))
             for number, owner in enumerate(self.federation.clients)
         }
+
+    def recall(self, folder: Path) -> None:
+        """Take the examples that ``keep`` left in ``folder`` as encoded, if they are these in every respect."""
+        if self._key is not None:
+            self._cache.update(tokens.read(folder, self._key, self.federation))
+
+    def keep(self, folder: Path) -> None:
+        """Leave all encoded examples in ``folder``, made if need be, for the next who opens the same federation."""
+        if self._key is not None:
+            everyone = range(self.num_clients)
+            tokens.write(folder, self._key, {(k, split): self.encoded(k, split) for k in everyone for split in SPLITS})
+
+    @cached_property
+    def _key(self) -> str | None:
+        return tokens.key(self.federation, self.encoder)
 
     def _client(self, number: int) -> Client:
         return self.federation.clients[number]

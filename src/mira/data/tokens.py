@@ -1,0 +1,123 @@
+"""Encoded examples in a file, so that a run that is opened again need not tokenise them again.
+
+They are the clients' texts in another spelling: the file lies in the run folder and only its owner can read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from itertools import accumulate, chain
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mira.data import text
+from mira.data.federation import SPLITS, Federation
+from mira.data.text import CHAT, Encoded, Encoder
+
+Encodings = Mapping[tuple[int, str], Sequence[Encoded]]  # by client and split
+
+PARTS = ("tokens", "label", "sizes")  # [T], [T], [examples,3]: tokens, those before the last answer, truncated or not
+
+log = logging.getLogger(__name__)
+
+
+def key(federation: Federation, encoder: Encoder) -> str | None:
+    """SHA-256 of all that decides the tokens: texts, tokenizer, template, length, and the code that makes and keeps them.
+
+    None where that cannot be told: tokenizers written in Python, and chat templates that tell the date.
+    """
+    tokenizer = encoder.tokenizer
+    chat = tokenizer.chat_template if encoder.template == CHAT else None
+    ours = type(tokenizer).__module__.startswith("transformers.")
+    if not (tokenizer.is_fast and ours) or "strftime_now" in str(chat):
+        return None
+    probe = list(
+        tokenizer("a", verbose=False)["input_ids"]
+    )  # first: a call may change what the tokenizer says of itself
+    settings = [encoder.template, encoder.max_length, chat, tokenizer.special_tokens_map, tokenizer.eos_token_id, probe]
+    versions = [version(name) for name in ("transformers", "tokenizers", "jinja2")]
+    digest = hashlib.sha256(json.dumps([settings, versions], default=str).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(b"".join(Path(str(module)).read_bytes() for module in (text.__file__, __file__)))
+    for client in federation.clients:
+        for split in SPLITS:
+            texts = [
+                [e.instruction, e.input, e.output, [[m.role, m.content] for m in e.messages]]
+                for e in client.split(split)
+            ]
+            digest.update(json.dumps(texts).encode())
+    return digest.hexdigest()
+
+
+def read(folder: Path, name: str, federation: Federation) -> Encodings:
+    """What ``write`` left under the key ``name``; nothing where there is none. A damaged file is logged, not used."""
+    path = _path(folder, name)
+    if not path.exists():
+        return {}
+    if (found := _intact(path, name)) is None:
+        log.warning("%s: damaged; tokenising the examples again", path)
+        return {}
+    tokens, label, sizes = (found[part].tolist() for part in PARTS)
+    ends = accumulate(length for length, _, _ in sizes)
+    examples = (
+        Encoded(tuple(tokens[end - length : end]), tuple(label[end - length : end]), bool(truncated), prompt)
+        for end, (length, prompt, truncated) in zip(ends, sizes, strict=True)
+    )
+    places = [(number, split) for number in range(len(federation.clients)) for split in SPLITS]
+    return {(k, split): tuple(next(examples) for _ in federation.clients[k].split(split)) for k, split in places}
+
+
+def write(folder: Path, name: str, encodings: Encodings) -> None:
+    """Keep ``encodings``, of all clients and splits in order, under the key ``name``: whole or not at all."""
+    path = _path(folder, name)
+    if path.exists() and _intact(path, name) is not None:
+        return
+    every = list(chain.from_iterable(encodings.values()))
+    tensors = {
+        "tokens": torch.tensor([token for e in every for token in e.tokens], dtype=torch.int32),
+        "label": torch.tensor([seen for e in every for seen in e.label], dtype=torch.bool),
+        "sizes": torch.tensor([[len(e.tokens), e.prompt, e.truncated] for e in every], dtype=torch.int32),
+    }
+    data = safetensors.torch.save(tensors, {"key": name, "sha256": _checksum(tensors)})
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # the run does without
+        log.warning("%s: not kept (%s); opening this run again will tokenise again", path, error.strerror)
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / f"{name[:32]}.safetensors"
+
+
+def _intact(path: Path, name: str) -> dict[str, Tensor] | None:
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            tensors = {part: file.get_tensor(part) for part in PARTS}
+    except (SafetensorError, OSError):
+        return None
+    return tensors if about == {"key": name, "sha256": _checksum(tensors)} else None
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for part in PARTS:
+        digest.update(f"{part} {tensors[part].dtype} {tuple(tensors[part].shape)}\n".encode())
+        digest.update(tensors[part].numpy().tobytes())
+    return digest.hexdigest()
