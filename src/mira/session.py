@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 
 # Numbers depend on these; a resumed run must find them as they were.
 DECIDING = ("versions", "model", "data", "threads", "device", "prefix")
+TOKENS = "tokens"  # in the run folder: the examples as encoded, for who opens the run again
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,9 @@ def open_session(
     threads: int | None = None,
     kept: Callable[[int], Tensor | None] = lambda client: None,
     progress: Callable[[int], None] = lambda tokens: None,
+    folder: Path | None = None,
 ) -> Session:
-    """Build all of ``experiment``. ``threads``: as recorded in a run folder, where there is one."""
+    """Build all of ``experiment``. ``folder``: its run folder, where there is one; ``threads``: as recorded there."""
     threads = threads or experiment.engine.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     federation = make_federation(experiment.data, experiment.split, experiment.seed)
@@ -93,6 +96,8 @@ def open_session(
     length = min(prompt.max_length, positions(base.model))
     encoder = Encoder(base.tokenizer, prompt.template, length)
     corpus = Corpus(federation, encoder, training.batch_size, training.local_steps, training.local_epochs)
+    if folder is not None:
+        corpus.recall(folder / TOKENS)
     truncated = {name: count for name, count in corpus.truncated().items() if count}
     if truncated:
         which = ", ".join(f"{name} ({count})" for name, count in truncated.items())
