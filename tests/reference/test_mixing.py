@@ -100,8 +100,8 @@ def close(ours: object, oracle: object, atol: float = ATOL) -> None:
 @given(problems(), st.floats(0, 2), unit)
 def test_steps_equal_the_oracle(problem: Problem, c: float, s: float) -> None:
     rows, a = problem.torch
-    close(paper_step(rows, rows, a, c), paper_np(problem.rows, problem.rows, problem.a, c), atol=10 * ATOL)
-    close(normalised_step(rows, rows, a, s), normalised_np(problem.rows, problem.rows, problem.a, s), atol=ATOL)
+    close(paper_step(rows, a, c), paper_np(problem.rows, problem.rows, problem.a, c), atol=10 * ATOL)
+    close(normalised_step(rows, a, s), normalised_np(problem.rows, problem.rows, problem.a, s), atol=ATOL)
 
 
 @given(problems(), st.data())
@@ -128,9 +128,9 @@ def test_float32_rows_stay_within_their_rounding(size: int) -> None:
     c, s = 1 / largest(a), 0.3
     d = a.sum(1, keepdims=True)
     for ours, oracle, terms in (
-        (paper_step(torch.from_numpy(rows), torch.from_numpy(rows), torch.from_numpy(a), c),
+        (paper_step(torch.from_numpy(rows), torch.from_numpy(a), c),
          paper_np(exact, exact, a, c), abs(1 - c * d) * abs(exact) + c * a @ abs(exact)),
-        (normalised_step(torch.from_numpy(rows), torch.from_numpy(rows), torch.from_numpy(a), s),
+        (normalised_step(torch.from_numpy(rows), torch.from_numpy(a), s),
          normalised_np(exact, exact, a, s), (1 - s) * abs(exact) + s * (a / d) @ abs(exact)),
         (weighted_mean(torch.from_numpy(rows), torch.from_numpy(weight)),
          mean_np(exact, weight.astype(float)), weight / weight.sum() @ abs(exact)),
@@ -148,22 +148,22 @@ def test_no_strength_is_local_training_bit_for_bit(problem: Problem) -> None:
     """The sign of a zero aside, which nothing reads."""
     rows, a = problem.torch
     for dtype in (torch.float32, torch.float64):
-        assert torch.equal(paper_step(rows.to(dtype), rows.to(dtype), a, 0.0), rows.to(dtype))
-        assert torch.equal(normalised_step(rows.to(dtype), rows.to(dtype), a, 0.0), rows.to(dtype))
+        assert torch.equal(paper_step(rows.to(dtype), a, 0.0), rows.to(dtype))
+        assert torch.equal(normalised_step(rows.to(dtype), a, 0.0), rows.to(dtype))
 
 
 @given(st.floats(0, 5), unit, arrays(np.float32, (1, 4), elements=st.floats(-10, 10, width=32)))
 def test_a_cohort_of_one_changes_nothing(c: float, s: float, row: NDArray[np.float32]) -> None:
     alone, nobody = torch.from_numpy(row), torch.zeros(1, 1, dtype=torch.float64)
-    assert torch.equal(paper_step(alone, alone, nobody, c), alone)
-    assert torch.equal(normalised_step(alone, alone, nobody, s), alone)
+    assert torch.equal(paper_step(alone, nobody, c), alone)
+    assert torch.equal(normalised_step(alone, nobody, s), alone)
 
 
 @given(problems(), unit, st.floats(-10, 10))
 def test_both_steps_are_translation_invariant(problem: Problem, s: float, shift: float) -> None:
     rows, a = problem.torch
-    close(paper_step(rows + shift, rows + shift, a, s), paper_step(rows, rows, a, s) + shift)
-    close(normalised_step(rows + shift, rows + shift, a, s), normalised_step(rows, rows, a, s) + shift, atol=ATOL)
+    close(paper_step(rows + shift, a, s), paper_step(rows, a, s) + shift)
+    close(normalised_step(rows + shift, a, s), normalised_step(rows, a, s) + shift, atol=ATOL)
 
 
 @given(problems(), unit, st.randoms())
@@ -172,8 +172,8 @@ def test_both_steps_follow_the_order_of_clients(problem: Problem, s: float, shuf
     order = list(range(len(rows)))
     shuffler.shuffle(order)
     for step in (paper_step, normalised_step):
-        turned = step(rows[order], rows[order], a[order][:, order], s)
-        close(turned, step(rows, rows, a, s)[order])
+        turned = step(rows[order], a[order][:, order], s)
+        close(turned, step(rows, a, s)[order])
 
 
 def not_above(after: float, before: float) -> bool:
@@ -188,7 +188,7 @@ def test_the_papers_step_never_raises_the_energy_up_to_its_limit(problem: Proble
     top = largest(problem.a)
     c = share * 2 / top if top > 0 else share
     rows, a = problem.torch
-    assert not_above(energy_np(paper_step(rows, rows, a, c).numpy(), problem.a), energy_np(problem.rows, problem.a))
+    assert not_above(energy_np(paper_step(rows, a, c).numpy(), problem.a), energy_np(problem.rows, problem.a))
 
 
 @given(problems(), unit)
@@ -196,7 +196,7 @@ def test_the_normalised_step_never_raises_the_energy(problem: Problem, s: float)
     """With P = D⁻¹a, self-adjoint in ⟨x,y⟩ = xᵀDy with eigenvalues μ in [−1, 1]: E(Θ) = Σ (1 − μ)|θ_μ|²_D and
     E(Θ') = Σ (1 − μ)(1 − s + sμ)²|θ_μ|²_D, where 1 − s + sμ lies in [1 − 2s, 1], so its square is at most 1."""
     rows, a = problem.torch
-    after = normalised_step(rows, rows, a, s).numpy()
+    after = normalised_step(rows, a, s).numpy()
     assert not_above(energy_np(after, problem.a), energy_np(problem.rows, problem.a))
 
 
@@ -204,13 +204,13 @@ def test_both_limits_are_sharp() -> None:
     """Two clients at s = 1 swap rows (μ = −1): the energy stays. Beyond c = 2/λ_max rows run away."""
     a = np.array([[0, 1.5], [1.5, 0]])
     rows = torch.tensor([[1.0], [-2.0]], dtype=torch.float64)
-    swapped = normalised_step(rows, rows, torch.from_numpy(a), 1.0)
+    swapped = normalised_step(rows, torch.from_numpy(a), 1.0)
     torch.testing.assert_close(swapped, rows.flip(0))
     for factor, grows in ((0.99, False), (1.01, True)):
         c = factor * 2 / largest(a)
         moved = rows
         for _ in range(2000):
-            moved = paper_step(moved, moved, torch.from_numpy(a), c)
+            moved = paper_step(moved, torch.from_numpy(a), c)
         assert bool(moved.abs().max() > 1e9) is grows
         assert bool(energy_np(moved.numpy(), a) > energy_np(rows.numpy(), a)) is grows
 
@@ -218,9 +218,9 @@ def test_both_limits_are_sharp() -> None:
 @given(problems(), unit)
 def test_each_form_keeps_its_own_mean(problem: Problem, s: float) -> None:
     rows, a = problem.torch
-    close(paper_step(rows, rows, a, s).mean(0), rows.mean(0))
+    close(paper_step(rows, a, s).mean(0), rows.mean(0))
     degree = a.sum(1)
-    close(degree @ normalised_step(rows, rows, a, s), degree @ rows, atol=10 * ATOL)
+    close(degree @ normalised_step(rows, a, s), degree @ rows, atol=10 * ATOL)
 
 
 @given(problems())
@@ -233,7 +233,7 @@ def test_a_cohorts_graph_never_has_a_larger_eigenvalue(problem: Problem) -> None
 def test_complete_graph_at_one_over_the_cohort_is_unweighted_fedavg(problem: Problem) -> None:
     rows, _ = problem.torch
     m = len(rows)
-    mixed = paper_step(rows, rows, torch.ones(m, m, dtype=torch.float64).fill_diagonal_(0), 1 / m)
+    mixed = paper_step(rows, torch.ones(m, m, dtype=torch.float64).fill_diagonal_(0), 1 / m)
     close(mixed, weighted_mean(rows, torch.ones(m)).expand(m, -1))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -40,7 +41,7 @@ class Graph(Protocol):
 class Groups:
     """a_kl = 1 within a group, 0 across. One label for all is the complete graph. λ_max is the largest group's size."""
 
-    label: Tensor  # [K] int64
+    label: Tensor  # [K] int64, small numbers from 0 on
 
     @property
     def num_clients(self) -> int:
@@ -50,30 +51,37 @@ class Groups:
         same = self.label[rows][:, None] == self.label[columns][None, :]
         return (same & (rows[:, None] != columns[None, :])).double()
 
+    @cached_property
+    def _size(self) -> Tensor:
+        """Clients of each label [G]."""
+        return self.label.bincount()
+
+    @cached_property
+    def _by_label(self) -> Tensor:
+        """The clients [K], group after group. Sorted once: a round must not cost what all clients cost."""
+        return self.label.argsort(stable=True)
+
+    @cached_property
+    def _first(self) -> Tensor:
+        """Where each group begins in ``_by_label`` [G]."""
+        return self._size.cumsum(0) - self._size
+
     def neighbours(self, client: Tensor) -> Tensor:
-        labels, size = self.label.unique(return_counts=True)
-        mates = torch.isin(self.label, self.label[client])
-        alone = torch.isin(self.label, labels[size == 1])
-        # A client is in the union when somebody else of its group asked for it.
-        asked = torch.zeros(self.num_clients, dtype=torch.bool)
-        asked[client] = True
-        asking = torch.zeros(int(self.label.max()) + 1, dtype=torch.int64).index_add_(
-            0, self.label[asked], torch.ones(int(asked.sum()), dtype=torch.int64)
-        )
-        only_asker = asked & (asking[self.label] == 1)
-        return (mates & ~alone & ~only_asker).nonzero()[:, 0]
+        label, group, asking = self.label[client].unique(return_inverse=True, return_counts=True)
+        mates = self._by_label[_ranges(self._first[label], self._size[label])]
+        # Who asks for its group alone is nobody's neighbour.
+        near: Tensor = mates[~torch.isin(mates, client[asking[group] == 1])].sort().values
+        return near
 
     def laplacian_max(self) -> float:
-        largest = int(self.label.unique(return_counts=True)[1].max())
+        largest = int(self._size.max())
         return float(largest) if largest > 1 else 0.0
 
     def degree_max(self) -> float:
-        return float(self.label.unique(return_counts=True)[1].max() - 1)
+        return float(self._size.max() - 1)
 
     def alone(self) -> Tensor:
-        _, group, size = self.label.unique(return_inverse=True, return_counts=True)
-        lonely: Tensor = (size[group] == 1).nonzero()[:, 0]
-        return lonely
+        return (self._size[self.label] == 1).nonzero()[:, 0]
 
 
 @dataclass(frozen=True)
@@ -123,9 +131,7 @@ class Edges:
     def _of(self, client: Tensor) -> tuple[Tensor, Tensor]:
         """Edge positions of ``client`` [n] and which of them each belongs to, both [edges]."""
         start, count = self.indptr[client], self.indptr[client + 1] - self.indptr[client]
-        owner = torch.repeat_interleave(torch.arange(len(client)), count)
-        first = torch.repeat_interleave(start - (count.cumsum(0) - count), count)
-        return first + torch.arange(len(owner)), owner
+        return _ranges(start, count), torch.repeat_interleave(torch.arange(len(client)), count)
 
     def weights(self, rows: Tensor, columns: Tensor) -> Tensor:
         edge, owner = self._of(rows)
@@ -163,6 +169,12 @@ class Edges:
 
     def alone(self) -> Tensor:
         return (self.indptr.diff() == 0).nonzero()[:, 0]
+
+
+def _ranges(start: Tensor, count: Tensor) -> Tensor:
+    """start_0, start_0 + 1, … count_0 of them, then start_1, …"""
+    first = torch.repeat_interleave(start - (count.cumsum(0) - count), count)
+    return first + torch.arange(len(first))
 
 
 def to_tensors(graph: Graph) -> dict[str, Tensor]:

@@ -51,22 +51,35 @@ def run_rounds(
     """From ``state`` to the end of the schedule. ``measure`` evaluates a state after the server step; what it returns
     becomes part of the round's record. ``observe`` sees each record once it is committed."""
     while state.round < schedule.rounds:
-        began = perf_counter()
-        cohort = sample_cohort(schedule.seed, state.round, len(names), schedule.share)
-        lr = schedule.training.lr_at(state.round, schedule.rounds)
-        work = method.broadcast(state, cohort)
-        trained = screen(engine.train(work, state.round, lr))
-        training_seconds = perf_counter() - began
-        change = method.aggregate(state, trained) if len(trained.client) else nothing(trained.rows)
-        mixed = apply(state, change)
-        record = describe(mixed.round, work, trained, change, names)
-        record |= measure(mixed)
-        record["tokens_per_second"] = record["tokens"] / training_seconds
-        record["seconds"] = perf_counter() - began
-        recorder.commit(mixed.round, change, _kept(trained), record)
-        state = replace(mixed, rows=recorder.rows() if len(change.index) else state.rows)
+        state, record = _round(method, engine, state, schedule, names, recorder, measure)
         observe(record)
     return state
+
+
+def _round(
+    method: Method,
+    engine: Engine,
+    state: ServerState,
+    schedule: Schedule,
+    names: Sequence[str],
+    recorder: Recorder,
+    measure: Callable[[ServerState], Record],
+) -> tuple[ServerState, Record]:
+    """One round, committed. In a function of its own, so that no round holds the rows of the one before."""
+    began = perf_counter()
+    cohort = sample_cohort(schedule.seed, state.round, len(names), schedule.share)
+    lr = schedule.training.lr_at(state.round, schedule.rounds)
+    work = method.broadcast(state, cohort)
+    trained = screen(engine.train(work, state.round, lr))
+    training_seconds = perf_counter() - began
+    change = method.aggregate(state, trained) if len(trained.client) else nothing(trained.rows)
+    mixed = apply(state, change)
+    record = describe(mixed.round, work, trained, change, names)
+    record |= measure(mixed)
+    record["tokens_per_second"] = record["tokens"] / training_seconds
+    record["seconds"] = perf_counter() - began
+    recorder.commit(mixed.round, change, _kept(trained), record)
+    return replace(mixed, rows=recorder.rows() if len(change.index) else state.rows), record
 
 
 def sample_cohort(seed: int, round: int, num_clients: int, share: float) -> Tensor:
@@ -89,7 +102,8 @@ def round_half_up(number: float) -> int:
 
 def screen(trained: Trained) -> Trained:
     """Drop the rows that no method may touch: a NaN or infinite loss or row would spread to every neighbour."""
-    good = torch.isfinite(trained.loss) & torch.isfinite(trained.rows).all(dim=1)
+    whole = torch.tensor([bool(row.isfinite().all()) for row in trained.rows], dtype=torch.bool)  # no mask of all rows
+    good = torch.isfinite(trained.loss) & whole
     if bool(good.all()):
         return trained
     fix = "lower training.lr or set training.clip"
@@ -114,7 +128,8 @@ def apply(state: ServerState, change: Change) -> ServerState:
 def describe(round: int, work: Work, trained: Trained, change: Change, names: Sequence[str]) -> Record:
     """What happened in a round, as plain numbers. Bytes: all of each row sent, 4 a number in fp32; a private job sends none."""
     row_bytes = 0 if work.private else work.start.element_size() * work.start.shape[1]
-    came = [names[int(k)] for k in trained.client]
+    came = [names[k] for k in trained.client.tolist()]
+    back = set(came)
     return {
         "round": round,
         "lr": trained.lr,
@@ -126,7 +141,8 @@ def describe(round: int, work: Work, trained: Trained, change: Change, names: Se
         "bytes_down": row_bytes * len(work.client),
         "bytes_up": row_bytes * len(trained.client),
         "client_bytes": {
-            names[int(k)]: {"down": row_bytes, "up": row_bytes if names[int(k)] in came else 0} for k in work.client
+            name: {"down": row_bytes, "up": row_bytes if name in back else 0}
+            for name in (names[k] for k in work.client.tolist())
         },
         **change.notes,
     }

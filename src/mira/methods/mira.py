@@ -21,6 +21,8 @@ from mira.core.types import Change, MemoryRows, ServerState, Setting, Trained, W
 
 log = logging.getLogger(__name__)
 
+_BLOCK = 2**24  # numbers of absent neighbours' rows in memory at a time, 64 MiB in fp32
+
 
 @dataclass(frozen=True, config=STRICT)
 class Mira:
@@ -60,21 +62,20 @@ class Mira:
         return Work(cohort, start=state.rows[cohort])
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
-        others = torch.empty(0, dtype=torch.int64)
+        absent = torch.empty(0, dtype=torch.int64)
         if self.neighbours == "all":
             near = state.graph.neighbours(trained.client)
-            others = near[~torch.isin(near, trained.client)]
-        pool = torch.cat([trained.rows, state.rows[others]]) if len(others) else trained.rows
-        a = state.graph.weights(trained.client, torch.cat([trained.client, others]))
+            absent = near[~torch.isin(near, trained.client)]
+        a = state.graph.weights(trained.client, torch.cat([trained.client, absent]))
+        size = max(1, _BLOCK // trained.rows.shape[1])
+        others = (state.rows[block] for block in absent.split(size) if len(block))
         if self.form == "normalised":
-            mixed = normalised_step(trained.rows, pool, a, self.strength)
+            mixed = normalised_step(trained.rows, a, self.strength, others)
             effective = self.strength * float((a.sum(1) > 0).double().mean())
             return Change(trained.client, mixed, {}, notes={"mixing_step": self.strength, "effective_step": effective})
         c = trained.lr * float(trained.steps.double().mean()) * self.regularisation
-        effective = c * float(a.sum(1).mean())
-        return Change(
-            trained.client, paper_step(trained.rows, pool, a, c), {}, {"mixing_step": c, "effective_step": effective}
-        )
+        mixed = paper_step(trained.rows, a, c, others)
+        return Change(trained.client, mixed, {}, notes={"mixing_step": c, "effective_step": c * float(a.sum(1).mean())})
 
     def serve(self, state: ServerState, client: Tensor) -> Tensor:
         return state.rows[client]

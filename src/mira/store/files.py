@@ -41,14 +41,15 @@ def take_lock(folder: Path) -> int:
     return descriptor
 
 
-def replace(path: Path, data: bytes) -> None:
-    """Puts ``data`` at ``path`` whole or not at all. Only ``sync`` of the folder makes the new name durable."""
+def replace(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Puts ``data`` (in pieces, where it is long) at ``path`` whole or not at all. Only ``sync`` of the folder makes the new
+    name durable."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)
         with open(temporary, "xb") as file:  # exclusive: never follows a link that somebody laid here
             _point("before-write")
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             _point("before-fsync")
             os.fsync(file.fileno())

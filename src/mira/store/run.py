@@ -14,9 +14,10 @@ Which versions of a file are read and kept is decided in ``history``. A commit c
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,13 +82,13 @@ class Store:
         self.start = files.read_tensor(folder / "start.safetensors", manifest.files["start.safetensors"])
         """The common start row [P]."""
         self._history = History()
-        metrics = b""
+        metrics = hashlib.blake2b()  # a line at a time: of very many rounds not even the metrics fit in memory
         for record in self._records():
             self._history.add(record)
-            metrics += _metrics_line(record)
+            metrics.update(_metrics_line(record))
         if lock is not None:
             self._tidy()
-            self._rebuild(metrics)
+            self._rebuild(metrics.digest())
 
     @staticmethod
     def create(
@@ -289,12 +290,15 @@ class Store:
             raise files.corrupt(path, "missing")
         files.remove(sorted(path for path in present - needed if _OURS.fullmatch(path.name)))
 
-    def _rebuild(self, metrics: bytes) -> None:
+    def _rebuild(self, expected: bytes) -> None:
         path = self.folder / _METRICS
-        if path.is_symlink() or not path.exists() or path.read_bytes() != metrics:
-            self._write(_METRICS, metrics)
+        if path.exists() and not path.is_symlink():
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "blake2b").digest() == expected:
+                    return
+        self._write(_METRICS, map(_metrics_line, self._records()))
 
-    def _write(self, name: str, data: bytes) -> None:
+    def _write(self, name: str, data: bytes | Iterable[bytes]) -> None:
         try:
             files.replace(self.folder / name, data)
             files.sync(self.folder)
