@@ -10,6 +10,7 @@ import logging
 import random
 import re
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -20,11 +21,13 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mira.core import mixing
 from mira.core.errors import UserError
 from mira.core.graph import Edges, Graph, Groups
 from mira.core.layout import Layout
 from mira.core.mixing import normalised_step, paper_step, weighted_mean
 from mira.core.types import MemoryRows, ServerState, Setting, Trained
+from mira.methods import mira
 from mira.methods.mira import Mira
 
 Array = NDArray[np.float64]
@@ -97,11 +100,42 @@ def close(ours: object, oracle: object, atol: float = ATOL) -> None:
 # The arithmetic.
 
 
+# From this share of weights that are not zero on, a matrix product: always, never.
+ways = pytest.mark.parametrize("sparse", [0.0, 1.0], ids=["matrix", "lists"])
+
+
+@ways
 @given(problems(), st.floats(0, 2), unit)
-def test_steps_equal_the_oracle(problem: Problem, c: float, s: float) -> None:
+def test_steps_equal_the_oracle(sparse: float, problem: Problem, c: float, s: float) -> None:
     rows, a = problem.torch
-    close(paper_step(rows, a, c), paper_np(problem.rows, problem.rows, problem.a, c), atol=10 * ATOL)
-    close(normalised_step(rows, a, s), normalised_np(problem.rows, problem.rows, problem.a, s), atol=ATOL)
+    with patch.object(mixing, "_SPARSE", sparse):
+        close(paper_step(rows, a, c), paper_np(problem.rows, problem.rows, problem.a, c), atol=10 * ATOL)
+        close(normalised_step(rows, a, s), normalised_np(problem.rows, problem.rows, problem.a, s), atol=ATOL)
+
+
+@ways
+@given(problems(), st.floats(0, 2), unit, st.integers(1, 6), st.integers(1, 3), st.integers(1, 3))
+def test_neither_tiles_nor_blocks_change_what_comes_out(
+    sparse: float, problem: Problem, c: float, s: float, cohort: int, block: int, tile: int
+) -> None:
+    """The first ``cohort`` rows move; the others are handed over ``block`` at a time."""
+    rows, a = problem.torch
+    near, others = rows[:cohort], rows[cohort:]
+    blocks = others.split(block) if len(others) else ()
+    with patch.object(mixing, "_SPARSE", sparse):
+        whole = paper_step(near, a[:cohort], c, blocks), normalised_step(near, a[:cohort], s, blocks)
+        with patch.object(mixing, "_TILE", tile):
+            tiled = paper_step(near, a[:cohort], c, blocks), normalised_step(near, a[:cohort], s, blocks)
+    for ours, other, oracle, strength in zip(tiled, whole, (paper_np, normalised_np), (c, s), strict=True):
+        close(ours, oracle(problem.rows[:cohort], problem.rows, problem.a[:cohort], strength), atol=10 * ATOL)
+        # Lists are summed column by column, in the order of the graph; a matrix product may sum as its shape suggests.
+        assert torch.equal(ours, other) if sparse else torch.allclose(ours, other, rtol=0, atol=ATOL)
+
+
+def test_a_pool_that_the_graph_does_not_know_is_a_bug() -> None:
+    rows = torch.ones(2, 3)
+    with pytest.raises(AssertionError, match="one weight for each row"):
+        paper_step(rows, torch.zeros(2, 4), 1.0, [rows[:1]])
 
 
 @given(problems(), st.data())
@@ -115,10 +149,12 @@ def test_the_mean_equals_the_oracle(problem: Problem, data: st.DataObject) -> No
     close(weighted_mean(rows, torch.from_numpy(weight)), mean_np(problem.rows, weight.astype(float)), atol=ATOL)
 
 
+@ways
 @pytest.mark.parametrize("size", [3, 400])
-def test_float32_rows_stay_within_their_rounding(size: int) -> None:
+def test_float32_rows_stay_within_their_rounding(size: int, sparse: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every output is a sum of n = size + 1 products with coefficients rounded once: its error is at most
     (n + 2)·2⁻²⁴·Σ|term|, in whatever order it is summed (Higham 2002, chapter 3)."""
+    monkeypatch.setattr(mixing, "_SPARSE", sparse)
     draw = np.random.default_rng(0)
     rows = (draw.normal(size=(size, 40)) + 5).astype(np.float32)
     a = np.triu(draw.uniform(0.25, 1, (size, size)), 1)
@@ -143,13 +179,15 @@ def test_float32_rows_stay_within_their_rounding(size: int) -> None:
 # The laws.
 
 
+@ways
 @given(problems())
-def test_no_strength_is_local_training_bit_for_bit(problem: Problem) -> None:
+def test_no_strength_is_local_training_bit_for_bit(sparse: float, problem: Problem) -> None:
     """The sign of a zero aside, which nothing reads."""
     rows, a = problem.torch
-    for dtype in (torch.float32, torch.float64):
-        assert torch.equal(paper_step(rows.to(dtype), a, 0.0), rows.to(dtype))
-        assert torch.equal(normalised_step(rows.to(dtype), a, 0.0), rows.to(dtype))
+    with patch.object(mixing, "_SPARSE", sparse):
+        for dtype in (torch.float32, torch.float64):
+            assert torch.equal(paper_step(rows.to(dtype), a, 0.0), rows.to(dtype))
+            assert torch.equal(normalised_step(rows.to(dtype), a, 0.0), rows.to(dtype))
 
 
 @given(st.floats(0, 5), unit, arrays(np.float32, (1, 4), elements=st.floats(-10, 10, width=32)))
@@ -261,17 +299,21 @@ def state_of(problem: Problem) -> ServerState:
 
 
 @pytest.mark.parametrize("neighbours", ["cohort", "all"])
-@given(case=rounds(), strength=unit)
-def test_mira_equals_the_oracle(neighbours: str, case: tuple[Problem, list[int], Array], strength: float) -> None:
+@given(case=rounds(), strength=unit, block=st.integers(0, 12))
+def test_mira_equals_the_oracle(
+    neighbours: str, case: tuple[Problem, list[int], Array], strength: float, block: int
+) -> None:
+    """Whatever number of numbers is read at a time."""
     problem, cohort, sent = case
     everyone = problem.rows.copy()
     everyone[cohort] = sent
     seen = range(len(problem.rows)) if neighbours == "all" else cohort
     a, pool = problem.a[np.ix_(cohort, seen)], everyone[list(seen)]
     done = trained(cohort, torch.from_numpy(sent), steps=[2 + n for n in range(len(cohort))])
-    normalised = Mira(strength=strength, neighbours=neighbours).aggregate(state_of(problem), done)
+    with patch.object(mira, "_BLOCK", block):
+        normalised = Mira(strength=strength, neighbours=neighbours).aggregate(state_of(problem), done)
+        paper = Mira(form="paper", regularisation=strength, neighbours=neighbours).aggregate(state_of(problem), done)
     close(normalised.value, normalised_np(sent, pool, a, strength))
-    paper = Mira(form="paper", regularisation=strength, neighbours=neighbours).aggregate(state_of(problem), done)
     c = 0.1 * np.mean([2 + n for n in range(len(cohort))]) * strength  # learning rate · mean local steps · λ
     close(paper.value, paper_np(sent, pool, a, c))
     assert normalised.index.tolist() == paper.index.tolist() == cohort
