@@ -27,16 +27,19 @@ from mira.data.corpus import Corpus
 from mira.data.federation import Federation, make_federation
 from mira.data.text import Encoder
 from mira.engine.batched import BatchedEngine
+from mira.engine.checkpoint import decoder_layers
 from mira.engine.generate import positions
 from mira.engine.memory import is_out_of_memory
 from mira.engine.reference import ReferenceEngine
 from mira.model import Base, load
+from mira.model.quantise import needed_for
 
 log = logging.getLogger(__name__)
 
 # Numbers depend on these; a resumed run must find them as they were.
 DECIDING = ("versions", "model", "data", "threads", "device", "prefix")
 TOKENS = "tokens"  # in the run folder: the examples as encoded, for who opens the run again
+LIBRARIES = ("mira", "torch", "transformers", "peft", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def open_session(
     federation = make_federation(experiment.data, experiment.split, experiment.seed)
     base = load(
         experiment.model.name, experiment.model.source, experiment.model.dtype, experiment.model.device,
-        experiment.model.trust_remote_code,
+        experiment.model.trust_remote_code, experiment.model.quantization,
     )  # fmt: skip
     training, prompt = experiment.training, experiment.prompt
     # A model knows no positions beyond its own: longer inputs are cut to what it can read.
@@ -116,7 +119,10 @@ def open_session(
         dict[str, Any], model=base.model, pad=base.tokenizer.pad_token_id, end=base.tokenizer.eos_token_id,
         decode=partial(_decode, base.tokenizer), layout=layout, dropout=adapter.dropout, corpus=corpus,
         training=training, seed=experiment.seed, kept=kept, progress=progress,
+        checkpointing=experiment.engine.checkpointing,
     )  # fmt: skip
+    if experiment.engine.checkpointing:
+        decoder_layers(base.model)  # refuses before the run begins
     engine: BatchedEngine | ReferenceEngine
     if experiment.engine.name == "reference":
         engine = ReferenceEngine(**common())
@@ -166,8 +172,10 @@ def _environment(
     base: Base, federation: Federation, threads: int, prefix: bool, truncated: dict[str, int]
 ) -> dict[str, Any]:
     return {
-        "versions": {name: version(name) for name in ("mira", "torch", "transformers", "peft", "tokenizers")},
-        "model": {"name": base.name, "source": base.source, "sha256": base.sha256},
+        "versions": {name: version(name) for name in (*LIBRARIES, *needed_for(base.quantization))},
+        "model": {
+            "name": base.name, "source": base.source, "sha256": base.sha256, "quantization": base.quantization,
+        },
         "data": {"clients": len(federation.clients), "sha256": _fingerprint(federation)},
         "threads": threads,
         "device": base.model.device.type,

