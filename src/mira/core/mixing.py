@@ -8,13 +8,13 @@ holds one tile of columns, and one block of the rows of others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-_TILE = 2048  # columns at a time: as many of a hundred rows stay in a core's cache
+_TILE = 2**18  # numbers of a tile: they stay in cache, and allocating as many again costs no page faults
 _SPARSE = 0.25  # at most this share of weights that are not zero: summing neighbours is faster than a matrix product
 
 Product = Callable[[Tensor, Tensor], object]
@@ -48,7 +48,7 @@ def normalised_step(rows: Tensor, a: Tensor, s: float, others: Iterable[Tensor] 
 def product(weights: Tensor, pool: Tensor, out: Tensor) -> None:
     """out = weights·pool, tile by tile: weights [M,N], pool [N,P], out [M,P], which must not overlap the pool."""
     times = _product(weights, pool.dtype)
-    for tile in _tiles(pool.shape[1]):
+    for tile in _tiles(weights.shape, pool.shape[1]):
         times(pool[:, tile], out[:, tile])
 
 
@@ -67,7 +67,7 @@ def _add_product(weights: Tensor, pool: Tensor, out: Tensor) -> None:
     """out += weights·pool. Only rows with a weight are touched: a pool in many blocks costs what its edges cost."""
     touched = (weights != 0).any(1).nonzero()[:, 0]
     times = _product(weights[touched], pool.dtype)
-    for tile in _tiles(pool.shape[1]):
+    for tile in _tiles(weights.shape, pool.shape[1]):
         part = pool.new_empty(len(touched), tile.stop - tile.start)
         times(pool[:, tile], part)
         out[:, tile].index_add_(0, touched, part)
@@ -86,5 +86,11 @@ def _product(weights: Tensor, dtype: torch.dtype) -> Product:
     )
 
 
-def _tiles(columns: int) -> Iterator[slice]:
-    return (slice(begin, min(begin + _TILE, columns)) for begin in range(0, columns, _TILE))
+def _tiles(weights: Sequence[int], columns: int) -> Iterator[slice]:
+    width = _width(max(weights))
+    return (slice(begin, min(begin + width, columns)) for begin in range(0, columns, width))
+
+
+def _width(rows: int) -> int:
+    """Columns of a tile; of very many rows still enough to stream through them."""
+    return max(256, _TILE // rows)
