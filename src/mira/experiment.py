@@ -23,7 +23,7 @@ from mira.core.graph import from_tensors, to_tensors
 from mira.core.loop import Record, Schedule, run_rounds
 from mira.core.types import Change, Rows, ServerState
 from mira.report import summarise
-from mira.session import Session, check_environment, enough_memory, open_session
+from mira.session import TOKENS, Session, check_environment, enough_memory, open_session
 from mira.store import Store
 from mira.store.folders import replace_folder
 
@@ -64,6 +64,7 @@ def run(experiment: Experiment, out: Path | str | None = None, watcher: Watcher 
     )
     with store:
         kept.store = store
+        session.corpus.keep(store.folder / TOKENS)
         return _go_on(session, store, state, watcher)
 
 
@@ -78,8 +79,9 @@ def resume(folder: Path | str, watcher: Watcher | None = None) -> Result:
         watcher.stage("preparing")
         experiment = config.parse_text(store.config())
         kept = _Kept(store)
-        session = open_session(experiment, store.environment()["threads"], kept, watcher.tokens)
+        session = open_session(experiment, store.environment()["threads"], kept, watcher.tokens, store.folder)
         check_environment(store.environment(), session.environment)
+        session.corpus.keep(store.folder / TOKENS)
         return _go_on(session, store, state_of(session, store), watcher)
 
 

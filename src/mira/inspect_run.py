@@ -70,13 +70,13 @@ def generate(
     owner, encoder = session.federation.clients[k], session.corpus.encoder
     if prompt is not None:
         example = _example(prompt, instruction, owner.description)
-        asked = encoder.prompt(example)
-        if encoder.encode(example).truncated:
+        encoded = encoder.encode(example)
+        if encoded.truncated:
             log.warning("--prompt: cut on the left to fit prompt.max_length=%d tokens", encoder.max_length)
-        yield visible(session.engine.answer(row, [[asked]], max_new_tokens)[0][0])
+        yield visible(session.engine.answer(row, [[encoded.asked]], max_new_tokens)[0][0])
         return
     shown = owner.test[:4]
-    given = session.engine.answer(row, [[encoder.prompt(example) for example in shown]], max_new_tokens)[0]
+    given = session.engine.answer(row, [session.corpus.prompts(k, "test", 4)], max_new_tokens)[0]
     for example, answer in zip(shown, given, strict=True):
         question = example.messages[-2].content if example.messages else example.input or example.instruction
         yield f"input:    {visible(question)}"
@@ -116,7 +116,7 @@ def _session(folder: Path) -> Session:
     """The experiment of a run folder, built on the same weights and data; the folder is closed again meanwhile."""
     with Store.open(folder, writable=False) as store:
         environment, experiment = store.environment(), config.parse_text(store.config())
-    session = open_session(experiment, environment["threads"])
+    session = open_session(experiment, environment["threads"], folder=folder)
     check_environment(environment, session.environment, must=("model", "data"))
     return session
 

@@ -15,8 +15,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedModel
 
-from mira.adapters.attach import Lane
 from mira.adapters.lora import Lora, from_peft, merge, peft_config, start_row, to_peft
+from mira.adapters.lowrank import Lane
 from mira.core.errors import UserError
 from mira.core.layout import Layout
 from mira.core.seeds import generator

@@ -15,18 +15,26 @@ from mira.core.types import Work
 from tiny import KINDS, make_tiny
 
 STEPS = (20, 7, 20, 13)
-# fp32: rounding of sums in another order, over 20 steps of AdamW. fp64: the same with 2^29 times finer rounding.
+# fp32: rounding of sums in another order, over 20 steps. fp64: the same with 2^29 times finer rounding.
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-10}
+# AdamW divides by the gradient's size: where a gradient is next to nothing, its rounding becomes a step. The oracle
+# disagrees with itself by 1.3e-5 on such a tensor when the sequences of its batches are reversed, by 8e-7 on the others.
+TYPICAL, AMPLIFIED = 2e-6, 5e-5
 
 
 def displacement_error(layout: Any, ours: Tensor, oracle: Tensor, start: Tensor) -> float:
     """Largest ‖Δ‖/‖θ − θ⁰‖ over adapter tensors and rows."""
-    worst = 0.0
+    return float(displacement_errors(layout, ours, oracle, start).max())
+
+
+def displacement_errors(layout: Any, ours: Tensor, oracle: Tensor, start: Tensor) -> Tensor:
+    """‖Δ‖/‖θ − θ⁰‖ of every adapter tensor and row."""
+    errors = []
     for entry in layout.entries:
         moved = (entry.view(oracle) - entry.view(start)).flatten(1).norm(dim=1)
         assert bool((moved > 0).all()), entry
-        worst = max(worst, float(((entry.view(ours) - entry.view(oracle)).flatten(1).norm(dim=1) / moved).max()))
-    return worst
+        errors.append((entry.view(ours) - entry.view(oracle)).flatten(1).norm(dim=1) / moved)
+    return torch.stack(errors)
 
 
 def train(name: str, kind: str, training: Training, dtype: torch.dtype, **options: Any) -> tuple[Any, Tensor, Any]:
@@ -50,18 +58,25 @@ def test_batched_equals_reference_after_20_steps(kind: str, dtype: torch.dtype, 
         assert ours.steps.tolist() == oracle.steps.tolist()
         assert ours.tokens.tolist() == oracle.tokens.tolist()
         assert ours.examples.tolist() == oracle.examples.tolist()
-        assert displacement_error(layout, ours.rows, oracle.rows, start) <= LIMIT[dtype]
+        errors = displacement_errors(layout, ours.rows, oracle.rows, start)
+        if dtype == torch.float64:
+            assert errors.max() <= LIMIT[dtype]
+        else:
+            assert errors.median() <= TYPICAL
+            assert errors.max() <= AMPLIFIED
         torch.testing.assert_close(ours.loss, oracle.loss, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
     "optimizer", [{"optimizer": "sgd", "momentum": 0.9, "lr": 0.05}, {"optimizer": "sgd", "lr": 0.05}]
 )
-def test_sgd_equals_reference(optimizer: dict[str, Any]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sgd_equals_reference(kind: str, dtype: torch.dtype, optimizer: dict[str, Any]) -> None:
     training = Training(local_steps=20, clip=1.0, weight_decay=0.01, **optimizer)
-    layout, start, oracle = train("reference", "llama", training, torch.float64)
-    _, _, ours = train("batched", "llama", training, torch.float64)
-    assert displacement_error(layout, ours.rows, oracle.rows, start) <= LIMIT[torch.float64]
+    layout, start, oracle = train("reference", kind, training, dtype)
+    _, _, ours = train("batched", kind, training, dtype)
+    assert displacement_error(layout, ours.rows, oracle.rows, start) <= LIMIT[dtype]
 
 
 def test_clipping_is_active_and_per_client() -> None:

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mira import Experiment
 from mira.core.errors import UserError
 from mira.data.corpus import Corpus
 from mira.data.federation import SPLITS, Client, Federation
 from mira.data.text import Encoded, Encoder
 from mira.data.types import Example, Message
+from small import begin, mira, settings, snapshot, write_clients
 from tiny import make_tokenizer
 
 ROOM = 90  # tokens: some of the examples below are too long for a chat turn of it and lose input
@@ -194,3 +196,16 @@ def test_where_nothing_can_be_written_the_run_goes_on(tmp_path: Path, caplog: py
 def test_an_example_too_long_is_still_refused_by_place() -> None:
     with pytest.raises(UserError, match=r"example 0 of the train split of client 'a' needs 8 tokens"):
         make_corpus(max_length=5).truncated()
+
+
+def test_a_run_opened_again_tokenises_no_example(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_clients(tmp_path / "data.jsonl")
+    run = begin(Experiment(**settings(tiny_folder, data)), tmp_path / "run", 1)
+    before = snapshot(run)
+    monkeypatch.setattr(Encoder, "encode_all", None)
+    assert mira("evaluate", run).status == 0
+    assert mira("generate", run, "--client", "ann").status == 0
+    assert snapshot(run) == before
+    assert mira("run", run, "--resume").status == 0

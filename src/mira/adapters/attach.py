@@ -1,112 +1,179 @@
-"""Many adapters on one frozen base: each target layer adds the low-rank product of whose tokens pass through it."""
+"""A frozen base made to carry many adapters at once: its layers compute through the fused functions while a lane is set."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn.functional import silu
 from transformers import PreTrainedModel
 
-from mira.core.layout import Entry, Layout
+from mira.adapters.fused import Adapter, GatedMLP, Projection, Projections, RMSNorm, is_plain
+from mira.adapters.lowrank import Factors, Lane, dropout_mask
+from mira.core.layout import Layout
 
+Forward = Callable[..., Any]
 
-@dataclass
-class Lane:
-    """Whose tokens are where in the current pass. ``ranges``: (row, start, end) over the flat tokens, without overlap.
-
-    ``grad`` [n,P] receives the gradients of ``rows`` [n,P]; None while evaluating. ``dropout`` holds one generator
-    per row, so that a client's masks do not depend on who else is in the pass.
-    """
-
-    rows: Tensor
-    ranges: Sequence[tuple[int, int, int]]
-    grad: Tensor | None = None
-    dropout: Sequence[torch.Generator] | None = None
+# Projections of one parent that read the same input, by the names transformers gives them.
+_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass
 class Attached:
-    """Hooks on a base model. Set ``lane`` before a forward pass; ``detach`` leaves the base as it was."""
+    """Forward functions exchanged in a base model. Set ``lane`` before a pass; ``detach`` leaves the base as it was."""
 
-    layout: Layout
     dropout: float
     lane: Lane | None = None
-    handles: list[RemovableHandle] = field(default_factory=list)
+    before: list[tuple[nn.Module, Forward | None]] = field(default_factory=list)
 
     def detach(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+        while self.before:
+            module, forward = self.before.pop()
+            vars(module).pop("forward") if forward is None else vars(module).update(forward=forward)
+
+    def exchange(self, module: nn.Module, make: Callable[[Forward], Forward]) -> None:
+        self.before.append((module, vars(module).get("forward")))  # what other libraries may have put on the instance
+        vars(module)["forward"] = make(module.forward)
 
 
 def attach(model: PreTrainedModel, layout: Layout, dropout: float) -> Attached:
-    attached = Attached(layout, dropout)
+    """Exchange what can be: norms and gated MLPs that compute what they seem to, groups of projections, and every target."""
+    attached = Attached(dropout)
     entries = {(entry.module, entry.factor): entry for entry in layout.entries}
+    factors = {name: Factors(entries[name, "A"], entries[name, "B"], layout.scale) for name in layout.modules}
+    done: set[str] = set()
+    for name, parent in model.named_modules():
+        for group in _GROUPS:
+            paths = [f"{name}.{child}" for child in group]
+            members = _plain_members(parent, group)
+            if members:
+                _attach_group(attached, [Projection(m, factors.get(p)) for m, p in zip(members, paths, strict=True)])
+                done.update(paths)
     for name in layout.modules:
-        hook = _hook(attached, entries[name, "A"], entries[name, "B"])
-        attached.handles.append(model.get_submodule(name).register_forward_hook(hook))
+        module = model.get_submodule(name)
+        if name in done:
+            continue
+        if is_plain(module):
+            _attach_group(attached, [Projection(module, factors[name])])
+        else:
+            attached.exchange(module, _adapted(attached, factors[name]))
+    for name, module in model.named_modules():
+        _attach_norm(attached, module)
+        _attach_mlp(
+            attached, module, [factors.get(f"{name}.{child}") for child in ("gate_proj", "up_proj", "down_proj")]
+        )
     return attached
 
 
-def _hook(attached: Attached, a: Entry, b: Entry) -> Any:
-    def add(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        lane = attached.lane
-        if lane is None:
-            return out
-        x = args[0].reshape(-1, args[0].shape[-1])
-        if lane.dropout is not None:
-            x = x * _mask(x, lane, attached.dropout)
-        # Without a tensor that asks for gradients the first layer's product would not be recorded: its input is frozen.
-        probe = torch.empty(0, requires_grad=lane.grad is not None)
-        delta = _LowRank.apply(x, probe, lane, a, b, attached.layout.scale)  # type: ignore[no-untyped-call]
-        return (out + delta.view(out.shape)).to(out.dtype)  # type: ignore[no-any-return]
-
-    return add
+def _plain_members(parent: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The children called ``names``, or none where one is missing or not a plain layer."""
+    members = [child for name in names if isinstance(child := getattr(parent, name, None), nn.Module)]
+    return members if len(members) == len(names) and all(map(is_plain, members)) else []
 
 
-def _mask(x: Tensor, lane: Lane, p: float) -> Tensor:
-    assert lane.dropout is not None
-    keep = torch.empty(x.shape, dtype=x.dtype)
-    for row, start, end in lane.ranges:
-        keep[start:end].bernoulli_(1 - p, generator=lane.dropout[row])
-    return (keep / (1 - p)).to(x.device)
+def _probe(lane: Lane) -> Tensor:
+    return torch.empty(0, requires_grad=lane.grad is not None)
 
 
-class _LowRank(torch.autograd.Function):
-    """s·B·A·x for each range of tokens under its own row, in the rows' precision.
+def _attach_group(attached: Attached, group: Sequence[Projection]) -> None:
+    """The first of the group that is called computes all of them; the others find their output ready."""
+    ready: dict[int, tuple[Tensor, Tensor]] = {}
 
-    With u = A·x and g = ∂F/∂y:  ∂F/∂B = s·gᵀu,  ∂F/∂A = s·(gB)ᵀx,  ∂F/∂x = s·(gB)A. Gradients go straight into
-    ``lane.grad``: one flat buffer instead of two tensors a layer and client.
-    """
+    def make(number: int) -> Callable[[Forward], Forward]:
+        def exchanged(plain: Forward) -> Forward:
+            adapted = _adapted(attached, group[number].factors)(plain)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, probe: Tensor, lane: Lane, a: Entry, b: Entry, scale: float) -> Tensor:
-        row_a, row_b = a.view(lane.rows), b.view(lane.rows)
-        u = torch.empty(len(x), a.shape[0], dtype=row_a.dtype, device=x.device)
-        delta = torch.zeros(len(x), b.shape[0], dtype=row_a.dtype, device=x.device)
-        for row, start, end in lane.ranges:
-            torch.mm(x[start:end].to(row_a.dtype), row_a[row].T, out=u[start:end])
-            torch.mm(u[start:end], row_b[row].T, out=delta[start:end])
-        ctx.save_for_backward(x, u)
-        ctx.lane, ctx.a, ctx.b, ctx.scale = lane, a, b, scale
-        return delta.mul_(scale)
+            def forward(x: Tensor) -> Tensor:
+                lane = attached.lane
+                if lane is None or lane.dropout is not None:
+                    return adapted(x)  # type: ignore[no-any-return]
+                seen, out = ready.pop(number, (None, None))
+                if seen is x and out is not None:
+                    return out
+                outs = Projections.apply(x, _probe(lane), group, lane)  # type: ignore[no-untyped-call]
+                ready.update({n: (x, one) for n, one in enumerate(outs) if n != number})
+                return outs[number]  # type: ignore[no-any-return]
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, u = ctx.saved_tensors
-        lane: Lane = ctx.lane
-        assert lane.grad is not None
-        row_a, row_b = ctx.a.view(lane.rows), ctx.b.view(lane.rows)
-        grad_a, grad_b = ctx.a.view(lane.grad), ctx.b.view(lane.grad)
-        grad_x = torch.zeros_like(x, dtype=row_a.dtype) if ctx.needs_input_grad[0] else None
-        for row, start, end in lane.ranges:
-            g = grad[start:end]
-            low = torch.mm(g, row_b[row]).mul_(ctx.scale)
-            grad_b[row].addmm_(g.T, u[start:end], alpha=ctx.scale)
-            grad_a[row].addmm_(low.T, x[start:end].to(row_a.dtype))
-            if grad_x is not None:
-                torch.mm(low, row_a[row], out=grad_x[start:end])
-        return None if grad_x is None else grad_x.to(x.dtype), None, None, None, None, None
+            return forward
+
+        return exchanged
+
+    for number, projection in enumerate(group):
+        attached.exchange(projection.module, make(number))
+
+
+def _adapted(attached: Attached, factors: Factors | None) -> Callable[[Forward], Forward]:
+    """Any layer with an adapter beside it; without one, the layer."""
+
+    def exchanged(plain: Forward) -> Forward:
+        def forward(x: Tensor) -> Tensor:
+            lane = attached.lane
+            out: Tensor = plain(x)
+            if lane is None or factors is None:
+                return out
+            seen = x
+            if lane.dropout is not None:
+                flat = x.reshape(-1, x.shape[-1])
+                seen = (flat * dropout_mask(flat, lane, attached.dropout)).view(x.shape)
+            return Adapter.apply(out, seen, _probe(lane), factors, lane)  # type: ignore[no-any-return, no-untyped-call]
+
+        return forward
+
+    return exchanged
+
+
+def _attach_norm(attached: Attached, module: nn.Module) -> None:
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(epsilon, float):
+        return
+
+    def fused(x: Tensor) -> Tensor:
+        return RMSNorm.apply(x, weight, epsilon)  # type: ignore[no-any-return, no-untyped-call]
+
+    if _computes(module, fused, weight):
+        attached.exchange(module, lambda plain: lambda x: plain(x) if attached.lane is None else fused(x))
+
+
+def _attach_mlp(attached: Attached, module: nn.Module, factors: Sequence[Factors | None]) -> None:
+    members = _plain_members(module, ("gate_proj", "up_proj", "down_proj"))
+    if not members:
+        return
+    gate, up, down = (Projection(m, f) for m, f in zip(members, factors, strict=True))
+
+    def unadapted(x: Tensor) -> Tensor:
+        return down(silu(gate(x)) * up(x))
+
+    if not _computes(module, unadapted, gate.weight[0]):
+        return
+
+    def exchanged(plain: Forward) -> Forward:
+        def forward(x: Tensor) -> Tensor:
+            lane = attached.lane
+            if lane is None or lane.dropout is not None:
+                return plain(x)  # type: ignore[no-any-return]
+            return GatedMLP.apply(x, _probe(lane), (gate, up), down, lane)  # type: ignore[no-any-return, no-untyped-call]
+
+        return forward
+
+    attached.exchange(module, exchanged)
+
+
+@torch.no_grad()
+def _computes(module: nn.Module, guess: Forward, like: Tensor) -> bool:
+    """Whether ``module`` computes ``guess`` on a random input: names alone do not tell what a layer does with them."""
+    x = torch.randn(4, len(like), generator=torch.Generator().manual_seed(0)).to(like)
+    try:
+        given = module(x)
+    except (TypeError, IndexError, RuntimeError, ValueError):  # it wants more than one input, or another shape
+        return False
+    # The same operations, at most rounded in another order; another formula differs by far more.
+    bound = 0.02 if like.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    return (
+        isinstance(given, Tensor)
+        and given.shape == x.shape
+        and bool(torch.linalg.vector_norm(given - guess(x)) <= bound * torch.linalg.vector_norm(given))
+    )

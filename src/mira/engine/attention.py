@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 NAME = "mira_packed"
+_TILE = 160  # queries of one product: enough to fill it, few enough to skip most of what causality hides
 
 
 @dataclass(frozen=True)
@@ -41,30 +42,16 @@ class Packed:
     segments: Sequence[Segment]
     keep: bool = False
     cache: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    tiles: dict[int | None, list[Tile]] = field(default_factory=dict)  # by window: the same in every layer
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """q [1,H,T,d], k and v [1,h,T,d] -> [1,T,H,d]."""
         if self.keep:
             self.cache[layer] = (k, v)
-        repeat = q.shape[1] // k.shape[1]
-        sizes = [s.end - s.start for s in self.segments]
-        # Split, not slice: the gradient of n slices is n full-size tensors, that of a split is one concatenation.
-        qs, ks, vs = (
-            x.split(sizes, dim=2) for x in (q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1))
-        )
-        number = {s.start: n for n, s in enumerate(self.segments)}
-        parts = []
-        for s, own_q, own_k, own_v in zip(self.segments, qs, ks, vs, strict=True):
-            keys, values, mask = own_k, own_v, None
-            if s.prefix:
-                before = number[s.prefix_start]
-                keys, values = torch.cat([ks[before], own_k], dim=2), torch.cat([vs[before], own_v], dim=2)
-            if s.prefix or (window is not None and s.end - s.start > window):
-                mask = _visible(s.end - s.start, s.prefix, window, q.device)
-            parts.append(
-                scaled_dot_product_attention(own_q, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale)
-            )
-        return torch.cat(parts, dim=2).transpose(1, 2)
+        if window not in self.tiles:
+            self.tiles[window] = tiles(self.segments, window, q.shape[1] // k.shape[1], _wide(q[:, :, :0]))
+        out: Tensor = _Tiled.apply(q[0], k[0], v[0], scale, self.tiles[window])  # type: ignore[no-untyped-call]
+        return out[None]
 
 
 @dataclass
@@ -91,13 +78,113 @@ class Decode:
         return scaled_dot_product_attention(q, past[0], past[1], attn_mask=mask, scale=scale).transpose(1, 2)
 
 
-def _visible(queries: int, prefix: int, window: int | None, device: torch.device) -> Tensor:
-    """Which keys (prefix, then own) each query sees: [queries, prefix + queries] bool."""
-    distance = torch.arange(prefix, prefix + queries, device=device)[:, None] - torch.arange(
-        prefix + queries, device=device
-    )
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)
+@dataclass(frozen=True)
+class Tile:
+    """Queries start:end see the keys of prefix_start:prefix_end and of key_start:key_end. ``hidden`` [1, heads·queries,
+    keys] is −∞ where one of them may not be seen after all, and 0 elsewhere; once for each head that shares the keys."""
+
+    start: int
+    end: int
+    prefix_start: int
+    prefix_end: int
+    key_start: int
+    key_end: int
+    hidden: Tensor
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Of x [h,T,d] what the queries see: [h,keys,d]."""
+        own = x[:, self.key_start : self.key_end]
+        if self.prefix_start == self.prefix_end:
+            return own
+        return torch.cat([x[:, self.prefix_start : self.prefix_end], own], dim=1)
+
+    def add_to_keys(self, total: Tensor, part: Tensor) -> None:
+        """total [h,T,d] += part [h,keys,d], each where its key is."""
+        prefix = self.prefix_end - self.prefix_start
+        total[:, self.prefix_start : self.prefix_end] += part[:, :prefix]
+        total[:, self.key_start : self.key_end] += part[:, prefix:]
+
+
+def tiles(segments: Sequence[Segment], window: int | None, heads: int, like: Tensor) -> list[Tile]:
+    """Attention as few products: long segments in pieces, which leaves out most of what causality hides; short ones
+    that read the same prefix together. ``heads``: query heads of a key head. ``like``: what masks are made as."""
+    bundles: list[list[Segment]] = []
+    for s in segments:
+        last = bundles[-1] if bundles else []
+        mates = bool(last and s.prefix and last[0].prefix_start == s.prefix_start and last[0].prefix == s.prefix)
+        if mates and s.end - last[0].start <= _TILE:
+            last.append(s)
+        else:
+            bundles.append([s])
+    out = []
+    for bundle in bundles:
+        first, start, end = bundle[0], bundle[0].start, bundle[-1].end
+        owner = torch.repeat_interleave(torch.arange(len(bundle)), torch.tensor([s.end - s.start for s in bundle]))
+        place = torch.cat([torch.arange(s.prefix, s.prefix + s.end - s.start) for s in bundle])
+        owner = torch.cat([torch.full((first.prefix,), -1), owner])  # -1: the prefix, which all of them see
+        place = torch.cat([torch.arange(first.prefix), place])
+        for begin in range(start, end, _TILE):
+            stop = min(begin + _TILE, end)
+            query, seen = slice(first.prefix + begin - start, first.prefix + stop - start), first.prefix + stop - start
+            distance = place[query, None] - place[None, :seen]
+            visible = (distance >= 0) & ((owner[:seen] == owner[query, None]) | (owner[:seen] < 0))
+            if window is not None:
+                visible &= distance < window
+            hidden = like.new_zeros(visible.shape).masked_fill_(~visible.to(like.device), -torch.inf).repeat(heads, 1)
+            out.append(Tile(begin, stop, first.prefix_start, first.prefix_end, start, stop, hidden[None]))
+    return out
+
+
+class _Tiled(torch.autograd.Function):
+    """softmax(s·QKᵀ + hidden)·V tile by tile, at least in fp32. Probabilities are made again in the backward pass:
+    they grow with the square of the length, and nothing else of it has to be kept.
+
+    With probabilities P and g = ∂F/∂O:  ∂F/∂V = Pᵀg,  ∂F/∂(s·QKᵀ) = P ⊙ (gVᵀ − rowsum(P ⊙ gVᵀ)).
+    Query heads that share a key head are rows of one product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, tiling: Sequence[Tile]) -> Tensor:
+        """q [H,T,d], k [h,T,d], v [h,T,e] -> [T,H,e]."""
+        ctx.save_for_backward(q, k, v)
+        ctx.scale, ctx.tiling = scale, tiling
+        wide_k, wide_v = _wide(k), _wide(v)
+        out = q.new_empty(q.shape[1], q.shape[0], v.shape[-1])
+        for tile in tiling:
+            p = _probabilities(_queries(q, tile, len(k)), tile.keys(wide_k), tile, scale)
+            o = torch.bmm(p, tile.keys(wide_v))
+            out[tile.start : tile.end] = o.view(len(q), -1, o.shape[-1]).transpose(0, 1)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        q, k, v = ctx.saved_tensors
+        wide_k, wide_v = _wide(k), _wide(v)
+        grad_q, grad_k, grad_v = q.new_empty(q.shape), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
+        by_head = grad.transpose(0, 1)  # [H,T,e]
+        for tile in ctx.tiling:
+            queries, keys, g = _queries(q, tile, len(k)), tile.keys(wide_k), _queries(by_head, tile, len(k))
+            p = _probabilities(queries, keys, tile, ctx.scale)
+            grad_p = torch.bmm(g, tile.keys(wide_v).transpose(1, 2))
+            tile.add_to_keys(grad_v, torch.bmm(p.transpose(1, 2), g))
+            grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype).mul_(ctx.scale)
+            tile.add_to_keys(grad_k, torch.bmm(grad_s.transpose(1, 2), queries))
+            grad_q[:, tile.start : tile.end] = torch.bmm(grad_s, keys).view(len(q), -1, q.shape[-1])
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _queries(x: Tensor, tile: Tile, key_heads: int) -> Tensor:
+    """Of x [H,T,d] the tile's, [h, H/h·queries, d]."""
+    return _wide(x[:, tile.start : tile.end]).reshape(key_heads, -1, x.shape[-1])
+
+
+def _probabilities(queries: Tensor, keys: Tensor, tile: Tile, scale: float) -> Tensor:
+    """[h, H/h·queries, keys]."""
+    return torch.baddbmm(tile.hidden, queries, keys.transpose(1, 2), alpha=scale).softmax(-1)
 
 
 def _attention(

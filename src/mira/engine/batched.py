@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mira.adapters.attach import Attached, Lane, attach
+from mira.adapters.attach import Attached, attach
+from mira.adapters.lowrank import Lane
 from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.training import Training

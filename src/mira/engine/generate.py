@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mira.adapters.attach import Lane
+from mira.adapters.lowrank import Lane
 from mira.engine.attention import Decode, Packed, Segment
 from mira.engine.packing import Pass
 

@@ -15,7 +15,7 @@ class LabelLoss(torch.autograd.Function):
     """-log p(target) for each label token [N] from hidden states [N,d] through the frozen ``head``.
 
     The gradient with respect to the hidden states is made in the forward pass, chunk by chunk, since the logits are
-    at hand there; backward only scales it.
+    at hand there: ∂/∂logits = softmax − onehot(target). Backward only scales it.
     """
 
     @staticmethod
@@ -24,10 +24,13 @@ class LabelLoss(torch.autograd.Function):
         for h, t in zip(hidden.split(_CHUNK), target.split(_CHUNK), strict=True):
             with torch.enable_grad():
                 leaf = h.detach().requires_grad_()
-                loss = _nll(head(leaf), t)
+                logits = head(leaf)
+            log_p = _wide(logits.detach()).log_softmax(-1)
+            losses.append(-log_p.gather(-1, t[:, None])[:, 0])
             if ctx.needs_input_grad[0]:
-                grads.append(torch.autograd.grad(loss, leaf, torch.ones_like(loss))[0])
-            losses.append(loss.detach())
+                grad = log_p.exp_()
+                grad.scatter_add_(-1, t[:, None], grad.new_full((len(t), 1), -1))
+                grads.append(torch.autograd.grad(logits, leaf, grad.to(logits.dtype))[0])
         ctx.save_for_backward(*grads)
         return torch.cat(losses) if losses else hidden.new_zeros(0)
 
@@ -45,5 +48,8 @@ def label_nll(hidden: Tensor, head: nn.Module, target: Tensor) -> Tensor:
 
 
 def _nll(logits: Tensor, target: Tensor) -> Tensor:
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return cross_entropy(wide, target, reduction="none")
+    return cross_entropy(_wide(logits), target, reduction="none")
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,164 @@
+"""Frozen layers and the adapters on them as single autograd functions: less memory kept, fewer passes over it.
+
+Of a frozen projection only its adapter needs the input again; projections that read the same input share one copy of
+it and add their input gradients up in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, silu
+from transformers.pytorch_utils import Conv1D
+
+from mira.adapters.lowrank import Factors, Lane, add_gradients, add_product
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A frozen linear layer y = W·x + b and the place of its adapter, if it has one."""
+
+    module: nn.Module
+    factors: Factors | None
+
+    @property
+    def weight(self) -> Tensor:
+        """W [out,in]."""
+        weight = self.module.get_parameter("weight")
+        return weight.T if isinstance(self.module, Conv1D) else weight  # Conv1D keeps it as [in,out]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.module.bias)  # type: ignore[arg-type]
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether its weight is what it multiplies by; a quantised layer is a subclass."""
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def project(x: Tensor, group: Sequence[Projection], lane: Lane) -> tuple[list[Tensor], list[Tensor]]:
+    """All projections of x [T,k]: their outputs, and A·x of each adapter."""
+    outs = [one(x) for one in group]
+    adapted = [(out, one.factors) for out, one in zip(outs, group, strict=True) if one.factors]
+    wide = x.to(lane.rows.dtype) if adapted else x
+    return outs, [add_product(out, wide, lane, factors) for out, factors in adapted]
+
+
+def project_back(
+    grads: Sequence[Tensor], x: Tensor | None, us: Sequence[Tensor], group: Sequence[Projection], lane: Lane, into_x: bool
+) -> Tensor | None:  # fmt: skip
+    """The gradient of x, when it is wanted, from those of the outputs; the adapters' go into ``lane.grad``. x is None
+    where there is no adapter."""
+    total = None
+    if into_x:
+        for g, one in zip(grads, group, strict=True):
+            total = torch.mm(g, one.weight) if total is None else total.addmm_(g, one.weight)
+    adapted = [(g, one.factors) for g, one in zip(grads, group, strict=True) if one.factors]
+    if not adapted:
+        return total
+    assert x is not None
+    wide = x.to(lane.rows.dtype)
+    narrow = total is not None and total.dtype != wide.dtype
+    low_rank = torch.zeros_like(wide) if narrow else total
+    for (g, factors), u in zip(adapted, us, strict=True):
+        add_gradients(g.to(wide.dtype), wide, u, lane, factors, low_rank)
+    return total.add_(low_rank) if narrow and total is not None and low_rank is not None else total
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+class Projections(torch.autograd.Function):
+    """A group of projections that read the same input. ``probe`` asks for gradients where the input does not: the first
+    layer's input is frozen, its adapters are not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probe: Tensor, group: Sequence[Projection], lane: Lane) -> tuple[Tensor, ...]:
+        flat = _flat(x)
+        outs, us = project(flat, group, lane)
+        ctx.save_for_backward(*((flat, *us) if us else ()))
+        ctx.group, ctx.lane, ctx.shape = group, lane, x.shape
+        return tuple(out.view(*x.shape[:-1], -1) for out in outs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, *us = ctx.saved_tensors or (None,)
+        flat = [_flat(g) for g in grads]
+        total = project_back(flat, x, us, ctx.group, ctx.lane, ctx.needs_input_grad[0])
+        return None if total is None else total.view(ctx.shape), None, None, None
+
+
+class GatedMLP(torch.autograd.Function):
+    """W_down·(silu(W_gate·x) ⊙ W_up·x) with adapters on any of the three (Shazeer 2020, SwiGLU)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, probe: Tensor, inner: Sequence[Projection], down: Projection, lane: Lane
+    ) -> Tensor:
+        flat = _flat(x)
+        (gate, up), us = project(flat, inner, lane)
+        (out,), down_us = project(silu(gate).mul_(up), (down,), lane)
+        ctx.save_for_backward(gate, up, *down_us, *((flat, *us) if us else ()))
+        ctx.inner, ctx.down, ctx.lane, ctx.shape = inner, down, lane, x.shape
+        return out.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        gate, up, *rest = ctx.saved_tensors
+        down_us, rest = (rest[:1], rest[1:]) if ctx.down.factors else ([], rest)
+        x, *us = rest or (None,)
+        active = silu(gate)
+        hidden = active * up if ctx.down.factors else None
+        grad_hidden = project_back((_flat(grad),), hidden, down_us, (ctx.down,), ctx.lane, True)
+        assert grad_hidden is not None
+        grad_up = active.mul_(grad_hidden)
+        grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
+        total = project_back((grad_gate, grad_up), x, us, ctx.inner, ctx.lane, ctx.needs_input_grad[0])
+        return None if total is None else total.view(ctx.shape), None, None, None, None
+
+
+class Adapter(torch.autograd.Function):
+    """The adapter alone, added to what any layer gave: x [...,k] as the adapter sees it (after dropout)."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor, probe: Tensor, factors: Factors, lane: Lane) -> Tensor:
+        flat, total = _flat(x), out.clone()  # another library's function may need its output as it was
+        u = add_product(_flat(total), flat.to(lane.rows.dtype), lane, factors)
+        ctx.save_for_backward(flat, u)
+        ctx.factors, ctx.lane, ctx.shape = factors, lane, x.shape
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, u = ctx.saved_tensors
+        wide = x.to(ctx.lane.rows.dtype)
+        total = torch.zeros_like(wide) if ctx.needs_input_grad[1] else None
+        add_gradients(_flat(grad).to(wide.dtype), wide, u, ctx.lane, ctx.factors, total)
+        return grad, None if total is None else total.to(x.dtype).view(ctx.shape), None, None, None
+
+
+class RMSNorm(torch.autograd.Function):
+    """w ⊙ x/rms(x) over the last dimension (Zhang and Sennrich 2019), at least in fp32 inside; keeps x and 1/rms alone.
+
+    With n = x/rms:  ∂F/∂x = (w⊙g − n·mean(n ⊙ w⊙g)) / rms.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        root = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, root)
+        return (wide * root).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, root = ctx.saved_tensors
+        wide = x.to(root.dtype)
+        g = grad.to(root.dtype) * weight
+        mean = (g * wide).sum(-1, keepdim=True).mul_(root).mul_(root).mul_(root).div_(-x.shape[-1])
+        return g.mul_(root).addcmul_(wide, mean).to(x.dtype), None, None

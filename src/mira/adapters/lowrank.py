@@ -1,0 +1,76 @@
+"""The low-rank products of many adapters in one pass: every range of tokens under its own row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mira.core.layout import Entry
+
+
+@dataclass
+class Lane:
+    """Whose tokens are where in the current pass. ``ranges``: (row, start, end), which together cover all its tokens.
+
+    ``grad`` [n,P] receives the gradients of ``rows`` [n,P]; None while evaluating. ``dropout`` holds one generator
+    per row, so that a client's masks do not depend on who else is in the pass.
+    """
+
+    rows: Tensor
+    ranges: Sequence[tuple[int, int, int]]
+    grad: Tensor | None = None
+    dropout: Sequence[torch.Generator] | None = None
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Where the two factors of one layer are in a row, and the scale s of their product."""
+
+    a: Entry
+    b: Entry
+    scale: float
+
+
+def add_product(out: Tensor, x: Tensor, lane: Lane, factors: Factors) -> Tensor:
+    """out [T,m] += s·B·A·x in place, in the rows' precision; x [T,k] has it already. Returns u = A·x [T,r]."""
+    a, b = factors.a.view(lane.rows), factors.b.view(lane.rows)
+    u = torch.empty(len(x), factors.a.shape[0], dtype=a.dtype, device=x.device)
+    same = out.dtype == a.dtype
+    delta = out if same else torch.empty(out.shape, dtype=a.dtype, device=out.device)
+    for row, start, end in lane.ranges:
+        torch.mm(x[start:end], a[row].T, out=u[start:end])
+        if same:
+            out[start:end].addmm_(u[start:end], b[row].T, alpha=factors.scale)
+        else:
+            torch.mm(u[start:end], b[row].T, out=delta[start:end])
+    if not same:
+        out.add_(delta, alpha=factors.scale)
+    return u
+
+
+def add_gradients(g: Tensor, x: Tensor, u: Tensor, lane: Lane, factors: Factors, grad_x: Tensor | None) -> None:
+    """With g = ∂F/∂y [T,m]:  ∂F/∂B += s·gᵀu,  ∂F/∂A += s·(gB)ᵀx,  and grad_x [T,k] += s·(gB)A in place; all in the
+    rows' precision. Gradients go straight into ``lane.grad``: one flat buffer instead of two tensors a layer and client.
+    """
+    assert lane.grad is not None
+    a, b = factors.a.view(lane.rows), factors.b.view(lane.rows)
+    grad_a, grad_b = factors.a.view(lane.grad), factors.b.view(lane.grad)
+    for row, start, end in lane.ranges:
+        part = g[start:end]
+        low = torch.mm(part, b[row]).mul_(factors.scale)
+        grad_b[row].addmm_(part.T, u[start:end], alpha=factors.scale)
+        grad_a[row].addmm_(low.T, x[start:end])
+        if grad_x is not None:
+            grad_x[start:end].addmm_(low, a[row])
+
+
+def dropout_mask(x: Tensor, lane: Lane, p: float) -> Tensor:
+    """0 with probability ``p``, else 1/(1−p), for every element of x [T,k]."""
+    assert lane.dropout is not None
+    keep = torch.empty(x.shape, dtype=x.dtype)
+    for row, start, end in lane.ranges:
+        keep[start:end].bernoulli_(1 - p, generator=lane.dropout[row])
+    return (keep / (1 - p)).to(x.device)
