@@ -36,8 +36,9 @@ class Projection:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether its weight is what it multiplies by; a quantised layer is a subclass."""
-    return type(module) in (nn.Linear, Conv1D)
+    """Whether its weight is what it multiplies by; a quantised layer is a subclass, and other libraries put a forward
+    of their own on the instance."""
+    return type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module)
 
 
 def project(x: Tensor, group: Sequence[Projection], lane: Lane) -> tuple[list[Tensor], list[Tensor]]:
@@ -73,6 +74,11 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def _shaped(out: Tensor, like: torch.Size) -> Tensor:
+    """[T,m] -> [...,m], not as a view: a model may change in place (clip) what a layer gave it, not a function's view."""
+    return torch.ops.aten._unsafe_view(out, (*like[:-1], out.shape[-1]))  # type: ignore[no-any-return]
+
+
 class Projections(torch.autograd.Function):
     """A group of projections that read the same input. ``probe`` asks for gradients where the input does not: the first
     layer's input is frozen, its adapters are not."""
@@ -83,7 +89,7 @@ class Projections(torch.autograd.Function):
         outs, us = project(flat, group, lane)
         ctx.save_for_backward(*((flat, *us) if us else ()))
         ctx.group, ctx.lane, ctx.shape = group, lane, x.shape
-        return tuple(out.view(*x.shape[:-1], -1) for out in outs)
+        return tuple(_shaped(out, x.shape) for out in outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -105,7 +111,7 @@ class GatedMLP(torch.autograd.Function):
         (out,), down_us = project(silu(gate).mul_(up), (down,), lane)
         ctx.save_for_backward(gate, up, *down_us, *((flat, *us) if us else ()))
         ctx.inner, ctx.down, ctx.lane, ctx.shape = inner, down, lane, x.shape
-        return out.view(x.shape)
+        return _shaped(out, x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -127,7 +133,8 @@ class Adapter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, x: Tensor, probe: Tensor, factors: Factors, lane: Lane) -> Tensor:
-        flat, total = _flat(x), out.clone()  # another library's function may need its output as it was
+        # A copy: another library's function may need its output as it was. Contiguous: it is written to through a view.
+        flat, total = _flat(x), out.clone(memory_format=torch.contiguous_format)
         u = add_product(_flat(total), flat.to(lane.rows.dtype), lane, factors)
         ctx.save_for_backward(flat, u)
         ctx.factors, ctx.lane, ctx.shape = factors, lane, x.shape
