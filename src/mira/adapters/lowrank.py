@@ -36,6 +36,7 @@ class Factors:
 
 def add_product(out: Tensor, x: Tensor, lane: Lane, factors: Factors) -> Tensor:
     """out [T,m] += s·B·A·x in place, in the rows' precision; x [T,k] has it already. Returns u = A·x [T,r]."""
+    assert lane.ranges[-1][2] == len(x), "the layer reads other tokens than the pass has; a routed expert?"
     a, b = factors.a.view(lane.rows), factors.b.view(lane.rows)
     u = torch.empty(len(x), factors.a.shape[0], dtype=a.dtype, device=x.device)
     same = out.dtype == a.dtype

@@ -32,7 +32,7 @@ class LabelLoss(torch.autograd.Function):
                 grad.scatter_add_(-1, t[:, None], grad.new_full((len(t), 1), -1))
                 grads.append(torch.autograd.grad(logits, leaf, grad.to(logits.dtype))[0])
         ctx.save_for_backward(*grads)
-        return torch.cat(losses) if losses else hidden.new_zeros(0)
+        return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -44,7 +44,7 @@ class LabelLoss(torch.autograd.Function):
 def label_nll(hidden: Tensor, head: nn.Module, target: Tensor) -> Tensor:
     """The same losses [N] without gradients."""
     parts = [_nll(head(h), t) for h, t in zip(hidden.split(_CHUNK), target.split(_CHUNK), strict=True)]
-    return torch.cat(parts) if parts else hidden.new_zeros(0)
+    return torch.cat(parts)
 
 
 def _nll(logits: Tensor, target: Tensor) -> Tensor:
