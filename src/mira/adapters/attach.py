@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -36,7 +37,13 @@ class Attached:
 
     def exchange(self, module: nn.Module, make: Callable[[Forward], Forward]) -> None:
         self.before.append((module, vars(module).get("forward")))  # what other libraries may have put on the instance
-        vars(module)["forward"] = make(module.forward)
+        made = make(module.forward)
+
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return made(*args, **kwargs) if self is module else type(self).forward(self, *args, **kwargs)
+
+        # Bound to its module: a copy of the model then has a method of the copy, not one that leads back here.
+        vars(module)["forward"] = MethodType(forward, module)
 
 
 def attach(model: PreTrainedModel, layout: Layout, dropout: float) -> Attached:
@@ -44,6 +51,11 @@ def attach(model: PreTrainedModel, layout: Layout, dropout: float) -> Attached:
     attached = Attached(dropout)
     entries = {(entry.module, entry.factor): entry for entry in layout.entries}
     factors = {name: Factors(entries[name, "A"], entries[name, "B"], layout.scale) for name in layout.modules}
+    for name, module in model.named_modules():  # first, while the children of an MLP are still plain
+        _attach_norm(attached, module)
+        _attach_mlp(
+            attached, module, [factors.get(f"{name}.{child}") for child in ("gate_proj", "up_proj", "down_proj")]
+        )
     done: set[str] = set()
     for name, parent in model.named_modules():
         for group in _GROUPS:
@@ -60,11 +72,6 @@ def attach(model: PreTrainedModel, layout: Layout, dropout: float) -> Attached:
             _attach_group(attached, [Projection(module, factors[name])])
         else:
             attached.exchange(module, _adapted(attached, factors[name]))
-    for name, module in model.named_modules():
-        _attach_norm(attached, module)
-        _attach_mlp(
-            attached, module, [factors.get(f"{name}.{child}") for child in ("gate_proj", "up_proj", "down_proj")]
-        )
     return attached
 
 
@@ -80,7 +87,7 @@ def _probe(lane: Lane) -> Tensor:
 
 def _attach_group(attached: Attached, group: Sequence[Projection]) -> None:
     """The first of the group that is called computes all of them; the others find their output ready."""
-    ready: dict[int, tuple[Tensor, Tensor]] = {}
+    ready: dict[int, tuple[Tensor, Lane, Tensor]] = {}
 
     def make(number: int) -> Callable[[Forward], Forward]:
         def exchanged(plain: Forward) -> Forward:
@@ -90,11 +97,11 @@ def _attach_group(attached: Attached, group: Sequence[Projection]) -> None:
                 lane = attached.lane
                 if lane is None or lane.dropout is not None:
                     return adapted(x)  # type: ignore[no-any-return]
-                seen, out = ready.pop(number, (None, None))
-                if seen is x and out is not None:
+                seen, under, out = ready.pop(number, (None, None, None))
+                if seen is x and under is lane and out is not None:
                     return out
                 outs = Projections.apply(x, _probe(lane), group, lane)  # type: ignore[no-untyped-call]
-                ready.update({n: (x, one) for n, one in enumerate(outs) if n != number})
+                ready.update({n: (x, lane, one) for n, one in enumerate(outs) if n != number})
                 return outs[number]  # type: ignore[no-any-return]
 
             return forward
@@ -132,10 +139,20 @@ def _attach_norm(attached: Attached, module: nn.Module) -> None:
         return
 
     def fused(x: Tensor) -> Tensor:
-        return RMSNorm.apply(x, weight, epsilon)  # type: ignore[no-any-return, no-untyped-call]
+        return RMSNorm.apply(x, module.weight, epsilon)  # type: ignore[no-any-return, no-untyped-call]
 
-    if _computes(module, fused, weight):
-        attached.exchange(module, lambda plain: lambda x: plain(x) if attached.lane is None else fused(x))
+    def exchanged(plain: Forward) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            alone = attached.lane is not None and len(args) == 1 and not kwargs  # others take a gate or a residual too
+            return fused(*args) if alone else plain(*args, **kwargs)
+
+        return forward
+
+    # In fp32 at least: bf16 cannot tell 1 + w from w where w is large. Off centre: LayerNorm would take the mean away.
+    # Small: what is added to the mean square shows.
+    x = _random(weight).to(torch.promote_types(weight.dtype, torch.float32)) + 1
+    if _computes(module, fused, x * x.new_tensor([1e-3, 0.1, 1, 10])[:, None]):
+        attached.exchange(module, exchanged)
 
 
 def _attach_mlp(attached: Attached, module: nn.Module, factors: Sequence[Factors | None]) -> None:
@@ -147,33 +164,39 @@ def _attach_mlp(attached: Attached, module: nn.Module, factors: Sequence[Factors
     def unadapted(x: Tensor) -> Tensor:
         return down(silu(gate(x)) * up(x))
 
-    if not _computes(module, unadapted, gate.weight[0]):
+    # From next to linear, where other activations differ in the curvature, to sizes that somebody may cut off.
+    x = _random(gate.weight[0])
+    size = torch.linalg.vector_norm(gate(x).detach(), dim=-1, keepdim=True) / len(gate.weight) ** 0.5
+    if not _computes(module, unadapted, x / size * x.new_tensor([0.1, 1, 10, 50])[:, None]):
         return
 
     def exchanged(plain: Forward) -> Forward:
-        def forward(x: Tensor) -> Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             lane = attached.lane
-            if lane is None or lane.dropout is not None:
-                return plain(x)  # type: ignore[no-any-return]
-            return GatedMLP.apply(x, _probe(lane), (gate, up), down, lane)  # type: ignore[no-any-return, no-untyped-call]
+            if lane is None or lane.dropout is not None or len(args) != 1 or kwargs:
+                return plain(*args, **kwargs)
+            return GatedMLP.apply(*args, _probe(lane), (gate, up), down, lane)  # type: ignore[no-untyped-call]
 
         return forward
 
     attached.exchange(module, exchanged)
 
 
+def _random(like: Tensor) -> Tensor:
+    """Four inputs for a layer with a weight ``like`` [k]: [4,k]."""
+    return torch.randn(4, len(like), generator=torch.Generator().manual_seed(0)).to(like)
+
+
 @torch.no_grad()
-def _computes(module: nn.Module, guess: Forward, like: Tensor) -> bool:
-    """Whether ``module`` computes ``guess`` on a random input: names alone do not tell what a layer does with them."""
-    x = torch.randn(4, len(like), generator=torch.Generator().manual_seed(0)).to(like)
+def _computes(module: nn.Module, guess: Forward, x: Tensor) -> bool:
+    """Whether ``module`` computes ``guess`` on every row of x: names alone do not tell what a layer does with them."""
     try:
         given = module(x)
     except (TypeError, IndexError, RuntimeError, ValueError):  # it wants more than one input, or another shape
         return False
+    if not isinstance(given, Tensor) or given.shape != x.shape:
+        return False
     # The same operations, at most rounded in another order; another formula differs by far more.
-    bound = 0.02 if like.dtype in (torch.bfloat16, torch.float16) else 1e-4
-    return (
-        isinstance(given, Tensor)
-        and given.shape == x.shape
-        and bool(torch.linalg.vector_norm(given - guess(x)) <= bound * torch.linalg.vector_norm(given))
-    )
+    bound = 0.02 if x.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    error, size = (torch.linalg.vector_norm(t, dim=-1) for t in (given - guess(x), given))
+    return bool((error <= bound * size).all())
