@@ -13,17 +13,21 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -qq --constraint constraints.txt
 EVERYTHING := --editable '.[dev,datasets,quantized]' 'flwr==1.41.*'
 
-.PHONY: help demo test quick format lock clean
+.PHONY: help demo test quick format lock clean bench
 help:
 	@echo 'make demo    train, measure and export one adapter per client on a small real model (about 5 minutes)'
 	@echo 'make test    lint, types, resolve check and all tests: what CI runs'
 	@echo 'make quick   the same without the slow tests and the resolve check'
+	@echo 'make bench   speed and memory against PEFT loops, on real tasks in MIRA_NI_DATA (about 8 minutes)'
 	@echo 'make format  format and mend what ruff can'
 	@echo 'make lock    rewrite constraints.txt with the newest versions that resolve together'
 	@echo 'make clean   remove .venv and caches (runs/ stays)'
 
 demo: $(VENV)/.core
 	$(BIN)/mira run configs/demo.yaml --out runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+bench: $(VENV)/.core
+	$(BIN)/python -m benchmarks
 
 test: lint $(VENV)/.resolves
 	$(BIN)/pytest

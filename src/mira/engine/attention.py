@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 NAME = "mira_packed"
 _TILE = 160  # queries of one product: enough to fill it, few enough to skip most of what causality hides
+_KEPT = 3072  # probabilities a token: about as much memory as the rest of a small model's layer keeps
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,13 @@ class Decode:
         keys, values = self.cache[layer]
         keys[:, :, self.length - 1 : self.length] = k
         values[:, :, self.length - 1 : self.length] = v
-        repeat = q.shape[1] // k.shape[1]
-        past = [x[:, :, : self.length].repeat_interleave(repeat, dim=1) for x in (keys, values)]
+        past = [x[:, :, : self.length] for x in (keys, values)]
         mask = self.mask[..., : self.length]
         if window is not None:
             mask = mask & (torch.arange(self.length, device=q.device) > self.length - 1 - window)
-        return scaled_dot_product_attention(q, past[0], past[1], attn_mask=mask, scale=scale).transpose(1, 2)
+        shared = q.view(len(q), k.shape[1], -1, q.shape[-1])  # heads that share keys as queries of one product
+        out = scaled_dot_product_attention(shared, past[0], past[1], attn_mask=mask, scale=scale)
+        return out.reshape(len(q), 1, q.shape[1], -1)
 
 
 @dataclass(frozen=True)
@@ -119,12 +122,15 @@ def tiles(segments: Sequence[Segment], window: int | None, heads: int, like: Ten
     out = []
     for bundle in bundles:
         first, start, end = bundle[0], bundle[0].start, bundle[-1].end
+        if start == end:
+            continue  # nothing of a sequence but its prefix
         owner = torch.repeat_interleave(torch.arange(len(bundle)), torch.tensor([s.end - s.start for s in bundle]))
         place = torch.cat([torch.arange(s.prefix, s.prefix + s.end - s.start) for s in bundle])
         owner = torch.cat([torch.full((first.prefix,), -1), owner])  # -1: the prefix, which all of them see
         place = torch.cat([torch.arange(first.prefix), place])
-        for begin in range(start, end, _TILE):
-            stop = min(begin + _TILE, end)
+        size = ceil((end - start) / ceil((end - start) / _TILE))
+        for begin in range(start, end, size):
+            stop = min(begin + size, end)
             query, seen = slice(first.prefix + begin - start, first.prefix + stop - start), first.prefix + stop - start
             distance = place[query, None] - place[None, :seen]
             visible = (distance >= 0) & ((owner[:seen] == owner[query, None]) | (owner[:seen] < 0))
@@ -136,8 +142,9 @@ def tiles(segments: Sequence[Segment], window: int | None, heads: int, like: Ten
 
 
 class _Tiled(torch.autograd.Function):
-    """softmax(s·QKᵀ + hidden)·V tile by tile, at least in fp32. Probabilities are made again in the backward pass:
-    they grow with the square of the length, and nothing else of it has to be kept.
+    """softmax(s·QKᵀ + hidden)·V tile by tile; scores and softmax at least in fp32, all other products in the model's
+    precision. Probabilities grow with the square of the length: where they are many, they are made again in the
+    backward pass instead of being kept.
 
     With probabilities P and g = ∂F/∂O:  ∂F/∂V = Pᵀg,  ∂F/∂(s·QKᵀ) = P ⊙ (gVᵀ − rowsum(P ⊙ gVᵀ)).
     Query heads that share a key head are rows of one product.
@@ -146,26 +153,31 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, tiling: Sequence[Tile]) -> Tensor:
         """q [H,T,d], k [h,T,d], v [h,T,e] -> [T,H,e]."""
-        ctx.save_for_backward(q, k, v)
         ctx.scale, ctx.tiling = scale, tiling
-        wide_k, wide_v = _wide(k), _wide(v)
+        wide_k = _wide(k)
         out = q.new_empty(q.shape[1], q.shape[0], v.shape[-1])
+        keep = sum(tile.hidden.numel() for tile in tiling) * len(k) <= _KEPT * q.shape[1] and ctx.needs_input_grad[0]
+        kept = []
         for tile in tiling:
             p = _probabilities(_queries(q, tile, len(k)), tile.keys(wide_k), tile, scale)
-            o = torch.bmm(p, tile.keys(wide_v))
+            if keep:
+                kept.append(p)
+            o = torch.bmm(p, tile.keys(v))
             out[tile.start : tile.end] = o.view(len(q), -1, o.shape[-1]).transpose(0, 1)
+        ctx.save_for_backward(q, k, v, *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        q, k, v = ctx.saved_tensors
-        wide_k, wide_v = _wide(k), _wide(v)
-        grad_q, grad_k, grad_v = q.new_empty(q.shape), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
+        q, k, v, *kept = ctx.saved_tensors
+        wide_k = k if kept else _wide(k)
+        # Sums over many readers, in more than the model's precision.
+        grad_q, grad_k, grad_v = q.new_empty(q.shape), torch.zeros_like(_wide(k)), torch.zeros_like(_wide(v))
         by_head = grad.transpose(0, 1)  # [H,T,e]
-        for tile in ctx.tiling:
-            queries, keys, g = _queries(q, tile, len(k)), tile.keys(wide_k), _queries(by_head, tile, len(k))
-            p = _probabilities(queries, keys, tile, ctx.scale)
-            grad_p = torch.bmm(g, tile.keys(wide_v).transpose(1, 2))
+        for n, tile in enumerate(ctx.tiling):
+            queries, keys, g = _queries(q, tile, len(k)), tile.keys(k), _queries(by_head, tile, len(k))
+            p = kept[n] if kept else _probabilities(queries, tile.keys(wide_k), tile, ctx.scale)
+            grad_p = torch.bmm(g, tile.keys(v).transpose(1, 2))
             tile.add_to_keys(grad_v, torch.bmm(p.transpose(1, 2), g))
             grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype).mul_(ctx.scale)
             tile.add_to_keys(grad_k, torch.bmm(grad_s.transpose(1, 2), queries))
@@ -179,12 +191,13 @@ def _wide(x: Tensor) -> Tensor:
 
 def _queries(x: Tensor, tile: Tile, key_heads: int) -> Tensor:
     """Of x [H,T,d] the tile's, [h, H/h·queries, d]."""
-    return _wide(x[:, tile.start : tile.end]).reshape(key_heads, -1, x.shape[-1])
+    return x[:, tile.start : tile.end].reshape(key_heads, -1, x.shape[-1])
 
 
-def _probabilities(queries: Tensor, keys: Tensor, tile: Tile, scale: float) -> Tensor:
-    """[h, H/h·queries, keys]."""
-    return torch.baddbmm(tile.hidden, queries, keys.transpose(1, 2), alpha=scale).softmax(-1)
+def _probabilities(queries: Tensor, wide_keys: Tensor, tile: Tile, scale: float) -> Tensor:
+    """[h, H/h·queries, keys] in the model's precision."""
+    scores = torch.baddbmm(tile.hidden, _wide(queries), wide_keys.transpose(1, 2), alpha=scale)
+    return scores.softmax(-1).to(queries.dtype)
 
 
 def _attention(

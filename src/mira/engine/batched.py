@@ -154,25 +154,33 @@ class BatchedEngine:
     ) -> None:  # fmt: skip
         """Add the gradient and the loss of one pass. Out of memory: halve the pass; a client that does not fit alone is lost."""
         index = [row for row, _ in part]
+        each = self._try(part, rows, grad, dropout)
+        if each is not None:
+            loss[index] += each
+            self._report(part)
+            return
+        grad[index] = 0
+        if len(part) == 1:
+            lost[index[0]] = OUT_OF_MEMORY
+            return
+        log.warning(
+            "out of memory with %d clients in a pass; trying halves (engine.tokens_per_pass=%d)",
+            len(part), self.tokens_per_pass,
+        )  # fmt: skip
+        for half in (part[: len(part) // 2], part[len(part) // 2 :]):
+            self._accumulate(half, rows, grad, loss, dropout, lost)
+
+    def _try(
+        self, part: Sequence[tuple[int, Sequence[Encoded]]], rows: Tensor, grad: Tensor,
+        dropout: Sequence[torch.Generator] | None,
+    ) -> Tensor | None:  # fmt: skip
+        """``_backward``, or None when memory ran out. On return nothing of a failed pass is alive: an error's traceback is."""
         try:
-            each = self._backward(part, rows, grad, dropout)
+            return self._backward(part, rows, grad, dropout)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            grad[index] = 0
-            if len(part) == 1:
-                lost[index[0]] = OUT_OF_MEMORY
-                return
-            log.warning(
-                "out of memory with %d clients in a pass; trying halves (engine.tokens_per_pass=%d)",
-                len(part),
-                self.tokens_per_pass,
-            )
-            for half in (part[: len(part) // 2], part[len(part) // 2 :]):
-                self._accumulate(half, rows, grad, loss, dropout, lost)
-            return
-        loss[index] += each
-        self._report(part)
+            return None
 
     def _backward(
         self, part: Sequence[tuple[int, Sequence[Encoded]]], rows: Tensor, grad: Tensor,

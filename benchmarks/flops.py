@@ -1,0 +1,70 @@
+"""What a step has to compute, and how fast this machine can multiply.
+
+Only products with the frozen weights are counted: 2 flops a parameter and token forward, 2 backward (no weight
+gradients), the head's only where it is evaluated. Attention and adapters come on top, in every loop alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+from benchmarks.workload import Workload
+from mira.engine.packing import packed_tokens
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Of one step of all clients: real ones, those that are computed with and without a shared prefix, those of the
+    padded batches of a loop, and those that predict a label."""
+
+    real: int
+    packed: int
+    padded: int
+    labels: int
+
+
+def count(workload: Workload, round: int) -> Tokens:
+    batches = [b for k in workload.clients for b in workload.session.corpus.batches(round, k)]
+    return Tokens(
+        real=sum(len(s.tokens) for batch in batches for s in batch),
+        packed=sum(packed_tokens(batch, True) for batch in batches),
+        padded=sum(len(batch) * max(len(s.tokens) for s in batch) for batch in batches),
+        labels=sum(sum(s.label) for batch in batches for s in batch),
+    )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters of the body and of the head."""
+
+    body: int
+    head: int
+
+    @staticmethod
+    def of(workload: Workload) -> Cost:
+        model = workload.session.base.model
+        head = model.get_output_embeddings().weight.numel()
+        embedding = model.get_input_embeddings().weight
+        return Cost(sum(p.numel() for p in model.base_model.parameters() if p is not embedding), head)
+
+    def loop(self, tokens: Tokens) -> float:
+        """Flops of a PEFT step: every padded token through body and head, forward and back."""
+        return 4.0 * tokens.padded * (self.body + self.head)
+
+    def ours(self, tokens: Tokens, prefix: bool) -> float:
+        return 4.0 * ((tokens.packed if prefix else tokens.real) * self.body + tokens.labels * self.head)
+
+
+def gemm_peak(dtype: torch.dtype, rows: int = 2560, seconds: float = 1.0) -> float:
+    """Flops a second of the best of some products as large as the model's own, with its widest matrices."""
+    x, w = torch.randn(rows, 576, dtype=dtype), torch.randn(576, 1536, dtype=dtype)
+    out = torch.empty(rows, 1536, dtype=dtype)
+    best, end = float("inf"), perf_counter() + seconds
+    while perf_counter() < end:
+        start = perf_counter()
+        torch.mm(x, w, out=out)
+        best = min(best, perf_counter() - start)
+    return 2.0 * rows * 576 * 1536 / best

@@ -1,0 +1,119 @@
+"""The loops people write today, as well as they can be written: one client after another, with PEFT.
+
+Batches are padded on the right to their longest sequence, the loss is the model's own (``labels=``), AdamW is
+PyTorch's. Data and order are those of the engine under test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+
+from benchmarks.workload import LR, Workload
+from mira.adapters.lora import peft_config
+from mira.core.layout import Layout
+from mira.data.text import Encoded
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+
+
+def wrapped(workload: Workload) -> PeftModel:
+    """The base with one trainable LoRA adapter, in eval mode: no dropout anywhere."""
+    layout = workload.session.layout
+    config = peft_config(layout, workload.plain, None)
+    config.inference_mode = False
+    peft = get_peft_model(workload.plain, config)
+    assert isinstance(peft, PeftModel)
+    return peft.eval()
+
+
+def train(peft: PeftModel, workload: Workload, rows: Tensor, round: int) -> tuple[Tensor, Tensor]:
+    """The fair loop: one model for all clients. Rows after the round [J,P], and the mean loss of each client [J]."""
+    done = [_train_one(peft, workload, rows[k], round, k) for k in workload.clients]
+    return torch.stack([row for row, _ in done]), torch.stack([loss for _, loss in done])
+
+
+@torch.no_grad()
+def evaluate(peft: PeftModel, workload: Workload, rows: Tensor, split: str, batch_size: int) -> Tensor:
+    """Mean loss of each client over a split [J]."""
+    losses = []
+    for k in workload.clients:
+        _load(peft, workload.session.layout, rows[k])
+        sequences = workload.session.corpus.encoded(k, split)
+        total = torch.zeros((), dtype=torch.float64)
+        for start in range(0, len(sequences), batch_size):
+            part = sequences[start : start + batch_size]
+            batch = padded(part, workload)
+            loss = peft(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).loss
+            total += loss.double() * sum(sum(s.label) for s in part)
+        losses.append(total / sum(sum(s.label) for s in sequences))
+    return torch.stack(losses)
+
+
+@torch.no_grad()
+def generate(peft: PeftModel, workload: Workload, rows: Tensor, split: str, limit: int, new: int) -> list[list[str]]:
+    """Greedy answers, all prompts of a client in one left-padded batch."""
+    tokenizer = workload.session.base.tokenizer
+    answers = []
+    for k in workload.clients:
+        _load(peft, workload.session.layout, rows[k])
+        prompts = workload.session.corpus.prompts(k, split, limit)
+        width = max(len(p) for p in prompts)
+        ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+        mask = torch.zeros(len(prompts), width, dtype=torch.int64)
+        for i, prompt in enumerate(prompts):
+            ids[i, width - len(prompt) :] = torch.tensor(prompt)
+            mask[i, width - len(prompt) :] = 1
+        out = peft.generate(  # type: ignore[no-untyped-call]
+            input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, repetition_penalty=1.0,
+        )  # fmt: skip
+        answers.append([tokenizer.decode(line, skip_special_tokens=True) for line in out[:, width:]])
+    return answers
+
+
+def padded(sequences: Sequence[Encoded], workload: Workload) -> Batch:
+    width = max(len(s.tokens) for s in sequences)
+    ids = torch.full((len(sequences), width), workload.session.base.tokenizer.pad_token_id)
+    mask = torch.zeros(len(sequences), width, dtype=torch.int64)
+    labels = torch.full((len(sequences), width), IGNORED)
+    for i, s in enumerate(sequences):
+        n = len(s.tokens)
+        ids[i, :n] = torch.tensor(s.tokens)
+        mask[i, :n] = 1
+        labels[i, :n] = torch.where(torch.tensor(s.label), ids[i, :n], IGNORED)
+    return Batch(ids, mask, labels)
+
+
+def _train_one(peft: PeftModel, workload: Workload, row: Tensor, round: int, client: int) -> tuple[Tensor, Tensor]:
+    parameters = _load(peft, workload.session.layout, row)
+    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
+    losses = []
+    for sequences in workload.session.corpus.batches(round, client):
+        batch = padded(sequences, workload)
+        optimizer.zero_grad()
+        loss = peft(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach().double())
+    return torch.cat([p.detach().flatten() for p in parameters]), torch.stack(losses).mean()
+
+
+def _load(peft: PeftModel, layout: Layout, row: Tensor) -> list[torch.nn.Parameter]:
+    named = dict(peft.named_parameters())
+    parameters = [named[f"base_model.model.{e.module}.lora_{e.factor}.default.weight"] for e in layout.entries]
+    with torch.no_grad():
+        for entry, parameter in zip(layout.entries, parameters, strict=True):
+            parameter.copy_(entry.view(row))
+    return parameters

@@ -1,0 +1,66 @@
+"""Evaluation and greedy generation of eight clients' adapters: the batched engine beside PEFT, in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from benchmarks import peft_loop
+from benchmarks.workload import open_workload
+
+SPLIT, PROMPTS, NEW = "test", 4, 16
+
+
+def measure(samples: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Both in fp32. The PEFT loops take a client's sequences in one padded batch."""
+    workload = open_workload("float32")
+    peft, engine, rows = peft_loop.wrapped(workload), workload.engine(), workload.rows()
+    clients = torch.tensor(list(workload.clients))
+    evaluation = _turns(
+        samples, say, "evaluation",
+        lambda: peft_loop.evaluate(peft, workload, rows, SPLIT, 8),
+        lambda: engine.evaluate(rows, clients, [SPLIT]).loss[:, 0],
+    )  # fmt: skip
+    generation = _turns(
+        samples, say, "generation",
+        lambda: peft_loop.generate(peft, workload, rows, SPLIT, PROMPTS, NEW),
+        lambda: engine.generate(rows, clients, SPLIT, PROMPTS, NEW),
+    )  # fmt: skip
+    theirs, ours = evaluation["results"]
+    alike = sum(a == b for x, y in zip(*generation["results"], strict=True) for a, b in zip(x, y, strict=True))
+    return {
+        "ratios": {
+            "evaluation, fp32": _ratio(evaluation),
+            f"greedy generation, {NEW} tokens, fp32": _ratio(generation),
+        },
+        "agreement": {
+            "evaluation": {"difference": float(((theirs - ours).abs() / theirs).max()), "allowed": 1e-5},
+            # Greedy answers part where two tokens are equally likely up to rounding.
+            "share of answers that differ": {"difference": 1 - alike / (PROMPTS * len(clients)), "allowed": 0.05},
+        },
+        "seconds": {"evaluation": evaluation["seconds"], "generation": generation["seconds"]},
+    }
+
+
+def _turns(
+    samples: int, say: Callable[[str], None], name: str, theirs: Callable[[], Any], ours: Callable[[], Any]
+) -> dict[str, Any]:
+    runs = {"peft": theirs, "mira": ours}
+    seconds: dict[str, list[float]] = {who: [] for who in runs}
+    for _ in range(samples):
+        results = []
+        for who, run in runs.items():
+            start = perf_counter()
+            results.append(run())
+            seconds[who].append(perf_counter() - start)
+        say(f"{name}: peft {seconds['peft'][-1]:.1f} s, mira {seconds['mira'][-1]:.1f} s")
+    return {"results": results, "seconds": seconds}
+
+
+def _ratio(turns: dict[str, Any]) -> dict[str, Any]:
+    samples = [a / b for a, b in zip(turns["seconds"]["peft"], turns["seconds"]["mira"], strict=True)]
+    return {"value": median(samples), "goal": 4.0, "better": "higher", "flop_ratio": None, "samples": samples}

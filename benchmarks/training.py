@@ -1,0 +1,145 @@
+"""One step of eight clients: the batched engine beside the PEFT loops, in turns, on the same data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import peft_loop
+from benchmarks.flops import Cost, Tokens, count, gemm_peak
+from benchmarks.workload import LR, Workload, open_workload
+
+Run = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # rows [J,P], round -> rows after it, losses [J]
+
+
+@dataclass
+class Contest:
+    """Runs of the same steps in turns. Each goes on from its own rows, so losses also tell gradients apart."""
+
+    runs: dict[str, Run]
+    workloads: dict[str, Workload]
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    losses: dict[str, list[Tensor]] = field(default_factory=dict)
+    tokens: list[Tokens] = field(default_factory=list)
+    peaks: list[float] = field(default_factory=list)
+
+    def round(self, number: int, say: Callable[[str], None]) -> None:
+        for name, run in self.runs.items():
+            workload = self.workloads[name]
+            rows = self.rows.setdefault(name, workload.rows())
+            start = perf_counter()
+            self.rows[name], losses = run(rows, number)
+            taken = perf_counter() - start
+            self.losses.setdefault(name, []).append(losses)
+            self.seconds.setdefault(name, []).append(taken)
+            say(f"{name}: {taken:.1f} s")
+        self.tokens.append(count(next(iter(self.workloads.values())), number))
+
+    def ratios(self, slow: str, fast: str) -> list[float]:
+        return [s / f for s, f in zip(self.seconds[slow], self.seconds[fast], strict=True)]
+
+    def tokens_per_second(self, name: str) -> float:
+        return median(t.real / s for t, s in zip(self.tokens, self.seconds[name], strict=True))
+
+    def difference(self, name: str, other: str) -> float:
+        """Largest relative difference of a client's loss in any round."""
+        pairs = zip(self.losses[name], self.losses[other], strict=True)
+        return max(float(((a - b).abs() / b).max()) for a, b in pairs)
+
+
+def measure(samples: int, say: Callable[[str], None], batch: int = 4, full: bool = False) -> dict[str, Any]:
+    """Ratios of tokens per second with their goals, and all that they were made of."""
+    fp32, bf16 = open_workload("float32", batch), open_workload("bfloat16", batch)
+    peft32, peft16 = peft_loop.wrapped(fp32), peft_loop.wrapped(bf16)
+    contest = Contest(
+        {
+            "peft fp32": lambda rows, r: peft_loop.train(peft32, fp32, rows, r),
+            "mira fp32": _ours(fp32, True),
+            "mira fp32, prefix off": _ours(fp32, False),
+            "peft bf16": lambda rows, r: peft_loop.train(peft16, bf16, rows, r),
+            "mira bf16": _ours(bf16, True),
+        },
+        {"peft fp32": fp32, "mira fp32": fp32, "mira fp32, prefix off": fp32, "peft bf16": bf16, "mira bf16": bf16},
+    )
+    if full:
+        contest.runs["mira fp32, a client a pass"] = _ours(fp32, True, tokens_per_pass=1)
+        contest.workloads["mira fp32, a client a pass"] = fp32
+    for number in range(samples):
+        contest.peaks.append(gemm_peak(torch.float32))
+        contest.round(number, say)
+    fresh = _wrapping_seconds(fp32)
+    return _report(contest, Cost.of(fp32), fresh, full)
+
+
+def _ours(workload: Workload, prefix: bool, tokens_per_pass: int | None = None) -> Run:
+    engine = workload.engine(prefix, tokens_per_pass)
+
+    def run(rows: Tensor, round: int) -> tuple[Tensor, Tensor]:
+        trained = engine.train(workload.work(rows), round, LR)
+        assert trained.client.tolist() == list(workload.clients)
+        return trained.rows, trained.loss
+
+    return run
+
+
+def _wrapping_seconds(workload: Workload) -> float:
+    """What a fresh ``get_peft_model`` for every client adds to a step: wrapping and unwrapping; the rest is the same."""
+    other = open_workload("float32")
+    start = perf_counter()
+    for _ in workload.clients:
+        peft_loop.wrapped(other).unload()  # type: ignore[no-untyped-call]
+    return perf_counter() - start
+
+
+def _report(contest: Contest, cost: Cost, fresh: float, full: bool) -> dict[str, Any]:
+    flop = {prefix: median(cost.loop(t) / cost.ours(t, prefix) for t in contest.tokens) for prefix in (True, False)}
+    plain = contest.seconds["peft fp32"]
+    ratios = {
+        "fp32, shared prefix on": _ratio(contest.ratios("peft fp32", "mira fp32"), 2.8, flop[True]),
+        "fp32, shared prefix off": _ratio(contest.ratios("peft fp32", "mira fp32, prefix off"), 1.4, flop[False]),
+        "bf16 base, shared prefix on, against the fp32 loop": _ratio(
+            contest.ratios("peft fp32", "mira bf16"), 5.0, flop[True]
+        ),
+        "bf16 against a bf16 loop": _ratio(contest.ratios("peft bf16", "mira bf16"), 2.5, flop[True]),
+        "get_peft_model per client, fp32": _ratio(
+            [(s + fresh) / f for s, f in zip(plain, contest.seconds["mira fp32"], strict=True)], 3.0, flop[True]
+        ),
+    }
+    if full:
+        ratios["one client a pass against all clients a pass, fp32"] = _ratio(
+            contest.ratios("mira fp32, a client a pass", "mira fp32"), None, 1.0
+        )
+    used = [
+        cost.ours(t, True) / s / p
+        for t, s, p in zip(contest.tokens, contest.seconds["mira fp32"], contest.peaks, strict=True)
+    ]
+    ratios["model-flops utilisation, fp32"] = _ratio(used, 0.7, None)
+    # fp32: rounding over some rounds of AdamW. bf16: as near to fp32 as the loop in bf16 is, which rounds as often.
+    noise = contest.difference("peft bf16", "peft fp32")
+    return {
+        "ratios": ratios,
+        "agreement": {
+            "fp32": {"difference": contest.difference("mira fp32", "peft fp32"), "allowed": 1e-5},
+            "fp32, prefix off": {
+                "difference": contest.difference("mira fp32, prefix off", "peft fp32"),
+                "allowed": 1e-5,
+            },
+            "bf16": {"difference": contest.difference("mira bf16", "peft fp32"), "allowed": 1.5 * noise},
+        },
+        "tokens_per_second": {name: contest.tokens_per_second(name) for name in contest.runs},
+        "seconds": contest.seconds,
+        "tokens": [vars(t) for t in contest.tokens],
+        "gemm_peak_gflops": [p / 1e9 for p in contest.peaks],
+        "wrapping_seconds": fresh,
+    }
+
+
+def _ratio(samples: list[float], goal: float | None, flop_ratio: float | None) -> dict[str, Any]:
+    return {"value": median(samples), "goal": goal, "better": "higher", "flop_ratio": flop_ratio, "samples": samples}
