@@ -1,4 +1,4 @@
-"""``python -m benchmarks [--samples N] [--full]``: all ratios with goals and verdicts, and every sample in benchmarks/out/bench.json."""
+"""``python -m benchmarks``: all ratios with goals and verdicts; every sample goes to benchmarks/out/bench.json."""
 
 from __future__ import annotations
 

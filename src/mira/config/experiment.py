@@ -107,11 +107,11 @@ class EngineSection:
     """batched: many clients in one pass. reference: one client at a time with PEFT; slow."""
     tokens_per_pass: Count = 4096
     """Tokens of all clients together in one pass of the base model; less takes less memory (SmolLM2-135M in training: about
-    1.8 MB a token)."""
+    1.1 MB a token)."""
     prefix: Literal["auto", "on", "off"] = "auto"
     """Compute a prompt that a client's sequences have in common once. auto: on where there is no dropout."""
     checkpointing: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations: less memory, a third more work."""
+    """Recompute each layer in the backward pass instead of keeping its activations: less memory, half more work."""
     threads: Count | None = None
     """CPU threads; null: as many as PyTorch takes."""
 
