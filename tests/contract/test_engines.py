@@ -17,9 +17,7 @@ from tiny import KINDS, make_tiny
 STEPS = (20, 7, 20, 13)
 # fp32: rounding of sums in another order, over 20 steps. fp64: the same with 2^29 times finer rounding.
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-10}
-# AdamW divides by the gradient's size: where a gradient is next to nothing, its rounding becomes a step. The oracle
-# disagrees with itself by 1.3e-5 on such a tensor when the sequences of its batches are reversed, by 8e-7 on the others.
-TYPICAL, AMPLIFIED = 2e-6, 5e-5
+TYPICAL = 2e-6  # fp32: what all but the worst tensors keep
 
 
 def displacement_error(layout: Any, ours: Tensor, oracle: Tensor, start: Tensor) -> float:
@@ -58,13 +56,15 @@ def test_batched_equals_reference_after_20_steps(kind: str, dtype: torch.dtype, 
         assert ours.steps.tolist() == oracle.steps.tolist()
         assert ours.tokens.tolist() == oracle.tokens.tolist()
         assert ours.examples.tolist() == oracle.examples.tolist()
-        errors = displacement_errors(layout, ours.rows, oracle.rows, start)
-        if dtype == torch.float64:
-            assert errors.max() <= LIMIT[dtype]
-        else:
-            assert errors.median() <= TYPICAL
-            assert errors.max() <= AMPLIFIED
         torch.testing.assert_close(ours.loss, oracle.loss, rtol=1e-5, atol=0)
+        errors = displacement_errors(layout, ours.rows, oracle.rows, start)
+        assert errors.median() <= TYPICAL
+        over = int((errors > LIMIT[dtype]).sum())
+        if over == 1 and (kind, dtype, prefix) == ("qwen2", torch.float32, False):
+            # AdamW turns the rounding of a gradient next to nothing into a step; the oracle moves there as well when the
+            # sequences of its batches are reversed. The bound stays; the miss is shown in every report.
+            pytest.xfail(f"known miss: one tensor of {errors.numel()} is off by {float(errors.max()):.1e}, above 1e-5")
+        assert over == 0, errors.max()
 
 
 @pytest.mark.parametrize(
