@@ -10,6 +10,8 @@ import torch
 from engines import RandomCorpus, layout_on, make_engine, warm_row
 from torch import Tensor
 
+from mira.core.layout import Layout
+from mira.core.seeds import generator
 from mira.core.training import Training
 from mira.core.types import Work
 from tiny import KINDS, make_tiny
@@ -200,3 +202,83 @@ def test_bf16_is_as_near_to_fp32_as_the_oracle_in_bf16(kind: str, monkeypatch: p
     exact = train("reference", kind, training, torch.float32)[2]
     allowed = 1.5 * displacement_error(layout, oracle.rows.float(), exact.rows, start.float())
     assert 1e-4 < displacement_error(layout, ours[0].rows, exact.rows, start.float()) < allowed
+
+
+def personal(layout: Layout, client: list[int], start: Tensor) -> Work:
+    """Clients with two jobs each: one pulled to an anchor and one free. Only B and the first half of every A may move."""
+    trainable = torch.ones(layout.size, dtype=torch.bool)
+    for entry in layout.entries:
+        if entry.factor == "A":
+            entry.view(trainable)[: entry.shape[0] // 2] = False
+    jobs = torch.tensor(client).repeat_interleave(2)
+    even = torch.arange(len(jobs)) % 2 == 0
+    anchor = start + 0.01 * torch.randn(start.shape, generator=generator("anchor"), dtype=start.dtype)
+    return Work(jobs, start, anchor, prox=5.0 * even.double(), trainable=trainable, slot=jobs + 4 * even)
+
+
+PERSONAL = (Training(lr=1e-3, local_steps=20, clip=0.5, weight_decay=0.1),
+            Training(lr=0.05, local_steps=20, clip=0.5, weight_decay=0.1, momentum=0.9, optimizer="sgd"))  # fmt: skip
+
+
+@pytest.mark.parametrize("training", PERSONAL, ids=lambda training: training.optimizer)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_jobs_a_client_with_anchors_and_frozen_numbers_equal_reference(
+    dtype: torch.dtype, training: Training
+) -> None:
+    start = warm_row(layout_on("llama")).expand(8, -1).to(dtype)
+    done = []
+    for name in ("batched", "reference"):
+        engine = make_engine(name, "llama", RandomCorpus(STEPS), training, dtype, tokens_per_pass=400)
+        done.append(engine.train(work := personal(engine.layout, [2, 0, 3, 1], start), 1, training.lr))
+        assert done[-1].client.tolist() == [2, 2, 0, 0, 3, 3, 1, 1]
+        assert done[-1].job.tolist() == list(range(8))
+        assert torch.equal(done[-1].rows[:, ~work.trainable], start[:, ~work.trainable])
+    ours, oracle = done
+    moved = (oracle.rows - start).norm(dim=1)
+    assert bool((moved > 0).all())
+    assert bool(((ours.rows - oracle.rows).norm(dim=1) <= LIMIT[dtype] * moved).all())
+    torch.testing.assert_close(ours.loss, oracle.loss, rtol=1e-5, atol=0)
+    free, anchored = oracle.rows[1::2], oracle.rows[::2]
+    assert bool(((free - anchored).norm(dim=1) > 1e-2 * moved[1::2]).all())
+
+
+def test_the_free_job_of_a_client_trains_as_if_it_were_its_only_one() -> None:
+    engine = make_engine("batched", "llama", RandomCorpus(STEPS), PERSONAL[0], torch.float64)
+    start = warm_row(engine.layout).expand(8, -1).double()
+    work = personal(engine.layout, [0, 1, 2, 3], start)
+    both = engine.train(work, 0, 1e-3)
+    alone = engine.train(Work(torch.arange(4), start[::2], trainable=work.trainable), 0, 1e-3)
+    torch.testing.assert_close(both.rows[1::2], alone.rows, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(both.loss[1::2], alone.loss)
+
+
+def test_a_mighty_anchor_holds_the_row_and_leaves_the_reported_loss_the_tasks() -> None:
+    training = Training(lr=1e-4, local_steps=1, clip=None, optimizer="sgd")
+    for name in ("batched", "reference"):
+        engine = make_engine(name, "llama", RandomCorpus((1,)), training, torch.float64)
+        start = warm_row(engine.layout)[None].double()
+        free = engine.train(Work(torch.tensor([0]), start), 0, 1e-4)
+        # One gradient step on the proximal term alone: w − lr·prox·(w − anchor) = anchor, for lr·prox = 1.
+        held = engine.train(Work(torch.tensor([0]), start, start - 1, torch.tensor([1e4]).double()), 0, 1e-4)
+        torch.testing.assert_close(held.rows, free.rows - 1, rtol=0, atol=1e-12)
+        assert torch.equal(held.loss, free.loss)
+
+
+def test_two_jobs_of_a_client_keep_optimiser_states_of_their_own() -> None:
+    training = Training(lr=1e-3, local_steps=5, keep_optimizer=True, weight_decay=0.1)
+    done = []
+    for name in ("batched", "reference"):
+        kept: dict[int, Tensor] = {}
+        engine = make_engine(name, "llama", RandomCorpus((5, 3)), training, torch.float64)
+        object.__setattr__(engine, "kept", kept.get)
+        start = warm_row(engine.layout).expand(4, -1).double()
+        for round in range(2):
+            work = personal(engine.layout, [0, 1], start)
+            trained = engine.train(work, round, 1e-3)
+            kept.update(zip(work.kept_under, trained.optimizer, strict=True))
+            start = trained.rows
+        assert sorted(kept) == [0, 1, 4, 5]
+        assert not torch.equal(kept[0], kept[4])
+        done.append(trained)
+    torch.testing.assert_close(done[0].optimizer, done[1].optimizer, rtol=1e-8, atol=1e-14)
+    torch.testing.assert_close(done[0].rows, done[1].rows, rtol=1e-9, atol=1e-12)

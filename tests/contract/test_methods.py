@@ -64,7 +64,8 @@ def state_of(method: Method, related: Graph | None = None, round: int = 3) -> Se
 def trained(client: Sequence[int] = COHORT, **changed: Any) -> Trained:
     draw = generator("trained", len(client))
     whole = {
-        "client": torch.tensor(client), "rows": torch.randn(len(client), LAYOUT.size, generator=draw),
+        "client": torch.tensor(client), "job": torch.arange(len(client)),
+        "rows": torch.randn(len(client), LAYOUT.size, generator=draw),
         "examples": torch.tensor([10 + 7 * k for k in client]), "tokens": torch.tensor([100 + k for k in client]),
         "steps": torch.tensor([2 + k % 3 for k in client]), "loss": torch.rand(len(client), generator=draw).double(),
         "lr": 0.01,
@@ -131,7 +132,7 @@ def test_work_is_each_clients_own_row(method: Method) -> None:
 def test_only_locals_work_is_private(method: Method) -> None:
     state, done = state_of(method), trained()
     work = method.broadcast(state, torch.tensor(COHORT))
-    assert work.private is (method.name == "local")
+    assert (work.private is not None and bool(work.private.all())) is (method.name == "local")
     record = describe(4, work, done, method.aggregate(state, done), [f"c{k}" for k in range(7)])
     sent = 0 if method.name == "local" else 4 * LAYOUT.size * 3
     assert (record["bytes_down"], record["bytes_up"]) == (sent, sent)

@@ -281,7 +281,7 @@ def test_complete_graph_at_one_over_the_cohort_is_unweighted_fedavg(problem: Pro
 def trained(client: list[int], rows: Tensor, steps: list[int] | None = None, lr: float = 0.1) -> Trained:
     count = torch.tensor(steps or [2] * len(client))
     ones = torch.ones(len(client), dtype=torch.int64)
-    return Trained(torch.tensor(client), rows, ones, ones, count, ones.double(), lr)
+    return Trained(torch.tensor(client), torch.arange(len(client)), rows, ones, ones, count, ones.double(), lr)
 
 
 @st.composite

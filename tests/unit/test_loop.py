@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mira.core.graph import Edges
 from mira.core.layout import Layout
-from mira.core.loop import Record, Schedule, apply, describe, nothing, run_rounds, sample_cohort
+from mira.core.loop import Record, Schedule, apply, describe, nothing, run_rounds, sample_cohort, screen
 from mira.core.training import Training
 from mira.core.types import Change, Failure, MemoryRows, Scores, ServerState, Setting, Trained, Work
 from mira.methods import METHODS
@@ -43,7 +43,9 @@ class Quadratic:
             rows -= lr * (rows - TARGET[work.client])
         ones = torch.ones(len(rows), dtype=torch.int64)
         loss = 0.5 * (rows - TARGET[work.client]).square().sum(1)
-        done = Trained(work.client, rows, EXAMPLES[work.client], 7 * ones, self.steps * ones, loss, lr)
+        done = Trained(
+            work.client, torch.arange(len(rows)), rows, EXAMPLES[work.client], 7 * ones, self.steps * ones, loss, lr
+        )
         gone = torch.isin(work.client, torch.tensor(self.lost.get(round, ()), dtype=torch.int64))
         failed = [Failure(int(k), "pretend") for k in work.client[gone]]
         return done.select(~gone, failed)
@@ -296,7 +298,7 @@ def test_describe_counts_what_travels() -> None:
     client = torch.tensor([2, 0, 1])
     work = Work(client, torch.zeros(3, 5))
     done = Trained(
-        client[:2], torch.zeros(2, 5), torch.tensor([9, 9]), torch.tensor([70, 50]), torch.tensor([3, 4]),
+        client[:2], torch.arange(2), torch.zeros(2, 5), torch.tensor([9, 9]), torch.tensor([70, 50]), torch.tensor([3, 4]),
         torch.tensor([0.5, 0.25]).double(), 0.01, (Failure(1, "out of memory"),),
     )  # fmt: skip
     change = Change(client[:2], done.rows, {}, {"mixing_step": 0.5})
@@ -309,8 +311,36 @@ def test_describe_counts_what_travels() -> None:
         },
         "mixing_step": 0.5,
     }  # fmt: skip
-    private = describe(4, replace(work, private=True), done, change, NAMES)
+    private = describe(4, replace(work, private=torch.ones(3, dtype=torch.bool)), done, change, NAMES)
     assert (private["bytes_down"], private["bytes_up"]) == (0, 0)
+    partly = describe(4, replace(work, upload=torch.tensor([True, False, True, False, False])), done, change, NAMES)
+    assert (partly["bytes_down"], partly["bytes_up"]) == (24, 16)
+
+
+def test_describe_adds_up_the_jobs_of_a_client() -> None:
+    """Two jobs a client, one of them private: bytes of the other alone; loss and steps of the last."""
+    client = torch.tensor([2, 2, 0, 0])
+    work = Work(client, torch.zeros(4, 5), private=torch.tensor([False, True, False, True]))
+    ones = torch.ones(2, dtype=torch.int64)
+    done = Trained(
+        client[:2], torch.arange(2), torch.zeros(2, 5), 9 * ones, 50 * ones, torch.tensor([3, 4]),
+        torch.tensor([0.5, 0.25]).double(), 0.01, (Failure(0, "out of memory"),),
+    )  # fmt: skip
+    record = describe(4, work, done, nothing(done.rows), NAMES)
+    assert record["cohort"] == ["c", "a"]
+    assert record["client_bytes"] == {"c": {"down": 20, "up": 20}, "a": {"down": 20, "up": 0}}
+    assert (record["bytes_down"], record["bytes_up"], record["tokens"]) == (40, 20, 100)
+    assert (record["train_loss"], record["steps"]) == ({"c": 0.25}, {"c": 4})
+
+
+def test_a_client_that_loses_one_job_loses_all_of_them() -> None:
+    client = torch.tensor([2, 2, 0, 0, 1])
+    ones = torch.ones(5, dtype=torch.int64)
+    loss = torch.tensor([1.0, float("nan"), 1.0, 1.0, 1.0]).double()
+    done = Trained(client, torch.arange(5), torch.zeros(5, 2), ones, ones, ones, loss, 0.01, (Failure(0, "gone"),))
+    left = screen(done)
+    assert (left.client.tolist(), left.job.tolist()) == ([1], [4])
+    assert [f.client for f in left.failed] == [0, 2]
 
 
 def test_apply_writes_nothing() -> None:

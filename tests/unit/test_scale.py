@@ -49,7 +49,7 @@ class Pull:
     def train(self, work: Work, round: int, lr: float) -> Trained:
         rows = (work.start + work.client[:, None]) / 2
         ones = torch.ones(len(rows), dtype=torch.int64)
-        return Trained(work.client, rows, ones, ones, ones, rows.mean(1).double(), lr)
+        return Trained(work.client, torch.arange(len(rows)), rows, ones, ones, ones, rows.mean(1).double(), lr)
 
     def evaluate(self, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None) -> Scores:
         raise NotImplementedError

@@ -78,7 +78,7 @@ def _round(
     record |= measure(mixed)
     record["tokens_per_second"] = record["tokens"] / training_seconds
     record["seconds"] = perf_counter() - began
-    recorder.commit(mixed.round, change, _kept(trained), record)
+    recorder.commit(mixed.round, change, _kept(work, trained), record)
     return replace(mixed, rows=recorder.rows() if len(change.index) else state.rows), record
 
 
@@ -101,17 +101,20 @@ def round_half_up(number: float) -> int:
 
 
 def screen(trained: Trained) -> Trained:
-    """Drop the rows that no method may touch: a NaN or infinite loss or row would spread to every neighbour."""
+    """Drop the rows that no method may touch: a NaN or infinite loss or row would spread to every neighbour.
+
+    A client that lost one of its jobs loses all of them: a method finds a client as a whole or not at all.
+    """
     whole = torch.tensor([bool(row.isfinite().all()) for row in trained.rows], dtype=torch.bool)  # no mask of all rows
     good = torch.isfinite(trained.loss) & whole
-    if bool(good.all()):
-        return trained
     fix = "lower training.lr or set training.clip"
     failed = [
         Failure(int(k), f"row is not finite; {fix}" if isfinite(loss) else f"loss is {loss:g}; {fix}")
         for k, loss in zip(trained.client[~good], trained.loss[~good].tolist(), strict=True)
     ]
-    return trained.select(good, failed)
+    lost = torch.tensor([f.client for f in (*trained.failed, *failed)], dtype=torch.int64)
+    keep = ~torch.isin(trained.client, lost)
+    return trained if bool(keep.all()) else trained.select(keep, failed)
 
 
 def nothing(rows: Tensor) -> Change:
@@ -126,29 +129,35 @@ def apply(state: ServerState, change: Change) -> ServerState:
 
 
 def describe(round: int, work: Work, trained: Trained, change: Change, names: Sequence[str]) -> Record:
-    """What happened in a round, as plain numbers. Bytes: all of each row sent, 4 a number in fp32; a private job sends none."""
-    row_bytes = 0 if work.private else work.start.element_size() * work.start.shape[1]
+    """What happened in a round, as plain numbers. Bytes: what is uploaded of each row, 4 a number in fp32; a private job
+    sends none. Of a client with several jobs: bytes of all of them, loss and steps of the last."""
+    numbers = work.start.shape[1] if work.upload is None else int(work.upload.sum())
+    jobs = len(work.client)
+    private = [False] * jobs if work.private is None else work.private.tolist()
+    row_bytes = [0 if stays else work.start.element_size() * numbers for stays in private]
     came = [names[k] for k in trained.client.tolist()]
-    back = set(came)
+    back = set(trained.job.tolist())
+    client_bytes = {names[k]: {"down": 0, "up": 0} for k in work.client.tolist()}
+    for job, k in enumerate(work.client.tolist()):
+        client_bytes[names[k]]["down"] += row_bytes[job]
+        client_bytes[names[k]]["up"] += row_bytes[job] if job in back else 0
     return {
         "round": round,
         "lr": trained.lr,
-        "cohort": [names[int(k)] for k in work.client],
+        "cohort": list(client_bytes),
         "lost": {names[f.client]: f.reason for f in trained.failed},
         "train_loss": dict(zip(came, trained.loss.tolist(), strict=True)),
         "steps": dict(zip(came, trained.steps.tolist(), strict=True)),
         "tokens": int(trained.tokens.sum()),
-        "bytes_down": row_bytes * len(work.client),
-        "bytes_up": row_bytes * len(trained.client),
-        "client_bytes": {
-            name: {"down": row_bytes, "up": row_bytes if name in back else 0}
-            for name in (names[k] for k in work.client.tolist())
-        },
+        "bytes_down": sum(sent["down"] for sent in client_bytes.values()),
+        "bytes_up": sum(sent["up"] for sent in client_bytes.values()),
+        "client_bytes": client_bytes,
         **change.notes,
     }
 
 
-def _kept(trained: Trained) -> dict[int, Tensor]:
+def _kept(work: Work, trained: Trained) -> dict[int, Tensor]:
     if trained.optimizer is None:
         return {}
-    return {int(k): state for k, state in zip(trained.client, trained.optimizer, strict=True)}
+    numbers = work.kept_under
+    return {numbers[int(job)]: state for job, state in zip(trained.job, trained.optimizer, strict=True)}

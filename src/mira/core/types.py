@@ -85,14 +85,25 @@ class ServerState:
 
 @dataclass(frozen=True)
 class Work:
-    """Jobs of one round, plain data: job j trains client[j]'s adapter from start[j] on that client's own data.
+    """Jobs of one round, plain data: job j minimises F_client[j](w) + prox[j]/2·‖w − anchor[j]‖² from w = start[j].
 
-    ``private[j]``: the row stays where the client is (trained, kept and evaluated there): no byte of it is counted as sent.
+    A client may have several jobs in a round; they see the same batches. Numbers that are not ``trainable`` never move.
     """
 
     client: Tensor  # [J] int64
     start: Tensor  # [J,P]
-    private: bool = False
+    anchor: Tensor | None = None  # [J,P]; given with prox or not at all
+    prox: Tensor | None = None  # [J] float64, not negative
+    trainable: Tensor | None = None  # [P] bool; None: all
+    upload: Tensor | None = None  # [P] bool: what of a row travels, each way; None: all
+    private: Tensor | None = None  # [J] bool: the row stays where the client is and nothing of it is sent; None: no job
+    slot: Tensor | None = None  # [J] int64: where a job's optimiser state is kept; None: under its client's number
+
+    @property
+    def kept_under(self) -> list[int]:
+        """The number under which each job's optimiser state is kept: two jobs of a client must not share one."""
+        numbers: list[int] = (self.client if self.slot is None else self.slot).tolist()
+        return numbers
 
 
 @dataclass(frozen=True)
@@ -108,11 +119,14 @@ class Trained:
     """What came back: the M ≤ J jobs that finished. A lost client is absent here and named in ``failed``."""
 
     client: Tensor  # [M] int64
+    job: Tensor  # [M] int64, the place of each in the Work
     rows: Tensor  # [M,P]
     examples: Tensor  # [M] int64, the client's number of training examples: FedAvg's weights
     tokens: Tensor  # [M] int64, tokens trained on, without padding, counted once per sequence
     steps: Tensor  # [M] int64, local optimiser steps done
-    loss: Tensor  # [M] float64, mean over local steps of the batch loss (nats per label token)
+    loss: (
+        Tensor  # [M] float64, mean over local steps of the batch loss (nats per label token), without the proximal term
+    )
     lr: float  # learning rate of this round
     failed: tuple[Failure, ...] = ()
     optimizer: Tensor | None = None  # [M,1+2P] kept optimiser state, None when it is fresh every round
@@ -120,8 +134,9 @@ class Trained:
     def select(self, keep: Tensor, failed: Sequence[Failure]) -> Trained:
         """The jobs at ``keep`` (numbers, or a bool mask over M); the others are named in ``failed``."""
         return Trained(
-            client=self.client[keep], rows=self.rows[keep], examples=self.examples[keep], tokens=self.tokens[keep],
-            steps=self.steps[keep], loss=self.loss[keep], lr=self.lr, failed=self.failed + tuple(failed),
+            client=self.client[keep], job=self.job[keep], rows=self.rows[keep], examples=self.examples[keep],
+            tokens=self.tokens[keep], steps=self.steps[keep], loss=self.loss[keep], lr=self.lr,
+            failed=self.failed + tuple(failed),
             optimizer=None if self.optimizer is None else self.optimizer[keep],
         )  # fmt: skip
 

@@ -29,7 +29,7 @@ from mira.engine.exchange import exchange
 from mira.engine.generate import greedy
 from mira.engine.loss import LabelLoss, label_nll
 from mira.engine.memory import OUT_OF_MEMORY, is_out_of_memory
-from mira.engine.optim import RowOptimizer
+from mira.engine.optim import RowOptimizer, pull
 from mira.engine.packing import Pass, pack, packed_tokens, plan
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BatchedEngine:
-    """``prefix``: compute once the tokens that all sequences of a client begin with. ``kept``: a client's optimiser
-    state from an earlier round, or None. ``progress``: called with the tokens done, for a progress bar."""
+    """``prefix``: compute once the tokens that all sequences of a client begin with. ``kept``: the optimiser
+    state kept under a number (``Work.kept_under``) in an earlier round, or None. ``progress``: called with the tokens done."""
 
     model: PreTrainedModel
     pad: int
@@ -70,8 +70,10 @@ class BatchedEngine:
         batches = [batches[j] for j in order]
         client = work.client[order]
         rows = self._rows(work.start[order])
-        kept = [self.kept(int(k)) if self.training.keep_optimizer else None for k in client]
-        optimizer = RowOptimizer.start(self.training, rows, kept)
+        kept = [self.kept(work.kept_under[j]) if self.training.keep_optimizer else None for j in order]
+        optimizer = RowOptimizer.start(self.training, rows, kept, work.trainable)
+        anchor = None if work.anchor is None else self._rows(work.anchor[order])
+        prox = None if work.prox is None else work.prox[order].to(self.device)
         grad = torch.zeros_like(rows)
         loss = torch.zeros(len(order), dtype=torch.float64, device=self.device)
         dropout = [generator("dropout", self.seed, round, int(k)) for k in client] if self.dropout else None
@@ -82,10 +84,15 @@ class BatchedEngine:
             grad[:active].zero_()
             for part in self._passes(jobs):
                 self._accumulate(part, rows, grad, loss, dropout, lost)
+            if anchor is not None and prox is not None:
+                pull(
+                    grad[:active], rows[:active], anchor[:active], prox[:active]
+                )  # before clipping: part of the objective
             optimizer.step(rows, grad, active, lr)
         steps = torch.tensor([len(b) for b in batches])
         trained = Trained(
-            client=client, rows=rows.cpu(), examples=torch.tensor([self.corpus.num_train(int(k)) for k in client]),
+            client=client, job=torch.tensor(order), rows=rows.cpu(),
+            examples=torch.tensor([self.corpus.num_train(int(k)) for k in client]),
             tokens=torch.tensor([sum(len(s.tokens) for batch in b for s in batch) for b in batches]),
             steps=steps, loss=loss.cpu() / steps, lr=lr,
             optimizer=optimizer.packed().cpu() if self.training.keep_optimizer else None,

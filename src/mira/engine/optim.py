@@ -18,19 +18,28 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 @dataclass
 class RowOptimizer:
-    """State of J rows: ``steps`` [J] done so far, first and second moments [J,P] (SGD: momentum and nothing)."""
+    """State of J rows: ``steps`` [J] done so far, first and second moments [J,P] (SGD: momentum and nothing).
+
+    ``frozen`` [n]: the places in a row that never move, neither by a gradient nor by weight decay.
+    """
 
     training: Training
     steps: Tensor
     first: Tensor
     second: Tensor
+    frozen: Tensor | None = None
 
     @staticmethod
-    def start(training: Training, rows: Tensor, kept: list[Tensor | None]) -> RowOptimizer:
-        """Fresh state for ``rows`` [J,P], or the state that was kept [1+2P] for a row where there is one."""
+    def start(
+        training: Training, rows: Tensor, kept: list[Tensor | None], trainable: Tensor | None = None
+    ) -> RowOptimizer:
+        """Fresh state for ``rows`` [J,P], or the state that was kept [1+2P] for a row where there is one.
+
+        ``trainable`` [P] bool: what of a row may move; None: all."""
         optimizer = RowOptimizer(
             training, torch.zeros(len(rows), 1, dtype=rows.dtype, device=rows.device), torch.zeros_like(rows),
             torch.zeros_like(rows) if training.optimizer == "adamw" else rows.new_zeros(len(rows), 0),
+            None if trainable is None else (~trainable).nonzero()[:, 0].to(rows.device),
         )  # fmt: skip
         width = rows.shape[1]
         for j, state in enumerate(kept):
@@ -47,6 +56,15 @@ class RowOptimizer:
     def step(self, rows: Tensor, grad: Tensor, active: int, lr: float) -> None:
         """One step of the first ``active`` rows along ``grad`` [J,P], both changed in place."""
         w, g = rows[:active], grad[:active]
+        if self.frozen is None:
+            self._move(w, g, active, lr)
+            return
+        held = w[:, self.frozen]
+        g[:, self.frozen] = 0  # before clipping: what is frozen has no gradient, and no part in its norm
+        self._move(w, g, active, lr)
+        w[:, self.frozen] = held
+
+    def _move(self, w: Tensor, g: Tensor, active: int, lr: float) -> None:
         if self.training.clip is not None:
             clip(g, self.training.clip)
         count = self.steps[:active].add_(1)
@@ -69,6 +87,11 @@ class RowOptimizer:
         exact = count.double()
         root = second.sqrt().div_((1 - BETA2**exact).sqrt().to(w.dtype)).add_(EPSILON)
         w.add_((first * (-lr / (1 - BETA1**exact)).to(w.dtype)).div_(root))
+
+
+def pull(grad: Tensor, rows: Tensor, anchor: Tensor, prox: Tensor) -> None:
+    """grad [J,P] += prox·(rows − anchor) in place, the gradient of prox/2·‖rows − anchor‖²: prox [J]."""
+    grad.add_((rows - anchor).mul_(prox[:, None].to(rows.dtype)))
 
 
 def clip(grad: Tensor, limit: float) -> None:

@@ -53,30 +53,33 @@ class ReferenceEngine:
     def train(self, work: Work, round: int, lr: float) -> Trained:
         done: list[Trained] = []
         failed: list[Failure] = []
-        for client, start in zip(work.client, work.start, strict=True):
+        for job, client in enumerate(work.client.tolist()):
             try:
-                done.append(self._train_one(int(client), start, round, lr))
+                done.append(self._train_one(work, job, round, lr))
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                failed.append(Failure(int(client), OUT_OF_MEMORY))
+                failed.append(Failure(client, OUT_OF_MEMORY))
         if not done:
             nothing = torch.empty(0, dtype=torch.int64)
-            return Trained(nothing, work.start[:0], nothing, nothing, nothing, nothing.double(), lr, tuple(failed))
+            return Trained(
+                nothing, nothing, work.start[:0], nothing, nothing, nothing, nothing.double(), lr, tuple(failed)
+            )
 
         def column(name: str) -> Tensor:
             return torch.cat([getattr(one, name) for one in done])
 
         return Trained(
-            column("client"), column("rows"), column("examples"), column("tokens"), column("steps"), column("loss"), lr,
-            tuple(failed), column("optimizer") if self.training.keep_optimizer else None,
+            column("client"), column("job"), column("rows"), column("examples"), column("tokens"), column("steps"),
+            column("loss"), lr, tuple(failed), column("optimizer") if self.training.keep_optimizer else None,
         )  # fmt: skip
 
-    def _train_one(self, client: int, start: Tensor, round: int, lr: float) -> Trained:
-        parameters = self._load(start)
+    def _train_one(self, work: Work, job: int, round: int, lr: float) -> Trained:
+        client = int(work.client[job])
+        parameters = self._load(work.start[job])
         batches = self.corpus.batches(round, client)
         optimizer = self._optimizer(parameters, lr)
-        kept = self.kept(client) if self.training.keep_optimizer else None
+        kept = self.kept(work.kept_under[job]) if self.training.keep_optimizer else None
         if kept is not None:
             self._restore(optimizer, parameters, kept)
         losses = []
@@ -86,18 +89,45 @@ class ReferenceEngine:
                 optimizer.zero_grad()
                 with recomputed(self.peft, _drawn_from()) if self.checkpointing else nullcontext():
                     loss = self._loss(batch, "mean")
-                loss.backward()
+                (loss + self._proximal(work, job, parameters)).backward()
+                self._freeze(work, parameters)
                 if self.training.clip is not None:
                     torch.nn.utils.clip_grad_norm_(parameters, self.training.clip)
                 optimizer.step()
+                self._hold(work, job, parameters)
                 losses.append(loss.detach().double().cpu())
                 self.progress(sum(len(s.tokens) for s in batch))
         return Trained(
-            client=torch.tensor([client]), rows=self._row()[None], examples=torch.tensor([self.corpus.num_train(client)]),
+            client=torch.tensor([client]), job=torch.tensor([job]), rows=self._row()[None],
+            examples=torch.tensor([self.corpus.num_train(client)]),
             tokens=torch.tensor([sum(len(s.tokens) for batch in batches for s in batch)]),
             steps=torch.tensor([len(batches)]), loss=torch.stack(losses).mean()[None], lr=lr,
             optimizer=self._packed(optimizer, parameters)[None] if self.training.keep_optimizer else None,
         )  # fmt: skip
+
+    def _proximal(self, work: Work, job: int, parameters: list[torch.nn.Parameter]) -> Tensor:
+        """prox/2·‖w − anchor‖²."""
+        if work.anchor is None or work.prox is None:
+            return torch.zeros(())
+        pairs = zip(self._views(work.anchor[job]), parameters, strict=True)
+        return (
+            0.5 * float(work.prox[job]) * torch.stack([(p - anchor.to(p)).square().sum() for anchor, p in pairs]).sum()
+        )
+
+    def _freeze(self, work: Work, parameters: list[torch.nn.Parameter]) -> None:
+        """What is not trainable has no gradient, and no part in its norm."""
+        if work.trainable is not None:
+            for trainable, p in zip(self._views(work.trainable), parameters, strict=True):
+                assert p.grad is not None
+                p.grad.mul_(trainable.to(p.grad))
+
+    @torch.no_grad()
+    def _hold(self, work: Work, job: int, parameters: list[torch.nn.Parameter]) -> None:
+        """What is not trainable is where it was, weight decay or not."""
+        if work.trainable is not None:
+            pairs = zip(self._views(work.trainable), self._views(work.start[job]), strict=True)
+            for p, (trainable, start) in zip(parameters, pairs, strict=True):
+                p.copy_(torch.where(trainable.to(p.device), p, start.to(p)))
 
     @torch.no_grad()
     def evaluate(self, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None) -> Scores:
@@ -158,6 +188,9 @@ class ReferenceEngine:
         """The adapter's parameters in the order of the layout."""
         named = dict(self.peft.named_parameters())
         return [named[f"base_model.model.{e.module}.lora_{e.factor}.default.weight"] for e in self.layout.entries]
+
+    def _views(self, row: Tensor) -> list[Tensor]:
+        return [entry.view(row) for entry in self.layout.entries]
 
     def _load(self, row: Tensor) -> list[torch.nn.Parameter]:
         parameters = self._named()

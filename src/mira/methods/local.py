@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -19,7 +20,7 @@ class Local:
         return ServerState(MemoryRows(setting.start, setting.num_clients, {}), setting.graph, extra={})
 
     def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
-        return Work(cohort, start=state.rows[cohort], private=True)
+        return Work(cohort, start=state.rows[cohort], private=torch.ones_like(cohort, dtype=torch.bool))
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
         return Change(trained.client, trained.rows, {}, notes={})
