@@ -25,10 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mira.core.graph import Edges, Graph, Groups, from_tensors, to_tensors
+from mira.core.graph import Edges, Graph, Groups
 from mira.core.layout import Layout
 from mira.core.loop import Schedule, run_rounds, sample_cohort
 from mira.core.mixing import normalised_step, product
+from mira.core.tensors import from_tensors, to_tensors
 from mira.core.training import Training
 from mira.core.types import Change, Rows, Scores, ServerState, Setting, Trained, Work
 from mira.methods.mira import Mira

@@ -136,12 +136,16 @@ def show(file: Path, overrides: Set = None) -> None:
 @config_app.command()
 def check(file: Path, overrides: Set = None) -> None:
     """Check a configuration and its data, without training."""
+    import torch
+
     from mira import config
     from mira.data.federation import make_federation
 
     experiment = config.load(file, overrides or [])
     clients = make_federation(experiment.data, experiment.split, experiment.seed).clients
-    experiment.graph.build([client.name for client in clients], [client.group for client in clients], experiment.seed)
+    names, groups = [client.name for client in clients], [client.group for client in clients]
+    no_model = torch.zeros(len(names), 1)  # to embed descriptions with
+    experiment.graph.build(names, groups, experiment.seed, lambda: no_model)
     summary = f"{file}: fine; {len(clients)} clients, {experiment.rounds} rounds of {experiment.method.name}"
     out_console.print(summary, soft_wrap=True)
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from mira import config, measure
 from mira.adapters.lora import to_peft
 from mira.config import Experiment
-from mira.core.graph import from_tensors, to_tensors
 from mira.core.loop import Record, Schedule, run_rounds
+from mira.core.tensors import from_tensors, in_use, to_tensors
 from mira.core.types import Change, Rows, ServerState
 from mira.report import summarise
 from mira.session import TOKENS, Session, check_environment, enough_memory, open_session
@@ -101,7 +101,8 @@ def state_of(session: Session, store: Store, as_of: int | None = None) -> Server
     done = store.last_round if as_of is None else as_of
     if done is None:
         return session.initial_state()
-    return ServerState(store.rows(as_of), from_tensors(store.graph()), store.extra(as_of), done)
+    extra = store.extra(as_of)
+    return ServerState(store.rows(as_of), in_use(from_tensors(store.graph()), extra), extra, done)
 
 
 @dataclass

@@ -32,6 +32,7 @@ from mira.engine.generate import positions
 from mira.engine.memory import is_out_of_memory
 from mira.engine.reference import ReferenceEngine
 from mira.model import Base, load
+from mira.model.embed import embed
 from mira.model.quantise import needed_for
 
 log = logging.getLogger(__name__)
@@ -67,11 +68,15 @@ class Session:
         row = start_row(self.layout, self.experiment.seed)
         return row.double() if self.experiment.model.dtype == "float64" else row
 
+    def descriptions(self) -> Tensor:
+        """What every client's task is, as a vector of the base model's [K,d]."""
+        return embed(self.base, [client.about for client in self.federation.clients])
+
     def initial_state(self) -> ServerState:
         """The state before round 0. Raises UserError when graph, method and data do not fit together."""
         clients = self.federation.clients
         seed = self.experiment.seed
-        graph = self.experiment.graph.build([c.name for c in clients], [c.group for c in clients], seed)
+        graph = self.experiment.graph.build(self.names, [c.group for c in clients], seed, self.descriptions)
         training = self.experiment.training
         steps = max(training.steps_for(len(client.train)) for client in clients)
         return self.experiment.method.init(

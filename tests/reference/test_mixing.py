@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 import numpy as np
@@ -25,6 +25,8 @@ from mira.core import mixing
 from mira.core.errors import UserError
 from mira.core.graph import Edges, Graph, Groups
 from mira.core.layout import Layout
+from mira.core.learned import Learned
+from mira.core.loop import apply
 from mira.core.mixing import normalised_step, paper_step, weighted_mean
 from mira.core.types import MemoryRows, ServerState, Setting, Trained
 from mira.methods import mira
@@ -403,6 +405,35 @@ def test_rows_that_are_no_convex_combinations_are_warned_about(
     with caplog.at_level(logging.WARNING):
         Mira(form="paper", regularisation=factor / 3 / 0.2).init(setting(star))
     assert ("convex" in caplog.text) is warns
+
+
+def test_a_learned_graph_is_checked_when_it_changes() -> None:
+    """Three alike of six: λ_max = 3 · weight, known only once rows came back."""
+    rows = torch.eye(2, 3, dtype=torch.float64).repeat_interleave(3, 0)
+    here = replace(setting(Groups(torch.arange(6))), graph=Learned.start(6, 1, 3, 0.0))
+    done = trained(list(range(6)), rows)
+    state = Mira(form="paper", regularisation=1e3).init(here)
+    with pytest.raises(
+        UserError, match=r"2/λ_max of the graph learned in round 1, or .*largest admissible: (\S+)$"
+    ) as no:
+        Mira(form="paper", regularisation=1e3).aggregate(state, done)
+    admissible = float(str(no.value).rsplit(" ", 1)[1])
+    assert admissible == pytest.approx(2 / 3 / 0.2, rel=1e-3)
+    method = Mira(form="paper", regularisation=admissible)
+    assert not method.aggregate(method.init(here), done).value.isnan().any()
+
+
+def test_the_graph_learned_is_the_one_mixed_along_and_kept() -> None:
+    rows = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    state = Mira().init(replace(setting(Groups(torch.arange(6))), graph=Learned.start(6, 2, 3, 0.0)))
+    change = Mira().aggregate(state, trained(list(range(6)), rows))
+    after = apply(state, change)
+    a = after.graph.weights(torch.arange(6), torch.arange(6))
+    assert a.any()
+    close(change.value, normalised_np(rows.numpy(), rows.numpy(), a.numpy(), 0.5))
+    idle = Mira().aggregate(after, trained(list(range(6)), rows * 2))  # round 2 of every second: not its turn
+    assert idle.extra == {}
+    assert apply(after, idle).graph is after.graph
 
 
 def test_a_graph_without_edges_limits_nothing() -> None:

@@ -12,11 +12,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mira.core import graph as core_graph
+from mira.core import similarity
 from mira.core.errors import UserError
-from mira.core.graph import Edges, Graph, Groups, from_tensors, to_tensors
-from mira.graphs import GRAPHS, Complete, File, GroupsGraph, Random
+from mira.core.graph import Edges, Graph, Groups
+from mira.core.learned import Learned
+from mira.core.similarity import alike, cosines
+from mira.core.tensors import from_tensors, in_use, to_tensors
+from mira.graphs import GRAPHS, Complete, File, GroupsGraph, Knn, Random, Similarity
+from mira.graphs.alike import LearnedGraph
 
 Array = NDArray[np.float64]
 Case = tuple[Graph, Array]
@@ -225,3 +231,154 @@ def test_a_bad_file_is_one_clear_line(edges: Callable[[str | bytes], Graph], tex
 def test_a_missing_file_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"graph\.path=.*nowhere\.csv: cannot be read \(No such file"):
         File(tmp_path / "nowhere.csv").build(NAMES, [""] * 3, 0)
+
+
+# Graphs by likeness, against the formula one pair at a time.
+
+
+def cosines_np(x: Array) -> Array:
+    u = x - x.mean(0)
+    norm = np.linalg.norm(u, axis=1)
+    size = np.outer(norm, norm)
+    return np.divide(u @ u.T, size, out=np.zeros_like(size), where=size > 0)
+
+
+def alike_np(cosine: Array, most: int, above: float) -> Array:
+    """Each row's ``most`` largest entries beyond ``above``, its own aside; the larger where both ends chose."""
+    a = np.zeros_like(cosine)
+    for k, row in enumerate(cosine):
+        others = [n for n in np.argsort(-row, kind="stable") if n != k and row[n] > above]
+        for n in others[:most]:
+            a[k, n] = row[n] - above
+    return np.maximum(a, a.T)
+
+
+def vectors(clients: int, width: int = 6, seed: int = 0) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=(clients, width)) + 3)
+
+
+@pytest.mark.parametrize("tile", [1, 7, 2**20])
+def test_cosines_equal_the_formula_whatever_the_tile(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(similarity, "_TILE", tile)
+    x = vectors(9)
+    # Sums of at most 9 products of numbers below 10: rounding far below 1e-12.
+    np.testing.assert_allclose(cosines(x), cosines_np(x.numpy()), rtol=0, atol=1e-12)
+    flat = torch.ones(3, 5)
+    assert cosines(flat).tolist() == [[0.0] * 3] * 3  # all equal their mean: no direction, not NaN
+
+
+@pytest.mark.parametrize("tile", [1, 7, 2**20])
+@pytest.mark.parametrize(("most", "above"), [(1, 0.0), (3, 0.0), (9, 0.2), (2, 0.4)])
+def test_nearest_neighbours_equal_the_formula(
+    most: int, above: float, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(similarity, "_TILE", tile)
+    x, names = vectors(9), ["c"] * 9
+    expected = alike_np(cosines_np(x.numpy()), most, above)
+    assert expected.any()
+    made = similarity.undirected(alike(x, most, above), 9)
+    np.testing.assert_allclose(dense(made), expected, rtol=0, atol=1e-12)
+    if above == 0:
+        np.testing.assert_array_equal(dense(Knn(neighbours=most).build(names, names, 0, lambda: x)), dense(made))
+    if most == 9:
+        np.testing.assert_array_equal(dense(Similarity(threshold=above).build(names, names, 0, lambda: x)), dense(made))
+
+
+def test_weights_minimise_the_objective_that_is_documented() -> None:
+    """No other weights on the same number of neighbours do better: 2000 random ones, and each sub-gradient step."""
+    x, most, above = vectors(7), 2, 0.1
+    cosine = cosines_np(x.numpy())
+
+    def objective(a: Array, k: int) -> float:
+        return float((a * (1 - cosine[k]) - (1 - above) * a + a**2 / 2).sum())  # ½‖u_k − u_l‖² = 1 − cos
+
+    draw = np.random.default_rng(1)
+    for k in range(7):
+        ours = np.zeros(7)
+        order = [n for n in np.argsort(-cosine[k]) if n != k and cosine[k, n] > above][:most]
+        ours[order] = cosine[k, order] - above
+        for _ in range(300):
+            other = np.zeros(7)
+            other[draw.choice([n for n in range(7) if n != k], most, replace=False)] = draw.uniform(0, 1, most)
+            assert objective(ours, k) <= objective(other, k) + 1e-12
+
+
+def test_a_hundred_thousand_descriptions_need_no_square_matrix() -> None:
+    """Two families far apart; a dense matrix of 20 000 clients would take 3.2 GB."""
+    k = 3000
+    x = torch.zeros(k, 2)
+    x[: k // 2, 0], x[k // 2 :, 1] = 1.0, 1.0
+    source, target, _ = alike(x, 2, 0.0)
+    assert len(source) == 2 * k
+    assert bool(((source < k // 2) == (target < k // 2)).all())
+
+
+def families(seed: int = 0, noise: float = 0.3) -> Tensor:
+    """Nine clients in three families: rows of a family move the same way from a common start."""
+    draw = np.random.default_rng(seed)
+    direction = np.repeat(draw.normal(size=(3, 40)), 3, axis=0)
+    return torch.from_numpy(5 + draw.normal(size=40) + direction + noise * draw.normal(size=(9, 40)))
+
+
+FAMILY = np.kron(np.eye(3), np.ones((3, 3))) - np.eye(9)
+
+
+def test_the_learned_graph_finds_families_it_was_not_told_of() -> None:
+    begun = LearnedGraph().build(["c"] * 9, [""] * 9, 0, unused)
+    assert not dense(begun).any()
+    assert begun.alone().tolist() == []
+    assert isinstance(begun, Learned)
+    found = begun.updated(torch.arange(9), families())
+    np.testing.assert_array_equal(dense(found) > 0, FAMILY > 0)
+    np.testing.assert_allclose(dense(found), alike_np(cosines_np(families().numpy()), 3, 0.0), rtol=0, atol=1e-12)
+    assert not dense(begun).any(), "it is a value: nothing is changed in place"
+
+
+def test_only_the_cohorts_pairs_are_estimated_anew() -> None:
+    begun = Learned.start(9, 1, 3, 0.0).updated(torch.arange(9), families())
+    cohort = torch.tensor([8, 0, 1, 5, 3])
+    again = begun.updated(cohort, families(seed=1)[cohort])
+    before, after = dense(begun), dense(again)
+    inside = np.isin(np.arange(9), cohort)
+    pairs = np.outer(inside, inside)
+    assert (before[~pairs] == after[~pairs]).all()
+    np.testing.assert_allclose(after[pairs], np.where(FAMILY, after, 0)[pairs])
+    assert (before[pairs] != after[pairs]).any()
+
+
+def test_a_client_never_chooses_more_than_it_may() -> None:
+    learned = Learned.start(9, 1, 1, 0.0)
+    for seed in range(5):
+        cohort = torch.randperm(9, generator=torch.Generator().manual_seed(seed))[:5]
+        learned = learned.updated(cohort, vectors(9, seed=seed)[cohort])
+        assert int(learned.choices[0].bincount().max()) == 1
+
+
+@pytest.mark.parametrize("cohort", [[], [4], [4, 2]])
+def test_less_than_three_rows_tell_nothing(cohort: list[int]) -> None:
+    begun = Learned.start(9, 1, 3, 0.0)
+    assert begun.updated(torch.tensor(cohort, dtype=torch.int64), families()[cohort]) is begun
+
+
+def test_a_learned_graph_comes_back_from_its_tensors() -> None:
+    learned = Learned.start(9, 2, 3, 0.1).updated(torch.arange(9), families())
+    back = from_tensors(to_tensors(learned))
+    assert isinstance(back, Learned)
+    assert (back.num_clients, back.every, back.most, back.above) == (9, 2, 3, 0.1)
+    np.testing.assert_array_equal(dense(back), dense(learned))
+    everyone = Groups(torch.zeros(9, dtype=torch.int64))
+    assert in_use(everyone, {"other": torch.ones(1)}) is everyone
+    np.testing.assert_array_equal(
+        dense(in_use(everyone, to_tensors(learned) | {"other": torch.ones(1)})), dense(learned)
+    )
+
+
+@pytest.mark.parametrize("section", [Knn(source="displacement"), Similarity(source="displacement", threshold=0.2)])
+def test_displacement_is_learned_from_the_first_round_on(section: Knn | Similarity) -> None:
+    graph = section.build(["c"] * 9, [""] * 9, 0, unused)
+    assert isinstance(graph, Learned)
+    assert (graph.every, graph.most, graph.above) == ((1, 3, 0.0) if isinstance(section, Knn) else (1, 9, 0.2))
+
+
+def unused() -> Tensor:
+    raise AssertionError("this graph needs no embedding")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+Embed = Callable[[], Tensor]  # the clients' task descriptions as vectors [K,d], made when asked for
 
 _DENSE_LIMIT = 2048  # above it λ_max is replaced by an upper bound: eigenvalues of a dense [K,K] cost K³
 
@@ -175,17 +178,3 @@ def _ranges(start: Tensor, count: Tensor) -> Tensor:
     """start_0, start_0 + 1, … count_0 of them, then start_1, …"""
     first = torch.repeat_interleave(start - (count.cumsum(0) - count), count)
     return first + torch.arange(len(first))
-
-
-def to_tensors(graph: Graph) -> dict[str, Tensor]:
-    """A graph as named tensors, for a file."""
-    if isinstance(graph, Groups):
-        return {"label": graph.label}
-    assert isinstance(graph, Edges)
-    return {"indptr": graph.indptr, "target": graph.target, "weight": graph.weight}
-
-
-def from_tensors(tensors: dict[str, Tensor]) -> Graph:
-    if "label" in tensors:
-        return Groups(tensors["label"])
-    return Edges(len(tensors["indptr"]) - 1, tensors["indptr"], tensors["target"], tensors["weight"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mira.core.seeds import generator
+from mira.core.tensors import in_use
 from mira.core.training import Training
 from mira.core.types import Change, Engine, Failure, Method, Overlay, Rows, ServerState, Trained, Work
 
@@ -125,7 +126,7 @@ def nothing(rows: Tensor) -> Change:
 def apply(state: ServerState, change: Change) -> ServerState:
     """The state after ``change``, without writing anything."""
     rows = Overlay(state.rows, change.index, change.value) if len(change.index) else state.rows
-    return ServerState(rows, state.graph, state.extra | change.extra, state.round + 1)
+    return ServerState(rows, in_use(state.graph, change.extra), state.extra | change.extra, state.round + 1)
 
 
 def describe(round: int, work: Work, trained: Trained, change: Change, names: Sequence[str]) -> Record:

@@ -22,6 +22,7 @@ SPLITS = ("train", "validation", "test")
 Size = Annotated[int, Field(strict=True, ge=1)] | Annotated[float, Field(strict=True, gt=0, lt=1)]
 
 _log = logging.getLogger(__name__)
+_SHOWN = 4  # training prompts that stand for a client without a description
 _SLUG = re.compile(r"[a-z0-9][a-z0-9_-]{0,79}")
 
 
@@ -47,6 +48,11 @@ class Client:
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
+
+    @property
+    def about(self) -> str:
+        """Its task in words: the description, or where it has none the prompts of its first training examples."""
+        return self.description or "\n".join(text for example in self.train[:_SHOWN] for text in example.key)
 
     def split(self, name: str) -> tuple[Example, ...]:
         """The examples of a split, named as in SPLITS."""

@@ -1,7 +1,11 @@
 """Graphs: who is related to whom, and how strongly. One class and one line here for each."""
 
+from mira.graphs.alike import Knn, LearnedGraph, Similarity
 from mira.graphs.file import File
 from mira.graphs.known import Complete, GroupsGraph
 from mira.graphs.random import Random
 
-GRAPHS = {"groups": GroupsGraph, "complete": Complete, "random": Random, "file": File}
+GRAPHS = {
+    "groups": GroupsGraph, "complete": Complete, "random": Random, "file": File, "knn": Knn, "similarity": Similarity,
+    "learned": LearnedGraph,
+}  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError, did_you_mean
-from mira.core.graph import Edges, Graph
+from mira.core.graph import Edges, Embed, Graph
 from mira.core.strict import STRICT
 
 _COLUMNS = ["source", "target", "weight"]
@@ -24,7 +24,7 @@ class File:
     """The CSV file."""
     name: Literal["file"] = "file"
 
-    def build(self, names: Sequence[str], groups: Sequence[str], seed: int) -> Graph:
+    def build(self, names: Sequence[str], groups: Sequence[str], seed: int, embed: Embed | None = None) -> Graph:
         try:
             with self.path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets put a byte order mark first
                 edges = self._edges(file, {name: n for n, name in enumerate(names)})

@@ -7,7 +7,7 @@ import torch
 from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError
-from mira.core.graph import Graph, Groups
+from mira.core.graph import Embed, Graph, Groups
 from mira.core.strict import STRICT
 
 
@@ -17,7 +17,7 @@ class Complete:
 
     name: Literal["complete"] = "complete"
 
-    def build(self, names: Sequence[str], groups: Sequence[str], seed: int) -> Graph:
+    def build(self, names: Sequence[str], groups: Sequence[str], seed: int, embed: Embed | None = None) -> Graph:
         return Groups(torch.zeros(len(names), dtype=torch.int64))
 
 
@@ -27,7 +27,7 @@ class GroupsGraph:
 
     name: Literal["groups"] = "groups"
 
-    def build(self, names: Sequence[str], groups: Sequence[str], seed: int) -> Graph:
+    def build(self, names: Sequence[str], groups: Sequence[str], seed: int, embed: Embed | None = None) -> Graph:
         missing = [name for name, group in zip(names, groups, strict=True) if not group]
         if missing:
             raise UserError(

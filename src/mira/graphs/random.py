@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from pydantic.dataclasses import dataclass
 
-from mira.core.graph import Edges, Graph
+from mira.core.graph import Edges, Embed, Graph
 from mira.core.seeds import generator
 from mira.core.strict import STRICT
 
@@ -19,7 +19,7 @@ class Random:
 
     name: Literal["random"] = "random"
 
-    def build(self, names: Sequence[str], groups: Sequence[str], seed: int) -> Graph:
+    def build(self, names: Sequence[str], groups: Sequence[str], seed: int, embed: Embed | None = None) -> Graph:
         u = torch.rand(len(names), len(names), generator=generator("graph", seed), dtype=torch.float64)
         a = (u + u.T) / 2
         return Edges.dense(torch.where(a < _CUT, 0.0, a).fill_diagonal_(0.0))

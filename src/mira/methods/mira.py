@@ -15,13 +15,17 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from mira.core.errors import UserError
+from mira.core.graph import Graph
+from mira.core.learned import Learned
 from mira.core.mixing import normalised_step, paper_step
 from mira.core.strict import STRICT
+from mira.core.tensors import to_tensors
 from mira.core.types import Change, MemoryRows, ServerState, Setting, Trained, Work
 
 log = logging.getLogger(__name__)
 
 _BLOCK = 2**24  # numbers of absent neighbours' rows in memory at a time, 64 MiB in fp32
+_STEP = "mira.step"  # in extra: the largest lr·steps, for checking a graph that is learned
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -54,36 +58,51 @@ class Mira:
                 "%d of %d clients have no neighbour in the graph and train alone; graph.name=complete relates everybody",
                 alone, setting.num_clients,
             )  # fmt: skip
+        extra = {}
         if self.form == "paper":
-            self._check(setting)
-        return ServerState(MemoryRows(setting.start, setting.num_clients, {}), setting.graph, extra={})
+            extra[_STEP] = torch.tensor(setting.max_lr * setting.max_steps, dtype=torch.float64)
+            self._check(setting.graph, float(extra[_STEP]))
+        return ServerState(MemoryRows(setting.start, setting.num_clients, {}), setting.graph, extra)
 
     def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
         return Work(cohort, start=state.rows[cohort])
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
+        graph, extra = self._graph(state, trained)
         absent = torch.empty(0, dtype=torch.int64)
         if self.neighbours == "all":
-            near = state.graph.neighbours(trained.client)
+            near = graph.neighbours(trained.client)
             absent = near[~torch.isin(near, trained.client)]
-        a = state.graph.weights(trained.client, torch.cat([trained.client, absent]))
+        a = graph.weights(trained.client, torch.cat([trained.client, absent]))
         size = max(1, _BLOCK // trained.rows.shape[1])
         others = (state.rows[block] for block in absent.split(size) if len(block))
         if self.form == "normalised":
             mixed = normalised_step(trained.rows, a, self.strength, others)
             effective = self.strength * float((a.sum(1) > 0).double().mean())
-            return Change(trained.client, mixed, {}, notes={"mixing_step": self.strength, "effective_step": effective})
+            notes = {"mixing_step": self.strength, "effective_step": effective}
+            return Change(trained.client, mixed, extra, notes)
         c = trained.lr * float(trained.steps.double().mean()) * self.regularisation
         mixed = paper_step(trained.rows, a, c, others)
-        return Change(trained.client, mixed, {}, notes={"mixing_step": c, "effective_step": c * float(a.sum(1).mean())})
+        notes = {"mixing_step": c, "effective_step": c * float(a.sum(1).mean())}
+        return Change(trained.client, mixed, extra, notes)
 
     def serve(self, state: ServerState, client: Tensor) -> Tensor:
         return state.rows[client]
 
-    def _check(self, setting: Setting) -> None:
-        """Energy does not increase for c ≤ 2/λ_max(L); an induced cohort graph never has a larger λ_max."""
-        largest = setting.graph.laplacian_max()
-        per_lambda = setting.max_lr * setting.max_steps
+    def _graph(self, state: ServerState, trained: Trained) -> tuple[Graph, dict[str, Tensor]]:
+        """The graph to mix along, and what to keep of it where it was learned anew from the rows just trained."""
+        graph = state.graph
+        if not isinstance(graph, Learned) or state.round % graph.every:
+            return graph, {}
+        graph = graph.updated(trained.client, trained.rows)
+        if self.form == "paper":
+            self._check(graph, float(state.extra[_STEP]), f" learned in round {state.round + 1}")
+        return graph, to_tensors(graph)
+
+    def _check(self, graph: Graph, per_lambda: float, which: str = "") -> None:
+        """Energy does not increase for c ≤ 2/λ_max(L); an induced cohort graph never has a larger λ_max.
+        ``per_lambda``: the largest lr·steps of any round."""
+        largest = graph.laplacian_max()
         if largest == 0 or per_lambda == 0:
             return
         c, limit = per_lambda * self.regularisation, 2 / largest
@@ -91,12 +110,12 @@ class Mira:
         if self.regularisation > admissible:
             raise UserError(
                 f"method.regularisation={self.regularisation:g}: the step c = lr·steps·λ = {c:.4g} must be within "
-                f"[0, {limit:.4g}] = 2/λ_max of the graph, or rows diverge; largest admissible: {_floor(admissible)}"
+                f"[0, {limit:.4g}] = 2/λ_max of the graph{which}, or rows diverge; largest admissible: {_floor(admissible)}"
             )
-        if c * setting.graph.degree_max() > 1:
+        if c * graph.degree_max() > 1:
             log.warning(
                 "method.regularisation=%g: c·max degree = %.3g is above 1: mixed rows are no longer convex combinations",
-                self.regularisation, c * setting.graph.degree_max(),
+                self.regularisation, c * graph.degree_max(),
             )  # fmt: skip
 
 

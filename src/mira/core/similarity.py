@@ -1,0 +1,86 @@
+"""Who resembles whom: cosines of centred vectors, and the strongest relations of each client as edges.
+
+Weights solve, for each client k over its candidates l,
+
+    min_{a_k ≥ 0, ‖a_k‖₀ ≤ n}  Σ_l a_kl·½‖u_k − u_l‖² − (1 − τ)·Σ_l a_kl + ½·Σ_l a_kl²,    u_k = (x_k − x̄)/‖x_k − x̄‖,
+
+of which the minimiser is a_kl = max(0, cos_kl − τ) on the n largest cosines and 0 elsewhere: smoothness of the vectors on
+the graph, a reward for being connected, and the Frobenius norm, as in Kalofolias, "How to learn a graph from smooth
+signals", AISTATS 2016, and, alternating with the models, in Zantedeschi, Bellet and Tommasi, "Fully Decentralized Joint
+Learning of Personalized Models and Collaboration Graphs", AISTATS 2020. Their reward is Σ_k log d_k; the linear one taken
+here leaves every pair its own problem, so that the pairs of a cohort can be estimated without all others. An edge is
+kept when either end chose it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mira.core.graph import Edges
+
+_TILE = 2**20  # numbers of a tile in float64, 8 MiB
+
+
+def cosines(rows: Tensor) -> Tensor:
+    """cos(x_k − x̄, x_l − x̄) as float64 [M,M] of rows x [M,P], x̄ their mean; 0 for a row equal to the mean.
+
+    What all rows have in common (a common start, the template) says nothing of who is related, so it goes. Computed in
+    tiles of columns: the rows are not copied.
+    """
+    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    for part in rows.split(max(1, _TILE // len(rows)), dim=1):
+        x = part.double()
+        x = x - x.mean(0)
+        gram += x @ x.T
+    norm = gram.diagonal().sqrt()
+    size = norm[:, None] * norm
+    return torch.where(size > 0, gram / size.where(size > 0, 1.0), 0.0)
+
+
+Choices = tuple[Tensor, Tensor, Tensor]  # source, target [n] int64, weight [n] float64: whom each client chose
+
+
+def strongest(choices: Choices, most: int) -> Choices:
+    """Of each source the ``most`` choices of the largest weight, sorted by (source, weight descending)."""
+    source, target, weight = choices
+    order = weight.argsort(descending=True, stable=True)
+    order = order[source[order].argsort(stable=True)]
+    source = source[order]
+    rank = torch.arange(len(source)) - torch.searchsorted(source, source)
+    best = order[rank < most]
+    return source[rank < most], target[best], weight[best]
+
+
+def alike(vectors: Tensor, most: int, above: float) -> Choices:
+    """Each client's choices among all by the cosine of centred ``vectors`` [K,d], a block of clients at a time: K·most in
+    memory, never [K,K]."""
+    x = vectors.double() - vectors.double().mean(0)
+    norm = x.norm(dim=1, keepdim=True)
+    u = torch.where(norm > 0, x / norm.where(norm > 0, 1.0), 0.0)
+    found = []
+    for mine in torch.arange(len(u)).split(max(1, _TILE // len(u))):
+        cosine = u[mine] @ u.T
+        cosine[torch.arange(len(mine)), mine] = -1.0
+        found.append(strongest(chosen(cosine, mine, torch.arange(len(u)), above), most))
+    return _joined(found)
+
+
+def chosen(cosine: Tensor, source: Tensor, target: Tensor, above: float) -> Choices:
+    """All pairs of ``cosine`` [n,m] above τ = ``above``, of weight cos − τ."""
+    row, column = (cosine > above).nonzero(as_tuple=True)
+    return source[row], target[column], cosine[row, column] - above
+
+
+def undirected(choices: Choices, num_clients: int) -> Edges:
+    """An edge where either end chose the other; the larger weight where both did."""
+    source, target, weight = choices
+    pair, place = (torch.minimum(source, target) * num_clients + torch.maximum(source, target)).unique(
+        return_inverse=True
+    )
+    largest = torch.zeros(len(pair), dtype=torch.float64).scatter_reduce_(0, place, weight, "amax")
+    return Edges.of(pair // num_clients, pair % num_clients, largest, num_clients)
+
+
+def _joined(parts: list[Choices]) -> Choices:
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])

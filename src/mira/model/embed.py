@@ -1,0 +1,29 @@
+"""Texts as vectors, by the base model itself: no second model to get."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mira.model.base import Base
+
+_LONGEST = 512  # tokens of a text that are read
+
+
+@torch.no_grad()
+def embed(base: Base, texts: Sequence[str]) -> Tensor:
+    """Mean over tokens of the last hidden state, [n,d] float32. The plain model: no adapter, its own attention."""
+    model, tokenizer = base.model, base.tokenizer
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # which every architecture has; an engine may have put its own in place
+    try:
+        rows = []
+        for text in texts:
+            ids = tokenizer(text, truncation=True, max_length=_LONGEST, verbose=False)["input_ids"]
+            tokens = torch.tensor([ids or [tokenizer.eos_token_id]], device=model.device)
+            rows.append(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0].float().mean(0).cpu())
+        return torch.stack(rows)
+    finally:
+        model.set_attn_implementation(attention)

@@ -1,0 +1,79 @@
+"""Graphs that are made from the model or from the rows, in whole runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mira import Experiment, run
+from mira.core.tensors import from_tensors, in_use
+from mira.data.federation import make_federation
+from mira.experiment import resume, state_of
+from mira.model import Base
+from mira.model.embed import embed
+from mira.session import open_session
+from mira.store import Store
+from small import begin, outcome, settings, write_clients
+from tiny import make_tiny, make_tokenizer
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_clients(tmp_path / "data.jsonl")
+
+
+def test_a_run_that_learns_its_graph_resumes_with_it(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    values = settings(tiny_folder, data, graph={"name": "learned", "every": 2}, cohort=0.75, rounds=4)
+    experiment = Experiment(**values)
+    run(experiment, tmp_path / "whole")
+    begin(experiment, tmp_path / "halves", 2)
+    resume(tmp_path / "halves")
+    assert outcome(tmp_path / "halves") == outcome(tmp_path / "whole")
+    with Store.open(tmp_path / "whole", writable=False) as store:
+        session = open_session(experiment, folder=store.folder)
+        begun, used = from_tensors(store.graph()), state_of(session, store).graph
+        kept = in_use(begun, store.extra())
+    everyone = torch.arange(4)
+    assert not begun.weights(everyone, everyone).any()
+    assert used.weights(everyone, everyone).any()
+    assert torch.equal(used.weights(everyone, everyone), kept.weights(everyone, everyone))
+
+
+def test_descriptions_relate_clients_of_the_same_task(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Clients say "Add." or "Take away.", by turns; the run and its resumption see the same graph."""
+    experiment = Experiment(**settings(tiny_folder, data, graph={"name": "knn", "neighbours": 1}, rounds=1))
+    result = run(experiment, tmp_path / "run")
+    assert result["rounds"] == 1
+    with Store.open(tmp_path / "run", writable=False) as store:
+        graph = from_tensors(store.graph())
+    everyone = torch.arange(4)
+    expected = [[0, 0, 1, 0], [0, 0, 0, 1], [1, 0, 0, 0], [0, 1, 0, 0]]
+    torch.testing.assert_close(graph.weights(everyone, everyone), torch.tensor(expected).double())
+
+
+def test_without_a_description_training_prompts_speak(data: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    lines = [line | {"instruction": f"{line['instruction']} {n}"} for n, line in enumerate(lines)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    e = Experiment(**settings(tiny_folder, data))
+    client = make_federation(e.data, e.split, e.seed).clients[0]
+    assert client.description == ""
+    assert all(part in client.about for example in client.train for part in example.key)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_embedding_is_the_mean_of_the_plain_models_hidden_states(kind: str) -> None:
+    base = Base.of(make_tiny(kind), make_tokenizer())  # type: ignore[arg-type]
+    before = base.model.config._attn_implementation
+    texts = ["Add.", "Take away, twice."]
+    expected = []
+    for text in texts:
+        ids = torch.tensor([base.tokenizer(text)["input_ids"]])
+        expected.append(base.model(ids, output_hidden_states=True).hidden_states[-1][0].mean(0))
+    # sdpa against eager attention in fp32.
+    torch.testing.assert_close(embed(base, texts), torch.stack(expected), rtol=1e-4, atol=1e-5)
+    assert base.model.config._attn_implementation == before
+    assert embed(base, [""]).isfinite().all()
