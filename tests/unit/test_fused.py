@@ -18,12 +18,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from mira.adapters.attach import Attached, attach
-from mira.adapters.fused import Adapter, GatedMLP, Projection, Projections, RMSNorm
+from mira.adapters.fused import Adapter, GatedMLP, Projection, Projections, RMSNorm, product
 from mira.adapters.lora import Lora
 from mira.adapters.lowrank import Factors, Lane
 from mira.core.layout import Layout
 from mira.engine import attention
 from mira.engine.attention import Packed, Segment, Tile, tiles
+from mira.engine.exchange import exchange, find_last
 from mira.engine.loss import LabelLoss, label_nll
 from tiny import make_tiny
 
@@ -266,8 +267,15 @@ def norm_of(kind: Callable[[], nn.Module], weight: float) -> nn.Module:
     return module
 
 
+class Bare(nn.Sequential):
+    """As much of a pre-trained model as is needed to attach to it."""
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+
 def exchanged(module: nn.Module) -> list[nn.Module]:
-    attached: Attached = attach(nn.Sequential(module.requires_grad_(False)), Layout((), 2, 1.0), 0.0)  # type: ignore[arg-type]
+    attached: Attached = attach(Bare(module.requires_grad_(False)), Layout((), 2, 1.0), 0.0)  # type: ignore[arg-type]
     return [one for one, _ in attached.before if one is module]
 
 
@@ -308,7 +316,7 @@ def test_another_epsilon_shows() -> None:
 
 
 def test_a_norm_called_with_more_is_left_to_itself_and_a_new_weight_counts() -> None:
-    model, x = nn.Sequential(norm_of(lambda: Summing(K), 2)).requires_grad_(False), torch.ones(1, K) * 3
+    model, x = Bare(norm_of(lambda: Summing(K), 2)).requires_grad_(False), torch.ones(1, K) * 3
     attached = attach(model, Layout((), 2, 1.0), 0.0)  # type: ignore[arg-type]
     expected = model[0](x, residual=torch.arange(5.0))
     attached.lane = Lane(torch.zeros(1, 0), ((0, 0, 1),))
@@ -385,3 +393,61 @@ def test_outputs_of_a_group_are_never_stale() -> None:
         torch.testing.assert_close(parts[p]((x, other)[i]), expected[p, i, j], rtol=1e-12, atol=1e-12)
     attached.lane = None
     assert torch.equal(parts[1](x), linear(x, parts[1].weight))
+
+
+def test_product_on_every_kind_of_operand() -> None:
+    """oneDNN's (fp32) and F.linear's (fp64) against plain sums; also without a row, and transposed as Conv1D keeps it."""
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-12)):  # rounding of a sum of five
+        w, b = draw(M, K).to(dtype), draw(M).to(dtype)
+        for x in (draw(T, K).to(dtype), draw(0, K).to(dtype)):
+            expected = x.double() @ w.double().T
+            torch.testing.assert_close(product(x, w).double(), expected, atol=bound, rtol=0)
+            torch.testing.assert_close(product(x, w.T.contiguous().T, b).double(), expected + b, atol=bound, rtol=0)
+            total = draw(len(x), M).to(dtype)
+            added = expected + total.double()
+            torch.testing.assert_close(product(x, w, None, total).double(), added, atol=bound, rtol=0)
+
+
+def test_the_last_mlp_computes_only_what_is_read() -> None:
+    """The same hidden states where they are read, and the same gradients of adapters on all of an MLP's layers."""
+    model = make_tiny("llama", torch.float64)
+    exchange(model)
+    layout = Lora(2, 4.0, targets=("q_proj", "gate_proj", "up_proj", "down_proj")).layout(model)
+    attached = attach(model, layout, 0.0)
+    find_last(model, attached, layout.size)
+    last = model.model.layers[-1].mlp
+    assert attached.last is last
+    rows, needed = draw(3, layout.size), torch.tensor([1, 2, 6])  # nothing of the second row's is read
+    segments = [Segment(0, 3), Segment(3, 5), Segment(5, T)]
+
+    def compute(module: nn.Module | None) -> tuple[Tensor, Tensor]:
+        attached.last, grad = module, torch.zeros_like(rows)
+        ranges = [(n, s.start, s.end) for n, s in enumerate(segments)]
+        attached.lane = Lane(rows, ranges, grad, needed=needed)
+        out = model.model(
+            input_ids=torch.arange(T)[None] + 1, position_ids=torch.arange(T)[None], use_cache=False,
+            packed=Packed(segments),
+        ).last_hidden_state[0]  # fmt: skip
+        out[needed].square().sum().backward()
+        return out.detach(), grad
+
+    (part, part_grad), (whole, whole_grad) = compute(last), compute(None)
+    torch.testing.assert_close(part[needed], whole[needed], atol=1e-12, rtol=0)
+    torch.testing.assert_close(part_grad, whole_grad, atol=1e-12, rtol=1e-9)
+    assert not torch.allclose(part, whole)  # others were left out indeed
+    assert float(whole_grad[0].norm()) > 0
+
+
+def test_an_mlp_that_later_layers_read_computes_everything() -> None:
+    """Layers that run in another order than they are listed in: the last of the list is not the last to run."""
+    model = make_tiny("llama", torch.float64)
+    layers = model.model.layers
+    assert len(layers) > 1
+    first, second = layers[0].forward, layers[1].forward
+    layers[0].forward, layers[1].forward = second, first
+    exchange(model)
+    layout = Lora(2, 4.0).layout(model)
+    attached = attach(model, layout, 0.0)
+    find_last(model, attached, layout.size)
+    assert len(attached.mlps) == len(layers)
+    assert attached.last is None

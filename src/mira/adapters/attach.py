@@ -28,6 +28,8 @@ class Attached:
 
     dropout: float
     lane: Lane | None = None
+    last: nn.Module | None = None  # the gated MLP after which no token sees another: it computes what is needed alone
+    mlps: list[nn.Module] = field(default_factory=list)  # gated MLPs that were exchanged
     before: list[tuple[nn.Module, Forward | None]] = field(default_factory=list)
 
     def detach(self) -> None:
@@ -64,13 +66,12 @@ def attach(model: PreTrainedModel, layout: Layout, dropout: float) -> Attached:
             if members:
                 _attach_group(attached, [Projection(m, factors.get(p)) for m, p in zip(members, paths, strict=True)])
                 done.update(paths)
-    for name in layout.modules:
-        module = model.get_submodule(name)
-        if name in done:
+    for name, module in model.named_modules():
+        if name in done or module is model.get_output_embeddings():
             continue
         if is_plain(module):
-            _attach_group(attached, [Projection(module, factors[name])])
-        else:
+            _attach_group(attached, [Projection(module, factors.get(name))])
+        elif name in factors:
             attached.exchange(module, _adapted(attached, factors[name]))
     return attached
 
@@ -164,6 +165,9 @@ def _attach_mlp(attached: Attached, module: nn.Module, factors: Sequence[Factors
     def unadapted(x: Tensor) -> Tensor:
         return down(silu(gate(x)) * up(x))
 
+    def fused(x: Tensor, lane: Lane) -> Tensor:
+        return GatedMLP.apply(x, _probe(lane), (gate, up), down, lane)  # type: ignore[no-any-return, no-untyped-call]
+
     # From next to linear, where other activations differ in the curvature, to sizes that somebody may cut off.
     x = _random(gate.weight[0])
     size = torch.linalg.vector_norm(gate(x).detach(), dim=-1, keepdim=True) / len(gate.weight) ** 0.5
@@ -175,11 +179,20 @@ def _attach_mlp(attached: Attached, module: nn.Module, factors: Sequence[Factors
             lane = attached.lane
             if lane is None or lane.dropout is not None or len(args) != 1 or kwargs:
                 return plain(*args, **kwargs)
-            return GatedMLP.apply(*args, _probe(lane), (gate, up), down, lane)  # type: ignore[no-untyped-call]
+            if module is attached.last and lane.needed is not None:
+                return _scattered(fused, args[0], lane)
+            return fused(args[0], lane)
 
         return forward
 
     attached.exchange(module, exchanged)
+    attached.mlps.append(module)
+
+
+def _scattered(function: Callable[[Tensor, Lane], Tensor], x: Tensor, lane: Lane) -> Tensor:
+    """``function`` of the needed tokens of x [1,T,k], and 0 for all others."""
+    assert lane.needed is not None
+    return torch.zeros_like(x).index_copy(1, lane.needed, function(x[:, lane.needed], lane.only(lane.needed)))
 
 
 def _random(like: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from mira.core.layout import Entry
 class Lane:
     """Whose tokens are where in the current pass. ``ranges``: (row, start, end), which together cover all its tokens.
 
+    ``needed`` [m]: the places whose last hidden state is read, in order; None where all are.
     ``grad`` [n,P] receives the gradients of ``rows`` [n,P]; None while evaluating. ``dropout`` holds one generator
     per row, so that a client's masks do not depend on who else is in the pass.
     """
@@ -23,6 +24,14 @@ class Lane:
     ranges: Sequence[tuple[int, int, int]]
     grad: Tensor | None = None
     dropout: Sequence[torch.Generator] | None = None
+    needed: Tensor | None = None
+
+    def only(self, places: Tensor) -> Lane:
+        """The lane of the tokens at ``places`` [m], sorted, of its own."""
+        ends = torch.tensor([end for _, _, end in self.ranges], device=places.device)
+        counts = torch.searchsorted(places, ends).tolist()
+        ranges = [(row, a, b) for (row, _, _), a, b in zip(self.ranges, [0, *counts], counts, strict=False) if a < b]
+        return replace(self, ranges=ranges, needed=None)
 
 
 @dataclass(frozen=True)

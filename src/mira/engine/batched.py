@@ -25,7 +25,7 @@ from mira.data.corpus import Corpus
 from mira.data.text import Encoded
 from mira.engine import attention
 from mira.engine.checkpoint import recomputed
-from mira.engine.exchange import exchange
+from mira.engine.exchange import exchange, find_last
 from mira.engine.generate import greedy
 from mira.engine.loss import LabelLoss, label_nll
 from mira.engine.memory import OUT_OF_MEMORY, is_out_of_memory
@@ -59,6 +59,7 @@ class BatchedEngine:
     def __post_init__(self) -> None:
         exchange(self.model)
         object.__setattr__(self, "attached", attach(self.model, self.layout, self.dropout))
+        find_last(self.model, self.attached, self.layout.size)
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +123,7 @@ class BatchedEngine:
         on_device = self._rows(rows)
         for part in self._passes(jobs):
             packed = pack(part, self.prefix)
-            with torch.no_grad(), self._lane(Lane(on_device, packed.ranges)):
+            with torch.no_grad(), self._lane(Lane(on_device, packed.ranges, needed=packed.predict.to(self.device))):
                 hidden = self._body(packed)
                 each = label_nll(hidden[packed.predict.to(self.device)], self._head, packed.target.to(self.device))
             number = sum(len(job) for _, job in part)
@@ -195,7 +196,7 @@ class BatchedEngine:
     ) -> Tensor:  # fmt: skip
         """One pass forward and back; the mean label loss of each job (float64)."""
         packed = pack(part, self.prefix)
-        with self._lane(Lane(rows, packed.ranges, grad, dropout)):
+        with self._lane(Lane(rows, packed.ranges, grad, dropout, packed.predict.to(self.device))):
             with recomputed(self.model, dropout or ()) if self.checkpointing else nullcontext():
                 hidden = self._body(packed)
             label = packed.predict.to(self.device), packed.target.to(self.device)

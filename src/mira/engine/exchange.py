@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mira.adapters.attach import Attached
+from mira.adapters.lowrank import Lane
 from mira.core.errors import UserError
 from mira.engine import attention
 from mira.engine.attention import Packed, Segment
@@ -46,6 +48,32 @@ def exchange(model: PreTrainedModel) -> None:
         raise UserError(
             f"{where} computes other logits when sequences are packed (relative difference {error:.2g}); {instead}"
         )
+
+
+@torch.no_grad()
+def find_last(model: PreTrainedModel, attached: Attached, width: int) -> None:
+    """Which MLP of ``attached`` may leave out the tokens that nobody reads: one after which no token sees another. The
+    order of modules is no proof that the last one is; that a needed token's hidden state stays as it was, is."""
+    if not attached.mlps:
+        return
+    row = torch.zeros(1, width, device=model.device)
+    needed = torch.tensor([_LENGTH - 1], device=model.device)
+
+    def hidden(last: nn.Module | None) -> Tensor:
+        attached.last, attached.lane = last, Lane(row, [(0, 0, _LENGTH)], needed=needed)
+        try:
+            ids = torch.arange(_LENGTH, device=model.device)[None]
+            packed = Packed([Segment(0, _LENGTH)])
+            return model.base_model(
+                input_ids=ids + 1, position_ids=ids, use_cache=False, packed=packed
+            ).last_hidden_state[0]
+        finally:
+            attached.last, attached.lane = None, None
+
+    whole, part = hidden(None), hidden(attached.mlps[-1])
+    limit = 0.05 if model.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    if _difference(part[needed], whole[needed]) <= limit:
+        attached.last = attached.mlps[-1]
 
 
 def _difference(x: Tensor, y: Tensor) -> float:

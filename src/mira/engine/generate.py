@@ -31,6 +31,7 @@ def greedy(
     device = model.device
     prompts = packed.prompts
     first_pass = Packed(packed.segments, keep=True)
+    lane.needed = torch.tensor([s.end - 1 for s in prompts], device=device)
     hidden = model.base_model(
         input_ids=packed.tokens[None].to(device), position_ids=packed.positions[None].to(device),
         use_cache=False, packed=first_pass,
@@ -42,8 +43,8 @@ def greedy(
     for (row, _, _), count in zip(packed.ranges, per_job, strict=True):
         ranges.append((row, place, place + count))
         place += count
-    lane.ranges = ranges
-    token = head(hidden[[s.end - 1 for s in prompts]]).argmax(-1)
+    token = head(hidden[lane.needed]).argmax(-1)
+    lane.ranges, lane.needed = ranges, None
     limit = positions(model)
     answers: list[list[int]] = [[] for _ in prompts]
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
