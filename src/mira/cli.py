@@ -125,6 +125,39 @@ def export(
         out_console.print(line, soft_wrap=True)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE.html", help="Default: report.html, of one run in its folder, else here."),
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page: which method for whom, curves, clients, transfer, graph, what differs."""
+    from mira import page
+
+    out_console.print(
+        str(page.write(runs, out or (runs[0] if len(runs) == 1 else Path()) / "report.html")), soft_wrap=True
+    )
+
+
+@app.command(name="runs")
+def list_runs(
+    root: Annotated[Path, typer.Argument(metavar="DIR", help="Where to look for run folders.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """List runs with their headline figures, and what is broken with the reason."""
+    from mira import listing
+
+    good, broken = listing.runs(root)
+    if as_json:
+        sys.stdout.write(json.dumps({"runs": good, "broken": broken}, allow_nan=False) + "\n")
+    else:
+        out_console.print(
+            listing.table(root, good, broken) if good or broken else f"{root}: no runs here", soft_wrap=False
+        )
+
+
 @config_app.command()
 def show(file: Path, overrides: Set = None) -> None:
     """Print the whole configuration, defaults included."""

@@ -111,10 +111,10 @@ def table(result: Result) -> Group:
         else "",
         f"best round {best['round']} by validation: test loss {number(best['local_loss'])}"
         + (f", exact match {number(best['exact_match'], 2)}" if best["exact_match"] is not None else ""),
-        f"sent {_bytes(result['bytes_up'])} up, {_bytes(result['bytes_down'])} down"
+        f"sent {data_size(result['bytes_up'])} up, {data_size(result['bytes_down'])} down"
         + (f"; clients lost from a round: {result['lost']}" if result["lost"] else ""),
         f"{result['seconds']:.0f} s, {result['tokens_per_second']:.0f} training tokens/s,"
-        f" peak memory {_bytes(result['peak_memory_bytes'])}",
+        f" peak memory {data_size(result['peak_memory_bytes'])}",
         f"model {model['name']} ({model['source']}, sha256 {model['sha256'][:12]})",
         f"run folder {_relative(result['run'])}",
     ]
@@ -145,7 +145,7 @@ def _mean(clients: Sequence[dict[str, Any]], key: str) -> float | None:
     return None if None in values else sum(values) / len(values)
 
 
-def _bytes(count: float) -> str:
+def data_size(count: float) -> str:
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -182,6 +182,7 @@ def _environment(
             "name": base.name, "source": base.source, "sha256": base.sha256, "quantization": base.quantization,
         },
         "data": {"clients": len(federation.clients), "sha256": _fingerprint(federation)},
+        "groups": [client.group for client in federation.clients],
         "threads": threads,
         "device": base.model.device.type,
         "prefix": prefix,

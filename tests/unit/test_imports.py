@@ -15,7 +15,7 @@ LEVELS = (
     {"core"},
     {"adapters", "methods", "graphs"},
     {"engine", "store", "report", "data", "model", "config", "measure", "progress"},
-    {"session"},
+    {"session", "page", "listing"},
     {"experiment"},
     {"inspect_run", "mira"},
     {"cli"},

@@ -41,6 +41,21 @@ def take_lock(folder: Path) -> int:
     return descriptor
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the folder's write lock. Asking shares the lock for an instant, without writing anything."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def replace(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Puts ``data`` (in pieces, where it is long) at ``path`` whole or not at all. Only ``sync`` of the folder makes the new
     name durable."""

@@ -1,0 +1,70 @@
+"""`mira runs`: every run below a folder, and what is broken, with its reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mira.store import Store
+from mira.store.files import is_locked
+from small import mira, snapshot
+from synthetic import ROW, write_run
+
+NAMES, GROUPS = ["ann", "bob"], ["even", "odd"]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_run(tmp_path / "deep" / "below" / "done", NAMES, GROUPS, method={"name": "fedit"})
+    write_run(tmp_path / "begun", NAMES, GROUPS, finished=False)
+    return tmp_path
+
+
+def test_headline_figures(root: Path) -> None:
+    before = snapshot(root)
+    found = json.loads(mira("runs", root, "--json").out)
+    assert snapshot(root) == before, "a run is only read"
+    assert found["broken"] == []
+    begun, done = found["runs"]
+    assert done.pop("date")[:2] == "20"
+    assert done.pop("best_loss") < 1
+    assert done == {
+        "run": str(root / "deep/below/done"), "name": "made-up", "seed": 0, "method": "fedit", "adapter": "lora r8",
+        "graph": "groups", "clients": 2, "round": 3, "rounds": 3, "state": "finished", "best_round": 3, "exact_match": 0.5,
+        "bytes": 3 * 2 * 2 * ROW, "seconds": 4.0,
+    }  # fmt: skip
+    assert (begun["state"], begun["round"], begun["rounds"]) == ("interrupted", 2, 3)
+    text = mira("runs", root).out
+    assert "3/3" in text
+    assert "interrupted" in text
+
+
+def test_a_run_that_is_written_to_is_running(root: Path) -> None:
+    with Store.open(root / "begun"):
+        assert is_locked(root / "begun")
+        assert [run["state"] for run in json.loads(mira("runs", root, "--json").out)["runs"]] == ["running", "finished"]
+    assert not is_locked(root / "begun")
+
+
+def test_broken_folders_are_named_with_the_reason(root: Path) -> None:
+    (root / "begun" / "rounds" / "000001.json").write_text("{}")
+    (root / "empty").mkdir()
+    (root / "empty" / ".lock").touch()
+    found = json.loads(mira("runs", root, "--json").out)
+    assert [Path(run["run"]).name for run in found["runs"]] == ["done"]
+    reasons = {Path(each["run"]).name: each["reason"] for each in found["broken"]}
+    assert "000001.json: corrupt checkpoint" in reasons["begun"]
+    assert "its creation was interrupted" in reasons["empty"]
+    shown = mira("runs", root)
+    assert shown.status == 0
+    assert "corrupt checkpoint" in "".join(shown.out.split("\n"))
+
+
+def test_where_there_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "runs: no such folder" in mira("runs").error
+    (tmp_path / "runs").mkdir()
+    assert mira("runs").out == "runs: no runs here\n"
+    assert json.loads(mira("runs", "--json").out) == {"runs": [], "broken": []}

@@ -1,0 +1,195 @@
+"""What the page says of runs: means, groups of seeds, labels, verdicts, notes; and that data stays text."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import sqrt
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from markupsafe import Markup
+
+from mira.page.load import read
+from mira.page.notes import notes
+from mira.page.stats import Mean, mean, t95
+from mira.page.svg import Scale, cividis, scale, spread, tag
+from mira.page.tables import call
+from mira.page.variants import differing, group
+from mira.page.verdict import difference, row, wins
+from mira.page.write import page
+from small import mira
+from synthetic import ROW, write_run
+
+NAMES, GROUPS = ["ann", "bob", "cleo", "dan"], ["even", "odd", "even", "odd"]
+
+
+def test_mean_and_interval() -> None:
+    found = mean([1.0, 2.0, 3.0])
+    assert found is not None
+    assert found.value == 2.0
+    assert found.half == pytest.approx(4.303 / sqrt(3))
+    assert mean([5.0]) == Mean(5.0, None)
+    assert mean([]) is None
+
+
+@pytest.mark.parametrize("hole", [None, float("nan"), float("inf")])
+def test_a_mean_hides_no_hole(hole: float | None) -> None:
+    assert mean([1.0, hole, 2.0]) is None
+
+
+def test_students_t() -> None:
+    """Against published tables (scipy.stats.t.ppf(0.975, df))."""
+    for freedom, expected in ((1, 12.7062), (4, 2.7764), (30, 2.0423), (31, 2.0395), (60, 2.0003), (1000, 1.9623)):
+        assert t95(freedom) == pytest.approx(expected, abs=5e-4)  # the table has three decimals
+
+
+@given(st.text(), st.text())
+def test_no_text_becomes_markup(content: str, value: str) -> None:
+    made = str(tag("text", content, class_=value))
+    assert made.startswith('<text class="')
+    assert made.count("<") == 2
+    assert made.count('"') == 2
+    assert all(c.isprintable() or c in "\n\t" for c in made)
+
+
+def test_markup_is_kept_and_attributes_are_named() -> None:
+    assert tag("g", tag("circle", r=2.50), "a<b", aria_hidden="true") == Markup(
+        '<g aria-hidden="true"><circle r="2.5"></circle>a&lt;b</g>'
+    )
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=20))
+def test_a_scale_keeps_order_and_stays_inside(values: list[float]) -> None:
+    x = scale(values, 10, 110)
+    places = [x(value) for value in sorted(values)]
+    assert places == sorted(places)
+    assert all(10 <= place <= 110 for place in places)
+    ticks = x.ticks()
+    assert ticks == sorted(set(ticks))
+    assert all(x.low <= tick * 1.0001 and tick <= x.high * 1.0011 for tick in ticks)
+
+
+def test_scales() -> None:
+    assert scale([0.01, 5], 0, 1).log
+    assert not scale([0, 5], 0, 1).log
+    assert scale([1.0, 2.0], 0, 1).low == 0
+    assert Scale(0, 10, 100, 0).ticks() == [0, 2, 4, 6, 8, 10]
+    assert Scale(0.01, 1, 0, 1, log=True)(0.1) == pytest.approx(0.5)
+    assert Scale(0.01, 1, 0, 1, log=True).ticks() == pytest.approx([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1])
+
+
+@given(st.lists(st.floats(0, 100), max_size=8))
+def test_labels_do_not_overlap(places: list[float]) -> None:
+    moved = sorted(spread(places, 10, 0, 100))
+    assert all(b - a >= 10 - 1e-9 for a, b in pairwise(moved))
+    assert all(-1e-9 <= place <= 100 + 1e-9 for place in moved)
+
+
+def test_colours_run_from_dark_blue_to_yellow() -> None:
+    assert (cividis(0), cividis(1)) == ("#00224e", "#fee838")
+    assert (cividis(-1), cividis(2)) == (cividis(0), cividis(1))
+
+
+def test_seeds_are_one_variant_and_labels_tell_variants_apart(tmp_path: Path) -> None:
+    runs = [
+        read(write_run(tmp_path / str(n), NAMES, GROUPS, seed=seed, method=method, training={"local_steps": 1, "lr": lr}))
+        for n, (seed, method, lr) in enumerate([
+            (1, {"name": "mira", "strength": 0.5}, 0.1), (0, {"name": "mira", "strength": 0.5}, 0.1),
+            (0, {"name": "local"}, 0.1), (0, {"name": "mira", "strength": 1.0}, 0.1), (0, {"name": "local"}, 0.2),
+        ])
+    ]  # fmt: skip
+    variants = group(runs)
+    assert [v.label for v in variants] == [
+        "mira · strength 0.5",
+        "local · lr 0.1",
+        "mira · strength 1",
+        "local · lr 0.2",
+    ]
+    assert [run.seed for run in variants[0].runs] == [0, 1]
+    assert dict(differing([variants[0].first, variants[2].first])) == {"method.strength": ["0.5", "1.0"]}
+    assert variants[0].seed_means(NAMES) == [
+        pytest.approx(sum(run.losses(3)[name] or 0 for name in NAMES) / 4) for run in variants[0].runs
+    ]
+    assert variants[0].sent == 3 * 2 * ROW * len(NAMES)
+
+
+def test_who_should_use_what(tmp_path: Path) -> None:
+    falls = {"mira": 3.0, "local": 2.0, "fedit": 3.0}
+    runs = [
+        read(write_run(tmp_path / f"{name}-{seed}", NAMES, GROUPS, seed=seed, fall=fall, method={"name": name}))
+        for name, fall in falls.items()
+        for seed in range(3)
+    ]
+    variants = group(runs)
+    found = row("everyone", NAMES, variants)
+    assert found.best in (0, 2)
+    assert found.equal in ((2,), (0,)), "mira and fedit cannot be told apart"
+    gap = difference(variants[1], variants[0], NAMES)
+    assert gap is not None
+    assert gap.low > 0
+    assert sum(wins(variants, NAMES)) == 4
+    assert wins(variants, NAMES)[1] == 0
+    assert call(variants[:2], [row("everyone", NAMES, variants[:2])]).startswith("Use mira: ")
+    assert "cannot be told from it" in call(variants, [found])
+
+
+def test_without_a_finite_loss_nothing_is_recommended(tmp_path: Path) -> None:
+    runs = [read(write_run(tmp_path / name, NAMES, GROUPS, method={"name": name})) for name in ("mira", "local")]
+    for run in runs:
+        run.records[run.best]["clients"]["ann"]["test_loss"] = None
+    variants = group(runs)
+    found = row("everyone", NAMES, variants)
+    assert (found.best, found.losses) == (None, (None, None))
+    assert "no finite loss for ann" in " ".join(notes(runs, variants, NAMES))
+    assert "No variant has a finite mean loss." in page(runs)
+
+
+def test_notes(tmp_path: Path) -> None:
+    first = read(
+        write_run(tmp_path / "a", NAMES, GROUPS, finished=False, lost={"ann": "out of memory"}, truncated={"bob": 2})
+    )
+    told = " ".join(notes([first], group([first]), NAMES))
+    assert "not finished: 2 of 3 rounds" in told
+    assert "went on without a client once: ann" in told
+    assert "cut inputs to fit prompt.max_length=1024: bob" in told
+    other = read(write_run(tmp_path / "b", [*NAMES[:3], "eve"], GROUPS, method={"name": "local"}, fall=-1.0))
+    other.environment["data"]["sha256"] = other.environment["model"]["sha256"] = "other"
+    told = " ".join(notes([first, other], group([first, other]), NAMES[:3]))
+    assert "not made on the same data" in told
+    assert "do not share their base model" in told
+    assert "do not have the same clients" in told
+    assert "Fewer than three seeds" in told
+    assert "local: validation loss was lowest in round 0 of 3" in told
+
+
+def test_a_report_is_one_file_beside_the_run_or_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "a", NAMES, GROUPS)
+    write_run(tmp_path / "b", NAMES, GROUPS, method={"name": "local"})
+    assert mira("report", "a").out == "a/report.html\n"
+    assert mira("report", "a", "b").out == "report.html\n"
+    before = (tmp_path / "report.html").read_bytes()
+    assert mira("report", "a", "b").status == 0
+    assert (tmp_path / "report.html").read_bytes() == before, "the same runs give the same page"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "report.html"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ((), "Missing argument 'RUN...'"),
+        (("nowhere",), "nowhere: there is no run here"),
+        (("a", "--out", "no/folder.html"), "--out no/folder.html: cannot be written (No such file or directory)"),
+        (("a", "c"), "have no client in common; report them one by one"),
+    ],
+)
+def test_what_cannot_be_reported(
+    arguments: tuple[str, ...], error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "a", NAMES, GROUPS)
+    write_run(tmp_path / "c", [f"{name}-2" for name in NAMES], GROUPS)
+    assert error in mira("report", *arguments).error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c"]
