@@ -129,7 +129,7 @@ def mira(*arguments: object) -> Ended:
     """The command line, called in this process. A bug of ours comes out as the exception it is."""
     out, err = StringIO(), StringIO()
     log = logging.getLogger("mira")
-    before = log.handlers, log.level
+    before = log.handlers, log.level, log.propagate
     with patch("sys.argv", ["mira", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
         try:
             cli.main()
@@ -137,6 +137,6 @@ def mira(*arguments: object) -> Ended:
         except SystemExit as end:
             status = end.code or 0
         finally:
-            log.handlers, _ = before
-            log.setLevel(before[1])
+            log.handlers, level, log.propagate = before
+            log.setLevel(level)
     return Ended(status, out.getvalue(), err.getvalue())

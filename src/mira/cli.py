@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 from io import TextIOWrapper
 from pathlib import Path
@@ -73,6 +74,40 @@ def run(
     finally:
         watcher.stop()
     _print(result, as_json)
+
+
+@app.command()
+def compare(
+    target: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file of a comparison.")],
+    overrides: Set = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Folder of the runs and tables (default runs/CONFIG's name)."),
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option("--results", metavar="DIR", help="Also write compare.json, table.md, table.csv here.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run methods × grid × seeds over one experiment, tune each on validation data, and compare them on test data.
+
+    The same command goes on where it was interrupted; runs that are finished are not done again.
+    """
+    from mira import compare as comparison
+    from mira.compare.tables import rich_tables
+
+    plan = comparison.load(target, overrides or [])
+    try:
+        value = comparison.compare(
+            plan, out or Path("runs") / plan.name, shlex.join(["mira", *sys.argv[1:]]), results, _say
+        )
+    except KeyboardInterrupt:
+        err_console.print("interrupted; finished runs and committed rounds are kept, go on with the same command")
+        raise typer.Exit(130) from None
+    if as_json:
+        sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+    else:
+        out_console.print(rich_tables(value))
 
 
 @app.command()
@@ -202,6 +237,7 @@ def main() -> None:
     log = logging.getLogger("mira")
     log.handlers = [_ConsoleHandler()]
     log.setLevel(logging.INFO)
+    log.propagate = False  # a library that configures the root logger would print every line a second time
     try:
         status = app(prog_name="mira", standalone_mode=False)
     except UserError as error:
@@ -213,6 +249,10 @@ def main() -> None:
         where = f" (see: {context.command_path} --help)" if context else ""
         status = _refuse(error.format_message() + where)
     sys.exit(status)
+
+
+def _say(line: str) -> None:
+    err_console.print(visible(line))
 
 
 def _refuse(why: str) -> int:

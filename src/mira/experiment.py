@@ -173,27 +173,32 @@ def summary(session: Session, store: Store, last: Record, best_answers: Record) 
 
 
 def _measurer(session: Session, watcher: Watcher) -> Callable[[ServerState], Record]:
-    """What to measure after which round: losses every n rounds, answers at the start and at the end, transfer at the end."""
+    """What to measure after which round: losses every n rounds, answers at the start and at the end, transfer at the end.
+    All but the validation loss is measured on the test split, and left out where the plan leaves that split alone."""
     plan, rounds = session.experiment.evaluation, session.experiment.rounds
 
     def look(state: ServerState) -> Record:
         first, last = state.round == 0, state.round == rounds
         due = last or state.round % plan.every == 0
-        record = measured(session, state, watcher, plan.generate and (first or last), transfer=last) if due else {}
+        answers = plan.test and plan.generate and (first or last)
+        record = measured(session, state, watcher, answers, plan.test and last, plan.test) if due else {}
         return record | {"peak_memory_bytes": peak_memory(session.base.model.device)}
 
     return look
 
 
-def measured(session: Session, state: ServerState, watcher: Watcher, answers: bool, transfer: bool) -> Record:
+def measured(
+    session: Session, state: ServerState, watcher: Watcher, answers: bool, transfer: bool, test: bool = True
+) -> Record:
     """The losses of every client under the row it would deploy in ``state``, if asked for also answers and transfer.
+    Without ``test`` the validation loss alone.
 
     Raises UserError when memory runs out.
     """
     e, method, engine, names = session.experiment, session.experiment.method, session.engine, session.names
     plan = e.evaluation
     with enough_memory(e):
-        record = measure.losses(method, engine, state, names, plan.examples)
+        record = measure.losses(method, engine, state, names, plan.examples, test)
         if answers:
             watcher.stage("generating answers")
             record["answers"] = _answers(session, state)
@@ -203,7 +208,8 @@ def measured(session: Session, state: ServerState, watcher: Watcher, answers: bo
                 method, engine, state, names, e.seed, plan.transfer_clients, plan.transfer_examples
             )
     clean: Record = without_nan(record)
-    endless = [name for name, scores in clean["clients"].items() if None in scores.values()]
+    shown = ("validation_loss", "test_loss", "perplexity") if test else ("validation_loss",)
+    endless = [name for name, scores in clean["clients"].items() if None in [scores[key] for key in shown]]
     if endless:
         log.warning("round %d: no finite loss or perplexity for %s", state.round, ", ".join(endless))
     return clean
@@ -236,7 +242,8 @@ def _answers(session: Session, state: ServerState) -> Record:
 
 def best_answers(session: Session, store: Store) -> Record:
     """The answers under the rows of the validation-best round; those of the last round when it is the best."""
-    if not session.experiment.evaluation.generate or store.best_round is None:
+    plan = session.experiment.evaluation
+    if not (plan.test and plan.generate) or store.best_round is None:
         return {}
     record = store.metrics()[store.best_round]
     if "answers" in record:

@@ -19,16 +19,19 @@ from mira.core.types import Engine, Method, ServerState
 Record = dict[str, Any]
 
 
-def losses(method: Method, engine: Engine, state: ServerState, names: Sequence[str], limit: int | None) -> Record:
-    """Validation and test loss of every client, and their means."""
+def losses(
+    method: Method, engine: Engine, state: ServerState, names: Sequence[str], limit: int | None, test: bool = True
+) -> Record:
+    """Validation and test loss of every client, and their means. Without ``test`` that split is not read: None."""
     everyone = torch.arange(len(names))
-    scores = engine.evaluate(method.serve(state, everyone), everyone, ("validation", "test"), limit)
-    validation, test = scores.loss.T.tolist()
+    splits = ("validation", "test") if test else ("validation",)
+    validation, *tested = engine.evaluate(method.serve(state, everyone), everyone, splits, limit).loss.T.tolist()
+    on_test = tested[0] if test else [None] * len(names)
     clients = {
-        name: {"validation_loss": v, "test_loss": t, "perplexity": _perplexity(t)}
-        for name, v, t in zip(names, validation, test, strict=True)
+        name: {"validation_loss": v, "test_loss": t, "perplexity": None if t is None else _perplexity(t)}
+        for name, v, t in zip(names, validation, on_test, strict=True)
     }
-    return {"validation_loss": _mean(validation), "local_loss": _mean(test), "clients": clients}
+    return {"validation_loss": _mean(validation), "local_loss": _mean(tested[0]) if test else None, "clients": clients}
 
 
 def answers(

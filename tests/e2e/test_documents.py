@@ -17,6 +17,7 @@ import yaml
 import mira
 from mira import Experiment, config
 from mira.cli import app
+from mira.compare import plan as comparison
 from mira.config.experiment import VARIANTS
 from small import settings, write_clients
 
@@ -57,7 +58,8 @@ def check_command(command: str) -> None:
     with group.make_context(group.name, list(arguments), parent=context) as parsed:
         file = parsed.params.get("target") or parsed.params.get("file")
         if file is not None and (ROOT / file).is_file():
-            config.load(ROOT / file, parsed.params.get("overrides") or [])
+            read = comparison.load if group.name == "compare" else config.load
+            read(ROOT / file, parsed.params.get("overrides") or [])
 
 
 def completed(block: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +78,9 @@ def completed(block: dict[str, Any]) -> dict[str, Any]:
 def test_every_yaml_block_is_valid(document: Path) -> None:
     for block in blocks(document.read_text(encoding="utf-8"), "yaml"):
         values = yaml.safe_load(block)
+        if "entries" in values:
+            comparison.parse(values)
+            continue
         Experiment(**values if {"model", "rounds", "training", "data"} <= values.keys() else completed(values))
 
 

@@ -14,7 +14,9 @@ from mira import Experiment, config, run
 from small import mira, outcome, settings, write_clients, write_config
 from tiny import save_tiny
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.y*ml"))
+CONFIGS = sorted(
+    file for file in (Path(__file__).parents[2] / "configs").glob("*.y*ml") if not file.name.startswith("compare-")
+)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from documented import DOCUMENT, TYPES, documented, fields, one_object
 from mira import config, load, run
 from mira.cli import app
 from mira.progress import RunProgress
 from small import NAMES, begin, mira, snapshot, write_clients, write_config
-
-DOCUMENT = Path(__file__).parents[2] / "docs" / "cli.md"
-TYPES: dict[str, tuple[type, ...]] = {
-    "text": (str,),
-    "integer": (int,),
-    "text or null": (str, type(None)),
-    "number": (int, float),
-    "number or null": (int, float, type(None)),
-}
 
 
 @pytest.fixture(scope="module")
@@ -157,32 +148,6 @@ def test_an_interrupted_run_says_how_to_go_on(file: Path, monkeypatch: pytest.Mo
 
 
 # Output
-
-
-def documented(section: str) -> dict[str, str]:
-    """Field → type, from the table in a section of docs/cli.md."""
-    text = DOCUMENT.read_text(encoding="utf-8").split(f"\n## {section}\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", text, flags=re.MULTILINE)
-    return {field: kind.strip() for field, kind in rows}
-
-
-def fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every field of a result under its documented name."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from fields(item, f"{name}.{key}".lstrip("."))
-    elif isinstance(value, list):
-        for item in value:
-            yield from fields(item, f"{name}[]")
-    else:
-        yield name, value
-
-
-def one_object(text: str) -> dict[str, Any]:
-    assert text.count("\n") == 1
-    assert text.endswith("\n")
-    result: dict[str, Any] = json.loads(text, parse_constant=pytest.fail)
-    return result
 
 
 @pytest.mark.parametrize("generate", [True, False])

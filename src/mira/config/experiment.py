@@ -120,6 +120,9 @@ class EngineSection:
 class EvaluationSection:
     """What is measured, and how often. Losses are measured at the start and the end in any case."""
 
+    test: bool = True
+    """Measure on the test split: its loss, generated answers and transfer. false: the validation loss alone; what is chosen by
+    it is measured afterwards, with mira evaluate."""
     every: Count = 1
     """Rounds from one evaluation to the next."""
     generate: bool = True

@@ -137,12 +137,17 @@ class Store:
             _check_vacant(folder)
 
     @staticmethod
+    def exists(folder: Path) -> bool:
+        """Whether ``folder`` holds a run; one whose creation was interrupted is none."""
+        return (folder / _MANIFEST).exists()
+
+    @staticmethod
     def open(folder: Path, writable: bool = True) -> Store:
         """An existing run. Writable: takes the lock, and removes what an interrupted commit left behind.
 
         Raises UserError when there is no run, another process writes to it, or a file is missing or corrupt.
         """
-        if not (folder / _MANIFEST).exists():
+        if not Store.exists(folder):
             begun = (folder / files.LOCK).exists()
             why = "its creation was interrupted; start it again without --resume" if begun else "there is no run here"
             raise UserError(f"{folder}: {why}")

@@ -1,0 +1,195 @@
+"""Runs a comparison: every run in a folder of its own, tuning on validation data, the test split read once at the end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from mira import config, experiment
+from mira.compare.plan import Job, Plan, shown
+from mira.compare.summary import entry_of, summary
+from mira.compare.tables import FILES
+from mira.core.errors import UserError
+from mira.experiment import Nobody, measured, state_of
+from mira.session import check_environment, open_session
+from mira.store import Store
+from mira.store.files import pack_json, read_json, replace
+
+log = logging.getLogger(__name__)
+
+TEST = "test.json"  # in a run folder: what was measured on the test split once its point was chosen
+JSON = "compare.json"
+
+
+def compare(
+    plan: Plan, out: Path, command: str, results: Path | None = None, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Do what is left to do of ``plan`` in the folder ``out``, and return what is in its compare.json (docs/cli.md).
+
+    The files with the tables are written anew after each entry, in ``out`` and, all but the LaTeX, in ``results``.
+    Raises UserError when a run there was started with another configuration or on other data.
+    """
+    log.info("%d runs: %s", plan.total, _sizes(plan))
+    _check_configurations(plan, out)
+    progress = _Progress(plan.total, say)
+    same = _Same()
+    entries: list[dict[str, Any]] = []
+    value: dict[str, Any] = {}
+    for name, by_point in plan.jobs.items():
+        tuned = [[_run(job, out, same, progress) for job in jobs if job.seed in plan.tune_seeds] for jobs in by_point]
+        means = [_mean_or_inf(losses) for losses in tuned]
+        if min(means) == inf:
+            raise UserError(
+                f"entries.{name}: no finite validation loss at any point of the grid; try smaller learning rates"
+            )
+        chosen = by_point[means.index(min(means))]
+        for job in chosen:
+            if job.seed not in plan.tune_seeds:
+                _run(job, out, same, progress)
+        tested = [_tested(out / job.folder) for job in chosen]
+        tuning = [(jobs[0].point, losses) for jobs, losses in zip(by_point, tuned, strict=True)]
+        entries.append(entry_of(plan, name, chosen, tuning, tested, out))
+        value = summary(plan, entries, same.environment, command)
+        _write(value, out, results)
+    return value
+
+
+def _run(job: Job, out: Path, same: _Same, progress: _Progress) -> float | None:
+    """The lowest validation loss of a run, which is done first, or finished, where it is not yet."""
+    folder = out / job.folder
+    began = time.perf_counter()
+    finished = _is_finished(folder)
+    if not finished and Store.exists(folder):
+        experiment.resume(folder)
+    elif not finished:
+        experiment.run(job.experiment, folder)
+    with Store.open(folder, writable=False) as store:
+        same.check(job, store.environment())
+        best = store.best_round
+        loss = None if best is None else store.metrics()[best]["validation_loss"]
+    progress.done(job, loss, None if finished else time.perf_counter() - began)
+    return loss
+
+
+def _is_finished(folder: Path) -> bool:
+    if not Store.exists(folder):
+        return False
+    with Store.open(folder, writable=False) as store:
+        return store.result() is not None
+
+
+def _tested(folder: Path) -> dict[str, Any]:
+    """Test losses, answers and transfer under the rows of the validation-best round, and the losses under the last."""
+    if (folder / TEST).exists():
+        found: dict[str, Any] = read_json(folder / TEST)
+        return found
+    with Store.open(folder, writable=False) as store:
+        assert store.best_round is not None
+        recorded = store.environment()
+        session = open_session(config.parse_text(store.config()), recorded["threads"], folder=folder)
+        check_environment(recorded, session.environment)
+        generate = session.experiment.evaluation.generate
+        best = measured(session, state_of(session, store, store.best_round), Nobody(), generate, transfer=True)
+        if store.last_round == store.best_round:
+            last = best
+        else:
+            last = measured(session, state_of(session, store), Nobody(), answers=False, transfer=False)
+        value = {"best_round": store.best_round, "best": best, "last": last}
+    replace(folder / TEST, pack_json(value))
+    return value
+
+
+def _check_configurations(plan: Plan, out: Path) -> None:
+    """Before anything is run: what is there already was started as the plan says."""
+    for by_point in plan.jobs.values():
+        for job in (job for jobs in by_point for job in jobs):
+            folder = out / job.folder
+            if not Store.exists(folder):
+                continue
+            with Store.open(folder, writable=False) as store:
+                there = config.parse_text(store.config())
+            if differences := config.differences(there, config.absolute(job.experiment)):
+                raise UserError(
+                    f"{folder}: was started with another configuration: {'; '.join(differences)} (here: the run folder,"
+                    " there: what you ask for now); take it back, give another --out, or remove the folder"
+                )
+
+
+@dataclass
+class _Same:
+    """The environment of the first run, and the data of the first run of each seed: all others must have the same."""
+
+    environment: dict[str, Any] = field(default_factory=dict)
+    data: dict[int, Any] = field(default_factory=dict)
+
+    def check(self, job: Job, environment: dict[str, Any]) -> None:
+        self.environment = self.environment or environment
+        expected = {key: self.environment[key] for key in ("versions", "model", "threads", "device")}
+        expected["data"] = self.data.setdefault(job.seed, environment["data"])
+        for key, value in expected.items():
+            if environment[key] != value:
+                raise UserError(
+                    f"{job.folder}: {key} is {environment[key]}, of the other runs {value}; runs of one comparison need the"
+                    " same: restore it, or start another comparison with --out"
+                )
+
+
+@dataclass
+class _Progress:
+    total: int
+    say: Callable[[str], None]
+    count: int = 0
+    runs: int = 0  # done now, not found finished
+    began: float | None = None
+
+    def done(self, job: Job, loss: float | None, seconds: float | None) -> None:
+        self.count += 1
+        parts = [f"run {self.count} of {self.total}", job.entry, shown(job.point), f"seed {job.seed}"]
+        parts.append("no finite validation loss" if loss is None else f"validation {loss:.4f}")
+        if seconds is None:
+            parts.append("finished before")
+        else:
+            now = time.perf_counter()
+            self.began = now - seconds if self.began is None else self.began
+            self.runs += 1
+            left = (now - self.began) / self.runs * (self.total - self.count)
+            parts += [f"{seconds:.0f} s", f"about {_duration(left)} left"]
+        self.say(" · ".join(part for part in parts if part))
+
+
+def _write(value: dict[str, Any], out: Path, results: Path | None) -> None:
+    files = {JSON: pack_json(value), **{name: make(value).encode() for name, make in FILES.items()}}
+    for folder in filter(None, (out, results)):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            if folder == out or not name.endswith(".tex"):
+                replace(folder / name, data)
+
+
+def _sizes(plan: Plan) -> str:
+    seeds = len(plan.comparison.seeds)
+    points = len(next(iter(plan.jobs.values())))
+    text = f"{len(plan.jobs)} entries × {points} points × {len(plan.tune_seeds)} seeds"
+    more = seeds - len(plan.tune_seeds)
+    return text + (f", and {more} more seeds at each entry's chosen point" if more else "")
+
+
+def _mean_or_inf(losses: Sequence[float | None]) -> float:
+    """A run without a finite loss rules its point out."""
+    return inf if None in losses else sum(loss for loss in losses if loss is not None) / len(losses)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return (
+        f"{minutes // 60} h {minutes % 60:02} min"
+        if minutes >= 60
+        else f"{minutes} min"
+        if minutes
+        else f"{seconds:.0f} s"
+    )

@@ -1,0 +1,46 @@
+"""What docs/cli.md says of a command's JSON, and what is in one: tests compare the two."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "cli.md"
+TYPES: dict[str, tuple[type, ...]] = {
+    "text": (str,),
+    "integer": (int,),
+    "text or null": (str, type(None)),
+    "number": (int, float),
+    "number or null": (int, float, type(None)),
+}
+
+
+def documented(section: str) -> dict[str, str]:
+    """Field → type, from the table in a section of docs/cli.md."""
+    text = DOCUMENT.read_text(encoding="utf-8").split(f"\n## {section}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", text, flags=re.MULTILINE)
+    return {field: kind.strip() for field, kind in rows}
+
+
+def fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field of a result under its documented name."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from fields(item, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for item in value:
+            yield from fields(item, f"{name}[]")
+    else:
+        yield name, value
+
+
+def one_object(text: str) -> dict[str, Any]:
+    assert text.count("\n") == 1
+    assert text.endswith("\n")
+    result: dict[str, Any] = json.loads(text, parse_constant=pytest.fail)
+    return result

@@ -1,0 +1,210 @@
+"""`mira compare` from end to end, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from torch import Tensor
+
+from documented import TYPES, documented, fields, one_object
+from mira import compare as comparison
+from mira import experiment
+from mira.compare import run as running
+from mira.core.types import Scores
+from mira.engine.batched import BatchedEngine
+from mira.experiment import Nobody
+from small import NAMES, Interrupt, mira, settings, snapshot, write_clients
+
+KINDS = {
+    **TYPES,
+    "integer or null": (int, type(None)),
+    "true or false": (bool,),
+    "mean and interval": TYPES["number or null"],
+}
+LINE = {"Local": {"method.name": "local"}, "MIRA (s = 1)": {"method.strength": 1.0}}
+
+
+def write(folder: Path, model: Path, entries: dict[str, Any] = LINE, **changes: Any) -> Path:
+    data = folder / "data.jsonl"
+    if not data.exists():
+        write_clients(data)
+    values = {
+        "experiment": settings(model, data, rounds=2), "seeds": [0, 1], "grid": {"training.lr": [0.001, 0.03]},
+        "entries": entries, **changes,
+    }  # fmt: skip
+    file = folder / "c.yaml"
+    file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def done(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """The folder of a comparison, what it printed, and its progress. The test split is read in its place only."""
+    folder = tmp_path_factory.mktemp("compare")
+    reading = False
+    evaluate, tested = BatchedEngine.evaluate, running._tested
+
+    def watched(
+        self: BatchedEngine, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None
+    ) -> Scores:
+        assert reading or "test" not in splits
+        return evaluate(self, rows, client, splits, limit)
+
+    def allowed(place: Path) -> dict[str, Any]:
+        nonlocal reading
+        reading = True
+        value = tested(place)
+        reading = False
+        return value
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(BatchedEngine, "evaluate", watched)
+        patched.setattr(running, "_tested", allowed)
+        ended = mira("compare", write(folder, tiny_folder), "--out", folder / "o", "--results", folder / "r", "--json")
+    assert ended.status == 0, ended.err
+    return folder, one_object(ended.out), ended.err
+
+
+def validation(run: Path) -> float:
+    return min(json.loads(line)["validation_loss"] for line in (run / "metrics.jsonl").read_text().splitlines())
+
+
+def test_json_is_as_documented(done: tuple[Path, dict[str, Any], str]) -> None:
+    value = done[1]
+    expected = documented("mira compare")
+    found = [(name.removesuffix(".mean").removesuffix(".interval"), item) for name, item in fields(value)]
+    inner = [name for name, _ in found if name.startswith("entries[].runs[].")]
+    assert inner
+    shown = {name for name, _ in found} - set(inner)
+    assert shown == {name for name in expected if not name.startswith("entries[].runs[]")}
+    for name, item in found:
+        if name in shown:
+            assert isinstance(item, KINDS[expected[name]]), f"{name}={item!r} is not {expected[name]}"
+    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    of_runs = [line for line in text.splitlines() if line.startswith("| `entries[].runs[]")]
+    for name in inner:
+        part = name.rsplit(".", 1)[1]
+        assert f"`{part}`" in "".join(of_runs) or f"entries[].{part}" in expected, name
+
+
+def test_the_point_of_the_lowest_validation_loss_is_chosen(done: tuple[Path, dict[str, Any], str]) -> None:
+    folder, value, _ = done
+    assert value["complete"]
+    for entry, slug in zip(value["entries"], ("local", "mira-s-1"), strict=True):
+        runs = folder / "o" / "runs" / slug
+        means = {
+            place.name: sum(validation(place / f"seed-{n}") for n in (0, 1)) / 2 for place in sorted(runs.iterdir())
+        }
+        assert len(means) == 2
+        assert entry["chosen"] == min(means, key=means.__getitem__)
+        tuning = {point["point"]: point["validation_loss"] for point in entry["tuning"]}
+        assert tuning == pytest.approx(means)
+        assert {file.parent.parent.name for file in runs.rglob("test.json")} == {entry["chosen"]}
+
+
+def test_no_run_records_anything_of_the_test_split(done: tuple[Path, dict[str, Any], str]) -> None:
+    for metrics in (done[0] / "o" / "runs").rglob("metrics.jsonl"):
+        for record in map(json.loads, metrics.read_text().splitlines()):
+            assert record["local_loss"] is None
+            assert {client["test_loss"] for client in record["clients"].values()} == {None}
+            assert not {"answers", "transfer"} & record.keys()
+
+
+def test_figures_are_those_of_evaluate(done: tuple[Path, dict[str, Any], str]) -> None:
+    folder, value, _ = done
+    entry = value["entries"][1]
+    run = entry["runs"][1]
+    result = one_object(mira("evaluate", folder / "o" / run["run"], "--round", "best", "--json").out)
+    assert (run["seed"], run["best_round"]) == (1, result["rounds"])
+    for key in ("local_loss", "validation_loss", "global_loss", "mean_row_loss", "rouge_l", "exact_match"):
+        assert run[key] == result[key]
+    assert run["bytes"] == result["bytes_up"] + result["bytes_down"] > 0
+    assert [(c["name"], c["loss"]) for c in run["clients"]] == [(c["name"], c["loss"]) for c in result["clients"]]
+    both = [run["local_loss"] for run in entry["runs"]]
+    assert entry["local_loss"]["mean"] == pytest.approx(sum(both) / 2)
+    assert entry["local_loss"]["interval"] == pytest.approx(12.7062 * abs(both[0] - both[1]) / 2, rel=1e-4)
+
+
+def test_wins_are_counted_client_by_client(done: tuple[Path, dict[str, Any], str]) -> None:
+    local, other = done[1]["entries"]
+    mean = [
+        [sum(run["clients"][k]["loss"] for run in entry["runs"]) / 2 for k in range(len(NAMES))]
+        for entry in (other, local)
+    ]
+    (duel,) = other["against"]
+    assert duel["baseline"] == "Local"
+    assert duel["wins"] == sum(mine < theirs for mine, theirs in zip(*mean, strict=True))
+    assert duel["difference"] == pytest.approx(sum(a - b for a, b in zip(*mean, strict=True)) / len(NAMES))
+    assert duel["p"] in [n / 16 for n in range(2, 17, 2)]
+
+
+def test_progress_and_files(done: tuple[Path, dict[str, Any], str]) -> None:
+    folder, value, err = done
+    assert "8 runs: 2 entries × 2 points × 2 seeds" in err
+    assert "run 1 of 8 · Local · training.lr=0.001 · seed 0 · validation " in err
+    assert "run 8 of 8 · MIRA (s = 1) · training.lr=0.03 · seed 1 · validation " in err
+    assert json.loads((folder / "o" / "compare.json").read_text()) == value
+    assert sorted(file.name for file in (folder / "r").iterdir()) == ["compare.json", "table.csv", "table.md"]
+    assert (folder / "o" / "table.tex").is_file()
+
+
+def test_what_is_finished_is_not_done_again(done: tuple[Path, dict[str, Any], str]) -> None:
+    folder, value, _ = done
+    before = snapshot(folder / "o" / "runs")
+    ended = mira("compare", folder / "c.yaml", "--out", folder / "o")
+    assert ended.err.count("finished before") == 8
+    assert snapshot(folder / "o" / "runs") == before
+    assert "beats Local (p)" in ended.out
+    again = json.loads((folder / "o" / "compare.json").read_text())
+    assert again["entries"] == value["entries"]
+
+
+def test_another_configuration_is_refused(done: tuple[Path, dict[str, Any], str]) -> None:
+    folder = done[0]
+    before = snapshot(folder / "o")
+    ended = mira("compare", folder / "c.yaml", "--out", folder / "o", "--set", "rounds=3")
+    assert "seed-0: was started with another configuration: rounds: 2 here, 3 there (here: the run" in ended.error
+    assert snapshot(folder / "o") == before
+
+
+def test_other_data_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    small = {"seeds": [3], "grid": {}}
+    assert (
+        mira("compare", write(tmp_path, tiny_folder, {"Local": LINE["Local"]}, **small), "--out", tmp_path / "o").status
+        == 0
+    )
+    write_clients(tmp_path / "data.jsonl", examples=9)
+    ended = mira("compare", write(tmp_path, tiny_folder, **small), "--out", tmp_path / "o")
+    assert ended.error.startswith("runs/mira-s-1/only/seed-3: data is ")
+
+
+def test_a_comparison_goes_on_within_a_run(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tuned on one of two seeds, and interrupted after a round of the run that follows: as if it had not been."""
+    file = write(tmp_path, tiny_folder, {"MIRA": {}}, tune_seeds=[1])
+    value = comparison.compare(comparison.load(file), tmp_path / "whole", "")
+    with monkeypatch.context() as patched:
+        count = 0
+
+        def interrupted(wanted: Any, folder: Path) -> dict[str, Any]:
+            nonlocal count
+            count += 1
+            return experiment_run(wanted, folder, Interrupt(1) if count == 3 else Nobody())
+
+        experiment_run = experiment.run
+        patched.setattr(Interrupt, "Pulled", KeyboardInterrupt)
+        patched.setattr(experiment, "run", interrupted)
+        ended = mira("compare", file, "--out", tmp_path / "o")
+    assert ended.status == 130
+    assert ended.err.endswith("go on with the same command\n")
+    assert not (tmp_path / "o" / "compare.json").exists()
+    assert "2 points × 1 seeds, and 1 more seeds" in ended.err
+    lines: list[str] = []
+    again = comparison.compare(comparison.load(file), tmp_path / "o", "", say=lines.append)
+    assert [line.endswith("finished before") for line in lines] == [True, True, False]
+    for one, other in zip(value["entries"][0]["runs"], again["entries"][0]["runs"], strict=True):
+        assert one | {"seconds": 0} == other | {"seconds": 0}
