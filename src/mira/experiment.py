@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from mira import config, measure
-from mira.adapters.lora import to_peft
 from mira.config import Experiment
 from mira.core.loop import Record, Schedule, run_rounds
 from mira.core.tensors import from_tensors, in_use, to_tensors
@@ -259,12 +258,11 @@ def base_name(session: Session) -> str:
 
 
 def export_adapters(session: Session, folder: Path, state: ServerState, clients: Sequence[int]) -> list[Path]:
-    """In ``folder``, a PEFT folder for each client, of the row it deploys in ``state``."""
+    """In ``folder``, a folder for each client (PEFT's, where PEFT has the kind), of the row it deploys in ``state``."""
     places = []
     for k in clients:
         place = folder / session.federation.clients[k].slug
         row = session.experiment.method.serve(state, torch.tensor([k]))[0]
-        model, name = session.base.model, base_name(session)
-        replace_folder(place, partial(to_peft, row=row, layout=session.layout, model=model, base_name=name))
+        replace_folder(place, partial(session.adapter.save, row=row, base_name=base_name(session)))
         places.append(place)
     return places

@@ -13,7 +13,6 @@ from typing import Literal
 import torch
 
 from mira import config
-from mira.adapters.lora import merge as merge_into
 from mira.core.errors import UserError
 from mira.core.types import Overlay, ServerState
 from mira.data.types import Example
@@ -137,19 +136,15 @@ def _example(prompt: str, instruction: str | None, description: str) -> Example:
 def _write_merged(session: Session, state: ServerState, k: int, folder: Path) -> None:
     """The whole model with client ``k``'s adapter in its weights; the base is put back afterwards."""
     row = session.experiment.method.serve(state, torch.tensor([k]))[0]
-    model = session.base.model
-    original = {name: model.get_parameter(f"{name}.weight").detach().clone() for name in session.layout.modules}
-    merge_into(model, row, session.layout)
-    try:
-        with quiet():
-            model.save_pretrained(folder)
+    with session.adapter.merged(row), quiet():
+        session.base.model.save_pretrained(folder)
         session.base.tokenizer.save_pretrained(folder)
-    finally:
-        for name, weight in original.items():
-            model.get_parameter(f"{name}.weight").data.copy_(weight)
 
 
 def _check_vllm(session: Session) -> None:
+    adapter = session.experiment.adapter.kind
+    if adapter != "lora":
+        raise UserError(f"--format vllm: vLLM serves LoRA adapters, not adapter.kind={adapter}")
     kind, rank = session.base.model.config.model_type, session.layout.rank
     if kind in _VLLM_NO_LORA:
         raise UserError(

@@ -18,8 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mira.adapters.lora import Lora, start_row
+from mira.adapters.lora import Lora, LoraAdapter
+from mira.adapters.prompt import Prompt, PromptAdapter
+from mira.adapters.types import Adapter
 from mira.config import Experiment
+from mira.config.adapter import VirtualPromptSection
 from mira.core.errors import UserError, did_you_mean
 from mira.core.layout import Layout
 from mira.core.types import ServerState, Setting
@@ -49,9 +52,13 @@ class Session:
     base: Base
     federation: Federation
     corpus: Corpus
-    layout: Layout
+    adapter: Adapter
     engine: BatchedEngine | ReferenceEngine
     environment: dict[str, Any]
+
+    @property
+    def layout(self) -> Layout:
+        return self.adapter.layout
 
     @property
     def names(self) -> list[str]:
@@ -65,7 +72,7 @@ class Session:
 
     def start(self) -> Tensor:
         """The common start row [P], in the precision adapters are trained in."""
-        row = start_row(self.layout, self.experiment.seed)
+        row = self.adapter.start(self.experiment.seed)
         return row.double() if self.experiment.model.dtype == "float64" else row
 
     def descriptions(self) -> Tensor:
@@ -100,8 +107,16 @@ def open_session(
         experiment.model.trust_remote_code, experiment.model.quantization,
     )  # fmt: skip
     training, prompt = experiment.training, experiment.prompt
+    adapter = _adapter(experiment, base)
+    layout, dropout = adapter.layout, getattr(experiment.adapter, "dropout", 0.0)
     # A model knows no positions beyond its own: longer inputs are cut to what it can read.
-    length = min(prompt.max_length, positions(base.model))
+    room = positions(base.model) - layout.virtual_tokens
+    if room < 1:
+        raise UserError(
+            f"adapter.virtual_tokens={layout.virtual_tokens}: the model has {positions(base.model)} positions, which leaves"
+            " none for text; take fewer"
+        )
+    length = min(prompt.max_length, room)
     encoder = Encoder(base.tokenizer, prompt.template, length)
     corpus = Corpus(federation, encoder, training.batch_size, training.local_steps, training.local_epochs)
     if folder is not None:
@@ -110,19 +125,15 @@ def open_session(
     if truncated:
         which = ", ".join(f"{name} ({count})" for name, count in truncated.items())
         log.warning("prompts of at most %d tokens: inputs cut on the left for %s", length, which)
-    adapter = experiment.adapter
-    targets = tuple(adapter.targets) if isinstance(adapter.targets, list | tuple) else adapter.targets
-    layout = Lora(adapter.rank, adapter.alpha, adapter.dropout, adapter.rslora, targets).layout(base.model)
     prefix = experiment.engine.prefix != "off"
-    if prefix and adapter.dropout:
+    if prefix and dropout:
         log.warning(
-            "adapter.dropout=%g: the shared prefix is off, since sharing it would share one dropout mask",
-            adapter.dropout,
+            "adapter.dropout=%g: the shared prefix is off, since sharing it would share one dropout mask", dropout
         )
         prefix = False
     common = partial(
         dict[str, Any], model=base.model, pad=base.tokenizer.pad_token_id, end=base.tokenizer.eos_token_id,
-        decode=partial(_decode, base.tokenizer), layout=layout, dropout=adapter.dropout, corpus=corpus,
+        decode=partial(_decode, base.tokenizer), layout=layout, dropout=dropout, corpus=corpus,
         training=training, seed=experiment.seed, kept=kept, progress=progress,
         checkpointing=experiment.engine.checkpointing,
     )  # fmt: skip
@@ -134,7 +145,7 @@ def open_session(
     else:
         engine = BatchedEngine(**common(), tokens_per_pass=experiment.engine.tokens_per_pass, prefix=prefix)
     environment = _environment(base, federation, threads, prefix, truncated)
-    return Session(experiment, base, federation, corpus, layout, engine, environment)
+    return Session(experiment, base, federation, corpus, adapter, engine, environment)
 
 
 def check_environment(recorded: dict[str, Any], now: dict[str, Any], must: Sequence[str] = DECIDING) -> None:
@@ -211,6 +222,14 @@ def _processor() -> str:
             )
     except OSError:
         return platform.processor() or platform.machine()
+
+
+def _adapter(experiment: Experiment, base: Base) -> Adapter:
+    section, model = experiment.adapter, base.model
+    if isinstance(section, VirtualPromptSection):
+        return PromptAdapter(model, Prompt(section.virtual_tokens, section.encoder_hidden).layout(model))
+    lora = Lora(section.rank, section.alpha, section.dropout, section.rslora, section.targets)
+    return LoraAdapter(model, lora.layout(model))
 
 
 def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mira.adapters import prompt
 from mira.adapters.lora import Lora, start_row
+from mira.adapters.prompt import Prompt
 from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.training import Training
@@ -58,8 +60,14 @@ def layout_on(kind: str, rank: int = 4) -> Layout:
     return Lora(rank, 8.0, targets=targets).layout(make_tiny(kind))
 
 
+def prompt_on(kind: str, virtual_tokens: int = 5) -> Layout:
+    return Prompt(virtual_tokens, 16).layout(make_tiny(kind))
+
+
 def warm_row(layout: Layout, seed: int = 0) -> Tensor:
-    """A start row whose B is not zero, so that gradients of A are there from the first step."""
+    """A start row whose B is not zero, so that gradients of A are there from the first step; a prompt starts warm."""
+    if layout.virtual_tokens:
+        return prompt.start_row(layout, seed)
     row = start_row(layout, seed)
     for entry in layout.entries:
         if entry.factor == "B":
@@ -70,7 +78,7 @@ def warm_row(layout: Layout, seed: int = 0) -> Tensor:
 def make_engine(
     name: str, kind: str, corpus: Any, training: Training, dtype: torch.dtype = torch.float32, **options: Any
 ) -> BatchedEngine | ReferenceEngine:
-    layout = layout_on(kind)
+    layout = options.pop("layout", None) or layout_on(kind)
     shared: dict[str, Any] = {
         "model": options.pop("model", None) or make_tiny(kind, dtype), "pad": VOCABULARY[PAD], "end": VOCABULARY[EOS],
         "decode": lambda tokens: " ".join(map(str, tokens)), "layout": layout, "dropout": options.pop("dropout", 0.0),

@@ -306,7 +306,15 @@ def documented(node: dict[str, Any], where: str) -> list[str]:
 
 def test_every_field_is_documented_in_the_schema() -> None:
     whole = schema()
-    sections = ["ModelSection", "AdapterSection", "PromptSection", "EngineSection", "EvaluationSection", "Training"]
+    sections = [
+        "ModelSection",
+        "LoraSection",
+        "VirtualPromptSection",
+        "PromptSection",
+        "EngineSection",
+        "EvaluationSection",
+        "Training",
+    ]
     assert documented(whole, "") == []
     assert [name for section in sections for name in documented(whole["$defs"][section], section)] == []
     json.dumps(whole)

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from mira.adapters.fused import Adapter, GatedMLP, Projection, Projections, RMSNorm, is_plain
 from mira.adapters.lowrank import Factors, Lane, dropout_mask
-from mira.core.layout import Layout
+from mira.adapters.virtual import VirtualTokens
+from mira.core.layout import Entry, Layout
 
 Forward = Callable[..., Any]
 
@@ -73,6 +74,8 @@ def attach(model: PreTrainedModel, layout: Layout, dropout: float) -> Attached:
             _attach_group(attached, [Projection(module, factors.get(name))])
         elif name in factors:
             attached.exchange(module, _adapted(attached, factors[name]))
+    if layout.virtual_tokens:
+        attached.exchange(model.get_input_embeddings(), _prompted(attached, layout.entries))
     return attached
 
 
@@ -127,6 +130,22 @@ def _adapted(attached: Attached, factors: Factors | None) -> Callable[[Forward],
                 flat = x.reshape(-1, x.shape[-1])
                 seen = (flat * dropout_mask(flat, lane, attached.dropout)).view(x.shape)
             return Adapter.apply(out, seen, _probe(lane), factors, lane)  # type: ignore[no-any-return, no-untyped-call]
+
+        return forward
+
+    return exchanged
+
+
+def _prompted(attached: Attached, entries: Sequence[Entry]) -> Callable[[Forward], Forward]:
+    """The input embeddings, with the rows' own in the place of placeholders."""
+
+    def exchanged(plain: Forward) -> Forward:
+        def forward(ids: Tensor) -> Tensor:
+            lane, virtual = attached.lane, ids.flatten() < 0
+            if lane is None or not bool(virtual.any()):
+                return plain(ids)  # type: ignore[no-any-return]
+            hidden = plain(ids.clamp(min=0))
+            return VirtualTokens.apply(hidden, _probe(lane), ids.flatten(), entries, lane)  # type: ignore[no-any-return, no-untyped-call]
 
         return forward
 

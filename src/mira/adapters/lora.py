@@ -6,7 +6,8 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022: y = 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -41,6 +42,30 @@ class Lora:
         found = _targets(model, self.targets)
         features = {name: _features(module) for name, module in found.items()}
         return Layout.of(features, self.rank, self.alpha, self.rslora)
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """LoRA on ``model``."""
+
+    model: PreTrainedModel
+    layout: Layout
+
+    def start(self, seed: int) -> Tensor:
+        return start_row(self.layout, seed)
+
+    def save(self, folder: Path, row: Tensor, base_name: str) -> None:
+        to_peft(folder, row, self.layout, self.model, base_name)
+
+    @contextmanager
+    def merged(self, row: Tensor) -> Iterator[None]:
+        original = {name: self.model.get_parameter(f"{name}.weight").detach().clone() for name in self.layout.modules}
+        merge(self.model, row, self.layout)
+        try:
+            yield
+        finally:
+            for name, weight in original.items():
+                self.model.get_parameter(f"{name}.weight").data.copy_(weight)
 
 
 def start_row(layout: Layout, seed: int) -> Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
+from mira.config.adapter import ADAPTERS, Count, LoraSection
 from mira.config.faults import explain
 from mira.core.errors import UserError
 from mira.core.strict import STRICT
@@ -23,7 +24,6 @@ from mira.data.types import Source
 from mira.graphs import GRAPHS
 from mira.methods import METHODS
 
-Count = Annotated[int, Field(strict=True, ge=1)]
 CountOrNone = Annotated[int, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(strict=True, gt=0, le=1)]
 
@@ -41,17 +41,21 @@ class Variants:
 
 
 VARIANTS = {
+    "adapter": Variants("kind", ADAPTERS, default="lora"),
     "data": Variants("source", SOURCES, default=None),
     "method": Variants("name", METHODS, default="mira"),
     "graph": Variants("name", GRAPHS, default="groups"),
 }
 
 if TYPE_CHECKING:
+    AdapterSection = Any
     DataSection = Source
     MethodSection = Method
     GraphSection = Any
 else:
-    DataSection, MethodSection, GraphSection = (VARIANTS[section].union() for section in ("data", "method", "graph"))
+    AdapterSection, DataSection, MethodSection, GraphSection = (
+        VARIANTS[section].union() for section in ("adapter", "data", "method", "graph")
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -71,22 +75,6 @@ class ModelSection:
     """auto: the GPU when there is one."""
     trust_remote_code: bool = False
     """Let the model's own Python code run on this machine."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class AdapterSection:
-    """LoRA (Hu et al. 2022): y = W·x + s·B·A·x."""
-
-    rank: Count = 8
-    """r, rows of A and columns of B."""
-    alpha: Annotated[float, Field(gt=0)] = 16.0
-    """The scale s is alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the adapter's inputs set to 0 in training."""
-    rslora: bool = False
-    """Scale alpha / √rank instead (Kalajdzievski 2023)."""
-    targets: str | tuple[str, ...] = "auto"
-    """Layers: the ends of their names as a list, a regular expression as text, or auto, PEFT's choice for the model."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -149,7 +137,7 @@ class Experiment(BaseModel):
     rounds: Count
     """Communication rounds."""
     model: ModelSection
-    adapter: AdapterSection = AdapterSection()
+    adapter: AdapterSection = LoraSection()
     data: DataSection
     split: SplitSizes = SplitSizes(train=0.8, validation=0.1, test=0.1)
     prompt: PromptSection = PromptSection()
@@ -181,7 +169,7 @@ class Experiment(BaseModel):
     )  # fmt: skip
     @classmethod
     def _completed(cls, value: Any, info: ValidationInfo) -> Any:
-        """An empty section has its defaults; without a name the method and the graph are the default ones."""
+        """An empty section has its defaults; without a name adapter, method and graph are the default ones."""
         value = {} if value is None else value
         variants = VARIANTS.get(info.field_name or "")
         if isinstance(value, Mapping) and variants is not None and variants.default is not None:
@@ -195,9 +183,10 @@ class Experiment(BaseModel):
                 f"training.warmup_rounds={self.training.warmup_rounds}: must be less than rounds={self.rounds}, "
                 "or the learning rate never reaches its peak"
             )
-        if self.engine.prefix == "on" and self.adapter.dropout > 0:
+        dropout = getattr(self.adapter, "dropout", 0.0)
+        if self.engine.prefix == "on" and dropout > 0:
             raise UserError(
-                f"engine.prefix=on: a shared prefix is computed once, but adapter.dropout={self.adapter.dropout:g} "
+                f"engine.prefix=on: a shared prefix is computed once, but adapter.dropout={dropout:g} "
                 "differs from sequence to sequence; set engine.prefix=off or adapter.dropout=0"
             )
         if self.model.quantization != "none" and self.model.dtype == "float64":

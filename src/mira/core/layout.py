@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Literal
 
 from torch import Tensor
 
-Factor = Literal["A", "B"]
+Factor = Literal["A", "B", "prompt", "encoder", "seed"]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor inside a row: ``row[offset : offset + size].view(shape)``. A is [r, in], B is [out, r]."""
+    """One tensor inside a row: ``row[offset : offset + size].view(shape)``.
 
-    module: str  # dotted name in the base model, e.g. "model.layers.0.self_attn.q_proj"
+    LoRA: A [r, in] and B [out, r] of a layer. Prompt: the virtual tokens "prompt" [V, d] and the weights of the "encoder"
+    they pass. Seeds: the coefficients "seed" [N].
+    """
+
+    module: str  # dotted name in the base model, e.g. "model.layers.0.self_attn.q_proj"; elsewhere in the adapter
     factor: Factor
     shape: tuple[int, ...]
     offset: int
@@ -31,11 +36,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """LoRA rows: for each target module A then B, end to end. ``scale`` is α/r, or α/√r with rsLoRA."""
+    """The tensors of a row, end to end. ``scale`` of a LoRA product is α/r, or α/√r with rsLoRA; other kinds have none."""
 
     entries: tuple[Entry, ...]
-    rank: int
-    alpha: float
+    rank: int = 0
+    alpha: float = 0.0
     rslora: bool = False
 
     @property
@@ -48,16 +53,29 @@ class Layout:
         return self.alpha / (sqrt(self.rank) if self.rslora else self.rank)
 
     @property
+    def virtual_tokens(self) -> int:
+        """V, what a prompt adds in front of every sequence."""
+        return sum(entry.shape[0] for entry in self.entries if entry.factor == "prompt")
+
+    @property
     def modules(self) -> tuple[str, ...]:
+        """The layers that carry a LoRA product."""
         return tuple(entry.module for entry in self.entries if entry.factor == "A")
 
     @staticmethod
     def of(modules: dict[str, tuple[int, int]], rank: int, alpha: float, rslora: bool = False) -> Layout:
-        """The layout for target modules {name: (in_features, out_features)}, in the given order."""
-        entries: list[Entry] = []
-        offset = 0
+        """The LoRA layout for target modules {name: (in_features, out_features)}, in the given order: A then B of each."""
+        tensors: list[tuple[str, Factor, tuple[int, ...]]] = []
         for module, (fan_in, fan_out) in modules.items():
-            for factor, shape in (("A", (rank, fan_in)), ("B", (fan_out, rank))):
-                entries.append(Entry(module, factor, shape, offset))  # type: ignore[arg-type]
-                offset += prod(shape)
-        return Layout(tuple(entries), rank, alpha, rslora)
+            tensors += [(module, "A", (rank, fan_in)), (module, "B", (fan_out, rank))]
+        return Layout(end_to_end(tensors), rank, alpha, rslora)
+
+
+def end_to_end(tensors: Iterable[tuple[str, Factor, tuple[int, ...]]]) -> tuple[Entry, ...]:
+    """Entries for tensors (module, factor, shape), one after the other."""
+    entries: list[Entry] = []
+    offset = 0
+    for module, factor, shape in tensors:
+        entries.append(Entry(module, factor, shape, offset))
+        offset += prod(shape)
+    return tuple(entries)

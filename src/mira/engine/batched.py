@@ -122,7 +122,7 @@ class BatchedEngine:
         nll, tokens = [], []
         on_device = self._rows(rows)
         for part in self._passes(jobs):
-            packed = pack(part, self.prefix)
+            packed = pack(part, self.prefix, self.layout.virtual_tokens)
             with torch.no_grad(), self._lane(Lane(on_device, packed.ranges, needed=packed.predict.to(self.device))):
                 hidden = self._body(packed)
                 each = label_nll(hidden[packed.predict.to(self.device)], self._head, packed.target.to(self.device))
@@ -145,7 +145,7 @@ class BatchedEngine:
         answers: list[list[str]] = [[] for _ in prompts]
         on_device = self._rows(rows)
         for part in self._passes(jobs):
-            packed = pack(part, self.prefix)
+            packed = pack(part, self.prefix, self.layout.virtual_tokens)
             with torch.no_grad(), self._lane(Lane(on_device, packed.ranges)) as lane:
                 new = greedy(
                     self.model, self._head, packed, lane, [len(job) for _, job in part], self.end, max_new_tokens
@@ -195,7 +195,7 @@ class BatchedEngine:
         dropout: Sequence[torch.Generator] | None,
     ) -> Tensor:  # fmt: skip
         """One pass forward and back; the mean label loss of each job (float64)."""
-        packed = pack(part, self.prefix)
+        packed = pack(part, self.prefix, self.layout.virtual_tokens)
         with self._lane(Lane(rows, packed.ranges, grad, dropout, packed.predict.to(self.device))):
             with recomputed(self.model, dropout or ()) if self.checkpointing else nullcontext():
                 hidden = self._body(packed)
@@ -239,13 +239,13 @@ class BatchedEngine:
         return rows.to(device=self.device, dtype=dtype, copy=True)
 
     def _passes(self, jobs: Sequence[tuple[int, Sequence[Encoded]]]) -> Iterator[list[tuple[int, Sequence[Encoded]]]]:
-        sizes = [packed_tokens(sequences, self.prefix) for _, sequences in jobs]
+        sizes = [packed_tokens(sequences, self.prefix, self.layout.virtual_tokens) for _, sequences in jobs]
         for chosen in plan(sizes, self.tokens_per_pass):
             yield [jobs[n] for n in chosen]
 
     def _cut(self, sequences: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
         """Pieces of one client's sequences that fit a pass; without gradients a client may be spread over passes."""
-        for chosen in plan([len(s.tokens) for s in sequences], self.tokens_per_pass):
+        for chosen in plan([self.layout.virtual_tokens + len(s.tokens) for s in sequences], self.tokens_per_pass):
             yield [sequences[n] for n in chosen]
 
     def _report(self, part: Sequence[tuple[int, Sequence[Encoded]]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,9 +33,10 @@ class Pass:
     prompts: tuple[Segment, ...]
 
 
-def pack(jobs: Sequence[tuple[int, Sequence[Encoded]]], share_prefix: bool) -> Pass:
-    """Lay out the sequences of each (row, sequences) job. The prefix that a job's sequences have in common, found on
-    token ids, is laid once; it ends before the token that predicts the first label of any of them."""
+def pack(jobs: Sequence[tuple[int, Sequence[Encoded]]], share_prefix: bool, virtual: int = 0) -> Pass:
+    """Lay out the sequences of each (row, sequences) job, each behind ``virtual`` placeholders. The prefix that a job's
+    sequences have in common, found on token ids, is laid once; it ends before the token that predicts the first label of
+    any of them."""
     tokens: list[int] = []
     positions: list[int] = []
     ranges: list[tuple[int, int, int]] = []
@@ -44,7 +45,8 @@ def pack(jobs: Sequence[tuple[int, Sequence[Encoded]]], share_prefix: bool) -> P
     target: list[int] = []
     owner: list[int] = []
     own_segments: list[Segment] = []
-    for row, sequences in jobs:
+    for row, given in jobs:
+        sequences = prepended(given, virtual)
         begin = len(tokens)
         shared = common_prefix(sequences) if share_prefix else 0
         if shared:
@@ -83,8 +85,19 @@ def common_prefix(sequences: Sequence[Encoded]) -> int:
     return shared if shared >= _WORTH else 0
 
 
-def packed_tokens(sequences: Sequence[Encoded], share_prefix: bool) -> int:
+def prepended(sequences: Sequence[Encoded], virtual: int) -> Sequence[Encoded]:
+    """``sequences`` behind the placeholders −1, −2, … −``virtual``, whose embeddings come from the row (adapters/virtual)."""
+    if not virtual:
+        return sequences
+    head, unlabelled = tuple(range(-1, -1 - virtual, -1)), (False,) * virtual
+    return [
+        replace(s, tokens=head + s.tokens, label=unlabelled + s.label, prompt=virtual + s.prompt) for s in sequences
+    ]
+
+
+def packed_tokens(given: Sequence[Encoded], share_prefix: bool, virtual: int = 0) -> int:
     """Tokens that ``pack`` lays out for one job."""
+    sequences = prepended(given, virtual)
     total = sum(len(sequence.tokens) for sequence in sequences)
     return total - (len(sequences) - 1) * common_prefix(sequences) if share_prefix else total
 

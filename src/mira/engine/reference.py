@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from mira.adapters.lora import peft_config
+from mira.adapters import lora, prompt
 from mira.core.layout import Layout
 from mira.core.seeds import stream
 from mira.core.training import Training
@@ -44,11 +45,18 @@ class ReferenceEngine:
     peft: PeftModel = field(init=False)
 
     def __post_init__(self) -> None:
-        config = peft_config(self.layout, self.model, None, self.dropout)
-        config.inference_mode = False
         # PEFT changes the model it is given; the weights are shared, the modules are not.
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
-        object.__setattr__(self, "peft", get_peft_model(deepcopy(self.model, shared), config))
+        model = deepcopy(self.model, shared)
+        config: PeftConfig
+        if self.layout.virtual_tokens:
+            config = prompt.peft_config(self.layout, None, inference=False)
+        else:
+            config = lora.peft_config(self.layout, self.model, None, self.dropout)
+            config.inference_mode = False
+        object.__setattr__(self, "peft", get_peft_model(model, config))
+        if self.layout.virtual_tokens and self.model.dtype == torch.float64:
+            self.peft.prompt_encoder.double()  # PEFT makes it in fp32 on any base
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
         done: list[Trained] = []
@@ -159,11 +167,14 @@ class ReferenceEngine:
 
     def _answer(self, prompt: Sequence[int], max_new_tokens: int) -> str:
         ids = torch.tensor([prompt], device=self.model.device)
-        room = positions(self.model) - len(prompt) + 1  # the last token need not be read again
-        out = self.peft.generate(  # type: ignore[no-untyped-call]
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(max_new_tokens, room), do_sample=False,
-            eos_token_id=self.end, pad_token_id=self.pad, repetition_penalty=1.0,
-        )  # fmt: skip
+        taken = self.layout.virtual_tokens + len(prompt) - 1  # the last token need not be read again
+        room = positions(self.model) - taken
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Position ids are not supported")  # a prompt's: PEFT counts them anew
+            out = self.peft.generate(  # type: ignore[no-untyped-call]
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(max_new_tokens, room),
+                do_sample=False, eos_token_id=self.end, pad_token_id=self.pad, repetition_penalty=1.0,
+            )  # fmt: skip
         new = out[0, len(prompt) :].tolist()
         return self.decode(new[: new.index(self.end)] if self.end in new else new)
 
@@ -180,13 +191,15 @@ class ReferenceEngine:
             labels[i, :n] = torch.where(torch.tensor(s.label), ids[i, :n], -100)
         device = self.model.device
         out = self.peft(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
-        logits = out.logits[:, :-1]
+        logits = out.logits[:, self.layout.virtual_tokens : -1]
         wide = logits if logits.dtype == torch.float64 else logits.float()
         return cross_entropy(wide.flatten(0, 1), labels[:, 1:].flatten().to(device), reduction=reduction)
 
     def _named(self) -> list[torch.nn.Parameter]:
         """The adapter's parameters in the order of the layout."""
         named = dict(self.peft.named_parameters())
+        if self.layout.virtual_tokens:
+            return [named[f"prompt_encoder.default.{e.module}"] for e in self.layout.entries]
         return [named[f"base_model.model.{e.module}.lora_{e.factor}.default.weight"] for e in self.layout.entries]
 
     def _views(self, row: Tensor) -> list[Tensor]:

@@ -1,0 +1,57 @@
+"""Virtual tokens of many prompts in one pass: placeholders whose embeddings each row computes from its own numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, relu
+
+from mira.adapters.lowrank import Lane
+from mira.core.layout import Entry
+
+
+def encode(tensors: Sequence[Tensor]) -> Tensor:
+    """P-tuning's prompt W₃·relu(W₂·relu(W₁·E + b₁) + b₂) + b₃, row by row of E [V,d]: tensors E, W₁, b₁, W₂, b₂, W₃, b₃."""
+    e, w1, b1, w2, b2, w3, b3 = tensors
+    return linear(relu(linear(relu(linear(e, w1, b1)), w2, b2)), w3, b3)
+
+
+class VirtualTokens(torch.autograd.Function):
+    """Input embeddings with ``encode`` of each range's row where its tokens are placeholders: −1 the first virtual token,
+    −2 the second. ``probe`` asks for gradients, which go into ``lane.grad``: the embeddings themselves are frozen.
+
+    hidden [...,d] of T tokens, ids [T].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, probe: Tensor, ids: Tensor, entries: Sequence[Entry], lane: Lane) -> Tensor:
+        out = hidden.clone()
+        flat = out.view(len(ids), -1)
+        for row, place, number in _places(ids, lane):
+            flat[place] = encode([entry.view(lane.rows)[row] for entry in entries])[number].to(out.dtype)
+        ctx.ids, ctx.entries, ctx.lane = ids, entries, lane
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        lane: Lane = ctx.lane
+        assert lane.grad is not None
+        flat = grad.reshape(len(ctx.ids), -1)
+        for row, place, number in _places(ctx.ids, lane):
+            with torch.enable_grad():  # made again: the encoder is small beside one layer
+                weights = [entry.view(lane.rows)[row].detach().requires_grad_() for entry in ctx.entries]
+                prompt = encode(weights)
+            total = torch.zeros_like(prompt).index_add_(0, number, flat[place].to(prompt.dtype))
+            for entry, part in zip(ctx.entries, torch.autograd.grad(prompt, weights, total), strict=True):
+                entry.view(lane.grad)[row] += part
+        return None, None, None, None, None
+
+
+def _places(ids: Tensor, lane: Lane) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(row, where its virtual tokens are in the pass, which ones these are) of each range."""
+    for row, start, end in lane.ranges:
+        place = start + (ids[start:end] < 0).nonzero()[:, 0]
+        yield row, place, -1 - ids[place]

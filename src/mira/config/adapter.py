@@ -1,0 +1,43 @@
+"""What the numbers of a row mean: the kinds of adapter."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from mira.core.strict import STRICT
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LoraSection:
+    """LoRA (Hu et al. 2022): y = W·x + s·B·A·x."""
+
+    kind: Literal["lora"] = "lora"
+    rank: Count = 8
+    """r, rows of A and columns of B."""
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The scale s is alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs set to 0 in training."""
+    rslora: bool = False
+    """Scale alpha / √rank instead (Kalajdzievski 2023)."""
+    targets: str | tuple[str, ...] = "auto"
+    """Layers: the ends of their names as a list, a regular expression as text, or auto, PEFT's choice for the model."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class VirtualPromptSection:
+    """P-tuning (Liu et al. 2021): trained virtual tokens in front of every sequence, computed by an MLP of two hidden layers."""
+
+    kind: Literal["prompt"] = "prompt"
+    virtual_tokens: Count = 20
+    """How many; the model's positions must leave room for them."""
+    encoder_hidden: Count = 128
+    """Width of the MLP, whose weights are part of the row."""
+
+
+ADAPTERS = {"lora": LoraSection, "prompt": VirtualPromptSection}
