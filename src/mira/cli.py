@@ -193,6 +193,30 @@ def list_runs(
         )
 
 
+@app.command()
+def adapt(
+    run: Run,
+    client: Annotated[str, typer.Option("--client", help="Name of the new client.")],
+    data: Annotated[list[Path], typer.Option("--data", metavar="FILE", help="Its JSONL file; repeatable.")],
+    group: Annotated[str | None, typer.Option("--group", help="Start from the clients of this group.")] = None,
+    neighbours: Annotated[
+        int, typer.Option(min=1, help="Without --group: how many clients of the most similar description.")
+    ] = 3,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds of local training.")] = 3,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Let a new client join a finished run: start from its neighbours' rows, train on its own data, write its adapter."""
+    from mira.adapt import adapt, lines
+
+    result = adapt(run, client, data, group, neighbours, rounds, overrides or [])
+    if as_json:
+        sys.stdout.write(json.dumps(result, allow_nan=False) + "\n")
+        return
+    for line in lines(result):
+        out_console.print(line, soft_wrap=True)
+
+
 @config_app.command()
 def show(file: Path, overrides: Set = None) -> None:
     """Print the whole configuration, defaults included."""

@@ -17,7 +17,7 @@ LEVELS = (
     {"engine", "store", "report", "data", "model", "config", "measure", "progress"},
     {"session", "page", "listing"},
     {"experiment"},
-    {"inspect_run", "mira", "compare"},
+    {"adapt", "inspect_run", "mira", "compare"},
     {"cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

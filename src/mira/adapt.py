@@ -1,0 +1,145 @@
+"""A client that joins a finished run later: it starts where its neighbours are, and trains alone from there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mira import config
+from mira.config import Experiment
+from mira.config.overrides import override
+from mira.core.errors import UserError, did_you_mean
+from mira.core.similarity import cosines
+from mira.core.types import MemoryRows, ServerState, Work
+from mira.data.federation import Client, make_federation
+from mira.data.records import read_jsonl, to_example
+from mira.data.types import ClientData, client_data
+from mira.experiment import export_adapters, state_of, without_nan
+from mira.graphs import Complete
+from mira.methods.local import Local
+from mira.model.embed import embed
+from mira.session import Session, check_environment, open_session
+from mira.store import Store
+
+Result = dict[str, Any]
+ADAPTED = "adapted"  # in the run folder: of each client that joined, a PEFT folder and NAME.json
+
+
+@dataclass(frozen=True)
+class _Newcomer:
+    """A source of one client, from its JSONL files."""
+
+    name: str
+    group: str
+    files: tuple[Path, ...]
+
+    def load(self, seed: int) -> list[ClientData]:
+        examples = [to_example(record, place) for file in self.files for place, record in read_jsonl(file)]
+        return [client_data(self.name, examples, self.group)]
+
+
+def adapt(
+    folder: Path, name: str, files: Sequence[Path], group: str | None, neighbours: int, rounds: int,
+    overrides: Sequence[str] = (),
+) -> Result:  # fmt: skip
+    """Train an adapter for the new client ``name`` and write it to ``folder``/adapted; the run itself is only read.
+
+    It starts from Σ_l a_l·θ_l / Σ_l a_l over its neighbours l in the run: a_l = 1 for the clients of ``group``; without one
+    the ``neighbours`` clients whose task descriptions are most like its own, a_l their centred cosine. Then come ``rounds``
+    rounds of local training at the run's peak learning rate; beside it, for comparison, the same from the common start.
+    Raises UserError, also where nobody is related.
+    """
+    with Store.open(folder, writable=False) as store:
+        experiment, environment = config.parse_text(store.config()), store.environment()
+        known = make_federation(experiment.data, experiment.split, experiment.seed).clients
+        _check(name, group, known)
+        session = open_session(
+            _own(experiment, _Newcomer(name, group or "", tuple(files)), overrides), environment["threads"]
+        )
+        check_environment(environment, session.environment | {"data": environment["data"]}, must=("model",))
+        related, weight = _of_group(group, known) if group is not None else _of_description(session, known, neighbours)
+        method, state = experiment.method, state_of(session, store)
+        near = method.serve(state, related)
+    warm = (weight[:, None] * near.double()).sum(0) / weight.sum()
+    rows = torch.stack([warm.to(store.start.dtype), store.start])
+    curve, rows = _train(session, rows, state.round, rounds)
+    place = export_adapters(session, folder / ADAPTED, _alone(session, rows[0]), [0])[0]
+    chosen = [{"name": known[k].name, "weight": w} for k, w in zip(related.tolist(), weight.tolist(), strict=True)]
+    found = {"client": name, "neighbours": chosen, "rounds": curve}
+    kept = found | {"adapter": place.name}  # relative, so that the folder can be moved
+    place.with_suffix(".json").write_text(json.dumps(kept, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return {"run": str(folder.resolve())} | found | {"adapter": str(place.resolve())}
+
+
+def lines(result: Result) -> Iterator[str]:
+    """For people: from whom it starts, the test loss beside that from the common start, where the adapter is."""
+    yield "starts from " + ", ".join(f"{one['name']} ({one['weight']:.2f})" for one in result["neighbours"])
+    yield "steps    test loss    from the common start"
+    for point in result["rounds"]:
+        yield f"{point['steps']:5}    {_number(point['warm'])}    {_number(point['common'])}"
+    yield f"adapter {result['adapter']}"
+
+
+def _number(scores: Result) -> str:
+    return "  not finite" if scores["test_loss"] is None else f"{scores['test_loss']:9.3f}"
+
+
+def _own(experiment: Experiment, source: _Newcomer, overrides: Sequence[str]) -> Experiment:
+    """The run's experiment with the newcomer as its only client, which trains alone."""
+    changed = config.parse(override(experiment.model_dump(mode="json"), overrides))
+    training = replace(changed.training, keep_optimizer=False)
+    return changed.model_copy(update={"data": source, "method": Local(), "graph": Complete(), "training": training})
+
+
+def _check(name: str, group: str | None, known: Sequence[Client]) -> None:
+    if name in (client.name for client in known):
+        raise UserError(f"--client {name}: is a client of this run; give the new one a name of its own")
+    groups = {client.group for client in known if client.group}
+    if group is not None and group not in groups:
+        hint = did_you_mean(group, groups) if groups else "; its clients have no group, leave --group out"
+        raise UserError(f"--group {group}: no client of the run is in it{hint}")
+
+
+def _of_group(group: str, known: Sequence[Client]) -> tuple[Tensor, Tensor]:
+    related = torch.tensor([k for k, client in enumerate(known) if client.group == group])
+    return related, torch.ones(len(related), dtype=torch.float64)
+
+
+def _of_description(session: Session, known: Sequence[Client], most: int) -> tuple[Tensor, Tensor]:
+    newcomer = session.federation.clients[0]
+    cosine = cosines(embed(session.base, [newcomer.about, *(client.about for client in known)]))[0, 1:]
+    weight, related = cosine.sort(descending=True, stable=True)
+    alike = weight[:most] > 0
+    if not bool(alike.any()):
+        raise UserError("--client: no description in the run is like this client's; name its group with --group")
+    return related[:most][alike], weight[:most][alike]
+
+
+def _train(session: Session, rows: Tensor, round: int, rounds: int) -> tuple[list[Result], Tensor]:
+    """Losses of the two ``rows`` before training and after each round, and the rows then."""
+    training, both = session.experiment.training, torch.zeros(2, dtype=torch.int64)
+    curve = [_losses(session, rows, 0)]
+    for n in range(rounds):
+        trained = session.engine.train(Work(both, rows), round + n, training.lr)
+        if trained.failed:
+            raise UserError(f"--client: {trained.failed[0].reason}")
+        rows = trained.rows[trained.job.argsort()]
+        curve.append(_losses(session, rows, curve[-1]["steps"] + int(trained.steps[0])))
+    return curve, rows
+
+
+def _losses(session: Session, rows: Tensor, steps: int) -> Result:
+    loss = session.engine.evaluate(rows, torch.zeros(2, dtype=torch.int64), ("validation", "test")).loss.tolist()
+    named = [{"validation_loss": validation, "test_loss": test} for validation, test in loss]
+    clean: Result = without_nan({"steps": steps, "warm": named[0], "common": named[1]})
+    return clean
+
+
+def _alone(session: Session, row: Tensor) -> ServerState:
+    return ServerState(MemoryRows(row, 1, {}), session.initial_state().graph, {})

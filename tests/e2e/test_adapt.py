@@ -1,0 +1,89 @@
+"""A client that joins a finished run later."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mira import Experiment, run
+from mira.adapters.lora import from_peft
+from mira.config import parse_text
+from mira.session import open_session
+from mira.store import Store
+from small import Ended, mira, settings, snapshot, write_clients
+
+NEW = "eve"
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four clients in two groups, trained for some rounds; and the file of a fifth, of the group "even"."""
+    folder = tmp_path_factory.mktemp("adapt")
+    values = settings(
+        tiny_folder, write_clients(folder / "data.jsonl"), rounds=6, method={"strength": 0.5}, graph={"name": "groups"},
+        training={"local_steps": 4}, evaluation={"generate": False, "transfer_clients": 0},
+    )  # fmt: skip
+    run(Experiment(**values), folder / "run")
+    own = [{"instruction": "Add.", "input": f"{n} and 4", "output": str(n + 4)} for n in range(8)]
+    (folder / "eve.jsonl").write_text("".join(json.dumps(line) + "\n" for line in own))
+    return folder
+
+
+def adapt(folder: Path, *more: object) -> Ended:
+    return mira("adapt", folder / "run", "--client", NEW, "--data", folder / "eve.jsonl", *more)
+
+
+@pytest.mark.parametrize("how", [("--group", "even"), ("--neighbours", 2)])
+def test_a_newcomer_starts_better_than_from_the_common_start(finished: Path, how: tuple[object, ...]) -> None:
+    before = {k: v for k, v in snapshot(finished / "run").items() if not k.startswith("adapted")}
+    ended = adapt(finished, *how, "--rounds", 2, "--json")
+    assert ended.status == 0, ended
+    result = json.loads(ended.out)
+    assert [one["name"] for one in result["neighbours"]] == ["ann", "cleo"]
+    assert [point["steps"] for point in result["rounds"]] == [0, 4, 8]
+    first = result["rounds"][0]
+    with Store.open(finished / "run", writable=False) as store:
+        start = store.metrics()[0]["local_loss"]
+    assert first["warm"]["test_loss"] < 0.8 * first["common"]["test_loss"]
+    assert first["common"]["test_loss"] == pytest.approx(start, rel=0.5)  # an untrained row, on another client's data
+    after = snapshot(finished / "run")
+    assert {k: v for k, v in after.items() if not k.startswith("adapted")} == before
+    assert Path(result["adapter"]) == finished / "run" / "adapted" / NEW
+    kept = json.loads((finished / "run" / "adapted" / f"{NEW}.json").read_text())
+    assert kept == {k: v for k, v in result.items() if k != "run"} | {"adapter": NEW}
+
+
+def test_without_training_it_is_the_mean_of_its_neighbours(finished: Path) -> None:
+    assert adapt(finished, "--group", "odd", "--rounds", 0).status == 0
+    with Store.open(finished / "run", writable=False) as store:
+        rows, config = store.rows(), store.config()
+        layout = open_session(parse_text(config)).layout
+        expected = rows[torch.tensor([1, 3])].mean(0)
+    found = from_peft(finished / "run" / "adapted" / NEW, layout)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)  # a mean in float64, rounded once
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--group", "evn"), "--group evn: no client of the run is in it; did you mean 'even'?"),
+        (("--set", "split.train=50"), "data: client 'eve' has 8 different examples"),
+        (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
+    ],
+)
+def test_what_cannot_be_is_one_line(finished: Path, more: tuple[str, ...], message: str) -> None:
+    assert message in adapt(finished, *more).error
+
+
+def test_a_name_that_is_taken_is_refused(finished: Path) -> None:
+    ended = mira("adapt", finished / "run", "--client", "ann", "--data", finished / "eve.jsonl")
+    assert ended.error == "--client ann: is a client of this run; give the new one a name of its own"
+
+
+def test_a_human_sees_both_curves(finished: Path) -> None:
+    out = adapt(finished, "--group", "even", "--rounds", 1).out
+    assert "starts from ann (1.00), cleo (1.00)" in out
+    assert "from the common start" in out
