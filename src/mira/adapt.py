@@ -21,7 +21,7 @@ from mira.data.federation import Client, make_federation
 from mira.data.records import read_jsonl, to_example
 from mira.data.types import ClientData, client_data
 from mira.experiment import export_adapters, state_of, without_nan
-from mira.graphs import Complete
+from mira.graphs.known import Complete
 from mira.methods.local import Local
 from mira.model.embed import embed
 from mira.session import Session, check_environment, open_session
