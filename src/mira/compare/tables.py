@@ -21,7 +21,7 @@ Rows = list[list[str]]  # the first is the head
 
 _LOSSES = (
     ("local loss", "local_loss", 4),
-    ("at the last round", "local_loss_last", 4),
+    ("last round", "local_loss_last", 4),
     ("global loss", "global_loss", 3),
 )
 _COSTS = (("ROUGE-L", "rouge_l", 3), ("exact match", "exact_match", 3), ("MB", "bytes", 1), ("s", "seconds", 0))
