@@ -42,7 +42,7 @@ class Workload:
         assert isinstance(engine, BatchedEngine)
         other = copy(engine)
         object.__setattr__(other, "prefix", prefix)
-        object.__setattr__(other, "tokens_per_pass", tokens_per_pass or engine.tokens_per_pass)
+        object.__setattr__(other, "budget", tokens_per_pass or engine.budget)
         return other
 
     def work(self, rows: Tensor) -> Work:

@@ -78,7 +78,7 @@ def resume(folder: Path | str, watcher: Watcher | None = None) -> Result:
         watcher.stage("preparing")
         experiment = config.parse_text(store.config())
         kept = _Kept(store)
-        session = open_session(experiment, store.environment()["threads"], kept, watcher.tokens, store.folder)
+        session = open_session(experiment, store.environment(), kept, watcher.tokens, store.folder)
         check_environment(store.environment(), session.environment)
         session.corpus.keep(store.folder / TOKENS)
         return _go_on(session, store, state_of(session, store), watcher)

@@ -115,7 +115,7 @@ def _session(folder: Path) -> Session:
     """The experiment of a run folder, built on the same weights and data; the folder is closed again meanwhile."""
     with Store.open(folder, writable=False) as store:
         environment, experiment = store.environment(), config.parse_text(store.config())
-    session = open_session(experiment, environment["threads"], folder=folder)
+    session = open_session(experiment, environment, folder=folder)
     check_environment(environment, session.environment, must=("model", "data"))
     return session
 

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -41,7 +41,7 @@ from mira.model.quantise import needed_for
 log = logging.getLogger(__name__)
 
 # Numbers depend on these; a resumed run must find them as they were.
-DECIDING = ("versions", "model", "data", "threads", "device", "prefix")
+DECIDING = ("versions", "model", "data", "threads", "device", "prefix", "tokens_per_pass")
 TOKENS = "tokens"  # in the run folder: the examples as encoded, for who opens the run again
 LIBRARIES = ("mira", "torch", "transformers", "peft", "tokenizers")
 
@@ -93,13 +93,15 @@ class Session:
 
 def open_session(
     experiment: Experiment,
-    threads: int | None = None,
+    recorded: Mapping[str, Any] | None = None,
     kept: Callable[[int], Tensor | None] = lambda client: None,
     progress: Callable[[int], None] = lambda tokens: None,
     folder: Path | None = None,
 ) -> Session:
-    """Build all of ``experiment``. ``folder``: its run folder, where there is one; ``threads``: as recorded there."""
-    threads = threads or experiment.engine.threads or torch.get_num_threads()
+    """Build all of ``experiment``. ``folder``: its run folder, where there is one; ``recorded``: the environment recorded
+    there, of which threads and the size of a pass are taken over."""
+    recorded = recorded or {}
+    threads = recorded.get("threads") or experiment.engine.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     federation = make_federation(experiment.data, experiment.split, experiment.seed)
     base = load(
@@ -143,8 +145,10 @@ def open_session(
     if experiment.engine.name == "reference":
         engine = ReferenceEngine(**common())
     else:
-        engine = BatchedEngine(**common(), tokens_per_pass=experiment.engine.tokens_per_pass, prefix=prefix)
-    environment = _environment(base, federation, threads, prefix, truncated)
+        budget = recorded.get("tokens_per_pass") or experiment.engine.tokens_per_pass
+        engine = BatchedEngine(**common(), tokens_per_pass=budget, prefix=prefix)
+    budget = engine.budget if isinstance(engine, BatchedEngine) else None
+    environment = _environment(base, federation, threads, prefix, budget, truncated)
     return Session(experiment, base, federation, corpus, adapter, engine, environment)
 
 
@@ -172,8 +176,8 @@ def enough_memory(experiment: Experiment) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"engine.tokens_per_pass={experiment.engine.tokens_per_pass}: out of memory while measuring; start a new run"
-            " with less of it, or with a smaller prompt.max_length or evaluation.max_new_tokens"
+            f"engine.tokens_per_pass={json.dumps(experiment.engine.tokens_per_pass)}: out of memory while measuring; start a"
+            " new run with less of it (say 256), or with a smaller prompt.max_length or evaluation.max_new_tokens"
         ) from None
 
 
@@ -185,7 +189,12 @@ def _short(value: Any, other: Any) -> str:
 
 
 def _environment(
-    base: Base, federation: Federation, threads: int, prefix: bool, truncated: dict[str, int]
+    base: Base,
+    federation: Federation,
+    threads: int,
+    prefix: bool,
+    tokens_per_pass: int | None,
+    truncated: dict[str, int],
 ) -> dict[str, Any]:
     return {
         "versions": {name: version(name) for name in (*LIBRARIES, *needed_for(base.quantization))},
@@ -197,6 +206,7 @@ def _environment(
         "threads": threads,
         "device": base.model.device.type,
         "prefix": prefix,
+        "tokens_per_pass": tokens_per_pass,
         "machine": {
             "python": platform.python_version(), "platform": platform.platform(), "processor": _processor(),
             "cores": os.cpu_count(),

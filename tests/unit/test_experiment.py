@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from mira import Experiment
 from mira.core.errors import UserError
+from mira.engine import budget
 from mira.experiment import located, peak_memory, without_nan
 from mira.session import DECIDING, check_environment, enough_memory, open_session
 from mira.store.folders import replace_folder
@@ -24,7 +25,7 @@ from small import settings, write_clients
 
 ENVIRONMENT: dict[str, Any] = {
     "versions": {"torch": "2.13.0", "peft": "0.21"}, "model": {"sha256": "a"}, "data": {"sha256": "b"}, "threads": 2,
-    "device": "cpu", "prefix": True, "machine": {"cores": 2},
+    "device": "cpu", "prefix": True, "tokens_per_pass": 1024, "machine": {"cores": 2},
 }  # fmt: skip
 
 
@@ -71,7 +72,7 @@ def test_a_result_is_located_in_its_folder(tmp_path: Path) -> None:
 
 def test_only_running_out_of_memory_is_the_users(tiny_folder: Path, tmp_path: Path) -> None:
     experiment = Experiment(**settings(tiny_folder, tmp_path))
-    with pytest.raises(UserError, match=r"engine.tokens_per_pass=4096: out of memory"), enough_memory(experiment):
+    with pytest.raises(UserError, match=r"engine.tokens_per_pass=null: out of memory"), enough_memory(experiment):
         raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(RuntimeError, match="shape"), enough_memory(experiment):
         raise RuntimeError("shape mismatch")
@@ -87,10 +88,23 @@ def test_threads(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     values = settings(tiny_folder, write_clients(tmp_path / "data.jsonl"), engine={"threads": given})
     try:
-        session = open_session(Experiment(**values), recorded)
+        session = open_session(Experiment(**values), recorded and {"threads": recorded})
         assert (count(), session.environment["threads"]) == (used, used)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("given", "recorded", "used"), [(None, None, 64), (300, None, 300), (300, 200, 200), (None, 200, 200)]
+)
+def test_the_size_of_a_pass_is_what_memory_allows_or_what_is_asked_for_or_was_recorded(
+    given: int | None, recorded: int | None, used: int, tiny_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(budget, "free_memory", lambda device: 1)
+    values = settings(tiny_folder, write_clients(tmp_path / "data.jsonl"), engine={"tokens_per_pass": given})
+    session = open_session(Experiment(**values), recorded and {"tokens_per_pass": recorded})
+    assert session.environment["tokens_per_pass"] == used
 
 
 # Folders

@@ -24,6 +24,7 @@ from mira.core.types import Failure, Scores, Trained, Work
 from mira.data.corpus import Corpus
 from mira.data.text import Encoded
 from mira.engine import attention
+from mira.engine.budget import bytes_a_token, tokens_per_pass
 from mira.engine.checkpoint import recomputed
 from mira.engine.exchange import exchange, find_last
 from mira.engine.generate import greedy
@@ -33,6 +34,8 @@ from mira.engine.optim import RowOptimizer, pull
 from mira.engine.packing import Pass, pack, packed_tokens, plan
 
 log = logging.getLogger(__name__)
+
+_FORWARD = 4  # times the tokens of a training pass in one without gradients
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,19 @@ class BatchedEngine:
     corpus: Corpus
     training: Training
     seed: int
-    tokens_per_pass: int
+    tokens_per_pass: int | None
     prefix: bool
     checkpointing: bool = False
     kept: Callable[[int], Tensor | None] = lambda client: None
     progress: Callable[[int], None] = lambda tokens: None
     attached: Attached = field(init=False)
+    budget: int = field(init=False)  # tokens of a training pass
 
     def __post_init__(self) -> None:
         exchange(self.model)
         object.__setattr__(self, "attached", attach(self.model, self.layout, self.dropout))
         find_last(self.model, self.attached, self.layout.size)
+        object.__setattr__(self, "budget", self.tokens_per_pass or self._measured())
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +88,7 @@ class BatchedEngine:
             active = sum(len(steps) > step for steps in batches)
             jobs = [(j, batches[j][step]) for j in range(active) if j not in lost]
             grad[:active].zero_()
-            for part in self._passes(jobs):
+            for part in self._passes(jobs, self.budget):
                 self._accumulate(part, rows, grad, loss, dropout, lost)
             if anchor is not None and prox is not None:
                 pull(
@@ -121,7 +126,7 @@ class BatchedEngine:
         jobs = [(row, part) for row, job in enumerate(sequences) for part in self._cut(job)]
         nll, tokens = [], []
         on_device = self._rows(rows)
-        for part in self._passes(jobs):
+        for part in self._passes(jobs, self._forward_budget):
             packed = pack(part, self.prefix, self.layout.virtual_tokens)
             with torch.no_grad(), self._lane(Lane(on_device, packed.ranges, needed=packed.predict.to(self.device))):
                 hidden = self._body(packed)
@@ -144,7 +149,7 @@ class BatchedEngine:
         jobs = [(row, part) for row, job in enumerate(sequences) for part in self._cut(job)]
         answers: list[list[str]] = [[] for _ in prompts]
         on_device = self._rows(rows)
-        for part in self._passes(jobs):
+        for part in self._passes(jobs, self._forward_budget):
             packed = pack(part, self.prefix, self.layout.virtual_tokens)
             with torch.no_grad(), self._lane(Lane(on_device, packed.ranges)) as lane:
                 new = greedy(
@@ -173,7 +178,7 @@ class BatchedEngine:
             return
         log.warning(
             "out of memory with %d clients in a pass; trying halves (engine.tokens_per_pass=%d)",
-            len(part), self.tokens_per_pass,
+            len(part), self.budget,
         )  # fmt: skip
         for half in (part[: len(part) // 2], part[len(part) // 2 :]):
             self._accumulate(half, rows, grad, loss, dropout, lost)
@@ -238,14 +243,32 @@ class BatchedEngine:
         dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
         return rows.to(device=self.device, dtype=dtype, copy=True)
 
-    def _passes(self, jobs: Sequence[tuple[int, Sequence[Encoded]]]) -> Iterator[list[tuple[int, Sequence[Encoded]]]]:
+    @property
+    def _forward_budget(self) -> int:
+        """Tokens of a pass without gradients, which keeps no layer's activations."""
+        return _FORWARD * self.budget
+
+    def _measured(self) -> int:
+        rows = self._rows(torch.zeros(1, self.layout.size))
+        tensors = (*self.model.parameters(), *self.model.buffers(), rows)
+
+        def train(tokens: int) -> None:
+            sequence = Encoded((1,) * tokens, (False,) * (tokens - 1) + (True,), False)
+            self._backward([(0, [sequence])], rows, torch.zeros_like(rows), None)
+
+        each = bytes_a_token({tensor.untyped_storage().data_ptr() for tensor in tensors}, train)
+        return tokens_per_pass(self.device, each)
+
+    def _passes(
+        self, jobs: Sequence[tuple[int, Sequence[Encoded]]], budget: int
+    ) -> Iterator[list[tuple[int, Sequence[Encoded]]]]:
         sizes = [packed_tokens(sequences, self.prefix, self.layout.virtual_tokens) for _, sequences in jobs]
-        for chosen in plan(sizes, self.tokens_per_pass):
+        for chosen in plan(sizes, budget):
             yield [jobs[n] for n in chosen]
 
     def _cut(self, sequences: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
         """Pieces of one client's sequences that fit a pass; without gradients a client may be spread over passes."""
-        for chosen in plan([self.layout.virtual_tokens + len(s.tokens) for s in sequences], self.tokens_per_pass):
+        for chosen in plan([self.layout.virtual_tokens + len(s.tokens) for s in sequences], self._forward_budget):
             yield [sequences[n] for n in chosen]
 
     def _report(self, part: Sequence[tuple[int, Sequence[Encoded]]]) -> None:

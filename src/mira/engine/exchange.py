@@ -64,9 +64,10 @@ def find_last(model: PreTrainedModel, attached: Attached, width: int) -> None:
         try:
             ids = torch.arange(_LENGTH, device=model.device)[None]
             packed = Packed([Segment(0, _LENGTH)])
-            return model.base_model(
+            out: Tensor = model.base_model(
                 input_ids=ids + 1, position_ids=ids, use_cache=False, packed=packed
             ).last_hidden_state[0]
+            return out
         finally:
             attached.last, attached.lane = None, None
 

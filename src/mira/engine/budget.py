@@ -1,0 +1,89 @@
+"""How many tokens a pass may have, from what a training pass was measured to keep of each."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+_CPU = 1024  # larger passes are no faster on a CPU: the products are large enough, and less of them fits the caches
+_GPU = 65536
+_LEAST = 64
+_SHARE = 0.5  # of the free memory; what a layer needs for a moment and the backward pass come on top of what is kept
+_PROBE = 64  # tokens
+
+
+@dataclass
+class _Held:
+    """Bytes that autograd holds, each storage once, and the most there were at a time."""
+
+    frozen: set[int]
+    count: Counter[int] = field(default_factory=Counter)
+    now: int = 0
+    peak: int = 0
+
+    def take(self, tensor: Tensor) -> _Ticket:
+        storage = tensor.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        if place not in self.frozen:
+            self.count[place] += 1
+            self.now += size if self.count[place] == 1 else 0
+            self.peak = max(self.peak, self.now)
+        return _Ticket(self, tensor, place, size)
+
+    def give(self, place: int, size: int) -> None:
+        if place not in self.frozen:
+            self.count[place] -= 1
+            self.now -= size if self.count[place] == 0 else 0
+
+
+@dataclass
+class _Ticket:
+    """A saved tensor for as long as autograd holds it."""
+
+    held: _Held
+    tensor: Tensor
+    place: int
+    size: int
+
+    def __del__(self) -> None:
+        self.held.give(self.place, self.size)
+
+
+def bytes_a_token(frozen: set[int], train: Callable[[int], None]) -> float:
+    """What a pass keeps of each token. ``train``: one forward and backward pass of so many tokens; ``frozen``: addresses of
+    what is there anyway. Two lengths, so that what a pass keeps whatever its length does not count."""
+
+    def peak(tokens: int) -> int:
+        held = _Held(frozen)
+        with saved_tensors_hooks(held.take, lambda ticket: ticket.tensor):
+            train(tokens)
+        return held.peak
+
+    return max(peak(2 * _PROBE) - peak(_PROBE), 1) / _PROBE
+
+
+def tokens_per_pass(device: torch.device, each: float) -> int:
+    """As many tokens as half of the free memory holds at ``each`` bytes, within what is of use."""
+    most = _GPU if device.type == "cuda" else _CPU
+    return max(_LEAST, min(most, int(_SHARE * free_memory(device) / each)))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may be used on ``device``; on a CPU within the limit of the container, where there is one."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    if limit.exists() and (most := limit.read_text().strip()).isdigit():
+        free.append(int(most) - int(limit.with_name("memory.current").read_text()))
+    return max(min(free), 0)

@@ -1,0 +1,46 @@
+"""What autograd is measured to keep, and the pass that fits the memory there is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from mira.engine import budget
+from mira.engine.budget import bytes_a_token, tokens_per_pass
+
+WIDTH = 16
+W = torch.randn(WIDTH, WIDTH, requires_grad=True)
+FROZEN = {W.untyped_storage().data_ptr()}
+
+
+def layers(x: torch.Tensor) -> torch.Tensor:
+    for _ in range(3):
+        x = torch.exp(x @ W / 10)  # the product keeps its input and W, exp its output: the next product's input
+    return x
+
+
+def test_each_storage_counts_once_and_weights_do_not() -> None:
+    """Kept are the first input and three outputs; the one who reads an output shares it with exp."""
+    each = bytes_a_token(FROZEN, lambda tokens: layers(torch.ones(tokens, WIDTH)).sum().backward())
+    assert each == 4 * WIDTH * 4
+
+
+def test_what_is_made_again_counts_while_it_is_there() -> None:
+    """Two blocks recomputed one after the other: of each its input at all times, and the inside of one at a time."""
+
+    def train(tokens: int) -> None:
+        x = torch.ones(tokens, WIDTH, requires_grad=True)
+        for _ in range(2):
+            x = checkpoint(layers, x, use_reentrant=True)  # type: ignore[assignment]
+        x.sum().backward()
+
+    each = bytes_a_token(FROZEN, train)
+    assert 4 * WIDTH * 4 <= each < 2 * 4 * WIDTH * 4
+
+
+def test_a_pass_takes_half_of_what_is_free_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert 2**20 < budget.free_memory(cpu) < 2**50
+    monkeypatch.setattr(budget, "free_memory", lambda device: 1000 * 2**20)
+    assert [tokens_per_pass(cpu, mib * 2**20) for mib in (100, 1, 0.1)] == [64, 500, 1024]
