@@ -59,9 +59,7 @@ def adapt(
         experiment, environment = config.parse_text(store.config()), store.environment()
         known = make_federation(experiment.data, experiment.split, experiment.seed).clients
         _check(name, group, known)
-        session = open_session(
-            _own(experiment, _Newcomer(name, group or "", tuple(files)), overrides), environment["threads"]
-        )
+        session = open_session(_own(experiment, _Newcomer(name, group or "", tuple(files)), overrides), environment)
         check_environment(environment, session.environment | {"data": environment["data"]}, must=("model",))
         related, weight = _of_group(group, known) if group is not None else _of_description(session, known, neighbours)
         method, state = experiment.method, state_of(session, store)

@@ -91,7 +91,7 @@ def _tested(folder: Path) -> dict[str, Any]:
     with Store.open(folder, writable=False) as store:
         assert store.best_round is not None
         recorded = store.environment()
-        session = open_session(config.parse_text(store.config()), recorded["threads"], folder=folder)
+        session = open_session(config.parse_text(store.config()), recorded, folder=folder)
         check_environment(recorded, session.environment)
         generate = session.experiment.evaluation.generate
         best = measured(session, state_of(session, store, store.best_round), Nobody(), generate, transfer=True)
