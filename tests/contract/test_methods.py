@@ -19,9 +19,11 @@ from mira.core.layout import Layout
 from mira.core.loop import Schedule, apply, describe, run_rounds, screen
 from mira.core.seeds import generator
 from mira.core.training import Training
-from mira.core.types import Change, MemoryRows, Method, Rows, Scores, ServerState, Setting, Trained, Work
+from mira.core.types import Change, Method, Rows, Scores, ServerState, Setting, Trained, Work
 from mira.methods import METHODS
+from mira.store import Store
 from recorder import MemoryRecorder
+from toy import Toy, numbered
 
 VARIANTS: dict[str, Any] = {
     "mira": METHODS["mira"](strength=0.4),
@@ -30,9 +32,20 @@ VARIANTS: dict[str, Any] = {
     "mira-paper-all": METHODS["mira"](form="paper", regularisation=2.0, neighbours="all"),
     "local": METHODS["local"](),
     "fedit": METHODS["fedit"](),
+    "fedprox": METHODS["fedprox"](mu=0.3),
+    "ditto": METHODS["ditto"](lam=0.3),
+    "mr-mtl": METHODS["mr-mtl"](lam=0.3),
+    "pfedme": METHODS["pfedme"](lam=0.3, step=0.5),
+    "ffa-lora": METHODS["ffa-lora"](),
+    "fedsa-lora": METHODS["fedsa-lora"](),
+    "flexlora": METHODS["flexlora"](),
+    "fedavgm": METHODS["fedavgm"](lr=0.7),
+    "fedadam": METHODS["fedadam"](lr=0.01),
 }
 LAYOUT = Layout.of({"layer": (3, 2)}, rank=1, alpha=1.0)  # P = 5
-PERSONAL = [name for name in VARIANTS if name != "fedit"]
+ROW_OF_EACH = [name for name in VARIANTS if name.startswith("mira") or name == "local"]  # row k is client k's
+BESIDE_ONE = ["ditto", "mr-mtl", "pfedme", "fedsa-lora"]  # row 0 is that of all, row k + 1 client k's
+ONE_ROW = [name for name in VARIANTS if name not in ROW_OF_EACH + BESIDE_ONE]
 COHORT = [4, 0, 3]
 NEIGHBOURS = {1, 5}  # of the cohort and outside it, on the graph below
 
@@ -57,15 +70,20 @@ def state_of(method: Method, related: Graph | None = None, round: int = 3) -> Se
     """A state in which every row has been written: row k is all k."""
     related = related or graph()
     state = method.init(Setting(LAYOUT, torch.zeros(LAYOUT.size), related.num_clients, related, 0.01, 4))
-    written = {k: torch.full((LAYOUT.size,), float(k)) for k in range(len(state.rows))}
-    return replace(state, rows=MemoryRows(state.rows.start, len(state.rows), written), round=round)
+    return replace(state, rows=numbered(state.rows, torch.zeros(LAYOUT.size)), round=round)
 
 
-def trained(client: Sequence[int] = COHORT, **changed: Any) -> Trained:
+def trained(method: Method, cohort: Sequence[int] = COHORT, **changed: Any) -> Trained:
+    """What came back of the work ``method`` gives to ``cohort``: random rows, but for what may not move."""
+    work = method.broadcast(state_of(method), torch.tensor(cohort))
+    client = work.client.tolist()
     draw = generator("trained", len(client))
+    rows = torch.randn(len(client), LAYOUT.size, generator=draw)
+    if work.trainable is not None:
+        rows = torch.where(work.trainable, rows, work.start)
     whole = {
         "client": torch.tensor(client), "job": torch.arange(len(client)),
-        "rows": torch.randn(len(client), LAYOUT.size, generator=draw),
+        "rows": rows,
         "examples": torch.tensor([10 + 7 * k for k in client]), "tokens": torch.tensor([100 + k for k in client]),
         "steps": torch.tensor([2 + k % 3 for k in client]), "loss": torch.rand(len(client), generator=draw).double(),
         "lr": 0.01,
@@ -100,14 +118,15 @@ def test_the_start_is_the_common_row_and_every_client_gets_one(method: Method) -
     state = method.init(Setting(LAYOUT, start, 7, graph(), 0.01, 4))
     assert state.round == 0
     client = torch.tensor([6, 2, 2, 0])
-    for rows in (method.serve(state, client), method.broadcast(state, client).start):
-        assert rows.shape == (4, LAYOUT.size)
+    work = method.broadcast(state, client)
+    for clients, rows in ((client, method.serve(state, client)), (work.client, work.start)):
+        assert rows.shape == (len(clients), LAYOUT.size)
         assert rows.dtype == torch.float32
-        assert torch.equal(rows, start.expand(4, -1))
+        assert torch.equal(rows, start.expand(len(clients), -1))
 
 
 def test_inputs_are_not_mutated(method: Method) -> None:
-    state, done = state_of(method), trained()
+    state, done = state_of(method), trained(method)
     cohort = torch.tensor(COHORT)
     before = tensors(state), tensors(done), tensors(cohort)
     work = method.broadcast(state, cohort)
@@ -117,25 +136,59 @@ def test_inputs_are_not_mutated(method: Method) -> None:
     assert same(before[0], tensors(state))
     assert same(before[1], tensors(done))
     assert same(before[2], tensors(cohort))
-    again = [method.aggregate(state, trained()).value for _ in range(2)]
+    again = [method.aggregate(state, trained(method)).value for _ in range(2)]
     assert torch.equal(*again)
 
 
-def test_work_is_each_clients_own_row(method: Method) -> None:
+# Row i of the state is all i: from which rows A (3 numbers) and B (2) of each job start, and which it is pulled to.
+START = {"ditto": [0, 5, 0, 1, 0, 4], "mr-mtl": [5, 1, 4], **dict.fromkeys(ROW_OF_EACH, COHORT)}
+ANCHOR = {"fedprox": [0, 0, 0], "pfedme": [0, 0, 0], "mr-mtl": [0, 0, 0], "ditto": [0] * 6}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_work_is_what_each_client_starts_from(name: str) -> None:
+    method = VARIANTS[name]
     work = method.broadcast(state_of(method), torch.tensor(COHORT))
-    assert work.client.tolist() == COHORT
-    expected = [0, 0, 0] if method.name == "fedit" else COHORT
-    assert work.start[:, 0].tolist() == expected
-    assert torch.equal(work.start, method.serve(state_of(method), torch.tensor(COHORT)))
+    assert work.client.tolist() == ([4, 4, 0, 0, 3, 3] if name == "ditto" else COHORT)
+    a = START.get(name, [0, 0, 0])
+    b = [5, 1, 4] if name == "fedsa-lora" else a
+    assert work.start.tolist() == [[i, i, i, j, j] for i, j in zip(a, b, strict=True)]
+    assert (work.anchor is None) is (work.prox is None) is (name not in ANCHOR)
+    if work.anchor is not None and work.prox is not None:
+        assert work.anchor[:, 0].tolist() == ANCHOR[name]
+        assert work.prox.tolist() == ([0, 0.3] * 3 if name == "ditto" else [0.3] * 3)
+    assert work.kept_under == ([4, 11, 0, 7, 3, 10] if name == "ditto" else COHORT)
 
 
-def test_only_locals_work_is_private(method: Method) -> None:
-    state, done = state_of(method), trained()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_is_private_and_what_travels(name: str) -> None:
+    """Local sends nothing, Ditto not its clients' own rows, FFA-LoRA no A, FedSA-LoRA no B; all others the row."""
+    method = VARIANTS[name]
+    state, done = state_of(method), trained(method)
     work = method.broadcast(state, torch.tensor(COHORT))
-    assert (work.private is not None and bool(work.private.all())) is (method.name == "local")
+    private = {"local": [True] * 3, "ditto": [False, True] * 3}.get(name)
+    assert (None if work.private is None else work.private.tolist()) == private
     record = describe(4, work, done, method.aggregate(state, done), [f"c{k}" for k in range(7)])
-    sent = 0 if method.name == "local" else 4 * LAYOUT.size * 3
+    sent = 3 * 4 * {"local": 0, "ffa-lora": 2, "fedsa-lora": 3}.get(name, LAYOUT.size)
     assert (record["bytes_down"], record["bytes_up"]) == (sent, sent)
+
+
+@pytest.mark.parametrize("name", ["local", "ditto", "fedsa-lora"])
+def test_what_stays_with_a_client_reaches_nobody_else(name: str) -> None:
+    """Another private row (or B) of client 4 changes what client 4 deploys and nothing else on the server."""
+    method = VARIANTS[name]
+    state, done = state_of(method), trained(method)
+    other = replace(done, rows=done.rows.clone())
+    secret = {"local": 0, "ditto": 1, "fedsa-lora": 0}[name]
+    assert int(done.client[secret]) == 4
+    other.rows[secret, 3:] += 100
+    everyone = torch.arange(7)
+    a, b = (method.serve(apply(state, method.aggregate(state, each)), everyone) for each in (done, other))
+    mask = everyone != 4
+    assert torch.equal(a[mask], b[mask])
+    assert not torch.equal(a[4], b[4])
+    shared = [apply(state, method.aggregate(state, each)).rows[torch.tensor([0])] for each in (done, other)]
+    assert name != "ditto" or torch.equal(*shared)
 
 
 # The cost of a round.
@@ -164,13 +217,18 @@ def spied(method: Method, related: Graph) -> tuple[ServerState, Spy]:
 
 def test_a_round_touches_the_cohorts_rows_and_their_neighbours_alone(method: Method) -> None:
     state, spy = spied(method, graph())
+    name = next(name for name, variant in VARIANTS.items() if variant is method)
     method.broadcast(state, torch.tensor(COHORT))
-    assert len(spy.read) <= 3
+    assert len(spy.read) <= 4
     spy.read.clear()
-    change = method.aggregate(state, trained())
-    everyones = getattr(method, "neighbours", None) == "all"
-    assert sorted(spy.read) == (sorted(NEIGHBOURS) if everyones else [])
-    assert change.index.tolist() == ([0] if method.name == "fedit" else COHORT)
+    change = method.aggregate(state, trained(method))
+    if getattr(method, "neighbours", None) == "all":
+        assert sorted(spy.read) == sorted(NEIGHBOURS)
+    elif name == "mr-mtl":
+        assert sorted(spy.read) == [0, 1, 4, 5]  # the mean, and what the cohort's rows were
+    else:
+        assert set(spy.read) <= (set() if name in ROW_OF_EACH else {0})
+    assert change.index.tolist() == (COHORT if name in ROW_OF_EACH else [0] if name in ONE_ROW else [0, 5, 1, 4])
     assert change.value.shape == (len(change.index), LAYOUT.size)
     assert change.value.dtype == torch.float32
 
@@ -179,9 +237,9 @@ def test_a_hundred_thousand_clients_cost_their_cohort(method: Method) -> None:
     many = Groups(torch.arange(100_000) // 4)
     state, spy = spied(method, many)
     method.broadcast(state, torch.tensor(COHORT))
-    change = method.aggregate(state, trained())
-    assert len(spy.read) <= 3 + 3 * 3
-    assert len(change.index) <= 3
+    change = method.aggregate(state, trained(method))
+    assert len(spy.read) <= 4 + 4 + 3 * 3
+    assert len(change.index) <= 4
     assert sum(t.numel() for t in change.extra.values()) <= 1000
 
 
@@ -189,9 +247,9 @@ def test_a_hundred_thousand_clients_cost_their_cohort(method: Method) -> None:
 
 
 def test_the_order_in_which_jobs_return_does_not_matter(method: Method) -> None:
-    state, done = state_of(method), trained()
-    turned = done.select(torch.tensor([2, 0, 1]), [])
-    assert turned.client.tolist() == [3, 4, 0]
+    state, done = state_of(method), trained(method)
+    turned = done.select(torch.arange(len(done.client)).roll(1), [])
+    assert turned.client.tolist() != done.client.tolist()
     a, b = (after(state, method.aggregate(state, each)) for each in (done, turned))
     for k in a:
         torch.testing.assert_close(a[k], b[k], rtol=0, atol=1e-6)  # sums of 3 numbers below 10 in another order
@@ -199,10 +257,10 @@ def test_the_order_in_which_jobs_return_does_not_matter(method: Method) -> None:
     assert notes[0] == pytest.approx(notes[1])
 
 
-@pytest.mark.parametrize("name", PERSONAL)
+@pytest.mark.parametrize("name", ROW_OF_EACH)
 def test_a_lost_client_keeps_its_row_and_is_not_missed_by_strangers(name: str) -> None:
     """The round is as if the lost client 3 had never been in the cohort; client 4, unrelated to it, cannot tell."""
-    method, done = VARIANTS[name], trained()
+    method, done = VARIANTS[name], trained(VARIANTS[name])
     # One local step each, so that the mean number of steps, and with it the paper's c, does not tell either.
     done = replace(done, steps=torch.ones_like(done.steps))
     state = state_of(method)
@@ -223,29 +281,43 @@ def test_a_lost_client_keeps_its_row_and_is_not_missed_by_strangers(name: str) -
     torch.testing.assert_close(without[0], expected, rtol=0, atol=1e-6)
 
 
-def test_fedit_averages_those_who_came_back_by_their_examples() -> None:
-    done = trained().select(torch.tensor([0, 2]), [])
-    change = VARIANTS["fedit"].aggregate(state_of(VARIANTS["fedit"]), done)
+@pytest.mark.parametrize("name", BESIDE_ONE)
+def test_a_lost_client_keeps_its_own_row_beside_that_of_all(name: str) -> None:
+    """Client 3 is lost, with all its jobs; the row of all is made of the others."""
+    method = VARIANTS[name]
+    state, done = state_of(method), trained(method)
+    left = done.select(done.client != 3, [])
+    rows = after(state, method.aggregate(state, left))
+    assert torch.equal(rows[4], torch.full((5,), 4.0))
+    assert not torch.equal(rows[5], torch.full((5,), 5.0))
+    without = after(state, method.aggregate(state, trained(method, [4, 0], rows=left.rows)))
+    assert all(torch.equal(rows[k], without[k]) for k in rows)
+
+
+@pytest.mark.parametrize("name", ["fedit", "fedprox"])
+def test_fedavg_averages_those_who_came_back_by_their_examples(name: str) -> None:
+    done = trained(VARIANTS[name]).select(torch.tensor([0, 2]), [])
+    change = VARIANTS[name].aggregate(state_of(VARIANTS[name]), done)
     torch.testing.assert_close(change.value[0], (38 * done.rows[0] + 31 * done.rows[1]) / 69)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 def test_a_row_that_is_not_finite_never_reaches_a_method(method: Method, poison: float) -> None:
-    bad = trained()
-    bad.rows[2, 1] = poison
+    bad = trained(method)
+    bad.rows[-1, 1] = poison
     kept = screen(bad)
-    assert kept.client.tolist() == [4, 0]
+    assert sorted(set(kept.client.tolist())) == [0, 4]
     assert [f.client for f in kept.failed] == [3]
     assert kept.failed[0].reason.startswith("row is not finite; lower training.lr")
     state = state_of(method)
-    clean = method.aggregate(state, trained().select(torch.tensor([0, 1]), []))
+    clean = method.aggregate(state, trained(method).select(bad.client != 3, []))
     change = method.aggregate(state, kept)
     assert torch.equal(change.value, clean.value)
     assert bool(torch.isfinite(change.value).all())
 
 
 def test_a_client_without_a_loss_is_named_with_what_to_do() -> None:
-    bad = trained()
+    bad = trained(VARIANTS["local"])
     bad.loss[0] = float("nan")
     kept = screen(bad)
     assert kept.client.tolist() == [0, 3]
@@ -253,9 +325,11 @@ def test_a_client_without_a_loss_is_named_with_what_to_do() -> None:
     assert "lower training.lr" in kept.failed[0].reason
 
 
-def test_one_client_alone_keeps_what_it_learned(method: Method) -> None:
+@pytest.mark.parametrize("name", [*ROW_OF_EACH, "fedit", "fedprox", "ditto"])
+def test_one_client_alone_keeps_what_it_learned(name: str) -> None:
     """Where nobody related is at hand a round is local training, bit for bit."""
-    state, done = state_of(method, Groups(torch.arange(7))), trained([4])
+    method = VARIANTS[name]
+    state, done = state_of(method, Groups(torch.arange(7))), trained(method, [4])
     assert torch.equal(method.aggregate(state, done).value, done.rows)
 
 
@@ -263,8 +337,46 @@ def test_no_strength_is_local(method: Any) -> None:
     if method.name != "mira":
         return
     off = replace(method, **{"regularisation" if method.form == "paper" else "strength": 0.0})
-    state, done = state_of(off), trained()
+    state, done = state_of(off), trained(off)
     assert torch.equal(off.aggregate(state, done).value, VARIANTS["local"].aggregate(state, done).value)
+
+
+# Resumed from a run folder.
+
+
+@dataclass
+class Folder:
+    """The store as the round loop sees it."""
+
+    store: Store
+
+    def commit(self, round: int, change: Change, optimizer: dict[int, Tensor], record: dict[str, Any]) -> None:
+        self.store.commit(round, change.index, change.value, change.extra, optimizer, record)
+
+    def rows(self) -> Rows:
+        return self.store.rows()
+
+
+def on_toy(method: Method, state: ServerState, rounds: int, recorder: Any) -> ServerState:
+    toy = Toy.draw(7, size=LAYOUT.size)
+    schedule, names = Schedule(0, rounds, 0.5, Training(lr=0.05, local_steps=3)), [f"c{k}" for k in range(7)]
+    return run_rounds(method, toy, state, schedule, names, recorder, lambda s: {"validation_loss": 1.0}, lambda r: None)
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(method: Method, tmp_path: Path) -> None:
+    start = torch.linspace(-1, 1, LAYOUT.size, dtype=torch.float64)
+    begin = method.init(Setting(LAYOUT, start, 7, graph(), 0.05, 3))
+    whole = on_toy(method, begin, 4, MemoryRecorder(begin.rows))  # type: ignore[arg-type]
+    with Store.create(tmp_path / "run", "", {}, start, len(begin.rows), {}) as store:
+        store.commit(0, torch.empty(0, dtype=torch.int64), start[None][:0], begin.extra, {}, {"validation_loss": 1.0})
+        on_toy(method, replace(begin, rows=store.rows(), extra=store.extra()), 2, Folder(store))
+    with Store.open(tmp_path / "run") as store:
+        state = ServerState(store.rows(), begin.graph, store.extra(), 2)
+        resumed = on_toy(method, state, 4, Folder(store))
+        everything = torch.arange(len(whole.rows))
+        assert torch.equal(resumed.rows[everything], whole.rows[everything])
+        assert whole.extra.keys() == resumed.extra.keys()
+        assert all(torch.equal(whole.extra[key], resumed.extra[key]) for key in whole.extra)
 
 
 # On both engines, through the round loop.
@@ -323,8 +435,10 @@ def test_both_engines_run_every_method_to_the_same_rows(name: str) -> None:
         records.append(recorder.records)
     start = warm_row(watched.inner.layout).double()
     moved = (finals[1] - start).norm(dim=1)
-    assert int((moved > 0).sum()) >= (1 if name == "fedit" else 3)
-    assert bool(((finals[0] - finals[1]).norm(dim=1) <= 1e-10 * moved).all())
+    assert int((moved > 0).sum()) >= (1 if name in ONE_ROW else 3)
+    # Singular vectors amplify rounding by how near the kept singular values lie to the first that is cut off.
+    limit = 1e-7 if name == "flexlora" else 1e-10
+    assert bool(((finals[0] - finals[1]).norm(dim=1) <= limit * moved).all())
     for ours, oracle in zip(*records, strict=True):
         for key in ("cohort", "steps", "tokens", "bytes_up", "bytes_down"):
             assert ours[key] == oracle[key]

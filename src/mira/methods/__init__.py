@@ -1,7 +1,28 @@
 """Methods: which row goes to whom, and how rows come together. One file and one line here for each."""
 
+from mira.methods.ditto import Ditto
 from mira.methods.fedit import FedIT
+from mira.methods.fedprox import FedProx
+from mira.methods.fedsa_lora import FedSALoRA
+from mira.methods.ffa_lora import FFALoRA
+from mira.methods.flexlora import FlexLoRA
 from mira.methods.local import Local
 from mira.methods.mira import Mira
+from mira.methods.mr_mtl import MRMTL
+from mira.methods.pfedme import PFedMe
+from mira.methods.server_optimizers import FedAdam, FedAvgM
 
-METHODS = {"mira": Mira, "local": Local, "fedit": FedIT}
+METHODS = {
+    "mira": Mira,
+    "local": Local,
+    "fedit": FedIT,
+    "fedprox": FedProx,
+    "ditto": Ditto,
+    "mr-mtl": MRMTL,
+    "pfedme": PFedMe,
+    "ffa-lora": FFALoRA,
+    "fedsa-lora": FedSALoRA,
+    "flexlora": FlexLoRA,
+    "fedavgm": FedAvgM,
+    "fedadam": FedAdam,
+}

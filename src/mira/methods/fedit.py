@@ -1,18 +1,19 @@
-"""FedIT: FedAvg on LoRA. One row for all, A and B averaged separately.
+"""FedIT: FedAvg on LoRA. One row for all, A and B averaged separately. On prompts it is FedPTuning, on seeds FedKSeed.
 
-Zhang et al., "Towards Building the Federated GPT: Federated Instruction Tuning", ICASSP 2024; the average after
-McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017.
+McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017. Zhang et al.,
+"Towards Building the Federated GPT: Federated Instruction Tuning" (FedIT), ICASSP 2024. Kuang et al., "FederatedScope-LLM"
+(FedPTuning), KDD 2024. Qin et al., "Federated Full-Parameter Tuning of Billion-Sized Language Models with Communication
+Cost under 18 Kilobytes" (FedKSeed), ICML 2024.
 """
 
 from typing import Literal
 
-import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from mira.core.mixing import weighted_mean
 from mira.core.strict import STRICT
-from mira.core.types import Change, MemoryRows, ServerState, Setting, Trained, Work
+from mira.core.types import Change, ServerState, Setting, Trained, Work
+from mira.methods.rows import FIRST, common, mean, one_row
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -22,14 +23,13 @@ class FedIT:
     name: Literal["fedit"] = "fedit"
 
     def init(self, setting: Setting) -> ServerState:
-        return ServerState(MemoryRows(setting.start, 1, {}), setting.graph, extra={})
+        return one_row(setting)
 
     def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
-        return Work(cohort, start=state.rows[torch.zeros_like(cohort)])
+        return Work(cohort, start=common(state, cohort))
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
-        mean = weighted_mean(trained.rows, trained.examples)
-        return Change(torch.zeros(1, dtype=torch.int64), mean[None], {}, notes={})
+        return Change(FIRST, mean(trained)[None], {}, notes={})
 
     def serve(self, state: ServerState, client: Tensor) -> Tensor:
-        return state.rows[torch.zeros_like(client)]
+        return common(state, client)

@@ -1,0 +1,39 @@
+"""FedProx: FedAvg whose clients are held near the row they were sent.
+
+Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020. Here every client does its full local steps and
+counts with its number of examples, as in FedAvg; the paper also allows partial work, and samples clients by size instead.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from mira.core.strict import STRICT
+from mira.core.types import Change, ServerState, Setting, Trained, Work
+from mira.methods.rows import FIRST, common, mean, one_row
+
+
+@dataclass(frozen=True, config=STRICT)
+class FedProx:
+    """θ̂_k ≈ argmin F_k(w) + μ/2·‖w − θ‖² from w = θ, then θ ← Σ_k p_k·θ̂_k with p_k = n_k/Σn."""
+
+    name: Literal["fedprox"] = "fedprox"
+    mu: Annotated[float, Field(ge=0)] = 0.01
+    """μ; 0 is FedAvg."""
+
+    def init(self, setting: Setting) -> ServerState:
+        return one_row(setting)
+
+    def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
+        prox = torch.full((len(cohort),), self.mu, dtype=torch.float64)
+        start = common(state, cohort)
+        return Work(cohort, start, anchor=start, prox=prox)
+
+    def aggregate(self, state: ServerState, trained: Trained) -> Change:
+        return Change(FIRST, mean(trained)[None], {}, notes={})
+
+    def serve(self, state: ServerState, client: Tensor) -> Tensor:
+        return common(state, client)

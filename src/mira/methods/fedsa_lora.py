@@ -1,0 +1,37 @@
+"""FedSA-LoRA: A is averaged and shared, every client keeps a B of its own.
+
+Guo et al., "Selective Aggregation for Low-Rank Adaptation in Federated Learning", ICLR 2025.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from mira.core.strict import STRICT
+from mira.core.types import Change, ServerState, Setting, Trained, Work
+from mira.methods.rows import FIRST, common, factor_mask, mean, one_row_and_each
+
+_A = "fedsa-lora.A"  # in extra: which numbers of a row are A, [P] bool
+
+
+@dataclass(frozen=True, config=STRICT)
+class FedSALoRA:
+    """A ← Σ_k p_k·Â_k with p_k = n_k/Σn; B_k ← B̂_k. Client k trains from and deploys (A, B_k). Only A travels."""
+
+    name: Literal["fedsa-lora"] = "fedsa-lora"
+
+    def init(self, setting: Setting) -> ServerState:
+        return one_row_and_each(setting, {_A: factor_mask(setting, "A", self.name)})
+
+    def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
+        return Work(cohort, start=self.serve(state, cohort), upload=state.extra[_A])
+
+    def aggregate(self, state: ServerState, trained: Trained) -> Change:
+        """Of the row of all only A counts, of a client's row only B."""
+        together = torch.where(state.extra[_A], mean(trained), state.rows[FIRST])
+        return Change(torch.cat([FIRST, trained.client + 1]), torch.cat([together, trained.rows]), {}, notes={})
+
+    def serve(self, state: ServerState, client: Tensor) -> Tensor:
+        return torch.where(state.extra[_A], common(state, client), state.rows[client + 1])

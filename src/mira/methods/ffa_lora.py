@@ -1,0 +1,37 @@
+"""FFA-LoRA: A stays as it was drawn, B is trained and averaged; then the average of B is the average of B·A.
+
+Sun et al., "Improving LoRA in Privacy-preserving Federated Learning", ICLR 2024.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from mira.core.strict import STRICT
+from mira.core.types import Change, ServerState, Setting, Trained, Work
+from mira.methods.rows import FIRST, common, factor_mask, mean, one_row
+
+_B = "ffa-lora.B"  # in extra: which numbers of a row are B, [P] bool
+
+
+@dataclass(frozen=True, config=STRICT)
+class FFALoRA:
+    """B ← Σ_k p_k·B̂_k with p_k = n_k/Σn, A fixed: Σ_k p_k·(B̂_k·A) = (Σ_k p_k·B̂_k)·A exactly. Only B travels."""
+
+    name: Literal["ffa-lora"] = "ffa-lora"
+
+    def init(self, setting: Setting) -> ServerState:
+        return one_row(setting, {_B: factor_mask(setting, "B", self.name)})
+
+    def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
+        b = state.extra[_B]
+        return Work(cohort, start=common(state, cohort), trainable=b, upload=b)
+
+    def aggregate(self, state: ServerState, trained: Trained) -> Change:
+        value = torch.where(state.extra[_B], mean(trained), state.rows[FIRST])
+        return Change(FIRST, value, {}, notes={})
+
+    def serve(self, state: ServerState, client: Tensor) -> Tensor:
+        return common(state, client)

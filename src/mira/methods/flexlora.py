@@ -1,0 +1,60 @@
+"""FlexLoRA: the products are averaged, not the factors, and the average is cut back to rank r by its singular values.
+
+Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources", NeurIPS 2024.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from mira.core.strict import STRICT
+from mira.core.types import Change, ServerState, Setting, Trained, Work
+from mira.methods.rows import FIRST, common, factor_pairs, one_row
+
+_PLACES = "flexlora.factors"  # in extra: where A and B of each layer begin in a row, and in, out, r: [layers,5] int64
+
+
+@dataclass(frozen=True, config=STRICT)
+class FlexLoRA:
+    """B·A ← the best rank-r approximation of Σ_k p_k·B̂_k·Â_k, p_k = n_k/Σn. The scale s, alike for all, cancels."""
+
+    name: Literal["flexlora"] = "flexlora"
+
+    def init(self, setting: Setting) -> ServerState:
+        pairs = factor_pairs(setting, self.name)
+        places = [[a.offset, b.offset, a.shape[1], b.shape[0], a.shape[0]] for a, b in pairs]
+        return one_row(setting, {_PLACES: torch.tensor(places)})
+
+    def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
+        return Work(cohort, start=common(state, cohort))
+
+    def aggregate(self, state: ServerState, trained: Trained) -> Change:
+        rows, p = trained.rows, trained.examples.double() / trained.examples.sum()
+        value = state.rows[FIRST]
+        for first_a, first_b, fan_in, fan_out, rank in state.extra[_PLACES].tolist():
+            at_a, at_b = slice(first_a, first_a + rank * fan_in), slice(first_b, first_b + fan_out * rank)
+            a, b = rows[:, at_a].view(-1, rank, fan_in).double(), rows[:, at_b].view(-1, fan_out, rank).double()
+            new_a, new_b = best_factors(a, p[:, None, None] * b)
+            value[0, at_a], value[0, at_b] = new_a.flatten().to(value.dtype), new_b.flatten().to(value.dtype)
+        return Change(FIRST, value, {}, notes={})
+
+    def serve(self, state: ServerState, client: Tensor) -> Tensor:
+        return common(state, client)
+
+
+def best_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A [r,in] and B [out,r] whose product is nearest to Σ_k b_k·a_k (Eckart and Young): a [M,r,in], b [M,out,r].
+
+    With Σ b_k·a_k = U·Σ·Vᵀ: A = Vᵀ, with rows of length 1 much like those A is drawn with, and B = U·Σ. The sum is never
+    formed: side by side the factors are [out,M·r]·[M·r,in], and of both only the triangle R of QR counts. Of a singular
+    vector and its negative the one is taken whose largest number is positive.
+    """
+    rank = a.shape[1]
+    q_b, r_b = torch.linalg.qr(b.movedim(0, 1).flatten(1))
+    q_a, r_a = torch.linalg.qr(a.flatten(0, 1).T)
+    u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    new_a, new_b = vt[:rank] @ q_a.T, q_b @ (u[:, :rank] * s[:rank])
+    sign = new_a.gather(1, new_a.abs().argmax(1, keepdim=True)).sign()
+    return new_a * sign, new_b * sign[:, 0]

@@ -1,0 +1,46 @@
+"""MR-MTL: mean-regularised multi-task learning. Every client keeps its own row, pulled towards the mean of all of them.
+
+Liu et al., "On Privacy and Personalization in Cross-Silo Federated Learning", NeurIPS 2022, after Evgeniou and Pontil,
+"Regularized Multi-Task Learning", KDD 2004. The objective is MIRA's on the complete graph with a_kl = 1/K:
+λ/2·Σ_k ‖θ_k − θ̄‖² = λ/2·tr(ΘᵀLΘ), as a term of local training instead of a step on the server.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from mira.core.strict import STRICT
+from mira.core.types import Change, ServerState, Setting, Trained, Work
+from mira.methods.rows import FIRST, common, one_row_and_each
+
+
+@dataclass(frozen=True, config=STRICT)
+class MRMTL:
+    """θ_k ≈ argmin F_k(w) + λ/2·‖w − θ̄‖² from its last value, θ̄ = 1/K·Σ_k θ_k as sent at the start of the round.
+
+    The mean of all K rows as last known, kept up to date by what the cohort changed: θ̄ ← θ̄ + 1/K·Σ_k (θ̂_k − θ_k). Clients
+    count alike, whatever their number of examples, as the objective has it.
+    """
+
+    name: Literal["mr-mtl"] = "mr-mtl"
+    lam: Annotated[float, Field(ge=0)] = 0.1
+    """λ; 0 is local training."""
+
+    def init(self, setting: Setting) -> ServerState:
+        return one_row_and_each(setting)
+
+    def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
+        prox = torch.full((len(cohort),), self.lam, dtype=torch.float64)
+        return Work(cohort, state.rows[cohort + 1], anchor=common(state, cohort), prox=prox)
+
+    def aggregate(self, state: ServerState, trained: Trained) -> Change:
+        own = trained.client + 1
+        moved = (trained.rows - state.rows[own]).sum(0) / (len(state.rows) - 1)
+        value = torch.cat([state.rows[FIRST] + moved, trained.rows])
+        return Change(torch.cat([FIRST, own]), value, {}, notes={})
+
+    def serve(self, state: ServerState, client: Tensor) -> Tensor:
+        return state.rows[client + 1]

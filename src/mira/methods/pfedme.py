@@ -1,0 +1,44 @@
+"""pFedMe: personal rows by Moreau envelopes, around one row for all.
+
+T. Dinh et al., "Personalized Federated Learning with Moreau Envelopes", NeurIPS 2020. Here with ONE outer step a round (the
+paper's R = 1): then its local rate η and its server rate β act only as the product βηλ, which is ``step``. The inner problem
+is solved by the local training every method has, and clients count with their number of examples.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from mira.core.strict import STRICT
+from mira.core.types import Change, ServerState, Setting, Trained, Work
+from mira.methods.rows import FIRST, common, mean, one_row_and_each
+
+
+@dataclass(frozen=True, config=STRICT)
+class PFedMe:
+    """θ_k ≈ argmin F_k(w) + λ/2·‖w − θ‖² from w = θ; then θ ← θ − s·(θ − Σ_k p_k·θ_k), s = βηλ. Client k deploys θ_k."""
+
+    name: Literal["pfedme"] = "pfedme"
+    lam: Annotated[float, Field(ge=0)] = 0.1
+    """λ of the envelope."""
+    step: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """s; with 1 the row of all is FedProx's."""
+
+    def init(self, setting: Setting) -> ServerState:
+        return one_row_and_each(setting)
+
+    def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
+        prox = torch.full((len(cohort),), self.lam, dtype=torch.float64)
+        start = common(state, cohort)
+        return Work(cohort, start, anchor=start, prox=prox)
+
+    def aggregate(self, state: ServerState, trained: Trained) -> Change:
+        together = torch.lerp(state.rows[FIRST], mean(trained)[None], self.step)
+        value = torch.cat([together, trained.rows])
+        return Change(torch.cat([FIRST, trained.client + 1]), value, {}, notes={"server_step": self.step})
+
+    def serve(self, state: ServerState, client: Tensor) -> Tensor:
+        return state.rows[client + 1]

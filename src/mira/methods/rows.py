@@ -1,0 +1,53 @@
+"""Rows as methods keep them: one row for all in place 0, and one for each client, alone or in places 1 to K behind it."""
+
+import torch
+from torch import Tensor
+
+from mira.core.errors import UserError
+from mira.core.layout import Entry
+from mira.core.mixing import weighted_mean
+from mira.core.types import MemoryRows, ServerState, Setting, Trained
+
+FIRST = torch.zeros(1, dtype=torch.int64)
+
+
+def one_row(setting: Setting, extra: dict[str, Tensor] | None = None) -> ServerState:
+    """A state that is one row for all."""
+    return ServerState(MemoryRows(setting.start, 1, {}), setting.graph, extra or {})
+
+
+def one_row_and_each(setting: Setting, extra: dict[str, Tensor] | None = None) -> ServerState:
+    """A state of K + 1 rows: that of all, and of client k in place k + 1."""
+    return ServerState(MemoryRows(setting.start, setting.num_clients + 1, {}), setting.graph, extra or {})
+
+
+def common(state: ServerState, client: Tensor) -> Tensor:
+    """The row of all, once for each of ``client`` [n]: [n,P]. Read once, however many ask."""
+    return state.rows[FIRST].repeat(len(client), 1)
+
+
+def mean(trained: Trained) -> Tensor:
+    """FedAvg's mean [P]: weighted by the clients' numbers of training examples."""
+    return weighted_mean(trained.rows, trained.examples)
+
+
+def factor_mask(setting: Setting, factor: str, method: str) -> Tensor:
+    """Which of the P numbers belong to factor "A" or "B" [P] bool. Raises UserError where there are no factors."""
+    mask = torch.zeros(setting.layout.size, dtype=torch.bool)
+    for pair in factor_pairs(setting, method):
+        for entry in pair:
+            entry.view(mask).fill_(entry.factor == factor)
+    return mask
+
+
+def factor_pairs(setting: Setting, method: str) -> list[tuple[Entry, Entry]]:
+    """A and B of every layer. Raises UserError when the adapter is not made of them."""
+    entries = setting.layout.entries
+    foreign = [entry.factor for entry in entries if entry.factor not in ("A", "B")]
+    if foreign:
+        raise UserError(
+            f"method.name={method}: works on the factors A and B of LoRA, but this adapter has '{foreign[0]}'; "
+            "set adapter.kind=lora, or method.name=fedit"
+        )
+    a = {entry.module: entry for entry in entries if entry.factor == "A"}
+    return [(a[entry.module], entry) for entry in entries if entry.factor == "B"]

@@ -1,0 +1,76 @@
+"""FedAvgM and FedAdam: FedAvg whose server takes the cohort's mean displacement for a gradient.
+
+Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification", 2019 (FedAvgM).
+Reddi et al., "Adaptive Federated Optimization", ICLR 2021 (FedAdam, algorithm 2: no bias correction, v starts at τ²).
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from mira.core.strict import STRICT
+from mira.core.types import Change, ServerState, Setting, Trained, Work
+from mira.methods.rows import FIRST, common, mean, one_row
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class FedAvgM:
+    """With Δ = Σ_k p_k·θ̂_k − θ, p_k = n_k/Σn:  m ← β·m + Δ,  θ ← θ + lr·m."""
+
+    name: Literal["fedavgm"] = "fedavgm"
+    lr: Positive = 1.0
+    """The server's learning rate."""
+    beta: Beta = 0.9
+    """β of the momentum; 0 with lr 1 is FedAvg."""
+
+    def init(self, setting: Setting) -> ServerState:
+        return one_row(setting, {"fedavgm.m": torch.zeros_like(setting.start)})
+
+    def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
+        return Work(cohort, start=common(state, cohort))
+
+    def aggregate(self, state: ServerState, trained: Trained) -> Change:
+        old = state.rows[FIRST]
+        m = self.beta * state.extra["fedavgm.m"] + (mean(trained) - old[0])
+        return Change(FIRST, old + self.lr * m, {"fedavgm.m": m}, notes={})
+
+    def serve(self, state: ServerState, client: Tensor) -> Tensor:
+        return common(state, client)
+
+
+@dataclass(frozen=True, config=STRICT)
+class FedAdam:
+    """With FedAvgM's Δ:  m ← β₁·m + (1−β₁)·Δ,  v ← β₂·v + (1−β₂)·Δ²,  θ ← θ + lr·m/(√v + τ)."""
+
+    name: Literal["fedadam"] = "fedadam"
+    lr: Positive = 1e-3
+    """The server's learning rate: about how far a number may move in a round."""
+    beta1: Beta = 0.9
+    """β₁ of the first moment."""
+    beta2: Beta = 0.99
+    """β₂ of the second moment."""
+    tau: Positive = 1e-3
+    """τ; the larger, the less the step adapts to each number's own size."""
+
+    def init(self, setting: Setting) -> ServerState:
+        zero = torch.zeros_like(setting.start)
+        return one_row(setting, {"fedadam.m": zero, "fedadam.v": zero + self.tau**2})
+
+    def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
+        return Work(cohort, start=common(state, cohort))
+
+    def aggregate(self, state: ServerState, trained: Trained) -> Change:
+        old = state.rows[FIRST]
+        delta = mean(trained) - old[0]
+        m = self.beta1 * state.extra["fedadam.m"] + (1 - self.beta1) * delta
+        v = self.beta2 * state.extra["fedadam.v"] + (1 - self.beta2) * delta.square()
+        return Change(FIRST, old + self.lr * m / (v.sqrt() + self.tau), {"fedadam.m": m, "fedadam.v": v}, notes={})
+
+    def serve(self, state: ServerState, client: Tensor) -> Tensor:
+        return common(state, client)

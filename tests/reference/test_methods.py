@@ -1,0 +1,276 @@
+"""Every method's rule against numpy in float64, and where it ends: the laws that tie the methods to each other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mira.core.errors import UserError
+from mira.core.graph import Edges
+from mira.core.layout import Entry, Layout
+from mira.core.loop import Schedule, apply, run_rounds
+from mira.core.training import Training
+from mira.core.types import MemoryRows, Method, ServerState, Setting, Trained
+from mira.methods import METHODS
+from mira.methods.flexlora import best_factors
+from recorder import MemoryRecorder
+from toy import LAYOUT, Toy, all_rows
+
+K = 5
+COHORT = torch.tensor([3, 0, 4])
+EXACT = {"rtol": 0, "atol": 1e-12}  # float64, a few sums of numbers around 1
+A, B = (entry for entry in LAYOUT.entries)
+
+
+def complete(num_clients: int = K, weight: float = 1.0) -> Edges:
+    return Edges.dense(weight * (torch.ones(num_clients, num_clients) - torch.eye(num_clients)).double())
+
+
+def start_of(method: Method, layout: Layout = LAYOUT) -> ServerState:
+    start = torch.randn(layout.size, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    return method.init(Setting(layout, start, K, complete(), 0.01, 4))
+
+
+def one_round(method: Method, state: ServerState, seed: int = 0) -> tuple[ServerState, Trained]:
+    """A round of the toy for COHORT."""
+    done = Toy.draw(K, seed).train(method.broadcast(state, COHORT), state.round, 0.1)
+    return apply(state, method.aggregate(state, done)), done
+
+
+def go(method: Method, rounds: int, lr: float = 0.1, share: float = 0.6, toy: Toy | None = None) -> ServerState:
+    state = start_of(method)
+    schedule = Schedule(0, rounds, share, Training(lr=lr, local_steps=1))
+    names = [f"c{k}" for k in range(K)]
+    recorder = MemoryRecorder(state.rows)
+    return run_rounds(method, toy or Toy.draw(K), state, schedule, names, recorder, lambda s: {}, lambda r: None)
+
+
+def weights(done: Trained) -> Any:
+    n = done.examples.numpy().astype(float)
+    return n / n.sum()
+
+
+def same(ours: Tensor, expected: Any) -> None:
+    np.testing.assert_allclose(ours.numpy(), expected, **EXACT)
+
+
+def descent(w: Any, client: int, anchor: Any, prox: float, seed: int = 0) -> Any:
+    """The toy's three local steps in numpy."""
+    toy = Toy.draw(K, seed)
+    for _ in range(3):
+        w = w - 0.1 * (toy.curvature[client].numpy() * (w - toy.target[client].numpy()) + prox * (w - anchor))
+    return w
+
+
+# Against numpy.
+
+
+def test_fedprox() -> None:
+    state = start_of(method := METHODS["fedprox"](mu=0.7))
+    theta = all_rows(state)[0].numpy()
+    p = np.array([31.0, 10, 38]) / 79
+    for seed in range(2):
+        state, _ = one_round(method, state, seed)
+        theta = sum(w * descent(theta, k, theta, 0.7, seed) for w, k in zip(p, [3, 0, 4], strict=True))
+    same(all_rows(state)[0], theta)
+
+
+def test_ditto() -> None:
+    state = start_of(method := METHODS["ditto"](lam=0.7))
+    rows = all_rows(state).numpy().copy()
+    p = np.array([31.0, 10, 38]) / 79
+    for seed in range(2):
+        state, _ = one_round(method, state, seed)
+        old = rows.copy()
+        for k in (3, 0, 4):
+            rows[k + 1] = descent(old[k + 1], k, old[0], 0.7, seed)
+        rows[0] = sum(w * descent(old[0], k, old[0], 0.0, seed) for w, k in zip(p, [3, 0, 4], strict=True))
+    same(all_rows(state), rows)
+    same(method.serve(state, torch.arange(K)), rows[1:])
+
+
+def test_mr_mtl() -> None:
+    state = start_of(method := METHODS["mr-mtl"](lam=0.7))
+    rows = all_rows(state).numpy()[1:].copy()
+    for seed in range(3):
+        state, _ = one_round(method, state, seed)
+        mean = rows.mean(0)
+        for k in (3, 0, 4):
+            rows[k] = descent(rows[k], k, mean, 0.7, seed)
+        same(all_rows(state)[0], rows.mean(0))
+    same(method.serve(state, torch.arange(K)), rows)
+
+
+def test_pfedme() -> None:
+    state = start_of(method := METHODS["pfedme"](lam=0.7, step=0.4))
+    theta = all_rows(state)[0].numpy()
+    p = np.array([31.0, 10, 38]) / 79
+    for seed in range(2):
+        state, _ = one_round(method, state, seed)
+        own = [descent(theta, k, theta, 0.7, seed) for k in (3, 0, 4)]
+        theta = theta - 0.4 * (theta - sum(w * row for w, row in zip(p, own, strict=True)))
+    same(all_rows(state)[0], theta)
+    same(method.serve(state, COHORT), np.stack(own))
+
+
+def test_ffa_lora() -> None:
+    state = start_of(method := METHODS["ffa-lora"]())
+    before = all_rows(state)[0]
+    state, done = one_round(method, state)
+    after = all_rows(state)[0]
+    assert torch.equal(A.view(after), A.view(before))
+    same(B.view(after), np.einsum("k,koi->oi", weights(done), B.view(done.rows).numpy()))
+
+
+def test_fedsa_lora() -> None:
+    state = start_of(method := METHODS["fedsa-lora"]())
+    b = B.view(all_rows(state)[1:]).numpy().copy()
+    for seed in range(2):
+        state, done = one_round(method, state, seed)
+        b[COHORT] = B.view(done.rows).numpy()
+        served = method.serve(state, torch.arange(K))
+        same(B.view(served), b)
+        same(A.view(served), np.stack(K * [np.einsum("k,kri->ri", weights(done), A.view(done.rows).numpy())]))
+
+
+def test_flexlora() -> None:
+    state, done = one_round(method := METHODS["flexlora"](), start_of(METHODS["flexlora"]()))
+    product = np.einsum("k,kor,kri->oi", weights(done), B.view(done.rows).numpy(), A.view(done.rows).numpy())
+    row = method.serve(state, torch.tensor([1]))[0]
+    same(B.view(row) @ A.view(row), product)  # [2,3] has rank 2: nothing is cut off
+
+
+def test_fedavgm() -> None:
+    state = start_of(method := METHODS["fedavgm"](lr=0.5, beta=0.8))
+    theta, m = all_rows(state)[0].numpy(), 0.0
+    for seed in range(3):
+        state, done = one_round(method, state, seed)
+        m = 0.8 * m + (weights(done) @ done.rows.numpy() - theta)
+        theta = theta + 0.5 * m
+    same(all_rows(state)[0], theta)
+
+
+def test_fedadam() -> None:
+    state = start_of(method := METHODS["fedadam"](lr=0.05, beta1=0.8, beta2=0.9, tau=0.01))
+    theta, m, v = all_rows(state)[0].numpy(), 0.0, 0.01**2
+    for seed in range(3):
+        state, done = one_round(method, state, seed)
+        delta = weights(done) @ done.rows.numpy() - theta
+        m, v = 0.8 * m + 0.2 * delta, 0.9 * v + 0.1 * delta**2
+        theta = theta + 0.05 * m / (np.sqrt(v) + 0.01)
+    same(all_rows(state)[0], theta)
+
+
+# Laws.
+
+
+def test_dittos_row_for_all_is_fedavgs_bit_for_bit() -> None:
+    assert torch.equal(all_rows(go(METHODS["ditto"](lam=0.5), 6))[0], all_rows(go(METHODS["fedit"](), 6))[0])
+
+
+def test_without_a_pull_ditto_and_mr_mtl_are_local() -> None:
+    local = all_rows(go(METHODS["local"](), 6))
+    for name in ("ditto", "mr-mtl"):
+        assert torch.equal(all_rows(go(METHODS[name](lam=0.0), 6))[1:], local)
+
+
+@pytest.mark.parametrize(
+    "method", [METHODS["fedprox"](mu=0.0), METHODS["pfedme"](lam=0.0), METHODS["fedavgm"](beta=0.0)],
+    ids=lambda method: str(method.name),
+)  # fmt: skip
+def test_what_is_fedavg_in_the_limit(method: Method) -> None:
+    torch.testing.assert_close(all_rows(go(method, 6))[0], all_rows(go(METHODS["fedit"](), 6))[0], **EXACT)
+
+
+def test_pfedme_with_a_full_step_is_fedprox_and_with_a_mighty_pull_stands_still() -> None:
+    ours, prox = go(METHODS["pfedme"](lam=0.7), 6), go(METHODS["fedprox"](mu=0.7), 6)
+    assert torch.equal(all_rows(ours)[0], all_rows(prox)[0])
+    # lr·λ = 1: each local step goes back to the anchor, then lr·∇F ≈ 1e-6 further.
+    held, still = go(METHODS["pfedme"](lam=1e6), 3, lr=1e-6), start_of(METHODS["pfedme"]())
+    torch.testing.assert_close(all_rows(held), all_rows(still), rtol=0, atol=3 * 6e-6)
+
+
+def test_the_penalty_of_mr_mtl_is_miras_on_the_complete_graph_with_weights_one_over_k() -> None:
+    theta = torch.randn(K, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    a = (torch.ones(K, K) - torch.eye(K)).double() / K
+    laplacian = a.sum(1).diag() - a
+    penalty = 0.5 * (theta - theta.mean(0)).square().sum()
+    torch.testing.assert_close(penalty, 0.5 * (theta.T @ laplacian @ theta).trace(), **EXACT)
+
+
+def test_mr_mtl_and_mira_end_in_the_same_rows_as_steps_shrink() -> None:
+    """min Σ F_k + λ/2·tr(ΘᵀLΘ) has a closed form on quadratics. MR-MTL ends there at any step; MIRA's distance from it
+    shrinks in proportion to its step c = ηλ."""
+    lam, toy = 0.8, Toy.draw(K, steps=1)
+    a = (torch.ones(K, K) - torch.eye(K)).double() / K
+    laplacian = a.sum(1).diag() - a
+    exact = torch.stack(
+        [torch.linalg.solve(h.diag() + lam * laplacian, h * t) for h, t in zip(toy.curvature.T, toy.target.T, strict=True)],
+        dim=1,
+    )  # fmt: skip
+    mr_mtl = go(METHODS["mr-mtl"](lam=lam), 400, lr=0.2, share=1.0, toy=toy)
+    torch.testing.assert_close(all_rows(mr_mtl)[1:], exact, rtol=0, atol=1e-10)
+    off = []
+    for lr in (0.04, 0.02, 0.01):
+        mira = METHODS["mira"](form="paper", regularisation=lam)
+        state = replace(start_of(mira), graph=complete(weight=1 / K))
+        for _ in range(int(20 / lr)):
+            done = toy.train(mira.broadcast(state, torch.arange(K)), 0, lr)
+            state = replace(
+                state, rows=MemoryRows(state.rows.start, K, dict(enumerate(mira.aggregate(state, done).value)))
+            )
+        off.append(float((all_rows(state) - exact).norm() / exact.norm()))
+    assert off[0] < 0.02
+    assert off[0] / off[1] == pytest.approx(2, rel=0.1)
+    assert off[1] / off[2] == pytest.approx(2, rel=0.1)
+
+
+def test_ffas_average_of_b_is_the_average_of_the_products() -> None:
+    state, done = one_round(METHODS["ffa-lora"](), start_of(METHODS["ffa-lora"]()))
+    row = all_rows(state)[0]
+    products = torch.einsum("k,kor,kri->oi", torch.from_numpy(weights(done)), B.view(done.rows), A.view(done.rows))
+    torch.testing.assert_close(B.view(row) @ A.view(row), products, **EXACT)
+
+
+# FlexLoRA's factorisation.
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("clients", "fan_in", "fan_out"), [(3, 40, 30), (3, 5, 30), (3, 40, 5), (9, 6, 7), (1, 9, 8)])
+def test_the_product_is_the_best_of_its_rank(clients: int, fan_in: int, fan_out: int) -> None:
+    """With fewer and with more stacked factors than the layer has inputs or outputs."""
+    a, b = drawn(clients, 2, fan_in), drawn(clients, fan_out, 2)
+    new_a, new_b = best_factors(a, b)
+    assert (new_a.shape, new_b.shape) == ((2, fan_in), (fan_out, 2))
+    u, s, vt = np.linalg.svd(np.einsum("kor,kri->oi", b.numpy(), a.numpy()))
+    same(new_b @ new_a, (u[:, :2] * s[:2]) @ vt[:2])
+    same(new_a @ new_a.T, np.eye(2))
+    assert bool((new_a.gather(1, new_a.abs().argmax(1, keepdim=True)) > 0).all())
+
+
+def test_equal_rows_are_left_as_they_are_in_product_space() -> None:
+    a, b = drawn(2, 40).expand(3, -1, -1), drawn(30, 2).expand(3, -1, -1)
+    new_a, new_b = best_factors(a, torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)[:, None, None] * b)
+    torch.testing.assert_close(new_b @ new_a, b[0] @ a[0], **EXACT)
+
+
+def test_a_product_that_is_zero_stays_zero_and_finite() -> None:
+    new_a, new_b = best_factors(drawn(3, 2, 9), torch.zeros(3, 8, 2).double())
+    assert bool(new_a.isfinite().all())
+    assert not bool(new_b.any())
+
+
+@pytest.mark.parametrize("name", ["ffa-lora", "fedsa-lora", "flexlora"])
+def test_methods_of_factors_refuse_other_adapters(name: str) -> None:
+    prompt = replace(LAYOUT, entries=(replace(LAYOUT.entries[0], factor="prompt"),))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=rf"method.name={name}: .* 'prompt'; set adapter.kind=lora"):
+        start_of(METHODS[name](), prompt)
+    assert isinstance(prompt.entries[0], Entry)

@@ -1,0 +1,57 @@
+"""Clients with a handful of numbers each and a quadratic loss, trained by exact gradient steps on what a Work asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mira.core.layout import Layout
+from mira.core.types import MemoryRows, Rows, Scores, ServerState, Trained, Work
+
+LAYOUT = Layout.of({"layer": (3, 2)}, rank=2, alpha=1.0)  # P = 10
+
+
+@dataclass(frozen=True)
+class Toy:
+    """F_k(w) = ½ Σ_i curvature_ki·(w_i − target_ki)²: target and curvature [K,P] float64."""
+
+    target: Tensor
+    curvature: Tensor
+    steps: int = 3
+
+    @staticmethod
+    def draw(num_clients: int, seed: int = 0, size: int = LAYOUT.size, steps: int = 3) -> Toy:
+        draw = torch.Generator().manual_seed(seed)
+        target = torch.randn(num_clients, size, generator=draw, dtype=torch.float64)
+        return Toy(target, 0.5 + torch.rand(num_clients, size, generator=draw, dtype=torch.float64), steps)
+
+    def train(self, work: Work, round: int, lr: float) -> Trained:
+        w, k = work.start.clone(), work.client
+        moves = torch.ones(w.shape[1]).double() if work.trainable is None else work.trainable.double()
+        for _ in range(self.steps):
+            gradient = self.curvature[k] * (w - self.target[k])
+            if work.anchor is not None and work.prox is not None:
+                gradient = gradient + work.prox[:, None] * (w - work.anchor)
+            w = w - lr * moves * gradient
+        ones = torch.ones(len(k), dtype=torch.int64)
+        loss = 0.5 * (self.curvature[k] * (w - self.target[k]).square()).sum(1)
+        return Trained(k, torch.arange(len(k)), w, 10 + 7 * k, ones, self.steps * ones, loss, lr)
+
+    def evaluate(self, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None) -> Scores:
+        raise NotImplementedError
+
+    def generate(self, *args: Any) -> list[list[str]]:
+        raise NotImplementedError
+
+
+def all_rows(state: ServerState) -> Tensor:
+    return state.rows[torch.arange(len(state.rows))]
+
+
+def numbered(rows: Rows, start: Tensor) -> MemoryRows:
+    """Rows of which row i is all i."""
+    return MemoryRows(start, len(rows), {i: torch.full_like(start, float(i)) for i in range(len(rows))})
