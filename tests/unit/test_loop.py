@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -37,7 +39,7 @@ class Quadratic:
     seen: list[tuple[int, float, list[int]]] = field(default_factory=list)
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
-        self.seen.append((round, lr, work.client.tolist()))
+        self.seen.append((round, lr, work.client.unique_consecutive().tolist()))
         rows = work.start.clone()
         for _ in range(self.steps):
             rows -= lr * (rows - TARGET[work.client])
@@ -201,7 +203,7 @@ def test_a_lost_client_is_named_and_keeps_its_row() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_resuming_equals_going_on(name: str) -> None:
-    """From the committed rows and the round number alone, at every cut."""
+    """From the committed rows, the method's committed tensors and the round number alone, at every cut."""
     method, training = METHODS[name](), {"schedule": "cosine", "warmup_rounds": 2}
     engine = Quadratic()
     whole, recorder = go(method, engine, 5, 0.5, share=0.67, **training)
@@ -211,7 +213,8 @@ def test_resuming_equals_going_on(name: str) -> None:
         for change in recorder.changes[:cut]:
             stopped.commit(0, change, {}, {})
         resumed = Quadratic()
-        state = replace(start(method), rows=stopped.rows(), round=cut)
+        extra = reduce(operator.or_, (change.extra for change in recorder.changes[:cut]), start(method).extra)
+        state = replace(start(method), rows=stopped.rows(), extra=extra, round=cut)
         again, rest = go(method, resumed, 5, 0.5, state, share=0.67, recorder=stopped, **training)
         assert resumed.seen == engine.seen[cut:]
         assert torch.equal(rows(again), rows(whole))
