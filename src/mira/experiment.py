@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from mira.report import summarise
 from mira.session import TOKENS, Session, check_environment, enough_memory, open_session
 from mira.store import Store
 from mira.store.folders import replace_folder
+from mira.trackers import Followers
 
 log = logging.getLogger(__name__)
 Result = dict[str, Any]
@@ -54,6 +56,7 @@ def run(experiment: Experiment, out: Path | str | None = None, watcher: Watcher 
     folder = Path(out) if out is not None else Path("runs") / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     experiment = config.absolute(experiment)
     Store.check_vacant(folder)
+    experiment.tracking.check()
     watcher.stage("preparing")
     kept = _Kept()
     session = open_session(experiment, kept=kept, progress=watcher.tokens)
@@ -141,19 +144,25 @@ def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher)
         store.commit(0, nothing, store.start[None][:0], state.extra, {}, record)
         state = state_of(session, store)
     schedule = Schedule(experiment.seed, rounds, experiment.cohort, experiment.training)
+    shown = Followers(experiment.tracking, experiment.model_dump(mode="json"), store.folder, names)
+    with closing(shown):
+        for record in store.metrics():
+            shown.record(record)
 
-    def observe(record: Record) -> None:
-        for name, reason in record["lost"].items():
-            log.warning("round %d lost %s: %s", record["round"], name, reason)
-        watcher.round(record)
+        def observe(record: Record) -> None:
+            for name, reason in record["lost"].items():
+                log.warning("round %d lost %s: %s", record["round"], name, reason)
+            shown.record(record)
+            watcher.round(record)
 
-    run_rounds(method, session.engine, state, schedule, names, _Folder(store), look, observe)
-    watcher.stage("measuring the best round")
-    best = best_answers(session, store)
-    watcher.stage("writing adapters")
-    export_adapters(session, store.folder / ADAPTERS, state_of(session, store), range(len(names)))
-    result = summary(session, store, store.metrics()[-1], best)
-    store.finish(result)
+        run_rounds(method, session.engine, state, schedule, names, _Folder(store), look, observe)
+        watcher.stage("measuring the best round")
+        best = best_answers(session, store)
+        watcher.stage("writing adapters")
+        export_adapters(session, store.folder / ADAPTERS, state_of(session, store), range(len(names)))
+        result = summary(session, store, store.metrics()[-1], best)
+        store.finish(result)
+        shown.finish(result)
     return located(result, store.folder)
 
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "src" / "mira"
 
 LEVELS = (
     {"core"},
-    {"adapters", "methods", "graphs"},
+    {"adapters", "methods", "graphs", "trackers"},
     {"engine", "store", "report", "data", "model", "config", "measure", "progress"},
     {"session", "page", "listing"},
     {"experiment"},

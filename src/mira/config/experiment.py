@@ -23,6 +23,7 @@ from mira.data.federation import SplitSizes
 from mira.data.types import Source
 from mira.graphs import GRAPHS
 from mira.methods import METHODS
+from mira.trackers import Tracking
 
 CountOrNone = Annotated[int, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(strict=True, gt=0, le=1)]
@@ -148,6 +149,7 @@ class Experiment(BaseModel):
     graph: GraphSection = GRAPHS["groups"]()
     engine: EngineSection = EngineSection()
     evaluation: EvaluationSection = EvaluationSection()
+    tracking: Tracking = Tracking()
 
     @classmethod
     def from_yaml(cls, path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
@@ -165,6 +167,7 @@ class Experiment(BaseModel):
 
     @field_validator(
         "model", "adapter", "data", "split", "prompt", "training", "method", "graph", "engine", "evaluation",
+        "tracking",
         mode="before",
     )  # fmt: skip
     @classmethod

@@ -1,0 +1,114 @@
+"""All trackers of a run, each on a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+from pydantic.dataclasses import dataclass
+
+from mira.core.errors import UserError
+from mira.core.strict import STRICT
+from mira.trackers import numbers
+from mira.trackers.mlflow import Mlflow
+from mira.trackers.tensorboard import TensorBoard
+from mira.trackers.tracker import Live, Tracker
+from mira.trackers.wandb import Wandb
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 30.0  # seconds a finished run waits for what a slow tracker has not sent yet
+HASTE = 2.0  # seconds an interrupted one waits
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Tracking:
+    """Who may watch a run, beside TensorBoard in its folder. Keys and passwords are taken from the environment alone."""
+
+    wandb: Wandb | None = None
+    """Weights & Biases; {} for its defaults, null for off."""
+    mlflow: Mlflow | None = None
+    """MLflow; {} for its defaults, null for off."""
+
+    def check(self) -> None:
+        """Raises UserError where a tracker's package is missing: better said before the run than after it."""
+        for name, package in (("wandb", "wandb"), ("mlflow", "mlflow")):
+            if getattr(self, name) is not None and find_spec(package) is None:
+                raise UserError(
+                    f"tracking.{name}: {package} is not installed; pip install 'mira[{name}]', or leave it out"
+                )
+
+
+class Followers:
+    """Everybody who watches one run. Nothing here raises, and nothing but ``finish`` and ``close`` waits."""
+
+    def __init__(self, tracking: Tracking, config: Mapping[str, Any], folder: Path, clients: Sequence[str]) -> None:
+        self._near, self._far = numbers.by_name(clients), numbers.by_number(clients)
+        asked: dict[str, Tracker | None] = {"wandb": tracking.wandb, "mlflow": tracking.mlflow}
+        folder = folder.resolve()
+        show = partial(_start, parameters=numbers.hyper_parameters(config), name=folder.name, folder=folder)
+        self._here = _Aside("TensorBoard", partial(show, TensorBoard()))
+        self._away = [_Aside(f"tracking.{name}", partial(show, tracker)) for name, tracker in asked.items() if tracker]
+
+    def record(self, record: dict[str, Any]) -> None:
+        """A committed round; each only once, in order."""
+        number, near, far = record["round"], *(numbers.of_round(record, x) for x in (self._near, self._far))
+        self._here.call(lambda live: live.record(number, near))
+        for tracker in self._away:
+            tracker.call(lambda live: live.record(number, far))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        headline = numbers.of_result(result)
+        for tracker in (self._here, *self._away):
+            tracker.call(lambda live: live.finish(result["rounds"], headline))
+        self._end(PATIENCE)
+
+    def close(self) -> None:
+        """Whether the run came to its end or not."""
+        self._end(HASTE)
+
+    def _end(self, seconds: float) -> None:
+        for tracker in (self._here, *self._away):
+            tracker.end(seconds)
+
+
+def _start(tracker: Tracker, parameters: dict[str, Any], name: str, folder: Path) -> Live:
+    return tracker.start(parameters, name, folder)
+
+
+class _Aside:
+    """One tracker and its thread."""
+
+    def __init__(self, name: str, start: Callable[[], Live]) -> None:
+        self._name = name
+        self._calls: SimpleQueue[Callable[[Live], None] | None] = SimpleQueue()
+        self._thread = Thread(target=self._work, args=(start,), name=f"mira {name}", daemon=True)
+        self._thread.start()
+
+    def call(self, what: Callable[[Live], None]) -> None:
+        if self._thread.is_alive():
+            self._calls.put(what)
+
+    def end(self, seconds: float) -> None:
+        """Waits until all calls are done, but no longer than ``seconds``."""
+        if self._thread.is_alive():
+            self._calls.put(None)
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                log.warning("%s: did not answer for %.0f s; what it has not shown yet may be lost", self._name, seconds)
+
+    def _work(self, start: Callable[[], Live]) -> None:
+        try:
+            with closing(start()) as live:
+                while (call := self._calls.get()) is not None:
+                    call(live)
+        except Exception as error:  # whatever a foreign library raises: the run is worth more than its picture
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            log.warning("%s: off for the rest of this run (%.300s); the run itself goes on", self._name, why)

@@ -1,0 +1,82 @@
+"""From a run's records to what trackers show: plain functions, numbers only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+CLIENTS = 100  # with more of them only means are shown: a curve for each would be slow, and nobody could read them
+
+Record = Mapping[str, Any]
+Labels = Mapping[str, str]  # client name → what its curves are called
+
+# In a record: where a client's number is → the group its curve is in.
+_OF_CLIENTS = (
+    (("clients", "test_loss"), "test"),
+    (("clients", "validation_loss"), "validation"),
+    (("answers", "exact_match"), "exact_match"),
+    (("answers", "rouge_l"), "ROUGE-L"),
+)
+
+
+def by_name(names: Sequence[str]) -> Labels:
+    return {name: name for name in names} if len(names) <= CLIENTS else {}
+
+
+def by_number(names: Sequence[str]) -> Labels:
+    """A client's name can be a value of the data; its number, its place in result.json, says nothing."""
+    width = len(str(len(names) - 1))
+    return {name: f"client {k:0{width}}" for k, name in enumerate(names)} if len(names) <= CLIENTS else {}
+
+
+def of_round(record: Record, labels: Labels) -> dict[str, float]:
+    """All numbers of a round under their names in metrics.jsonl, the mean training loss, and 'train/CLIENT',
+    'validation/CLIENT', 'test/CLIENT' for each client in ``labels``. What was not measured is absent."""
+    numbers = _plain(record, without=("round",))
+    numbers |= _plain(record.get("answers", {})) | _plain(record.get("transfer", {}))
+    numbers |= {"lost": float(len(record["lost"]))} if "lost" in record else {}
+    trained = record.get("train_loss", {})
+    if trained:
+        numbers["train_loss"] = sum(trained.values()) / len(trained)
+    numbers |= {f"train/{labels[name]}": loss for name, loss in trained.items() if name in labels}
+    for (section, key), group in _OF_CLIENTS:
+        scores = record.get(section, {})
+        for name, values in (scores if section == "clients" else scores.get("clients", {})).items():
+            if name in labels and values.get(key) is not None:
+                numbers[f"{group}/{labels[name]}"] = values[key]
+    return numbers
+
+
+def of_result(result: Record) -> dict[str, float]:
+    """The headline: 'final/...' of the last round, 'best/...' of the validation-best one."""
+    last = _plain(result, without=("seed", "rounds"))
+    best = _plain(result["best"])
+    return {f"final/{key}": value for key, value in last.items()} | {f"best/{key}": v for key, v in best.items()}
+
+
+def hyper_parameters(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """The configuration under its dotted keys. Of the data section its kinds and its numbers alone: paths, columns and
+    tasks speak of the data. Of any other path its last part. What is null is absent."""
+    return dict(_leaves("", {key: value for key, value in config.items() if key != "tracking"}))
+
+
+def _leaves(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, bool | int | float | str]]:
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _leaves(f"{name}.", value)
+        elif isinstance(value, bool | int | float):
+            yield name, value
+        elif value is not None and (not prefix.startswith("data.") or key in ("source", "by")):
+            text = value if isinstance(value, str) else json.dumps(value)
+            yield name, Path(text).name if Path(text).is_absolute() else text
+
+
+def _plain(values: Record, without: Sequence[str] = ()) -> dict[str, float]:
+    return {
+        key: float(value)
+        for key, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and key not in without
+    }
