@@ -40,9 +40,8 @@ def dumbbells(variants: Sequence[Variant], order: Sequence[tuple[str, str]], wid
         for _, name in members:
             y += _ROW
             parts.append(_dumbbell(shown, name, x, y - _ROW / 2))
-    best = ", ".join(f"{v.label}: {_gained(v)} of {len(order)} clients better" for v in shown)
-    what = f"Test loss of each client before training and after the best round. {best}."
-    legend = tag("text", "test loss" + (" (logarithmic)" if x.log else ""), x=0, y=20, class_="axis")
+    what = "Loss of each client before training and after the best round: " + "; ".join(map(_gained, shown))
+    legend = tag("text", "loss" + (" (logarithmic)" if x.log else ""), x=0, y=20, class_="axis")
     return chart(width, height, what, legend, *parts) if first else Markup("")
 
 
@@ -66,13 +65,13 @@ def _dumbbell(variants: Sequence[Variant], name: str, x: Scale, y: float) -> Mar
 
 def _change(start: float | None, after: Sequence[float | None]) -> str:
     values = [value for value in after if value is not None]
-    if start is None or not values:
+    if not values:
         return "no finite loss"
-    return f"{start:.3f} → {min(values):.3f}"
+    return f"{min(values):.3f}" if start is None else f"{start:.3f} → {min(values):.3f}"
 
 
 def histograms(variant: Variant, number: int, x_values: Sequence[float], width: float, height: float) -> Markup:
-    """How many clients have which test loss, before (outlined) and after (filled)."""
+    """How many clients have which loss, before (outlined) and after (filled)."""
     x = scale(x_values, 40, width - 12)
     start, after = ([v for v in each.values() if v is not None] for each in (variant.start, variant.after))
     bins = 28
@@ -86,14 +85,14 @@ def histograms(variant: Variant, number: int, x_values: Sequence[float], width: 
                 height=y.begin - y(c), class_=kind)
             for a, b, c in zip(edges, edges[1:], count, strict=False) if c
         ]  # fmt: skip
-    what = f"{variant.label}: clients by test loss. {_gained(variant)} of {len(variant.start)} are better than before."
+    what = f"Clients by loss. {_gained(variant)}"
     head = tag("text", fit(variant.label, width - 16), tag("title", variant.label), x=8, y=14, class_="panel")
-    title = "test loss" + (" (logarithmic)" if x.log else "")
+    title = "loss" + (" (logarithmic)" if x.log else "")
     return chart(width, height, what, axes(x, y, title, ""), head, tag("g", *bars, class_=colour(number)))
 
 
 def map_of(variant: Variant, order: Sequence[tuple[str, str]], values: Sequence[float], width: float) -> Markup:
-    """A cell for each client, family by family, coloured by its test loss after the best round."""
+    """A cell for each client, family by family, coloured by its loss after the best round."""
     if len(order) > _MAPPED:
         return Markup("")
     ordered = sorted(values)
@@ -128,7 +127,7 @@ def map_of(variant: Variant, order: Sequence[tuple[str, str]], values: Sequence[
         y += ((len(names) - 1) // wide + 1) * side + (3 if len(groups) > 1 else 0)
     head = tag("text", fit(variant.label, width - 16), tag("title", variant.label), x=8, y=14, class_="panel")
     return chart(
-        width, y + 8, f"{variant.label}: test loss of each of {len(order)} clients after the best round", head, *parts
+        width, y + 8, f"{variant.label}: loss of each of {len(order)} clients after the best round", head, *parts
     )
 
 
@@ -140,6 +139,7 @@ def _counts(places: Sequence[float], edges: Sequence[float]) -> list[int]:
     return count
 
 
-def _gained(variant: Variant) -> int:
-    pairs = [(before, variant.after.get(name)) for name, before in variant.start.items()]
-    return sum(after < before for before, after in pairs if before is not None and after is not None)
+def _gained(variant: Variant) -> str:
+    pairs = [(before, variant.after.get(name)) for name, before in variant.start.items() if before is not None]
+    better = sum(after is not None and after < before for before, after in pairs)
+    return f"{variant.label}: " + (f"{better} of {len(pairs)} better than before" if pairs else "not measured before")

@@ -14,7 +14,6 @@ from mira.report import number
 COLOURS = 8  # classes s0 … s7 of the style sheet; further variants are grey and named when pointed at
 _MARKS = 60  # of a line; with more points only the line is drawn
 _SIDE = 210.0  # px beside the lines, for their names
-_LOSS = ("test loss", "test loss (logarithmic)")
 Point = tuple[float, Mean, str]  # x, mean and interval, what it says when pointed at
 
 
@@ -23,7 +22,7 @@ def colour(number: int) -> str:
 
 
 def over_rounds(variants: Sequence[Variant], names: Sequence[str], width: float, height: float) -> Markup:
-    """Mean test loss of ``names`` by round with 95 % intervals: over clients, and over seeds where there are several."""
+    """Mean loss of ``names`` by round with 95 % intervals: over clients, and over seeds where there are several."""
     lines = [_by_round(variant, names, over_seeds=len(variant.runs) > 1) for variant in variants]
     bands = [_by_round(variant, names, over_seeds=False) for variant in variants]
     x = _rounds(lines, 48, width - _SIDE)
@@ -33,15 +32,15 @@ def over_rounds(variants: Sequence[Variant], names: Sequence[str], width: float,
             _line(line, x, y), class_=colour(n))
         for n, (v, line, band) in enumerate(zip(variants, lines, bands, strict=True))
     ]  # fmt: skip
-    what = "Mean test loss by round: " + "; ".join(_told(variants, lines))
-    frame = axes(x, y, "round", _LOSS[y.log], _whole(x.ticks(8)))
+    what = f"Mean {variants[0].first.split} loss by round: " + "; ".join(_told(variants, lines))
+    frame = axes(x, y, "round", _title(variants, y), _whole(x.ticks(8)))
     return chart(width, height, what, frame, *drawn, _labels(variants, lines, x, y))
 
 
 def families(
     variants: Sequence[Variant], members: Mapping[str, Sequence[str]], width: float, height: float
 ) -> list[Markup]:
-    """A small chart of mean test loss by round for each family, all on the same axes; the bands are over seeds."""
+    """A small chart of mean loss by round for each family, all on the same axes; the bands are over seeds."""
     lines = {who: [_by_round(v, names, over_seeds=len(v.runs) > 1) for v in variants] for who, names in members.items()}
     x = _rounds([points for each in lines.values() for points in each], 40, width - 14)
     y = scale([m.value for each in lines.values() for points in each for _, m, _ in points], height - 24, 28)
@@ -53,15 +52,15 @@ def families(
             for n, (v, line) in enumerate(zip(variants, each, strict=True))
         ]
         head = tag("text", fit(who, width - 4, 14), tag("title", who), x=0, y=14, class_="panel")
-        what = f"{who}: mean test loss by round: " + "; ".join(_told(variants, each))
+        what = f"{who}: mean {variants[0].first.split} loss by round: " + "; ".join(_told(variants, each))
         charts.append(chart(width, height, what, axes(x, y, "", "", ends, about=3), head, *drawn))
     return charts
 
 
 def over_bytes(variants: Sequence[Variant], names: Sequence[str], width: float, height: float) -> Markup:
-    """Mean test loss against the megabytes that all clients together had sent and been sent by then."""
+    """Mean loss against the megabytes that all clients together had sent and been sent by then."""
     every = [
-        [(sent / 1e6, m, f"{v.label}, round {n}: {sent / 1e6:.4g} MB, test loss {m.value:.3f}")
+        [(sent / 1e6, m, f"{v.label}, round {n}: {sent / 1e6:.4g} MB, loss {m.value:.3f}")
          for n in v.rounds if (m := mean(v.at(n, names))) is not None
          for sent in [sum(run.sent(n) for run in v.runs) / len(v.runs)]]
         for v in variants
@@ -72,11 +71,11 @@ def over_bytes(variants: Sequence[Variant], names: Sequence[str], width: float, 
     y = scale([m.value for points in lines for _, m, _ in points], height - 44, 34)
     drawn = [tag("g", _line(points, x, y), class_=colour(n)) for n, points in enumerate(lines)]
     ends = [(v.label, *points[-1][:2]) for v, points in zip(variants, lines, strict=True) if points]
-    what = "Mean test loss against MB sent: " + "; ".join(
+    what = f"Mean {variants[0].first.split} loss against MB sent: " + "; ".join(
         f"{on} {sent:.4g} MB for {m.value:.3f}" for on, sent, m in ends
     )
     title = "MB sent, up and down" + (" (logarithmic)" if x.log else "")
-    return chart(width, height, what, axes(x, y, title, _LOSS[y.log]), *drawn, _labels(variants, lines, x, y))
+    return chart(width, height, what, axes(x, y, title, _title(variants, y)), *drawn, _labels(variants, lines, x, y))
 
 
 def _by_round(variant: Variant, names: Sequence[str], over_seeds: bool) -> list[Point]:
@@ -87,6 +86,10 @@ def _by_round(variant: Variant, names: Sequence[str], over_seeds: bool) -> list[
             interval = "" if found.half is None else f" ± {found.half:.3f} over {'seeds' if over_seeds else 'clients'}"
             points.append((float(n), found, f"{variant.label}, round {n}: {found.value:.3f}{interval}"))
     return points
+
+
+def _title(variants: Sequence[Variant], y: Scale) -> str:
+    return f"{variants[0].first.split} loss" + (" (logarithmic)" if y.log else "")
 
 
 def _rounds(lines: Sequence[Sequence[Point]], begin: float, end: float) -> Scale:

@@ -34,14 +34,35 @@ class Run:
     groups: list[str]  # of each client; "" where it has none
     best: int  # the round of the lowest validation loss
     result: dict[str, Any] | None  # None while it is not finished
+    tested: Losses | None = None  # test losses at the best round, of a run whose rounds leave the test split alone
+    scores: dict[str, float | None] | None = None  # measured with them: global_loss, exact_match, rouge_l
 
     @cached_property
     def measured(self) -> list[int]:
         """The rounds after which every client was measured."""
         return [n for n, record in enumerate(self.records) if "clients" in record]
 
-    def losses(self, round: int, split: str = "test_loss") -> Losses:
-        return {name: scores[split] for name, scores in self.records[round]["clients"].items()}
+    @property
+    def split(self) -> str:
+        """Whose loss is known round by round."""
+        return "validation" if self.config.get("evaluation.test") == "false" else "test"
+
+    def losses(self, round: int) -> Losses:
+        return {name: scores[f"{self.split}_loss"] for name, scores in self.records[round]["clients"].items()}
+
+    @property
+    def after(self) -> Losses:
+        """Of each client at the best round: test losses where there are any."""
+        return self.losses(self.best) if self.tested is None else self.tested
+
+    def score(self, key: str) -> float | None:
+        """global_loss, exact_match or rouge_l: measured with the test losses, else of the best round, global_loss of the last."""
+        if self.scores is not None:
+            return self.scores[key]
+        if key == "global_loss":
+            loss: float | None = self.records[-1].get("transfer", {}).get(key)
+            return loss
+        return self.result["best"][key] if self.result else None
 
     @property
     def seed(self) -> int:

@@ -28,10 +28,10 @@ def call(variants: Sequence[Variant], rows: Sequence[Row]) -> str:
         return "No variant has a finite mean loss."
     lead = variants[everyone.best].label
     if not everyone.equal:
-        first = f"Use {lead}: the lowest mean test loss, clearly below all others."
+        first = f"Use {lead}: the lowest mean loss, clearly below all others."
     else:
         others = _either([variants[n].label for n in everyone.equal])
-        first = f"{lead} has the lowest mean test loss, but {others} cannot be told from it."
+        first = f"{lead} has the lowest mean loss, but {others} cannot be told from it."
     apart = [r for r in rows[1:] if r.best is not None and r.best != everyone.best and everyone.best not in r.equal]
     if not apart:
         return first
@@ -41,20 +41,20 @@ def call(variants: Sequence[Variant], rows: Sequence[Row]) -> str:
 
 def tiles(variant: Variant, names: Sequence[str]) -> list[Tile]:
     """The headline figures of one variant."""
+    run, split = variant.first, variant.first.split
     start, after = mean([variant.start.get(n) for n in names]), mean([variant.after.get(n) for n in names])
     pairs = [(variant.start.get(n), variant.after.get(n)) for n in names]
     better = sum(a is not None and b is not None and b < a for a, b in pairs)
-    run = variant.first
     found = [
         Tile(
-            "mean test loss",
+            f"mean {split} loss",
             number(after.value if after else None),
             f"from {number(start.value if start else None)} before",
         ),
-        Tile("clients better off", f"{better} of {len(names)}", "test loss below that before training"),
+        Tile("clients better off", f"{better} of {len(names)}", f"{split} loss below that before training"),
     ]
     for key, title in (("exact_match", "exact match"), ("rouge_l", "ROUGE-L")):
-        value = variant.of_best(key)
+        value = variant.score(key)
         if value is not None:
             before = mean([r.records[0].get("answers", {}).get(key) for r in variant.runs])
             found.append(

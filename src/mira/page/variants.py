@@ -31,13 +31,15 @@ class Variant:
 
     @cached_property
     def start(self) -> Losses:
-        """Test loss of each client before training, mean over seeds."""
+        """Loss of each client before training, mean over seeds; None where that was not measured on the split of ``after``."""
+        if any(run.tested is not None and run.split != "test" for run in self.runs):
+            return dict.fromkeys(self.after)
         return _over_seeds([run.losses(0) for run in self.runs])
 
     @cached_property
     def after(self) -> Losses:
-        """Test loss of each client at the validation-best round, mean over seeds."""
-        return _over_seeds([run.losses(run.best) for run in self.runs])
+        """Loss of each client at the validation-best round, mean over seeds."""
+        return _over_seeds([run.after for run in self.runs])
 
     def at(self, round: int, names: Sequence[str]) -> list[float | None]:
         """Test loss of ``names`` after ``round``, mean over seeds."""
@@ -48,7 +50,7 @@ class Variant:
         """For each seed, the mean test loss of ``names``, after ``round`` or after the seed's best one."""
         values = []
         for run in self.runs:
-            losses = run.losses(run.best if round is None else round)
+            losses = run.after if round is None else run.losses(round)
             each = mean([losses.get(name) for name in names])
             values.append(each.value if each else None)
         return values
@@ -58,13 +60,9 @@ class Variant:
         values = self.seed_means(names) if len(self.runs) > 1 else [self.after.get(name) for name in names]
         return mean(values)
 
-    def of_best(self, key: str) -> Mean | None:
-        """exact_match or rouge_l at the best round, over seeds; None unless all are finished and measured it."""
-        return mean([run.result["best"][key] if run.result else None for run in self.runs])
-
-    @property
-    def global_loss(self) -> Mean | None:
-        return mean([run.records[-1].get("transfer", {}).get("global_loss") for run in self.runs])
+    def score(self, key: str) -> Mean | None:
+        """global_loss, exact_match or rouge_l over seeds; None unless all have it."""
+        return mean([run.score(key) for run in self.runs])
 
     @property
     def sent(self) -> float:

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from mira.core.errors import UserError
 from mira.page import clients, curves, heatmaps
 from mira.page.clients import MANY
+from mira.page.comparison import FILE, Comparison, comparison
 from mira.page.load import Run, read
 from mira.page.notes import notes
 from mira.page.stats import Mean
@@ -32,7 +33,11 @@ _PANELS = 24  # families that get a small chart of their own, and matrices of on
 
 def write(folders: Sequence[Path], out: Path) -> Path:
     """Reads the runs and writes one self-contained HTML file. Raises UserError for what cannot be read or written."""
-    html = page([read(folder) for folder in folders])
+    if len(folders) == 1 and (folders[0] / FILE).exists():
+        compared = comparison(folders[0])
+        html = page([run for variant in compared.variants for run in variant.runs], compared)
+    else:
+        html = page([read(folder) for folder in folders])
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         temporary.write_text(html, encoding="utf-8")
@@ -44,9 +49,11 @@ def write(folders: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def page(runs: Sequence[Run]) -> str:
+def page(runs: Sequence[Run], compared: Comparison | None = None) -> str:
     names = _common(runs)
-    variants = sorted(group(runs), key=lambda variant: _rank(variant, names))  # the best first
+    variants = sorted(
+        compared.variants if compared else group(runs), key=lambda each: _rank(each, names)
+    )  # the best first
     style = files("mira.page").joinpath("page.css").read_text(encoding="utf-8")
     # No autoescape switch to forget: everything but our own markup is escaped on its way out.
     environment = Environment(
@@ -58,6 +65,7 @@ def page(runs: Sequence[Run]) -> str:
         style=Markup(style),  # our own file
         style_hash=b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         version=version("mira"),
+        compared=compared,
         **_content(runs, variants, names),
     )
 
@@ -72,7 +80,8 @@ def _content(runs: Sequence[Run], variants: Sequence[Variant], names: list[str])
     many = len(names) > MANY
     differences = differing([v.first for v in variants])
     return {
-        "title": first.config["name"].strip('"') if len(runs) == 1 else " and ".join(_titles(runs)),
+        "title": " and ".join(_titles(runs)), "started": any(v is not None for v in variants[0].start.values()),
+        "curve": first.split, "split": "test" if first.tested is not None else first.split,
         "runs": runs, "variants": variants, "names": names, "families": families, "rows": rows,
         "wins": wins(variants, names), "call": call(variants, rows), "tiles": tiles(variants[0], names),
         "colour": curves.colour,
