@@ -208,3 +208,34 @@ def test_a_comparison_goes_on_within_a_run(tiny_folder: Path, tmp_path: Path, mo
     assert [line.endswith("finished before") for line in lines] == [True, True, False]
     for one, other in zip(value["entries"][0]["runs"], again["entries"][0]["runs"], strict=True):
         assert one | {"seconds": 0} == other | {"seconds": 0}
+
+
+def test_the_page_shows_what_was_chosen_and_tested(done: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
+    folder, value, _ = done
+    out = tmp_path / "page.html"
+    assert mira("report", folder / "o", "--out", out).status == 0
+    html = out.read_text(encoding="utf-8")
+    for entry in value["entries"]:
+        assert f"<code>{entry['chosen']}</code>" in html
+        assert f"{entry['local_loss']['mean']:.3f} ± {entry['local_loss']['interval']:.3f}" in html
+        for duel in entry["against"]:
+            assert f"{duel['wins']} of {duel['clients']} (p {duel['p']:.3f})" in html
+    assert "Mean validation loss by round" in html, "the rounds of a comparison leave the test split alone"
+    assert "no finite loss" not in html
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"run": "../elsewhere"}, "names a run outside its folder: ../elsewhere"),
+        ({"clients": None}, "not as 'mira compare' writes it"),
+    ],
+)
+def test_the_page_refuses_a_file_that_was_tampered_with(
+    change: dict[str, Any], error: str, done: tuple[Path, dict[str, Any], str], tmp_path: Path
+) -> None:
+    value = json.loads((done[0] / "o" / "compare.json").read_text(encoding="utf-8"))
+    value["entries"][0]["runs"][0] |= change
+    (tmp_path / "compare.json").write_text(json.dumps(value), encoding="utf-8")
+    (tmp_path / "runs").symlink_to(done[0] / "o" / "runs")
+    assert error in mira("report", tmp_path).error

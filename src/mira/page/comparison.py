@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mira.core.errors import UserError
-from mira.page.load import read
+from mira.page.load import Run, read
 from mira.page.variants import Variant
 from mira.report import number
 from mira.store.files import read_json
@@ -48,15 +48,15 @@ def comparison(folder: Path) -> Comparison:
         raise UserError(f"{folder / FILE}: not as 'mira compare' writes it ({type(error).__name__}: {error})") from None
 
 
-def _runs(folder: Path, entry: dict[str, Any]) -> list[Any]:
-    found = []
+def _runs(folder: Path, entry: dict[str, Any]) -> list[Run]:
+    found = list[Run]()
     for run in entry["runs"]:
-        place = folder / run["run"]
-        if not place.resolve().is_relative_to(folder.resolve()):
+        place = Path(run["run"])
+        if place.is_absolute() or ".." in place.parts:
             raise UserError(f"{folder / FILE}: names a run outside its folder: {run['run']}")
         tested = {client["name"]: client["loss"] for client in run["clients"]}
         scores = {key: run[key] for key in ("global_loss", "exact_match", "rouge_l")}
-        found.append(replace(read(place), tested=tested, scores=scores))
+        found.append(replace(read(folder / place), tested=tested, scores=scores))
     return found
 
 
