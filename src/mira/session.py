@@ -20,11 +20,13 @@ from torch import Tensor
 
 from mira.adapters.lora import Lora, LoraAdapter
 from mira.adapters.prompt import Prompt, PromptAdapter
+from mira.adapters.seeds import SeedsAdapter, directions
 from mira.adapters.types import Adapter
 from mira.config import Experiment
-from mira.config.adapter import VirtualPromptSection
+from mira.config.adapter import SeedsSection, VirtualPromptSection
 from mira.core.errors import UserError, did_you_mean
 from mira.core.layout import Layout
+from mira.core.training import Training
 from mira.core.types import ServerState, Setting
 from mira.data.corpus import Corpus
 from mira.data.federation import Federation, make_federation
@@ -34,6 +36,7 @@ from mira.engine.checkpoint import decoder_layers
 from mira.engine.generate import positions
 from mira.engine.memory import is_out_of_memory
 from mira.engine.reference import ReferenceEngine
+from mira.engine.seeds import SeedsEngine
 from mira.model import Base, load
 from mira.model.embed import embed
 from mira.model.quantise import needed_for
@@ -53,7 +56,7 @@ class Session:
     federation: Federation
     corpus: Corpus
     adapter: Adapter
-    engine: BatchedEngine | ReferenceEngine
+    engine: BatchedEngine | ReferenceEngine | SeedsEngine
     environment: dict[str, Any]
 
     @property
@@ -133,21 +136,25 @@ def open_session(
             "adapter.dropout=%g: the shared prefix is off, since sharing it would share one dropout mask", dropout
         )
         prefix = False
+    on_top = Layout(()) if isinstance(adapter, SeedsAdapter) else layout  # seeds are in the weights
     common = partial(
         dict[str, Any], model=base.model, pad=base.tokenizer.pad_token_id, end=base.tokenizer.eos_token_id,
-        decode=partial(_decode, base.tokenizer), layout=layout, dropout=dropout, corpus=corpus,
+        decode=partial(_decode, base.tokenizer), layout=on_top, dropout=dropout, corpus=corpus,
         training=training, seed=experiment.seed, kept=kept, progress=progress,
         checkpointing=experiment.engine.checkpointing,
     )  # fmt: skip
     if experiment.engine.checkpointing:
         decoder_layers(base.model)  # refuses before the run begins
-    engine: BatchedEngine | ReferenceEngine
+    engine: BatchedEngine | ReferenceEngine | SeedsEngine
     if experiment.engine.name == "reference":
         engine = ReferenceEngine(**common())
     else:
         budget = recorded.get("tokens_per_pass") or experiment.engine.tokens_per_pass
         engine = BatchedEngine(**common(), tokens_per_pass=budget, prefix=prefix)
     budget = engine.budget if isinstance(engine, BatchedEngine) else None
+    if isinstance(adapter, SeedsAdapter):
+        _warn_ignored(training)
+        engine = SeedsEngine(engine, adapter.directions, experiment.adapter.epsilon, corpus, experiment.seed)
     environment = _environment(base, federation, threads, prefix, budget, truncated)
     return Session(experiment, base, federation, corpus, adapter, engine, environment)
 
@@ -238,8 +245,17 @@ def _adapter(experiment: Experiment, base: Base) -> Adapter:
     section, model = experiment.adapter, base.model
     if isinstance(section, VirtualPromptSection):
         return PromptAdapter(model, Prompt(section.virtual_tokens, section.encoder_hidden).layout(model))
+    if isinstance(section, SeedsSection):
+        return SeedsAdapter(directions(model, section.targets, experiment.seed), section.count)
     lora = Lora(section.rank, section.alpha, section.dropout, section.rslora, section.targets)
     return LoraAdapter(model, lora.layout(model))
+
+
+def _warn_ignored(training: Training) -> None:
+    names = ("optimizer", "momentum", "weight_decay", "clip", "keep_optimizer")
+    given = [name for name in names if getattr(training, name) != getattr(Training, name)]
+    if given:
+        log.warning("adapter.kind=seeds has no optimiser; ignored: %s", ", ".join(f"training.{name}" for name in given))
 
 
 def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:

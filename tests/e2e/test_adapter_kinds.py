@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mira import Experiment
@@ -17,7 +18,11 @@ from mira.store import Store
 from small import mira, settings, write_clients, write_config
 from tiny import save_tiny
 
-SECTIONS = {"prompt": {"kind": "prompt", "virtual_tokens": 4, "encoder_hidden": 8}}
+SECTIONS = {
+    "prompt": {"kind": "prompt", "virtual_tokens": 4, "encoder_hidden": 8},
+    "seeds": {"kind": "seeds", "count": 4, "targets": ["q_proj", "v_proj", "down_proj"]},
+}
+LR = {"prompt": 0.02, "seeds": 3e-4}  # of directions in 6 000 weights
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +38,8 @@ def data(tmp_path: Path) -> Path:
 def experiment(model: Path, data: Path, kind: str) -> dict[str, object]:
     values = settings(model, data, rounds=2)
     values["adapter"] = SECTIONS[kind]
+    values["training"]["lr"] = LR[kind]
+    values["training"]["local_steps"] = 6
     return values
 
 
@@ -54,13 +61,32 @@ def test_a_run_from_end_to_end(kind: str, method: str, model: Path, data: Path, 
     assert all(Path(client["adapter"]).is_dir() for client in result["clients"])
     answer = mira("generate", tmp_path / "run", "--client", "ann", "--prompt", "1 and 2", "--max-new-tokens", 3)
     assert answer.status == 0, answer.err
+    folder = Path(result["clients"][0]["adapter"])
+    if kind == "seeds":
+        about = json.loads((folder / "coefficients.json").read_text())
+        assert about["count"] == size == 4
+        assert torch.equal(load_file(folder / "coefficients.safetensors")["coefficients"], rows[0])
+        export = mira("export", tmp_path / "run", "--client", "ann", "--merge")
+        assert export.status == 0, export.err
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run/merged/ann")
+        base = AutoModelForCausalLM.from_pretrained(model)
+        changed = {n for n, p in merged.named_parameters() if not torch.equal(p, base.get_parameter(n))}
+        assert changed == set(about["tensors"])
     if kind == "prompt":
-        folder = Path(result["clients"][0]["adapter"])
         layout = open_session(Experiment(**values)).layout
         assert torch.equal(from_peft(folder, layout), rows[0])
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), folder)
         assert "a prompt is input" in mira("export", tmp_path / "run", "--client", "ann", "--merge").error
         assert "vLLM serves LoRA" in mira("export", tmp_path / "run", "--all", "--format", "vllm").error
+
+
+def test_seeds_say_what_they_ignore_and_what_they_need(model: Path, data: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml", model, data)
+    base = ("run", config, "--out", tmp_path / "run", "--set", "adapter.kind=seeds", "--set")
+    assert "adapter.kind=seeds: moves the base's own weights" in mira(*base, "model.dtype=bfloat16").error
+    ended = mira(*base, "training.clip=null", "--set", "training.lr=1e-5", "--set", "rounds=1")
+    assert ended.status == 0, ended.err
+    assert "adapter.kind=seeds has no optimiser; ignored: training.clip" in ended.err
 
 
 def test_a_prompt_needs_room(model: Path, data: Path, tmp_path: Path) -> None:

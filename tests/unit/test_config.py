@@ -313,6 +313,7 @@ def test_every_field_is_documented_in_the_schema() -> None:
         "ModelSection",
         "LoraSection",
         "VirtualPromptSection",
+        "SeedsSection",
         "PromptSection",
         "EngineSection",
         "EvaluationSection",

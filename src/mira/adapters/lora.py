@@ -39,7 +39,7 @@ class Lora:
 
     def layout(self, model: PreTrainedModel) -> Layout:
         """The row layout on ``model``. Raises UserError when the targets name no linear layer."""
-        found = _targets(model, self.targets)
+        found = target_layers(model, self.targets)
         features = {name: _features(module) for name, module in found.items()}
         return Layout.of(features, self.rank, self.alpha, self.rslora)
 
@@ -143,7 +143,7 @@ def _features(module: nn.Module) -> tuple[int, int]:
     return int(module.nx), int(module.nf)
 
 
-def _targets(model: PreTrainedModel, targets: str | Sequence[str]) -> dict[str, nn.Module]:
+def target_layers(model: PreTrainedModel, targets: str | Sequence[str]) -> dict[str, nn.Module]:
     """Linear layers whose name ends in one of ``targets``, or matches it as a pattern when it is one string."""
     linear: dict[str, nn.Module] = {
         name: module

@@ -40,4 +40,18 @@ class VirtualPromptSection:
     """Width of the MLP, whose weights are part of the row."""
 
 
-ADAPTERS = {"lora": LoraSection, "prompt": VirtualPromptSection}
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SeedsSection:
+    """Seed coefficients (FedKSeed, Qin et al. 2024): w = w0 + Σ c·z, trained by forward passes alone, a client at a time.
+    training.lr is η, about 1e-6 rather than 1e-3; optimizer, momentum, weight_decay, clip and keep_optimizer do not apply."""
+
+    kind: Literal["seeds"] = "seeds"
+    count: Count = 128
+    """N, the directions z and the numbers of a row; 4096 in the paper."""
+    epsilon: Annotated[float, Field(gt=0)] = 5e-4
+    """ε, how far along a direction the loss is measured on either side."""
+    targets: str | tuple[str, ...] = "auto"
+    """Layers whose weights have directions, as for LoRA; all: every weight of the model, as published."""
+
+
+ADAPTERS = {"lora": LoraSection, "prompt": VirtualPromptSection, "seeds": SeedsSection}

@@ -192,6 +192,11 @@ class Experiment(BaseModel):
                 f"engine.prefix=on: a shared prefix is computed once, but adapter.dropout={dropout:g} "
                 "differs from sequence to sequence; set engine.prefix=off or adapter.dropout=0"
             )
+        if self.adapter.kind == "seeds" and (self.model.quantization != "none" or self.model.dtype == "bfloat16"):
+            raise UserError(
+                f"adapter.kind=seeds: moves the base's own weights by steps that model.dtype={self.model.dtype} with "
+                f"model.quantization={self.model.quantization} would round away; set dtype=float32 and quantization=none"
+            )
         if self.model.quantization != "none" and self.model.dtype == "float64":
             raise UserError(
                 f"model.quantization={self.model.quantization}: not with model.dtype=float64, which is there to be exact; "

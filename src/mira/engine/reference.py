@@ -49,6 +49,9 @@ class ReferenceEngine:
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         model = deepcopy(self.model, shared)
         config: PeftConfig
+        if not self.layout.entries:  # the base alone
+            object.__setattr__(self, "peft", model)
+            return
         if self.layout.virtual_tokens:
             config = prompt.peft_config(self.layout, None, inference=False)
         else:
@@ -148,6 +151,16 @@ class ReferenceEngine:
                     nll[i, j] += self._loss([sequence], "sum").double().cpu()
                     tokens[i, j] += sum(sequence.label)
         return Scores(nll, tokens)
+
+    @torch.no_grad()
+    def score(self, rows: Tensor, sequences: Sequence[Sequence[Encoded]]) -> tuple[Tensor, Tensor]:
+        """As BatchedEngine.score."""
+        nll, tokens = [], []
+        for row, job in zip(rows, sequences, strict=True):
+            self._load(row)
+            nll += [self._loss([sequence], "sum").double().cpu() for sequence in job]
+            tokens += [sum(sequence.label) for sequence in job]
+        return torch.stack(nll), torch.tensor(tokens)
 
     @torch.no_grad()
     def generate(

@@ -1,0 +1,111 @@
+"""Training by forward passes alone: the row is N coefficients of random directions in the base's own weights.
+
+FedKSeed (Qin et al., ICML 2024), local steps after MeZO (Malladi et al., NeurIPS 2023): draw s, then
+g = (F(w + ε·z_s) − F(w − ε·z_s)) / 2ε and c_s ← c_s − η·g, which moves w by −η·g·z_s. That is a step along ∂F/∂c_s, so a
+proximal term on c adds its own derivative to g. No optimiser and no clipping, as published; η is training.lr.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mira.adapters.seeds import Directions
+from mira.core.seeds import generator
+from mira.core.types import Failure, Scores, Trained, Work
+from mira.data.corpus import Corpus
+from mira.data.text import Encoded
+from mira.engine.batched import BatchedEngine
+from mira.engine.memory import OUT_OF_MEMORY, is_out_of_memory
+from mira.engine.reference import ReferenceEngine
+
+
+@dataclass(frozen=True)
+class SeedsEngine:
+    """``inner`` runs the base without an adapter; its weights hold one row at a time, and are w0 again afterwards.
+    Memory is that of inference and a copy of the tensors that have directions."""
+
+    inner: BatchedEngine | ReferenceEngine
+    directions: Directions
+    epsilon: float
+    corpus: Corpus
+    seed: int
+
+    def train(self, work: Work, round: int, lr: float) -> Trained:
+        batches = [self.corpus.batches(round, int(client)) for client in work.client]
+        rows, loss, failed = work.start.clone(), torch.zeros(len(batches), dtype=torch.float64), {}
+        for job, steps in enumerate(batches):
+            draw = generator("seeds", self.seed, round, int(work.client[job]))
+            try:
+                loss[job] = self._descend(rows[job], work, job, steps, draw, lr)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed[job] = Failure(int(work.client[job]), OUT_OF_MEMORY)
+        trained = Trained(
+            client=work.client, job=torch.arange(len(batches)), rows=rows,
+            examples=torch.tensor([self.corpus.num_train(int(client)) for client in work.client]),
+            tokens=torch.tensor([sum(len(s.tokens) for batch in steps for s in batch) for steps in batches]),
+            steps=torch.tensor([len(steps) for steps in batches]), loss=loss, lr=lr,
+        )  # fmt: skip
+        done = [job for job in range(len(batches)) if job not in failed]
+        return trained.select(torch.tensor(done, dtype=torch.int64), list(failed.values()))
+
+    def _descend(
+        self, row: Tensor, work: Work, job: int, batches: Sequence[Sequence[Encoded]], draw: torch.Generator, lr: float
+    ) -> float:
+        """Moves ``row`` [N] in place; the mean of F(w ± ε·z) over the steps."""
+        seeds = torch.arange(len(row)) if work.trainable is None else work.trainable.nonzero()[:, 0]
+        total = 0.0
+        with self.directions.applied(row):
+            for batch in batches:
+                s = int(seeds[torch.randint(len(seeds), (), generator=draw)])
+                self.directions.add(s, self.epsilon)
+                above = self._loss(batch)
+                self.directions.add(s, -2 * self.epsilon)
+                below = self._loss(batch)
+                g = (above - below) / (2 * self.epsilon)
+                if work.anchor is not None and work.prox is not None:
+                    g += float(work.prox[job]) * float(row[s] - work.anchor[job, s])
+                self.directions.add(s, self.epsilon - lr * g)  # back to w, and the step
+                row[s] -= lr * g
+                total += (above + below) / 2
+        return total / len(batches)
+
+    def _loss(self, batch: Sequence[Encoded]) -> float:
+        nll, tokens = self.inner.score(torch.empty(1, 0), [batch])
+        return float(nll.sum() / tokens.sum())
+
+    def evaluate(self, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None) -> Scores:
+        nll = torch.zeros(len(rows), len(splits), dtype=torch.float64)
+        tokens = torch.zeros(len(rows), len(splits), dtype=torch.int64)
+        for places in _alike(rows):
+            with self.directions.applied(rows[places[0]]):
+                scores = self.inner.evaluate(rows[places, :0], client[places], splits, limit)
+            nll[places], tokens[places] = scores.nll, scores.tokens
+        return Scores(nll, tokens)
+
+    def generate(
+        self, rows: Tensor, client: Tensor, split: str, limit: int | None, max_new_tokens: int
+    ) -> list[list[str]]:
+        prompts = [self.corpus.prompts(int(k), split, limit) for k in client]
+        return self.answer(rows, prompts, max_new_tokens)
+
+    def answer(self, rows: Tensor, prompts: Sequence[Sequence[Sequence[int]]], max_new_tokens: int) -> list[list[str]]:
+        """Greedy answers of row i [n,N] to each of prompts[i] (token ids); equal rows together in one batch."""
+        answers: list[list[str]] = [[] for _ in prompts]
+        for places in _alike(rows):
+            with self.directions.applied(rows[places[0]]):
+                part = self.inner.answer(rows[places, :0], [prompts[int(i)] for i in places], max_new_tokens)
+            for i, given in zip(places.tolist(), part, strict=True):
+                answers[i] = given
+        return answers
+
+
+def _alike(rows: Tensor) -> Iterator[Tensor]:
+    """The places of each distinct row: building the weights of one is what evaluation costs beyond its passes."""
+    _, group = rows.unique(dim=0, return_inverse=True)
+    return ((group == number).nonzero()[:, 0] for number in group.unique())
