@@ -15,7 +15,7 @@ from small import mira, outcome, settings, write_clients, write_config
 from tiny import save_tiny
 
 CONFIGS = sorted(
-    file for file in (Path(__file__).parents[2] / "configs").glob("*.y*ml") if not file.name.startswith("compare-")
+    file for file in (Path(__file__).parents[2] / "configs").rglob("*.y*ml") if not file.name.startswith("compare-")
 )
 
 

@@ -214,6 +214,16 @@ def test_a_pool_is_cut_by_column() -> None:
     assert [(c.name, c.group, len(c.examples)) for c in clients] == [("a", "a", 20), ("b", "b", 20), ("c", "c", 20)]
 
 
+def test_a_value_is_dealt_among_several_clients() -> None:
+    clients = split_pool(pool(), {}, ByColumn("kind", clients_per_value=3), 0)
+    assert [(c.name, c.group) for c in clients[:4]] == [("a-0", "a"), ("a-1", "a"), ("a-2", "a"), ("b-0", "b")]
+    assert sorted(len(c.examples) for c in clients) == [6] * 3 + [7] * 6
+    assert sorted(int(e.input) for c in clients for e in c.examples) == list(range(60))
+    assert all("abc"[int(e.input) % 3] == c.group for c in clients for e in c.examples)
+    assert clients == split_pool(pool(), {}, ByColumn("kind", clients_per_value=3), 0)
+    assert clients != split_pool(pool(), {}, ByColumn("kind", clients_per_value=3), 1)
+
+
 @pytest.mark.parametrize("partition", [ByDirichlet("kind", clients=4, min_examples=5), ByChance(4)])
 def test_random_cuts_lose_nothing_and_follow_the_seed(partition: ByDirichlet | ByChance) -> None:
     pytest.importorskip("flwr_datasets", reason="the extra 'datasets' is not installed")

@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError
-from mira.core.seeds import stream
+from mira.core.seeds import generator, stream
 from mira.core.strict import STRICT
 from mira.data.records import Columns, Record, label_field, mapped, to_example
 from mira.data.types import ClientData, Example, client_data
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class ByColumn:
-    """One client for every value of a column; the value is also the client's group."""
+    """One client, or several, for every value of a column; the value is also the clients' group."""
 
     column: str
+    clients_per_value: Annotated[int, Field(ge=1)] = 1
+    """The value's examples are dealt among so many, in equal numbers; Elbakary et al. 2025 have 10 for each Dolly category."""
     by: Literal["column"] = "column"
 
 
@@ -69,10 +72,23 @@ def split_pool(
         groups: dict[str, list[Example]] = {}
         for example, label in asked.values():
             groups.setdefault(label, []).append(example)
-        return [client_data(value, group, value) for value, group in sorted(groups.items())]
+        among = partition.clients_per_value
+        return [client for value, group in sorted(groups.items()) for client in _dealt(value, group, among, seed)]
     parts = _deal(labels, partition, seed)
     width = len(str(len(parts) - 1))
     return [client_data(f"client-{n:0{width}}", [examples[row] for row in part]) for n, part in enumerate(parts)]
+
+
+def _dealt(value: str, examples: Sequence[Example], clients: int, seed: int) -> list[ClientData]:
+    """``clients`` clients of the group ``value``, each with every ``clients``-th of its examples in a random order."""
+    if clients == 1:
+        return [client_data(value, examples, value)]
+    order = torch.randperm(len(examples), generator=generator("partition", seed, value)).tolist()
+    width = len(str(clients - 1))
+    return [
+        client_data(f"{value}-{n:0{width}}", [examples[row] for row in sorted(order[n::clients])], value)
+        for n in range(clients)
+    ]
 
 
 def _deal(labels: Sequence[str], partition: ByDirichlet | ByChance, seed: int) -> list[list[int]]:
