@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mira import config
 from mira.config import Experiment
+from mira.config.experiment import ClientsSection
 from mira.config.overrides import override
 from mira.core.errors import UserError, did_you_mean
 from mira.core.similarity import cosines
@@ -92,7 +93,15 @@ def _own(experiment: Experiment, source: _Newcomer, overrides: Sequence[str]) ->
     """The run's experiment with the newcomer as its only client, which trains alone."""
     changed = config.parse(override(experiment.model_dump(mode="json"), overrides))
     training = replace(changed.training, keep_optimizer=False)
-    return changed.model_copy(update={"data": source, "method": Local(), "graph": Complete(), "training": training})
+    return changed.model_copy(
+        update={
+            "data": source,
+            "method": Local(),
+            "graph": Complete(),
+            "training": training,
+            "clients": ClientsSection(),
+        }
+    )
 
 
 def _check(name: str, group: str | None, known: Sequence[Client]) -> None:

@@ -131,7 +131,7 @@ class _Folder:
 
 
 def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher) -> Result:
-    experiment, method = session.experiment, session.experiment.method
+    experiment, method = session.experiment, session.method
     rounds, names = experiment.rounds, session.names
     look = _measurer(session, watcher)
     watcher.start(store.folder, rounds, len(names), state.round)
@@ -203,7 +203,7 @@ def measured(
 
     Raises UserError when memory runs out.
     """
-    e, method, engine, names = session.experiment, session.experiment.method, session.engine, session.names
+    e, method, engine, names = session.experiment, session.method, session.engine, session.names
     plan = e.evaluation
     with enough_memory(e):
         record = measure.losses(method, engine, state, names, plan.examples, test)
@@ -244,7 +244,7 @@ def _answers(session: Session, state: ServerState) -> Record:
     plan = session.experiment.evaluation
     references = [session.corpus.references(k, "test", plan.examples) for k in range(len(session.names))]
     return measure.answers(
-        session.experiment.method, session.engine, state, references, session.names, plan.examples, plan.max_new_tokens
+        session.method, session.engine, state, references, session.names, plan.examples, plan.max_new_tokens
     )
 
 
@@ -271,7 +271,7 @@ def export_adapters(session: Session, folder: Path, state: ServerState, clients:
     places = []
     for k in clients:
         place = folder / session.federation.clients[k].slug
-        row = session.experiment.method.serve(state, torch.tensor([k]))[0]
+        row = session.method.serve(state, torch.tensor([k]))[0]
         replace_folder(place, partial(session.adapter.save, row=row, base_name=base_name(session)))
         places.append(place)
     return places

@@ -65,7 +65,7 @@ def generate(
     session = _session(folder)
     k = session.number(client)
     with Store.open(folder, writable=False) as store:
-        row = session.experiment.method.serve(state_of(session, store, _round(store, which)), torch.tensor([k]))
+        row = session.method.serve(state_of(session, store, _round(store, which)), torch.tensor([k]))
     owner, encoder = session.federation.clients[k], session.corpus.encoder
     if prompt is not None:
         example = _example(prompt, instruction, owner.description)
@@ -135,7 +135,7 @@ def _example(prompt: str, instruction: str | None, description: str) -> Example:
 
 def _write_merged(session: Session, state: ServerState, k: int, folder: Path) -> None:
     """The whole model with client ``k``'s adapter in its weights; the base is put back afterwards."""
-    row = session.experiment.method.serve(state, torch.tensor([k]))[0]
+    row = session.method.serve(state, torch.tensor([k]))[0]
     with session.adapter.merged(row), quiet():
         session.base.model.save_pretrained(folder)
         session.base.tokenizer.save_pretrained(folder)

@@ -27,7 +27,7 @@ from mira.config.adapter import SeedsSection, VirtualPromptSection
 from mira.core.errors import UserError, did_you_mean
 from mira.core.layout import Layout
 from mira.core.training import Training
-from mira.core.types import ServerState, Setting
+from mira.core.types import Method, ServerState, Setting
 from mira.data.corpus import Corpus
 from mira.data.federation import Federation, make_federation
 from mira.data.text import Encoder
@@ -37,6 +37,7 @@ from mira.engine.generate import positions
 from mira.engine.memory import is_out_of_memory
 from mira.engine.reference import ReferenceEngine
 from mira.engine.seeds import SeedsEngine
+from mira.methods.ranked import Ranked
 from mira.model import Base, load
 from mira.model.embed import embed
 from mira.model.quantise import needed_for
@@ -73,6 +74,17 @@ class Session:
             raise UserError(f"no client is named '{name}'{did_you_mean(name, self.names)}")
         return self.names.index(name)
 
+    @property
+    def method(self) -> Method:
+        """The experiment's method, for clients of the ranks they have."""
+        rank = self.experiment.clients.rank
+        if not rank:
+            return self.experiment.method
+        each = torch.full((len(self.names),), self.layout.rank)
+        for name, number in rank.items():
+            each[self.number(name)] = number
+        return Ranked(self.experiment.method, self.layout, each)
+
     def start(self) -> Tensor:
         """The common start row [P], in the precision adapters are trained in."""
         row = self.adapter.start(self.experiment.seed)
@@ -89,7 +101,7 @@ class Session:
         graph = self.experiment.graph.build(self.names, [c.group for c in clients], seed, self.descriptions)
         training = self.experiment.training
         steps = max(training.steps_for(len(client.train)) for client in clients)
-        return self.experiment.method.init(
+        return self.method.init(
             Setting(self.layout, self.start(), len(clients), graph, max_lr=training.lr, max_steps=steps)
         )
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mira.core.errors import UserError, did_you_mean
-from mira.core.layout import Layout
+from mira.core.layout import Entry, Layout
 from mira.core.seeds import generator
 
 _PREFIX = "base_model.model."  # how PEFT names a module of the wrapped model
@@ -79,25 +79,28 @@ def start_row(layout: Layout, seed: int) -> Tensor:
     return row
 
 
-def peft_config(layout: Layout, model: PreTrainedModel, base_name: str | None, dropout: float = 0.0) -> LoraConfig:
-    """The PEFT config that attaches ``layout`` to ``model`` and to nothing else in it."""
+def peft_config(
+    layout: Layout, model: PreTrainedModel, base_name: str | None, dropout: float = 0.0, rank: int | None = None
+) -> LoraConfig:
+    """The PEFT config that attaches ``layout`` to ``model`` and to nothing else in it; ``rank``: the layout's."""
     conv = any(isinstance(model.get_submodule(name), Conv1D) for name in layout.modules)
     return LoraConfig(
-        r=layout.rank, lora_alpha=layout.alpha, lora_dropout=dropout, use_rslora=layout.rslora,  # type: ignore[arg-type]
+        r=rank or layout.rank, lora_alpha=layout.alpha, lora_dropout=dropout, use_rslora=layout.rslora,  # type: ignore[arg-type]
         target_modules=_names(layout.modules, model), fan_in_fan_out=conv, bias="none", task_type="CAUSAL_LM",
         base_model_name_or_path=base_name, inference_mode=True,
     )  # fmt: skip
 
 
 def to_peft(folder: Path, row: Tensor, layout: Layout, model: PreTrainedModel, base_name: str) -> None:
-    """Write ``row`` [P] as a PEFT folder: adapter_config.json and adapter_model.safetensors."""
+    """Write ``row`` [P] as a PEFT folder, of the rank it uses: adapter_config.json and adapter_model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
+    rank = layout.ranks(row[None])[0]
     tensors = {
-        f"{_PREFIX}{entry.module}.lora_{entry.factor}.weight": entry.view(row).float().contiguous().cpu()
+        f"{_PREFIX}{entry.module}.lora_{entry.factor}.weight": _first(entry, row, rank).float().contiguous().cpu()
         for entry in layout.entries
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    peft_config(layout, model, base_name).save_pretrained(str(folder))
+    peft_config(layout, model, base_name, rank=rank).save_pretrained(str(folder))
 
 
 def from_peft(folder: Path, layout: Layout) -> Tensor:
@@ -119,6 +122,12 @@ def from_peft(folder: Path, layout: Layout) -> Tensor:
     return row
 
 
+def _first(entry: Entry, row: Tensor, rank: int) -> Tensor:
+    """The first ``rank`` rows of A, or columns of B."""
+    factor = entry.view(row)
+    return factor[:rank] if entry.factor == "A" else factor[:, :rank]
+
+
 def merge(model: PreTrainedModel, row: Tensor, layout: Layout) -> None:
     """Add s·B·A of ``row`` [P] to the base weights, in place. Raises UserError where they are quantised."""
     if getattr(model, "is_quantized", False):
@@ -127,9 +136,10 @@ def merge(model: PreTrainedModel, row: Tensor, layout: Layout) -> None:
             "export the adapter alone"
         )
     factors = {(entry.module, entry.factor): entry.view(row) for entry in layout.entries}
+    scale = layout.scale_at(layout.ranks(row[None])[0])
     for name in layout.modules:
         module = model.get_submodule(name)
-        delta = layout.scale * (factors[name, "B"].double() @ factors[name, "A"].double())
+        delta = scale * (factors[name, "B"].double() @ factors[name, "A"].double())
         weight = module.weight
         assert isinstance(weight, Tensor)
         turned = delta.T if isinstance(module, Conv1D) else delta  # Conv1D keeps its weight as [in, out]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import field
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -126,6 +127,14 @@ class EvaluationSection:
     """Test examples of each of them."""
 
 
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ClientsSection:
+    """What is not alike for all clients."""
+
+    rank: dict[Annotated[str, Field(min_length=1)], Count] = field(default_factory=dict)
+    """LoRA rank of a client, by its name: at most adapter.rank, which all others have."""
+
+
 class Experiment(BaseModel):
     """One federated fine-tuning run."""
 
@@ -142,6 +151,7 @@ class Experiment(BaseModel):
     data: DataSection
     split: SplitSizes = SplitSizes(train=0.8, validation=0.1, test=0.1)
     prompt: PromptSection = PromptSection()
+    clients: ClientsSection = ClientsSection()
     cohort: Share = 1.0
     """Share of the clients that take part in a round."""
     training: Training
@@ -166,7 +176,7 @@ class Experiment(BaseModel):
             raise UserError(explain(error, values, type(self).model_json_schema())) from None
 
     @field_validator(
-        "model", "adapter", "data", "split", "prompt", "training", "method", "graph", "engine", "evaluation",
+        "model", "adapter", "data", "split", "prompt", "clients", "training", "method", "graph", "engine", "evaluation",
         "tracking",
         mode="before",
     )  # fmt: skip
@@ -187,6 +197,16 @@ class Experiment(BaseModel):
                 "or the learning rate never reaches its peak"
             )
         dropout = getattr(self.adapter, "dropout", 0.0)
+        largest = getattr(self.adapter, "rank", None)
+        for name, rank in self.clients.rank.items():
+            if largest is None:
+                raise UserError(
+                    f"clients.rank.{name}={rank}: ranks belong to adapter.kind=lora; leave clients.rank out"
+                )
+            if rank > largest:
+                raise UserError(
+                    f"clients.rank.{name}={rank}: must be at most adapter.rank={largest}; raise adapter.rank"
+                )
         if self.engine.prefix == "on" and dropout > 0:
             raise UserError(
                 f"engine.prefix=on: a shared prefix is computed once, but adapter.dropout={dropout:g} "

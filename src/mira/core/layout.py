@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Factor = Literal["A", "B", "prompt", "encoder", "seed"]
@@ -50,7 +51,42 @@ class Layout:
 
     @property
     def scale(self) -> float:
-        return self.alpha / (sqrt(self.rank) if self.rslora else self.rank)
+        return self.scale_at(self.rank)
+
+    def scale_at(self, rank: int) -> float:
+        """The scale of a row that uses ``rank`` of the layout's ranks, and is zero beyond: that of a plain row of this rank."""
+        return self.alpha / (sqrt(rank) if self.rslora else rank)
+
+    def within(self, rank: int) -> Tensor:
+        """Which numbers of a row belong to the first ``rank`` rows of A and columns of B: [P] bool."""
+        mask = torch.zeros(self.size, dtype=torch.bool)
+        for entry in self.entries:
+            view = entry.view(mask)
+            (view[:rank] if entry.factor == "A" else view[:, :rank]).fill_(True)
+        return mask
+
+    def ranks(self, rows: Tensor) -> list[int]:
+        """How many ranks each of ``rows`` [n,P] uses: all, but for the last rows of A that are zero."""
+        if not self.modules:
+            return [self.rank] * len(rows)
+        used = (self.entries[0].view(rows) != 0).any(2)  # [n,r]
+        last = (used * torch.arange(1, self.rank + 1, device=rows.device)).amax(1)
+        return [rank or self.rank for rank in last.tolist()]
+
+    def stretch(self, rows: Tensor) -> Tensor | None:
+        """What to multiply ``rows`` [n,P] with for ``scale`` to hold for each: B by scale_at(rank)/scale where a row uses less
+        than all ranks. None where all use all."""
+        ranks = self.ranks(rows)
+        if all(rank == self.rank for rank in ranks):
+            return None
+        factor = torch.tensor(
+            [self.scale_at(rank) / self.scale for rank in ranks], device=rows.device, dtype=rows.dtype
+        )
+        out = torch.ones_like(rows)
+        for entry in self.entries:
+            if entry.factor == "B":
+                entry.view(out).mul_(factor[:, None, None])
+        return out
 
     @property
     def virtual_tokens(self) -> int:

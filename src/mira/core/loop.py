@@ -132,10 +132,10 @@ def apply(state: ServerState, change: Change) -> ServerState:
 def describe(round: int, work: Work, trained: Trained, change: Change, names: Sequence[str]) -> Record:
     """What happened in a round, as plain numbers. Bytes: what is uploaded of each row, 4 a number in fp32; a private job
     sends none. Of a client with several jobs: bytes of all of them, loss and steps of the last."""
-    numbers = work.start.shape[1] if work.upload is None else int(work.upload.sum())
-    jobs = len(work.client)
+    jobs, size = work.start.shape
+    numbers = [size] * jobs if work.upload is None else work.upload.expand(jobs, size).sum(1).tolist()
     private = [False] * jobs if work.private is None else work.private.tolist()
-    row_bytes = [0 if stays else work.start.element_size() * numbers for stays in private]
+    row_bytes = [0 if stays else work.start.element_size() * n for stays, n in zip(private, numbers, strict=True)]
     came = [names[k] for k in trained.client.tolist()]
     back = set(trained.job.tolist())
     client_bytes = {names[k]: {"down": 0, "up": 0} for k in work.client.tolist()}

@@ -71,6 +71,7 @@ class Setting:
     graph: Graph
     max_lr: float
     max_steps: int
+    rank: Tensor | None = None  # [K] int64, how many of the layout's ranks each client uses; None: all use all
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Work:
     anchor: Tensor | None = None  # [J,P]; given with prox or not at all
     prox: Tensor | None = None  # [J] float64, not negative
     trainable: Tensor | None = None  # [P] bool; None: all
-    upload: Tensor | None = None  # [P] bool: what of a row travels, each way; None: all
+    upload: Tensor | None = None  # [P] or [J,P] bool: what of a row travels, each way; None: all
     private: Tensor | None = None  # [J] bool: the row stays where the client is and nothing of it is sent; None: no job
     slot: Tensor | None = None  # [J] int64: where a job's optimiser state is kept; None: under its client's number
 

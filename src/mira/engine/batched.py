@@ -84,16 +84,18 @@ class BatchedEngine:
         loss = torch.zeros(len(order), dtype=torch.float64, device=self.device)
         dropout = [generator("dropout", self.seed, round, int(k)) for k in client] if self.dropout else None
         lost: dict[int, str] = {}
+        stretch = self.layout.stretch(rows)
         for step in range(len(batches[0])):
             active = sum(len(steps) > step for steps in batches)
             jobs = [(j, batches[j][step]) for j in range(active) if j not in lost]
             grad[:active].zero_()
+            seen = rows if stretch is None else rows * stretch
             for part in self._passes(jobs, self.budget):
-                self._accumulate(part, rows, grad, loss, dropout, lost)
-            if anchor is not None and prox is not None:
-                pull(
-                    grad[:active], rows[:active], anchor[:active], prox[:active]
-                )  # before clipping: part of the objective
+                self._accumulate(part, seen, grad, loss, dropout, lost)
+            if stretch is not None:
+                grad[:active].mul_(stretch[:active])
+            if anchor is not None and prox is not None:  # before clipping: part of the objective
+                pull(grad[:active], rows[:active], anchor[:active], prox[:active])
             optimizer.step(rows, grad, active, lr)
         steps = torch.tensor([len(b) for b in batches])
         trained = Trained(
@@ -125,7 +127,7 @@ class BatchedEngine:
         """Summed loss (nats, float64) and label tokens of every sequence, row by row in the given order."""
         jobs = [(row, part) for row, job in enumerate(sequences) for part in self._cut(job)]
         nll, tokens = [], []
-        on_device = self._rows(rows)
+        on_device = self._stretched(rows)
         for part in self._passes(jobs, self._forward_budget):
             packed = pack(part, self.prefix, self.layout.virtual_tokens)
             with torch.no_grad(), self._lane(Lane(on_device, packed.ranges, needed=packed.predict.to(self.device))):
@@ -148,7 +150,7 @@ class BatchedEngine:
         sequences = [[Encoded(tuple(p), (False,) * len(p), False) for p in job] for job in prompts]
         jobs = [(row, part) for row, job in enumerate(sequences) for part in self._cut(job)]
         answers: list[list[str]] = [[] for _ in prompts]
-        on_device = self._rows(rows)
+        on_device = self._stretched(rows)
         for part in self._passes(jobs, self._forward_budget):
             packed = pack(part, self.prefix, self.layout.virtual_tokens)
             with torch.no_grad(), self._lane(Lane(on_device, packed.ranges)) as lane:
@@ -258,6 +260,12 @@ class BatchedEngine:
 
         each = bytes_a_token({tensor.untyped_storage().data_ptr() for tensor in tensors}, train)
         return tokens_per_pass(self.device, each)
+
+    def _stretched(self, rows: Tensor) -> Tensor:
+        """``_rows`` as a lane reads them, whose scale is that of the layout's rank."""
+        on_device = self._rows(rows)
+        stretch = self.layout.stretch(on_device)
+        return on_device if stretch is None else on_device * stretch
 
     def _passes(
         self, jobs: Sequence[tuple[int, Sequence[Encoded]]], budget: int

@@ -223,6 +223,10 @@ class ReferenceEngine:
         with torch.no_grad():
             for entry, parameter in zip(self.layout.entries, parameters, strict=True):
                 parameter.copy_(entry.view(row))
+        if self.layout.modules:
+            scale = self.layout.scale_at(self.layout.ranks(row[None])[0])
+            for name in self.layout.modules:
+                vars(self.peft.get_submodule(f"base_model.model.{name}"))["scaling"]["default"] = scale
         return parameters
 
     def _row(self) -> Tensor:
