@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # -qq: pip warns about every index that lacks a package; errors are still shown.
 INSTALL := $(PIP) install -qq --constraint constraints.txt
-EVERYTHING := --editable '.[dev,datasets,quantized,wandb,mlflow]' 'flwr==1.41.*'
+EVERYTHING := --editable '.[dev,datasets,flower,quantized,wandb,mlflow]'
 
 .PHONY: help demo test quick format lock clean bench
 help:
@@ -57,12 +57,12 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	@echo 'installing pinned developer tools, data set readers, bitsandbytes and trackers (about 200 MB) ...'
-	@$(INSTALL) --editable '.[dev,datasets,quantized,wandb,mlflow]'
+	@echo 'installing pinned developer tools, data set readers, bitsandbytes, Flower and trackers (about 300 MB) ...'
+	@$(INSTALL) --editable '.[dev,datasets,flower,quantized,wandb,mlflow]'
 	@touch $@
 
 $(VENV)/.resolves: $(VENV)/.dev
-	@echo 'checking that all extras and flwr 1.41 resolve together ...'
+	@echo 'checking that all extras resolve together ...'
 	@$(INSTALL) --dry-run $(EVERYTHING)
 	@touch $@
 

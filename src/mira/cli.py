@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from mira.core.errors import UserError
+from mira.fleet.commands import kit_app
 from mira.progress import RunProgress, visible
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Show, check or describe a configuration.")
 app.add_typer(config_app, name="config")
+app.add_typer(kit_app, name="kit")
 
 # Names come from data: what looks like markup or an emoji code in them is shown as it is.
 out_console = Console(markup=False, emoji=False, highlight=False)

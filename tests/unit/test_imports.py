@@ -18,6 +18,7 @@ LEVELS = (
     {"session", "page", "listing"},
     {"experiment"},
     {"adapt", "inspect_run", "mira", "compare"},
+    {"fleet"},
     {"cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -30,7 +31,9 @@ SIDEWAYS = {
 }
 ONLY_IN = {
     "transformers": ("model", "data/text", "adapters", "engine"),
-    "flwr": ("engine/flower",),
+    "flwr": ("fleet/flower",),
+    "cryptography": ("fleet/certificates", "fleet/admission"),
+    "h11": ("fleet/gate",),
     "peft": ("adapters", "engine"),
 }
 CORE_MAY = {"torch", "pydantic", "mira"} | set(sys.stdlib_module_names)
@@ -96,6 +99,7 @@ def test_imports_point_down(path: Path) -> None:
         ("experiment", "from mira.cli import main"),
         ("data/jsonl", "def f():\n    from transformers import AutoTokenizer"),
         ("engine/batched", "import flwr.client"),
+        ("fleet/kit", "from cryptography import x509"),
     ],
 )
 def test_the_check_sees_a_wrong_import(place: str, source: str) -> None:

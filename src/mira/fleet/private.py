@@ -1,0 +1,90 @@
+"""Folders of keys: only their owner may read them, and they are refused when that is not so."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from mira.core.errors import UserError
+from mira.store.files import sync
+
+SECRET = ".key"  # ends the name of what only its owner may read
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """A new folder (0700) with ``files``, secrets 0600, whole or not at all. Raises UserError when it exists."""
+    if os.path.lexists(folder):
+        raise UserError(f"{folder}: exists already; name a new folder, or remove it when nobody uses its keys")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))  # 0700
+    try:
+        for name, data in files.items():
+            mode = 0o600 if name.endswith(SECRET) else 0o644
+            with open(os.open(temporary / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "wb") as file:
+                file.write(data)
+                os.fsync(file.fileno())
+        sync(temporary)
+        temporary.rename(folder)
+        sync(folder.parent)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+
+
+def read(folder: Path, name: str) -> bytes:
+    """The file ``name`` of a folder of keys. Raises UserError when it is not its owner's alone."""
+    check_folder(folder)
+    path = folder / name
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing; copy the whole kit again, or make a new one") from None
+    except OSError as error:
+        why = "is a symbolic link" if path.is_symlink() else f"cannot be read ({error.strerror})"
+        raise UserError(f"{path}: {why}; a kit holds plain files that you own") from None
+    with open(descriptor, "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{path}: is not a plain file; a kit holds plain files that you own")
+        _check(path, found, 0o077 if name.endswith(SECRET) else 0, 0o600)  # the folder guards the rest
+        return file.read()
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError unless ``folder`` is a folder of this user that nobody else may enter."""
+    try:
+        found = os.lstat(folder)
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no such kit; 'mira kit server' and 'mira kit site' make them") from None
+    if not stat.S_ISDIR(found.st_mode):
+        what = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "not a folder"
+        raise UserError(f"{folder}: is {what}; name the kit's folder itself")
+    _check(folder, found, 0o077, 0o700)
+
+
+def _check(path: Path, found: os.stat_result, forbidden: int, wanted: int) -> None:
+    if found.st_uid != os.geteuid():
+        raise UserError(
+            f"{path}: belongs to user {found.st_uid}, not to you ({os.geteuid()}); a kit must be its user's own"
+        )
+    if found.st_mode & forbidden:
+        mode = stat.S_IMODE(found.st_mode)
+        raise UserError(f"{path}: mode {mode:04o} lets others in; allowed: {wanted:04o}; do: chmod {wanted:o} {path}")
+
+
+@contextmanager
+def turn(folder: Path) -> Iterator[None]:
+    """Whoever else changes ``folder`` waits."""
+    check_folder(folder)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
