@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from mira.adapters.attach import Attached, attach
 from mira.adapters.fused import Adapter, GatedMLP, Projection, Projections, RMSNorm, product
 from mira.adapters.lora import Lora
-from mira.adapters.lowrank import Factors, Lane
+from mira.adapters.lowrank import Factors, Lane, add_product
 from mira.core.layout import Layout
 from mira.engine import attention
 from mira.engine.attention import Packed, Segment, Tile, tiles
@@ -451,3 +451,24 @@ def test_an_mlp_that_later_layers_read_computes_everything() -> None:
     find_last(model, attached, layout.size)
     assert len(attached.mlps) == len(layers)
     assert attached.last is None
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [1, 2], [2, 0], [1]])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_even_tokens_of_many_rows_are_one_batch(rows: list[int], dtype: torch.dtype) -> None:
+    """As in a decoding step: the same as row after row, for neighbouring rows and for others."""
+    layout = Layout.of({"layer": (K, M)}, 2, 3.0)
+    a, b = layout.entries
+    factors, all_rows = Factors(a, b, layout.scale), draw(3, layout.size)
+    all_rows = all_rows if dtype == torch.float64 else all_rows.float()
+    lane = Lane(all_rows, [(row, 2 * n, 2 * n + 2) for n, row in enumerate(rows)])
+    assert lane.even is not None
+    x, out = draw(2 * len(rows), K).to(all_rows), draw(2 * len(rows), M).to(dtype)
+    alone = torch.cat([x[s:e] @ a.view(all_rows)[row].T @ b.view(all_rows)[row].T for row, s, e in lane.ranges])
+    expected = out.double() + layout.scale * alone.double()
+    u = add_product(out, x, lane, factors)
+    bound = 1e-12 if dtype == torch.float64 else 0.02  # bf16 rounds at 2^-8 of sums of size 1 or so
+    torch.testing.assert_close(out.double(), expected, atol=bound, rtol=bound)
+    torch.testing.assert_close(u, torch.cat([x[s:e] @ a.view(all_rows)[row].T for row, s, e in lane.ranges]))
+    for uneven in (Lane(all_rows, [(0, 0, 1), (1, 1, 3)]), Lane(all_rows, lane.ranges, grad=all_rows)):
+        assert uneven.even is None

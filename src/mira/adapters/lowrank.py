@@ -26,6 +26,16 @@ class Lane:
     dropout: Sequence[torch.Generator] | None = None
     needed: Tensor | None = None
 
+    @property
+    def even(self) -> slice | list[int] | None:
+        """The rows, where all have the same number of tokens and nobody wants gradients, as in a step of decoding: their
+        products are then one batch."""
+        rows = [row for row, _, _ in self.ranges]
+        if self.grad is not None or len({end - start for _, start, end in self.ranges}) > 1:
+            return None
+        # A view of neighbouring rows, rather than a copy of each step's.
+        return slice(rows[0], rows[-1] + 1) if rows == list(range(rows[0], rows[-1] + 1)) else rows
+
     def only(self, places: Tensor) -> Lane:
         """The lane of the tokens at ``places`` [m], sorted, of its own."""
         ends = torch.tensor([end for _, _, end in self.ranges], device=places.device)
@@ -50,6 +60,11 @@ def add_product(out: Tensor, x: Tensor, lane: Lane, factors: Factors) -> Tensor:
     u = torch.empty(len(x), factors.a.shape[0], dtype=a.dtype, device=x.device)
     same = out.dtype == a.dtype
     delta = out if same else torch.empty(out.shape, dtype=a.dtype, device=out.device)
+    rows = lane.even
+    if rows is not None:
+        low = torch.bmm(x.view(len(lane.ranges), -1, x.shape[-1]), a[rows].transpose(1, 2))
+        out.add_(torch.bmm(low, b[rows].transpose(1, 2)).view(out.shape), alpha=factors.scale)
+        return low.view(len(x), -1)
     for row, start, end in lane.ranges:
         torch.mm(x[start:end], a[row].T, out=u[start:end])
         if same:
