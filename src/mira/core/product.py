@@ -33,23 +33,31 @@ def product_mix(
             weight = part * pull[k]
             weight[k] += 1 - part * (1 - own[k])
             near = weight.nonzero()[:, 0]
-            new_a, new_b = best_factors(a[near], weight[near, None, None] * b[near], towards=a[k])
+            new_a, new_b = turned(*best_factors(a[near], weight[near, None, None] * b[near]), towards=a[k])
             mixed[k, at_a : at_a + rank * fan_in] = new_a.flatten().to(rows.dtype)
             mixed[k, at_b : at_b + fan_out * rank] = new_b.flatten().to(rows.dtype)
     return mixed
 
 
-def best_factors(a: Tensor, b: Tensor, towards: Tensor) -> tuple[Tensor, Tensor]:
-    """A [r,in] with orthonormal rows and B [out,r] whose product is nearest to Σ_l b_l·a_l: a [n,r,in], b [n,out,r].
+def best_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A [r,in] and B [out,r] whose product is nearest to Σ_k b_k·a_k (Eckart and Young): a [M,r,in], b [M,out,r].
 
-    Every rotation of the two has the same product; taken is the A nearest to ``towards`` (Procrustes), so that rows go on
-    from where they were and stay comparable.
+    With Σ b_k·a_k = U·Σ·Vᵀ: A = Vᵀ, with rows of length 1 much like those A is drawn with, and B = U·Σ. The sum is never
+    formed: side by side the factors are [out,M·r]·[M·r,in], and of both only the triangle R of QR counts. Of a singular
+    vector and its negative the one is taken whose largest number is positive.
     """
     rank = a.shape[1]
     q_b, r_b = torch.linalg.qr(b.movedim(0, 1).flatten(1))
     q_a, r_a = torch.linalg.qr(a.flatten(0, 1).T)
     u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     new_a, new_b = vt[:rank] @ q_a.T, q_b @ (u[:, :rank] * s[:rank])
-    left, _, right = torch.linalg.svd(towards @ new_a.T)
+    sign = new_a.gather(1, new_a.abs().argmax(1, keepdim=True)).sign()
+    return new_a * sign, new_b * sign[:, 0]
+
+
+def turned(a: Tensor, b: Tensor, towards: Tensor) -> tuple[Tensor, Tensor]:
+    """A [r,in] and B [out,r] rotated: the same product, and the A nearest to ``towards`` (Procrustes), so that rows go on
+    from where they were and stay comparable."""
+    left, _, right = torch.linalg.svd(towards @ a.T)
     turn = left @ right
-    return turn @ new_a, new_b @ turn.T
+    return turn @ a, b @ turn.T
