@@ -207,3 +207,9 @@ def test_adapters_without_factors_or_layers_are_refused(settings: dict[str, Any]
     prompt = Layout((Entry("prompt", "prompt", (4, 3), 0),), rank=0, alpha=0.0)
     with pytest.raises(UserError, match=message):
         Mira(**settings).init(Setting(prompt, torch.zeros(12), M, graph()[0], 0.1, 2))
+
+
+def test_products_of_different_ranks_are_refused() -> None:
+    here = Setting(LAYOUT, torch.zeros(LAYOUT.size), M, graph()[0], 0.1, 2, rank=torch.full((M,), 2))
+    with pytest.raises(UserError, match=r"method.space=product: .*clients.rank"):
+        Mira(space="product").init(here)

@@ -83,6 +83,10 @@ class Mira:
                 "%d of %d clients have no neighbour in the graph and train alone; graph.name=complete relates everybody",
                 alone, setting.num_clients,
             )  # fmt: skip
+        if self.space == "product" and setting.rank is not None:
+            raise UserError(
+                "method.space=product: not with clients of different ranks (clients.rank); use space=factors"
+            )
         extra = self._parts(setting.layout)
         if self.strength_end is not None:
             extra[_ROUNDS] = torch.tensor(setting.rounds)
