@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from mira import config, measure
 from mira.config import Experiment
 from mira.core.loop import Record, Schedule, run_rounds
 from mira.core.tensors import from_tensors, in_use, to_tensors
-from mira.core.types import Change, Rows, ServerState
+from mira.core.types import Change, Rows, ServerState, stays
 from mira.report import summarise
 from mira.session import TOKENS, Session, check_environment, enough_memory, open_session
 from mira.store import Store
@@ -49,7 +49,22 @@ class Nobody:
     def round(self, record: Record) -> None: ...
 
 
-def run(experiment: Experiment, out: Path | str | None = None, watcher: Watcher | None = None) -> Result:
+class Open(Protocol):
+    """Builds the session of an experiment: ``open_session``, or what puts other machines in its place."""
+
+    def __call__(
+        self,
+        experiment: Experiment,
+        recorded: Mapping[str, Any] | None = None,
+        kept: Callable[[int], Tensor | None] = ...,
+        progress: Callable[[int], None] = ...,
+        folder: Path | None = None,
+    ) -> Session: ...
+
+
+def run(
+    experiment: Experiment, out: Path | str | None = None, watcher: Watcher | None = None, open: Open = open_session
+) -> Result:
     """Run ``experiment`` in the new folder ``out`` (default runs/NAME-TIME) and return its result: what
     ``mira run --json`` prints (docs/cli.md). Raises UserError for anything the user can mend."""
     watcher = watcher or Nobody()
@@ -59,7 +74,8 @@ def run(experiment: Experiment, out: Path | str | None = None, watcher: Watcher 
     experiment.tracking.check()
     watcher.stage("preparing")
     kept = _Kept()
-    session = open_session(experiment, kept=kept, progress=watcher.tokens)
+    session = open(experiment, kept=kept, progress=watcher.tokens)
+    experiment = session.experiment
     state = session.initial_state()
     store = Store.create(
         folder, config.dump(experiment), session.environment, session.start(), len(state.rows), to_tensors(state.graph)
@@ -70,7 +86,7 @@ def run(experiment: Experiment, out: Path | str | None = None, watcher: Watcher 
         return _go_on(session, store, state, watcher)
 
 
-def resume(folder: Path | str, watcher: Watcher | None = None) -> Result:
+def resume(folder: Path | str, watcher: Watcher | None = None, open: Open = open_session) -> Result:
     """Go on with the run in ``folder`` from its last committed round; what was not committed is done again."""
     watcher = watcher or Nobody()
     with Store.open(Path(folder)) as store:
@@ -81,7 +97,7 @@ def resume(folder: Path | str, watcher: Watcher | None = None) -> Result:
         watcher.stage("preparing")
         experiment = config.parse_text(store.config())
         kept = _Kept(store)
-        session = open_session(experiment, store.environment(), kept, watcher.tokens, store.folder)
+        session = open(experiment, store.environment(), kept, watcher.tokens, store.folder)
         check_environment(store.environment(), session.environment)
         session.corpus.keep(store.folder / TOKENS)
         return _go_on(session, store, state_of(session, store), watcher)
@@ -144,22 +160,36 @@ def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher)
         store.commit(0, nothing, store.start[None][:0], state.extra, {}, record)
         state = state_of(session, store)
     schedule = Schedule(experiment.seed, rounds, experiment.cohort, experiment.training)
+    sites = session.sites
+    # Of the method itself: beyond a client's rank there are zeros, which stay nowhere.
+    held_there = stays(experiment.method.broadcast(state, torch.zeros(1, dtype=torch.int64)))
+    if sites:
+        sites.begin(held_there)
     shown = Followers(experiment.tracking, experiment.model_dump(mode="json"), store.folder, names)
     with closing(shown):
         for record in store.metrics():
             shown.record(record)
+            if sites:
+                sites.committed(record)
 
         def observe(record: Record) -> None:
+            if sites:
+                sites.committed(record)
             for name, reason in record["lost"].items():
                 log.warning("round %d lost %s: %s", record["round"], name, reason)
             shown.record(record)
             watcher.round(record)
 
-        run_rounds(method, session.engine, state, schedule, names, _Folder(store), look, observe)
+        run_rounds(method, session.workplace, state, schedule, names, _Folder(store), look, observe)
         watcher.stage("measuring the best round")
         best = best_answers(session, store)
         watcher.stage("writing adapters")
-        export_adapters(session, store.folder / ADAPTERS, state_of(session, store), range(len(names)))
+        last = state_of(session, store)
+        if sites:
+            everyone = torch.arange(len(names))
+            sites.finish(method.serve(last, everyone), everyone)
+        if not sites or not held_there:
+            export_adapters(session, store.folder / ADAPTERS, last, range(len(names)))
         result = summary(session, store, store.metrics()[-1], best)
         store.finish(result)
         shown.finish(result)
@@ -174,7 +204,7 @@ def summary(session: Session, store: Store, last: Record, best_answers: Record) 
         store,
         last,
         [client.task for client in clients],
-        [len(client.train) for client in clients],
+        [client.num_train for client in clients],
         adapters,
         best_answers,
     )
@@ -203,7 +233,7 @@ def measured(
 
     Raises UserError when memory runs out.
     """
-    e, method, engine, names = session.experiment, session.method, session.engine, session.names
+    e, method, engine, names = session.experiment, session.method, session.workplace, session.names
     plan = e.evaluation
     with enough_memory(e):
         record = measure.losses(method, engine, state, names, plan.examples, test)
@@ -213,8 +243,9 @@ def measured(
         if transfer:
             watcher.stage("measuring transfer")
             record["transfer"] = measure.transfer(
-                method, engine, state, names, e.seed, plan.transfer_clients, plan.transfer_examples
-            )
+                method, engine, state, names, e.seed, plan.transfer_clients, plan.transfer_examples,
+                session.sites.willing() if session.sites else None,
+            )  # fmt: skip
     clean: Record = without_nan(record)
     shown = ("validation_loss", "test_loss", "perplexity") if test else ("validation_loss",)
     endless = [name for name, scores in clean["clients"].items() if None in [scores[key] for key in shown]]
@@ -241,11 +272,14 @@ def without_nan(value: Any) -> Any:
 
 
 def _answers(session: Session, state: ServerState) -> Record:
-    plan = session.experiment.evaluation
-    references = [session.corpus.references(k, "test", plan.examples) for k in range(len(session.names))]
-    return measure.answers(
-        session.method, session.engine, state, references, session.names, plan.examples, plan.max_new_tokens
-    )
+    plan, everyone = session.experiment.evaluation, torch.arange(len(session.names))
+    rows = session.method.serve(state, everyone)
+    if session.sites:
+        grades = session.sites.grade(rows, everyone, plan.examples, plan.max_new_tokens, state.round)
+    else:
+        references = [session.corpus.references(k, "test", plan.examples) for k in range(len(session.names))]
+        grades = measure.grade(session.engine, rows, everyone, references, plan.examples, plan.max_new_tokens)
+    return measure.answers(session.names, grades)
 
 
 def best_answers(session: Session, store: Store) -> Record:
@@ -271,7 +305,10 @@ def export_adapters(session: Session, folder: Path, state: ServerState, clients:
     places = []
     for k in clients:
         place = folder / session.federation.clients[k].slug
-        row = session.method.serve(state, torch.tensor([k]))[0]
-        replace_folder(place, partial(session.adapter.save, row=row, base_name=base_name(session)))
+        export_row(session, place, session.method.serve(state, torch.tensor([k]))[0])
         places.append(place)
     return places
+
+
+def export_row(session: Session, folder: Path, row: Tensor) -> None:
+    replace_folder(folder, partial(session.adapter.save, row=row, base_name=base_name(session)))

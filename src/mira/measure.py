@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from rouge_score.rouge_scorer import RougeScorer
+from torch import Tensor
 
 from mira.core.seeds import generator
-from mira.core.types import Engine, Method, ServerState
+from mira.core.types import Engine, Grade, Method, ServerState
 
 Record = dict[str, Any]
 
@@ -34,32 +35,37 @@ def losses(
     return {"validation_loss": _mean(validation), "local_loss": _mean(tested[0]) if test else None, "clients": clients}
 
 
-def answers(
-    method: Method, engine: Engine, state: ServerState, references: Sequence[Sequence[str]], names: Sequence[str],
-    limit: int | None, max_new_tokens: int,
-) -> Record:  # fmt: skip
-    """Exact match and ROUGE-L F1 of every client's greedy answers on its test split."""
-    everyone = torch.arange(len(names))
-    given = engine.generate(method.serve(state, everyone), everyone, "test", limit, max_new_tokens)
-    clients = {
-        name: {"exact_match": exact_match(g, r), "rouge_l": rouge_l(g, r)}
-        for name, g, r in zip(names, given, references, strict=True)
-    }
-    means = {key: _mean([scores[key] for scores in clients.values()]) for key in ("exact_match", "rouge_l")}
-    return {**means, "clients": clients}
+def answers(names: Sequence[str], grades: Sequence[Grade]) -> Record:
+    """Every client's exact match and ROUGE-L, and their means."""
+    means = {key: _mean([grade[key] for grade in grades]) for key in ("exact_match", "rouge_l")}
+    return {**means, "clients": dict(zip(names, grades, strict=True))}
+
+
+def grade(
+    engine: Engine, rows: Tensor, client: Tensor, references: Sequence[Sequence[str]], limit: int | None,
+    max_new_tokens: int,
+) -> list[Grade]:  # fmt: skip
+    """Exact match and ROUGE-L F1 of row i's greedy answers on the test split of client[i]."""
+    given = engine.generate(rows, client, "test", limit, max_new_tokens)
+    return [
+        {"exact_match": exact_match(g, r), "rouge_l": rouge_l(g, r)} for g, r in zip(given, references, strict=True)
+    ]
 
 
 def transfer(
-    method: Method, engine: Engine, state: ServerState, names: Sequence[str], seed: int, clients: int, examples: int
-) -> Record:
-    """Each sampled client's row on the test split of each sampled client, and the mean row on each of them.
+    method: Method, engine: Engine, state: ServerState, names: Sequence[str], seed: int, clients: int, examples: int,
+    among: Tensor | None = None,
+) -> Record:  # fmt: skip
+    """Each sampled client's row on the test split of each sampled client, and the mean row on each of them. ``among``: the
+    clients to sample from, None for all.
 
     ``matrix[i][j]``: loss of row i on the data of client j; ``global_loss``: mean off the diagonal.
     """
-    n = min(clients, len(names))
+    pool = torch.arange(len(names)) if among is None else among
+    n = min(clients, len(pool))
     if n < 2:
         return {}
-    chosen = torch.randperm(len(names), generator=generator("transfer", seed))[:n].sort().values
+    chosen = pool[torch.randperm(len(pool), generator=generator("transfer", seed))[:n]].sort().values
     rows = method.serve(state, chosen)
     matrix = torch.stack([engine.evaluate(row.expand(n, -1), chosen, ("test",), examples).loss[:, 0] for row in rows])
     mean = engine.evaluate(rows.mean(0).expand(n, -1), chosen, ("test",), examples).loss[:, 0]

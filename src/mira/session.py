@@ -27,7 +27,7 @@ from mira.config.adapter import SeedsSection, VirtualPromptSection
 from mira.core.errors import UserError, did_you_mean
 from mira.core.layout import Layout
 from mira.core.training import Training
-from mira.core.types import Method, ServerState, Setting
+from mira.core.types import Engine, Method, ServerState, Setting, Sites
 from mira.data.corpus import Corpus
 from mira.data.federation import Federation, make_federation
 from mira.data.text import Encoder
@@ -59,6 +59,12 @@ class Session:
     adapter: Adapter
     engine: BatchedEngine | ReferenceEngine | SeedsEngine
     environment: dict[str, Any]
+    sites: Sites | None = None
+    """What trains and measures instead of ``engine``, where the clients are on machines of their own."""
+
+    @property
+    def workplace(self) -> Engine:
+        return self.sites or self.engine
 
     @property
     def layout(self) -> Layout:
@@ -100,17 +106,9 @@ class Session:
         seed = self.experiment.seed
         graph = self.experiment.graph.build(self.names, [c.group for c in clients], seed, self.descriptions)
         training = self.experiment.training
-        steps = max(training.steps_for(len(client.train)) for client in clients)
+        steps = max(training.steps_for(client.num_train) for client in clients)
         return self.method.init(
-            Setting(
-                self.layout,
-                self.start(),
-                len(clients),
-                graph,
-                max_lr=training.lr,
-                max_steps=steps,
-                rounds=self.experiment.rounds,
-            )
+            Setting(self.layout, self.start(), len(clients), graph, max_lr=training.lr, max_steps=steps)
         )
 
 
@@ -120,9 +118,10 @@ def open_session(
     kept: Callable[[int], Tensor | None] = lambda client: None,
     progress: Callable[[int], None] = lambda tokens: None,
     folder: Path | None = None,
+    first: int = 0,
 ) -> Session:
     """Build all of ``experiment``. ``folder``: its run folder, where there is one; ``recorded``: the environment recorded
-    there, of which threads and the size of a pass are taken over."""
+    there, of which threads and the size of a pass are taken over; ``first``: the number of the first client."""
     recorded = recorded or {}
     threads = recorded.get("threads") or experiment.engine.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -143,7 +142,7 @@ def open_session(
         )
     length = min(prompt.max_length, room)
     encoder = Encoder(base.tokenizer, prompt.template, length)
-    corpus = Corpus(federation, encoder, training.batch_size, training.local_steps, training.local_epochs)
+    corpus = Corpus(federation, encoder, training.batch_size, training.local_steps, training.local_epochs, first)
     if folder is not None:
         corpus.recall(folder / TOKENS)
     truncated = {name: count for name, count in corpus.truncated().items() if count}

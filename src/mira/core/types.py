@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class Overlay:
 class Setting:
     """What a method may know of the experiment before the first round.
 
-    ``max_lr`` and ``max_steps`` bound the local training of any of ``rounds``; a method checks its stability with them.
+    ``max_lr`` and ``max_steps`` bound the local training of any round; a method checks its stability with them.
     """
 
     layout: Layout
@@ -72,7 +72,6 @@ class Setting:
     max_lr: float
     max_steps: int
     rank: Tensor | None = None  # [K] int64, how many of the layout's ranks each client uses; None: all use all
-    rounds: int = 1
 
 
 @dataclass(frozen=True)
@@ -192,6 +191,15 @@ class Method(Protocol):
         ...
 
 
+def stays(work: Work) -> bool:
+    """Whether a part of what these jobs train never leaves the client, so that no server knows the rows they deploy."""
+    if work.private is not None and bool(work.private.any()):
+        return True
+    if work.upload is None:
+        return False
+    return bool((~work.upload if work.trainable is None else work.trainable & ~work.upload).any())
+
+
 class Engine(Protocol):
     """Where training and evaluation run. Every engine and every method sees the same batches, keyed (seed, round, client)."""
 
@@ -208,4 +216,32 @@ class Engine(Protocol):
         self, rows: Tensor, client: Tensor, split: str, limit: int | None, max_new_tokens: int
     ) -> list[list[str]]:
         """Greedy answers of row i [n,P] to the prompts of client[i]'s ``split``, in the order of the examples."""
+        ...
+
+
+Grade = dict[str, float]  # exact_match and rouge_l, shares
+
+
+class Sites(Engine, Protocol):
+    """An engine whose clients are on machines of their own. What stays there (``stays``) is not in the rows it gives back,
+    and is put into the rows it evaluates."""
+
+    def grade(self, rows: Tensor, client: Tensor, limit: int | None, max_new_tokens: int, round: int) -> list[Grade]:
+        """How good the answers of row i, as of ``round``, to client[i]'s test prompts are; their text stays there."""
+        ...
+
+    def willing(self) -> Tensor:
+        """The clients [n] that let others' rows be tried on their data."""
+        ...
+
+    def begin(self, stays: bool) -> None:
+        """Rounds are about to begin. ``stays``: a part of what is trained never leaves its client."""
+        ...
+
+    def committed(self, record: dict[str, Any]) -> None:
+        """What a committed round's record says is final for its clients too."""
+        ...
+
+    def finish(self, rows: Tensor, client: Tensor) -> None:
+        """Leave row i with client[i] as the adapter it deploys."""
         ...

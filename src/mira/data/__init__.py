@@ -5,6 +5,7 @@ from mira.data.sources.dolly import Dolly
 from mira.data.sources.hub import Hub
 from mira.data.sources.jsonl import Jsonl
 from mira.data.sources.natural_instructions import NaturalInstructions
+from mira.data.sources.sites import Sites
 from mira.data.types import Source
 
 SOURCES: dict[str, type[Source]] = {
@@ -13,4 +14,5 @@ SOURCES: dict[str, type[Source]] = {
     "dolly": Dolly,
     "jsonl": Jsonl,
     "hub": Hub,
+    "sites": Sites,
 }

@@ -14,13 +14,15 @@ from mira.data.text import Encoded, Encoder
 
 @dataclass(frozen=True)
 class Corpus:
-    """``steps`` or ``epochs`` (exactly one) of local training in batches of ``batch_size``."""
+    """``steps`` or ``epochs`` (exactly one) of local training in batches of ``batch_size``. ``first``: the number of the
+    first client, not 0 where a site holds one client of many."""
 
     federation: Federation
     encoder: Encoder
     batch_size: int
     steps: int | None = None
     epochs: int | None = None
+    first: int = 0
     _cache: dict[tuple[int, str], Sequence[Encoded]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -28,7 +30,7 @@ class Corpus:
         return len(self.federation.clients)
 
     def num_train(self, client: int) -> int:
-        return len(self._client(client).train)
+        return self._client(client).num_train
 
     def encoded(self, client: int, split: str, limit: int | None = None) -> Sequence[Encoded]:
         """A client's examples of one split, at most the first ``limit``. Raises UserError when one does not fit."""
@@ -58,18 +60,19 @@ class Corpus:
         """Truncated examples of each client, over all splits. Encodes everything, so every length error comes now."""
         return {
             owner.name: sum(item.truncated for split in SPLITS for item in self.encoded(number, split))
-            for number, owner in enumerate(self.federation.clients)
+            for number, owner in enumerate(self.federation.clients, self.first)
         }
 
     def recall(self, folder: Path) -> None:
         """Take the examples that ``keep`` left in ``folder`` as encoded, if they are these in every respect."""
         if self._key is not None:
-            self._cache.update(tokens.read(folder, self._key, self.federation))
+            found = tokens.read(folder, self._key, self.federation)
+            self._cache.update({(k + self.first, split): encoded for (k, split), encoded in found.items()})
 
     def keep(self, folder: Path) -> None:
         """Leave all encoded examples in ``folder``, made if need be, for the next who opens the same federation."""
         if self._key is not None:
-            everyone = range(self.num_clients)
+            everyone = range(self.first, self.first + self.num_clients)
             tokens.write(folder, self._key, {(k, split): self.encoded(k, split) for k in everyone for split in SPLITS})
 
     @cached_property
@@ -77,4 +80,4 @@ class Corpus:
         return tokens.key(self.federation, self.encoder)
 
     def _client(self, number: int) -> Client:
-        return self.federation.clients[number]
+        return self.federation.clients[number - self.first]

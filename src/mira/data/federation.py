@@ -48,6 +48,11 @@ class Client:
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
+    elsewhere: int = 0  # training examples, where the client has its data on a machine of its own
+
+    @property
+    def num_train(self) -> int:
+        return len(self.train) or self.elsewhere
 
     @property
     def about(self) -> str:
@@ -83,6 +88,11 @@ def _count(size: float, available: int) -> int:
 
 
 def _client(data: ClientData, sizes: SplitSizes, seed: int) -> Client:
+    if data.elsewhere:
+        absent = {"train": (), "validation": (), "test": ()}
+        return Client(
+            data.name, slug(data.name), data.task, data.group, data.description, **absent, elsewhere=data.elsewhere
+        )
     examples = unique(data.examples)
     train, validation, test = (_count(size, len(examples)) for size in (sizes.train, sizes.validation, sizes.test))
     if train + validation + test > len(examples):

@@ -36,13 +36,15 @@ def unique(examples: tuple[Example, ...]) -> tuple[Example, ...]:
 
 @dataclass(frozen=True)
 class ClientData:
-    """What a source knows of one client. ``group``: the true family or category, "" when there is none."""
+    """What a source knows of one client. ``group``: the true family or category, "" when there is none. ``elsewhere``: how
+    many training examples it has on a machine of its own; there are none here then."""
 
     name: str
     task: str
     group: str
     description: str
     examples: tuple[Example, ...]
+    elsewhere: int = 0
 
 
 def client_data(name: str, examples: Sequence[Example], group: str = "") -> ClientData:

@@ -145,7 +145,7 @@ def pack_tensors(tensors: dict[str, Tensor]) -> bytes:
     return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
-def read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
+def read_tensors(path: Path, expected: str | None = None) -> dict[str, Tensor]:
     data = read(path, expected)
     try:
         return safetensors.torch.load(data)

@@ -1,0 +1,57 @@
+"""Clients whose data stays where it is: the server knows their names and how many examples each trains on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass as plain_dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from mira.core.errors import UserError, did_you_mean
+from mira.core.strict import STRICT
+from mira.data.types import ClientData, Source
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Sites:
+    """Clients on machines of their own (mira server). All but groups and descriptions is filled in when a run begins."""
+
+    groups: dict[str, str] = Field(default_factory=dict)
+    """The group of a site, for graph.name=groups; the server's operator knows it, no site is asked."""
+    descriptions: dict[str, str] = Field(default_factory=dict)
+    """The task of a site in words, for graphs of likeness of descriptions."""
+    examples: dict[str, Count] = Field(default_factory=dict)
+    """Training examples of each site, as it counted them when it joined."""
+    source: Literal["sites"] = "sites"
+
+    def load(self, seed: int) -> list[ClientData]:
+        if not self.examples:
+            raise UserError("data.source=sites: the sites' data is known to the sites alone; run it with 'mira server'")
+        for given in (*self.groups, *self.descriptions):
+            if given not in self.examples:
+                raise UserError(f"data: no site is named '{given}'{did_you_mean(given, self.examples)}")
+        return [
+            ClientData(name, name, self.groups.get(name, ""), self.descriptions.get(name, ""), (), elsewhere=count)
+            for name, count in sorted(self.examples.items())
+        ]
+
+
+@plain_dataclass(frozen=True)
+class Own:
+    """The data of one site: of ``inner`` the client with the site's ``name``, or all of it, as one client, where none is
+    named so."""
+
+    inner: Source
+    name: str
+
+    def load(self, seed: int) -> list[ClientData]:
+        found = self.inner.load(seed)
+        mine = [client for client in found if client.name == self.name] or found
+        if not mine:
+            return []
+        told = {client.description for client in mine}
+        examples = tuple(example for client in mine for example in client.examples)
+        return [ClientData(self.name, self.name, "", told.pop() if len(told) == 1 else "", examples)]

@@ -1,0 +1,81 @@
+"""Both ends of Flower, thin: the app on the server hands messages between Flower and ``mira server``, the app at a site
+between Flower and the site's worker. All that decides is elsewhere. Imports neither torch nor the rest of mira: Flower starts
+a process for every message."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Sequence
+
+from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from mira.fleet import frames
+
+_TYPE = "query"  # Flower's least specific kind of message
+_RECORD = "mira"
+server_app, client_app = ServerApp(), ClientApp()
+
+
+@client_app.query()
+def answer(message: Message, context: Context) -> Message:
+    """What the site's worker answers. Raises frames.Closed when it is not there, or dies meanwhile: Flower tells the server."""
+    with frames.connect(str(context.node_config["worker"])) as worker:
+        frames.send(worker, _bytes(message))
+        reply = frames.receive(worker)
+    return Message(_content(reply), reply_to=message)
+
+
+@server_app.main()
+def relay(grid: Grid, context: Context) -> None:
+    """Does what ``mira server`` says on its socket until it hangs up: roster, push, pull."""
+    with frames.connect(str(context.run_config["server"])) as server:
+        while True:
+            try:
+                asked = json.loads(frames.receive(server))
+            except frames.Closed:
+                return
+            if asked["do"] == "roster":
+                nodes = [[str(node.node_id), node.name] for node in grid.get_nodes()]
+                frames.send(server, json.dumps(nodes).encode())
+            elif asked["do"] == "push":
+                contents = [frames.receive(server) for _ in asked["nodes"]]
+                frames.send(server, json.dumps(_push(grid, asked["nodes"], contents, asked["ttl"])).encode())
+            else:
+                _pull(grid, asked["ids"], server)
+
+
+def _push(grid: Grid, nodes: Sequence[str], contents: Sequence[bytes], ttl: float) -> list[str | None]:
+    messages = [
+        Message(_content(content), dst_node_id=int(node), message_type=_TYPE, ttl=ttl)
+        for node, content in zip(nodes, contents, strict=True)
+    ]
+    return list(grid.push_messages(messages))
+
+
+def _pull(grid: Grid, ids: Sequence[str], server: socket.socket) -> None:
+    """A list of what has come, [id, error or null], and then the content of each without an error."""
+    found = list(grid.pull_messages(ids))
+    errors = [_why(message.error) if message.has_error() else None for message in found]
+    told = [[message.metadata.reply_to_message_id, why] for message, why in zip(found, errors, strict=True)]
+    frames.send(server, json.dumps(told).encode())
+    for message, why in zip(found, errors, strict=True):
+        if why is None:
+            frames.send(server, _bytes(message))
+
+
+def _why(error: Error) -> str:
+    """Without what the app at the site says: it might quote anything."""
+    return f"no answer from the site's worker (Flower's error {error.code})"
+
+
+def _content(data: bytes) -> RecordDict:
+    return RecordDict({_RECORD: ArrayRecord({"0": Array("uint8", (len(data),), "bytes", data)})})
+
+
+def _bytes(message: Message) -> bytes:
+    record = message.content[_RECORD]
+    assert isinstance(record, ArrayRecord)
+    return record["0"].data

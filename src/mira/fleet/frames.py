@@ -1,0 +1,66 @@
+"""Frames over a Unix socket: eight bytes of length, then so many bytes. Standard library only: shims start for every message."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+LIMIT = 2**31  # bytes of one frame; Flower's own limit of a message
+
+
+class Closed(ConnectionError):
+    """The other end went away, or never was there."""
+
+
+def connect(path: Path | str, timeout: float | None = None) -> socket.socket:
+    """A connection to who listens at ``path``. Raises Closed when nobody does."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(timeout)
+    try:
+        connection.connect(str(path))
+    except OSError as error:
+        connection.close()
+        raise Closed(f"{path}: nobody listens there ({error.strerror})") from error
+    return connection
+
+
+def listen(path: Path) -> socket.socket:
+    """A socket at ``path`` that only its owner may connect to."""
+    path.unlink(missing_ok=True)
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    server.bind(str(path))  # nobody can connect before listen() below, and then only as its mode allows
+    path.chmod(0o600)
+    server.listen(16)
+    return server
+
+
+def send(connection: socket.socket, data: bytes) -> None:
+    try:
+        connection.sendall(len(data).to_bytes(8, "big"))
+        connection.sendall(data)
+    except OSError as error:
+        raise Closed(f"the connection broke ({error})") from error
+
+
+def receive(connection: socket.socket) -> bytes:
+    """The next frame. Raises Closed at the end of the connection, ValueError where a frame is too long."""
+    length = int.from_bytes(_exactly(connection, 8), "big")
+    if length > LIMIT:
+        raise ValueError(f"a frame of {length} bytes; at most {LIMIT} are read")
+    return _exactly(connection, length)
+
+
+def _exactly(connection: socket.socket, count: int) -> bytes:
+    data = bytearray(count)
+    view, done = memoryview(data), 0
+    while done < count:
+        try:
+            got = connection.recv_into(view[done:])
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise Closed(f"the connection broke ({error})") from error
+        if not got:
+            raise Closed("the connection was closed")
+        done += got
+    return bytes(data)

@@ -1,0 +1,102 @@
+"""Child processes that are kept alive, told in full when asked for, and never outlive their parent."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+_STEADY = 60.0  # seconds of life after which a process counts as sound again
+_MOST = 30.0  # longest pause before another start
+
+
+def command(name: str) -> str:
+    """A program beside this Python."""
+    return str(Path(sys.executable).with_name(name))
+
+
+@dataclass
+class Process:
+    """One command, started again when it ends, after 1, 2, 4 … 30 seconds. Its output goes to the file ``log``."""
+
+    name: str
+    command: Sequence[str]
+    log: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    tell: Callable[[str], None] = lambda line: None
+    _child: subprocess.Popen[bytes] | None = None
+    _began: float = 0.0
+    _pause: float = 1.0
+    _next: float = 0.0
+
+    def start(self) -> None:
+        self.tell(shlex.join([*(f"{key}={value}" for key, value in self.environment.items()), *self.command]))
+        with self.log.open("ab") as out:
+            self._child = subprocess.Popen(
+                self.command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
+                env={**os.environ, **QUIET, **self.environment}, preexec_fn=_die_with(os.getpid()),
+            )  # fmt: skip
+        self._began = time.monotonic()
+
+    def tend(self) -> bool:
+        """Start it again if it ended and its time has come; whether it runs."""
+        if self._child is not None and self._child.poll() is None:
+            return True
+        now = time.monotonic()
+        if self._child is not None:
+            status, lived, self._child = self._child.returncode, now - self._began, None
+            self._pause = 1.0 if lived > _STEADY else min(2 * self._pause, _MOST)
+            self._next = now + self._pause
+            log.warning(
+                "%s ended with status %d; again in %.0f s (its log: %s)", self.name, status, self._pause, self.log
+            )
+            self._kill_group(signal.SIGKILL)
+        if now >= self._next:
+            self.start()
+            return True
+        return False
+
+    def stop(self, patience: float = 5.0) -> None:
+        """End it and all it started."""
+        if self._child is None:
+            return
+        self._kill_group(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            self._child.wait(patience)
+        self._kill_group(signal.SIGKILL)
+        self._child.wait()
+        self._child = None
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._child is None else self._child.pid
+
+    def _kill_group(self, number: int) -> None:
+        if self._child is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._child.pid, number)
+
+
+def _die_with(parent: int) -> Callable[[], None]:
+    """On Linux the kernel ends the child when this process is killed; elsewhere nobody does."""
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+    def ask() -> None:
+        if libc is not None:
+            libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+            if os.getppid() != parent:
+                os._exit(1)
+
+    return ask

@@ -1,0 +1,136 @@
+"""Flower as a transport: what the app on the server is told to push and pull, and who it says is online."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from mira.core.errors import UserError
+from mira.fleet import frames
+from mira.fleet.seam import Lost, Reply, Watch
+
+log = logging.getLogger(__name__)
+
+_POLL = 0.5  # seconds between two questions for replies
+_STEP = 120.0  # seconds in which the app on the server does one thing; longer, and it is taken for dead
+
+
+@dataclass
+class Relay:
+    """``listener``: the socket that Flower's app on the server connects to. ``revive`` is called while it is not there, and
+    brings it back; ``names`` are admitted, whatever else is online."""
+
+    listener: socket.socket
+    names: frozenset[str]
+    revive: Callable[[], None] = lambda: None
+    patience: float = 120.0
+    _app: socket.socket | None = None
+    _nodes: dict[str, str] = field(default_factory=dict)
+
+    def roster(self) -> set[str]:
+        nodes = json.loads(self._do({"do": "roster"})[0])
+        self._nodes = {name: node for node, name in nodes if name in self.names}
+        return set(self._nodes)
+
+    def exchange(
+        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = lambda name, reply: None
+    ) -> dict[str, Reply]:
+        """Where Flower's app dies on the way the requests are sent again: a site that trained already trains the same once
+        more, to the same row."""
+        until = time.monotonic() + deadline
+        replies: dict[str, Reply] = {}
+        waiting: dict[str, str] = {}
+        while len(replies) < len(requests) and time.monotonic() < until:
+            try:
+                if not waiting:
+                    waiting = self._push({n: r for n, r in requests.items() if n not in replies}, until, replies)
+                for name, reply in self._pull(waiting).items():
+                    replies[name] = reply
+                    watch(name, reply)
+            except frames.Closed:
+                waiting = {}
+                continue
+            waiting = {id: name for id, name in waiting.items() if name not in replies}
+            if sum(isinstance(reply, bytes) for reply in replies.values()) >= minimum:
+                break
+            if waiting:
+                time.sleep(_POLL)
+        for name in requests.keys() - replies.keys():
+            late = "it was not waited for" if time.monotonic() < until else f"no reply within {deadline:g} s"
+            replies[name] = Lost(late)
+            watch(name, replies[name])
+        return replies
+
+    def _push(self, requests: Mapping[str, bytes], until: float, replies: dict[str, Reply]) -> dict[str, str]:
+        """Names by message."""
+        self.roster()  # a node that came back has another number
+        here = [name for name in requests if name in self._nodes]
+        replies |= {name: Lost("it went offline") for name in requests if name not in self._nodes}
+        if not here:
+            return {}
+        asked = {"do": "push", "nodes": [self._nodes[n] for n in here], "ttl": max(until - time.monotonic(), 1.0)}
+        ids = json.loads(self._do(asked, [requests[name] for name in here])[0])
+        refused = {name for name, id in zip(here, ids, strict=True) if id is None}
+        replies |= {name: Lost("Flower did not take the message") for name in refused}
+        return {id: name for name, id in zip(here, ids, strict=True) if id is not None}
+
+    def _pull(self, waiting: Mapping[str, str]) -> dict[str, Reply]:
+        if not waiting:
+            return {}
+        app = self._connected()
+        try:
+            frames.send(app, json.dumps({"do": "pull", "ids": list(waiting)}).encode())
+            told = json.loads(frames.receive(app))
+            found: dict[str, Reply] = {}
+            for id, why in told:
+                reply = frames.receive(app) if why is None else Lost(why)
+                if id in waiting:  # else a duplicate, or an answer to nobody's question
+                    found[waiting[id]] = reply
+            return found
+        except (frames.Closed, TimeoutError) as error:
+            raise self._dropped(error) from None
+
+    def _do(self, asked: Mapping[str, object], contents: list[bytes] | None = None) -> list[bytes]:
+        """What the app answers; asked again where it dies over it."""
+        while True:
+            app = self._connected()
+            try:
+                for frame in (json.dumps(asked).encode(), *(contents or ())):
+                    frames.send(app, frame)
+                return [frames.receive(app)]
+            except (frames.Closed, TimeoutError) as error:
+                if contents is not None:
+                    raise self._dropped(error) from None
+                self._dropped(error)
+
+    def _connected(self) -> socket.socket:
+        """The app, waited for where it is not there. Raises UserError when it does not come."""
+        until = time.monotonic() + self.patience
+        while self._app is None:
+            self.revive()
+            self.listener.settimeout(2.0)
+            try:
+                self._app, _ = self.listener.accept()
+                self._app.settimeout(_STEP)
+            except TimeoutError:
+                if time.monotonic() > until:
+                    raise UserError(
+                        f"server: Flower's app did not start within {self.patience:g} s; see its log"
+                    ) from None
+        return self._app
+
+    def _dropped(self, error: Exception) -> frames.Closed:
+        if self._app is not None:
+            self._app.close()
+            self._app = None
+        log.warning("Flower's app on the server went away (%s); starting it again", error)
+        return frames.Closed(str(error))
+
+    def close(self) -> None:
+        if self._app is not None:
+            self._app.close()
+        self.listener.close()

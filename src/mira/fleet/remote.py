@@ -1,0 +1,273 @@
+"""The engine whose clients are on machines of their own: each gets its part of the work, and whoever answers has taken part."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite, nan
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mira.core.errors import UserError
+from mira.core.types import Failure, Grade, Scores, Trained, Work
+from mira.fleet.seam import Head, Kind, Lost, Malformed, Message, Reply, Transport, pack, unpack
+
+log = logging.getLogger(__name__)
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every message of a run carries, and what a site must know to take part."""
+
+    number: str  # 16 hexadecimal digits
+    segment: str
+    names: Sequence[str]  # the clients, in their order
+    opening: Values  # of the "open" request
+    rank: Mapping[str, int] = field(default_factory=dict)  # of the clients that have one of their own
+
+    def opening_of(self, name: str) -> Values:
+        return self.opening | {"number": self.names.index(name), "rank": self.rank.get(name)}
+
+
+@dataclass(frozen=True)
+class Terms:
+    """``deadline``: seconds a round waits at most; ``minimum``: replies that end it sooner, None for all of them."""
+
+    deadline: float
+    minimum: int | None = None
+
+
+@dataclass
+class RemoteEngine:
+    """``watch`` is told, name by name, what comes back."""
+
+    run: Run
+    transport: Transport
+    terms: Terms
+    size: int  # P
+    watch: Callable[[str, str], None] = lambda name, what: None
+    took_part: dict[str, list[int]] = field(default_factory=dict)
+    """The rounds, counted from 1, in which each client's result was used."""
+    joined: dict[str, Values] = field(default_factory=dict)
+    best: tuple[float, int] | None = None
+    """The lowest validation loss of a committed round, and that round: the sites keep what stays with them of it."""
+    _round: int = 0
+    _stays: bool = False
+
+    def train(self, work: Work, round: int, lr: float) -> Trained:
+        self._round = round
+        jobs: dict[str, list[int]] = {}
+        for j, k in enumerate(work.client.tolist()):
+            jobs.setdefault(self.run.names[k], []).append(j)
+        replies = self._ask("train", {name: self._request(name, work, mine, lr) for name, mine in jobs.items()})
+        rows, answers, failed = work.start.clone(), dict[int, Values](), []
+        for name, mine in jobs.items():
+            try:
+                answers |= self._result(replies[name], mine, work, rows)
+                self.took_part.setdefault(name, []).append(round + 1)
+            except Rejected as reason:
+                failed.append(Failure(self.run.names.index(name), str(reason)))
+        done = sorted(answers)
+        return Trained(
+            client=work.client[done], job=torch.tensor(done, dtype=torch.int64), rows=rows[done], lr=lr,
+            failed=tuple(failed), **{key: _column(answers, done, key) for key in ("examples", "tokens", "steps", "loss")},
+        )  # fmt: skip
+
+    def evaluate(self, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None) -> Scores:
+        mine: dict[str, list[int]] = {}
+        for i, k in enumerate(client.tolist()):
+            mine.setdefault(self.run.names[k], []).append(i)
+        replies = self._ask("evaluate", {
+            name: (
+                {"rows": [f"row{i}" for i in places], "splits": list(splits), "limit": limit, **self._own(name)},
+                {f"row{i}": rows[i] for i in places},
+            ) for name, places in mine.items()
+        })  # fmt: skip
+        nll = torch.full((len(client), len(splits)), nan, dtype=torch.float64)
+        tokens = torch.zeros(len(client), len(splits), dtype=torch.int64)
+        for name, places in mine.items():
+            if isinstance(reply := replies[name], Message):
+                shape = (len(places), len(splits))
+                nll[places] = _tensor(reply, "nll", shape, torch.float64)
+                tokens[places] = _tensor(reply, "tokens", shape, torch.int64)
+        return Scores(nll, tokens)
+
+    def generate(
+        self, rows: Tensor, client: Tensor, split: str, limit: int | None, max_new_tokens: int
+    ) -> list[list[str]]:
+        raise UserError("generated text stays at the sites; only its scores come back")
+
+    def grade(self, rows: Tensor, client: Tensor, limit: int | None, max_new_tokens: int, round: int) -> list[Grade]:
+        names = [self.run.names[k] for k in client.tolist()]
+        asked = {"limit": limit, "max_new_tokens": max_new_tokens}
+        replies = self._ask(
+            "grade", {n: (asked | self._own(n, round), {"row": row}) for n, row in zip(names, rows, strict=True)}
+        )
+        return [_grade(replies[name]) for name in names]
+
+    def willing(self) -> Tensor:
+        """None where a part of the rows stays with their clients: there is no whole row to try elsewhere."""
+        open = [k for k, name in enumerate(self.run.names) if self.joined.get(name, {}).get("willing") is True]
+        return torch.tensor([] if self._stays else open, dtype=torch.int64)
+
+    def begin(self, stays: bool) -> None:
+        self._stays = stays
+
+    def committed(self, record: Mapping[str, Any]) -> None:
+        """From now on the sites go on from this round, if it used what they sent."""
+        for name in record.get("cohort", ()):
+            rounds = [r for r in self.took_part.get(name, []) if r < record["round"]]
+            self.took_part[name] = [*rounds, record["round"]] if name in record["train_loss"] else rounds
+        loss = record.get("validation_loss")
+        if loss is not None and (self.best is None or loss < self.best[0]):
+            self.best = loss, record["round"]
+
+    def finish(self, rows: Tensor, client: Tensor) -> None:
+        names = [self.run.names[k] for k in client.tolist()]
+        self._ask("finish", {n: (self._own(n), {"row": row}) for n, row in zip(names, rows, strict=True)})
+
+    def join(self, names: Sequence[str]) -> dict[str, Values | Lost]:
+        """Open the run at these sites: what each says of itself, or why it does not take part."""
+        asked = {n: (self.run.opening_of(n), dict[str, Tensor]()) for n in names}
+        found: dict[str, Values | Lost] = {}
+        for name, reply in self._exchange("open", asked, len(names)).items():
+            found[name] = reply.values if isinstance(reply, Message) else reply
+            if isinstance(reply, Message):
+                self.joined[name] = reply.values
+        return found
+
+    def _own(self, name: str, as_of: int | None = None) -> Values:
+        """Which of the things it keeps a site should use: those of the last round of it that counted, up to ``as_of``."""
+        rounds = [r for r in self.took_part.get(name, []) if as_of is None or r <= as_of]
+        return {"since": max(rounds, default=0), "stays": self._stays}
+
+    def _request(self, name: str, work: Work, mine: Sequence[int], lr: float) -> tuple[Values, dict[str, Tensor]]:
+        """A client's jobs; an array that two of them share travels once."""
+        tensors: dict[str, Tensor] = {}
+        upload = _travels(work, mine)
+
+        def put(row: Tensor) -> str:
+            sent = row if upload is None else row[upload]
+            same = next((key for key, tensor in tensors.items() if torch.equal(tensor, sent)), None)
+            key = same or f"a{len(tensors)}"
+            tensors[key] = sent
+            return key
+
+        jobs = []
+        for j in mine:
+            private = work.private is not None and bool(work.private[j])
+            anchored = work.anchor is not None and work.prox is not None and float(work.prox[j]) > 0
+            jobs.append({
+                "start": None if private else put(work.start[j]), "private": private,
+                "anchor": put(work.anchor[j]) if anchored and work.anchor is not None else None,
+                "prox": float(work.prox[j]) if anchored and work.prox is not None else 0.0,
+            })  # fmt: skip
+        masks = {"upload": upload, "trainable": work.trainable}
+        tensors |= {key: mask for key, mask in masks.items() if mask is not None}
+        keep = [] if self.best is None else [self._own(name, self.best[1])["since"]]
+        return {"jobs": jobs, "lr": lr, "keep": keep, **self._own(name)}, tensors
+
+    def _result(self, reply: Message | Lost, mine: Sequence[int], work: Work, rows: Tensor) -> dict[int, Values]:
+        """What a client did, job by job; its rows are written into ``rows``, as far as they left it."""
+        if isinstance(reply, Lost):
+            raise Rejected(reply.reason)
+        answers = reply.values.get("jobs")
+        if not isinstance(answers, list) or [a.get("job") for a in answers] != list(range(len(mine))):
+            raise Rejected("its reply does not hold one result for each job")
+        upload = _travels(work, mine)
+        width = self.size if upload is None else int(upload.sum())
+        sent = {}
+        for place, j in enumerate(mine):
+            if work.private is None or not bool(work.private[j]):
+                sent[j] = _tensor(reply, f"row{place}", (width,), work.start.dtype)
+        for j, row in sent.items():
+            rows[j, slice(None) if upload is None else upload] = row
+        return {j: _checked(answer) for j, answer in zip(mine, answers, strict=True)}
+
+    def _ask(self, kind: Kind, requests: dict[str, tuple[Values, dict[str, Tensor]]]) -> dict[str, Message | Lost]:
+        """Ask those who are online; the new among them join first."""
+        online = self.transport.roster()
+        replies: dict[str, Message | Lost] = {n: Lost("it is not online") for n in requests if n not in online}
+        fresh = [name for name in requests if name in online and name not in self.joined]
+        refused = {n: said for n, said in self.join(fresh).items() if isinstance(said, Lost)} if fresh else {}
+        here = {name: request for name, request in requests.items() if name in online and name not in refused}
+        minimum = len(here) if kind != "train" or self.terms.minimum is None else min(self.terms.minimum, len(here))
+        replies |= refused | self._exchange(kind, here, minimum)
+        for name, reply in replies.items():
+            if isinstance(reply, Lost) and kind != "train":
+                log.warning("%s from %s: %s", kind, name, reply.reason)
+        return replies
+
+    def _exchange(
+        self, kind: Kind, requests: dict[str, tuple[Values, dict[str, Tensor]]], minimum: int
+    ) -> dict[str, Message | Lost]:
+        if not requests:
+            return {}
+        heads = {name: Head(kind, self.run.number, self.run.segment, self._round, name) for name in requests}
+        packed = {name: pack(Message(heads[name], *request)) for name, request in requests.items()}
+
+        def seen(name: str, reply: Reply) -> None:
+            self.watch(name, f"{kind}: {reply.reason if isinstance(reply, Lost) else 'done'}")
+
+        replies = self.transport.exchange(packed, self.terms.deadline, minimum, seen)
+        return {name: _opened(replies.get(name), head) for name, head in heads.items()}
+
+
+def _travels(work: Work, mine: Sequence[int]) -> Tensor | None:
+    """What travels of the rows of one client's jobs [P] bool; None: all."""
+    return work.upload if work.upload is None or work.upload.dim() == 1 else work.upload[mine[0]]
+
+
+class Rejected(Exception):
+    """A reply that is not used, and why."""
+
+
+def _opened(reply: Reply | None, head: Head) -> Message | Lost:
+    """The message in ``reply`` if it answers ``head`` and no other request."""
+    if reply is None:
+        return Lost("no reply within the deadline")
+    if isinstance(reply, Lost):
+        return reply
+    try:
+        message = unpack(reply)
+    except Malformed as error:
+        return Lost(f"its reply is {error}")
+    if message.head != head:
+        return Lost(
+            f"a stale or foreign reply ({message.head.kind} of round {message.head.round} as {message.head.name})"
+        )
+    failed = message.values.get("failed")
+    return message if failed is None else Lost(str(failed)[:200])
+
+
+def _tensor(reply: Message, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    found = reply.tensors.get(name)
+    if found is None:
+        raise Rejected(f"its reply lacks {name}")
+    if tuple(found.shape) != shape or found.dtype != dtype:
+        raise Rejected(f"{name} is {found.dtype} {tuple(found.shape)}, expected {dtype} {shape}")
+    return found
+
+
+def _checked(answer: Values) -> Values:
+    whole = all(type(answer.get(key)) is int and answer[key] > 0 for key in ("examples", "tokens", "steps"))
+    loss = answer.get("loss")
+    if not whole or not isinstance(loss, float) or not isfinite(loss):
+        raise Rejected("its counts or its loss are no numbers a training gives")
+    return answer
+
+
+def _column(answers: Mapping[int, Values], done: Sequence[int], key: str) -> Tensor:
+    dtype = torch.float64 if key == "loss" else torch.int64
+    return torch.tensor([answers[j][key] for j in done], dtype=dtype)
+
+
+def _grade(reply: Message | Lost) -> Grade:
+    given = reply.values.get("grade", {}) if isinstance(reply, Message) else {}
+    keys = ("exact_match", "rouge_l")
+    return {key: given[key] if isinstance(given.get(key), float) and 0 <= given[key] <= 1 else nan for key in keys}

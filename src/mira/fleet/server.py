@@ -1,0 +1,114 @@
+"""The server's session: the base model and the rows here, the clients where they are."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mira.config import Experiment
+from mira.core.errors import UserError
+from mira.data.sources.sites import Sites
+from mira.fleet.remote import RemoteEngine, Run, Terms
+from mira.fleet.seam import Lost, Transport
+from mira.fleet.site import fingerprints
+from mira.session import Session, open_session
+from mira.store import Store
+
+log = logging.getLogger(__name__)
+
+_NOT_SENT = ("data", "graph", "method", "evaluation", "name")  # a site needs none of it; groups may name other sites
+_PAUSE = 2.0  # seconds between two looks at who is online
+
+
+@dataclass(frozen=True)
+class Opener:
+    """``open_session`` for sites called ``names``: waits until every one of them has joined once, then builds the session.
+
+    ``patience``: seconds to wait for them."""
+
+    transport: Transport
+    names: Sequence[str]
+    terms: Terms
+    patience: float
+    say: Callable[[str], None] = lambda line: None
+
+    def __call__(
+        self,
+        experiment: Experiment,
+        recorded: Mapping[str, Any] | None = None,
+        kept: Callable[[int], Tensor | None] = lambda client: None,
+        progress: Callable[[int], None] = lambda tokens: None,
+        folder: Path | None = None,
+    ) -> Session:
+        names = sorted(self.names)
+        data = experiment.data if isinstance(experiment.data, Sites) else Sites()
+        known = data.examples or dict.fromkeys(names, 1)  # 1: until they have told
+        session = open_session(
+            experiment.model_copy(update={"data": replace(data, examples=known)}), recorded, folder=folder
+        )
+        number = secrets.token_hex(8) if folder is None else _number(folder)
+        given = experiment.model_dump(mode="json")
+        opening = {
+            "experiment": {key: value for key, value in given.items() if key not in _NOT_SENT},
+            "threads": session.environment["threads"], **fingerprints(session),
+        }  # fmt: skip
+        run = Run(number, secrets.token_hex(8), names, opening, experiment.clients.rank)
+        engine = RemoteEngine(
+            run, self.transport, self.terms, session.layout.size, lambda name, what: self.say(f"{name}: {what}")
+        )
+        if not data.examples:
+            counts = self._gather(engine)
+            settled = experiment.model_copy(update={"data": replace(data, examples=counts)})
+            session = _with_clients(session, settled)
+        session.environment["run"] = number
+        return replace(session, sites=engine)
+
+    def _gather(self, engine: RemoteEngine) -> dict[str, int]:
+        """Training examples of each site, once all have joined."""
+        until, told = time.monotonic() + self.patience, ""
+        while missing := [name for name in engine.run.names if name not in engine.joined]:
+            online = self.transport.roster()
+            for name, said in engine.join([name for name in missing if name in online]).items():
+                if isinstance(said, Lost):
+                    log.warning("%s does not take part: %s", name, said.reason)
+            waiting = ", ".join(name for name in missing if name not in engine.joined)
+            if waiting and waiting != told:
+                self.say(f"waiting for {waiting}")
+            told = waiting
+            if waiting and time.monotonic() > until:
+                raise UserError(
+                    f"server: {waiting} did not join within {self.patience:g} s; start them, or revoke them"
+                )
+            time.sleep(_PAUSE if waiting else 0)
+        return {name: _count(name, engine.joined[name]) for name in engine.run.names}
+
+
+def _with_clients(session: Session, experiment: Experiment) -> Session:
+    """The session with the clients of ``experiment``, on the base model that is loaded."""
+    from mira.data.federation import make_federation
+
+    federation = make_federation(experiment.data, experiment.split, experiment.seed)
+    corpus = replace(session.corpus, federation=federation)
+    return replace(session, experiment=experiment, federation=federation, corpus=corpus)
+
+
+def _count(name: str, said: dict[str, Any]) -> int:
+    count = said.get("examples")
+    if type(count) is not int or count < 1:
+        raise UserError(f"server: {name} says it has {count!r} training examples; revoke it")
+    return count
+
+
+def _number(folder: Path) -> str:
+    with Store.open(folder, writable=False) as store:
+        number = store.environment().get("run")
+    if not isinstance(number, str):
+        raise UserError(f"{folder}: was not run over machines; go on with: mira run {folder} --resume")
+    return number
