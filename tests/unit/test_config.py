@@ -295,6 +295,10 @@ def test_differences_name_every_field_that_differs() -> None:
         "method.strength: 0.5 here, absent there",
         "method.regularisation: 0.001 here, absent there",
         'method.neighbours: "cohort" here, absent there',
+        'method.space: "factors" here, absent there',
+        'method.factors: "all" here, absent there',
+        "method.upper_layers: 1.0 here, absent there",
+        "method.strength_end: null here, absent there",
     ]
 
 
