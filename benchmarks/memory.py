@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import peft_loop
 from benchmarks.workload import LR, open_workload
 
-DEFAULT, LARGE = 1024, 4096  # tokens a pass: what is chosen on a CPU, and all clients at once
+DEFAULT, LARGE = 768, 4096  # tokens a pass: what is chosen on a CPU, and all clients at once
 
 
 def measure() -> dict[str, Any]:

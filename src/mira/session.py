@@ -108,7 +108,15 @@ class Session:
         training = self.experiment.training
         steps = max(training.steps_for(client.num_train) for client in clients)
         return self.method.init(
-            Setting(self.layout, self.start(), len(clients), graph, max_lr=training.lr, max_steps=steps)
+            Setting(
+                self.layout,
+                self.start(),
+                len(clients),
+                graph,
+                max_lr=training.lr,
+                max_steps=steps,
+                rounds=self.experiment.rounds,
+            )
         )
 
 

@@ -34,15 +34,25 @@ def paper_step(rows: Tensor, a: Tensor, c: float, others: Iterable[Tensor] = ())
 
     The pool is the M rows themselves, then ``others``: blocks of further rows [n,P], N − M in all, taken one at a time.
     """
-    a = a.double()
-    return _mix(rows, 1 - c * a.sum(1), c * a, others)
+    return mix(rows, *paper_weights(a, c), others)
 
 
 def normalised_step(rows: Tensor, a: Tensor, s: float, others: Iterable[Tensor] = ()) -> Tensor:
     """(1−s)·rows + s·(a/d)·pool, with the pool of ``paper_step``. A row without neighbours in it stays as it is."""
+    return mix(rows, *normalised_weights(a, s), others)
+
+
+def paper_weights(a: Tensor, c: float) -> tuple[Tensor, Tensor]:
+    """What ``mix`` needs for the step: 1 − c·d [M] and c·a [M,N] in float64."""
+    a = a.double()
+    return 1 - c * a.sum(1), c * a
+
+
+def normalised_weights(a: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    """1 − s [M] and s·a/d [M,N] in float64; 1 and 0 for a row without neighbours."""
     degree = a.double().sum(1)
     related = degree > 0
-    return _mix(rows, 1 - s * related.double(), s * a / torch.where(related, degree, 1.0)[:, None], others)
+    return 1 - s * related.double(), s * a / torch.where(related, degree, 1.0)[:, None]
 
 
 def product(weights: Tensor, pool: Tensor, out: Tensor) -> None:
@@ -52,8 +62,8 @@ def product(weights: Tensor, pool: Tensor, out: Tensor) -> None:
         times(pool[:, tile], out[:, tile])
 
 
-def _mix(rows: Tensor, own: Tensor, pull: Tensor, others: Iterable[Tensor]) -> Tensor:
-    """own·rows + pull·pool: own [M] and pull [M,N] in float64."""
+def mix(rows: Tensor, own: Tensor, pull: Tensor, others: Iterable[Tensor] = ()) -> Tensor:
+    """own·rows + pull·pool: own [M] and pull [M,N] in float64, the pool of ``paper_step``."""
     mixed, seen = torch.empty_like(rows), len(rows)
     product(pull[:, :seen] + own.diag(), rows, mixed)
     for block in others:

@@ -62,7 +62,7 @@ class Overlay:
 class Setting:
     """What a method may know of the experiment before the first round.
 
-    ``max_lr`` and ``max_steps`` bound the local training of any round; a method checks its stability with them.
+    ``max_lr`` and ``max_steps`` bound the local training of any of ``rounds``; a method checks its stability with them.
     """
 
     layout: Layout
@@ -72,6 +72,7 @@ class Setting:
     max_lr: float
     max_steps: int
     rank: Tensor | None = None  # [K] int64, how many of the layout's ranks each client uses; None: all use all
+    rounds: int = 1
 
 
 @dataclass(frozen=True)

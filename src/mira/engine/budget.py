@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-_CPU = 1024  # larger passes are no faster on a CPU: the products are large enough, and less of them fits the caches
+_CPU = 768  # larger passes are hardly faster on a CPU: the products are large enough, and less of them fits the caches
 _GPU = 65536
 _LEAST = 64
 _SHARE = 0.5  # of the free memory; what a layer needs for a moment and the backward pass come on top of what is kept

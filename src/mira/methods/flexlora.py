@@ -9,6 +9,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from mira.core.product import best_factors
 from mira.core.strict import STRICT
 from mira.core.types import Change, ServerState, Setting, Trained, Work
 from mira.methods.rows import FIRST, common, factor_pairs, one_row
@@ -55,19 +56,3 @@ class FlexLoRA:
             for _, first, _, fan_out, rank in state.extra[_PLACES].tolist():
                 rows[:, first : first + fan_out * rank] /= state.extra[_SCALE][client, None]
         return rows
-
-
-def best_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """A [r,in] and B [out,r] whose product is nearest to Σ_k b_k·a_k (Eckart and Young): a [M,r,in], b [M,out,r].
-
-    With Σ b_k·a_k = U·Σ·Vᵀ: A = Vᵀ, with rows of length 1 much like those A is drawn with, and B = U·Σ. The sum is never
-    formed: side by side the factors are [out,M·r]·[M·r,in], and of both only the triangle R of QR counts. Of a singular
-    vector and its negative the one is taken whose largest number is positive.
-    """
-    rank = a.shape[1]
-    q_b, r_b = torch.linalg.qr(b.movedim(0, 1).flatten(1))
-    q_a, r_a = torch.linalg.qr(a.flatten(0, 1).T)
-    u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    new_a, new_b = vt[:rank] @ q_a.T, q_b @ (u[:, :rank] * s[:rank])
-    sign = new_a.gather(1, new_a.abs().argmax(1, keepdim=True)).sign()
-    return new_a * sign, new_b * sign[:, 0]

@@ -6,6 +6,7 @@ Learning with Laplacian Regularization" (FedU).
 """
 
 import logging
+from collections.abc import Iterable
 from decimal import ROUND_FLOOR, Context
 from typing import Annotated, Literal
 
@@ -16,15 +17,22 @@ from torch import Tensor
 
 from mira.core.errors import UserError
 from mira.core.graph import Graph
+from mira.core.layout import Layout
 from mira.core.learned import Learned
-from mira.core.mixing import normalised_step, paper_step
+from mira.core.mixing import mix, normalised_weights, paper_weights
+from mira.core.product import product_mix
 from mira.core.strict import STRICT
 from mira.core.tensors import to_tensors
 from mira.core.types import Change, MemoryRows, ServerState, Setting, Trained, Work
+from mira.methods.layers import pairs, shares
 
 log = logging.getLogger(__name__)
 
 _BLOCK = 2**24  # numbers of absent neighbours' rows in memory at a time, 64 MiB in fp32
+_ROUNDS = "mira.rounds"  # in extra: of the whole run
+_PLACES = "mira.places"  # in extra: where each tensor of a row begins and ends [n,2]
+_PAIRS = "mira.pairs"  # in extra: ``layers.pairs``
+_SHARES = "mira.shares"  # in extra: what part of the step each of these makes
 _STEP = "mira.step"  # in extra: the largest lr·steps, for checking a graph that is learned
 
 
@@ -41,6 +49,14 @@ class Mira:
     """λ of the paper's form; the step is c = learning rate × local steps × λ. 0 is local training only."""
     neighbours: Literal["cohort", "all"] = "cohort"
     """Mix with the neighbours that trained this round, or with the last known rows of all graph neighbours."""
+    space: Literal["factors", "product"] = "factors"
+    """Mix A and B of LoRA each by itself, or the updates B·A they stand for, cut to rank r by singular values."""
+    factors: Literal["all", "A", "B"] = "all"
+    """Mix one factor of LoRA alone; the other stays the client's own."""
+    upper_layers: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the step that the model's highest layer makes, falling linearly from the lowest layer, which makes all of it."""
+    strength_end: Annotated[float, Field(ge=0, le=1)] | None = None
+    """s in the last round, reached linearly from strength in the first; null: the same throughout."""
 
     def __post_init__(self) -> None:
         """A strength of the form that is not in use would be ignored in silence."""
@@ -50,6 +66,15 @@ class Mira:
                 f"method.{unused}={getattr(self, unused):g}: belongs to form '{form}', not '{self.form}'; "
                 f"set method.form={form} or leave {unused} out"
             )
+        if self.form == "paper" and self.strength_end is not None:
+            raise UserError(
+                f"method.strength_end={self.strength_end:g}: belongs to form 'normalised', not 'paper'; leave it out"
+            )
+        if self.space == "product" and self.factors != "all":
+            raise UserError(
+                f"method.factors={self.factors}: with space=product there is one product and no factor to choose; "
+                "set method.space=factors or method.factors=all"
+            )
 
     def init(self, setting: Setting) -> ServerState:
         alone = len(setting.graph.alone())
@@ -58,7 +83,13 @@ class Mira:
                 "%d of %d clients have no neighbour in the graph and train alone; graph.name=complete relates everybody",
                 alone, setting.num_clients,
             )  # fmt: skip
-        extra = {}
+        if self.space == "product" and setting.rank is not None:
+            raise UserError(
+                "method.space=product: not with clients of different ranks (clients.rank); use space=factors"
+            )
+        extra = self._parts(setting.layout)
+        if self.strength_end is not None:
+            extra[_ROUNDS] = torch.tensor(setting.rounds)
         if self.form == "paper":
             extra[_STEP] = torch.tensor(setting.max_lr * setting.max_steps, dtype=torch.float64)
             self._check(setting.graph, float(extra[_STEP]))
@@ -77,17 +108,45 @@ class Mira:
         size = max(1, _BLOCK // trained.rows.shape[1])
         others = (state.rows[block] for block in absent.split(size) if len(block))
         if self.form == "normalised":
-            mixed = normalised_step(trained.rows, a, self.strength, others)
-            effective = self.strength * float((a.sum(1) > 0).double().mean())
-            notes = {"mixing_step": self.strength, "effective_step": effective}
-            return Change(trained.client, mixed, extra, notes)
-        c = trained.lr * float(trained.steps.double().mean()) * self.regularisation
-        mixed = paper_step(trained.rows, a, c, others)
-        notes = {"mixing_step": c, "effective_step": c * float(a.sum(1).mean())}
-        return Change(trained.client, mixed, extra, notes)
+            step = self._strength(state)
+            own, pull = normalised_weights(a, step)
+            effective = step * float((a.sum(1) > 0).double().mean())
+        else:
+            step = trained.lr * float(trained.steps.double().mean()) * self.regularisation
+            own, pull = paper_weights(a, step)
+            effective = step * float(a.sum(1).mean())
+        mixed = self._mixed(state, trained.rows, own, pull, others)
+        return Change(trained.client, mixed, extra, notes={"mixing_step": step, "effective_step": effective})
 
     def serve(self, state: ServerState, client: Tensor) -> Tensor:
         return state.rows[client]
+
+    def _strength(self, state: ServerState) -> float:
+        """s of the coming server step."""
+        if self.strength_end is None:
+            return self.strength
+        done = state.round / max(int(state.extra[_ROUNDS]) - 1, 1)
+        return self.strength + (self.strength_end - self.strength) * min(done, 1.0)
+
+    def _parts(self, layout: Layout) -> dict[str, Tensor]:
+        """What must be known of the layout when rows are mixed: nothing where all numbers are mixed alike."""
+        if self.space == "product":
+            a = torch.tensor([entry.factor == "A" for entry in layout.entries])
+            return {_PAIRS: pairs(layout), _SHARES: shares(layout, "all", self.upper_layers)[a]}
+        share = shares(layout, self.factors, self.upper_layers)
+        if bool((share == 1).all()):
+            return {}
+        return {_PLACES: torch.tensor([[e.offset, e.offset + e.size] for e in layout.entries]), _SHARES: share}
+
+    def _mixed(self, state: ServerState, rows: Tensor, own: Tensor, pull: Tensor, others: Iterable[Tensor]) -> Tensor:
+        extra = state.extra
+        if _PAIRS in extra:
+            return product_mix(rows, own, pull, others, extra[_PAIRS], extra[_SHARES])
+        mixed = mix(rows, own, pull, others)
+        if _PLACES in extra:
+            for (start, stop), share in zip(extra[_PLACES].tolist(), extra[_SHARES].tolist(), strict=True):
+                mixed[:, start:stop] = rows[:, start:stop].lerp(mixed[:, start:stop], share)
+        return mixed
 
     def _graph(self, state: ServerState, trained: Trained) -> tuple[Graph, dict[str, Tensor]]:
         """The graph to mix along, and what to keep of it where it was learned anew from the rows just trained."""

@@ -1,0 +1,63 @@
+"""Mixing updates instead of factors: the mean of B_k·A_k is not the product of the means of B_k and of A_k.
+
+For a client's new factors: the best rank-r approximation of Σ_l w_l·B_l·A_l by its singular values (Eckart and Young 1936;
+on one shared adapter Bai et al., FlexLoRA, NeurIPS 2024). The sum is never formed: side by side the factors are
+[out,n·r]·[n·r,in], and of both only the triangle R of QR counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def product_mix(
+    rows: Tensor, own: Tensor, pull: Tensor, others: Iterable[Tensor], pairs: Tensor, share: Tensor
+) -> Tensor:
+    """Rows [M,P] whose products are own_k·B_kA_k + Σ_l pull_kl·B_lA_l, cut to rank r; own [M], pull [M,N] over the rows and
+    then ``others``. Exact where that sum has rank r, as with one A for all.
+
+    ``pairs`` [layers,5] says where A and B are and their sizes; of a layer's step its ``share`` is made. A row that nobody
+    pulls, and a layer without a share, stay as they are.
+    """
+    pool, mixed = torch.cat([rows, *others]), rows.clone()
+    pulled = (pull != 0).any(1).nonzero()[:, 0].tolist()
+    for (at_a, at_b, fan_in, fan_out, rank), part in zip(pairs.tolist(), share.tolist(), strict=True):
+        if part == 0:
+            continue
+        a = pool[:, at_a : at_a + rank * fan_in].view(-1, rank, fan_in).double()
+        b = pool[:, at_b : at_b + fan_out * rank].view(-1, fan_out, rank).double()
+        for k in pulled:
+            weight = part * pull[k]
+            weight[k] += 1 - part * (1 - own[k])
+            near = weight.nonzero()[:, 0]
+            new_a, new_b = turned(*best_factors(a[near], weight[near, None, None] * b[near]), towards=a[k])
+            mixed[k, at_a : at_a + rank * fan_in] = new_a.flatten().to(rows.dtype)
+            mixed[k, at_b : at_b + fan_out * rank] = new_b.flatten().to(rows.dtype)
+    return mixed
+
+
+def best_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A [r,in] and B [out,r] whose product is nearest to Σ_k b_k·a_k (Eckart and Young): a [M,r,in], b [M,out,r].
+
+    With Σ b_k·a_k = U·Σ·Vᵀ: A = Vᵀ, with rows of length 1 much like those A is drawn with, and B = U·Σ. The sum is never
+    formed: side by side the factors are [out,M·r]·[M·r,in], and of both only the triangle R of QR counts. Of a singular
+    vector and its negative the one is taken whose largest number is positive.
+    """
+    rank = a.shape[1]
+    q_b, r_b = torch.linalg.qr(b.movedim(0, 1).flatten(1))
+    q_a, r_a = torch.linalg.qr(a.flatten(0, 1).T)
+    u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    new_a, new_b = vt[:rank] @ q_a.T, q_b @ (u[:, :rank] * s[:rank])
+    sign = new_a.gather(1, new_a.abs().argmax(1, keepdim=True)).sign()
+    return new_a * sign, new_b * sign[:, 0]
+
+
+def turned(a: Tensor, b: Tensor, towards: Tensor) -> tuple[Tensor, Tensor]:
+    """A [r,in] and B [out,r] rotated: the same product, and the A nearest to ``towards`` (Procrustes), so that rows go on
+    from where they were and stay comparable."""
+    left, _, right = torch.linalg.svd(towards @ a.T)
+    turn = left @ right
+    return turn @ a, b @ turn.T

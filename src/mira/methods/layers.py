@@ -1,0 +1,51 @@
+"""Which part of a mixing step each tensor of a row makes: less of it in higher layers, none for a factor left out."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from mira.core.errors import UserError
+from mira.core.layout import Layout
+
+
+def shares(layout: Layout, factors: str, upper: float) -> Tensor:
+    """Share of the step for each entry of the layout [n] float64: falling linearly over the model's layers from 1 at the
+    lowest to ``upper`` at the highest; 0 for factors other than ``factors`` ("A", "B" or "all"). Raises UserError where the
+    adapter has no such factor or no layers."""
+    if factors != "all" and not any(entry.factor == factors for entry in layout.entries):
+        raise UserError(
+            f"method.factors={factors}: this adapter has '{layout.entries[0].factor}' and no factors A and B; "
+            "use factors=all or adapter.kind=lora"
+        )
+    mixed = torch.tensor([factors in ("all", entry.factor) for entry in layout.entries], dtype=torch.float64)
+    return mixed if upper == 1 else mixed * (1 - (1 - upper) * _depths(layout))
+
+
+def pairs(layout: Layout) -> Tensor:
+    """Of every layer's A and B where they begin in a row, and in, out, r: [layers,5] int64. Raises UserError without them."""
+    a = {entry.module: entry for entry in layout.entries if entry.factor == "A"}
+    b = {entry.module: entry for entry in layout.entries if entry.factor == "B"}
+    if not a or len(a) + len(b) < len(layout.entries):
+        raise UserError(
+            "method.space=product: multiplies the factors A and B of LoRA, and this adapter has "
+            f"'{layout.entries[0].factor}'; use space=factors or adapter.kind=lora"
+        )
+    return torch.tensor([
+        [x.offset, b[module].offset, x.shape[1], b[module].shape[0], x.shape[0]] for module, x in a.items()
+    ])  # fmt: skip
+
+
+def _depths(layout: Layout) -> Tensor:
+    """Of each entry how deep its layer is, from 0 at the lowest to 1 at the highest; 0 outside the numbered layers."""
+    numbers = [re.search(r"\.(\d+)\.", f".{entry.module}.") for entry in layout.entries]
+    levels = sorted({int(found[1]) for found in numbers if found})
+    if len(levels) < 2:
+        raise UserError(
+            "method.upper_layers: needs an adapter on several layers of the model, and this one is not; leave it out"
+        )
+    return torch.tensor(
+        [levels.index(int(found[1])) / (len(levels) - 1) if found else 0.0 for found in numbers], dtype=torch.float64
+    )
