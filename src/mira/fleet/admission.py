@@ -1,0 +1,55 @@
+"""Who is behind a request: a site of the kit that is not revoked, by the signature Flower's node authentication sends.
+
+The SuperLink checks the same, but only after it has read the whole body; here nothing of a stranger's body is read, and
+revoking a site counts from the next request on.
+"""
+
+from __future__ import annotations
+
+import logging
+from base64 import b64decode
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from mira.core.errors import UserError
+from mira.fleet.certificates import openssh
+from mira.fleet.kit import read_registry
+
+log = logging.getLogger(__name__)
+
+_TOLERANCE = timedelta(seconds=305)  # as in flwr 1.41
+
+
+def admission(server_kit: Path) -> Callable[[Mapping[str, str]], str | None]:
+    """Request headers → the name of the admitted site that signed them within the last five minutes, or None."""
+
+    def admit(headers: Mapping[str, str]) -> str | None:
+        try:
+            sites = read_registry(server_kit)[1]
+        except UserError as error:
+            log.error("nobody is let in: %s", error)
+            return None
+        return signer(
+            headers, {site.public_key: site.name for site in sites if site.revoked is None}, datetime.now(UTC)
+        )
+
+    return admit
+
+
+def signer(headers: Mapping[str, str], names: Mapping[str, str], now: datetime) -> str | None:
+    """The name under which the key that signed ``flwr-timestamp`` (ECDSA, SHA-256) is known, or None."""
+    try:
+        key = serialization.load_pem_public_key(b64decode(headers["flwr-public-key"], validate=True))
+        if not isinstance(key, ec.EllipticCurvePublicKey) or (name := names.get(openssh(key))) is None:
+            return None
+        stamp = headers["flwr-timestamp"]
+        signature = b64decode(headers["flwr-signature"], validate=True)
+        key.verify(signature, stamp.encode("ascii"), ec.ECDSA(hashes.SHA256()))
+        return name if abs(now - datetime.fromisoformat(stamp)) < _TOLERANCE else None
+    except (KeyError, ValueError, TypeError, InvalidSignature):
+        return None

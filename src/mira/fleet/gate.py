@@ -1,0 +1,265 @@
+"""The one door to a SuperLink on loopback: TLS outside, and only the fleet API inside.
+
+A SuperLink serves its fleet, control and runtime APIs on one port, and asks for a proof of identity on the fleet API alone;
+whoever reaches the port may submit code to every site. So nobody reaches it but through here. A SuperNode speaks HTTP/1.1:
+POST, no query, a body of known length. Everything else is refused, and what passes is parsed and written anew, one
+connection to the SuperLink a request, so that both cannot disagree on where a request ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import ssl
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import h11
+
+log = logging.getLogger(__name__)
+
+Address = tuple[str, int]  # host, port
+Admit = Callable[[Mapping[str, str]], str | None]  # a request's headers → the site it proves to be, None for nobody
+
+_FLEET = re.compile(rb"/v1/fleet/[a-z]+(-[a-z]+)*")
+_SENT_ON = ("content-type", "accept", "accept-encoding", "user-agent")  # and flwr-*, which Flower's protocol is made of
+_PIECE = 1 << 16
+_HEAD_BYTES = 1 << 14
+_FAREWELL = 1.0  # seconds a refused peer has to read its answer
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one peer may ask for. Times in seconds."""
+
+    body: int = 8 << 20  # bytes of a request; Flower sends an array in pieces of 5 MiB
+    connections: int = 1024
+    connections_per_host: int = 256
+    head: float = 20.0  # for a TLS handshake, and for a request's head from the end of the last one
+    stall: float = 60.0  # for the next piece of a body, either way, and for an answer
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """Where the SuperLink listens. With node authentication it speaks TLS itself: ``tls`` trusts the kit's CA."""
+
+    address: Address
+    tls: ssl.SSLContext | None = None
+
+
+class Refused(Exception):
+    """What is answered instead: an HTTP status, and why, for the log."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status = status
+
+
+def server_tls(certificate: Path, key: Path) -> ssl.SSLContext:
+    """TLS 1.2 or newer with the server's certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.load_cert_chain(certificate, key)
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def upstream_tls(authority: Path) -> ssl.SSLContext:
+    """For the way to a SuperLink whose certificate is by ``authority``."""
+    return ssl.create_default_context(cafile=str(authority))
+
+
+@contextmanager
+def opened(listen: Address, upstream: Upstream, tls: ssl.SSLContext, admit: Admit, limits: Limits) -> Iterator[Address]:
+    """A gate in a thread of its own, and where it listens (port 0: any free one). Raises OSError when it cannot listen there."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="gate", daemon=True)
+    thread.start()
+    gate = _Gate(upstream, admit, limits)
+    try:
+        server = asyncio.run_coroutine_threadsafe(gate.listen(listen, tls), loop).result()
+        try:
+            yield server.sockets[0].getsockname()[:2]
+        finally:
+            asyncio.run_coroutine_threadsafe(gate.close(server), loop).result()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+class _Gate:
+    """Open connections, counted, so that they can be limited and closed."""
+
+    def __init__(self, upstream: Upstream, admit: Admit, limits: Limits) -> None:
+        self.upstream, self.admit, self.limits = upstream, admit, limits
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.hosts: Counter[str] = Counter()
+
+    async def listen(self, address: Address, tls: ssl.SSLContext) -> asyncio.Server:
+        return await asyncio.start_server(
+            self.accept,
+            *address,
+            ssl=tls,
+            ssl_handshake_timeout=self.limits.head,
+            ssl_shutdown_timeout=1.0,
+            limit=_PIECE,
+        )
+
+    async def close(self, server: asyncio.Server) -> None:
+        server.close()
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.get_running_loop().create_task(self.serve(reader, writer))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host = str(writer.get_extra_info("peername")[0])
+        self.hosts[host] += 1
+        try:
+            if len(self.tasks) > self.limits.connections or self.hosts[host] > self.limits.connections_per_host:
+                log.debug("%s: closed, too many connections", host)
+                return
+            await self.converse(host, _Line(h11.Connection(h11.SERVER, _HEAD_BYTES), reader, writer, self.limits.stall))
+        except TimeoutError:
+            log.debug("%s: closed, no request came", host)
+        finally:
+            self.hosts -= Counter({host: 1})  # leaves no zero behind
+            await _hang_up(writer)
+
+    async def converse(self, host: str, outside: _Line) -> None:
+        """One request after the other, until one is refused, the peer leaves or nothing comes."""
+        while True:
+            try:
+                async with asyncio.timeout(self.limits.head):
+                    request = await outside.next()
+                if not isinstance(request, h11.Request):
+                    return
+                headers = check(request, self.limits.body)
+                site = self.admit(headers)
+                if site is None:
+                    raise Refused(401, "not a site of this federation")
+                status = await self.forward(request.target, headers, outside)
+                log.debug("%s: %s %s: %d", host, site, request.target.decode(), status)
+            except Refused as refused:
+                return await _refuse(outside, host, refused)
+            if outside.http.our_state is not h11.DONE or outside.http.their_state is not h11.DONE:
+                return
+            outside.http.start_next_cycle()
+
+    async def forward(self, target: bytes, headers: Mapping[str, str], outside: _Line) -> int:
+        """Sends one request on and its answer back; the answer's status. Raises Refused while nothing of it was sent back."""
+        host, port = self.upstream.address
+        try:
+            reader, writer = await asyncio.open_connection(host, port, ssl=self.upstream.tls, limit=_PIECE)
+        except OSError as error:
+            raise Refused(502, f"the SuperLink does not answer ({error})") from None
+        inside = _Line(h11.Connection(h11.CLIENT, _HEAD_BYTES), reader, writer, self.limits.stall)
+        try:
+            kept = [(name, value) for name, value in headers.items() if name in _SENT_ON or name.startswith("flwr-")]
+            length = headers["content-length"]
+            head = [("host", f"{host}:{port}"), ("connection", "close"), ("content-length", length), *kept]
+            await inside.send(h11.Request(method=b"POST", target=target, headers=head))
+            while isinstance(piece := await outside.next(), h11.Data):
+                await inside.send(h11.Data(data=piece.data))
+            if not isinstance(piece, h11.EndOfMessage):
+                raise Refused(400, "the body ended early")
+            await inside.send(h11.EndOfMessage())
+            while isinstance(answer := await inside.next(), h11.InformationalResponse):
+                pass
+            if not isinstance(answer, h11.Response):
+                raise Refused(502, "the SuperLink hung up")
+            back = [
+                (n, v) for n, v in answer.headers if n in (b"content-type", b"content-length") or n.startswith(b"flwr-")
+            ]
+            await outside.send(h11.Response(status_code=answer.status_code, headers=back))
+            while isinstance(piece := await inside.next(), h11.Data):
+                await outside.send(h11.Data(data=piece.data))
+            await outside.send(h11.EndOfMessage())
+            return answer.status_code
+        finally:
+            await _hang_up(writer)
+
+
+def check(request: h11.Request, most: int) -> dict[str, str]:
+    """A request's headers, each once. Raises Refused unless it is a POST to the fleet API of at most ``most`` bytes."""
+    if not _FLEET.fullmatch(request.target):  # no dots, no percent, no query, no host: nothing to interpret differently
+        raise Refused(404, f"no such path: {request.target[:80]!r}")
+    if request.method != b"POST":
+        raise Refused(405, f"method {request.method[:20]!r}")
+    headers: dict[str, str] = {}
+    for name, value in request.headers:
+        key = name.decode("ascii")
+        if key in headers:
+            raise Refused(400, f"header {key} twice")
+        headers[key] = value.decode("latin-1")
+    if "transfer-encoding" in headers or "upgrade" in headers:
+        raise Refused(400, "transfer-encoding or upgrade")
+    if "content-length" not in headers:
+        raise Refused(411, "no content-length")
+    if int(headers["content-length"]) > most:
+        raise Refused(413, f"a body of {headers['content-length']} bytes; at most {most}")
+    return headers
+
+
+class _Line:
+    """One side's connection: bytes on one end, HTTP events on the other. No wait is longer than ``patience`` seconds.
+
+    What breaks on the SuperLink's side is a 502, on a site's a 408 or what HTTP says of its mistake.
+    """
+
+    def __init__(
+        self, http: h11.Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, patience: float
+    ) -> None:
+        self.http, self.reader, self.writer, self.patience = http, reader, writer, patience
+        self.ours = http.our_role is h11.CLIENT
+
+    async def next(self) -> object:
+        try:
+            while (event := self.http.next_event()) is h11.NEED_DATA:
+                async with asyncio.timeout(self.patience):
+                    self.http.receive_data(await self.reader.read(_PIECE))
+            return event
+        except h11.RemoteProtocolError as error:
+            raise Refused(502 if self.ours else error.error_status_hint, str(error)) from None
+        except (OSError, TimeoutError) as error:
+            raise Refused(502 if self.ours else 408, f"no more came {error}") from None
+
+    async def send(self, event: h11.Event) -> None:
+        if data := self.http.send(event):
+            try:
+                self.writer.write(data)
+                async with asyncio.timeout(self.patience):
+                    await self.writer.drain()
+            except (OSError, TimeoutError) as error:
+                raise Refused(502 if self.ours else 408, f"no more could be sent {error}") from None
+
+
+async def _refuse(line: _Line, host: str, refused: Refused) -> None:
+    """Answers, where an answer has not begun, and leaves the connection to be closed."""
+    log.debug("%s: refused with %d: %s", host, refused.status, refused)
+    if line.http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+        return
+    with suppress(Refused, TimeoutError):  # a peer that does not take the answer does without
+        head = [("content-length", "0"), ("connection", "close")]
+        await line.send(h11.Response(status_code=refused.status, headers=head))
+        await line.send(h11.EndOfMessage())
+        async with asyncio.timeout(_FAREWELL):  # closed with bytes unread, TCP would take the answer back
+            while await line.reader.read(_PIECE):
+                pass
+
+
+async def _hang_up(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with suppress(OSError, TimeoutError):  # the peer may be gone, which is what closing is about
+        await writer.wait_closed()
