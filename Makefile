@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # -qq: pip warns about every index that lacks a package; errors are still shown.
 INSTALL := $(PIP) install -qq --constraint constraints.txt
-EVERYTHING := --editable '.[dev,datasets,flower,quantized,wandb,mlflow]'
+EVERYTHING := --editable '.[dev,datasets,flower,privacy,quantized,wandb,mlflow]'
 
 .PHONY: help demo test quick format lock clean bench
 help:
@@ -58,7 +58,7 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: $(VENV)/.core
 	@echo 'installing pinned developer tools, data set readers, bitsandbytes, Flower and trackers (about 300 MB) ...'
-	@$(INSTALL) --editable '.[dev,datasets,flower,quantized,wandb,mlflow]'
+	@$(INSTALL) --editable '.[dev,datasets,flower,privacy,quantized,wandb,mlflow]'
 	@touch $@
 
 $(VENV)/.resolves: $(VENV)/.dev

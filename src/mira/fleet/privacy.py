@@ -1,0 +1,75 @@
+"""Noise on what a site sends, put there by the site: the Gaussian mechanism on the displacement of its row, round by round.
+
+    release = d · min(1, C / ‖d‖) + N(0, (z·C)² I)          clip C, noise multiplier z
+
+What it means. Any two clipped displacements differ by at most 2C, whatever data they come from. So (ε, δ) holds between *any
+two* data sets the site might have, one record or all of them apart, and against everybody but the site itself, the server
+included (local differential privacy of the site's rows; Dwork & Roth 2014, ch. 3 and 12). It covers the rows of all rounds
+together, as every round is counted. It does not cover what else leaves the site: losses, metrics, counts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from math import pi
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mira.core.errors import UserError
+
+_PIECE = 1 << 20  # numbers drawn at a time
+
+
+def release(displacement: Tensor, clip: float, noise: float, entropy: Callable[[int], bytes] = os.urandom) -> Tensor:
+    """A site's displacement [n] as it may leave: clipped to the norm ``clip``, with Gaussian noise of deviation noise·clip.
+
+    The noise comes from the system's entropy, not from the experiment's seed: the server knows the seed and could take the
+    noise away again. Raises ValueError when the displacement is not finite.
+    """
+    exact = displacement.double()
+    length = float(exact.norm())
+    if not length < float("inf"):
+        raise ValueError("the displacement is not finite")
+    clipped = exact * min(1.0, clip / length) if length > 0 else exact
+    return (clipped + noise * clip * normal(len(exact), entropy)).to(displacement.dtype)
+
+
+def normal(count: int, entropy: Callable[[int], bytes]) -> Tensor:
+    """``count`` standard normal numbers (float64) from random bytes, by Box and Muller (1958)."""
+    pieces = [_box_muller(min(_PIECE, count - done), entropy) for done in range(0, count, _PIECE)]
+    return torch.from_numpy(np.concatenate([np.empty(0), *pieces]))
+
+
+def _box_muller(count: int, entropy: Callable[[int], bytes]) -> np.ndarray:
+    pairs = -(-count // 2)
+    bits = np.frombuffer(entropy(16 * pairs), dtype=np.uint64).reshape(2, pairs)
+    u = ((bits >> 11).astype(np.float64) + 0.5) / 2**53  # within (0, 1), ends excluded
+    radius, angle = np.sqrt(-2 * np.log(u[0])), 2 * pi * u[1]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+
+
+def epsilon(noise: float, delta: float, releases: int) -> float:
+    """ε at ``delta`` after ``releases`` rounds, by the Rényi accountant (Mironov 2017) of Google's dp-accounting.
+
+    A round counts when its release left the site, used by the server or not. The mechanism's sensitivity is the diameter 2C of
+    the ball, so its noise multiplier is noise / 2. Raises UserError where the accountant is not installed.
+    """
+    try:
+        from dp_accounting import GaussianDpEvent
+        from dp_accounting.rdp import RdpAccountant
+    except ModuleNotFoundError:
+        raise UserError("privacy: the accountant is missing; pip install 'mira[privacy]'") from None
+    if releases == 0:
+        return 0.0
+    return float(RdpAccountant().compose(GaussianDpEvent(noise / 2), releases).get_epsilon(delta))
+
+
+def describe(clip: float, noise: float, delta: float, releases: int) -> str:
+    """One line for people, of one site."""
+    return (
+        f"its {releases} released rows are ({epsilon(noise, delta, releases):.3g}, {delta:g})-differentially private for all of "
+        f"its data (clip {clip:g}, noise {noise:g}); its losses, metrics and counts are not covered"
+    )

@@ -1,0 +1,93 @@
+"""How a row travels: one flat array of bytes, as long as its format says and no longer.
+
+fp32   the row as it is, 4 bytes a number (8 where rows are float64): exact, both ways
+bf16   2 bytes a number, rounded to nearest
+int8   1 byte a number and a float32 scale for each block of 256: x ≈ s·q, s = max|x| / 127 over the block, q = round(x / s)
+
+A site sends a rounded *displacement* from the row it was given, which both sides know, and remembers what rounding took away:
+error feedback adds it to the next displacement (Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019), so that the
+sum of all that was sent is the sum of all that was meant, up to the last residual. Rows to a site travel in bf16 with both
+rounded formats: a row has no earlier one to be a displacement from.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Wire = Literal["fp32", "bf16", "int8"]
+BLOCK = 256  # numbers that share a scale
+_LEVELS = 127
+
+
+def down(wire: Wire) -> Wire:
+    """The format of rows to a site."""
+    return "fp32" if wire == "fp32" else "bf16"
+
+
+def num_bytes(wire: Wire, size: int, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of ``size`` numbers: what ``encode`` makes and what metrics count."""
+    if wire == "int8":
+        return size + 4 * _blocks(size)
+    return size * (2 if wire == "bf16" else dtype.itemsize)
+
+
+def encode(numbers: Tensor, wire: Wire) -> Tensor:
+    """``numbers`` [n] as bytes (uint8). Raises ValueError when one of them is not finite, or too large for the format."""
+    if wire == "fp32":
+        packed = numbers.detach().cpu().contiguous()
+    elif wire == "bf16":
+        packed = numbers.detach().cpu().to(torch.bfloat16)
+    else:
+        packed = _to_int8(numbers.detach().cpu().float())
+    if packed.is_floating_point() and not bool(packed.isfinite().all()):
+        raise ValueError(f"a number is not finite, or too large for {wire}")
+    return packed.view(torch.uint8)
+
+
+def decode(data: Tensor, wire: Wire, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The ``size`` numbers in ``data``. Raises ValueError unless it is what ``encode`` makes of so many finite numbers."""
+    expected = num_bytes(wire, size, dtype)
+    if data.dtype != torch.uint8 or data.dim() != 1:
+        raise ValueError(f"a row is {data.dtype} of {data.dim()} dimensions, not a flat array of bytes")
+    if len(data) != expected:
+        raise ValueError(f"a row of {len(data)} bytes; {size} numbers in {wire} are {expected}")
+    data = data.clone()  # begins where every dtype may begin
+    found = _from_int8(data, size) if wire == "int8" else data.view(torch.bfloat16 if wire == "bf16" else dtype)
+    if not bool(found.isfinite().all()):
+        raise ValueError("a row holds numbers that are not finite")
+    return found.to(dtype)
+
+
+def compress(displacement: Tensor, residual: Tensor | None, wire: Wire) -> tuple[Tensor, Tensor]:
+    """(bytes of ``displacement`` + ``residual``, what rounding took away: the next residual [n]). Raises ValueError as encode."""
+    meant = displacement if residual is None else displacement + residual
+    data = encode(meant, wire)
+    return data, meant - decode(data, wire, len(meant), meant.dtype)
+
+
+def _blocks(size: int) -> int:
+    return -(-size // BLOCK)
+
+
+def _to_int8(x: Tensor) -> Tensor:
+    """n numbers as int8, then the scales as bytes."""
+    if not bool(x.isfinite().all()):
+        raise ValueError("a number is not finite")
+    blocks = torch.nn.functional.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
+    scale = blocks.abs().amax(1) / _LEVELS
+    if not bool((scale * _LEVELS).isfinite().all()):
+        raise ValueError("a number is too large for int8")
+    q = torch.where(scale[:, None] > 0, blocks / scale[:, None], 0.0).round().clamp(-_LEVELS, _LEVELS)
+    return torch.cat([q.to(torch.int8).flatten()[: len(x)].view(torch.uint8), scale.view(torch.uint8)])
+
+
+def _from_int8(data: Tensor, size: int) -> Tensor:
+    q, scale = data[:size].view(torch.int8), data[size:].clone().view(torch.float32)
+    if bool((q < -_LEVELS).any()):
+        raise ValueError("a row holds -128, which is no level of int8 here")
+    if not bool((scale.isfinite() & (scale >= 0)).all()):
+        raise ValueError("a scale is negative or not finite")
+    return q.float() * scale.repeat_interleave(BLOCK)[:size]

@@ -1,0 +1,119 @@
+"""Hostile and broken replies: each is rejected for its own reason, and the others are not touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mira.fleet.screen import Expected, Rejection, displacements, judge, too_far
+from mira.fleet.seam import Head, Message, pack
+
+HEAD = Head("train", "0" * 16, "a1", 3, "hospital-1")
+EXPECTED = {"hospital-1": Expected(HEAD, {"row0": ((4,), torch.float32)})}
+GOOD = Message(HEAD, {"jobs": []}, {"row0": torch.ones(4)})
+
+
+def kind(data: bytes, sender: str = "hospital-1", done: tuple[str, ...] = ()) -> str:
+    found = judge(EXPECTED, done, sender, data)
+    assert isinstance(found, Rejection)
+    assert "\n" not in found.reason
+    assert len(found.reason) < 400
+    return found.kind
+
+
+def test_what_was_asked_is_accepted() -> None:
+    found = judge(EXPECTED, (), "hospital-1", pack(GOOD))
+    assert isinstance(found, Message)
+    assert found.head == HEAD
+    assert torch.equal(found.tensors["row0"], torch.ones(4))
+
+
+def headed(**changes: object) -> Message:
+    return replace(GOOD, head=replace(HEAD, **changes))
+
+
+def sent(**tensors: torch.Tensor) -> Message:
+    return replace(GOOD, tensors=tensors)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (headed(name="hospital-2"), "foreign"),
+        (headed(name="x" * 10000), "foreign"),
+        (headed(round=2), "stale"),
+        (headed(run="1" * 16), "stale"),
+        (headed(segment="a0"), "stale"),
+        (headed(kind="evaluate"), "stale"),
+        (sent(), "shape"),
+        (sent(row0=torch.ones(4), row1=torch.ones(4)), "shape"),
+        (sent(row1=torch.ones(4)), "shape"),
+        (sent(row0=torch.ones(5)), "shape"),
+        (sent(row0=torch.ones(2, 2)), "shape"),
+        (sent(row0=torch.ones(4, dtype=torch.float64)), "dtype"),
+        (sent(row0=torch.ones(4, dtype=torch.int32)), "dtype"),
+        (sent(row0=torch.tensor([0.0, 1, torch.nan, 2])), "not finite"),
+        (sent(row0=torch.tensor([0.0, 1, -torch.inf, 2])), "not finite"),
+        (sent(row0=torch.ones(2**19)), "oversized"),
+    ],
+)
+def test_a_message_that_is_not_the_one_asked_for(message: Message, expected: str) -> None:
+    assert kind(pack(message)) == expected
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda data: b"", lambda data: data[:7], lambda data: data[:-1], lambda data: data[: len(data) // 2],
+        lambda data: data + b"x", lambda data: b"\xff" * 8 + data[8:], lambda data: bytes(len(data)),
+        lambda data: data.replace(b"F32", b"BAD"), lambda data: data.replace(b"hospital", b"\xff\xfe\xfd\xfcital"),
+        lambda data: b"\x80\x04\x95" + data,  # how a pickle begins
+    ],
+)  # fmt: skip
+def test_bytes_that_are_no_message(broken: Callable[[bytes], bytes]) -> None:
+    assert kind(broken(pack(GOOD))) == "malformed"
+
+
+def test_a_second_reply_and_one_nobody_asked_for() -> None:
+    assert kind(pack(GOOD), done=("hospital-1",)) == "duplicate"
+    assert kind(pack(GOOD), sender="hospital-3") == "unasked"
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_pass_or_raise(data: bytes) -> None:
+    assert kind(data) == "malformed"
+
+
+def test_displacements_are_norms() -> None:
+    rows, start = torch.tensor([[3.0, 4.0], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    assert displacements(rows, start).tolist() == [5.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("norm", "most", "rejected"),
+    [
+        ([1.0, 2.0, 3.0], None, {}),
+        ([1.0, 2.0, 20.0], None, {}),  # ten times is not more than ten times
+        ([1.0, 2.0, 20.1], None, {2}),
+        ([1.0, 2.0, 20.1], 1.5, {1, 2}),
+        ([1.0, 1000.0], None, {}),  # of two nobody can say who is wrong
+        ([1.0, 1000.0], 10.0, {1}),
+        ([0.0, 0.0, 1.0], None, {}),  # where most did not move, moving is no fault
+        ([1.0, 1.0, float("inf")], None, {2}),
+        ([1.0, 1.0, float("nan")], None, {2}),
+        ([float("nan")], None, {0}),
+        ([], 1.0, {}),
+    ],
+)
+def test_who_went_too_far(norm: list[float], most: float | None, rejected: set[int]) -> None:
+    assert set(too_far(torch.tensor(norm, dtype=torch.float64), most)) == set(rejected)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=3, max_size=9))
+def test_the_median_rejects_less_than_half(norm: list[float]) -> None:
+    assert 2 * len(too_far(torch.tensor(norm, dtype=torch.float64), None)) < len(norm)
