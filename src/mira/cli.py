@@ -42,6 +42,7 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override one field, e.g. training.lr=0.001. Repeatable."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Print every command that is run.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Which = Annotated[
     Literal["last", "best"], typer.Option("--round", help="last, or best: the round of the lowest validation loss.")
@@ -110,6 +111,59 @@ def compare(
         sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
     else:
         out_console.print(rich_tables(value))
+
+
+@app.command()
+def server(
+    kit: Annotated[Path, typer.Option("--kit", metavar="DIR", help="The server's kit.")],
+    target: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A YAML file; none with --resume.")] = None,
+    overrides: Set = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder, new.")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on with this run.")] = None,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """mira run with clients on machines of their own: every site of the kit that is not revoked."""
+    from mira.fleet.serve import serve
+
+    if (target is None) == (resume is None):
+        raise UserError("server: give a configuration, or --resume RUN to go on with a run; not both")
+    wanted = None if target is None else _configuration(target, overrides or [])
+    watcher = RunProgress(err_console)
+    try:
+        result = serve(wanted, kit, out, resume, watcher, _say, _say if verbose else _silent)
+    except KeyboardInterrupt:
+        err_console.print("interrupted; committed rounds are kept, go on with: mira server --kit DIR --resume RUN")
+        raise typer.Exit(130) from None
+    finally:
+        watcher.stop()
+    _print(result, as_json)
+
+
+@app.command()
+def client(
+    kit: Annotated[Path, typer.Option("--kit", metavar="DIR", help="The site's kit.")],
+    data: Annotated[
+        Path, typer.Option("--data", metavar="PATH", help="A folder of *.jsonl, or a YAML file with a data section.")
+    ],
+    state: Annotated[
+        Path, typer.Option("--state", metavar="DIR", help="Where the site keeps what is its own, its adapter too.")
+    ] = Path("site"),
+    model: Annotated[
+        str | None, typer.Option("--model", help="The base model's name or folder here; default: as the server says.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads; default: as the server.")
+    ] = None,
+    willing: Annotated[
+        bool, typer.Option("--transfer", help="Let other sites' rows be tried on this site's test data.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Take part in a federation with data that stays here, until interrupted."""
+    from mira.fleet.client import Options, run
+
+    run(kit, Options(data, state, model, threads, willing), _say, _say if verbose else _silent)
 
 
 @app.command()
@@ -279,6 +333,10 @@ def main() -> None:
 
 def _say(line: str) -> None:
     err_console.print(visible(line))
+
+
+def _silent(line: str) -> None:
+    pass
 
 
 def _refuse(why: str) -> int:

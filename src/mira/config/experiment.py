@@ -128,6 +128,16 @@ class EvaluationSection:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class ServerSection:
+    """How the server deals with sites on machines of their own (mira server); mira run has none."""
+
+    deadline: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds a round waits for replies; who has not answered by then is lost from it."""
+    minimum: Count | None = None
+    """Replies that end the training of a round before its deadline; null: all of those asked."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ClientsSection:
     """What is not alike for all clients."""
 
@@ -159,6 +169,7 @@ class Experiment(BaseModel):
     graph: GraphSection = GRAPHS["groups"]()
     engine: EngineSection = EngineSection()
     evaluation: EvaluationSection = EvaluationSection()
+    server: ServerSection = ServerSection()
     tracking: Tracking = Tracking()
 
     @classmethod
@@ -177,6 +188,7 @@ class Experiment(BaseModel):
 
     @field_validator(
         "model", "adapter", "data", "split", "prompt", "clients", "training", "method", "graph", "engine", "evaluation",
+        "server",
         "tracking",
         mode="before",
     )  # fmt: skip

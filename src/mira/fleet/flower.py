@@ -5,6 +5,7 @@ a process for every message."""
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Sequence
 
@@ -16,7 +17,8 @@ from mira.fleet import frames
 
 _TYPE = "query"  # Flower's least specific kind of message
 _RECORD = "mira"
-server_app, client_app = ServerApp(), ClientApp()
+server_app = ServerApp()  # Flower looks for assignments as plain as these
+client_app = ClientApp()
 
 
 @client_app.query()
@@ -31,7 +33,7 @@ def answer(message: Message, context: Context) -> Message:
 @server_app.main()
 def relay(grid: Grid, context: Context) -> None:
     """Does what ``mira server`` says on its socket until it hangs up: roster, push, pull."""
-    with frames.connect(str(context.run_config["server"])) as server:
+    with frames.connect(os.environ["MIRA_RELAY"]) as server:
         while True:
             try:
                 asked = json.loads(frames.receive(server))

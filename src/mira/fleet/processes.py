@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,13 +27,20 @@ def command(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
+def surroundings(extra: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment for a child: Flower asks nobody for news, and finds its own programs beside this Python."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, **QUIET, "PATH": path, **extra}
+
+
 @dataclass
 class Process:
-    """One command, started again when it ends, after 1, 2, 4 … 30 seconds. Its output goes to the file ``log``."""
+    """One command, started again when it ends, after 1, 2, 4 … 30 seconds. Its output goes to the file ``log``, or where ours
+    does."""
 
     name: str
     command: Sequence[str]
-    log: Path
+    log: Path | None
     environment: Mapping[str, str] = field(default_factory=dict)
     tell: Callable[[str], None] = lambda line: None
     _child: subprocess.Popen[bytes] | None = None
@@ -43,10 +50,10 @@ class Process:
 
     def start(self) -> None:
         self.tell(shlex.join([*(f"{key}={value}" for key, value in self.environment.items()), *self.command]))
-        with self.log.open("ab") as out:
+        with self.log.open("ab") if self.log else nullcontext() as out:
             self._child = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
-                env={**os.environ, **QUIET, **self.environment}, preexec_fn=_die_with(os.getpid()),
+                env=surroundings(self.environment), preexec_fn=_die_with(os.getpid()),
             )  # fmt: skip
         self._began = time.monotonic()
 
@@ -56,13 +63,12 @@ class Process:
             return True
         now = time.monotonic()
         if self._child is not None:
+            self._kill_group(signal.SIGKILL)  # what it left behind
             status, lived, self._child = self._child.returncode, now - self._began, None
             self._pause = 1.0 if lived > _STEADY else min(2 * self._pause, _MOST)
             self._next = now + self._pause
-            log.warning(
-                "%s ended with status %d; again in %.0f s (its log: %s)", self.name, status, self._pause, self.log
-            )
-            self._kill_group(signal.SIGKILL)
+            where = f" (its log: {self.log})" if self.log else ""
+            log.warning("%s ended with status %d; again in %.0f s%s", self.name, status, self._pause, where)
         if now >= self._next:
             self.start()
             return True

@@ -22,18 +22,24 @@ _STEP = 120.0  # seconds in which the app on the server does one thing; longer, 
 @dataclass
 class Relay:
     """``listener``: the socket that Flower's app on the server connects to. ``revive`` is called while it is not there, and
-    brings it back; ``names`` are admitted, whatever else is online."""
+    brings it back, ``dropped`` when it goes; ``names`` are admitted, whatever else is online; ``say`` hears who comes and
+    goes."""
 
     listener: socket.socket
     names: frozenset[str]
     revive: Callable[[], None] = lambda: None
+    dropped: Callable[[], None] = lambda: None
+    say: Callable[[str], None] = lambda line: None
     patience: float = 120.0
     _app: socket.socket | None = None
     _nodes: dict[str, str] = field(default_factory=dict)
 
     def roster(self) -> set[str]:
         nodes = json.loads(self._do({"do": "roster"})[0])
-        self._nodes = {name: node for node, name in nodes if name in self.names}
+        before, self._nodes = self._nodes.keys(), {name: node for node, name in nodes if name in self.names}
+        if self._nodes.keys() != before:
+            here = ", ".join(sorted(self._nodes)) or "nobody"
+            self.say(f"online: {here} ({len(self._nodes)} of {len(self.names)})")
         return set(self._nodes)
 
     def exchange(
@@ -127,6 +133,7 @@ class Relay:
         if self._app is not None:
             self._app.close()
             self._app = None
+            self.dropped()
         log.warning("Flower's app on the server went away (%s); starting it again", error)
         return frames.Closed(str(error))
 

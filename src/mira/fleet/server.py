@@ -23,7 +23,8 @@ from mira.store import Store
 
 log = logging.getLogger(__name__)
 
-_NOT_SENT = ("data", "graph", "method", "evaluation", "name")  # a site needs none of it; groups may name other sites
+# A site needs none of it, and groups name other sites.
+_NOT_SENT = ("data", "graph", "method", "evaluation", "name", "clients", "tracking", "server")
 _PAUSE = 2.0  # seconds between two looks at who is online
 
 
@@ -35,7 +36,6 @@ class Opener:
 
     transport: Transport
     names: Sequence[str]
-    terms: Terms
     patience: float
     say: Callable[[str], None] = lambda line: None
 
@@ -53,6 +53,7 @@ class Opener:
         session = open_session(
             experiment.model_copy(update={"data": replace(data, examples=known)}), recorded, folder=folder
         )
+        terms = Terms(experiment.server.deadline, experiment.server.minimum)
         number = secrets.token_hex(8) if folder is None else _number(folder)
         given = experiment.model_dump(mode="json")
         opening = {
@@ -61,7 +62,7 @@ class Opener:
         }  # fmt: skip
         run = Run(number, secrets.token_hex(8), names, opening, experiment.clients.rank)
         engine = RemoteEngine(
-            run, self.transport, self.terms, session.layout.size, lambda name, what: self.say(f"{name}: {what}")
+            run, self.transport, terms, session.layout.size, lambda name, what: self.say(f"{name}: {what}")
         )
         if not data.examples:
             counts = self._gather(engine)

@@ -119,7 +119,8 @@ class Site:
         here, values = self._run(message.head.run), message.values
         jobs, since = values["jobs"], int(values["since"])
         upload, trainable = (message.tensors.get(mask) for mask in ("upload", "trainable"))
-        kept = here.shelf.get(since)
+        keeps = values["stays"] or here.session.experiment.training.keep_optimizer
+        kept = here.shelf.get(since) if keeps else {}
         beneath = [kept.get(f"row{j}", here.start) for j in range(len(jobs))]
         start = [self._whole(message, job["start"], upload, row) for job, row in zip(jobs, beneath, strict=True)]
         anchored = any(job["anchor"] for job in jobs)

@@ -1,0 +1,84 @@
+"""The site's role: a worker and a SuperNode, kept alive until somebody ends this."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from mira.fleet.kit import SiteKit, load_site
+from mira.fleet.processes import Process, command
+from mira.fleet.superlink import check_installed, free_port
+from mira.fleet.worker import source_of
+
+Say = Callable[[str], None]
+_LOOK = 0.5  # seconds between two looks at the children
+
+
+class _Ended(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class Options:
+    """``state``: the folder of what the site keeps; ``model``: the base model's name or folder here; ``willing``: others' rows
+    may be tried on its data."""
+
+    data: Path
+    state: Path
+    model: str | None = None
+    threads: int | None = None
+    willing: bool = False
+
+
+def run(kit_folder: Path, options: Options, say: Say, tell: Say) -> None:
+    """Take part until interrupted or told to end. Raises UserError when kit or data do not do."""
+    check_installed()
+    kit = load_site(kit_folder)
+    source_of(options.data).load(0)  # what is wrong with the data is said now, by this process
+    options.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="mira-site-"))
+    worker, node = _worker(kit, options, folder, tell), _node(kit, options, folder, tell)
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        say(
+            f"{kit.name}: taking part in the federation at {kit.address}; its adapter will be in {options.state / 'adapter'}"
+        )
+        while True:
+            worker.tend()
+            node.tend()
+            time.sleep(_LOOK)
+    except (KeyboardInterrupt, _Ended):
+        say(f"{kit.name}: leaving")
+    finally:
+        node.stop()
+        worker.stop()
+        shutil.rmtree(folder)
+
+
+def _worker(kit: SiteKit, options: Options, folder: Path, tell: Say) -> Process:
+    line = [sys.executable, "-m", "mira.fleet.worker", "--name", kit.name, "--socket", str(folder / "worker")]
+    line += ["--data", str(options.data), "--state", str(options.state)]
+    line += ["--model", options.model] if options.model else []
+    line += ["--threads", str(options.threads)] if options.threads else []
+    line += ["--willing"] if options.willing else []
+    return Process("worker", line, None, {"OMP_WAIT_POLICY": "PASSIVE"}, tell)
+
+
+def _node(kit: SiteKit, options: Options, folder: Path, tell: Say) -> Process:
+    line = [
+        command("flower-supernode"), "--superlink", kit.address, "--root-certificates", str(kit.authority),
+        "--auth-supernode-private-key", str(kit.key), "--node-config", f'worker="{folder / "worker"}"',
+        "--host", "127.0.0.1", "--port", str(free_port()),
+    ]  # fmt: skip
+    return Process("SuperNode", line, options.state / "supernode.log", {"FLWR_HOME": str(folder / "flower")}, tell)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise _Ended

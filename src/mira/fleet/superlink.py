@@ -1,0 +1,155 @@
+"""Flower's side of the server: a SuperLink on loopback, the sites registered with it, and the app that relays to us."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from mira.core.errors import UserError
+from mira.fleet import certificates
+from mira.fleet.kit import Site
+from mira.fleet.processes import Process, command, surroundings
+
+log = logging.getLogger(__name__)
+
+_APP = """\
+[project]
+name = "mira-fleet"
+version = "1.0.0"
+description = "Hands messages between Flower and MIRA, on the server and at the sites"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "mira"
+
+[tool.flwr.app.components]
+serverapp = "mira.fleet.flower:server_app"
+clientapp = "mira.fleet.flower:client_app"
+"""
+_CONNECTION = """\
+[superlink]
+default = "fleet"
+
+[superlink.fleet]
+address = "127.0.0.1:{port}"
+root-certificates = "{authority}"
+"""
+_HOST = "127.0.0.1"
+_DAYS = 30  # of the loopback certificate, made anew at every start
+_AGAIN = 45.0  # seconds after which an app that did not connect is submitted again
+
+
+@dataclass
+class SuperLink:
+    """``folder``: for all it needs, its user's alone; ``sites``: who is admitted; ``relay``: the socket its app connects to;
+    ``tell``: each command, where somebody wants to see it."""
+
+    folder: Path
+    sites: Callable[[], Sequence[Site]]
+    relay: Path
+    tell: Callable[[str], None]
+    port: int = 0
+    _process: Process = field(init=False)
+    _pid: int | None = None
+    _submitted: float = -_AGAIN
+
+    def __post_init__(self) -> None:
+        self.port = free_port()
+        self._write()
+        home = {"FLWR_HOME": str(self.folder / "flower")}
+        keys = ("--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key", "--ssl-ca-certfile", "ca.pem")
+        paths = [part if part.startswith("--") else str(self.folder / part) for part in keys]
+        self._process = Process(
+            "SuperLink",
+            [
+                command("flower-superlink"), "--host", _HOST, "--port", str(self.port), *paths,
+                "--enable-supernode-auth", "--disable-runtime-dependency-installation",
+            ],
+            self.folder / "superlink.log", home | {"MIRA_RELAY": str(self.relay)}, self.tell,
+        )  # fmt: skip
+
+    @property
+    def authority(self) -> Path:
+        return self.folder / "ca.pem"
+
+    def revive(self) -> None:
+        """Start what does not run: the SuperLink, and the app on it. It forgets everything when it ends, sites too."""
+        if not self._process.tend() or not _listens(self.port):
+            return
+        if self._process.pid != self._pid:
+            self._pid, self._submitted = self._process.pid, -_AGAIN
+            for site in self.sites():
+                self._register(site)
+        if time.monotonic() - self._submitted > _AGAIN:
+            self._submitted = time.monotonic()
+            self._flwr("run", str(self.folder / "app"))
+
+    def dropped(self) -> None:
+        """The app went away: submit it again as soon as may be."""
+        self._submitted = -_AGAIN
+
+    def stop(self) -> None:
+        self._process.stop()
+
+    def _write(self) -> None:
+        now = datetime.now(UTC)
+        authority = certificates.new_authority(now, _DAYS + 1)
+        server = certificates.new_server(authority, _HOST, now, _DAYS)
+        private = {"ca.pem": authority.certificate, "server.pem": server.certificate, "server.key": server.key}
+        for name, data in private.items():
+            path = self.folder / name
+            path.touch(0o600)
+            path.write_bytes(data)
+        for name in ("flower", "app"):
+            (self.folder / name).mkdir()
+        (self.folder / "app" / "pyproject.toml").write_text(_APP)
+        connection = _CONNECTION.format(port=self.port, authority=self.authority)
+        (self.folder / "flower" / "config.toml").write_text(connection)
+
+    def _register(self, site: Site) -> None:
+        public = self.folder / f"{site.name}.pub"
+        public.write_text(f"{site.public_key}\n")
+        self._flwr("supernode", "register", str(public), "fleet", "--name", site.name)
+
+    def _flwr(self, *arguments: str) -> None:
+        line = [command("flwr"), *arguments, "--format", "json"]
+        self.tell(shlex.join([f"FLWR_HOME={self.folder / 'flower'}", *line]))
+        done = subprocess.run(
+            line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False,
+            env=surroundings({"FLWR_HOME": str(self.folder / "flower")}),
+        )  # fmt: skip
+        try:
+            worked = done.returncode == 0 and json.loads(done.stdout[done.stdout.index("{") :]).get("success") is True
+        except ValueError:
+            worked = False
+        if not worked:
+            said = " ".join((done.stdout + done.stderr).split())[-300:]
+            log.warning("flwr %s did not work: %s", arguments[0], said)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((_HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def check_installed() -> None:
+    """Raises UserError where Flower is not installed beside this Python."""
+    if not Path(command("flower-superlink")).exists():
+        raise UserError(f"Flower is not installed for {sys.executable}; pip install 'mira[flower]'")
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(0.5)
+        return probe.connect_ex((_HOST, port)) == 0

@@ -1,0 +1,73 @@
+"""The process at a site that holds the base model and the data: it answers on a Unix socket, one request after the other."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from mira import config
+from mira.config.text import read
+from mira.core.errors import UserError
+from mira.data.types import Source
+from mira.fleet import frames
+from mira.fleet.seam import Malformed
+from mira.fleet.site import Site
+
+log = logging.getLogger(__name__)
+
+_STALL = 600.0  # seconds for a request to arrive, once its connection is there
+
+
+def source_of(data: Path) -> Source:
+    """What ``--data`` names: a folder of JSONL files, or a YAML file that holds the ``data`` section of a configuration.
+    Raises UserError."""
+    section: object = {"source": "jsonl", "path": str(data.absolute())}
+    if data.suffix in (".yaml", ".yml"):
+        given = read(data)
+        section = given.get("data", given)
+    needed = {"rounds": 1, "model": {"name": "-"}, "training": {"local_steps": 1}}
+    return config.absolute(config.parse({**needed, "data": section})).data
+
+
+def serve(site: Site, path: Path) -> None:
+    """Answer whoever connects to ``path`` until this process is ended."""
+    with frames.listen(path) as listener:
+        log.info("%s: the worker is ready", site.name)
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                connection.settimeout(_STALL)
+                try:
+                    frames.send(connection, site.handle(frames.receive(connection)))
+                except (frames.Closed, TimeoutError, Malformed) as error:
+                    log.warning("a request was not answered: %s", error)
+
+
+def main() -> None:
+    """Started by ``mira client``; what goes wrong ends it, and it is started again."""
+    parser = argparse.ArgumentParser(prog="mira.fleet.worker")
+    for name in ("name", "socket", "data", "state"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--willing", action="store_true")
+    given = parser.parse_args()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("mira").setLevel(logging.INFO)
+    try:
+        site = Site(
+            given.name, source_of(Path(given.data)), Path(given.state), given.model, given.willing, given.threads
+        )
+        site.source.load(0)
+        serve(site, Path(given.socket))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
