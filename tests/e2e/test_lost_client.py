@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from mira import Experiment, run
-from mira.core.types import Scores, Trained, Work
+from mira.core.types import Scores, Trained, Work, Work
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.engine.memory import OUT_OF_MEMORY
@@ -113,10 +113,10 @@ def test_out_of_memory(
     starve(monkeypatch)
     trained = ReferenceEngine._train_one
 
-    def one(self: ReferenceEngine, client: int, *rest: Any) -> Trained:
-        if client == BOB:
+    def one(self: ReferenceEngine, work: Work, job: int, *rest: Any) -> Trained:
+        if work.client[job] == BOB:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
-        return trained(self, client, *rest)
+        return trained(self, work, job, *rest)
 
     monkeypatch.setattr(ReferenceEngine, "_train_one", one)
     result = run(alone, tmp_path / "run")

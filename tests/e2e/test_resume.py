@@ -156,7 +156,7 @@ def test_a_disk_full_from_the_start(config: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_a_disk_full_when_adapters_are_written(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(folder: Path, **_: object) -> None:
+    def full(folder: Path, *_: object) -> None:
         folder.mkdir()
         (folder / "adapter_model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -436,6 +436,8 @@ def test_the_last_mlp_computes_only_what_is_read() -> None:
     torch.testing.assert_close(part_grad, whole_grad, atol=1e-12, rtol=1e-9)
     assert not torch.allclose(part, whole)  # others were left out indeed
     assert float(whole_grad[0].norm()) > 0
+    attached.last, attached.lane = last, Lane(rows, [(0, 0, T)], needed=needed[:0])  # nothing is read at all
+    assert not last(draw(1, T, 32)).any()
 
 
 def test_an_mlp_that_later_layers_read_computes_everything() -> None:

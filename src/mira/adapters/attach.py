@@ -211,6 +211,8 @@ def _attach_mlp(attached: Attached, module: nn.Module, factors: Sequence[Factors
 def _scattered(function: Callable[[Tensor, Lane], Tensor], x: Tensor, lane: Lane) -> Tensor:
     """``function`` of the needed tokens of x [1,T,k], and 0 for all others."""
     assert lane.needed is not None
+    if not len(lane.needed):
+        return torch.zeros_like(x)
     return torch.zeros_like(x).index_copy(1, lane.needed, function(x[:, lane.needed], lane.only(lane.needed)))
 
 
