@@ -16,7 +16,7 @@ from mira.fleet import frames
 from mira.fleet.seam import Malformed
 from mira.fleet.site import Site
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("mira.fleet.worker")  # which runs as __main__
 
 _STALL = 600.0  # seconds for a request to arrive, once its connection is there
 
@@ -35,7 +35,7 @@ def source_of(data: Path) -> Source:
 def serve(site: Site, path: Path) -> None:
     """Answer whoever connects to ``path`` until this process is ended."""
     with frames.listen(path) as listener:
-        log.info("%s: the worker is ready", site.name)
+        log.info("%s: the worker is ready (process %d)", site.name, os.getpid())
         while True:
             connection, _ = listener.accept()
             with connection:
