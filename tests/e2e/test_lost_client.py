@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from mira import Experiment, run
-from mira.core.types import Scores, Trained, Work, Work
+from mira.core.types import Scores, Trained, Work
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.engine.memory import OUT_OF_MEMORY
