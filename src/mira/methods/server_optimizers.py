@@ -49,7 +49,7 @@ class FedAdam:
     """With FedAvgM's Δ:  m ← β₁·m + (1−β₁)·Δ,  v ← β₂·v + (1−β₂)·Δ²,  θ ← θ + lr·m/(√v + τ)."""
 
     name: Literal["fedadam"] = "fedadam"
-    lr: Positive = 1e-3
+    lr: Positive = 0.01
     """The server's learning rate: about how far a number may move in a round."""
     beta1: Beta = 0.9
     """β₁ of the first moment."""
