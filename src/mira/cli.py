@@ -120,18 +120,23 @@ def server(
     overrides: Set = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder, new.")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on with this run.")] = None,
+    relay: Annotated[
+        Path | None,
+        typer.Option("--relay", metavar="SOCKET", help="For a SuperLink run by hand: where its app connects."),
+    ] = None,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """mira run with clients on machines of their own: every site of the kit that is not revoked."""
-    from mira.fleet.serve import serve
+    from mira.fleet.serve import Options, serve
 
     if (target is None) == (resume is None):
         raise UserError("server: give a configuration, or --resume RUN to go on with a run; not both")
     wanted = None if target is None else _configuration(target, overrides or [])
     watcher = RunProgress(err_console)
     try:
-        result = serve(wanted, kit, out, resume, watcher, _say, _say if verbose else _silent)
+        options = Options(out, resume, relay, _say, _say if verbose else _silent)
+        result = serve(wanted, kit, options, watcher)
     except KeyboardInterrupt:
         err_console.print("interrupted; committed rounds are kept, go on with: mira server --kit DIR --resume RUN")
         raise typer.Exit(130) from None

@@ -14,7 +14,8 @@ import torch
 
 from mira import config
 from mira.core.errors import UserError
-from mira.core.types import Overlay, ServerState
+from mira.core.types import Overlay, ServerState, stays
+from mira.data.sources.sites import Sites
 from mira.data.types import Example
 from mira.experiment import (
     ADAPTERS,
@@ -48,6 +49,10 @@ def evaluate(folder: Path, which: Which, watcher: Watcher) -> Result:
     """The result of the run (docs/cli.md), measured again under the rows of ``which`` round."""
     watcher.stage("preparing")
     session = _session(folder)
+    if isinstance(session.experiment.data, Sites):
+        raise UserError(
+            f"{folder}: its clients' data is at their sites, which measured every round; to see it: mira report {folder}"
+        )
     with Store.open(folder, writable=False) as store:
         state = state_of(session, store, _round(store, which))
         everyone = torch.arange(len(state.rows))
@@ -65,6 +70,7 @@ def generate(
     session = _session(folder)
     k = session.number(client)
     with Store.open(folder, writable=False) as store:
+        _check_here(session, store)
         row = session.method.serve(state_of(session, store, _round(store, which)), torch.tensor([k]))
     owner, encoder = session.federation.clients[k], session.corpus.encoder
     if prompt is not None:
@@ -75,6 +81,8 @@ def generate(
         yield visible(session.engine.answer(row, [[encoded.asked]], max_new_tokens)[0][0])
         return
     shown = owner.test[:4]
+    if not shown:
+        raise UserError(f"{folder}: the data of '{client}' is at its site; give a --prompt")
     given = session.engine.answer(row, [session.corpus.prompts(k, "test", 4)], max_new_tokens)[0]
     for example, answer in zip(shown, given, strict=True):
         question = example.messages[-2].content if example.messages else example.input or example.instruction
@@ -94,6 +102,7 @@ def export(folder: Path, clients: list[str] | None, merge: bool, format: Format,
     if format == "vllm" and not merge:
         _check_vllm(session)
     with Store.open(folder, writable=False) as store:
+        _check_here(session, store)
         state = state_of(session, store, _round(store, which))
         suffix = "" if which == "last" else f"-{which}"  # what a finished run reports stays as of its last round
         if merge:
@@ -118,6 +127,16 @@ def _session(folder: Path) -> Session:
     session = open_session(experiment, environment, folder=folder)
     check_environment(environment, session.environment, must=("model", "data"))
     return session
+
+
+def _check_here(session: Session, store: Store) -> None:
+    """Raises UserError where the rows that clients deploy, or parts of them, never left their sites."""
+    state, first = state_of(session, store), torch.zeros(1, dtype=torch.int64)
+    if isinstance(session.experiment.data, Sites) and stays(session.experiment.method.broadcast(state, first)):
+        raise UserError(
+            f"{store.folder}: with method.name={session.experiment.method.name} rows never leave their sites; each site has"
+            " its own in the folder adapter of its --state"
+        )
 
 
 def _round(store: Store, which: Which) -> int:

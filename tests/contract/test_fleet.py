@@ -20,7 +20,7 @@ from mira.fleet.seam import InProcess, Lost, Reply, Watch, unpack
 from mira.fleet.server import Opener
 from mira.fleet.site import Site
 from mira.methods import METHODS
-from small import Interrupt, settings
+from small import Interrupt, mira, settings
 from tiny import save_tiny
 
 NAMES = ("ann", "bob", "cleo")
@@ -261,3 +261,24 @@ def test_data_of_a_site_is_its_own(world: World) -> None:
 def test_sites_need_their_server() -> None:
     with pytest.raises(UserError, match="run it with 'mira server'"):
         Sites().load(0)
+
+
+def test_the_run_folder_is_one_like_any_other(world: World) -> None:
+    world.apart(world.sites())
+    folder = world.folder / "apart"
+    exported = mira("export", folder, "--client", "bob")
+    assert exported.status == 0, exported.err
+    answered = mira("generate", folder, "--client", "bob", "--prompt", "1 and 1", "--max-new-tokens", "2")
+    assert answered.status == 0, answered.err
+    page = mira("report", folder, "--out", world.folder / "page.html")
+    assert page.status == 0, page.err
+    assert "which measured every round; to see it: mira report" in mira("evaluate", folder).error
+    assert mira("generate", folder, "--client", "bob").error.endswith(
+        "the data of 'bob' is at its site; give a --prompt"
+    )
+
+
+def test_rows_that_stayed_cannot_be_exported(world: World) -> None:
+    world.apart(world.sites(), method={"name": "local"})
+    error = mira("export", world.folder / "apart", "--all").error
+    assert "with method.name=local rows never leave their sites" in error

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from mira import experiment
@@ -23,47 +24,64 @@ Say = Callable[[str], None]
 _PATIENCE = 3600.0  # seconds for all sites to join once, before a run begins
 
 
-def serve(
-    wanted: Experiment | None,
-    kit_folder: Path,
-    out: Path | None,
-    resume: Path | None,
-    watcher: Watcher,
-    say: Say,
-    tell: Say,
-) -> Result:
-    """Run ``wanted`` with the sites of a server kit, in the new folder ``out``; or go on with the run in ``resume``.
-    Raises UserError."""
-    check_installed()
+@dataclass(frozen=True)
+class Options:
+    """``out``: the new run folder, or ``resume`` the one to go on with; ``relay``: a socket for an app of Flower that somebody
+    else runs, without a SuperLink and a gate of ours; ``tell`` hears every command."""
+
+    out: Path | None
+    resume: Path | None
+    relay: Path | None
+    say: Say
+    tell: Say
+
+
+def serve(wanted: Experiment | None, kit_folder: Path, options: Options, watcher: Watcher) -> Result:
+    """Run ``wanted`` with the sites of a server kit, or go on with a run. Raises UserError."""
     kit = load_server(kit_folder)
     if not kit.admitted:
         raise UserError(
             f"{kit_folder}: no site is admitted; 'mira kit site NAME --server {kit_folder} --out DIR' makes one"
         )
-    with _federation(kit, say, tell) as transport:
-        opener = Opener(transport, [site.name for site in kit.admitted], _PATIENCE, say)
-        if resume is not None:
-            return experiment.resume(resume, watcher, opener)
+    names = [site.name for site in kit.admitted]
+    with _by_hand(names, options) if options.relay else _federation(kit, names, options) as transport:
+        opener = Opener(transport, names, _PATIENCE, options.say)
+        if options.resume is not None:
+            return experiment.resume(options.resume, watcher, opener)
         assert wanted is not None
-        return experiment.run(wanted, out, watcher, opener)
+        return experiment.run(wanted, options.out, watcher, opener)
 
 
 @contextmanager
-def _federation(kit: ServerKit, say: Say, tell: Say) -> Iterator[Relay]:
+def _by_hand(names: list[str], options: Options) -> Iterator[Relay]:
+    """Flower's app comes when somebody submits it, to a SuperLink that has MIRA_RELAY in its environment."""
+    assert options.relay is not None
+    options.say(f"waiting for Flower's app at {options.relay}")
+    with closing(frames.listen(options.relay)) as listener:
+        relay = Relay(listener, frozenset(names), say=options.say, patience=_PATIENCE)
+        try:
+            yield relay
+        finally:
+            relay.close()
+            options.relay.unlink(missing_ok=True)
+
+
+@contextmanager
+def _federation(kit: ServerKit, names: list[str], options: Options) -> Iterator[Relay]:
     """A gate at the kit's address with a SuperLink behind it; all of it is gone at the end."""
+    check_installed()
     folder = Path(tempfile.mkdtemp(prefix="mira-server-"))  # short: a socket's path has about a hundred characters
-    superlink = SuperLink(folder, lambda: load_server(kit.folder).admitted, folder / "relay", tell)
+    superlink = SuperLink(folder, lambda: load_server(kit.folder).admitted, folder / "relay", options.tell)
     try:
         with closing(frames.listen(folder / "relay")) as listener:
-            names = frozenset(site.name for site in kit.admitted)
-            relay = Relay(listener, names, superlink.revive, superlink.dropped, say)
+            relay = Relay(listener, frozenset(names), superlink.revive, superlink.dropped, options.say)
             inside = gate.Upstream(("127.0.0.1", superlink.port), gate.upstream_tls(superlink.authority))
             tls = gate.server_tls(kit.certificate, kit.key)
             listen = ("0.0.0.0", split_address(kit.address)[1])
             try:
                 door = gate.opened(listen, inside, tls, admission(kit.folder), gate.Limits())
                 with door:
-                    say(f"sites may connect to {kit.address}")
+                    options.say(f"sites may connect to {kit.address}")
                     yield relay
             except OSError as error:
                 raise UserError(f"server: cannot listen at port {listen[1]} ({error.strerror}); is it taken?") from None
