@@ -84,6 +84,12 @@ class Federation:
                 pytest.fail(f"{name} never said {pattern!r}:\n{self.log(name)[-3000:]}")
             time.sleep(0.2)
 
+    def gave_up(self, name: str) -> None:
+        """Waits until a SuperNode has ended by itself, without ever being given a number."""
+        self.started[name].wait(PATIENCE)
+        assert "Connection attempt failed" in self.log(name), self.log(name)
+        assert "SuperNode ID" not in self.log(name), self.log(name)
+
     def close(self) -> None:
         for process in self.started.values():
             process.terminate()
@@ -132,6 +138,53 @@ def federation(tiny_folder: Path, tmp_path: Path) -> Iterator[Federation]:
     while children_of(tmp_path) and time.monotonic() < end:
         time.sleep(0.5)
     assert children_of(tmp_path) == []
+
+
+def node(federation: Federation, name: str, address: str, *arguments: object) -> None:
+    """A SuperNode by hand, which may be anybody's."""
+    line = [Path(sys.executable).with_name("flower-supernode"), "--superlink", address, *arguments]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        line += ["--port", probe.getsockname()[1], "--max-retries", 3]
+    quiet = {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_HOME": str(federation.folder / name),
+    }
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with (federation.folder / f"{name}.log").open("ab") as out:
+        federation.started[name] = subprocess.Popen(
+            list(map(str, line)), cwd=federation.folder, stdout=out, stderr=out, env=os.environ | quiet | {"PATH": path}
+        )
+
+
+def test_who_is_refused(federation: Federation) -> None:
+    """Strangers, the revoked and the careless come while one site joins: nobody but that site is ever online."""
+    address = f"127.0.0.1:{federation.port}"
+    federation.mira("kit", "server", "--out", "other-kit", "--address", address)
+    federation.mira("kit", "site", NAMES[1], "--server", "other-kit", "--out", "impostor-kit")
+    federation.mira("kit", "revoke", NAMES[2], "--server", "server-kit")
+    federation.start("server", "server", "c.yaml", "--kit", "server-kit", "--out", "run")
+    federation.until("server", "sites may connect")
+    trust = ("--root-certificates", "server-kit/ca.pem")
+    node(federation, "no-key", address, *trust)
+    node(federation, "impostor", address, *trust, "--auth-supernode-private-key", "impostor-kit/site.key")
+    node(federation, "revoked", address, *trust, "--auth-supernode-private-key", f"{NAMES[2]}-kit/site.key")
+    node(federation, "plain", address, "--insecure")
+    # A server whose certificate is another CA's: the site does not speak to it.
+    node(federation, "foreign", address, "--root-certificates", "other-kit/ca.pem",
+         "--auth-supernode-private-key", f"{NAMES[0]}-kit/site.key")  # fmt: skip
+    federation.until("server", "waiting for")
+    refused = ("no-key", "impostor", "revoked", "plain", "foreign")
+    for name in refused:
+        federation.gave_up(name)
+    assert "online" not in federation.log("server").replace("not online", "")
+    federation.site(NAMES[0])
+    federation.until("server", rf"online: {NAMES[0]} \(1 of 2\)")
+    for path in ("/v1/control/start-run", "/v1/runtime/push-messages", "/v1/fleet/../control/start-run", "/"):
+        with httpx.Client(verify=False) as client:
+            assert client.post(f"https://{address}{path}").status_code == 404, path
+    assert federation.log("server").count("online:") == 1
 
 
 def result(federation: Federation) -> dict[str, Any]:

@@ -12,6 +12,10 @@ class Closed(ConnectionError):
     """The other end went away, or never was there."""
 
 
+class TooLong(ValueError):
+    """A frame that nobody reads."""
+
+
 def connect(path: Path | str, timeout: float | None = None) -> socket.socket:
     """A connection to who listens at ``path``. Raises Closed when nobody does."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -43,10 +47,10 @@ def send(connection: socket.socket, data: bytes) -> None:
 
 
 def receive(connection: socket.socket) -> bytes:
-    """The next frame. Raises Closed at the end of the connection, ValueError where a frame is too long."""
+    """The next frame. Raises Closed at the end of the connection, TooLong where nobody would read it."""
     length = int.from_bytes(_exactly(connection, 8), "big")
     if length > LIMIT:
-        raise ValueError(f"a frame of {length} bytes; at most {LIMIT} are read")
+        raise TooLong(f"a frame of {length} bytes; at most {LIMIT} are read")
     return _exactly(connection, length)
 
 

@@ -42,7 +42,7 @@ def serve(site: Site, path: Path) -> None:
                 connection.settimeout(_STALL)
                 try:
                     frames.send(connection, site.handle(frames.receive(connection)))
-                except (frames.Closed, TimeoutError, Malformed) as error:
+                except (frames.Closed, frames.TooLong, TimeoutError, Malformed) as error:
                     log.warning("a request was not answered: %s", error)
 
 

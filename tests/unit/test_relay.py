@@ -1,0 +1,145 @@
+"""The relay to Flower's app: rounds end in time, answers find their question, an app that dies is brought back."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from mira.core.errors import UserError
+from mira.fleet import frames
+from mira.fleet.relay import Relay
+from mira.fleet.seam import Lost
+
+
+@dataclass
+class App:
+    """What Flower's app does, in a thread: ``reply`` says what a site answers, None for not yet."""
+
+    path: Path
+    reply: Callable[[str, bytes], bytes | str | None]
+    nodes: dict[str, str] = field(default_factory=lambda: {"11": "ann", "12": "bob", "13": "stranger"})
+    pushed: list[tuple[str, bytes]] = field(default_factory=list)
+    dies_on: set[str] = field(default_factory=set)
+    twice: bool = False
+
+    def start(self) -> None:
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self) -> None:
+        messages: dict[str, tuple[str, bytes]] = {}
+        with frames.connect(self.path) as server:
+            while True:
+                try:
+                    asked = json.loads(frames.receive(server))
+                except frames.Closed:
+                    return
+                if asked["do"] in self.dies_on:
+                    self.dies_on.clear()
+                    return
+                if asked["do"] == "roster":
+                    frames.send(server, json.dumps([[node, name] for node, name in self.nodes.items()]).encode())
+                elif asked["do"] == "push":
+                    contents = [frames.receive(server) for _ in asked["nodes"]]
+                    new = [str(len(self.pushed) + n) for n in range(len(contents))]
+                    names = [self.nodes[node] for node in asked["nodes"]]
+                    self.pushed += zip(names, contents, strict=True)
+                    messages |= dict(zip(new, zip(names, contents, strict=True), strict=True))
+                    frames.send(server, json.dumps(new).encode())
+                else:
+                    self.pull(server, {id: messages[id] for id in asked["ids"]})
+
+    def pull(self, server: object, waiting: dict[str, tuple[str, bytes]]) -> None:
+        found = {id: said for id, (name, data) in waiting.items() if (said := self.reply(name, data)) is not None}
+        told: list[tuple[str, str | None]] = [
+            (id, said if isinstance(said, str) else None) for id, said in found.items()
+        ]
+        contents = [said for said in found.values() if isinstance(said, bytes)]
+        if self.twice:  # and one to nobody's question
+            told, contents = [*told, ("99", None)], [*contents, b"?"]
+        frames.send(server, json.dumps(told).encode())  # type: ignore[arg-type]
+        for content in contents:
+            frames.send(server, content)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def relay(tmp_path: Path) -> Iterator[Relay]:
+    made = Relay(frames.listen(tmp_path / "relay"), frozenset({"ann", "bob", "cleo"}), patience=5.0)
+    yield made
+    made.close()
+
+
+def echo(name: str, data: bytes) -> bytes:
+    return name.encode() + data
+
+
+def test_only_admitted_names_are_online(relay: Relay, tmp_path: Path) -> None:
+    said: list[str] = []
+    relay.say = said.append
+    App(tmp_path / "relay", echo).start()
+    assert relay.roster() == relay.roster() == {"ann", "bob"}
+    assert said == ["online: ann, bob (2 of 3)"]
+
+
+def test_each_gets_its_own_and_answers_find_their_question(relay: Relay, tmp_path: Path) -> None:
+    app = App(tmp_path / "relay", echo, twice=True)
+    app.start()
+    seen: dict[str, object] = {}
+    replies = relay.exchange({"ann": b"1", "bob": b"2", "cleo": b"3"}, 30.0, 3, seen.__setitem__)
+    assert replies == {"ann": b"ann1", "bob": b"bob2", "cleo": Lost("it went offline")}
+    assert app.pushed == [("ann", b"1"), ("bob", b"2")]
+    assert {name: seen[name] for name in ("ann", "bob")} == {"ann": b"ann1", "bob": b"bob2"}
+
+
+def test_a_round_ends_by_its_deadline(relay: Relay, tmp_path: Path) -> None:
+    App(tmp_path / "relay", lambda name, data: echo(name, data) if name == "ann" else None).start()
+    replies = relay.exchange({"ann": b"1", "bob": b"2"}, 1.0, 2)
+    assert replies == {"ann": b"ann1", "bob": Lost("no reply within 1 s")}
+
+
+def test_or_when_enough_are_in(relay: Relay, tmp_path: Path) -> None:
+    App(tmp_path / "relay", lambda name, data: echo(name, data) if name == "ann" else None).start()
+    assert relay.exchange({"ann": b"1", "bob": b"2"}, 600.0, 1) == {
+        "ann": b"ann1",
+        "bob": Lost("it was not waited for"),
+    }
+
+
+def test_a_site_that_fails_is_lost_at_once(relay: Relay, tmp_path: Path) -> None:
+    App(tmp_path / "relay", lambda name, data: "it died" if name == "bob" else echo(name, data)).start()
+    assert relay.exchange({"ann": b"1", "bob": b"2"}, 600.0, 2) == {"ann": b"ann1", "bob": Lost("it died")}
+
+
+@pytest.mark.parametrize("moment", ["roster", "push", "pull"])
+def test_an_app_that_dies_is_brought_back_and_asked_again(relay: Relay, tmp_path: Path, moment: str) -> None:
+    app = App(tmp_path / "relay", echo, dies_on={moment})
+    lives: list[None] = []
+    relay.revive = lambda: (lives.append(None), app.start())[0]
+    assert relay.exchange({"ann": b"1", "bob": b"2"}, 60.0, 2) == {"ann": b"ann1", "bob": b"bob2"}
+    assert len(lives) == 2
+
+
+def test_an_app_that_never_comes_is_said(relay: Relay) -> None:
+    relay.patience = 0.0
+    with pytest.raises(UserError, match="Flower's app did not start"):
+        relay.roster()
+
+
+def test_a_socket_is_its_owners_alone(tmp_path: Path) -> None:
+    with frames.listen(tmp_path / "socket"):
+        assert (tmp_path / "socket").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(frames.Closed, match="nobody listens"):
+        frames.connect(tmp_path / "socket")
+
+
+def test_a_frame_that_is_too_long_is_not_read(tmp_path: Path) -> None:
+    with frames.listen(tmp_path / "socket") as listener, frames.connect(tmp_path / "socket") as mine:
+        theirs, _ = listener.accept()
+        with theirs:
+            mine.sendall((frames.LIMIT + 1).to_bytes(8, "big"))
+            with pytest.raises(ValueError, match="a frame of 2147483649 bytes"):
+                frames.receive(theirs)
