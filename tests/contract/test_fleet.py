@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from mira import Experiment, experiment
 from mira.core.errors import UserError
 from mira.data.sources.jsonl import Jsonl
 from mira.data.sources.sites import Own, Sites
-from mira.fleet.seam import InProcess, Lost, Reply, Watch, unpack
+from mira.fleet.seam import InProcess, Lost, Reply, Watch, pack, unpack
 from mira.fleet.server import Opener
 from mira.fleet.site import Site
 from mira.methods import METHODS
@@ -207,6 +207,33 @@ def test_a_reply_is_used_for_its_own_request_alone(world: World) -> None:
     assert records[2]["lost"]["ann"].startswith("a stale or foreign reply")
     assert records[2]["lost"]["bob"].startswith("a stale or foreign reply")
     assert records[2]["lost"]["cleo"].startswith("its reply is not a message")
+
+
+def test_a_row_that_went_astray_is_rejected_with_the_reason_and_the_others_are_used(world: World) -> None:
+    def change(name: str, request: bytes, reply: bytes) -> Reply:
+        """Ann multiplies her row by a thousand in the second round, and in the third sends what is no number."""
+        head = unpack(request).head
+        if name != "ann" or head.kind != "train" or head.round == 0:
+            return reply
+        message = unpack(reply)
+        by = 1000.0 if head.round == 1 else float("nan")
+        return pack(replace(message, tensors={key: row * by for key, row in message.tensors.items()}))
+
+    transport = Troubled(InProcess({name: site.handle for name, site in world.sites().items()}), change=change)
+    experiment.run(world.experiment(method={"name": "fedit"}), world.folder / "apart", None, world.opener(transport))
+    records = metrics(world.folder / "apart")
+    assert [sorted(record["lost"]) for record in records[1:]] == [[], ["ann"], ["ann"]]
+    assert "more than 10 times the round's median" in records[2]["lost"]["ann"]
+    assert "not finite" in records[3]["lost"]["ann"]
+
+
+def test_a_largest_norm_of_the_configuration_is_kept(world: World) -> None:
+    transport = Troubled(InProcess({name: site.handle for name, site in world.sites().items()}))
+    asked = world.experiment(rounds=1, server={"max_norm": 1e-9})
+    experiment.run(asked, world.folder / "apart", None, world.opener(transport))
+    lost = metrics(world.folder / "apart")[1]["lost"]
+    assert sorted(lost) == list(NAMES)
+    assert all("server.max_norm is 1e-09" in reason for reason in lost.values())
 
 
 def test_a_round_whose_replies_are_lost_leaves_no_trace_at_the_sites(world: World) -> None:

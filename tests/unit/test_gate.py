@@ -334,6 +334,9 @@ def test_only_admitted_sites_get_through(tmp_path: Path) -> None:
             a | {"flwr-public-key": "QUJD"},
         ]  # fmt: skip
         assert [status(headers) for headers in wrong] == [401] * len(wrong)
+        told = outside.post("/v1/fleet/activate-node", headers=signed(tmp_path / "foreign" / "site.key"))
+        assert (told.status_code, told.json()["code"]) == (412, 2004)
+        assert "does not admit this node key" in told.json()["detail"]
         kit.revoke(server, "a")
         assert (status(signed(tmp_path / "a" / "site.key")), status(b)) == (401, 200)
         (server / "server.json").write_text("{")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mira.fleet.screen import Expected, Rejection, displacements, judge, too_far
+from mira.fleet.screen import Expected, Rejection, distance, judge, too_far
 from mira.fleet.seam import Head, Message, pack
 
 HEAD = Head("train", "0" * 16, "a1", 3, "hospital-1")
@@ -89,9 +89,9 @@ def test_no_bytes_pass_or_raise(data: bytes) -> None:
     assert kind(data) == "malformed"
 
 
-def test_displacements_are_norms() -> None:
-    rows, start = torch.tensor([[3.0, 4.0], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
-    assert displacements(rows, start).tolist() == [5.0, 0.0]
+def test_a_distance_is_a_norm_that_float32_could_not_hold() -> None:
+    assert distance(torch.tensor([3.0, 5.0]), torch.tensor([0.0, 1.0])) == 5.0
+    assert distance(torch.tensor([1e38] * 100), torch.zeros(100)) == pytest.approx(1e39)
 
 
 @pytest.mark.parametrize(

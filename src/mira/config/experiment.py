@@ -135,6 +135,9 @@ class ServerSection:
     """Seconds a round waits for replies; who has not answered by then is lost from it."""
     minimum: Count | None = None
     """Replies that end the training of a round before its deadline; null: all of those asked."""
+    max_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest Euclidean distance a row may move in a round, or it is rejected. Of three replies or more, those above ten times
+    their median are rejected in any case."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

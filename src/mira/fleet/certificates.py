@@ -59,7 +59,7 @@ def new_server(authority: Signed, host: str, now: datetime, days: int, own: byte
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     builder = builder.add_extension(x509.KeyUsage(**_NO_USE | {"digital_signature": True}), critical=True)
     builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-    builder = builder.add_extension(x509.SubjectAlternativeName(_names(host)), critical=False)
+    builder = builder.add_extension(x509.SubjectAlternativeName([_general(host)]), critical=False)
     return _signed(builder, key, issuer_key)
 
 
@@ -115,12 +115,6 @@ def _private_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ValueError("not an ECDSA key")
     return key
-
-
-def _names(host: str) -> list[x509.GeneralName]:
-    """The host, and loopback: behind the gate the SuperLink shows the same certificate there."""
-    names = [_general(host), _general("localhost"), _general("127.0.0.1"), _general("::1")]
-    return list(dict.fromkeys(names))
 
 
 def _general(host: str) -> x509.GeneralName:

@@ -9,6 +9,7 @@ connection to the SuperLink a request, so that both cannot disagree on where a r
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import ssl
@@ -53,11 +54,11 @@ class Upstream:
 
 
 class Refused(Exception):
-    """What is answered instead: an HTTP status, and why, for the log."""
+    """What is answered instead: an HTTP status and a body, and why, for the log."""
 
-    def __init__(self, status: int, why: str) -> None:
+    def __init__(self, status: int, why: str, body: bytes = b"") -> None:
         super().__init__(why)
-        self.status = status
+        self.status, self.body = status, body
 
 
 def server_tls(certificate: Path, key: Path) -> ssl.SSLContext:
@@ -148,7 +149,7 @@ class _Gate:
                 headers = check(request, self.limits.body)
                 site = self.admit(headers)
                 if site is None:
-                    raise Refused(401, "not a site of this federation")
+                    raise _stranger(request.target)
                 status = await self.forward(request.target, headers, outside)
                 log.debug("%s: %s %s: %d", host, site, request.target.decode(), status)
             except Refused as refused:
@@ -212,6 +213,15 @@ def check(request: h11.Request, most: int) -> dict[str, str]:
     return headers
 
 
+def _stranger(target: bytes) -> Refused:
+    """A SuperNode that begins shows the text of a 412, which is what a SuperLink answers a key it does not know, and fails; one
+    under way ends at a 401 only. It begins anew and is told then."""
+    if target not in (b"/v1/fleet/register-node", b"/v1/fleet/activate-node"):
+        return Refused(401, "not a site of this federation")
+    text = "The server does not admit this node key: it is revoked, or of another federation."
+    return Refused(412, "not a site of this federation", json.dumps({"code": 2004, "detail": text}).encode())
+
+
 class _Line:
     """One side's connection: bytes on one end, HTTP events on the other. No wait is longer than ``patience`` seconds.
 
@@ -251,8 +261,9 @@ async def _refuse(line: _Line, host: str, refused: Refused) -> None:
     if line.http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
         return
     with suppress(Refused, TimeoutError):  # a peer that does not take the answer does without
-        head = [("content-length", "0"), ("connection", "close")]
+        head = [("content-length", str(len(refused.body))), ("connection", "close")]
         await line.send(h11.Response(status_code=refused.status, headers=head))
+        await line.send(h11.Data(data=refused.body))
         await line.send(h11.EndOfMessage())
         async with asyncio.timeout(_FAREWELL):  # closed with bytes unread, TCP would take the answer back
             while await line.reader.read(_PIECE):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mira.core.errors import UserError
 from mira.core.types import Failure, Grade, Scores, Trained, Work
+from mira.fleet.screen import distance, too_far
 from mira.fleet.seam import Head, Kind, Lost, Malformed, Message, Reply, Transport, pack, unpack
 
 log = logging.getLogger(__name__)
@@ -36,10 +37,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Terms:
-    """``deadline``: seconds a round waits at most; ``minimum``: replies that end it sooner, None for all of them."""
+    """``deadline``: seconds a round waits at most; ``minimum``: replies that end it sooner, None for all of them;
+    ``max_norm``: how far a row may move in a round, None for any distance that is not far from the others'."""
 
     deadline: float
     minimum: int | None = None
+    max_norm: float | None = None
 
 
 @dataclass
@@ -69,10 +72,14 @@ class RemoteEngine:
         for name, mine in jobs.items():
             try:
                 answers |= self._result(replies[name], mine, work, rows)
-                self.took_part.setdefault(name, []).append(round + 1)
             except Rejected as reason:
                 failed.append(Failure(self.run.names.index(name), str(reason)))
+        for k, why in self._astray(work, rows, sorted(answers)).items():
+            failed.append(Failure(k, why))
+            answers = {j: answer for j, answer in answers.items() if int(work.client[j]) != k}
         done = sorted(answers)
+        for k in sorted(set(work.client[done].tolist())):
+            self.took_part.setdefault(self.run.names[k], []).append(round + 1)
         return Trained(
             client=work.client[done], job=torch.tensor(done, dtype=torch.int64), rows=rows[done], lr=lr,
             failed=tuple(failed), **{key: _column(answers, done, key) for key in ("examples", "tokens", "steps", "loss")},
@@ -188,6 +195,12 @@ class RemoteEngine:
         for j, row in sent.items():
             rows[j, slice(None) if upload is None else upload] = row
         return {j: _checked(answer) for j, answer in zip(mine, answers, strict=True)}
+
+    def _astray(self, work: Work, rows: Tensor, done: Sequence[int]) -> dict[int, str]:
+        """Clients one of whose rows went further than a row of this round should, and how far."""
+        sent = [j for j in done if work.private is None or not bool(work.private[j])]
+        norm = torch.tensor([distance(rows[j], work.start[j]) for j in sent], dtype=torch.float64)
+        return {int(work.client[sent[i]]): found.reason for i, found in too_far(norm, self.terms.max_norm).items()}
 
     def _ask(self, kind: Kind, requests: dict[str, tuple[Values, dict[str, Tensor]]]) -> dict[str, Message | Lost]:
         """Ask those who are online; the new among them join first."""

@@ -87,9 +87,9 @@ def _tensors(
     return None
 
 
-def displacements(rows: Tensor, start: Tensor) -> Tensor:
-    """How far each row [M,P] went from where it started: Euclidean norms [M] in float64, a row at a time."""
-    return torch.stack([(row.double() - first.double()).norm() for row, first in zip(rows, start, strict=True)])
+def distance(row: Tensor, start: Tensor) -> float:
+    """How far a row [P] went from where it started: the Euclidean norm, in float64."""
+    return float((row.double() - start.double()).norm())
 
 
 def too_far(norm: Tensor, most: float | None) -> dict[int, Rejection]:

@@ -53,7 +53,7 @@ class Opener:
         session = open_session(
             experiment.model_copy(update={"data": replace(data, examples=known)}), recorded, folder=folder
         )
-        terms = Terms(experiment.server.deadline, experiment.server.minimum)
+        terms = Terms(experiment.server.deadline, experiment.server.minimum, experiment.server.max_norm)
         number = secrets.token_hex(8) if folder is None else _number(folder)
         given = experiment.model_dump(mode="json")
         opening = {
