@@ -309,3 +309,16 @@ def test_rows_that_stayed_cannot_be_exported(world: World) -> None:
     world.apart(world.sites(), method={"name": "local"})
     error = mira("export", world.folder / "apart", "--all").error
     assert "with method.name=local rows never leave their sites" in error
+
+
+def test_a_site_whose_data_changed_is_not_taken_back(world: World) -> None:
+    sites = world.sites()
+    with pytest.raises(Interrupt.Pulled):
+        world.apart(sites, "apart", Interrupt(1), split={"train": 0.5, "validation": 1, "test": 1})
+    file = world.data / "bob.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:6]))
+    transport = Troubled(InProcess({name: site.handle for name, site in world.sites().items()}))
+    experiment.resume(world.folder / "apart", None, world.opener(transport))
+    records = metrics(world.folder / "apart")
+    assert records[2]["lost"] == {"bob": "its data changed: it trained on 4 examples when the run began; restore it"}
+    assert names_of(records) == [["ann", "bob", "cleo"], ["ann", "cleo"], ["ann", "cleo"]]

@@ -30,6 +30,7 @@ class Run:
     names: Sequence[str]  # the clients, in their order
     opening: Values  # of the "open" request
     rank: Mapping[str, int] = field(default_factory=dict)  # of the clients that have one of their own
+    examples: Mapping[str, int] = field(default_factory=dict)  # what each site trained on when the run began
 
     def opening_of(self, name: str) -> Values:
         return self.opening | {"number": self.names.index(name), "rank": self.rank.get(name)}
@@ -143,6 +144,10 @@ class RemoteEngine:
         asked = {n: (self.run.opening_of(n), dict[str, Tensor]()) for n in names}
         found: dict[str, Values | Lost] = {}
         for name, reply in self._exchange("open", asked, len(names)).items():
+            if isinstance(reply, Message):
+                now = reply.values.get("examples")
+                if now != (was := self.run.examples.get(name, now)):
+                    reply = Lost(f"its data changed: it trained on {was} examples when the run began; restore it")
             found[name] = reply.values if isinstance(reply, Message) else reply
             if isinstance(reply, Message):
                 self.joined[name] = reply.values

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 # A site needs none of it, and groups name other sites.
 _NOT_SENT = ("data", "graph", "method", "evaluation", "name", "clients", "tracking", "server")
+_REFUSED = 60.0  # seconds until a site that did not take part is asked again: it may have been mended
 _PAUSE = 2.0  # seconds between two looks at who is online
 
 
@@ -60,12 +61,13 @@ class Opener:
             "experiment": {key: value for key, value in given.items() if key not in _NOT_SENT},
             "threads": session.environment["threads"], **fingerprints(session),
         }  # fmt: skip
-        run = Run(number, secrets.token_hex(8), names, opening, experiment.clients.rank)
+        run = Run(number, secrets.token_hex(8), names, opening, experiment.clients.rank, data.examples)
         engine = RemoteEngine(
             run, self.transport, terms, session.layout.size, lambda name, what: self.say(f"{name}: {what}")
         )
         if not data.examples:
             counts = self._gather(engine)
+            engine.run = replace(engine.run, examples=counts)
             settled = experiment.model_copy(update={"data": replace(data, examples=counts)})
             session = _with_clients(session, settled)
         session.environment["run"] = number
@@ -74,11 +76,14 @@ class Opener:
     def _gather(self, engine: RemoteEngine) -> dict[str, int]:
         """Training examples of each site, once all have joined."""
         until, told = time.monotonic() + self.patience, ""
+        again: dict[str, float] = {}  # when to ask those who refused once more
         while missing := [name for name in engine.run.names if name not in engine.joined]:
-            online = self.transport.roster()
-            for name, said in engine.join([name for name in missing if name in online]).items():
+            online, now = self.transport.roster(), time.monotonic()
+            asked = [name for name in missing if name in online and again.get(name, now) <= now]
+            for name, said in engine.join(asked).items():
                 if isinstance(said, Lost):
                     log.warning("%s does not take part: %s", name, said.reason)
+                    again[name] = now + _REFUSED
             waiting = ", ".join(name for name in missing if name not in engine.joined)
             if waiting and waiting != told:
                 self.say(f"waiting for {waiting}")
