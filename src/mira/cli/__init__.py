@@ -1,0 +1,74 @@
+"""The command line: parse, call, print. Results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from io import TextIOWrapper
+
+import click
+import typer
+
+from mira.cli import fleet, runs, training
+from mira.cli.config import config_app
+from mira.cli.kit import kit_app
+from mira.cli.terminal import err_console, out_console
+from mira.core.errors import UserError
+from mira.progress import visible
+
+__all__ = ["app", "main", "out_console"]
+
+app = typer.Typer(
+    name="mira",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Federated multi-task LoRA fine-tuning: one adapter per client, trained together.",
+)
+for command in (
+    training.run, training.compare, fleet.server, fleet.client, runs.evaluate, runs.generate, runs.export, runs.report,
+    training.adapt,
+):  # fmt: skip
+    app.command()(command)
+app.command(name="runs")(runs.list_runs)
+app.add_typer(config_app, name="config")
+app.add_typer(kit_app, name="kit")
+
+
+def main() -> None:
+    """Exit status: 0, 2 for what the user can mend (one line), 1 for our own bugs (a traceback)."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences its warning when a child process is started
+    # Threads that wait spinning make a step up to six times slower as soon as another process wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a name that the terminal cannot show must not end a run
+            stream.reconfigure(errors="backslashreplace")
+    log = logging.getLogger("mira")
+    log.handlers = [_ConsoleHandler()]
+    log.setLevel(logging.INFO)
+    log.propagate = False  # a library that configures the root logger would print every line a second time
+    try:
+        status = app(prog_name="mira", standalone_mode=False)
+    except UserError as error:
+        status = _refuse(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:  # its message is the help, printed already
+        status = error.exit_code
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        where = f" (see: {context.command_path} --help)" if context else ""
+        status = _refuse(error.format_message() + where)
+    sys.exit(status)
+
+
+def _refuse(why: str) -> int:
+    err_console.print(f"error: {visible(' '.join(why.splitlines()))}", style="red")
+    return 2
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log lines through the console, so that they do not tear a progress bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else "dim"
+        err_console.print(visible(self.format(record)), style=style)

@@ -1,0 +1,45 @@
+"""``mira config``: show, check or describe a configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+from mira.cli.terminal import Set, out_console
+
+config_app = typer.Typer(no_args_is_help=True, help="Show, check or describe a configuration.")
+
+
+@config_app.command()
+def show(file: Path, overrides: Set = None) -> None:
+    """Print the whole configuration, defaults included."""
+    from mira import config
+
+    out_console.print(config.dump(config.load(file, overrides or [])), soft_wrap=True, end="")
+
+
+@config_app.command()
+def check(file: Path, overrides: Set = None) -> None:
+    """Check a configuration and its data, without training."""
+    import torch
+
+    from mira import config
+    from mira.data.federation import make_federation
+
+    experiment = config.load(file, overrides or [])
+    clients = make_federation(experiment.data, experiment.split, experiment.seed).clients
+    names, groups = [client.name for client in clients], [client.group for client in clients]
+    no_model = torch.zeros(len(names), 1)  # to embed descriptions with
+    experiment.graph.build(names, groups, experiment.seed, lambda: no_model)
+    summary = f"{file}: fine; {len(clients)} clients, {experiment.rounds} rounds of {experiment.method.name}"
+    out_console.print(summary, soft_wrap=True)
+
+
+@config_app.command()
+def schema() -> None:
+    """Print the JSON schema of a configuration."""
+    from mira import config
+
+    out_console.print(json.dumps(config.schema(), indent=2), soft_wrap=True)

@@ -1,0 +1,90 @@
+"""Commands that look at runs: evaluate, generate, export, report, runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mira.cli.terminal import Json, Run, Which, err_console, out_console, print_json, print_result
+from mira.core.errors import UserError
+from mira.progress import RunProgress
+
+
+def evaluate(run: Run, round: Which = "last", as_json: Json = False) -> None:
+    """Measure every client of a run again: loss, exact match and ROUGE-L under the row it deploys."""
+    from mira import inspect_run
+
+    print_result(inspect_run.evaluate(run, round, RunProgress(err_console)), as_json)
+
+
+def generate(
+    run: Run,
+    client: Annotated[str, typer.Option("--client", help="Whose adapter answers.")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="The input to answer; without it, the client's first test inputs.")
+    ] = None,
+    instruction: Annotated[
+        str | None, typer.Option("--instruction", help="Default: the client's own task definition.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    round: Which = "last",
+) -> None:
+    """Answer a prompt with one client's adapter."""
+    from mira import inspect_run
+
+    for line in inspect_run.generate(run, client, prompt, instruction, max_new_tokens, round):
+        out_console.print(line, soft_wrap=True)
+
+
+def export(
+    run: Run,
+    client: Annotated[list[str] | None, typer.Option("--client", help="Whose adapter; repeatable.")] = None,
+    everyone: Annotated[bool, typer.Option("--all", help="Every client's adapter.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the whole model with the adapter merged into it.")
+    ] = False,
+    format: Annotated[
+        Literal["peft", "vllm"], typer.Option(help="vllm: check what vLLM cannot serve and print its command line.")
+    ] = "peft",
+    round: Which = "last",
+) -> None:
+    """Write adapters as PEFT folders, or merged models, under the run folder."""
+    from mira import inspect_run
+
+    if everyone == bool(client):
+        raise UserError("export: name the clients with --client NAME (repeatable), or give --all")
+    for line in inspect_run.export(run, client, merge, format, round):
+        out_console.print(line, soft_wrap=True)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE.html", help="Default: report.html, of one run in its folder, else here."),
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page: which method for whom, curves, clients, transfer, graph, what differs."""
+    from mira import page
+
+    out_console.print(
+        str(page.write(runs, out or (runs[0] if len(runs) == 1 else Path()) / "report.html")), soft_wrap=True
+    )
+
+
+def list_runs(
+    root: Annotated[Path, typer.Argument(metavar="DIR", help="Where to look for run folders.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """List runs with their headline figures, and what is broken with the reason."""
+    from mira import listing
+
+    good, broken = listing.runs(root)
+    if as_json:
+        print_json({"runs": good, "broken": broken})
+    else:
+        out_console.print(
+            listing.table(root, good, broken) if good or broken else f"{root}: no runs here", soft_wrap=False
+        )

@@ -1,0 +1,49 @@
+"""What commands share: the two consoles, the options that mean the same everywhere, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from mira.progress import visible
+
+# Names come from data: what looks like markup or an emoji code in them is shown as it is.
+out_console = Console(markup=False, emoji=False, highlight=False)
+err_console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one field, e.g. training.lr=0.001. Repeatable."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Print every command that is run.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Which = Annotated[
+    Literal["last", "best"], typer.Option("--round", help="last, or best: the round of the lowest validation loss.")
+]
+
+
+def say(line: str) -> None:
+    err_console.print(visible(line))
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+
+
+def print_result(result: dict[str, Any], as_json: bool) -> None:
+    from mira.report import table
+
+    if as_json:
+        print_json(result)
+    else:
+        out_console.print(table(result))

@@ -1,0 +1,136 @@
+"""Commands that train: run, compare, adapt."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mira.cli.terminal import Json, Run, Set, err_console, out_console, print_json, print_result, say
+from mira.core.errors import UserError
+from mira.progress import RunProgress
+
+if TYPE_CHECKING:
+    from mira.config import Experiment
+
+
+def run(
+    target: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; with --resume also a run folder.")],
+    overrides: Set = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The run folder, new (default runs/NAME-TIME).")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in CONFIG (a run folder) or --out.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train one adapter per client, measure every client, and write a PEFT folder for each."""
+    from mira import experiment
+
+    watcher = RunProgress(err_console)
+    try:
+        if not resume:
+            result = experiment.run(configuration(target, overrides or []), out, watcher)
+        else:
+            result = experiment.resume(_folder_to_resume(target, overrides or [], out), watcher)
+    except KeyboardInterrupt:
+        watcher.stop()
+        err_console.print(f"interrupted; {watcher.advice}")
+        raise typer.Exit(130) from None
+    finally:
+        watcher.stop()
+    print_result(result, as_json)
+
+
+def compare(
+    target: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file of a comparison.")],
+    overrides: Set = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Folder of the runs and tables (default runs/CONFIG's name)."),
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option("--results", metavar="DIR", help="Also write compare.json, table.md, table.csv here.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run methods × grid × seeds over one experiment, tune each on validation data, and compare them on test data.
+
+    The same command goes on where it was interrupted; runs that are finished are not done again.
+    """
+    from mira import compare as comparison
+    from mira.compare.tables import rich_tables
+
+    plan = comparison.load(target, overrides or [])
+    try:
+        value = comparison.compare(
+            plan, out or Path("runs") / plan.name, shlex.join(["mira", *sys.argv[1:]]), results, say
+        )
+    except KeyboardInterrupt:
+        err_console.print("interrupted; finished runs and committed rounds are kept, go on with the same command")
+        raise typer.Exit(130) from None
+    if as_json:
+        print_json(value)
+    else:
+        out_console.print(rich_tables(value))
+
+
+def adapt(
+    run: Run,
+    client: Annotated[str, typer.Option("--client", help="Name of the new client.")],
+    data: Annotated[list[Path], typer.Option("--data", metavar="FILE", help="Its JSONL file; repeatable.")],
+    group: Annotated[str | None, typer.Option("--group", help="Start from the clients of this group.")] = None,
+    neighbours: Annotated[
+        int, typer.Option(min=1, help="Without --group: how many clients of the most similar description.")
+    ] = 3,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds of local training.")] = 3,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Let a new client join a finished run: start from its neighbours' rows, train on its own data, write its adapter."""
+    from mira.adapt import adapt, lines
+
+    result = adapt(run, client, data, group, neighbours, rounds, overrides or [])
+    if as_json:
+        print_json(result)
+        return
+    for line in lines(result):
+        out_console.print(line, soft_wrap=True)
+
+
+def configuration(target: Path, overrides: list[str]) -> Experiment:
+    from mira import config
+
+    if target.is_dir():
+        raise UserError(
+            f"{target}: is a folder, not a YAML file; to go on with the run in it: mira run {target} --resume"
+        )
+    return config.load(target, overrides)
+
+
+def _folder_to_resume(target: Path, overrides: list[str], out: Path | None) -> Path:
+    """The run folder meant; a configuration given beside it must be the one the run was started with."""
+    from mira import config
+    from mira.store import Store
+
+    if target.is_dir():
+        if overrides or out:
+            raise UserError(f"--resume {target}: goes on exactly as started; drop --set and --out, or start a new run")
+        return target
+    if not target.exists():
+        raise UserError(f"--resume {target}: no such folder or file; name a run folder, one that 'mira run' made")
+    if out is None:
+        raise UserError(f"--resume: name the run folder, as in 'mira run DIR --resume', or with --out beside {target}")
+    asked = config.absolute(config.load(target, overrides))
+    with Store.open(out, writable=False) as store:
+        differences = config.differences(config.parse_text(store.config()), asked)
+    if differences:
+        raise UserError(
+            f"--resume {out}: the configuration changed: {'; '.join(differences)} (here: the run folder, there: what "
+            "you ask for now); go on as started with 'mira run DIR --resume', or start a new run"
+        )
+    return out
