@@ -256,6 +256,15 @@ def test_the_product_is_the_best_of_its_rank(clients: int, fan_in: int, fan_out:
     assert bool((new_a.gather(1, new_a.abs().argmax(1, keepdim=True)) > 0).all())
 
 
+def test_a_rank_above_what_the_layer_has_is_filled_with_what_adds_nothing() -> None:
+    """No row of A is zero: it would never be trained, and would count as beyond the client's rank."""
+    a, b = drawn(3, 5, 4), drawn(3, 2, 5)
+    new_a, new_b = best_factors(a, b)
+    assert (new_a.shape, new_b.shape) == ((5, 4), (2, 5))
+    same(new_b @ new_a, np.einsum("kor,kri->oi", b.numpy(), a.numpy()))
+    assert bool((new_a != 0).any(1).all())
+
+
 def test_equal_rows_are_left_as_they_are_in_product_space() -> None:
     a, b = drawn(2, 40).expand(3, -1, -1), drawn(30, 2).expand(3, -1, -1)
     new_a, new_b = best_factors(a, torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)[:, None, None] * b)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def product_mix(
@@ -44,7 +45,8 @@ def best_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
     With Σ b_k·a_k = U·Σ·Vᵀ: A = Vᵀ, with rows of length 1 much like those A is drawn with, and B = U·Σ. The sum is never
     formed: side by side the factors are [out,M·r]·[M·r,in], and of both only the triangle R of QR counts. Of a singular
-    vector and its negative the one is taken whose largest number is positive.
+    vector and its negative the one is taken whose largest number is positive. Where a layer has fewer than r singular
+    values, its rows of A are repeated with zeros in B: they add nothing, and can still be trained.
     """
     rank = a.shape[1]
     q_b, r_b = torch.linalg.qr(b.movedim(0, 1).flatten(1))
@@ -52,7 +54,8 @@ def best_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     new_a, new_b = vt[:rank] @ q_a.T, q_b @ (u[:, :rank] * s[:rank])
     sign = new_a.gather(1, new_a.abs().argmax(1, keepdim=True)).sign()
-    return new_a * sign, new_b * sign[:, 0]
+    new_a, new_b = new_a * sign, new_b * sign[:, 0]
+    return new_a[torch.arange(rank) % len(new_a)], pad(new_b, (0, rank - new_b.shape[1]))
 
 
 def turned(a: Tensor, b: Tensor, towards: Tensor) -> tuple[Tensor, Tensor]:
