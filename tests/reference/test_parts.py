@@ -204,9 +204,11 @@ def test_settings_that_exclude_each_other(settings: dict[str, Any], message: str
     ],
 )
 def test_adapters_without_factors_or_layers_are_refused(settings: dict[str, Any], message: str) -> None:
-    prompt = Layout((Entry("prompt", "prompt", (4, 3), 0),), rank=0, alpha=0.0)
+    """The numbered layers of a prompt's encoder are not the model's."""
+    tensors = [("embedding.weight", "prompt"), ("mlp_head.0.weight", "encoder"), ("mlp_head.2.weight", "encoder")]
+    prompt = Layout(tuple(Entry(name, factor, (4, 3), 12 * n) for n, (name, factor) in enumerate(tensors)))
     with pytest.raises(UserError, match=message):
-        Mira(**settings).init(Setting(prompt, torch.zeros(12), M, graph()[0], 0.1, 2))
+        Mira(**settings).init(Setting(prompt, torch.zeros(36), M, graph()[0], 0.1, 2))
 
 
 def test_products_of_different_ranks_are_refused() -> None:
