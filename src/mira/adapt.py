@@ -24,6 +24,7 @@ from mira.data.types import ClientData, client_data
 from mira.experiment import export_adapters, state_of, without_nan
 from mira.graphs.known import Complete
 from mira.methods.local import Local
+from mira.methods.ranked import ranked
 from mira.model.embed import embed
 from mira.session import Session, check_environment, open_session
 from mira.store import Store
@@ -63,10 +64,10 @@ def adapt(
         session = open_session(_own(experiment, _Newcomer(name, group or "", tuple(files)), overrides), environment)
         check_environment(environment, session.environment | {"data": environment["data"]}, must=("model",))
         related, weight = _of_group(group, known) if group is not None else _of_description(session, known, neighbours)
-        method, state = experiment.method, state_of(session, store)
-        near = method.serve(state, related)
-    warm = (weight[:, None] * near.double()).sum(0) / weight.sum()
-    rows = torch.stack([warm.to(store.start.dtype), store.start])
+        method = ranked(experiment.method, session.layout, experiment.clients.rank, [client.name for client in known])
+        state = state_of(session, store)
+        warm = session.layout.mean(method.serve(state, related), weight)
+    rows = torch.stack([warm, store.start])
     curve, rows = _train(session, rows, state.round, rounds)
     place = export_adapters(session, folder / ADAPTED, _alone(session, rows[0]), [0])[0]
     chosen = [{"name": known[k].name, "weight": w} for k, w in zip(related.tolist(), weight.tolist(), strict=True)]

@@ -243,7 +243,7 @@ def measured(
         if transfer:
             watcher.stage("measuring transfer")
             record["transfer"] = measure.transfer(
-                method, engine, state, names, e.seed, plan.transfer_clients, plan.transfer_examples,
+                method, engine, state, session.layout, names, e.seed, plan.transfer_clients, plan.transfer_examples,
                 session.sites.willing() if session.sites else None,
             )  # fmt: skip
     clean: Record = without_nan(record)

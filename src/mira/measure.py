@@ -14,6 +14,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 
+from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.types import Engine, Grade, Method, ServerState
 
@@ -53,8 +54,8 @@ def grade(
 
 
 def transfer(
-    method: Method, engine: Engine, state: ServerState, names: Sequence[str], seed: int, clients: int, examples: int,
-    among: Tensor | None = None,
+    method: Method, engine: Engine, state: ServerState, layout: Layout, names: Sequence[str], seed: int, clients: int,
+    examples: int, among: Tensor | None = None,
 ) -> Record:  # fmt: skip
     """Each sampled client's row on the test split of each sampled client, and the mean row on each of them. ``among``: the
     clients to sample from, None for all.
@@ -68,7 +69,7 @@ def transfer(
     chosen = pool[torch.randperm(len(pool), generator=generator("transfer", seed))[:n]].sort().values
     rows = method.serve(state, chosen)
     matrix = torch.stack([engine.evaluate(row.expand(n, -1), chosen, ("test",), examples).loss[:, 0] for row in rows])
-    mean = engine.evaluate(rows.mean(0).expand(n, -1), chosen, ("test",), examples).loss[:, 0]
+    mean = engine.evaluate(layout.mean(rows).expand(n, -1), chosen, ("test",), examples).loss[:, 0]
     others = ~torch.eye(n, dtype=torch.bool)
     return {
         "names": [names[int(k)] for k in chosen],

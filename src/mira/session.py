@@ -37,7 +37,7 @@ from mira.engine.generate import positions
 from mira.engine.memory import is_out_of_memory
 from mira.engine.reference import ReferenceEngine
 from mira.engine.seeds import SeedsEngine
-from mira.methods.ranked import Ranked
+from mira.methods.ranked import ranked
 from mira.model import Base, load
 from mira.model.embed import embed
 from mira.model.quantise import needed_for
@@ -83,13 +83,7 @@ class Session:
     @property
     def method(self) -> Method:
         """The experiment's method, for clients of the ranks they have."""
-        rank = self.experiment.clients.rank
-        if not rank:
-            return self.experiment.method
-        each = torch.full((len(self.names),), self.layout.rank)
-        for name, number in rank.items():
-            each[self.number(name)] = number
-        return Ranked(self.experiment.method, self.layout, each)
+        return ranked(self.experiment.method, self.layout, self.experiment.clients.rank, self.names)
 
     def start(self) -> Tensor:
         """The common start row [P], in the precision adapters are trained in."""

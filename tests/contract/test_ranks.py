@@ -14,13 +14,16 @@ from engines import RandomCorpus, layout_on, make_engine, warm_row
 from safetensors.torch import load_file
 
 from mira.adapters.lora import from_peft, merge, to_peft
+from mira.core.errors import UserError
 from mira.core.graph import Groups
 from mira.core.layout import Layout
-from mira.core.loop import apply, describe
+from mira.core.learned import Learned
+from mira.core.loop import Schedule, apply, describe, run_rounds
 from mira.core.training import Training
-from mira.core.types import Setting, Work
+from mira.core.types import Setting, Trained, Work
 from mira.methods import METHODS
-from mira.methods.ranked import Ranked
+from mira.methods.ranked import Ranked, ranked
+from recorder import MemoryRecorder
 from tiny import make_tiny
 from toy import LAYOUT, Toy
 
@@ -83,16 +86,90 @@ def test_the_scale_is_that_of_the_plain_rank(rslora: bool) -> None:
     assert wide.ranks(torch.zeros(1, wide.size)) == [4]  # nothing to tell by, and nothing to scale
 
 
+@pytest.mark.parametrize("name", ["batched", "reference"])
+@pytest.mark.parametrize("method", ["mira", "fedit"])
+def test_a_run_of_rank_8_within_16_is_a_plain_run_of_rank_8(
+    method: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rounds with every client at rank 8, in float64, from the same start: rows, losses and bytes are the plain run's."""
+    wide, narrow = layout_on("llama", 16), layout_on("llama", 8)
+    mask, start, names = wide.within(8), warm_row(wide).double(), ("a", "b", "c")
+    graph = Groups(torch.zeros(3, dtype=torch.int64))
+    training = Training(lr=1e-2, local_steps=3)
+    found = []
+    for layout in (wide, narrow):
+        begin = start if layout is wide else start[mask]
+        one: Any = METHODS[method]()
+        one = ranked(one, wide, dict.fromkeys(names, 8), names) if layout is wide else one
+        engine = make_engine(name, "llama", RandomCorpus((3, 2, 3)), training, torch.float64, layout=layout)
+        state = one.init(Setting(layout, begin, 3, graph, 1e-2, 3))
+        recorder = MemoryRecorder(state.rows)
+        state = run_rounds(
+            one, engine, state, Schedule(0, 2, 1.0, training), names, recorder, lambda s: {}, lambda r: None
+        )
+        found.append((one.serve(state, torch.arange(3)), recorder.records))
+    (ours, records), (plain, expected) = found
+    assert not bool(ours[:, ~mask].any())
+    torch.testing.assert_close(ours[:, mask], plain, rtol=0, atol=1e-11)  # sums of 16 terms, of which 8 are zero
+    for one, other in zip(records, expected, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-10)
+        assert one["client_bytes"] == other["client_bytes"]
+
+
+@pytest.mark.parametrize("ranks", [(2, 4, 1), (2, 2, 1), (4, 4, 4)])
+def test_a_mean_of_rows_of_unlike_scales(ranks: tuple[int, ...]) -> None:
+    """Each counts in the scale it is used with: s·B of the mean is the mean of s_k·B_k, whatever scale the mean has itself."""
+    layout = Layout.of({"x": (3, 2)}, 4, 8.0)
+    a, b = layout.entries
+    rows = torch.randn(3, layout.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows *= torch.stack([layout.within(rank) for rank in ranks])
+    weight = torch.tensor([1.0, 2.0, 5.0])
+    mean = layout.mean(rows, weight)
+    scale = torch.tensor([layout.scale_at(rank) for rank in ranks], dtype=torch.float64)
+    p = weight.double() / 8
+    torch.testing.assert_close(a.view(mean), torch.einsum("k,kri->ri", p, a.view(rows)))
+    ours = layout.scale_at(layout.ranks(mean[None])[0]) * b.view(mean)
+    torch.testing.assert_close(ours, torch.einsum("k,kor->or", p * scale, b.view(rows)))
+    torch.testing.assert_close(layout.mean(rows), layout.mean(rows, torch.ones(3)))
+
+
+def test_a_learned_graph_finds_families_and_not_ranks() -> None:
+    """Two families, each with clients of both ranks, moved a tenth as far from the start as it is long."""
+    layout, rank = Layout.of({"x": (30, 20)}, 4, 8.0), {f"c{k}": 2 for k in (0, 1, 4, 5)}
+    names = [f"c{k}" for k in range(8)]
+    draw = torch.Generator().manual_seed(0)
+    start, directions = torch.randn(layout.size, generator=draw), torch.randn(2, layout.size, generator=draw)
+    method = ranked(METHODS["mira"](), layout, rank, names)
+    state = method.init(Setting(layout, start, 8, Learned.start(8, 1, 3, 0.0), 0.1, 1))
+    work = method.broadcast(state, torch.arange(8))
+    inside = work.upload
+    assert inside is not None
+    moved = work.start + 0.1 * inside * directions[torch.arange(8) // 4]
+    moved += 0.05 * inside * torch.randn(8, layout.size, generator=draw)
+    ones = torch.ones(8, dtype=torch.int64)
+    done = Trained(work.client, torch.arange(8), moved, ones, ones, ones, ones.double(), 0.1)
+    learned = apply(state, method.aggregate(state, done)).graph
+    everyone = torch.arange(8)
+    related = learned.weights(everyone, everyone) > 0
+    same = (everyone[:, None] // 4 == everyone // 4) & ~torch.eye(8, dtype=torch.bool)
+    assert torch.equal(related, same)
+
+
+def test_a_rank_for_nobody_is_named_with_its_key() -> None:
+    with pytest.raises(UserError, match=r"^clients.rank.bop=1: no client is named 'bop'; did you mean 'bob'\?$"):
+        ranked(METHODS["fedit"](), LAYOUT, {"bop": 1}, ("ann", "bob"))
+
+
 RANK = torch.tensor([1, 2, 1])
 
 
-def ranked(name: str) -> Any:
+def of_rank(name: str) -> Any:
     return Ranked(METHODS[name](), LAYOUT, RANK)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_nothing_beyond_a_clients_rank_is_sent_served_or_pulled_to(name: str) -> None:
-    method, start = ranked(name), torch.linspace(-1, 1, LAYOUT.size, dtype=torch.float64)
+    method, start = of_rank(name), torch.linspace(-1, 1, LAYOUT.size, dtype=torch.float64)
     graph = Groups(torch.zeros(3, dtype=torch.int64))
     state = method.init(Setting(LAYOUT, start, 3, graph, 0.1, 3))
     everyone = torch.arange(3)
@@ -116,7 +193,7 @@ def test_nothing_beyond_a_clients_rank_is_sent_served_or_pulled_to(name: str) ->
 
 
 def test_flexlora_averages_scaled_products_and_gives_each_the_best_of_its_rank() -> None:
-    method = ranked("flexlora")
+    method = of_rank("flexlora")
     state = method.init(Setting(LAYOUT, torch.zeros(LAYOUT.size).double(), 3, Groups(RANK), 0.1, 3))
     done = Toy.draw(3).train(method.broadcast(state, torch.arange(3)), 0, 0.1)
     done = replace(done, rows=done.rows * torch.stack([LAYOUT.within(int(rank)) for rank in RANK]))

@@ -66,6 +66,27 @@ def test_without_training_it_is_the_mean_of_its_neighbours(finished: Path) -> No
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)  # a mean in float64, rounded once
 
 
+def test_neighbours_of_other_ranks_count_in_their_own_scale(tiny_folder: Path, tmp_path: Path) -> None:
+    """ann has rank 1, whose scale is twice that of cleo's 2: s·B of the start is the mean of theirs."""
+    values = settings(
+        tiny_folder, write_clients(tmp_path / "data.jsonl"), rounds=1, clients={"rank": {"ann": 1}},
+        evaluation={"generate": False, "transfer_clients": 0},
+    )  # fmt: skip
+    run(Experiment(**values), tmp_path / "run")
+    (tmp_path / "eve.jsonl").write_text((tmp_path / "data.jsonl").read_text())
+    ended = adapt(tmp_path, "--group", "even", "--rounds", 0, "--set", "data.client_column=null")
+    assert ended.status == 0, ended
+    with Store.open(tmp_path / "run", writable=False) as store:
+        rows = store.rows()[torch.tensor([0, 2])]
+        layout = open_session(parse_text(store.config())).layout
+    rows[0] *= layout.within(1)
+    warm = from_peft(tmp_path / "run" / "adapted" / NEW, layout)
+    for entry in layout.entries:
+        ann, cleo = entry.view(rows)
+        scale = 2 if entry.factor == "B" else 1
+        torch.testing.assert_close(entry.view(warm), (scale * ann + cleo) / 2, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -266,6 +266,8 @@ def test_config_check(file: Path) -> None:
     assert (ended.status, ended.out) == (0, f"{file}: fine; 4 clients, 3 rounds of mira\n")
     assert "no such file or folder" in mira("config", "check", file, "--set", "data.path=absent").error
     assert "have no group" in mira("config", "check", file, "--set", "data.group_column=null").error
+    unknown = mira("config", "check", file, "--set", "clients={rank: {bop: 1}}").error
+    assert unknown == "clients.rank.bop=1: no client is named 'bop'; did you mean 'bob'?"
 
 
 def test_config_schema() -> None:

@@ -27,10 +27,12 @@ def check(file: Path, overrides: Set = None) -> None:
 
     from mira import config
     from mira.data.federation import make_federation
+    from mira.methods.ranked import check_names
 
     experiment = config.load(file, overrides or [])
     clients = make_federation(experiment.data, experiment.split, experiment.seed).clients
     names, groups = [client.name for client in clients], [client.group for client in clients]
+    check_names(experiment.clients.rank, names)
     no_model = torch.zeros(len(names), 1)  # to embed descriptions with
     experiment.graph.build(names, groups, experiment.seed, lambda: no_model)
     summary = f"{file}: fine; {len(clients)} clients, {experiment.rounds} rounds of {experiment.method.name}"

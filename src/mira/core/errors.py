@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_SHOWN = 20  # names in a message: a run may have 100 000 clients
+
 
 class UserError(ValueError):
     """Something the user can mend. The command line prints its text and exits with 2, without a traceback."""
@@ -14,4 +16,7 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """'; did you mean 'x'?' when something allowed looks alike, else the allowed names."""
     names = sorted(allowed)
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else f"; allowed: {', '.join(names)}"
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    rest = f", ... ({len(names)} in all)" if len(names) > _SHOWN else ""
+    return f"; allowed: {', '.join(names[:_SHOWN])}{rest}"

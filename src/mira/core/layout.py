@@ -88,6 +88,15 @@ class Layout:
                 entry.view(out).mul_(factor[:, None, None])
         return out
 
+    def mean(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Mean [P] of ``rows`` [n,P], by ``weight`` [n] where given, each in the scale that it is used with: a row of fewer ranks
+        has a larger one. In float64, then in the rows' precision."""
+        stretch = self.stretch(rows)
+        wide = rows.double() if stretch is None else rows.double() * stretch.double()
+        mean = wide.mean(0) if weight is None else weight.double() @ wide / weight.double().sum()
+        back = self.stretch(mean[None])  # where all use fewer ranks so does the mean
+        return (mean if back is None else mean / back[0]).to(rows.dtype)
+
     @property
     def virtual_tokens(self) -> int:
         """V, what a prompt adds in front of every sequence."""

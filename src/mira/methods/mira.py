@@ -33,6 +33,7 @@ _ROUNDS = "mira.rounds"  # in extra: of the whole run
 _PLACES = "mira.places"  # in extra: where each tensor of a row begins and ends [n,2]
 _PAIRS = "mira.pairs"  # in extra: ``layers.pairs``
 _SHARES = "mira.shares"  # in extra: what part of the step each of these makes
+_SHARED = "mira.shared"  # in extra: which numbers of a row all clients have [P], where their ranks differ and a graph is learned
 _STEP = "mira.step"  # in extra: the largest lr·steps, for checking a graph that is learned
 
 
@@ -88,6 +89,8 @@ class Mira:
                 "method.space=product: not with clients of different ranks (clients.rank); use space=factors"
             )
         extra = self._parts(setting.layout)
+        if setting.rank is not None and isinstance(setting.graph, Learned):
+            extra[_SHARED] = setting.layout.within(int(setting.rank.min()))
         if self.strength_end is not None:
             extra[_ROUNDS] = torch.tensor(setting.rounds)
         if self.form == "paper":
@@ -153,7 +156,9 @@ class Mira:
         graph = state.graph
         if not isinstance(graph, Learned) or state.round % graph.every:
             return graph, {}
-        graph = graph.updated(trained.client, trained.rows)
+        # Beyond a client's rank there are zeros: who has the same rank would look related.
+        rows = trained.rows[:, state.extra[_SHARED]] if _SHARED in state.extra else trained.rows
+        graph = graph.updated(trained.client, rows)
         if self.form == "paper":
             self._check(graph, float(state.extra[_STEP]), f" learned in round {state.round + 1}")
         return graph, to_tensors(graph)

@@ -6,11 +6,13 @@ means are those of rows padded with zeros, as in Cho et al., "Heterogeneous LoRA
 Foundation Models", EMNLP 2024 (without its pruning and weights).
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from mira.core.errors import UserError, did_you_mean
 from mira.core.layout import Layout
 from mira.core.types import Change, Method, ServerState, Setting, Trained, Work
 
@@ -48,3 +50,19 @@ class Ranked:
         """Which numbers are within each client's rank, [n,P] bool."""
         masks = {rank: self.layout.within(rank) for rank in self.rank[client].unique().tolist()}
         return torch.stack([masks[rank] for rank in self.rank[client].tolist()])
+
+
+def ranked(method: Method, layout: Layout, rank: Mapping[str, int], names: Sequence[str]) -> Method:
+    """``method`` for the clients ``names``, of which those in ``rank`` have a rank of their own. Raises UserError when one of
+    them is no client."""
+    check_names(rank, names)
+    if not rank:
+        return method
+    return Ranked(method, layout, torch.tensor([rank.get(name, layout.rank) for name in names]))
+
+
+def check_names(rank: Mapping[str, int], names: Sequence[str]) -> None:
+    """Raises UserError when ``rank`` names someone who is no client."""
+    for name in rank:
+        if name not in names:
+            raise UserError(f"clients.rank.{name}={rank[name]}: no client is named '{name}'{did_you_mean(name, names)}")
