@@ -120,6 +120,23 @@ def test_scalars_are_those_of_yaml_1_2() -> None:
     ("sections", "message"),
     [
         ({"round": 3}, "round: unknown key; did you mean 'rounds'?"),
+        (
+            {"method": {"name": "ffa-lora"}, "adapter": {"kind": "prompt"}},
+            "method.name=ffa-lora: works on the factors A and B of LoRA, but this adapter has 'prompt'; "
+            "set adapter.kind=lora, or method.name=fedit",
+        ),
+        (
+            {"method": {"factors": "B"}, "adapter": {"kind": "seeds"}},
+            "method.factors=B: this adapter has 'seed' and no factors A and B; use factors=all or adapter.kind=lora",
+        ),
+        (
+            {"clients": {"rank": {"ann": 2}}, "adapter": {"kind": "seeds"}},
+            "clients.rank.ann=2: ranks belong to adapter.kind=lora; leave clients.rank out",
+        ),
+        (
+            {"clients": {"rank": {"ann": 2}}, "method": {"space": "product"}},
+            "method.space=product: not with clients of different ranks (clients.rank); use space=factors",
+        ),
         ({"lr": 3}, "lr: unknown key; did you mean 'training.lr'?"),
         ({"adapter": {"rnak": 3}}, "adapter.rnak: unknown key; did you mean 'rank'?"),
         ({"method": {"name": "mira", "strenght": 0.1}}, "method.strenght: unknown key; did you mean 'strength'?"),

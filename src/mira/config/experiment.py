@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
+from mira.config import fit
 from mira.config.adapter import ADAPTERS, Count, LoraSection
 from mira.config.faults import explain
 from mira.core.errors import UserError
@@ -222,6 +223,7 @@ class Experiment(BaseModel):
                 raise UserError(
                     f"clients.rank.{name}={rank}: must be at most adapter.rank={largest}; raise adapter.rank"
                 )
+        fit.check(self.method, self.adapter.kind, ranks_differ=bool(self.clients.rank))
         if self.engine.prefix == "on" and dropout > 0:
             raise UserError(
                 f"engine.prefix=on: a shared prefix is computed once, but adapter.dropout={dropout:g} "
