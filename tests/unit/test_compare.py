@@ -252,7 +252,8 @@ def test_csv_reads_back_in_full() -> None:
 
 
 def test_latex_is_well_formed() -> None:
-    text = latex(value(entry("50 % of A_1 & {B}"), entry("c\\d", against=[duel("50 % of A_1 & {B}")])))
+    text = latex(value(entry("50 % of A_1 & {B}"), entry("c\\d", against=[duel("50 % of A_1 & {B}", p=1e-4)])))
+    assert "($<$0.001)" in text  # in text alone LaTeX prints another sign for it
     assert r"50 \% of A\_1 \& \{B\}" in text
     assert r"c\textbackslash{}d" in text
     assert text.isascii()

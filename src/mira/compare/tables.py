@@ -27,7 +27,7 @@ _LOSSES = (
 _COSTS = (("ROUGE-L", "rouge_l", 3), ("exact match", "exact_match", 3), ("MB", "bytes", 1), ("s", "seconds", 0))
 _ESCAPES = {
     **{c: f"\\{c}" for c in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-    "±": r"$\pm$", "–": "--",
+    "±": r"$\pm$", "–": "--", "<": "$<$", ">": "$>$",
 }  # fmt: skip
 
 
