@@ -65,17 +65,23 @@ class Opener:
         engine = RemoteEngine(
             run, self.transport, terms, session.layout.size, lambda name, what: self.say(f"{name}: {what}")
         )
-        if not data.examples:
-            counts = self._gather(engine)
+        if data.examples:  # a run that goes on waits for those who were in it, but not for ever
+            self._gather(engine, min(self.patience, terms.deadline))
+        else:
+            if missing := self._gather(engine, self.patience):
+                raise UserError(
+                    f"server: {', '.join(missing)} did not join within {self.patience:g} s; start them, or revoke them"
+                )
+            counts = {name: _count(name, engine.joined[name]) for name in names}
             engine.run = replace(engine.run, examples=counts)
             settled = experiment.model_copy(update={"data": replace(data, examples=counts)})
             session = _with_clients(session, settled)
         session.environment["run"] = number
         return replace(session, sites=engine)
 
-    def _gather(self, engine: RemoteEngine) -> dict[str, int]:
-        """Training examples of each site, once all have joined."""
-        until, told = time.monotonic() + self.patience, ""
+    def _gather(self, engine: RemoteEngine, patience: float) -> list[str]:
+        """Returns once all sites have joined, or after ``patience`` seconds: who did not."""
+        until, told = time.monotonic() + patience, list[str]()
         again: dict[str, float] = {}  # when to ask those who refused once more
         while missing := [name for name in engine.run.names if name not in engine.joined]:
             online, now = self.transport.roster(), time.monotonic()
@@ -84,16 +90,14 @@ class Opener:
                 if isinstance(said, Lost):
                     log.warning("%s does not take part: %s", name, said.reason)
                     again[name] = now + _REFUSED
-            waiting = ", ".join(name for name in missing if name not in engine.joined)
-            if waiting and waiting != told:
-                self.say(f"waiting for {waiting}")
-            told = waiting
-            if waiting and time.monotonic() > until:
-                raise UserError(
-                    f"server: {waiting} did not join within {self.patience:g} s; start them, or revoke them"
-                )
-            time.sleep(_PAUSE if waiting else 0)
-        return {name: _count(name, engine.joined[name]) for name in engine.run.names}
+            absent = [name for name in missing if name not in engine.joined]
+            if absent and absent != told:
+                self.say(f"waiting for {', '.join(absent)}")
+            if absent and time.monotonic() > until:
+                return absent
+            told = absent
+            time.sleep(_PAUSE if absent else 0)
+        return []
 
 
 def _with_clients(session: Session, experiment: Experiment) -> Session:
