@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
+import time
 from collections.abc import Sequence
 
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
@@ -24,6 +26,7 @@ client_app = ClientApp()
 @client_app.query()
 def answer(message: Message, context: Context) -> Message:
     """What the site's worker answers. Raises frames.Closed when it is not there, or dies meanwhile: Flower tells the server."""
+    _end_with_parent()
     with frames.connect(str(context.node_config["worker"])) as worker:
         frames.send(worker, _bytes(message))
         reply = frames.receive(worker)
@@ -33,6 +36,7 @@ def answer(message: Message, context: Context) -> Message:
 @server_app.main()
 def relay(grid: Grid, context: Context) -> None:
     """Does what ``mira server`` says on its socket until it hangs up: roster, push, pull."""
+    _end_with_parent()
     with frames.connect(os.environ["MIRA_RELAY"]) as server:
         while True:
             try:
@@ -47,6 +51,19 @@ def relay(grid: Grid, context: Context) -> None:
                 frames.send(server, json.dumps(_push(grid, asked["nodes"], contents, asked["ttl"])).encode())
             else:
                 _pull(grid, asked["ids"], server)
+
+
+def _end_with_parent() -> None:
+    """Flower tells its apps when its own process was killed, and they hang on their way out, looking for it."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        time.sleep(3)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _push(grid: Grid, nodes: Sequence[str], contents: Sequence[bytes], ttl: float) -> list[str | None]:
