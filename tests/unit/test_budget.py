@@ -43,4 +43,5 @@ def test_a_pass_takes_half_of_what_is_free_within_bounds(monkeypatch: pytest.Mon
     cpu = torch.device("cpu")
     assert 2**20 < budget.free_memory(cpu) < 2**50
     monkeypatch.setattr(budget, "free_memory", lambda device: 1000 * 2**20)
-    assert [tokens_per_pass(cpu, mib * 2**20) for mib in (100, 1, 0.1)] == [64, 500, 768]
+    assert [tokens_per_pass(cpu, torch.float32, mib * 2**20) for mib in (100, 1, 0.1)] == [64, 500, 768]
+    assert tokens_per_pass(cpu, torch.bfloat16, 1) == 1536

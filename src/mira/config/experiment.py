@@ -97,8 +97,8 @@ class EngineSection:
     name: Literal["batched", "reference"] = "batched"
     """batched: many clients in one pass. reference: one client at a time with PEFT; slow."""
     tokens_per_pass: Count | None = None
-    """Tokens of all clients together in one training pass of the base model; less takes less memory. null: at most 768 on a
-    CPU, on a GPU as many as half of its free memory holds, by what a token is measured to keep."""
+    """Tokens of all clients together in one training pass of the base model; less takes less memory. null: on a CPU at most 768,
+    in bfloat16 1536; on a GPU as many as half of its free memory holds, by what a token is measured to keep."""
     prefix: Literal["auto", "on", "off"] = "auto"
     """Compute a prompt that a client's sequences have in common once. auto: on where there is no dropout."""
     checkpointing: bool = False

@@ -259,7 +259,7 @@ class BatchedEngine:
             self._backward([(0, [sequence])], rows, torch.zeros_like(rows), None)
 
         each = bytes_a_token({tensor.untyped_storage().data_ptr() for tensor in tensors}, train)
-        return tokens_per_pass(self.device, each)
+        return tokens_per_pass(self.device, self.model.dtype, each)
 
     def _stretched(self, rows: Tensor) -> Tensor:
         """``_rows`` as a lane reads them, whose scale is that of the layout's rank."""
