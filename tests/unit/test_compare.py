@@ -51,7 +51,7 @@ def test_every_shipped_comparison_resolves(file: Path) -> None:
     assert len({config_of_all(job.experiment) for job in jobs}) == len(plan.comparison.seeds)
     assert not any(job.experiment.evaluation.test for job in jobs)
     assert plan.base.engine.threads
-    assert plan.base.name == file.stem
+    assert plan.base.name in {each.stem for each in CONFIGS}  # of another one where its finished runs are taken over
     assert f"mira compare configs/{file.name} " in file.read_text(encoding="utf-8")
 
 
@@ -101,9 +101,24 @@ def test_points_are_every_combination() -> None:
     ]  # fmt: skip
 
 
+def test_points_that_differ_in_signs_have_folders_of_their_own(tmp_path: Path) -> None:
+    values = ["q|v", "q_v", "x" * 300]
+    plan = load(write(tmp_path, grid={"adapter.targets": values}))
+    folders = [jobs[0].folder.parts[2] for jobs in plan.jobs["Local"]]
+    assert folders[1] == "adapter.targets=q_v"
+    assert re.fullmatch(r"adapter\.targets=_q_v_-[0-9a-f]{8}", folders[0])
+    assert len(set(folders)) == 3
+    assert max(map(len, folders)) < 120
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"grid": {"training.lr": [0.1, 0.1]}}, r"grid\.training\.lr=\[0\.1, 0\.1\]: names something twice"),
+        (
+            {"entries": {"a": {"method.name": "flexlora", "adapter.kind": "prompt"}}},
+            r"entries\.a: method\.name=flexlora: works on the factors A and B of LoRA",
+        ),
         ({"entires": {}}, r"entires: unknown key; did you mean 'entries'\?"),
         ({"entries": {}}, r"entries=\{\}: .*at least 1"),
         ({"seeds": []}, r"seeds=\[\]: .*at least 1"),

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,11 +84,14 @@ class Comparison(BaseModel):
                         f"{place}.{key}: must be the same for all, so that they see the same data in the same order; what may"
                         f" differ is method, graph, adapter and training (but {', '.join(_SHARED)}); set it for all under set"
                     )
-        points = _size(self.grid)
+        size = _size(self.grid)
         for name in self.entries:
-            if _size(self.grid_of(name)) != points:
+            for key, values in self.grid_of(name).items():
+                if len(set(map(_text, values))) < len(values):
+                    raise UserError(f"grid.{key}={values}: names something twice; every entry gets as many tries")
+            if _size(self.grid_of(name)) != size:
                 raise UserError(
-                    f"entries.{name}.grid: {_size(self.grid_of(name))} points where the others have {points}; every entry"
+                    f"entries.{name}.grid: {_size(self.grid_of(name))} points where the others have {size}; every entry"
                     " gets as many tries"
                 )
             if both := sorted(set(self.grid_of(name)) & set(self.sets(name))):
@@ -193,8 +197,14 @@ def _jobs(comparison: Comparison, common: Mapping[str, Any], entry: str) -> list
 def _job(values: Mapping[str, Any], entry: str, point: Point, seed: int) -> Job:
     """Its run leaves the test split alone: that is read once the point is chosen."""
     experiment = config.parse(override(values, [*_texts(point), f"seed={seed}", "evaluation.test=false"]))
-    place = re.sub(r"[^A-Za-z0-9.=,_-]", "_", ",".join(_texts(point))) or "only"
-    return Job(entry, point, seed, experiment, Path("runs", slug(entry), place, f"seed-{seed}"))
+    return Job(entry, point, seed, experiment, Path("runs", slug(entry), _folder(point), f"seed-{seed}"))
+
+
+def _folder(point: Point) -> str:
+    """'training.lr=0.001'; a digest behind what cannot be written out, so that no two points share a folder."""
+    text = ",".join(_texts(point)) or "only"
+    safe = re.sub(r"[^A-Za-z0-9.=,_-]", "_", text)[:100]
+    return safe if safe == text else f"{safe}-{blake2b(text.encode(), digest_size=4).hexdigest()}"
 
 
 def _texts(settings: Mapping[str, Any]) -> list[str]:
