@@ -72,6 +72,26 @@ def test_the_protocol_is_the_papers(file: Path) -> None:
 @pytest.mark.parametrize("more", [[], ["method.name=fedit", "adapter.kind=prompt"]], ids=["mira", "fedptuning"])
 def test_a_round_of_it_runs(file: Path, more: list[str], tmp_path: Path) -> None:
     """All as in the file but for the size of model, data and cohort: with a tenth of 4 clients nothing would mix."""
+    result, record = a_round(file, more, tmp_path)
+    if not more:
+        assert record["mixing_step"] == pytest.approx(3e-4 * 5 * 0.5)
+        adapter = json.loads((Path(result["clients"][0]["adapter"]) / "adapter_config.json").read_text())
+        assert (adapter["r"], adapter["lora_alpha"], sorted(adapter["target_modules"])) == (
+            16, 8, sorted(TARGETS[architecture(file)])
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_a_round_of_fedkseed_sends_less_than_20_kilobytes(file: Path, tmp_path: Path) -> None:
+    """4096 coefficients of directions in all weights, as published; what a client sends and is sent, as measured."""
+    seeds = ["method.name=fedit", "adapter={kind: seeds, count: 4096, epsilon: 5e-4, targets: all}"]
+    _, record = a_round(file, [*seeds, "training.lr=1e-6", "model.dtype=float32"], tmp_path)
+    assert list(record["client_bytes"].values()) == [{"down": 4 * 4096, "up": 4 * 4096}] * 2
+    assert 4 * 4096 < 20_000
+
+
+def a_round(file: Path, more: list[str], tmp_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The result of a run of ``file`` with ``more`` on a tiny model, and the record of its one round."""
     model = save_tiny(tmp_path / "model", architecture(file))
     (tmp_path / "data").mkdir()
     small = ["rounds=1", "cohort=0.5", "engine.threads=1", "evaluation.max_new_tokens=2", f"model.name={model}"]
@@ -80,9 +100,4 @@ def test_a_round_of_it_runs(file: Path, more: list[str], tmp_path: Path) -> None
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert (result["rounds"], len(result["clients"]), len(record["cohort"])) == (1, 4, 2)
     assert result["lost"] == 0
-    if not more:
-        assert record["mixing_step"] == pytest.approx(3e-4 * 5 * 0.5)
-        adapter = json.loads((Path(result["clients"][0]["adapter"]) / "adapter_config.json").read_text())
-        assert (adapter["r"], adapter["lora_alpha"], sorted(adapter["target_modules"])) == (
-            16, 8, sorted(TARGETS[architecture(file)])
-        )  # fmt: skip
+    return result, record
