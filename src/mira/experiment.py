@@ -159,8 +159,9 @@ def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher)
         nothing = torch.empty(0, dtype=torch.int64)
         store.commit(0, nothing, store.start[None][:0], state.extra, {}, record)
         state = state_of(session, store)
-    schedule = Schedule(experiment.seed, rounds, experiment.cohort, experiment.training)
     sites = session.sites
+    wire = experiment.server.wire if sites else "fp32"
+    schedule = Schedule(experiment.seed, rounds, experiment.cohort, experiment.training, wire)
     # Of the method itself: beyond a client's rank there are zeros, which stay nowhere.
     held_there = stays(experiment.method.broadcast(state, torch.zeros(1, dtype=torch.int64)))
     if sites:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from mira import Experiment, experiment
 from mira.core.errors import UserError
+from mira.core.wire import Wire
 from mira.data.sources.jsonl import Jsonl
 from mira.data.sources.sites import Own, Sites
 from mira.fleet.seam import InProcess, Lost, Reply, Watch, pack, unpack
@@ -158,6 +159,65 @@ def test_what_is_private_is_in_no_message_and_not_on_the_server(world: World, na
         assert not any(window in data for _, data in (*transport.sent, *transport.received))
 
 
+def payload(passed: list[tuple[str, bytes]], round: int, prefix: str) -> dict[str, int]:
+    """Bytes of the rows that passed in the training of ``round``, by site."""
+    messages = [(name, unpack(data)) for name, data in passed]
+    return {
+        name: sum(tensor.nbytes for key, tensor in message.tensors.items() if key.startswith(prefix))
+        for name, message in messages
+        if (message.head.kind, message.head.round) == ("train", round)
+    }
+
+
+@pytest.mark.parametrize(
+    ("wire", "name"),
+    [("fp32", "fedit"), ("bf16", "fedit"), *(("int8", name) for name in ("fedit", "mr-mtl", "ditto", "fedsa-lora"))],
+)
+def test_the_metrics_count_the_bytes_that_pass(world: World, wire: Wire, name: str) -> None:
+    """Of each site and round: what its rows take in the messages; by hand where the whole row goes once each way."""
+    plan: dict[str, Any] = {"evaluation": {"generate": False, "transfer_clients": 0}, "server": {"wire": wire}}
+    _, transport = world.apart(world.sites(), rounds=2, method={"name": name}, **plan)
+    size = len(load_file(world.folder / "apart" / "start.safetensors")["start"])
+    for record in metrics(world.folder / "apart")[1:]:
+        assert not record["lost"]
+        down, up = (payload(passed, record["round"] - 1, prefix) for passed, prefix in (
+            (transport.sent, "a"), (transport.received, "row")
+        ))  # fmt: skip
+        assert record["client_bytes"] == {site: {"down": down[site], "up": up[site]} for site in NAMES}
+        if name == "fedit":
+            each = {"fp32": (4 * size, 4 * size), "bf16": (2 * size, 2 * size)}
+            assert (down["ann"], up["ann"]) == each.get(wire, (2 * size, size + 4 * -(-size // 256)))
+
+
+@pytest.mark.parametrize(("wire", "name"), [("bf16", "mira"), ("int8", "mira"), ("int8", "fedsa-lora")])
+def test_rounded_rows_train_as_exact_ones_do(world: World, wire: Wire, name: str) -> None:
+    """Three rounds of a tiny model: the loss moves by far more than the rounding changes it."""
+    plan: dict[str, Any] = {"method": {"name": name}, "evaluation": {"generate": False, "transfer_clients": 0}}
+    world.apart(world.sites("exact"), "exact-run", **plan)
+    world.apart(world.sites("rounded"), "rounded-run", server={"wire": wire}, **plan)
+    exact, rounded = metrics(world.folder / "exact-run"), metrics(world.folder / "rounded-run")
+    progress = abs(exact[-1]["local_loss"] - exact[0]["local_loss"])
+    assert progress > 1e-3
+    assert 0 < abs(rounded[-1]["local_loss"] - exact[-1]["local_loss"]) < 0.02 * progress
+
+
+def test_what_rounding_took_away_is_kept_with_the_round_that_counted(world: World) -> None:
+    """A reply that is lost takes its residual with it: the rows are those of a run in which the round never was."""
+    plan: dict[str, Any] = {"method": {"name": "fedit"}, "server": {"wire": "int8"}}
+    lost = Troubled(InProcess({name: site.handle for name, site in world.sites("a").items()}))
+    lost.change = lambda name, request, reply: (
+        Lost("late") if unpack(request).head.kind == "train" and unpack(request).head.round == 1 else reply
+    )
+    away = Troubled(InProcess({name: site.handle for name, site in world.sites("b").items()}))
+    away.block = lambda request: unpack(request).head.kind == "train" and unpack(request).head.round == 1
+    experiment.run(world.experiment(**plan), world.folder / "a-run", None, world.opener(lost))
+    experiment.run(world.experiment(**plan), world.folder / "b-run", None, world.opener(away))
+    a, b = rows(world.folder / "a-run"), rows(world.folder / "b-run")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert all("residual0" in load_file(file) for file in (world.folder / "sites").rglob("r3.safetensors"))
+
+
 def test_text_and_file_names_never_leave(world: World) -> None:
     _, transport = world.apart(world.sites(willing=True))
     assert len(transport.received) > 20
@@ -214,7 +274,8 @@ def test_a_row_that_went_astray_is_rejected_with_the_reason_and_the_others_are_u
             return reply
         message = unpack(reply)
         by = 1000.0 if head.round == 1 else float("nan")
-        return pack(replace(message, tensors={key: row * by for key, row in message.tensors.items()}))
+        wrong = {key: (data.view(torch.float32) * by).view(torch.uint8) for key, data in message.tensors.items()}
+        return pack(replace(message, tensors=wrong))
 
     transport = Troubled(InProcess({name: site.handle for name, site in world.sites().items()}), change=change)
     experiment.run(world.experiment(method={"name": "fedit"}), world.folder / "apart", None, world.opener(transport))

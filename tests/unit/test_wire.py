@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mira.fleet.wire import BLOCK, Wire, compress, decode, down, encode, num_bytes
+from mira.core.wire import BLOCK, Wire, compress, decode, down, encode, num_bytes
 
 WIRES: tuple[Wire, ...] = ("fp32", "bf16", "int8")
 # Relative to the block's largest number: half a step of 1/127 (a third float32 rounding on top), half a bf16 ulp of 2^-7.

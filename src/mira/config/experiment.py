@@ -20,6 +20,7 @@ from mira.core.errors import UserError
 from mira.core.strict import STRICT
 from mira.core.training import Training
 from mira.core.types import Method
+from mira.core.wire import Wire
 from mira.data import SOURCES
 from mira.data.federation import SplitSizes
 from mira.data.types import Source
@@ -139,6 +140,9 @@ class ServerSection:
     max_norm: Annotated[float, Field(gt=0)] | None = None
     """Largest Euclidean distance a row may move in a round, or it is rejected. Of three replies or more, those above ten times
     their median are rejected in any case."""
+    wire: Wire = "fp32"
+    """How rows travel in training: fp32 as they are, bf16, or int8 (what a site sends; what it is sent is bf16 then). What
+    rounding takes away a site adds to what it sends next."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -14,7 +14,9 @@ from torch import Tensor
 from mira.core.seeds import generator
 from mira.core.tensors import in_use
 from mira.core.training import Training
+from mira.core.travel import is_private, jobs_of, parcel
 from mira.core.types import Change, Engine, Failure, Method, Overlay, Rows, ServerState, Trained, Work
+from mira.core.wire import Wire, down, num_bytes
 
 Record = dict[str, Any]
 
@@ -31,12 +33,13 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """``share`` of the clients takes part in each of ``rounds`` rounds."""
+    """``share`` of the clients takes part in each of ``rounds`` rounds; rows travel in the format ``wire``."""
 
     seed: int
     rounds: int
     share: float
     training: Training
+    wire: Wire = "fp32"
 
 
 def run_rounds(
@@ -75,7 +78,7 @@ def _round(
     training_seconds = perf_counter() - began
     change = method.aggregate(state, trained) if len(trained.client) else nothing(trained.rows)
     mixed = apply(state, change)
-    record = describe(mixed.round, work, trained, change, names)
+    record = describe(mixed.round, work, trained, change, names, schedule.wire)
     record |= measure(mixed)
     record["tokens_per_second"] = record["tokens"] / training_seconds
     record["seconds"] = perf_counter() - began
@@ -129,19 +132,21 @@ def apply(state: ServerState, change: Change) -> ServerState:
     return ServerState(rows, in_use(state.graph, change.extra), state.extra | change.extra, state.round + 1)
 
 
-def describe(round: int, work: Work, trained: Trained, change: Change, names: Sequence[str]) -> Record:
-    """What happened in a round, as plain numbers. Bytes: what is uploaded of each row, 4 a number in fp32; a private job
-    sends none. Of a client with several jobs: bytes of all of them, loss and steps of the last."""
-    jobs, size = work.start.shape
-    numbers = [size] * jobs if work.upload is None else work.upload.expand(jobs, size).sum(1).tolist()
-    private = [False] * jobs if work.private is None else work.private.tolist()
-    row_bytes = [0 if stays else work.start.element_size() * n for stays, n in zip(private, numbers, strict=True)]
+def describe(
+    round: int, work: Work, trained: Trained, change: Change, names: Sequence[str], wire: Wire = "fp32"
+) -> Record:
+    """What happened in a round, as plain numbers. Bytes: of the rows that travel to a client and back, in the format of
+    ``wire``; a private job sends none. Of a client with several jobs: bytes of all of them, loss and steps of the last."""
     came = [names[k] for k in trained.client.tolist()]
     back = set(trained.job.tolist())
-    client_bytes = {names[k]: {"down": 0, "up": 0} for k in work.client.tolist()}
-    for job, k in enumerate(work.client.tolist()):
-        client_bytes[names[k]]["down"] += row_bytes[job]
-        client_bytes[names[k]]["up"] += row_bytes[job] if job in back else 0
+    client_bytes = {}
+    for k, jobs in jobs_of(work).items():
+        sent = parcel(work, jobs)
+        returned = [j for j in jobs if j in back and not is_private(work, j)]
+        client_bytes[names[k]] = {
+            "down": len(sent.rows) * num_bytes(down(wire), sent.numbers, work.start.dtype),
+            "up": len(returned) * num_bytes(wire, sent.numbers, work.start.dtype),
+        }
     return {
         "round": round,
         "lr": trained.lr,

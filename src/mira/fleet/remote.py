@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from mira.core.errors import UserError
+from mira.core.travel import is_private, jobs_of, parcel
 from mira.core.types import Failure, Grade, Scores, Trained, Work
+from mira.core.wire import Wire, decode, down, encode, num_bytes
 from mira.fleet.screen import distance, too_far
 from mira.fleet.seam import Head, Kind, Lost, Malformed, Message, Reply, Transport, pack, unpack
 
@@ -39,11 +41,13 @@ class Run:
 @dataclass(frozen=True)
 class Terms:
     """``deadline``: seconds a round waits at most; ``minimum``: replies that end it sooner, None for all of them;
-    ``max_norm``: how far a row may move in a round, None for any distance that is not far from the others'."""
+    ``max_norm``: how far a row may move in a round, None for any distance that is not far from the others'; ``wire``: the
+    format of rows."""
 
     deadline: float
     minimum: int | None = None
     max_norm: float | None = None
+    wire: Wire = "fp32"
 
 
 @dataclass
@@ -65,9 +69,7 @@ class RemoteEngine:
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
         self._round = round
-        jobs: dict[str, list[int]] = {}
-        for j, k in enumerate(work.client.tolist()):
-            jobs.setdefault(self.run.names[k], []).append(j)
+        jobs = {self.run.names[k]: mine for k, mine in jobs_of(work).items()}
         replies = self._ask("train", {name: self._request(name, work, mine, lr) for name, mine in jobs.items()})
         rows, answers, failed = work.start.clone(), dict[int, Values](), []
         for name, mine in jobs.items():
@@ -159,27 +161,17 @@ class RemoteEngine:
         return {"since": max(rounds, default=0), "stays": self._stays}
 
     def _request(self, name: str, work: Work, mine: Sequence[int], lr: float) -> tuple[Values, dict[str, Tensor]]:
-        """A client's jobs; an array that two of them share travels once."""
-        tensors: dict[str, Tensor] = {}
-        upload = _travels(work, mine)
-
-        def put(row: Tensor) -> str:
-            sent = row if upload is None else row[upload]
-            same = next((key for key, tensor in tensors.items() if torch.equal(tensor, sent)), None)
-            key = same or f"a{len(tensors)}"
-            tensors[key] = sent
-            return key
-
-        jobs = []
-        for j in mine:
-            private = work.private is not None and bool(work.private[j])
-            anchored = work.anchor is not None and work.prox is not None and float(work.prox[j]) > 0
-            jobs.append({
-                "start": None if private else put(work.start[j]), "private": private,
-                "anchor": put(work.anchor[j]) if anchored and work.anchor is not None else None,
-                "prox": float(work.prox[j]) if anchored and work.prox is not None else 0.0,
-            })  # fmt: skip
-        masks = {"upload": upload, "trainable": work.trainable}
+        """A client's jobs, and the rows they need."""
+        sent, wire = parcel(work, mine), down(self.terms.wire)
+        tensors = {f"a{n}": encode(_part(row, sent.upload), wire) for n, row in enumerate(sent.rows)}
+        jobs = [
+            {
+                "start": None if start is None else f"a{start}", "private": is_private(work, j),
+                "anchor": None if anchor is None else f"a{anchor}",
+                "prox": float(work.prox[j]) if anchor is not None and work.prox is not None else 0.0,
+            } for j, start, anchor in zip(mine, sent.start, sent.anchor, strict=True)
+        ]  # fmt: skip
+        masks = {"upload": sent.upload, "trainable": work.trainable}
         tensors |= {key: mask for key, mask in masks.items() if mask is not None}
         keep = [] if self.best is None else [self._own(name, self.best[1])["since"]]
         return {"jobs": jobs, "lr": lr, "keep": keep, **self._own(name)}, tensors
@@ -191,19 +183,25 @@ class RemoteEngine:
         answers = reply.values.get("jobs")
         if not isinstance(answers, list) or [a.get("job") for a in answers] != list(range(len(mine))):
             raise Rejected("its reply does not hold one result for each job")
-        upload = _travels(work, mine)
-        width = self.size if upload is None else int(upload.sum())
-        sent = {}
-        for place, j in enumerate(mine):
-            if work.private is None or not bool(work.private[j]):
-                sent[j] = _tensor(reply, f"row{place}", (width,), work.start.dtype)
-        for j, row in sent.items():
-            rows[j, slice(None) if upload is None else upload] = row
+        sent, dtype = parcel(work, mine), work.start.dtype
+        shape = (num_bytes(self.terms.wire, sent.numbers, dtype),)
+        came = {
+            j: _tensor(reply, f"row{place}", shape, torch.uint8)
+            for place, j in enumerate(mine)
+            if not is_private(work, j)
+        }
+        try:
+            numbers = {j: decode(data, self.terms.wire, sent.numbers, dtype) for j, data in came.items()}
+        except ValueError as error:
+            raise Rejected(str(error)) from None
+        where = slice(None) if sent.upload is None else sent.upload
+        for j, given in numbers.items():
+            rows[j, where] = given if self.terms.wire == "fp32" else work.start[j, where] + given
         return {j: _checked(answer) for j, answer in zip(mine, answers, strict=True)}
 
     def _astray(self, work: Work, rows: Tensor, done: Sequence[int]) -> dict[int, str]:
         """Clients one of whose rows went further than a row of this round should, and how far."""
-        sent = [j for j in done if work.private is None or not bool(work.private[j])]
+        sent = [j for j in done if not is_private(work, j)]
         norm = torch.tensor([distance(rows[j], work.start[j]) for j in sent], dtype=torch.float64)
         return {int(work.client[sent[i]]): found.reason for i, found in too_far(norm, self.terms.max_norm).items()}
 
@@ -236,9 +234,8 @@ class RemoteEngine:
         return {name: _opened(replies.get(name), head) for name, head in heads.items()}
 
 
-def _travels(work: Work, mine: Sequence[int]) -> Tensor | None:
-    """What travels of the rows of one client's jobs [P] bool; None: all."""
-    return work.upload if work.upload is None or work.upload.dim() == 1 else work.upload[mine[0]]
+def _part(row: Tensor, upload: Tensor | None) -> Tensor:
+    return row if upload is None else row[upload]
 
 
 class Rejected(Exception):

@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from mira.store import Store
 log = logging.getLogger(__name__)
 
 # A site needs none of it, and groups name other sites.
-_NOT_SENT = ("data", "graph", "method", "evaluation", "name", "clients", "tracking", "server")
+_NOT_SENT = ("data", "graph", "method", "evaluation", "name", "clients", "tracking")
 _REFUSED = 60.0  # seconds until a site that did not take part is asked again: it may have been mended
 _PAUSE = 2.0  # seconds between two looks at who is online
 
@@ -54,7 +54,7 @@ class Opener:
         session = open_session(
             experiment.model_copy(update={"data": replace(data, examples=known)}), recorded, folder=folder
         )
-        terms = Terms(experiment.server.deadline, experiment.server.minimum, experiment.server.max_norm)
+        terms = Terms(**asdict(experiment.server))
         number = secrets.token_hex(8) if folder is None else _number(folder)
         given = experiment.model_dump(mode="json")
         opening = {

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mira import config, measure
 from mira.core.errors import UserError
 from mira.core.loop import screen
 from mira.core.types import Work
+from mira.core.wire import Wire, compress, decode, down, encode
 from mira.data.sources.sites import Own
 from mira.data.types import Source
 from mira.experiment import export_row
@@ -119,12 +121,14 @@ class Site:
         here, values = self._run(message.head.run), message.values
         jobs, since = values["jobs"], int(values["since"])
         upload, trainable = (message.tensors.get(mask) for mask in ("upload", "trainable"))
-        keeps = values["stays"] or here.session.experiment.training.keep_optimizer
+        wire = here.session.experiment.server.wire
+        keeps = values["stays"] or here.session.experiment.training.keep_optimizer or wire != "fp32"
         kept = here.shelf.get(since) if keeps else {}
         beneath = [kept.get(f"row{j}", here.start) for j in range(len(jobs))]
-        start = [self._whole(message, job["start"], upload, row) for job, row in zip(jobs, beneath, strict=True)]
+        whole = partial(_whole, message, upload, down(wire))
+        start = [whole(job["start"], row) for job, row in zip(jobs, beneath, strict=True)]
         anchored = any(job["anchor"] for job in jobs)
-        anchor = [self._whole(message, job["anchor"], upload, row) for job, row in zip(jobs, start, strict=True)]
+        anchor = [whole(job["anchor"], row) for job, row in zip(jobs, start, strict=True)]
         private = torch.tensor([job["private"] for job in jobs])
         work = Work(
             torch.full((len(jobs),), here.number), torch.stack(start), torch.stack(anchor) if anchored else None,
@@ -150,7 +154,12 @@ class Site:
             if trained.optimizer is not None:
                 things[f"optimizer{j}"] = trained.optimizer[m].clone()
             if not private[j]:
-                tensors[f"row{j}"] = row if upload is None else row[upload]
+                travels = slice(None) if upload is None else upload
+                if wire == "fp32":
+                    tensors[f"row{j}"] = encode(row[travels], wire)
+                else:
+                    moved = row[travels] - start[j][travels]
+                    tensors[f"row{j}"], things[f"residual{j}"] = compress(moved, kept.get(f"residual{j}"), wire)
             answers.append({
                 "job": j, "examples": int(trained.examples[m]), "tokens": int(trained.tokens[m]),
                 "steps": int(trained.steps[m]), "loss": float(trained.loss[m]),
@@ -191,17 +200,15 @@ class Site:
             return row
         return torch.where(kept[STAYS], kept[f"row{int(kept[DEPLOYED])}"], row)
 
-    def _whole(self, message: Message, name: str | None, upload: Tensor | None, beneath: Tensor) -> Tensor:
-        """The row sent under ``name``; where only a part travels, the rest is what lies ``beneath``."""
-        if name is None:
-            return beneath
-        sent = message.tensors[name]
-        if len(sent) == len(beneath):
-            return sent
-        assert upload is not None
-        row = beneath.clone()
-        row[upload] = sent
-        return row
+
+def _whole(message: Message, upload: Tensor | None, wire: Wire, name: str | None, beneath: Tensor) -> Tensor:
+    """The row sent under ``name`` in the format ``wire``; where only a part travels, the rest is what lies ``beneath``."""
+    if name is None:
+        return beneath
+    row = beneath.clone()
+    size = len(row) if upload is None else int(upload.sum())
+    row[slice(None) if upload is None else upload] = decode(message.tensors[name], wire, size, row.dtype)
+    return row
 
 
 def _stays(private: bool, upload: Tensor | None, trainable: Tensor | None, size: int) -> Tensor:

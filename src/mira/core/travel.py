@@ -1,0 +1,59 @@
+"""What of a round's work travels between the server and a client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mira.core.types import Work
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What one client is sent: ``rows``, each [P] and sent once; ``start`` and ``anchor``: which of them each of its jobs starts
+    from and is pulled to, None where nothing is sent; ``upload`` [P] bool: what of a row travels, each way, None: all."""
+
+    rows: tuple[Tensor, ...]
+    start: tuple[int | None, ...]
+    anchor: tuple[int | None, ...]
+    upload: Tensor | None
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers of a row travel; 0 where no row does."""
+        return int(self.upload.sum()) if self.upload is not None else len(self.rows[0]) if self.rows else 0
+
+
+def parcel(work: Work, jobs: Sequence[int]) -> Parcel:
+    """The parcel of the client whose ``jobs`` these are. A private row is with the client already."""
+    rows: list[Tensor] = []
+
+    def place(row: Tensor) -> int:
+        for n, other in enumerate(rows):
+            if torch.equal(other, row):
+                return n
+        rows.append(row)
+        return len(rows) - 1
+
+    start = tuple(None if is_private(work, j) else place(work.start[j]) for j in jobs)
+    anchor = tuple(
+        None if work.anchor is None or work.prox is None or not work.prox[j] > 0 else place(work.anchor[j])
+        for j in jobs
+    )
+    upload = work.upload if work.upload is None or work.upload.dim() == 1 else work.upload[jobs[0]]
+    return Parcel(tuple(rows), start, anchor, upload)
+
+
+def is_private(work: Work, job: int) -> bool:
+    return work.private is not None and bool(work.private[job])
+
+
+def jobs_of(work: Work) -> dict[int, list[int]]:
+    """The jobs of each client."""
+    jobs: dict[int, list[int]] = {}
+    for j, k in enumerate(work.client.tolist()):
+        jobs.setdefault(k, []).append(j)
+    return jobs
