@@ -43,8 +43,8 @@ class VirtualPromptSection:
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SeedsSection:
     """Seed coefficients (FedKSeed, Qin et al. 2024): w = w0 + Σ c·z, trained by forward passes alone, a client at a time.
-    training.lr is η, 1e-6 to 1e-5 for a model of 135M, not 1e-3; optimizer, momentum, weight_decay, clip and
-    keep_optimizer do not apply."""
+    training.lr is η: 1e-4 to 3e-4 for LoRA's target matrices in a model of 135M (1e-3 diverged), smaller the more weights have
+    directions; optimizer, momentum, weight_decay, clip and keep_optimizer do not apply."""
 
     kind: Literal["seeds"] = "seeds"
     count: Count = 128
