@@ -396,7 +396,7 @@ def test_outputs_of_a_group_are_never_stale() -> None:
 
 
 def test_product_on_every_kind_of_operand() -> None:
-    """oneDNN's (fp32) and F.linear's (fp64) against plain sums; also without a row, and transposed as Conv1D keeps it."""
+    """Against plain sums; also without a row, and transposed as Conv1D keeps it."""
     for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-12)):  # rounding of a sum of five
         w, b = draw(M, K).to(dtype), draw(M).to(dtype)
         for x in (draw(T, K).to(dtype), draw(0, K).to(dtype)):

@@ -67,15 +67,14 @@ def attach(model: PreTrainedModel, layout: Layout, dropout: float) -> Attached:
             if members:
                 _attach_group(attached, [Projection(m, factors.get(p)) for m, p in zip(members, paths, strict=True)])
                 done.update(paths)
-    for name, module in model.named_modules():
-        if name in done or module is model.get_output_embeddings():
+    for name in layout.modules:
+        module = model.get_submodule(name)
+        if name in done:
             continue
         if is_plain(module):
-            _attach_group(attached, [Projection(module, factors.get(name))])
-        elif name in factors:
+            _attach_group(attached, [Projection(module, factors[name])])
+        else:
             attached.exchange(module, _adapted(attached, factors[name]))
-    if layout.virtual_tokens:
-        attached.exchange(model.get_input_embeddings(), _prompted(attached, layout.entries))
     return attached
 
 

@@ -19,14 +19,7 @@ from mira.adapters.lowrank import Factors, Lane, add_gradients, add_product
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, total: Tensor | None = None) -> Tensor:
-    """x·Wᵀ + b [T,out] of x [T,in]; with ``total`` [T,out] their sum, for which ``total`` may be used up.
-
-    On a CPU in fp32 by oneDNN, which on processors other than Intel's is a sixth faster than what F.linear calls.
-    """
-    if torch.backends.mkldnn.enabled and x.dtype == torch.float32 and x.device.type == "cpu" and len(x):
-        if total is None:
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
-        return torch.ops.mkldnn._linear_pointwise.binary(x, total, weight, bias, "add")  # type: ignore[no-any-return]
+    """x·Wᵀ + b [T,out] of x [T,in]; with ``total`` [T,out] their sum, for which ``total`` is used up."""
     return linear(x, weight, bias) if total is None else total.addmm_(x, weight.T)
 
 
