@@ -75,6 +75,8 @@ def attach(model: PreTrainedModel, layout: Layout, dropout: float) -> Attached:
             _attach_group(attached, [Projection(module, factors[name])])
         else:
             attached.exchange(module, _adapted(attached, factors[name]))
+    if layout.virtual_tokens:
+        attached.exchange(model.get_input_embeddings(), _prompted(attached, layout.entries))
     return attached
 
 
