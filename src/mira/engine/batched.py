@@ -251,6 +251,8 @@ class BatchedEngine:
         return _FORWARD * self.budget
 
     def _measured(self) -> int:
+        if not self.layout.entries:  # the base alone has no backward pass to measure
+            return tokens_per_pass(self.device, self.model.dtype, 1)
         rows = self._rows(torch.zeros(1, self.layout.size))
         tensors = (*self.model.parameters(), *self.model.buffers(), rows)
 
