@@ -39,7 +39,7 @@ quick: lint
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy --strict src
+	$(BIN)/mypy --strict src benchmarks
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix

@@ -79,7 +79,7 @@ def generate(peft: PeftModel, workload: Workload, rows: Tensor, split: str, limi
             input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False,
             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, repetition_penalty=1.0,
         )  # fmt: skip
-        answers.append([tokenizer.decode(line, skip_special_tokens=True) for line in out[:, width:]])
+        answers.append([str(tokenizer.decode(line, skip_special_tokens=True)) for line in out[:, width:]])
     return answers
 
 

@@ -31,7 +31,7 @@ from mira.core.loop import Schedule, run_rounds, sample_cohort
 from mira.core.mixing import normalised_step, product
 from mira.core.tensors import from_tensors, to_tensors
 from mira.core.training import Training
-from mira.core.types import Change, Rows, Scores, ServerState, Setting, Trained, Work
+from mira.core.types import Change, Rows, ServerState, Setting, Trained, Work
 from mira.methods.mira import Mira
 from mira.store import Store
 
@@ -136,13 +136,7 @@ class Toy:
     def train(self, work: Work, round: int, lr: float) -> Trained:
         rows = work.start.lerp(work.client[:, None].float().cos(), 0.5)
         ones = torch.ones(len(rows), dtype=torch.int64)
-        return Trained(work.client, rows, ones, ones, ones, rows[:, 0].double(), lr)
-
-    def evaluate(self, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None) -> Scores:
-        raise NotImplementedError
-
-    def generate(self, *args: Any) -> list[list[str]]:
-        raise NotImplementedError
+        return Trained(work.client, torch.arange(len(rows)), rows, ones, ones, ones, rows[:, 0].double(), lr)
 
 
 @dataclass(frozen=True)
@@ -171,7 +165,7 @@ class Server:
         clients, start = graph.num_clients, torch.zeros(STORED.size)
         state = method.init(Setting(STORED, start, clients, graph, max_lr=1.0, max_steps=1))
         store = Store.create(folder, "", {}, start, clients, to_tensors(graph))
-        store.commit(0, written, start.expand(len(written), -1), {}, None, {})
+        store.commit(0, written, start.expand(len(written), -1), state.extra, None, {})
         return Server(method, store, ServerState(store.rows(), graph, state.extra), _names(clients))
 
     @staticmethod

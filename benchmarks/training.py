@@ -94,7 +94,7 @@ def _wrapping_seconds(workload: Workload) -> float:
     other = open_workload("float32")
     start = perf_counter()
     for _ in workload.clients:
-        peft_loop.wrapped(other).unload()  # type: ignore[no-untyped-call]
+        peft_loop.wrapped(other).unload()
     return perf_counter() - start
 
 

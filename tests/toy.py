@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mira.core.layout import Layout
-from mira.core.types import MemoryRows, Rows, Scores, ServerState, Trained, Work
+from mira.core.types import MemoryRows, Rows, ServerState, Trained, Work
 
 LAYOUT = Layout.of({"layer": (3, 2)}, rank=2, alpha=1.0)  # P = 10
 
@@ -40,12 +38,6 @@ class Toy:
         ones = torch.ones(len(k), dtype=torch.int64)
         loss = 0.5 * (self.curvature[k] * (w - self.target[k]).square()).sum(1)
         return Trained(k, torch.arange(len(k)), w, 10 + 7 * k, ones, self.steps * ones, loss, lr)
-
-    def evaluate(self, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None) -> Scores:
-        raise NotImplementedError
-
-    def generate(self, *args: Any) -> list[list[str]]:
-        raise NotImplementedError
 
 
 def all_rows(state: ServerState) -> Tensor:

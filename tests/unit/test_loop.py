@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
@@ -18,7 +18,7 @@ from mira.core.graph import Edges
 from mira.core.layout import Layout
 from mira.core.loop import Record, Schedule, apply, describe, nothing, run_rounds, sample_cohort, screen
 from mira.core.training import Training
-from mira.core.types import Change, Failure, MemoryRows, Scores, ServerState, Setting, Trained, Work
+from mira.core.types import Change, Failure, MemoryRows, ServerState, Setting, Trained, Work
 from mira.methods import METHODS
 from recorder import MemoryRecorder
 
@@ -51,12 +51,6 @@ class Quadratic:
         gone = torch.isin(work.client, torch.tensor(self.lost.get(round, ()), dtype=torch.int64))
         failed = [Failure(int(k), "pretend") for k in work.client[gone]]
         return done.select(~gone, failed)
-
-    def evaluate(self, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None) -> Scores:
-        raise NotImplementedError
-
-    def generate(self, *args: Any) -> list[list[str]]:
-        raise NotImplementedError
 
 
 def start(method: Any, num_clients: int = 3) -> ServerState:

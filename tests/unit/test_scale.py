@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from mira.core.loop import Schedule, run_rounds
 from mira.core.mixing import normalised_step
 from mira.core.tensors import from_tensors, to_tensors
 from mira.core.training import Training
-from mira.core.types import Change, Rows, Scores, ServerState, Setting, Trained, Work
+from mira.core.types import Change, Rows, ServerState, Setting, Trained, Work
 from mira.methods.mira import Mira
 from mira.store import Store
 
@@ -51,12 +50,6 @@ class Pull:
         rows = (work.start + work.client[:, None]) / 2
         ones = torch.ones(len(rows), dtype=torch.int64)
         return Trained(work.client, torch.arange(len(rows)), rows, ones, ones, ones, rows.mean(1).double(), lr)
-
-    def evaluate(self, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None) -> Scores:
-        raise NotImplementedError
-
-    def generate(self, *args: Any) -> list[list[str]]:
-        raise NotImplementedError
 
 
 @dataclass

@@ -15,7 +15,7 @@ from mira.core.seeds import generator
 from mira.core.tensors import in_use
 from mira.core.training import Training
 from mira.core.travel import is_private, jobs_of, parcel
-from mira.core.types import Change, Engine, Failure, Method, Overlay, Rows, ServerState, Trained, Work
+from mira.core.types import Change, Failure, Method, Overlay, Rows, ServerState, Trained, Trainer, Work
 from mira.core.wire import Wire, down, num_bytes
 
 Record = dict[str, Any]
@@ -44,7 +44,7 @@ class Schedule:
 
 def run_rounds(
     method: Method,
-    engine: Engine,
+    engine: Trainer,
     state: ServerState,
     schedule: Schedule,
     names: Sequence[str],
@@ -62,7 +62,7 @@ def run_rounds(
 
 def _round(
     method: Method,
-    engine: Engine,
+    engine: Trainer,
     state: ServerState,
     schedule: Schedule,
     names: Sequence[str],

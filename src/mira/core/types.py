@@ -201,13 +201,17 @@ def stays(work: Work) -> bool:
     return bool((~work.upload if work.trainable is None else work.trainable & ~work.upload).any())
 
 
-class Engine(Protocol):
-    """Where training and evaluation run. Every engine and every method sees the same batches, keyed (seed, round, client)."""
+class Trainer(Protocol):
+    """Where training runs: all that the round loop needs of an engine."""
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
         """Local training of every job at learning rate ``lr``. A client that runs out of memory is left out, named in
         ``failed``; all others are unaffected."""
         ...
+
+
+class Engine(Trainer, Protocol):
+    """Where training and evaluation run. Every engine and every method sees the same batches, keyed (seed, round, client)."""
 
     def evaluate(self, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None) -> Scores:
         """Loss of row i [n,P] on the data of client[i] [n], for each split; at most ``limit`` examples of a split."""
