@@ -10,7 +10,7 @@ from typing import Any
 
 from mira.config.experiment import VARIANTS, Experiment
 from mira.config.overrides import override
-from mira.config.text import mapping, read, write
+from mira.config.text import flat, mapping, read, write
 
 __all__ = ["Experiment", "absolute", "differences", "dump", "load", "parse", "parse_text", "schema"]
 
@@ -61,16 +61,8 @@ def schema() -> dict[str, Any]:
 
 def differences(here: Experiment, there: Experiment) -> list[str]:
     """One line for each field that differs: 'training.lr: 0.001 here, 0.002 there'."""
-    a, b = (dict(_leaves("", each.model_dump(mode="json"))) for each in (here, there))
+    a, b = (dict(flat("", each.model_dump(mode="json"))) for each in (here, there))
     keys = [*a, *(key for key in b if key not in a)]
     return [
         f"{key}: {a.get(key, 'absent')} here, {b.get(key, 'absent')} there" for key in keys if a.get(key) != b.get(key)
     ]
-
-
-def _leaves(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(f"{prefix}{key}.", value)
-        else:
-            yield prefix + key, json.dumps(value, ensure_ascii=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +97,12 @@ def value(text: str, where: str) -> Any:
 def write(values: dict[str, Any]) -> str:
     text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
+
+
+def flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Dotted keys and their values as JSON."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(f"{prefix}{key}.", value)
+        else:
+            yield prefix + key, json.dumps(value, ensure_ascii=False)

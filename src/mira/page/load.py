@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mira.config.text import mapping
+from mira.config.text import flat, mapping
 from mira.core.errors import UserError
 from mira.core.graph import Graph, Groups
 from mira.core.tensors import from_tensors, in_use
@@ -108,15 +106,6 @@ def read(folder: Path) -> Run:
             best=store.best_round or 0,
             result=store.result(),
         )
-
-
-def flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Dotted keys and their values as JSON."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flat(f"{prefix}{key}.", value)
-        else:
-            yield prefix + key, json.dumps(value, ensure_ascii=False)
 
 
 def _groups(environment: dict[str, Any], graph: Graph, names: list[str]) -> list[str]:

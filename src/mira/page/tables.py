@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from mira.page.load import Run, flat
+from mira.config.text import flat
+from mira.page.load import Run
 from mira.page.stats import mean
 from mira.page.variants import Variant
 from mira.page.verdict import Row
