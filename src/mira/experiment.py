@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mira import config, measure
 from mira.config import Experiment
+from mira.core.errors import UserError
 from mira.core.loop import Record, Schedule, run_rounds
 from mira.core.tensors import from_tensors, in_use, to_tensors
 from mira.core.types import Change, Rows, ServerState, stays
@@ -72,6 +73,8 @@ def run(
     experiment = config.absolute(experiment)
     Store.check_vacant(folder)
     experiment.tracking.check()
+    if experiment.privacy is not None and open is open_session:
+        raise UserError("privacy: noise is put on by sites (mira server), and one process has none; leave privacy out")
     watcher.stage("preparing")
     kept = _Kept()
     session = open(experiment, kept=kept, progress=watcher.tokens)
@@ -221,6 +224,7 @@ def _measurer(session: Session, watcher: Watcher) -> Callable[[ServerState], Rec
         due = last or state.round % plan.every == 0
         answers = plan.test and plan.generate and (first or last)
         record = measured(session, state, watcher, answers, plan.test and last, plan.test) if due else {}
+        record |= session.sites.spent() if session.sites else {}
         return record | {"peak_memory_bytes": peak_memory(session.base.model.device)}
 
     return look

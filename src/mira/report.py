@@ -76,6 +76,7 @@ def summarise(
             "rouge_l": best_answers.get("rouge_l"),
         },
         "validation_loss": last["validation_loss"],
+        "privacy": records[-1].get("privacy"),
         "lost": sum(len(record["lost"]) for record in training),
         "bytes_up": sum(record["bytes_up"] for record in training),
         "bytes_down": sum(record["bytes_down"] for record in training),
@@ -113,6 +114,7 @@ def table(result: Result) -> Group:
         + (f", exact match {number(best['exact_match'], 2)}" if best["exact_match"] is not None else ""),
         f"sent {data_size(result['bytes_up'])} up, {data_size(result['bytes_down'])} down"
         + (f"; clients lost from a round: {result['lost']}" if result["lost"] else ""),
+        privacy(result["privacy"]) if result.get("privacy") else "",
         f"{result['seconds']:.0f} s, {result['tokens_per_second']:.0f} training tokens/s,"
         f" peak memory {data_size(result['peak_memory_bytes'])}",
         f"model {model['name']} ({model['source']}, sha256 {model['sha256'][:12]})",
@@ -143,6 +145,12 @@ def _answer(answers: dict[str, Any] | None, name: str, key: str) -> float | None
 def _mean(clients: Sequence[dict[str, Any]], key: str) -> float | None:
     values = [client[key] for client in clients]
     return None if None in values else sum(values) / len(values)
+
+
+def privacy(spent: dict[str, dict[str, Any]]) -> str:
+    """One sentence for people, of a record's ``privacy``: (ε, δ) of each client, as its site counts what it released."""
+    each = ", ".join(f"{name} ({s['epsilon']:.3g}, {s['delta']:g}) of {s['releases']}" for name, s in spent.items())
+    return f"differential privacy (ε, δ) of the rows released: {each}; losses, metrics and counts are not covered"
 
 
 def data_size(count: float) -> str:

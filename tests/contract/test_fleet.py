@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from mira import Experiment, experiment
 from mira.core.errors import UserError
-from mira.core.wire import Wire
+from mira.core.wire import Wire, decode
 from mira.data.sources.jsonl import Jsonl
 from mira.data.sources.sites import Own, Sites
+from mira.fleet.privacy import epsilon
 from mira.fleet.seam import InProcess, Lost, Reply, Watch, pack, unpack
 from mira.fleet.server import Opener
 from mira.fleet.site import Site
@@ -261,9 +262,152 @@ def test_a_reply_is_used_for_its_own_request_alone(world: World) -> None:
     experiment.run(world.experiment(method={"name": "ditto"}), world.folder / "apart", None, world.opener(transport))
     records = metrics(world.folder / "apart")
     assert [sorted(record["lost"]) for record in records[1:]] == [[], ["ann", "bob", "cleo"], []]
-    assert records[2]["lost"]["ann"].startswith("a stale or foreign reply")
-    assert records[2]["lost"]["bob"].startswith("a stale or foreign reply")
+    assert records[2]["lost"]["ann"] == "its reply is of round '0', asked was 1"
+    assert records[2]["lost"]["bob"] == "its reply is in the name of 'ann'"
     assert records[2]["lost"]["cleo"].startswith("its reply is not a message")
+
+
+def odd(**values: Any) -> Callable[[bytes], bytes]:
+    """The reply with other ``values``."""
+    return lambda reply: pack(replace(unpack(reply), values=unpack(reply).values | values))
+
+
+def rows_made(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[bytes], bytes]:
+    """The reply with its rows changed."""
+
+    def changed(reply: bytes) -> bytes:
+        message = unpack(reply)
+        return pack(replace(message, tensors={key: change(data) for key, data in message.tensors.items()}))
+
+    return changed
+
+
+ODD_JOB = {"job": 0, "examples": 4, "tokens": 10, "steps": 2, "loss": 1.0}
+HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "nan": (rows_made(lambda data: torch.full_like(data, 255)), "not finite"),
+    "infinity": (rows_made(lambda data: torch.tensor([0, 0, 128, 127] * (len(data) // 4), dtype=torch.uint8)), "not finite"),
+    "longer": (rows_made(lambda data: torch.cat([data, data[:4]])), "row0 is"),
+    "flat": (rows_made(lambda data: data[None]), "row0 is"),
+    "floats": (rows_made(lambda data: data.view(torch.float32)), "row0 is torch.float32, expected torch.uint8"),
+    "none": (lambda reply: pack(replace(unpack(reply), tensors={})), "its reply lacks ['row0']"),
+    "truncated": (lambda reply: reply[:-3], "its reply is not a message"),
+    "oversized": (rows_made(lambda data: torch.zeros(2**21, dtype=torch.uint8)), "at most"),
+    "garbage": (lambda reply: b"\x80\x04\x95" + reply, "its reply is"),
+    "segment": (
+        lambda reply: pack(replace(unpack(reply), head=replace(unpack(reply).head, segment="0" * 16))),
+        "its reply is of segment",
+    ),
+    "jobs": (odd(jobs=[7]), "does not hold one result"),
+    "no jobs": (odd(jobs={}), "does not hold one result"),
+    "counts": (odd(jobs=[ODD_JOB | {"examples": 2**80}]), "no numbers a training gives"),
+    "loss": (odd(jobs=[ODD_JOB | {"loss": None}]), "no numbers a training gives"),
+}  # fmt: skip
+
+
+def test_what_is_not_the_reply_asked_for_is_rejected_for_its_reason_and_the_others_are_used(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ann sends something else wrong in each round; every message of hers but those of training is odd too."""
+    wrongs = list(HOSTILE.values())
+
+    def change(name: str, request: bytes, reply: bytes) -> Reply:
+        head = unpack(request).head
+        if name != "ann" or head.kind == "open":
+            return reply
+        return (
+            wrongs[head.round][0](reply) if head.kind == "train" else odd(grade=[1])(rows_made(lambda t: t[:0])(reply))
+        )
+
+    transport = Troubled(InProcess({name: site.handle for name, site in world.sites().items()}), change=change)
+    asked = world.experiment(
+        rounds=len(wrongs), method={"name": "fedit"}, training={"local_steps": 1},
+        evaluation={"every": 100, "transfer_clients": 0},
+    )  # fmt: skip
+    experiment.run(asked, world.folder / "apart", None, world.opener(transport))
+    records = metrics(world.folder / "apart")
+    for record, (_, why) in zip(records[1:], wrongs, strict=True):
+        assert sorted(record["train_loss"]) == ["bob", "cleo"]
+        assert why in record["lost"]["ann"]
+        assert f"round {record['round']} lost ann: {record['lost']['ann']}" in caplog.text
+    assert records[-1]["clients"]["ann"]["test_loss"] is None
+    assert records[-1]["clients"]["bob"]["test_loss"] < records[0]["clients"]["bob"]["test_loss"]
+
+
+def test_a_reply_of_a_site_that_was_asked_nothing_changes_nothing(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Doubling(Troubled):
+        def exchange(self, *given: Any) -> dict[str, Reply]:
+            replies = super().exchange(*given)
+            return replies | {"dan": replies["ann"]} if "ann" in replies else replies
+
+    sites = InProcess({name: site.handle for name, site in world.sites().items()})
+    wanted = world.experiment(rounds=1, evaluation={"generate": False, "transfer_clients": 0})
+    experiment.run(wanted, world.folder / "apart", None, world.opener(Doubling(sites)))
+    assert sorted(metrics(world.folder / "apart")[1]["train_loss"]) == list(NAMES)
+    assert "train from dan: rejected, it was asked nothing" in caplog.text
+
+
+PRIVATE = {"clip": 0.5, "noise": 2.0}
+QUIET: dict[str, Any] = {"method": {"name": "fedit"}, "evaluation": {"generate": False, "transfer_clients": 0}}
+
+
+@pytest.mark.parametrize("wire", ["fp32", "int8"])
+def test_noise_is_put_on_at_the_site_and_every_release_counts(world: World, wire: Wire) -> None:
+    """Ann's second reply is lost, and counts: what left, left. Noise of deviation 1 on every number dwarfs what was trained."""
+    pytest.importorskip("dp_accounting", reason="needs the extra 'privacy'")
+    transport = Troubled(InProcess({name: site.handle for name, site in world.sites().items()}))
+    transport.change = lambda name, request, reply: (
+        Lost("late")
+        if name == "ann" and (unpack(request).head.kind, unpack(request).head.round) == ("train", 1)
+        else reply
+    )
+    wanted = world.experiment(privacy=PRIVATE, server={"wire": wire}, **QUIET)
+    result = experiment.run(wanted, world.folder / "apart", None, world.opener(transport))
+    records = metrics(world.folder / "apart")
+    assert records[0]["privacy"] == {name: {"releases": 0, "epsilon": 0.0, "delta": 1e-5} for name in NAMES}
+    assert [record["privacy"]["bob"]["releases"] for record in records] == [0, 1, 2, 3]
+    assert [record["privacy"]["ann"]["releases"] for record in records] == [0, 1, 1, 3]
+    assert records[3]["privacy"]["ann"]["epsilon"] == epsilon(2.0, 1e-5, 3)
+    assert result["privacy"] == records[3]["privacy"]
+    start = load_file(world.folder / "apart" / "start.safetensors")["start"]
+    first = unpack(next(data for name, data in transport.received if unpack(data).head.kind == "train"))
+    sent = decode(first.tensors["row0"], wire, len(start))  # a displacement
+    n = len(start)
+    # Five standard errors of a deviation, and what a row of norm 0.5 and the int8 levels (s/√12, s ≈ 4/127) add to its square.
+    assert float(sent.std()) == pytest.approx(1.0, abs=5 / (2 * n) ** 0.5 + 0.25 / n + 1e-3)
+
+
+def test_noise_is_not_repeated(world: World) -> None:
+    pytest.importorskip("dp_accounting", reason="needs the extra 'privacy'")
+    world.apart(world.sites("a"), "a-run", rounds=1, privacy=PRIVATE, **QUIET)
+    world.apart(world.sites("b"), "b-run", rounds=1, privacy=PRIVATE, **QUIET)
+    a, b = rows(world.folder / "a-run"), rows(world.folder / "b-run")
+    assert all(not torch.equal(a[key], b[key]) for key in a)
+
+
+def test_releases_are_counted_over_a_sites_restarts(world: World) -> None:
+    pytest.importorskip("dp_accounting", reason="needs the extra 'privacy'")
+    with pytest.raises(Interrupt.Pulled):
+        world.apart(world.sites(), "apart", Interrupt(2), privacy=PRIVATE, **QUIET)
+    transport = Troubled(InProcess({name: site.handle for name, site in world.sites().items()}))
+    experiment.resume(world.folder / "apart", None, world.opener(transport))
+    spent = metrics(world.folder / "apart")[-1]["privacy"]
+    assert {name: site["releases"] for name, site in spent.items()} == dict.fromkeys(NAMES, 3)
+
+
+@pytest.mark.parametrize("asked", [{}, {"privacy": PRIVATE}])
+def test_a_site_insists_on_its_noise(world: World, asked: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("dp_accounting", reason="needs the extra 'privacy'")
+    sites = world.sites(min_noise=3.0)
+    with pytest.raises(UserError, match=r"did not join"):
+        world.apart(sites, **asked)
+    assert "is too little: it takes part from 3 on" in caplog.text
+
+
+def test_one_process_has_no_noise(world: World) -> None:
+    with pytest.raises(UserError, match="privacy: noise is put on by sites"):
+        experiment.run(world.experiment(privacy=PRIVATE), world.folder / "together")
 
 
 def test_a_row_that_went_astray_is_rejected_with_the_reason_and_the_others_are_used(world: World) -> None:

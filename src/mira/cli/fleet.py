@@ -61,9 +61,12 @@ def client(
     willing: Annotated[
         bool, typer.Option("--transfer", help="Let other sites' rows be tried on this site's test data.")
     ] = False,
+    min_noise: Annotated[
+        float, typer.Option("--min-noise", min=0, help="Take part only where privacy.noise is at least this.")
+    ] = 0.0,
     verbose: Verbose = False,
 ) -> None:
     """Take part in a federation with data that stays here, until interrupted."""
     from mira.fleet.client import Options, run
 
-    run(kit, Options(data, state, model, threads, willing), say, say if verbose else silent)
+    run(kit, Options(data, state, model, threads, willing, min_noise), say, say if verbose else silent)

@@ -146,6 +146,18 @@ class ServerSection:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class PrivacySection:
+    """Noise that each site puts on what it sends (mira server); what it protects and what not is in docs/security.md."""
+
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Longest displacement of a row, as its Euclidean norm; what is longer is made as long."""
+    noise: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Standard deviation of the Gaussian noise on every number that is sent, in clips."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """At which ε is told."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ClientsSection:
     """What is not alike for all clients."""
 
@@ -178,6 +190,8 @@ class Experiment(BaseModel):
     engine: EngineSection = EngineSection()
     evaluation: EvaluationSection = EvaluationSection()
     server: ServerSection = ServerSection()
+    privacy: PrivacySection | None = None
+    """Noise that sites put on their rows; null: none."""
     tracking: Tracking = Tracking()
 
     @classmethod

@@ -239,6 +239,11 @@ class Sites(Engine, Protocol):
         """The clients [n] that let others' rows be tried on their data."""
         ...
 
+    def spent(self) -> dict[str, Any]:
+        """For a round's record: ``privacy``, of each client whose site puts noise on what it sends, ``releases`` so far and the
+        (``epsilon``, ``delta``) they add up to."""
+        ...
+
     def begin(self, stays: bool) -> None:
         """Rounds are about to begin. ``stays``: a part of what is trained never leaves its client."""
         ...

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from math import pi
 
 import numpy as np
@@ -51,6 +52,7 @@ def _box_muller(count: int, entropy: Callable[[int], bytes]) -> np.ndarray:
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
 
+@cache
 def epsilon(noise: float, delta: float, releases: int) -> float:
     """ε at ``delta`` after ``releases`` rounds, by the Rényi accountant (Mironov 2017) of Google's dp-accounting.
 

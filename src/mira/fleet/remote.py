@@ -11,16 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mira.config.experiment import PrivacySection
 from mira.core.errors import UserError
 from mira.core.travel import is_private, jobs_of, parcel
 from mira.core.types import Failure, Grade, Scores, Trained, Work
 from mira.core.wire import Wire, decode, down, encode, num_bytes
-from mira.fleet.screen import distance, too_far
-from mira.fleet.seam import Head, Kind, Lost, Malformed, Message, Reply, Transport, pack, unpack
+from mira.fleet.privacy import epsilon
+from mira.fleet.screen import Expected, Rejection, Shapes, distance, judge, too_far
+from mira.fleet.seam import Head, Kind, Lost, Message, Reply, Transport, pack
 
 log = logging.getLogger(__name__)
 
 Values = dict[str, Any]
+Request = tuple[Values, dict[str, Tensor], Shapes]  # what is sent, and the tensors that come back
+_MOST = 2**53  # of a count: beyond, it is no number of examples, tokens or steps
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,13 @@ class Run:
 class Terms:
     """``deadline``: seconds a round waits at most; ``minimum``: replies that end it sooner, None for all of them;
     ``max_norm``: how far a row may move in a round, None for any distance that is not far from the others'; ``wire``: the
-    format of rows."""
+    format of rows; ``privacy``: the noise that sites put on theirs."""
 
     deadline: float
     minimum: int | None = None
     max_norm: float | None = None
     wire: Wire = "fp32"
+    privacy: PrivacySection | None = None
 
 
 @dataclass
@@ -66,6 +71,7 @@ class RemoteEngine:
     """The lowest validation loss of a committed round, and that round: the sites keep what stays with them of it."""
     _round: int = 0
     _stays: bool = False
+    _releases: dict[str, int] = field(default_factory=dict)
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
         self._round = round
@@ -96,15 +102,14 @@ class RemoteEngine:
             name: (
                 {"rows": [f"row{i}" for i in places], "splits": list(splits), "limit": limit, **self._own(name)},
                 {f"row{i}": rows[i] for i in places},
+                {key: ((len(places), len(splits)), dtype) for key, dtype in (("nll", torch.float64), ("tokens", torch.int64))},
             ) for name, places in mine.items()
         })  # fmt: skip
         nll = torch.full((len(client), len(splits)), nan, dtype=torch.float64)
         tokens = torch.zeros(len(client), len(splits), dtype=torch.int64)
         for name, places in mine.items():
             if isinstance(reply := replies[name], Message):
-                shape = (len(places), len(splits))
-                nll[places] = _tensor(reply, "nll", shape, torch.float64)
-                tokens[places] = _tensor(reply, "tokens", shape, torch.int64)
+                nll[places], tokens[places] = reply.tensors["nll"], reply.tensors["tokens"]
         return Scores(nll, tokens)
 
     def generate(
@@ -116,7 +121,7 @@ class RemoteEngine:
         names = [self.run.names[k] for k in client.tolist()]
         asked = {"limit": limit, "max_new_tokens": max_new_tokens}
         replies = self._ask(
-            "grade", {n: (asked | self._own(n, round), {"row": row}) for n, row in zip(names, rows, strict=True)}
+            "grade", {n: (asked | self._own(n, round), {"row": row}, {}) for n, row in zip(names, rows, strict=True)}
         )
         return [_grade(replies[name]) for name in names]
 
@@ -124,6 +129,15 @@ class RemoteEngine:
         """None where a part of the rows stays with their clients: there is no whole row to try elsewhere."""
         open = [k for k, name in enumerate(self.run.names) if self.joined.get(name, {}).get("willing") is True]
         return torch.tensor([] if self._stays else open, dtype=torch.int64)
+
+    def spent(self) -> Values:
+        asked = self.terms.privacy
+        if asked is None:
+            return {}
+        return {"privacy": {
+            name: {"releases": n, "epsilon": epsilon(asked.noise, asked.delta, n), "delta": asked.delta}
+            for name, n in sorted(self._releases.items())
+        }}  # fmt: skip
 
     def begin(self, stays: bool) -> None:
         self._stays = stays
@@ -139,11 +153,11 @@ class RemoteEngine:
 
     def finish(self, rows: Tensor, client: Tensor) -> None:
         names = [self.run.names[k] for k in client.tolist()]
-        self._ask("finish", {n: (self._own(n), {"row": row}) for n, row in zip(names, rows, strict=True)})
+        self._ask("finish", {n: (self._own(n), {"row": row}, {}) for n, row in zip(names, rows, strict=True)})
 
     def join(self, names: Sequence[str]) -> dict[str, Values | Lost]:
         """Open the run at these sites: what each says of itself, or why it does not take part."""
-        asked = {n: (self.run.opening_of(n), dict[str, Tensor]()) for n in names}
+        asked: dict[str, Request] = {n: (self.run.opening_of(n), {}, {}) for n in names}
         found: dict[str, Values | Lost] = {}
         for name, reply in self._exchange("open", asked, len(names)).items():
             if isinstance(reply, Message):
@@ -160,7 +174,7 @@ class RemoteEngine:
         rounds = [r for r in self.took_part.get(name, []) if as_of is None or r <= as_of]
         return {"since": max(rounds, default=0), "stays": self._stays}
 
-    def _request(self, name: str, work: Work, mine: Sequence[int], lr: float) -> tuple[Values, dict[str, Tensor]]:
+    def _request(self, name: str, work: Work, mine: Sequence[int], lr: float) -> Request:
         """A client's jobs, and the rows they need."""
         sent, wire = parcel(work, mine), down(self.terms.wire)
         tensors = {f"a{n}": encode(_part(row, sent.upload), wire) for n, row in enumerate(sent.rows)}
@@ -174,30 +188,30 @@ class RemoteEngine:
         masks = {"upload": sent.upload, "trainable": work.trainable}
         tensors |= {key: mask for key, mask in masks.items() if mask is not None}
         keep = [] if self.best is None else [self._own(name, self.best[1])["since"]]
-        return {"jobs": jobs, "lr": lr, "keep": keep, **self._own(name)}, tensors
+        size = num_bytes(self.terms.wire, sent.numbers, work.start.dtype)
+        back = {f"row{place}": ((size,), torch.uint8) for place, j in enumerate(mine) if not is_private(work, j)}
+        return {"jobs": jobs, "lr": lr, "keep": keep, **self._own(name)}, tensors, back
 
     def _result(self, reply: Message | Lost, mine: Sequence[int], work: Work, rows: Tensor) -> dict[int, Values]:
         """What a client did, job by job; its rows are written into ``rows``, as far as they left it."""
         if isinstance(reply, Lost):
             raise Rejected(reply.reason)
         answers = reply.values.get("jobs")
-        if not isinstance(answers, list) or [a.get("job") for a in answers] != list(range(len(mine))):
+        if not isinstance(answers, list) or len(answers) != len(mine):
             raise Rejected("its reply does not hold one result for each job")
-        sent, dtype = parcel(work, mine), work.start.dtype
-        shape = (num_bytes(self.terms.wire, sent.numbers, dtype),)
-        came = {
-            j: _tensor(reply, f"row{place}", shape, torch.uint8)
-            for place, j in enumerate(mine)
-            if not is_private(work, j)
-        }
+        checked = {j: _checked(answer, place) for place, (j, answer) in enumerate(zip(mine, answers, strict=True))}
+        sent, wire = parcel(work, mine), self.terms.wire
         try:
-            numbers = {j: decode(data, self.terms.wire, sent.numbers, dtype) for j, data in came.items()}
+            numbers = {
+                j: decode(reply.tensors[f"row{place}"], wire, sent.numbers, work.start.dtype)
+                for place, j in enumerate(mine) if not is_private(work, j)
+            }  # fmt: skip
         except ValueError as error:
             raise Rejected(str(error)) from None
         where = slice(None) if sent.upload is None else sent.upload
         for j, given in numbers.items():
-            rows[j, where] = given if self.terms.wire == "fp32" else work.start[j, where] + given
-        return {j: _checked(answer) for j, answer in zip(mine, answers, strict=True)}
+            rows[j, where] = given if wire == "fp32" and self.terms.privacy is None else work.start[j, where] + given
+        return checked
 
     def _astray(self, work: Work, rows: Tensor, done: Sequence[int]) -> dict[int, str]:
         """Clients one of whose rows went further than a row of this round should, and how far."""
@@ -205,7 +219,7 @@ class RemoteEngine:
         norm = torch.tensor([distance(rows[j], work.start[j]) for j in sent], dtype=torch.float64)
         return {int(work.client[sent[i]]): found.reason for i, found in too_far(norm, self.terms.max_norm).items()}
 
-    def _ask(self, kind: Kind, requests: dict[str, tuple[Values, dict[str, Tensor]]]) -> dict[str, Message | Lost]:
+    def _ask(self, kind: Kind, requests: dict[str, Request]) -> dict[str, Message | Lost]:
         """Ask those who are online; the new among them join first."""
         online = self.transport.roster()
         replies: dict[str, Message | Lost] = {n: Lost("it is not online") for n in requests if n not in online}
@@ -219,19 +233,29 @@ class RemoteEngine:
                 log.warning("%s from %s: %s", kind, name, reply.reason)
         return replies
 
-    def _exchange(
-        self, kind: Kind, requests: dict[str, tuple[Values, dict[str, Tensor]]], minimum: int
-    ) -> dict[str, Message | Lost]:
+    def _exchange(self, kind: Kind, requests: dict[str, Request], minimum: int) -> dict[str, Message | Lost]:
         if not requests:
             return {}
         heads = {name: Head(kind, self.run.number, self.run.segment, self._round, name) for name in requests}
-        packed = {name: pack(Message(heads[name], *request)) for name, request in requests.items()}
+        packed = {name: pack(Message(heads[name], values, tensors)) for name, (values, tensors, _) in requests.items()}
 
         def seen(name: str, reply: Reply) -> None:
             self.watch(name, f"{kind}: {reply.reason if isinstance(reply, Lost) else 'done'}")
 
         replies = self.transport.exchange(packed, self.terms.deadline, minimum, seen)
-        return {name: _opened(replies.get(name), head) for name, head in heads.items()}
+        for name in replies.keys() - heads.keys():
+            log.warning("%s from %s: rejected, it was asked nothing", kind, name)
+        found = {n: _opened(replies.get(n), Expected(head, requests[n][2])) for n, head in heads.items()}
+        for name, reply in found.items():
+            if isinstance(reply, Message):
+                self._count(name, reply)
+        return found
+
+    def _count(self, name: str, reply: Message) -> None:
+        """What a site says it has released; never less than it said before."""
+        told = reply.values.get("releases")
+        if type(told) is int and 0 <= told < _MOST:
+            self._releases[name] = max(told, self._releases.get(name, 0))
 
 
 def _part(row: Tensor, upload: Tensor | None) -> Tensor:
@@ -242,35 +266,18 @@ class Rejected(Exception):
     """A reply that is not used, and why."""
 
 
-def _opened(reply: Reply | None, head: Head) -> Message | Lost:
-    """The message in ``reply`` if it answers ``head`` and no other request."""
+def _opened(reply: Reply | None, expected: Expected) -> Message | Lost:
+    """The message in ``reply`` if it is what was asked for."""
     if reply is None:
         return Lost("no reply within the deadline")
-    if isinstance(reply, Lost):
-        return reply
-    try:
-        message = unpack(reply)
-    except Malformed as error:
-        return Lost(f"its reply is {error}")
-    if message.head != head:
-        return Lost(
-            f"a stale or foreign reply ({message.head.kind} of round {message.head.round} as {message.head.name})"
-        )
-    failed = message.values.get("failed")
-    return message if failed is None else Lost(str(failed)[:200])
+    found = reply if isinstance(reply, Lost) else judge(expected, reply)
+    return Lost(found.reason) if isinstance(found, Rejection) else found
 
 
-def _tensor(reply: Message, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    found = reply.tensors.get(name)
-    if found is None:
-        raise Rejected(f"its reply lacks {name}")
-    if tuple(found.shape) != shape or found.dtype != dtype:
-        raise Rejected(f"{name} is {found.dtype} {tuple(found.shape)}, expected {dtype} {shape}")
-    return found
-
-
-def _checked(answer: Values) -> Values:
-    whole = all(type(answer.get(key)) is int and answer[key] > 0 for key in ("examples", "tokens", "steps"))
+def _checked(answer: object, place: int) -> Values:
+    if not isinstance(answer, dict) or answer.get("job") != place:
+        raise Rejected("its reply does not hold one result for each job")
+    whole = all(type(answer.get(key)) is int and 0 < answer[key] < _MOST for key in ("examples", "tokens", "steps"))
     loss = answer.get("loss")
     if not whole or not isinstance(loss, float) or not isfinite(loss):
         raise Rejected("its counts or its loss are no numbers a training gives")
@@ -284,5 +291,6 @@ def _column(answers: Mapping[int, Values], done: Sequence[int], key: str) -> Ten
 
 def _grade(reply: Message | Lost) -> Grade:
     given = reply.values.get("grade", {}) if isinstance(reply, Message) else {}
+    given = given if isinstance(given, dict) else {}
     keys = ("exact_match", "rouge_l")
     return {key: given[key] if isinstance(given.get(key), float) and 0 <= given[key] <= 1 else nan for key in keys}

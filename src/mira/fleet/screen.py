@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -12,9 +12,8 @@ from torch import Tensor
 
 from mira.fleet.seam import Head, Malformed, Message, unpack
 
-Kind = Literal[
-    "unasked", "duplicate", "oversized", "malformed", "foreign", "stale", "shape", "dtype", "not finite", "norm"
-]
+Kind = Literal["oversized", "malformed", "foreign", "stale", "failed", "shape", "dtype", "not finite", "norm"]
+Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 _HEAD_BYTES = 2**20  # of names, counts and losses beside the tensors
 _TOO_FAR = 10.0  # times the round's median displacement
 _QUORUM = 3  # replies of which a median says anything
@@ -33,36 +32,32 @@ class Expected:
     """The one reply that answers a request: its head, and shape and dtype of each of its tensors."""
 
     head: Head
-    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    tensors: Shapes
 
     @property
     def most_bytes(self) -> int:
         return _HEAD_BYTES + sum(prod(shape) * dtype.itemsize for shape, dtype in self.tensors.values())
 
 
-def judge(expected: Mapping[str, Expected], done: Container[str], sender: str, data: bytes) -> Message | Rejection:
-    """The message in ``data`` from ``sender`` (a name the transport proved), if it is the reply expected of it.
-
-    ``expected``: site → what was asked of it; ``done``: sites whose reply is in.
-    """
-    if sender not in expected:
-        return Rejection("unasked", "it was asked nothing")
-    if sender in done:
-        return Rejection("duplicate", "its reply is in already")
-    wanted = expected[sender]
+def judge(wanted: Expected, data: bytes) -> Message | Rejection:
+    """The message in ``data`` if it is the reply expected of the site that sent it (a name the transport proved). Whether its
+    bytes are rows of finite numbers is found when they are decoded."""
     if len(data) > wanted.most_bytes:
         return Rejection("oversized", f"its reply has {len(data)} bytes; at most {wanted.most_bytes} are read")
     try:
         message = unpack(data)
     except Malformed as error:
         return Rejection("malformed", f"its reply is {error}")
-    wrong = _head(message.head, wanted.head) or _tensors(message.tensors, wanted.tensors)
-    return wrong or message
+    if wrong := _head(message.head, wanted.head):
+        return wrong
+    if (failed := message.values.get("failed")) is not None:
+        return Rejection("failed", " ".join(str(failed).split())[:200])
+    return _tensors(message.tensors, wanted.tensors) or message
 
 
 def _head(found: Head, wanted: Head) -> Rejection | None:
     if found.name != wanted.name:
-        return Rejection("foreign", f"its reply is in the name of {found.name[:80]!r}")
+        return Rejection("foreign", f"its reply is in the name of {str(found.name)[:80]!r}")
     for part in ("run", "segment", "round", "kind"):
         given, asked = getattr(found, part), getattr(wanted, part)
         if given != asked:
@@ -70,9 +65,7 @@ def _head(found: Head, wanted: Head) -> Rejection | None:
     return None
 
 
-def _tensors(
-    found: Mapping[str, Tensor], wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-) -> Rejection | None:
+def _tensors(found: Mapping[str, Tensor], wanted: Shapes) -> Rejection | None:
     if found.keys() != wanted.keys():
         lacking, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
         return Rejection("shape", f"its reply lacks {lacking[:3]} and has {[name[:40] for name in extra[:3]]} beyond")
@@ -82,8 +75,6 @@ def _tensors(
             return Rejection("dtype", f"{name} is {tensor.dtype}, expected {dtype}")
         if tuple(tensor.shape) != shape:
             return Rejection("shape", f"{name} is {tuple(tensor.shape)}, expected {shape}")
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            return Rejection("not finite", f"{name} holds NaN or an infinity")
     return None
 
 

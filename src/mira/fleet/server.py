@@ -15,6 +15,7 @@ from torch import Tensor
 from mira.config import Experiment
 from mira.core.errors import UserError
 from mira.data.sources.sites import Sites
+from mira.fleet.privacy import epsilon
 from mira.fleet.remote import RemoteEngine, Run, Terms
 from mira.fleet.seam import Lost, Transport
 from mira.fleet.site import fingerprints
@@ -48,13 +49,15 @@ class Opener:
         progress: Callable[[int], None] = lambda tokens: None,
         folder: Path | None = None,
     ) -> Session:
+        if (asked := experiment.privacy) is not None:
+            epsilon(asked.noise, asked.delta, 1)  # a missing accountant is found now
         names = sorted(self.names)
         data = experiment.data if isinstance(experiment.data, Sites) else Sites()
         known = data.examples or dict.fromkeys(names, 1)  # 1: until they have told
         session = open_session(
             experiment.model_copy(update={"data": replace(data, examples=known)}), recorded, folder=folder
         )
-        terms = Terms(**asdict(experiment.server))
+        terms = Terms(**asdict(experiment.server), privacy=experiment.privacy)
         number = secrets.token_hex(8) if folder is None else _number(folder)
         given = experiment.model_dump(mode="json")
         opening = {

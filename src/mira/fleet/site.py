@@ -22,6 +22,7 @@ from mira.core.wire import Wire, compress, decode, down, encode
 from mira.data.sources.sites import Own
 from mira.data.types import Source
 from mira.experiment import export_row
+from mira.fleet.privacy import describe, epsilon, release
 from mira.fleet.seam import Message, pack, unpack
 from mira.fleet.shelf import Shelf
 from mira.session import Session, open_session
@@ -46,11 +47,17 @@ class Opened:
     number: int
     start: Tensor
 
+    @property
+    def releases(self) -> int:
+        """Rows with noise that left this site in this run."""
+        return int((self.shelf.noted("releases") or {"count": 0})["count"])
+
 
 @dataclass
 class Site:
     """One client of a federation, where its data is. ``model``: the base model's name or folder here, None as the server
-    calls it; ``state``: the folder of all it keeps; ``willing``: others' rows may be tried on its data."""
+    calls it; ``state``: the folder of all it keeps; ``willing``: others' rows may be tried on its data; ``min_noise``: the
+    least ``privacy.noise`` of a run it takes part in."""
 
     name: str
     source: Source
@@ -58,6 +65,7 @@ class Site:
     model: str | None = None
     willing: bool = False
     threads: int | None = None
+    min_noise: float = 0.0
     _opened: dict[str, Opened] = field(default_factory=dict)
     _optimizer: dict[int, Tensor] = field(default_factory=dict)
 
@@ -83,9 +91,11 @@ class Site:
     def _open(self, message: Message) -> tuple[Values, dict[str, Tensor]]:
         shelf = Shelf.of(self.state, message.head.run)
         shelf.note("open", message.values)
-        client = self._run(message.head.run, message.values).session.federation.clients[0]
+        opened = self._run(message.head.run, message.values)
+        client = opened.session.federation.clients[0]
         log.info("joined run %s", message.head.run)
-        return {"examples": client.num_train, "willing": self.willing}, {}
+        counts = {"examples": client.num_train, "releases": opened.releases}
+        return {**counts, "willing": self.willing}, {}
 
     def _run(self, run: str, values: Values | None = None) -> Opened:
         """The run's session: built when the server opens it, or again when this process is a new one."""
@@ -106,6 +116,11 @@ class Site:
         if self.model is not None:
             given["model"] = given["model"] | {"name": self.model, "source": "auto"}
         experiment = config.parse(given | {"data": {"source": "builtin"}})
+        noise = 0.0 if experiment.privacy is None else experiment.privacy.noise
+        if noise < self.min_noise:
+            raise Refused(f"privacy.noise={noise:g} is too little: it takes part from {self.min_noise:g} on")
+        if experiment.privacy is not None:
+            epsilon(noise, experiment.privacy.delta, 1)  # a missing accountant is found now
         experiment = experiment.model_copy(update={"data": Own(self.source, self.name)})
         number = int(values["number"])
         threads = {"threads": self.threads or values["threads"]}
@@ -155,11 +170,9 @@ class Site:
                 things[f"optimizer{j}"] = trained.optimizer[m].clone()
             if not private[j]:
                 travels = slice(None) if upload is None else upload
-                if wire == "fp32":
-                    tensors[f"row{j}"] = encode(row[travels], wire)
-                else:
-                    moved = row[travels] - start[j][travels]
-                    tensors[f"row{j}"], things[f"residual{j}"] = compress(moved, kept.get(f"residual{j}"), wire)
+                residual = kept.get(f"residual{j}")
+                tensors[f"row{j}"], left = self._leaving(here, row[travels], start[j][travels], residual)
+                things |= {} if left is None else {f"residual{j}": left}
             answers.append({
                 "job": j, "examples": int(trained.examples[m]), "tokens": int(trained.tokens[m]),
                 "steps": int(trained.steps[m]), "loss": float(trained.loss[m]),
@@ -167,7 +180,25 @@ class Site:
         if things:
             here.shelf.put(message.head.round + 1, things)
         log.info("round %d: trained, mean loss %.3f", message.head.round + 1, answers[-1]["loss"])
-        return {"jobs": answers}, tensors
+        return {"jobs": answers, "releases": here.releases}, tensors
+
+    def _leaving(
+        self, here: Opened, row: Tensor, start: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The bytes in which a trained row leaves, and what rounding took away of it. In fp32 without noise it leaves as it is,
+        else as its displacement: clipped, with noise, what was taken away before, and rounded."""
+        wire, privacy = here.session.experiment.server.wire, here.session.experiment.privacy
+        try:
+            if wire == "fp32" and privacy is None:
+                return encode(row, wire), None
+            moved = row - start
+            if privacy is not None:
+                here.shelf.note("releases", {"count": here.releases + 1})  # it counts whatever becomes of it
+                moved = release(moved, privacy.clip, privacy.noise)
+            data, left = compress(moved, residual, wire)
+        except ValueError as error:
+            raise Refused(f"its row cannot be sent: {error}") from None
+        return data, None if wire == "fp32" else left
 
     def _evaluate(self, message: Message) -> tuple[Values, dict[str, Tensor]]:
         here, values = self._run(message.head.run), message.values
@@ -189,6 +220,8 @@ class Site:
         place = self.state / "adapter"
         export_row(here.session, place, self._deployed(here, message, "row"))
         log.info("adapter written to %s", place)
+        if (asked := here.session.experiment.privacy) is not None:
+            log.info("privacy: %s", describe(asked.clip, asked.noise, asked.delta, here.releases))
         return {}, {}
 
     def _deployed(self, here: Opened, message: Message, name: str) -> Tensor:

@@ -53,6 +53,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--model")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--min-noise", type=float, default=0.0)
     parser.add_argument("--willing", action="store_true")
     given = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -60,7 +61,13 @@ def main() -> None:
     logging.getLogger("mira").setLevel(logging.INFO)
     try:
         site = Site(
-            given.name, source_of(Path(given.data)), Path(given.state), given.model, given.willing, given.threads
+            given.name,
+            source_of(Path(given.data)),
+            Path(given.state),
+            given.model,
+            given.willing,
+            given.threads,
+            given.min_noise,
         )
         site.source.load(0)
         serve(site, Path(given.socket))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mira.page.load import Run
 from mira.page.variants import Variant
+from mira.report import privacy
 
 _NAMED = 5  # clients named in a note; of more their number is said
 
@@ -49,6 +50,8 @@ def _of_run(run: Run, alone: bool) -> list[str]:
         found.append(
             f"{who} went on without a client {times}: {_list([name for _, name, _ in lost])}; see Lost clients."
         )
+    if spent := run.records[-1].get("privacy"):
+        found.append(f"{who} put noise on rows: {privacy(spent)}.")
     cut = run.environment.get("truncated", {})
     if cut:
         found.append(
