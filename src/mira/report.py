@@ -76,7 +76,6 @@ def summarise(
             "rouge_l": best_answers.get("rouge_l"),
         },
         "validation_loss": last["validation_loss"],
-        "privacy": records[-1].get("privacy"),
         "lost": sum(len(record["lost"]) for record in training),
         "bytes_up": sum(record["bytes_up"] for record in training),
         "bytes_down": sum(record["bytes_down"] for record in training),
@@ -86,6 +85,7 @@ def summarise(
         if tokens
         else 0.0,
         "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
+        **{key: spent for key, spent in records[-1].items() if key == "privacy"},
     }
 
 
@@ -114,7 +114,7 @@ def table(result: Result) -> Group:
         + (f", exact match {number(best['exact_match'], 2)}" if best["exact_match"] is not None else ""),
         f"sent {data_size(result['bytes_up'])} up, {data_size(result['bytes_down'])} down"
         + (f"; clients lost from a round: {result['lost']}" if result["lost"] else ""),
-        privacy(result["privacy"]) if result.get("privacy") else "",
+        privacy(result["privacy"]) if "privacy" in result else "",
         f"{result['seconds']:.0f} s, {result['tokens_per_second']:.0f} training tokens/s,"
         f" peak memory {data_size(result['peak_memory_bytes'])}",
         f"model {model['name']} ({model['source']}, sha256 {model['sha256'][:12]})",

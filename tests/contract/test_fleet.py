@@ -370,6 +370,9 @@ def test_noise_is_put_on_at_the_site_and_every_release_counts(world: World, wire
     assert [record["privacy"]["ann"]["releases"] for record in records] == [0, 1, 1, 3]
     assert records[3]["privacy"]["ann"]["epsilon"] == epsilon(2.0, 1e-5, 3)
     assert result["privacy"] == records[3]["privacy"]
+    page = world.folder / "page.html"
+    assert mira("report", world.folder / "apart", "--out", page).status == 0
+    assert f"bob ({epsilon(2.0, 1e-5, 3):.3g}, 1e-05) of 3" in page.read_text()
     start = load_file(world.folder / "apart" / "start.safetensors")["start"]
     first = unpack(next(data for name, data in transport.received if unpack(data).head.kind == "train"))
     sent = decode(first.tensors["row0"], wire, len(start))  # a displacement
