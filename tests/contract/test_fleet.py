@@ -202,17 +202,25 @@ def test_rounded_rows_train_as_exact_ones_do(world: World, wire: Wire, name: str
     assert 0 < abs(rounded[-1]["local_loss"] - exact[-1]["local_loss"]) < 0.02 * progress
 
 
+def lost_and_away(world: World, plan: dict[str, Any]) -> None:
+    """Two runs of ``plan``, in a-run and b-run: round 1's replies are lost on their way, or nobody was asked for them."""
+
+    def is_it(request: bytes) -> bool:
+        head = unpack(request).head
+        return head.kind == "train" and head.round == 1
+
+    lost = Troubled(InProcess({name: site.handle for name, site in world.sites("a").items()}))
+    lost.change = lambda name, request, reply: Lost("late") if is_it(request) else reply
+    away = Troubled(InProcess({name: site.handle for name, site in world.sites("b").items()}))
+    away.block = is_it
+    experiment.run(world.experiment(**plan), world.folder / "a-run", None, world.opener(lost))
+    experiment.run(world.experiment(**plan), world.folder / "b-run", None, world.opener(away))
+
+
 def test_what_rounding_took_away_is_kept_with_the_round_that_counted(world: World) -> None:
     """A reply that is lost takes its residual with it: the rows are those of a run in which the round never was."""
     plan: dict[str, Any] = {"method": {"name": "fedit"}, "server": {"wire": "int8"}}
-    lost = Troubled(InProcess({name: site.handle for name, site in world.sites("a").items()}))
-    lost.change = lambda name, request, reply: (
-        Lost("late") if unpack(request).head.kind == "train" and unpack(request).head.round == 1 else reply
-    )
-    away = Troubled(InProcess({name: site.handle for name, site in world.sites("b").items()}))
-    away.block = lambda request: unpack(request).head.kind == "train" and unpack(request).head.round == 1
-    experiment.run(world.experiment(**plan), world.folder / "a-run", None, world.opener(lost))
-    experiment.run(world.experiment(**plan), world.folder / "b-run", None, world.opener(away))
+    lost_and_away(world, plan)
     a, b = rows(world.folder / "a-run"), rows(world.folder / "b-run")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -444,14 +452,7 @@ def test_a_largest_norm_of_the_configuration_is_kept(world: World) -> None:
 def test_a_round_whose_replies_are_lost_leaves_no_trace_at_the_sites(world: World) -> None:
     """Private rows and optimisers go on from the last round that counted, not from the last one trained."""
     plan: dict[str, Any] = {"method": {"name": "ditto"}, "training": {"keep_optimizer": True}}
-    lost = Troubled(InProcess({name: site.handle for name, site in world.sites("a").items()}))
-    lost.change = lambda name, request, reply: (
-        Lost("late") if unpack(request).head.kind == "train" and unpack(request).head.round == 1 else reply
-    )
-    away = Troubled(InProcess({name: site.handle for name, site in world.sites("b").items()}))
-    away.block = lambda request: unpack(request).head.kind == "train" and unpack(request).head.round == 1
-    experiment.run(world.experiment(**plan), world.folder / "a-run", None, world.opener(lost))
-    experiment.run(world.experiment(**plan), world.folder / "b-run", None, world.opener(away))
+    lost_and_away(world, plan)
     a, b = metrics(world.folder / "a-run"), metrics(world.folder / "b-run")
     assert a[2]["lost"].keys() == b[2]["lost"].keys() == set(NAMES)
     assert a[3]["clients"] == b[3]["clients"]
