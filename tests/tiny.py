@@ -79,3 +79,7 @@ def save_tiny(folder: Path, kind: Kind = "llama", dtype: torch.dtype = torch.flo
     make_tiny(kind, dtype, seed).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

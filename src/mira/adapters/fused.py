@@ -18,11 +18,6 @@ from transformers.pytorch_utils import Conv1D
 from mira.adapters.lowrank import Factors, Lane, add_gradients, add_product
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, total: Tensor | None = None) -> Tensor:
-    """x·Wᵀ + b [T,out] of x [T,in]; with ``total`` [T,out] their sum, for which ``total`` is used up."""
-    return linear(x, weight, bias) if total is None else total.addmm_(x, weight.T)
-
-
 @dataclass(frozen=True)
 class Projection:
     """A frozen linear layer y = W·x + b and the place of its adapter, if it has one."""
@@ -37,7 +32,7 @@ class Projection:
         return weight.T if isinstance(self.module, Conv1D) else weight  # Conv1D keeps it as [in,out]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.module.bias)  # type: ignore[arg-type]
+        return linear(x, self.weight, self.module.bias)  # type: ignore[arg-type]
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -62,7 +57,7 @@ def project_back(
     total = None
     if into_x:
         for g, one in zip(grads, group, strict=True):
-            total = product(g, one.weight.T, None, total)
+            total = torch.mm(g, one.weight) if total is None else total.addmm_(g, one.weight)
     adapted = [(g, one.factors) for g, one in zip(grads, group, strict=True) if one.factors]
     if not adapted:
         return total

@@ -1,0 +1,80 @@
+"""Attention of packed sequences in tiles, against a mask of all of them."""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mira.engine import attention
+from mira.engine.attention import Packed, Segment, Tile, tiles
+from tiny import draw
+
+T, K, M = 7, 5, 6  # tokens, hidden and inner size
+
+
+@st.composite
+def layouts(drawing: st.DrawFn) -> list[Segment]:
+    """Clients one after another: a shared prefix or none, then own segments, empty ones too."""
+    out: list[Segment] = []
+    for _ in range(drawing(st.integers(1, 3))):
+        at = out[-1].end if out else 0
+        prefix = drawing(st.integers(0, 9))
+        out += [Segment(at, at + prefix)] if prefix else []
+        lengths = drawing(st.lists(st.integers(0, 12), min_size=1, max_size=4))
+        out += [Segment(i, j, at, at + prefix) for i, j in pairwise(accumulate(lengths, initial=at + prefix))]
+    return out
+
+
+def visible(segments: list[Segment], window: int | None) -> Tensor:
+    """[T,T], written down from what a segment means."""
+    seen = torch.zeros(segments[-1].end, segments[-1].end, dtype=torch.bool)
+    for s in segments:
+        past = [*range(s.prefix_start, s.prefix_end), *range(s.start, s.end)]
+        for place, query in enumerate(past):
+            if query >= s.start and (place >= s.prefix or s.prefix == 0):
+                first = 0 if window is None else max(0, place - window + 1)
+                seen[query, past[first : place + 1]] = True
+    return seen
+
+
+def seen_by(tile: Tile, heads: int, total: int) -> Tensor:
+    """[queries, T] of one tile, the same for every head."""
+    hidden = tile.hidden.view(heads, tile.end - tile.start, -1)
+    assert bool((hidden == hidden[:1]).all())
+    assert bool(((hidden == 0) | (hidden == -torch.inf)).all())
+    keys = tile.keys(torch.arange(total)[None, :, None]).flatten()
+    return torch.zeros(len(hidden[0]), total).index_add_(1, keys, (hidden[0] == 0).float()) == 1
+
+
+@given(layouts(), st.none() | st.integers(1, 14), st.integers(1, 3), st.integers(1, 30))
+def test_tiles_show_every_query_what_it_may_see(
+    segments: list[Segment], window: int | None, heads: int, size: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_TILE", size)
+        cut = tiles(segments, window, heads, torch.empty(0))
+    total = segments[-1].end
+    assert [n for tile in cut for n in range(tile.start, tile.end)] == list(range(total))
+    assert all(0 < tile.end - tile.start <= size for tile in cut)
+    if cut:
+        assert torch.equal(torch.cat([seen_by(tile, heads, total) for tile in cut]), visible(segments, window))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Query heads that share key heads, values of another size, a prefix longer than the window, pieces of 4 tokens."""
+    monkeypatch.setattr(attention, "_TILE", 4)
+    segments = [Segment(0, 5), Segment(5, 6, 0, 5), Segment(6, 8, 0, 5), Segment(8, 14, 0, 5), Segment(14, 17)]
+    q, k, v = (
+        draw(1, h, 17, d, seed=n).requires_grad_() for n, (h, d) in enumerate([(4, 3), (2, 3), (2, 2)])
+    )  # fmt: skip
+    mask = torch.zeros(17, 17).double().masked_fill(~visible(segments, window), -torch.inf)
+    wide = [x.repeat_interleave(2, dim=1) for x in (k, v)]
+    expected = ((q @ wide[0].transpose(-1, -2) * 0.7 + mask).softmax(-1) @ wide[1]).transpose(1, 2)
+    torch.testing.assert_close(Packed(segments).attend(0, q, k, v, 0.7, window), expected)
+    assert torch.autograd.gradcheck(lambda *x: Packed(segments).attend(0, *x, 0.7, window), (q, k, v), fast_mode=True)
