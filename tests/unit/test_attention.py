@@ -14,8 +14,6 @@ from mira.engine import attention
 from mira.engine.attention import Packed, Segment, Tile, tiles
 from tiny import draw
 
-T, K, M = 7, 5, 6  # tokens, hidden and inner size
-
 
 @st.composite
 def layouts(drawing: st.DrawFn) -> list[Segment]:

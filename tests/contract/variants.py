@@ -1,0 +1,37 @@
+"""Every method with settings that show what it does, as the contract tests run it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mira.core.graph import Graph
+from mira.core.learned import Learned
+from mira.core.types import Method
+from mira.methods import METHODS
+
+VARIANTS: dict[str, Any] = {
+    "mira": METHODS["mira"](strength=0.4),
+    "mira-all": METHODS["mira"](strength=0.4, neighbours="all"),
+    "mira-paper": METHODS["mira"](form="paper", regularisation=2.0),
+    "mira-paper-all": METHODS["mira"](form="paper", regularisation=2.0, neighbours="all"),
+    "mira-learned": METHODS["mira"](strength=0.4),
+    "local": METHODS["local"](),
+    "fedit": METHODS["fedit"](),
+    "fedprox": METHODS["fedprox"](mu=0.3),
+    "ditto": METHODS["ditto"](lam=0.3),
+    "mr-mtl": METHODS["mr-mtl"](lam=0.3),
+    "pfedme": METHODS["pfedme"](lam=0.3, step=0.5),
+    "ffa-lora": METHODS["ffa-lora"](),
+    "fedsa-lora": METHODS["fedsa-lora"](),
+    "flexlora": METHODS["flexlora"](),
+    "fedavgm": METHODS["fedavgm"](lr=0.7),
+    "fedadam": METHODS["fedadam"](lr=0.01),
+}
+ROW_OF_EACH = [name for name in VARIANTS if name.startswith("mira") or name == "local"]  # row k is client k's
+BESIDE_ONE = ["ditto", "mr-mtl", "pfedme", "fedsa-lora"]  # row 0 is that of all, row k + 1 client k's
+ONE_ROW = [name for name in VARIANTS if name not in ROW_OF_EACH + BESIDE_ONE]
+
+
+def used_by(method: Method, known: Graph) -> Graph:
+    """``known``, or of as many clients a graph that is still to be learned, where ``method`` is the variant that learns it."""
+    return Learned.start(known.num_clients, 1, 3, 0.0) if method is VARIANTS["mira-learned"] else known
