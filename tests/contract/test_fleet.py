@@ -20,7 +20,7 @@ from mira.data.sources.sites import Own, Sites
 from mira.fleet.privacy import epsilon
 from mira.fleet.seam import InProcess, Lost, Reply, Watch, pack, unpack
 from mira.fleet.server import Opener
-from mira.fleet.site import Site
+from mira.fleet.site import SEE_LOG, Site
 from mira.methods import METHODS
 from small import Interrupt, mira, settings
 from tiny import save_tiny
@@ -233,6 +233,18 @@ def test_text_and_file_names_never_leave(world: World) -> None:
     everything = b"".join(data for _, data in transport.received)
     for planted in (*SECRETS.values(), str(world.folder), "jsonl", "ann.jsonl"):
         assert planted.encode() not in everything
+
+
+def test_what_an_error_says_stays_at_its_site(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    sites = world.sites()
+    sites["bob"].model = str(world.folder / "secret-model")
+    transport = Troubled(InProcess({name: site.handle for name, site in sites.items()}))
+    with pytest.raises(UserError, match="bob did not join"):
+        experiment.run(world.experiment(), world.folder / "apart", None, world.opener(transport))
+    everything = b"".join(data for _, data in transport.received)
+    assert SEE_LOG.encode() in everything
+    assert b"secret-model" not in everything
+    assert "secret-model" in caplog.text
 
 
 def test_the_matrix_only_where_sites_are_willing(world: World) -> None:

@@ -6,7 +6,6 @@ import socket
 import ssl
 import threading
 import time
-from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,11 +18,12 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs the extra 'flower'")
 
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import Message, Metadata
+from flwr.proto.node_pb2 import Node
 
 from mira.fleet import kit
-from mira.fleet.admission import admission
+from mira.fleet.admission import admission, signed
 from mira.fleet.gate import Limits, Upstream, opened, server_tls, upstream_tls
 
 LIMITS = Limits(body=1 << 20, head=5.0, stall=5.0)
@@ -130,19 +130,8 @@ def gate(
         yield Outside(address, upstream_tls(kits / "a" / "ca.pem"))
 
 
-def signed(key: Path, when: datetime | None = None) -> dict[str, str]:
-    """The headers of Flower's own node authentication."""
-    private = serialization.load_ssh_private_key(key.read_bytes(), None)
-    assert isinstance(private, ec.EllipticCurvePrivateKey)
-    stamp = (when or datetime.now(UTC)).isoformat()
-    public = private.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    signature = private.sign(stamp.encode(), ec.ECDSA(hashes.SHA256()))
-    return {
-        "flwr-public-key": b64encode(public).decode(), "flwr-timestamp": stamp,
-        "flwr-signature": b64encode(signature).decode(),
-    }  # fmt: skip
+def proof(key: Path, when: datetime | None = None) -> dict[str, str]:
+    return signed(key.read_bytes(), when or datetime.now(UTC))
 
 
 @pytest.fixture(scope="module")
@@ -314,14 +303,29 @@ def test_a_site_refuses_an_expired_certificate(kits: Path, tmp_path: Path) -> No
         trust.wrap_socket(plain, server_hostname="127.0.0.1")
 
 
+def test_of_answers_only_a_sites_own_pass(kits: Path) -> None:
+    about = Metadata(run_id=3, message_id="m", src_node_id=5, dst_node_id=1, reply_to_message_id="q")
+    with superlink() as link, gate(kits, link.port) as outside:
+
+        def pushed(node: int) -> int:
+            body = PushMessagesRequest(node=Node(node_id=node), messages_list=[Message(metadata=about)])
+            return outside.post("/v1/fleet/push-messages", body.SerializeToString()).status_code
+
+        assert [pushed(5), pushed(6)] == [200, 403]
+        too_long = replace(LIMITS, answer=10)
+        with gate(kits, link.port, too_long) as outside:
+            assert pushed(5) == 413
+    assert len(link.seen) == 1
+
+
 def test_only_admitted_sites_get_through(tmp_path: Path) -> None:
     server = kit.make_server(tmp_path / "server", "127.0.0.1:1", days=2).folder
     for name in "ab":
         kit.make_site(server, name, tmp_path / name)
     stranger = kit.make_server(tmp_path / "other", "127.0.0.1:1", days=2).folder
     kit.make_site(stranger, "a", tmp_path / "foreign")
-    a, b = (signed(tmp_path / name / "site.key") for name in "ab")
-    past = signed(tmp_path / "a" / "site.key", datetime.now(UTC) - timedelta(minutes=6))
+    a, b = (proof(tmp_path / name / "site.key") for name in "ab")
+    past = proof(tmp_path / "a" / "site.key", datetime.now(UTC) - timedelta(minutes=6))
     with superlink() as link, gate(tmp_path, link.port, real=True) as outside:
 
         def status(headers: Mapping[str, str]) -> int:
@@ -329,16 +333,16 @@ def test_only_admitted_sites_get_through(tmp_path: Path) -> None:
 
         assert status(a) == status(b) == 200
         wrong = [
-            {}, past, signed(tmp_path / "foreign" / "site.key"), a | {"flwr-public-key": b["flwr-public-key"]},
+            {}, past, proof(tmp_path / "foreign" / "site.key"), a | {"flwr-public-key": b["flwr-public-key"]},
             a | {"flwr-timestamp": b["flwr-timestamp"]}, a | {"flwr-signature": "x"}, a | {"flwr-timestamp": "2026-01-01"},
             a | {"flwr-public-key": "QUJD"},
         ]  # fmt: skip
         assert [status(headers) for headers in wrong] == [401] * len(wrong)
-        told = outside.post("/v1/fleet/activate-node", headers=signed(tmp_path / "foreign" / "site.key"))
+        told = outside.post("/v1/fleet/activate-node", headers=proof(tmp_path / "foreign" / "site.key"))
         assert (told.status_code, told.json()["code"]) == (412, 2004)
         assert "does not admit this node key" in told.json()["detail"]
         kit.revoke(server, "a")
-        assert (status(signed(tmp_path / "a" / "site.key")), status(b)) == (401, 200)
+        assert (status(proof(tmp_path / "a" / "site.key")), status(b)) == (401, 200)
         (server / "server.json").write_text("{")
-        assert status(b) == 401, "a damaged list lets nobody in"
+        assert status(b) == 503, "a damaged list lets nobody in, and tells nobody that it is refused"
     assert len(link.seen) == 3

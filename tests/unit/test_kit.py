@@ -175,7 +175,7 @@ def test_a_linked_folder_and_another_users_are_refused(
     with pytest.raises(UserError, match="is a symbolic link; name the kit's folder itself"):
         kit.load_site(tmp_path / "link")
     monkeypatch.setattr(os, "geteuid", lambda: site.stat().st_uid + 1)
-    with pytest.raises(UserError, match="a kit must be its user's own"):
+    with pytest.raises(UserError, match="it must be its user's own"):
         kit.load_site(site)
 
 

@@ -6,8 +6,7 @@ revoking a site counts from the next request on.
 
 from __future__ import annotations
 
-import logging
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,27 +15,19 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from mira.core.errors import UserError
 from mira.fleet.certificates import openssh
 from mira.fleet.kit import read_registry
-
-log = logging.getLogger(__name__)
 
 _TOLERANCE = timedelta(seconds=305)  # as in flwr 1.41
 
 
 def admission(server_kit: Path) -> Callable[[Mapping[str, str]], str | None]:
-    """Request headers → the name of the admitted site that signed them within the last five minutes, or None."""
+    """Request headers → the name of the admitted site that signed them within the last five minutes, or None. It raises
+    UserError where the kit's list of sites cannot be read: then nobody knows who is admitted."""
 
     def admit(headers: Mapping[str, str]) -> str | None:
-        try:
-            sites = read_registry(server_kit)[1]
-        except UserError as error:
-            log.error("nobody is let in: %s", error)
-            return None
-        return signer(
-            headers, {site.public_key: site.name for site in sites if site.revoked is None}, datetime.now(UTC)
-        )
+        admitted = {site.public_key: site.name for site in read_registry(server_kit)[1] if site.revoked is None}
+        return signer(headers, admitted, datetime.now(UTC))
 
     return admit
 
@@ -53,3 +44,17 @@ def signer(headers: Mapping[str, str], names: Mapping[str, str], now: datetime) 
         return name if abs(now - datetime.fromisoformat(stamp)) < _TOLERANCE else None
     except (KeyError, ValueError, TypeError, InvalidSignature):
         return None
+
+
+def signed(private: bytes, now: datetime) -> dict[str, str]:
+    """The headers that prove the site with the node key ``private`` (OpenSSH). Raises ValueError unless it is an ECDSA key."""
+    key = serialization.load_ssh_private_key(private, password=None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ValueError("not an ECDSA key")
+    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    stamp = now.isoformat()
+    signature = key.sign(stamp.encode("ascii"), ec.ECDSA(hashes.SHA256()))
+    return {
+        "flwr-public-key": b64encode(public).decode("ascii"), "flwr-timestamp": stamp,
+        "flwr-signature": b64encode(signature).decode("ascii"),
+    }  # fmt: skip

@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from mira.core.errors import UserError
 from mira.fleet.kit import SiteKit, load_site
+from mira.fleet.knock import refusal
+from mira.fleet.private import own_folder
 from mira.fleet.processes import Process, command
 from mira.fleet.superlink import check_installed, free_port
-from mira.fleet.worker import source_of
 
 Say = Callable[[str], None]
 _LOOK = 0.5  # seconds between two looks at the children
+_ASK = 10.0  # seconds after which the server is asked again whether it still admits this site
 
 
 class _Ended(Exception):
@@ -39,11 +42,15 @@ class Options:
 
 
 def run(kit_folder: Path, options: Options, say: Say, tell: Say) -> None:
-    """Take part until interrupted or told to end. Raises UserError when kit or data do not do."""
+    """Take part until interrupted or told to end; without a network, try again for ever. Raises UserError when kit or data do
+    not do, and when this site is not admitted or the server not proven, at the start or later."""
     check_installed()
     kit = load_site(kit_folder)
+    _ask(kit)
+    from mira.fleet.worker import source_of  # not above: torch comes with it, and who is refused need not wait for that
+
     source_of(options.data).load(0)  # what is wrong with the data is said now, by this process
-    options.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    own_folder(options.state)
     folder = Path(tempfile.mkdtemp(prefix="mira-site-"))
     worker, node = _worker(kit, options, folder, tell), _node(kit, options, folder, tell)
     signal.signal(signal.SIGTERM, _end)
@@ -51,7 +58,11 @@ def run(kit_folder: Path, options: Options, say: Say, tell: Say) -> None:
         say(
             f"{kit.name}: taking part in the federation at {kit.address}; its adapter will be in {options.state / 'adapter'}"
         )
+        asked = time.monotonic()
         while True:
+            if node.ended or time.monotonic() > asked + _ASK:
+                _ask(kit)
+                asked = time.monotonic()
             worker.tend()
             node.tend()
             time.sleep(_LOOK)
@@ -61,6 +72,12 @@ def run(kit_folder: Path, options: Options, say: Say, tell: Say) -> None:
         node.stop()
         worker.stop()
         shutil.rmtree(folder)
+
+
+def _ask(kit: SiteKit) -> None:
+    """Raises UserError where this site and its server must not speak with each other."""
+    if (why := refusal(kit)) is not None:
+        raise UserError(why)
 
 
 def _worker(kit: SiteKit, options: Options, folder: Path, tell: Say) -> Process:

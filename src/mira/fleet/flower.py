@@ -23,13 +23,20 @@ server_app = ServerApp()  # Flower looks for assignments as plain as these
 client_app = ClientApp()
 
 
+class Unanswered(Exception):
+    """Flower sends the text of what a site's app raises to the server: this one, which names no path."""
+
+
 @client_app.query()
 def answer(message: Message, context: Context) -> Message:
-    """What the site's worker answers. Raises frames.Closed when it is not there, or dies meanwhile: Flower tells the server."""
+    """What the site's worker answers. Raises Unanswered when it is not there, or dies meanwhile: Flower tells the server."""
     _end_with_parent()
-    with frames.connect(str(context.node_config["worker"])) as worker:
-        frames.send(worker, _bytes(message))
-        reply = frames.receive(worker)
+    try:
+        with frames.connect(str(context.node_config["worker"])) as worker:
+            frames.send(worker, _bytes(message))
+            reply = frames.receive(worker)
+    except Exception as error:
+        raise Unanswered("the site's worker did not answer") from error  # the cause stays in the site's log
     return Message(_content(reply), reply_to=message)
 
 

@@ -15,18 +15,23 @@ import re
 import ssl
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import h11
 
+from mira.core.errors import UserError
+from mira.fleet.answers import is_own_answer
+
 log = logging.getLogger(__name__)
 
 Address = tuple[str, int]  # host, port
-Admit = Callable[[Mapping[str, str]], str | None]  # a request's headers → the site it proves to be, None for nobody
+Admit = Callable[[Mapping[str, str]], str | None]
+"""A request's headers → the site it proves to be, None for nobody. Raises UserError where nobody can say."""
 
+_ANSWERS = b"/v1/fleet/push-messages"
 _FLEET = re.compile(rb"/v1/fleet/[a-z]+(-[a-z]+)*")
 _SENT_ON = ("content-type", "accept", "accept-encoding", "user-agent")  # and flwr-*, which Flower's protocol is made of
 _PIECE = 1 << 16
@@ -39,6 +44,7 @@ class Limits:
     """What one peer may ask for. Times in seconds."""
 
     body: int = 8 << 20  # bytes of a request; Flower sends an array in pieces of 5 MiB
+    answer: int = 1 << 20  # bytes of what announces an answer: who, to what, and which pieces it has
     connections: int = 1024
     connections_per_host: int = 256
     head: float = 20.0  # for a TLS handshake, and for a request's head from the end of the last one
@@ -146,8 +152,8 @@ class _Gate:
                     request = await outside.next()
                 if not isinstance(request, h11.Request):
                     return
-                headers = check(request, self.limits.body)
-                site = self.admit(headers)
+                headers = check(request, self.limits)
+                site = self.identify(headers)
                 if site is None:
                     raise _stranger(request.target)
                 status = await self.forward(request.target, headers, outside)
@@ -158,9 +164,17 @@ class _Gate:
                 return
             outside.http.start_next_cycle()
 
+    def identify(self, headers: Mapping[str, str]) -> str | None:
+        try:
+            return self.admit(headers)
+        except UserError as error:
+            log.error("nobody is let in: %s", error)
+            raise Refused(503, "who is admitted is not known") from None  # a site tries again, it was not refused
+
     async def forward(self, target: bytes, headers: Mapping[str, str], outside: _Line) -> int:
         """Sends one request on and its answer back; the answer's status. Raises Refused while nothing of it was sent back."""
         host, port = self.upstream.address
+        body = await _own_answer(outside) if target == _ANSWERS else _pieces(outside)
         try:
             reader, writer = await asyncio.open_connection(host, port, ssl=self.upstream.tls, limit=_PIECE)
         except OSError as error:
@@ -171,10 +185,8 @@ class _Gate:
             length = headers["content-length"]
             head = [("host", f"{host}:{port}"), ("connection", "close"), ("content-length", length), *kept]
             await inside.send(h11.Request(method=b"POST", target=target, headers=head))
-            while isinstance(piece := await outside.next(), h11.Data):
-                await inside.send(h11.Data(data=piece.data))
-            if not isinstance(piece, h11.EndOfMessage):
-                raise Refused(400, "the body ended early")
+            async for data in body:
+                await inside.send(h11.Data(data=data))
             await inside.send(h11.EndOfMessage())
             while isinstance(answer := await inside.next(), h11.InformationalResponse):
                 pass
@@ -192,8 +204,9 @@ class _Gate:
             await _hang_up(writer)
 
 
-def check(request: h11.Request, most: int) -> dict[str, str]:
-    """A request's headers, each once. Raises Refused unless it is a POST to the fleet API of at most ``most`` bytes."""
+def check(request: h11.Request, limits: Limits) -> dict[str, str]:
+    """A request's headers, each once. Raises Refused unless it is a POST to the fleet API within its limit."""
+    most = limits.answer if request.target == _ANSWERS else limits.body
     if not _FLEET.fullmatch(request.target):  # no dots, no percent, no query, no host: nothing to interpret differently
         raise Refused(404, f"no such path: {request.target[:80]!r}")
     if request.method != b"POST":
@@ -213,12 +226,33 @@ def check(request: h11.Request, most: int) -> dict[str, str]:
     return headers
 
 
+async def _pieces(outside: _Line) -> AsyncIterator[bytes]:
+    """A request's body as it comes. Raises Refused where it does not come whole."""
+    while isinstance(piece := await outside.next(), h11.Data):
+        yield piece.data
+    if not isinstance(piece, h11.EndOfMessage):
+        raise Refused(400, "the body ended early")
+
+
+async def _own_answer(outside: _Line) -> AsyncIterator[bytes]:
+    """The body of what must be a site's own answer. Raises Refused."""
+    body = b"".join([piece async for piece in _pieces(outside)])
+    if not is_own_answer(body):
+        raise Refused(403, "not an answer of the site that sent it")
+    return _each([body])
+
+
+async def _each(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
+
+
 def _stranger(target: bytes) -> Refused:
     """A SuperNode that begins shows the text of a 412, which is what a SuperLink answers a key it does not know, and fails; one
-    under way ends at a 401 only. It begins anew and is told then."""
+    under way ends at a 401 only. ``mira client`` asks (``knock``) before it lets one begin anew."""
     if target not in (b"/v1/fleet/register-node", b"/v1/fleet/activate-node"):
         return Refused(401, "not a site of this federation")
-    text = "The server does not admit this node key: it is revoked, or of another federation."
+    text = "The server does not admit this node key: it is revoked, or of another federation, or the clock is wrong."
     return Refused(412, "not a site of this federation", json.dumps({"code": 2004, "detail": text}).encode())
 
 

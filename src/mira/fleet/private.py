@@ -68,10 +68,16 @@ def check_folder(folder: Path) -> None:
     _check(folder, found, 0o077, 0o700)
 
 
+def own_folder(folder: Path) -> None:
+    """Makes ``folder`` where there is none; raises UserError where others may enter it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_folder(folder)
+
+
 def _check(path: Path, found: os.stat_result, forbidden: int, wanted: int) -> None:
     if found.st_uid != os.geteuid():
         raise UserError(
-            f"{path}: belongs to user {found.st_uid}, not to you ({os.geteuid()}); a kit must be its user's own"
+            f"{path}: belongs to user {found.st_uid}, not to you ({os.geteuid()}); it must be its user's own"
         )
     if found.st_mode & forbidden:
         mode = stat.S_IMODE(found.st_mode)

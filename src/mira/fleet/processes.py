@@ -57,6 +57,11 @@ class Process:
             )  # fmt: skip
         self._began = time.monotonic()
 
+    @property
+    def ended(self) -> bool:
+        """Whether it ended, and nobody tended it since."""
+        return self._child is not None and self._child.poll() is not None
+
     def tend(self) -> bool:
         """Start it again if it ended and its time has come; whether it runs."""
         if self._child is not None and self._child.poll() is None:

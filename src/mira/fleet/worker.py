@@ -13,6 +13,7 @@ from mira.config.text import read
 from mira.core.errors import UserError
 from mira.data.types import Source
 from mira.fleet import frames
+from mira.fleet.private import own_folder
 from mira.fleet.seam import Malformed
 from mira.fleet.site import Site
 
@@ -60,6 +61,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("mira").setLevel(logging.INFO)
     try:
+        own_folder(Path(given.state))
         site = Site(
             given.name,
             source_of(Path(given.data)),
