@@ -157,7 +157,7 @@ def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher)
     if store.last_round is None:
         watcher.stage("measuring the start")
         began = time.perf_counter()
-        record: Record = {"round": 0} | look(state)
+        record: Record = {"round": 0} | joining(session) | look(state)
         record["seconds"] = time.perf_counter() - began
         nothing = torch.empty(0, dtype=torch.int64)
         store.commit(0, nothing, store.start[None][:0], state.extra, {}, record)
@@ -212,6 +212,15 @@ def summary(session: Session, store: Store, last: Record, best_answers: Record) 
         adapters,
         best_answers,
     )
+
+
+def joining(session: Session) -> Record:
+    """What clients sent before the first round, for its record; nothing in most runs."""
+    size = session.description_bytes
+    if not size:
+        return {}
+    each = {name: {"down": 0, "up": size} for name in session.names}
+    return {"bytes_down": 0, "bytes_up": size * len(each), "client_bytes": each}
 
 
 def _measurer(session: Session, watcher: Watcher) -> Callable[[ServerState], Record]:

@@ -49,8 +49,8 @@ def summarise(
                 "rouge_l": _answer(last.get("answers"), name, "rouge_l"),
                 "rouge_l_best": _answer(best_answers, name, "rouge_l"),
                 "adapter": folder,
-                "bytes_up": sum(r["client_bytes"].get(name, _NONE)["up"] for r in training),
-                "bytes_down": sum(r["client_bytes"].get(name, _NONE)["down"] for r in training),
+                "bytes_up": sum(r.get("client_bytes", {}).get(name, _NONE)["up"] for r in records),
+                "bytes_down": sum(r.get("client_bytes", {}).get(name, _NONE)["down"] for r in records),
             }
         )
     experiment = parse_text(store.config())
@@ -77,8 +77,8 @@ def summarise(
         },
         "validation_loss": last["validation_loss"],
         "lost": sum(len(record["lost"]) for record in training),
-        "bytes_up": sum(record["bytes_up"] for record in training),
-        "bytes_down": sum(record["bytes_down"] for record in training),
+        "bytes_up": sum(record.get("bytes_up", 0) for record in records),
+        "bytes_down": sum(record.get("bytes_down", 0) for record in records),
         "tokens": tokens,
         "seconds": sum(record["seconds"] for record in records),
         "tokens_per_second": tokens / sum(r["tokens"] / r["tokens_per_second"] for r in training if r["tokens"])

@@ -25,6 +25,7 @@ from mira.adapters.types import Adapter
 from mira.config import Experiment
 from mira.config.adapter import SeedsSection, VirtualPromptSection
 from mira.core.errors import UserError, did_you_mean
+from mira.core.graph import Graph, Groups
 from mira.core.layout import Layout
 from mira.core.training import Training
 from mira.core.types import Engine, Method, ServerState, Setting, Sites
@@ -37,6 +38,7 @@ from mira.engine.generate import positions
 from mira.engine.memory import is_out_of_memory
 from mira.engine.reference import ReferenceEngine
 from mira.engine.seeds import SeedsEngine
+from mira.methods import ALONG_GRAPH
 from mira.methods.ranked import ranked
 from mira.model import Base, load
 from mira.model.embed import embed
@@ -94,11 +96,28 @@ class Session:
         """What every client's task is, as a vector of the base model's [K,d]."""
         return embed(self.base, [client.about for client in self.federation.clients])
 
+    def graph(self) -> Graph:
+        """Who is related to whom; nobody, for a method that does not mix along a graph."""
+        if not self._along_graph:
+            return Groups(torch.arange(len(self.names)))
+        groups = [client.group for client in self.federation.clients]
+        graph: Graph = self.experiment.graph.build(self.names, groups, self.experiment.seed, self.descriptions)
+        return graph
+
+    @property
+    def description_bytes(self) -> int:
+        """What each client sends before the first round: its task description as a vector in fp32, where the graph is made of
+        them. Of sites the server's operator has them."""
+        asked = self._along_graph and getattr(self.experiment.graph, "source", None) == "description"
+        return 4 * int(self.base.model.config.hidden_size) if asked and not self.sites else 0
+
+    @property
+    def _along_graph(self) -> bool:
+        return self.experiment.method.name in ALONG_GRAPH
+
     def initial_state(self) -> ServerState:
         """The state before round 0. Raises UserError when graph, method and data do not fit together."""
         clients = self.federation.clients
-        seed = self.experiment.seed
-        graph = self.experiment.graph.build(self.names, [c.group for c in clients], seed, self.descriptions)
         training = self.experiment.training
         steps = max(training.steps_for(client.num_train) for client in clients)
         return self.method.init(
@@ -106,7 +125,7 @@ class Session:
                 self.layout,
                 self.start(),
                 len(clients),
-                graph,
+                self.graph(),
                 max_lr=training.lr,
                 max_steps=steps,
                 rounds=self.experiment.rounds,

@@ -19,7 +19,7 @@ from mira.core.seeds import generator
 from mira.core.tensors import in_use
 from mira.core.training import Training
 from mira.core.types import Change, Method, Rows, ServerState, Setting, Trained
-from mira.methods import METHODS
+from mira.methods import ALONG_GRAPH, METHODS
 from mira.store import Store
 from recorder import MemoryRecorder
 from toy import Toy, numbered
@@ -180,6 +180,14 @@ def test_a_learned_graph_mixes_from_the_first_round_on_and_is_kept() -> None:
     torch.testing.assert_close(change.value[0], 0.6 * done.rows[0] + 0.4 * done.rows[1])
     assert torch.equal(change.value[2], done.rows[2])
     assert apply(state, change).graph.neighbours(torch.arange(7)).tolist() == [0, 4]
+
+
+def test_who_mixes_along_no_graph_is_known(method: Method) -> None:
+    """For the others none is made: all relations or none must be the same to them."""
+    graphs = Groups(torch.zeros(7, dtype=torch.int64)), Groups(torch.arange(7))
+    a, b = (method.aggregate(state_of(method, known), trained(method)).value for known in graphs)
+    learns = method is VARIANTS["mira-learned"]
+    assert torch.equal(a, b) is (learns or method.name not in ALONG_GRAPH)
 
 
 # The cost of a round.

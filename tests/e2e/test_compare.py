@@ -17,7 +17,9 @@ from mira import experiment
 from mira.compare import run as running
 from mira.core.types import Scores
 from mira.engine.batched import BatchedEngine
-from mira.experiment import Nobody
+from mira.experiment import Watcher
+from mira.store import Store
+from mira.store.folders import alone_in
 from small import NAMES, Interrupt, mira, settings, snapshot, write_clients
 
 KINDS = {
@@ -138,6 +140,7 @@ def test_wins_are_counted_client_by_client(done: tuple[Path, dict[str, Any], str
     ]
     (duel,) = other["against"]
     assert duel["baseline"] == "Local"
+    assert duel["win_rate"] == (duel["wins"] + duel["ties"] / 2) / len(NAMES)
     assert duel["wins"] == sum(mine < theirs for mine, theirs in zip(*mean, strict=True))
     assert duel["difference"] == pytest.approx(sum(a - b for a, b in zip(*mean, strict=True)) / len(NAMES))
     assert duel["p"] in [n / 16 for n in range(2, 17, 2)]
@@ -146,6 +149,8 @@ def test_wins_are_counted_client_by_client(done: tuple[Path, dict[str, Any], str
 def test_progress_and_files(done: tuple[Path, dict[str, Any], str]) -> None:
     folder, value, err = done
     assert "8 runs: 2 entries × 2 points × 2 seeds" in err
+    assert err.index("for 8 runs, if each takes as long") < err.index("run 1 of 8")
+    assert err.count("comes on top") == 1
     assert "run 1 of 8 · Local · training.lr=0.001 · seed 0 · validation " in err
     assert "run 8 of 8 · MIRA (s = 1) · training.lr=0.03 · seed 1 · validation " in err
     assert json.loads((folder / "o" / "compare.json").read_text()) == value
@@ -162,6 +167,25 @@ def test_what_is_finished_is_not_done_again(done: tuple[Path, dict[str, Any], st
     assert "beats Local (p)" in ended.out
     again = json.loads((folder / "o" / "compare.json").read_text())
     assert again["entries"] == value["entries"]
+
+
+def test_a_folder_with_a_process_at_work_is_refused(done: tuple[Path, dict[str, Any], str]) -> None:
+    """At once, with nothing changed; and so is a run in it that somebody else goes on with."""
+    folder = done[0]
+    before = snapshot(folder / "o")
+    with alone_in(folder / "o"):
+        error = mira("compare", folder / "c.yaml", "--out", folder / "o").error
+    assert error == f"{folder / 'o'}: another process is at work here; wait for it, or give another --out"
+    assert snapshot(folder / "o") == before
+    run = folder / "o" / "runs" / "local" / "training.lr=0.03" / "seed-1"
+    result = (run / "result.json").read_bytes()
+    (run / "result.json").unlink()
+    with Store.open(run):
+        assert (
+            "seed-1: another process is writing to this run"
+            in mira("compare", folder / "c.yaml", "--out", folder / "o").error
+        )
+    (run / "result.json").write_bytes(result)
 
 
 def test_another_configuration_is_refused(done: tuple[Path, dict[str, Any], str]) -> None:
@@ -190,10 +214,10 @@ def test_a_comparison_goes_on_within_a_run(tiny_folder: Path, tmp_path: Path, mo
     with monkeypatch.context() as patched:
         count = 0
 
-        def interrupted(wanted: Any, folder: Path) -> dict[str, Any]:
+        def interrupted(wanted: Any, folder: Path, watcher: Watcher) -> dict[str, Any]:
             nonlocal count
             count += 1
-            return experiment_run(wanted, folder, Interrupt(1) if count == 3 else Nobody())
+            return experiment_run(wanted, folder, Interrupt(1) if count == 3 else watcher)
 
         experiment_run = experiment.run
         patched.setattr(Interrupt, "Pulled", KeyboardInterrupt)
@@ -205,6 +229,7 @@ def test_a_comparison_goes_on_within_a_run(tiny_folder: Path, tmp_path: Path, mo
     assert "2 points × 1 seeds, and 1 more seeds" in ended.err
     lines: list[str] = []
     again = comparison.compare(comparison.load(file), tmp_path / "o", "", say=lines.append)
+    assert lines.pop(0).endswith("for 1 runs, by the 2 finished before; measuring on test data comes on top")
     assert [line.endswith("finished before") for line in lines] == [True, True, False]
     for one, other in zip(value["entries"][0]["runs"], again["entries"][0]["runs"], strict=True):
         assert one | {"seconds": 0} == other | {"seconds": 0}

@@ -14,6 +14,7 @@ from mira.data.federation import make_federation
 from mira.experiment import resume, state_of
 from mira.model import Base
 from mira.model.embed import embed
+from mira.page.write import write
 from mira.session import open_session
 from mira.store import Store
 from small import begin, outcome, settings, write_clients
@@ -47,11 +48,31 @@ def test_descriptions_relate_clients_of_the_same_task(tiny_folder: Path, data: P
     experiment = Experiment(**settings(tiny_folder, data, graph={"name": "knn", "neighbours": 1}, rounds=1))
     result = run(experiment, tmp_path / "run")
     assert result["rounds"] == 1
+    row = 2 * 2 * ((32 + 32) + (32 + 16))  # 2 layers, rank 2, q maps 32 to 32 and v 32 to 16
+    for client in result["clients"]:
+        assert (client["bytes_up"], client["bytes_down"]) == (4 * row + 4 * 32, 4 * row), (
+            "and the description, 32 numbers"
+        )
+    assert result["bytes_up"] == sum(client["bytes_up"] for client in result["clients"])
     with Store.open(tmp_path / "run", writable=False) as store:
         graph = from_tensors(store.graph())
     everyone = torch.arange(4)
     expected = [[0, 0, 1, 0], [0, 0, 0, 1], [1, 0, 0, 0], [0, 1, 0, 0]]
     torch.testing.assert_close(graph.weights(everyone, everyone), torch.tensor(expected).double())
+
+
+def test_nobody_is_described_to_a_method_without_a_graph(
+    tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("mira.session.embed")
+    values = settings(tiny_folder, data, graph={"name": "knn"}, method={"name": "fedit"}, rounds=1)
+    result = run(Experiment(**values), tmp_path / "run")
+    assert {client["bytes_up"] for client in result["clients"]} == {
+        client["bytes_down"] for client in result["clients"]
+    }
+    with Store.open(tmp_path / "run", writable=False) as store:
+        assert not from_tensors(store.graph()).weights(torch.arange(4), torch.arange(4)).any()
+    assert "Who learns from whom" not in write([tmp_path / "run"], tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_without_a_description_training_prompts_speak(data: Path, tmp_path: Path, tiny_folder: Path) -> None:

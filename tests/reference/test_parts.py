@@ -64,8 +64,13 @@ def products(x: Tensor) -> list[Array]:
 
 
 PARTS: list[dict[str, Any]] = [
-    {"upper_layers": 0.25}, {"upper_layers": 0.0}, {"factors": "A"}, {"factors": "B", "upper_layers": 0.5}
+    {"upper_layers": 0.25}, {"upper_layers": 0.0}, {"factors": "A"}, {"factors": "B", "upper_layers": 0.5},
+    {"upper_layers": (0.9, 0.0, 0.4)}, {"upper_layers": (0.2, 0.6)}, {"upper_layers": (1.0, 0.5, 0.25, 0.0, 0.8)},
 ]  # fmt: skip
+
+
+def _evenly(shares: tuple[float, ...]) -> tuple[Array, Array]:
+    return np.linspace(0, 1, len(shares)), np.array(shares)
 
 
 @pytest.mark.parametrize("parts", PARTS, ids=str)
@@ -77,8 +82,9 @@ def test_each_tensor_makes_its_share_of_the_step(parts: dict[str, Any], form: di
     if "strength" in form:
         np.testing.assert_allclose(whole, normalised_np(x.numpy(), a, 0.6), rtol=0, atol=1e-12)
     for entry in LAYOUT.entries:
-        level = int(entry.module.split(".")[1]) / 2
-        share = 1 - level * (1 - parts.get("upper_layers", 1.0))
+        level = int(entry.module.split(".")[1])
+        given = parts.get("upper_layers", 1.0)
+        share = np.interp(level / 2, *_evenly((1.0, given) if isinstance(given, float) else given))
         share *= parts.get("factors", "all") in ("all", entry.factor)
         at = slice(entry.offset, entry.offset + entry.size)
         expected = x.numpy()[:, at] + share * (whole[:, at] - x.numpy()[:, at])

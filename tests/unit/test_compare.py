@@ -18,6 +18,7 @@ from rich.console import Console
 
 from mira.compare import load
 from mira.compare.plan import parse, points, shown
+from mira.compare.progress import Estimate, of_a_run
 from mira.compare.stats import mean_and_interval, paired, t_quantile
 from mira.compare.summary import MEASURES
 from mira.compare.tables import csv_text, latex, markdown, rich_tables
@@ -209,6 +210,36 @@ def test_many_clients_are_drawn_and_agree_with_counting() -> None:
     assert 0.05 < exact < 0.15
     assert drawn == pytest.approx(exact, abs=5 * (exact * (1 - exact) / 2**17) ** 0.5)  # five standard errors
     assert paired([-1.0] * 40, [0.0] * 40).p == 1 / (1 + 2**17)
+
+
+# The time it takes
+
+
+@pytest.mark.parametrize(
+    ("measured", "rounds", "every", "expected"),
+    [
+        (True, 8, 1, 3 + 8 * (10 - 3) + 8 * 3),
+        (True, 8, 2, 3 + 8 * (10 - 3) + 4 * 3),  # the first round is the last of one: measured in any case
+        (False, 8, 2, 3 + 8 * 10 + 4 * 3),
+        (False, 7, 3, 3 + 7 * 10 + 3 * 3),
+    ],
+)
+def test_a_run_by_its_first_round(measured: bool, rounds: int, every: int, expected: float) -> None:
+    """3 s to measure, 10 s for the first round with what was measured after it."""
+    assert of_a_run(3.0, 10.0, measured, rounds, every) == expected
+
+
+def test_an_estimate_is_given_once(tmp_path: Path) -> None:
+    lines: list[str] = []
+    watcher = Estimate(runs=90, every=1, say=lines.append)
+    for _ in range(2):
+        watcher.start(tmp_path, 4, 3, 0)
+        for n in (1, 2):
+            watcher.round({"round": n, "seconds": 10.0, "clients": {}})
+    assert len(lines) == 1
+    assert lines[0].startswith(
+        "about 1 h 00 min for 90 runs, if each takes as long as this one's first round says (1 min)"
+    )
 
 
 # Tables

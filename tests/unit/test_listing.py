@@ -32,7 +32,7 @@ def test_headline_figures(root: Path) -> None:
     assert done.pop("best_loss") < 1
     assert done == {
         "run": str(root / "deep/below/done"), "name": "made-up", "seed": 0, "method": "fedit", "adapter": "lora r8",
-        "graph": "groups", "clients": 2, "round": 3, "rounds": 3, "state": "finished", "best_round": 3, "exact_match": 0.5,
+        "graph": "none", "clients": 2, "round": 3, "rounds": 3, "state": "finished", "best_round": 3, "exact_match": 0.5,
         "bytes": 3 * 2 * 2 * ROW, "seconds": 4.0,
     }  # fmt: skip
     assert (begun["state"], begun["round"], begun["rounds"]) == ("interrupted", 2, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from math import sqrt
 from pathlib import Path
@@ -193,3 +194,18 @@ def test_what_cannot_be_reported(
     write_run(tmp_path / "c", [f"{name}-2" for name in NAMES], GROUPS)
     assert error in mira("report", *arguments).error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c"]
+
+
+def test_the_configuration_what_differs_and_whose_graph(tmp_path: Path) -> None:
+    """A graph is shown for those who mix along it alone."""
+    mixing = write_run(tmp_path / "a", NAMES, GROUPS, method={"name": "mira", "strength": 0.25})
+    alone = write_run(tmp_path / "b", NAMES, GROUPS, method={"name": "local"}, training={"local_steps": 1, "lr": 0.5})
+    one, both, other = (page([read(folder) for folder in folders]) for folders in ([mixing], [mixing, alone], [alone]))
+    for text in (one, both, other):
+        assert "lr: 0.001" in text or "lr: 0.5" in text
+        assert "<summary>Versions, machine, model and data</summary>" in text
+        assert ("What differs" in text) is (text is both)
+        assert text.count("Who learns from whom") == (text is not other)
+    row = both.split("<code>training.lr</code>")[1].split("</tr>")[0]
+    assert re.findall(r"<td><code>([^<]*)</code>", row) == ["0.001", "0.5"]
+    assert both.count("Weight of the edge between two clients") == one.count("Weight of the edge between two clients")

@@ -27,6 +27,7 @@ def check(file: Path, overrides: Set = None) -> None:
 
     from mira import config
     from mira.data.federation import make_federation
+    from mira.methods import ALONG_GRAPH
     from mira.methods.ranked import check_names
 
     experiment = config.load(file, overrides or [])
@@ -34,7 +35,8 @@ def check(file: Path, overrides: Set = None) -> None:
     names, groups = [client.name for client in clients], [client.group for client in clients]
     check_names(experiment.clients.rank, names)
     no_model = torch.zeros(len(names), 1)  # to embed descriptions with
-    experiment.graph.build(names, groups, experiment.seed, lambda: no_model)
+    if experiment.method.name in ALONG_GRAPH:
+        experiment.graph.build(names, groups, experiment.seed, lambda: no_model)
     summary = f"{file}: fine; {len(clients)} clients, {experiment.rounds} rounds of {experiment.method.name}"
     out_console.print(summary, soft_wrap=True)
 

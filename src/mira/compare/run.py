@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 from typing import Any
 
 from mira import config, experiment
-from mira.compare.plan import Job, Plan, shown
+from mira.compare.plan import Job, Plan
+from mira.compare.progress import Estimate, Progress, Say, by_finished, sizes
 from mira.compare.summary import entry_of, summary
 from mira.compare.tables import FILES
 from mira.core.errors import UserError
-from mira.experiment import Nobody, measured, state_of
+from mira.experiment import Nobody, Watcher, measured, state_of
 from mira.session import check_environment, open_session
 from mira.store import Store
 from mira.store.files import pack_json, read_json, replace
+from mira.store.folders import alone_in
 
 log = logging.getLogger(__name__)
 
@@ -27,21 +29,30 @@ JSON = "compare.json"
 
 
 def compare(
-    plan: Plan, out: Path, command: str, results: Path | None = None, say: Callable[[str], None] = lambda line: None
+    plan: Plan, out: Path, command: str, results: Path | None = None, say: Say = lambda line: None
 ) -> dict[str, Any]:
     """Do what is left to do of ``plan`` in the folder ``out``, and return what is in its compare.json (docs/cli.md).
 
     The files with the tables are written anew after each entry, in ``out`` and, all but the LaTeX, in ``results``.
-    Raises UserError when a run there was started with another configuration or on other data.
+    Raises UserError when a run there was started with another configuration or on other data, or when another process is at
+    work there.
     """
-    log.info("%d runs: %s", plan.total, _sizes(plan))
+    with alone_in(out):
+        return _compare(plan, out, command, results, say)
+
+
+def _compare(plan: Plan, out: Path, command: str, results: Path | None, say: Say) -> dict[str, Any]:
+    log.info("%d runs: %s", plan.total, sizes(plan))
     _check_configurations(plan, out)
-    progress = _Progress(plan.total, say)
-    same = _Same()
+    progress, same = Progress(plan.total, say), _Same()
+    watcher = Nobody() if by_finished(plan, out, say) else Estimate(plan.total, plan.base.evaluation.every, say)
     entries: list[dict[str, Any]] = []
     value: dict[str, Any] = {}
     for name, by_point in plan.jobs.items():
-        tuned = [[_run(job, out, same, progress) for job in jobs if job.seed in plan.tune_seeds] for jobs in by_point]
+        tuned = [
+            [_run(job, out, same, progress, watcher) for job in jobs if job.seed in plan.tune_seeds]
+            for jobs in by_point
+        ]
         means = [_mean_or_inf(losses) for losses in tuned]
         if min(means) == inf:
             raise UserError(
@@ -50,7 +61,7 @@ def compare(
         chosen = by_point[means.index(min(means))]
         for job in chosen:
             if job.seed not in plan.tune_seeds:
-                _run(job, out, same, progress)
+                _run(job, out, same, progress, watcher)
         tested = [_tested(out / job.folder) for job in chosen]
         tuning = [(jobs[0].point, losses) for jobs, losses in zip(by_point, tuned, strict=True)]
         entries.append(entry_of(plan, name, chosen, tuning, tested, out))
@@ -59,15 +70,15 @@ def compare(
     return value
 
 
-def _run(job: Job, out: Path, same: _Same, progress: _Progress) -> float | None:
+def _run(job: Job, out: Path, same: _Same, progress: Progress, watcher: Watcher) -> float | None:
     """The lowest validation loss of a run, which is done first, or finished, where it is not yet."""
     folder = out / job.folder
     began = time.perf_counter()
     finished = _is_finished(folder)
     if not finished and Store.exists(folder):
-        experiment.resume(folder)
+        experiment.resume(folder, watcher)
     elif not finished:
-        experiment.run(job.experiment, folder)
+        experiment.run(job.experiment, folder, watcher)
     with Store.open(folder, writable=False) as store:
         same.check(job, store.environment())
         best = store.best_round
@@ -139,29 +150,6 @@ class _Same:
                 )
 
 
-@dataclass
-class _Progress:
-    total: int
-    say: Callable[[str], None]
-    count: int = 0
-    runs: int = 0  # done now, not found finished
-    began: float | None = None
-
-    def done(self, job: Job, loss: float | None, seconds: float | None) -> None:
-        self.count += 1
-        parts = [f"run {self.count} of {self.total}", job.entry, shown(job.point), f"seed {job.seed}"]
-        parts.append("no finite validation loss" if loss is None else f"validation {loss:.4f}")
-        if seconds is None:
-            parts.append("finished before")
-        else:
-            now = time.perf_counter()
-            self.began = now - seconds if self.began is None else self.began
-            self.runs += 1
-            left = (now - self.began) / self.runs * (self.total - self.count)
-            parts += [f"{seconds:.0f} s", f"about {_duration(left)} left"]
-        self.say(" · ".join(part for part in parts if part))
-
-
 def _write(value: dict[str, Any], out: Path, results: Path | None) -> None:
     files = {JSON: pack_json(value), **{name: make(value).encode() for name, make in FILES.items()}}
     for folder in filter(None, (out, results)):
@@ -171,25 +159,6 @@ def _write(value: dict[str, Any], out: Path, results: Path | None) -> None:
                 replace(folder / name, data)
 
 
-def _sizes(plan: Plan) -> str:
-    seeds = len(plan.comparison.seeds)
-    points = len(next(iter(plan.jobs.values())))
-    text = f"{len(plan.jobs)} entries × {points} points × {len(plan.tune_seeds)} seeds"
-    more = seeds - len(plan.tune_seeds)
-    return text + (f", and {more} more seeds at each entry's chosen point" if more else "")
-
-
 def _mean_or_inf(losses: Sequence[float | None]) -> float:
     """A run without a finite loss rules its point out."""
     return inf if None in losses else sum(loss for loss in losses if loss is not None) / len(losses)
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return (
-        f"{minutes // 60} h {minutes % 60:02} min"
-        if minutes >= 60
-        else f"{minutes} min"
-        if minutes
-        else f"{seconds:.0f} s"
-    )

@@ -79,7 +79,7 @@ def _run(job: Job, test: dict[str, Any], out: Path) -> dict[str, Any]:
         "mean_row_loss": transfer.get("mean_row_loss"),
         "rouge_l": answers.get("rouge_l"),
         "exact_match": answers.get("exact_match"),
-        "bytes": sum(record["bytes_up"] + record["bytes_down"] for record in training),
+        "bytes": sum(record.get("bytes_up", 0) + record.get("bytes_down", 0) for record in records),
         "seconds": sum(record["seconds"] for record in records),
         "lost": sum(len(record["lost"]) for record in training),
         "clients": [

@@ -162,7 +162,8 @@ class ClientsSection:
     """What is not alike for all clients."""
 
     rank: dict[Annotated[str, Field(min_length=1)], Count] = field(default_factory=dict)
-    """LoRA rank of a client, by its name: at most adapter.rank, which all others have."""
+    """LoRA rank of a client, by its name: at most adapter.rank, which all others have. Where rows come together, a rank is
+    averaged over the clients that have it, and B in the scale (adapter.alpha over the rank) that each uses it with."""
 
 
 class Experiment(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod, sqrt
 from typing import Literal
 
@@ -59,11 +60,21 @@ class Layout:
 
     def within(self, rank: int) -> Tensor:
         """Which numbers of a row belong to the first ``rank`` rows of A and columns of B: [P] bool."""
-        mask = torch.zeros(self.size, dtype=torch.bool)
+        return self.level < rank
+
+    @cached_property
+    def level(self) -> Tensor:
+        """Which of the ranks each number of a LoRA row belongs to: [P] int64 from 0 on."""
+        level, ranks = torch.zeros(self.size, dtype=torch.int64), torch.arange(self.rank)
         for entry in self.entries:
-            view = entry.view(mask)
-            (view[:rank] if entry.factor == "A" else view[:, :rank]).fill_(True)
-        return mask
+            entry.view(level).copy_(ranks[:, None] if entry.factor == "A" else ranks)
+        return level
+
+    def share(self, rank: Tensor, weight: Tensor) -> Tensor:
+        """Of each number of a LoRA row the ``weight`` [n] of those that have it, where they have the ranks ``rank`` [n]:
+        [P]."""
+        has = rank[:, None] > torch.arange(self.rank)
+        return (weight[:, None] * has).sum(0)[self.level]
 
     def ranks(self, rows: Tensor) -> list[int]:
         """How many ranks each of ``rows`` [n,P] uses: all, but for the last rows of A that are zero."""
@@ -90,10 +101,14 @@ class Layout:
 
     def mean(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
         """Mean [P] of ``rows`` [n,P], by ``weight`` [n] where given, each in the scale that it is used with: a row of fewer ranks
-        has a larger one. In float64, then in the rows' precision."""
+        has a larger one, and no part in the ranks beyond (``mira.core.ranks``). In float64, then in the rows' precision."""
         stretch = self.stretch(rows)
         wide = rows.double() if stretch is None else rows.double() * stretch.double()
-        mean = wide.mean(0) if weight is None else weight.double() @ wide / weight.double().sum()
+        p = torch.ones(len(rows), dtype=torch.float64) if weight is None else weight.double()
+        mean = p @ wide / p.sum()
+        if stretch is not None:
+            share = self.share(torch.tensor(self.ranks(rows)), p / p.sum())
+            mean = torch.where(share > 0, mean / share, mean)
         back = self.stretch(mean[None])  # where all use fewer ranks so does the mean
         return (mean if back is None else mean / back[0]).to(rows.dtype)
 

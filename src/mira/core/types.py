@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mira.core.graph import Graph
 from mira.core.layout import Layout
+from mira.core.ranks import Ranks
 
 
 class Rows(Protocol):
@@ -77,12 +78,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class ServerState:
-    """All the server knows after ``round`` rounds. ``extra``: small tensors the method owns."""
+    """All the server knows after ``round`` rounds. ``extra``: small tensors the method owns; ``ranks``: where clients differ
+    in rank, for the methods' means."""
 
     rows: Rows
     graph: Graph
     extra: dict[str, Tensor]
     round: int = 0
+    ranks: Ranks | None = None
 
 
 @dataclass(frozen=True)

@@ -26,3 +26,6 @@ METHODS = {
     "fedavgm": FedAvgM,
     "fedadam": FedAdam,
 }
+
+ALONG_GRAPH = ("mira",)
+"""Those that mix along the graph. For the others none is made, and no client's description leaves it."""

@@ -39,7 +39,7 @@ class Ditto:
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
         own = trained.job % 2 == 1
-        value = torch.cat([mean(trained.select(~own, ()))[None], trained.rows[own]])
+        value = torch.cat([mean(state, trained.select(~own, ()))[None], trained.rows[own]])
         return Change(torch.cat([FIRST, trained.client[own] + 1]), value, {}, notes={})
 
     def serve(self, state: ServerState, client: Tensor) -> Tensor:

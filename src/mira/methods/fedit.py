@@ -29,7 +29,7 @@ class FedIT:
         return Work(cohort, start=common(state, cohort))
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
-        return Change(FIRST, mean(trained)[None], {}, notes={})
+        return Change(FIRST, mean(state, trained)[None], {}, notes={})
 
     def serve(self, state: ServerState, client: Tensor) -> Tensor:
         return common(state, client)

@@ -33,7 +33,7 @@ class FedProx:
         return Work(cohort, start, anchor=start, prox=prox)
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
-        return Change(FIRST, mean(trained)[None], {}, notes={})
+        return Change(FIRST, mean(state, trained)[None], {}, notes={})
 
     def serve(self, state: ServerState, client: Tensor) -> Tensor:
         return common(state, client)

@@ -30,7 +30,7 @@ class FedSALoRA:
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
         """Of the row of all only A counts, of a client's row only B."""
-        together = torch.where(state.extra[_A], mean(trained), state.rows[FIRST])
+        together = torch.where(state.extra[_A], mean(state, trained), state.rows[FIRST])
         return Change(torch.cat([FIRST, trained.client + 1]), torch.cat([together, trained.rows]), {}, notes={})
 
     def serve(self, state: ServerState, client: Tensor) -> Tensor:

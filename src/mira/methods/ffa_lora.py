@@ -30,7 +30,7 @@ class FFALoRA:
         return Work(cohort, start=common(state, cohort), trainable=b, upload=b)
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
-        value = torch.where(state.extra[_B], mean(trained), state.rows[FIRST])
+        value = torch.where(state.extra[_B], mean(state, trained), state.rows[FIRST])
         return Change(FIRST, value, {}, notes={})
 
     def serve(self, state: ServerState, client: Tensor) -> Tensor:

@@ -15,33 +15,29 @@ from mira.core.types import Change, ServerState, Setting, Trained, Work
 from mira.methods.rows import FIRST, common, factor_pairs, one_row
 
 _PLACES = "flexlora.factors"  # in extra: where A and B of each layer begin in a row, and in, out, r: [layers,5] int64
-_SCALE = "flexlora.scale"  # in extra: s_k/s of each client [K], where they differ
 
 
 @dataclass(frozen=True, config=STRICT)
 class FlexLoRA:
     """s·B·A ← the best rank-r approximation of Σ_k p_k·s_k·B̂_k·Â_k, p_k = n_k/Σn.
 
-    Where clients differ in rank, the first r_k singular values go to client k, with B times s/s_k; else the scale cancels."""
+    Where clients differ in rank, the first r_k singular values go to client k, with B times s/s_k; else the scale cancels. As
+    published, who has fewer ranks counts in the mean as a product of lower rank."""
 
     name: Literal["flexlora"] = "flexlora"
 
     def init(self, setting: Setting) -> ServerState:
         pairs = factor_pairs(setting, self.name)
         places = [[a.offset, b.offset, a.shape[1], b.shape[0], a.shape[0]] for a, b in pairs]
-        extra = {_PLACES: torch.tensor(places)}
-        if setting.rank is not None:
-            scale = [setting.layout.scale_at(rank) / setting.layout.scale for rank in setting.rank.tolist()]
-            extra[_SCALE] = torch.tensor(scale, dtype=torch.float64)
-        return one_row(setting, extra)
+        return one_row(setting, {_PLACES: torch.tensor(places)})
 
     def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
-        return Work(cohort, start=self.serve(state, cohort))
+        return Work(cohort, start=common(state, cohort))
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
         rows, p = trained.rows, trained.examples.double() / trained.examples.sum()
-        if _SCALE in state.extra:
-            p = p * state.extra[_SCALE][trained.client]
+        if state.ranks is not None:
+            rows = state.ranks.even(rows, trained.client)
         value = state.rows[FIRST]
         for first_a, first_b, fan_in, fan_out, rank in state.extra[_PLACES].tolist():
             at_a, at_b = slice(first_a, first_a + rank * fan_in), slice(first_b, first_b + fan_out * rank)
@@ -51,8 +47,4 @@ class FlexLoRA:
         return Change(FIRST, value, {}, notes={})
 
     def serve(self, state: ServerState, client: Tensor) -> Tensor:
-        rows = common(state, client)
-        if _SCALE in state.extra:
-            for _, first, _, fan_out, rank in state.extra[_PLACES].tolist():
-                rows[:, first : first + fan_out * rank] /= state.extra[_SCALE][client, None]
-        return rows
+        return common(state, client)

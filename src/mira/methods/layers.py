@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,17 +12,22 @@ from mira.core.errors import UserError
 from mira.core.layout import Layout
 
 
-def shares(layout: Layout, factors: str, upper: float) -> Tensor:
-    """Share of the step for each entry of the layout [n] float64: falling linearly over the model's layers from 1 at the
-    lowest to ``upper`` at the highest; 0 for factors other than ``factors`` ("A", "B" or "all"). Raises UserError where the
-    adapter has no such factor or no layers."""
+def shares(layout: Layout, factors: str, upper: float | Sequence[float]) -> Tensor:
+    """Share of the step for each entry of the layout [n] float64: ``upper`` from the model's lowest layer to its highest, at
+    equal distances, linear in between; one number is [1, upper]. 0 for factors other than ``factors`` ("A", "B" or "all").
+    Raises UserError where the adapter has no such factor or no layers."""
     if factors != "all" and not any(entry.factor == factors for entry in layout.entries):
         raise UserError(
             f"method.factors={factors}: this adapter has '{layout.entries[0].factor}' and no factors A and B; "
             "use factors=all or adapter.kind=lora"
         )
     mixed = torch.tensor([factors in ("all", entry.factor) for entry in layout.entries], dtype=torch.float64)
-    return mixed if upper == 1 else mixed * (1 - (1 - upper) * _depths(layout))
+    given = torch.tensor(upper if isinstance(upper, Sequence) else (1.0, upper), dtype=torch.float64)
+    if bool((given == 1).all()):
+        return mixed
+    place = _depths(layout) * (len(given) - 1)
+    below = place.long().clamp(max=len(given) - 2)
+    return mixed * given[below].lerp(given[below + 1], place - below)
 
 
 def pairs(layout: Layout) -> Tensor:

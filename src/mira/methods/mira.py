@@ -6,8 +6,9 @@ Learning with Laplacian Regularization" (FedU).
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterator
 from decimal import ROUND_FLOOR, Context
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -21,6 +22,7 @@ from mira.core.layout import Layout
 from mira.core.learned import Learned
 from mira.core.mixing import mix, normalised_weights, paper_weights
 from mira.core.product import product_mix
+from mira.core.ranks import Weigh
 from mira.core.strict import STRICT
 from mira.core.tensors import to_tensors
 from mira.core.types import Change, MemoryRows, ServerState, Setting, Trained, Work
@@ -33,8 +35,9 @@ _ROUNDS = "mira.rounds"  # in extra: of the whole run
 _PLACES = "mira.places"  # in extra: where each tensor of a row begins and ends [n,2]
 _PAIRS = "mira.pairs"  # in extra: ``layers.pairs``
 _SHARES = "mira.shares"  # in extra: what part of the step each of these makes
-_SHARED = "mira.shared"  # in extra: which numbers of a row all clients have [P], where their ranks differ and a graph is learned
 _STEP = "mira.step"  # in extra: the largest lr·steps, for checking a graph that is learned
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -44,7 +47,7 @@ class Mira:
     name: Literal["mira"] = "mira"
     form: Literal["normalised", "paper"] = "normalised"
     """normalised: θ_k ← (1−s)·θ̂_k + s·weighted mean of its neighbours. paper: θ_k ← θ̂_k − ηEλ·Σ_l a_kl(θ̂_k − θ̂_l)."""
-    strength: Annotated[float, Field(ge=0, le=1)] = 0.5
+    strength: Share = 0.5
     """s of the normalised form; 0 is local training only."""
     regularisation: Annotated[float, Field(ge=0)] = 1e-3
     """λ of the paper's form; the step is c = learning rate × local steps × λ. 0 is local training only."""
@@ -54,9 +57,10 @@ class Mira:
     """Mix A and B of LoRA each by itself, or the updates B·A they stand for, cut to rank r by singular values."""
     factors: Literal["all", "A", "B"] = "all"
     """Mix one factor of LoRA alone; the other stays the client's own."""
-    upper_layers: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Share of the step that the model's highest layer makes, falling linearly from the lowest layer, which makes all of it."""
-    strength_end: Annotated[float, Field(ge=0, le=1)] | None = None
+    upper_layers: Share | Annotated[tuple[Share, ...], Field(min_length=2)] = 1.0
+    """Share of the step that the model's highest layer makes, falling linearly from the lowest layer, which makes all of it; or
+    a list of shares from the lowest layer to the highest, at equal distances and linear in between: one each, or fewer."""
+    strength_end: Share | None = None
     """s in the last round, reached linearly from strength in the first; null: the same throughout."""
 
     def __post_init__(self) -> None:
@@ -89,8 +93,6 @@ class Mira:
                 "method.space=product: not with clients of different ranks (clients.rank); use space=factors"
             )
         extra = self._parts(setting.layout)
-        if setting.rank is not None and isinstance(setting.graph, Learned):
-            extra[_SHARED] = setting.layout.within(int(setting.rank.min()))
         if self.strength_end is not None:
             extra[_ROUNDS] = torch.tensor(setting.rounds)
         if self.form == "paper":
@@ -108,17 +110,14 @@ class Mira:
             near = graph.neighbours(trained.client)
             absent = near[~torch.isin(near, trained.client)]
         a = graph.weights(trained.client, torch.cat([trained.client, absent]))
-        size = max(1, _BLOCK // trained.rows.shape[1])
-        others = (state.rows[block] for block in absent.split(size) if len(block))
+        weigh: Weigh
         if self.form == "normalised":
             step = self._strength(state)
-            own, pull = normalised_weights(a, step)
-            effective = step * float((a.sum(1) > 0).double().mean())
+            weigh, effective = partial(normalised_weights, s=step), step * float((a.sum(1) > 0).double().mean())
         else:
             step = trained.lr * float(trained.steps.double().mean()) * self.regularisation
-            own, pull = paper_weights(a, step)
-            effective = step * float(a.sum(1).mean())
-        mixed = self._mixed(state, trained.rows, own, pull, others)
+            weigh, effective = partial(paper_weights, c=step), step * float(a.sum(1).mean())
+        mixed = self._mixed(state, trained, absent, a, weigh)
         return Change(trained.client, mixed, extra, notes={"mixing_step": step, "effective_step": effective})
 
     def serve(self, state: ServerState, client: Tensor) -> Tensor:
@@ -141,11 +140,20 @@ class Mira:
             return {}
         return {_PLACES: torch.tensor([[e.offset, e.offset + e.size] for e in layout.entries]), _SHARES: share}
 
-    def _mixed(self, state: ServerState, rows: Tensor, own: Tensor, pull: Tensor, others: Iterable[Tensor]) -> Tensor:
-        extra = state.extra
+    def _mixed(self, state: ServerState, trained: Trained, absent: Tensor, a: Tensor, weigh: Weigh) -> Tensor:
+        rows, extra = trained.rows, state.extra
+
+        def known(who: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+            blocks = who.split(max(1, _BLOCK // rows.shape[1]))
+            return ((block, state.rows[block]) for block in blocks if len(block))
+
+        others = (block for _, block in known(absent))
         if _PAIRS in extra:
-            return product_mix(rows, own, pull, others, extra[_PAIRS], extra[_SHARES])
-        mixed = mix(rows, own, pull, others)
+            return product_mix(rows, *weigh(a), others, extra[_PAIRS], extra[_SHARES])
+        if state.ranks is None:
+            mixed = mix(rows, *weigh(a), others)
+        else:
+            mixed = state.ranks.mix(rows, trained.client, absent, known, a, weigh)
         if _PLACES in extra:
             for (start, stop), share in zip(extra[_PLACES].tolist(), extra[_SHARES].tolist(), strict=True):
                 mixed[:, start:stop] = rows[:, start:stop].lerp(mixed[:, start:stop], share)
@@ -157,7 +165,7 @@ class Mira:
         if not isinstance(graph, Learned) or state.round % graph.every:
             return graph, {}
         # Beyond a client's rank there are zeros: who has the same rank would look related.
-        rows = trained.rows[:, state.extra[_SHARED]] if _SHARED in state.extra else trained.rows
+        rows = trained.rows if state.ranks is None else trained.rows[:, state.ranks.shared]
         graph = graph.updated(trained.client, rows)
         if self.form == "paper":
             self._check(graph, float(state.extra[_STEP]), f" learned in round {state.round + 1}")

@@ -22,7 +22,7 @@ class MRMTL:
     """θ_k ≈ argmin F_k(w) + λ/2·‖w − θ̄‖² from its last value, θ̄ = 1/K·Σ_k θ_k as sent at the start of the round.
 
     The mean of all K rows as last known, kept up to date by what the cohort changed: θ̄ ← θ̄ + 1/K·Σ_k (θ̂_k − θ_k). Clients
-    count alike, whatever their number of examples, as the objective has it.
+    count alike, whatever their number of examples, as the objective has it. Where ranks differ θ̄ is over those who have a number.
     """
 
     name: Literal["mr-mtl"] = "mr-mtl"
@@ -38,8 +38,11 @@ class MRMTL:
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
         own = trained.client + 1
-        moved = (trained.rows - state.rows[own]).sum(0) / (len(state.rows) - 1)
-        value = torch.cat([state.rows[FIRST] + moved, trained.rows])
+        moved, clients = trained.rows - state.rows[own], torch.tensor(len(state.rows) - 1.0)
+        if state.ranks is not None:
+            moved, clients = state.ranks.even(moved, trained.client), state.ranks.holders
+        together = state.rows[FIRST] + moved.sum(0) / clients.to(moved.dtype)
+        value = torch.cat([together, trained.rows])
         return Change(torch.cat([FIRST, own]), value, {}, notes={})
 
     def serve(self, state: ServerState, client: Tensor) -> Tensor:

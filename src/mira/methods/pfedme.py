@@ -36,7 +36,7 @@ class PFedMe:
         return Work(cohort, start, anchor=start, prox=prox)
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
-        together = torch.lerp(state.rows[FIRST], mean(trained)[None], self.step)
+        together = torch.lerp(state.rows[FIRST], mean(state, trained)[None], self.step)
         value = torch.cat([together, trained.rows])
         return Change(torch.cat([FIRST, trained.client + 1]), value, {}, notes={"server_step": self.step})
 

@@ -1,19 +1,20 @@
 """Clients of different ranks under any method: a wrapper, so that no method needs to know.
 
 All rows have the layout of the largest rank. Beyond a client's own rank the row it trains from, is pulled to and deploys is
-zero, which training leaves as it is: each factor's gradient there is a product with the other factor's zeros. The server's
-means are those of rows padded with zeros, as in Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device
-Foundation Models", EMNLP 2024 (without its pruning and weights).
+zero, which training leaves as it is: each factor's gradient there is a product with the other factor's zeros. How the
+server's means treat them is in ``mira.core.ranks``, which methods find in the state.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from mira.core.errors import UserError, did_you_mean
 from mira.core.layout import Layout
+from mira.core.ranks import Ranks
 from mira.core.types import Change, Method, ServerState, Setting, Trained, Work
 
 
@@ -34,22 +35,24 @@ class Ranked:
 
     def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
         """Numbers beyond a client's rank do not travel."""
-        work = self.method.broadcast(state, cohort)
-        own = self._own(work.client)
+        work = self.method.broadcast(self._told(state), cohort)
+        own = self._ranks.held(work.client)
         upload = own if work.upload is None else own & work.upload
         anchor = None if work.anchor is None else work.anchor * own
         return replace(work, start=work.start * own, anchor=anchor, upload=upload)
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
-        return self.method.aggregate(state, trained)
+        return self.method.aggregate(self._told(state), trained)
 
     def serve(self, state: ServerState, client: Tensor) -> Tensor:
-        return self.method.serve(state, client) * self._own(client)
+        return self.method.serve(self._told(state), client) * self._ranks.held(client)
 
-    def _own(self, client: Tensor) -> Tensor:
-        """Which numbers are within each client's rank, [n,P] bool."""
-        masks = {rank: self.layout.within(rank) for rank in self.rank[client].unique().tolist()}
-        return torch.stack([masks[rank] for rank in self.rank[client].tolist()])
+    @cached_property
+    def _ranks(self) -> Ranks:
+        return Ranks(self.layout, self.rank)
+
+    def _told(self, state: ServerState) -> ServerState:
+        return replace(state, ranks=self._ranks)
 
 
 def ranked(method: Method, layout: Layout, rank: Mapping[str, int], names: Sequence[str]) -> Method:

@@ -22,13 +22,17 @@ def one_row_and_each(setting: Setting, extra: dict[str, Tensor] | None = None) -
 
 
 def common(state: ServerState, client: Tensor) -> Tensor:
-    """The row of all, once for each of ``client`` [n]: [n,P]. Read once, however many ask."""
-    return state.rows[FIRST].repeat(len(client), 1)
+    """The row of all, once for each of ``client`` [n] as it uses it: [n,P]. Read once, however many ask."""
+    rows = state.rows[FIRST].repeat(len(client), 1)
+    return rows if state.ranks is None else state.ranks.own(rows, client)
 
 
-def mean(trained: Trained) -> Tensor:
-    """FedAvg's mean [P]: weighted by the clients' numbers of training examples."""
-    return weighted_mean(trained.rows, trained.examples)
+def mean(state: ServerState, trained: Trained) -> Tensor:
+    """FedAvg's mean [P] for the row of all: weighted by the clients' numbers of training examples. Where ranks differ, of each
+    number over those who have it (``mira.core.ranks``); what none of them has stays."""
+    if state.ranks is None:
+        return weighted_mean(trained.rows, trained.examples)
+    return state.ranks.mean(trained.rows, trained.client, trained.examples, otherwise=state.rows[FIRST][0])
 
 
 def factor_mask(setting: Setting, factor: str, method: str) -> Tensor:

@@ -37,7 +37,7 @@ class FedAvgM:
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
         old = state.rows[FIRST]
-        m = self.beta * state.extra["fedavgm.m"] + (mean(trained) - old[0])
+        m = self.beta * state.extra["fedavgm.m"] + (mean(state, trained) - old[0])
         return Change(FIRST, old + self.lr * m, {"fedavgm.m": m}, notes={})
 
     def serve(self, state: ServerState, client: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class FedAdam:
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
         old = state.rows[FIRST]
-        delta = mean(trained) - old[0]
+        delta = mean(state, trained) - old[0]
         m = self.beta1 * state.extra["fedadam.m"] + (1 - self.beta1) * delta
         v = self.beta2 * state.extra["fedadam.v"] + (1 - self.beta2) * delta.square()
         return Change(FIRST, old + self.lr * m / (v.sqrt() + self.tau), {"fedadam.m": m, "fedadam.v": v}, notes={})

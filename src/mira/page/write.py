@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from base64 import b64encode
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from mira.core.errors import UserError
+from mira.methods import ALONG_GRAPH
 from mira.page import clients, curves, heatmaps
 from mira.page.clients import MANY
 from mira.page.comparison import FILE, Comparison, comparison
@@ -156,10 +158,13 @@ def _transfers(variants: Sequence[Variant], order: Sequence[tuple[str, str]]) ->
 
 
 def _graphs(variants: Sequence[Variant], order: Sequence[tuple[str, str]]) -> list[Markup]:
-    """Each graph once, under the names of the variants that learn along it."""
+    """Each graph once, under the names of the variants that mix along it."""
     place = {name: n for n, (_, name) in enumerate(order)}
     found: list[tuple[list[str], heatmaps.Blocks]] = []
+    along = [json.dumps(name) for name in ALONG_GRAPH]
     for variant in variants:
+        if variant.first.config.get("method.name") not in along:
+            continue
         names = variant.first.names
         sort = sorted(range(len(names)), key=lambda n: place.get(names[n], len(place)))
         each = heatmaps.graph(variant.first.graph, names, sort)

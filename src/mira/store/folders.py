@@ -5,12 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from mira.core.errors import UserError
+from mira.store.files import unwritable
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -38,6 +40,24 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
         raise UserError(
             f"{folder}: cannot be written ({why}); mend that, then continue with --resume or export again"
         ) from None
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Makes ``folder`` where it is not there. Raises UserError while another process is in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise unwritable(folder, error, "give another --out") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is at work here; wait for it, or give another --out") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _remove(folder: Path) -> None:
