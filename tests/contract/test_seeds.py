@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import RandomCorpus, make_engine
+from engines import RandomCorpus, layout_on, make_engine, warm_row
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -128,6 +128,24 @@ def test_only_trainable_coefficients_move_and_loss_falls() -> None:
     with engine.directions.applied(trained.rows[0]):
         after.append(engine.inner.score(torch.empty(1, 0), [batch])[0].sum())
     assert after[1] < after[0]
+
+
+@pytest.mark.parametrize("name", ["batched", "reference"])
+def test_memory_is_that_of_inference(name: str) -> None:
+    """Nothing is kept for a backward pass, as training LoRA does."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    corpus, client = RandomCorpus((3, 5)), torch.tensor([0])
+    lora = make_engine(name, "llama", corpus, Training(local_steps=1), torch.float64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        make_seeds(name).train(Work(client, torch.zeros(1, COUNT).double()), 0, LR)
+        assert not kept
+        lora.train(Work(client, warm_row(layout_on("llama"))[None].double()), 0, LR)
+    assert kept
 
 
 def test_averaging_coefficients_averages_weights() -> None:

@@ -48,6 +48,8 @@ def test_a_newcomer_starts_better_than_from_the_common_start(finished: Path, how
     with Store.open(finished / "run", writable=False) as store:
         start = store.metrics()[0]["local_loss"]
     assert first["warm"]["test_loss"] < 0.8 * first["common"]["test_loss"]
+    for point in result["rounds"]:  # and ahead after each step of training alike
+        assert point["warm"]["test_loss"] < point["common"]["test_loss"]
     assert first["common"]["test_loss"] == pytest.approx(start, rel=0.5)  # an untrained row, on another client's data
     after = snapshot(finished / "run")
     assert {k: v for k, v in after.items() if not k.startswith("adapted")} == before

@@ -42,12 +42,13 @@ class Progress:
 
 
 class Estimate(Nobody):
-    """A watcher that says, once, after the first round it sees, how long ``runs`` runs like this one will take."""
+    """A watcher, made when a run is opened, that says once, after the first round, how long ``runs`` runs like it take."""
 
     def __init__(self, runs: int, every: int, say: Say) -> None:
         """``every``: rounds from one evaluation to the next."""
         self._runs, self._every, self._say = runs, every, say
-        self._began, self._rounds, self._told = 0.0, 0, False
+        self._opened, self._rounds, self._told = time.perf_counter(), 0, False
+        self._began = self._opened
 
     def start(self, folder: Path, rounds: int, clients: int, done: int) -> None:
         self._began, self._rounds = time.perf_counter(), rounds
@@ -57,7 +58,11 @@ class Estimate(Nobody):
             return
         self._told = True
         before = max(time.perf_counter() - self._began - record["seconds"], 0.0)  # measuring the start
-        run = of_a_run(before, record["seconds"], "clients" in record, self._rounds, self._every)
+        run = (
+            self._began
+            - self._opened
+            + of_a_run(before, record["seconds"], "clients" in record, self._rounds, self._every)
+        )
         self._say(
             f"about {duration(self._runs * run)} for {self._runs} runs, if each takes as long as this one's first round"
             f" says ({duration(run)}); {_TESTS}"

@@ -57,7 +57,7 @@ class Mira:
     """Mix A and B of LoRA each by itself, or the updates B·A they stand for, cut to rank r by singular values."""
     factors: Literal["all", "A", "B"] = "all"
     """Mix one factor of LoRA alone; the other stays the client's own."""
-    upper_layers: Share | Annotated[tuple[Share, ...], Field(min_length=2)] = 1.0
+    upper_layers: Share | tuple[Share, ...] = 1.0
     """Share of the step that the model's highest layer makes, falling linearly from the lowest layer, which makes all of it; or
     a list of shares from the lowest layer to the highest, at equal distances and linear in between: one each, or fewer."""
     strength_end: Share | None = None
@@ -74,6 +74,11 @@ class Mira:
         if self.form == "paper" and self.strength_end is not None:
             raise UserError(
                 f"method.strength_end={self.strength_end:g}: belongs to form 'normalised', not 'paper'; leave it out"
+            )
+        if isinstance(self.upper_layers, tuple) and len(self.upper_layers) < 2:
+            raise UserError(
+                f"method.upper_layers={list(self.upper_layers)}: a list has two shares or more, from the lowest layer to the "
+                "highest; one number is the highest layer's"
             )
         if self.space == "product" and self.factors != "all":
             raise UserError(
