@@ -264,6 +264,20 @@ def test_a_site_that_is_away_keeps_its_row_and_comes_back(world: World) -> None:
     assert records[2]["lost"] == {"bob": "it is not online"}
 
 
+def test_a_round_of_nobody_is_not_held(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While nobody at all is online (the network is away, or a SuperLink began anew) no round passes, up to its deadline."""
+    monkeypatch.setattr("mira.fleet.remote._PAUSE", 0.0)
+    looks: list[int] = []
+
+    def away(trainings: int) -> set[str]:
+        looks.append(trainings)
+        return set(NAMES) if trainings == 1 and looks.count(1) < 5 else set()
+
+    transport = Troubled(InProcess({name: site.handle for name, site in world.sites().items()}), away)
+    experiment.run(world.experiment(), world.folder / "apart", None, world.opener(transport))
+    assert names_of(metrics(world.folder / "apart")) == [[*NAMES]] * 3
+
+
 def test_a_reply_is_used_for_its_own_request_alone(world: World) -> None:
     """Late, doubled, of another round, under another name, broken: none of it enters a round."""
     old: dict[str, bytes] = {}

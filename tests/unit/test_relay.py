@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -121,6 +122,35 @@ def test_an_app_that_dies_is_brought_back_and_asked_again(relay: Relay, tmp_path
     relay.revive = lambda: (lives.append(None), app.start())[0]
     assert relay.exchange({"ann": b"1", "bob": b"2"}, 60.0, 2) == {"ann": b"ann1", "bob": b"bob2"}
     assert len(lives) == 2
+
+
+@pytest.mark.parametrize(("comes_back", "answer"), [(True, b"bob2"), (False, Lost("it went offline"))])
+def test_a_superlink_that_began_anew_is_given_time_to_meet_its_sites(
+    relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_back: bool, answer: bytes | Lost
+) -> None:
+    """It knows nobody at first. Who was online before is waited for, and asked again."""
+    monkeypatch.setattr("mira.fleet.relay._LOOK", 0.02)
+    app = App(tmp_path / "relay", echo, dies_on={"pull"})
+    app.start()
+    assert relay.roster() == {"ann", "bob"}
+
+    def revive() -> None:
+        app.nodes = {"21": "ann"}
+        if comes_back:
+            threading.Timer(0.1, app.nodes.update, [{"22": "bob"}]).start()
+        else:
+            relay.grace = 0.1
+        app.start()
+
+    relay.revive = revive
+    assert relay.exchange({"ann": b"1", "bob": b"2"}, 60.0, 2) == {"ann": b"ann1", "bob": answer}
+
+
+def test_a_worker_that_is_being_started_again_is_waited_for(tmp_path: Path) -> None:
+    path, listening = tmp_path / "worker", list[socket.socket]()
+    threading.Timer(0.1, lambda: listening.append(frames.listen(path))).start()
+    frames.connect(path, patience=60.0).close()
+    listening[0].close()
 
 
 def test_an_app_that_never_comes_is_said(relay: Relay) -> None:

@@ -52,7 +52,9 @@ def run(kit_folder: Path, options: Options, say: Say, tell: Say) -> None:
     source_of(options.data).load(0)  # what is wrong with the data is said now, by this process
     own_folder(options.state)
     folder = Path(tempfile.mkdtemp(prefix="mira-site-"))
-    worker, node = _worker(kit, options, folder, tell), _node(kit, options, folder, tell)
+    port = free_port()
+    worker = _worker(kit, options, folder, tell)
+    node, executor = _node(kit, options, folder, port, tell), _executor(options, folder, port, tell)
     signal.signal(signal.SIGTERM, _end)
     try:
         say(
@@ -64,13 +66,16 @@ def run(kit_folder: Path, options: Options, say: Say, tell: Say) -> None:
                 _ask(kit)
                 asked = time.monotonic()
             worker.tend()
-            node.tend()
+            if node.tend():
+                executor.tend()
+            else:
+                executor.stop()  # with the apps of the node that died
             time.sleep(_LOOK)
     except (KeyboardInterrupt, _Ended):
         say(f"{kit.name}: leaving")
     finally:
-        node.stop()
-        worker.stop()
+        for process in (node, executor, worker):
+            process.stop()
         shutil.rmtree(folder)
 
 
@@ -90,13 +95,19 @@ def _worker(kit: SiteKit, options: Options, folder: Path, tell: Say) -> Process:
     return Process("worker", line, None, {"OMP_WAIT_POLICY": "PASSIVE"}, tell)
 
 
-def _node(kit: SiteKit, options: Options, folder: Path, tell: Say) -> Process:
+def _node(kit: SiteKit, options: Options, folder: Path, port: int, tell: Say) -> Process:
     line = [
         command("flower-supernode"), "--superlink", kit.address, "--root-certificates", str(kit.authority),
         "--auth-supernode-private-key", str(kit.key), "--node-config", f'worker="{folder / "worker"}"',
-        "--host", "127.0.0.1", "--port", str(free_port()),
+        "--host", "127.0.0.1", "--port", str(port), "--isolation", "process",
     ]  # fmt: skip
     return Process("SuperNode", line, options.state / "supernode.log", {"FLWR_HOME": str(folder / "flower")}, tell)
+
+
+def _executor(options: Options, folder: Path, port: int, tell: Say) -> Process:
+    """What starts the node's apps. A node starts it by itself too, but never again: it would be online, and deaf."""
+    line = [command("flower-superexec"), "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"]
+    return Process("SuperExec", line, options.state / "supernode.log", {"FLWR_HOME": str(folder / "flower")}, tell)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -19,6 +19,7 @@ from mira.fleet import frames
 
 _TYPE = "query"  # Flower's least specific kind of message
 _RECORD = "mira"
+_WORKER = 60.0  # seconds in which a worker that died is there again: its supervisor waits 30 at most
 server_app = ServerApp()  # Flower looks for assignments as plain as these
 client_app = ClientApp()
 
@@ -29,10 +30,10 @@ class Unanswered(Exception):
 
 @client_app.query()
 def answer(message: Message, context: Context) -> Message:
-    """What the site's worker answers. Raises Unanswered when it is not there, or dies meanwhile: Flower tells the server."""
+    """What the site's worker answers. Raises Unanswered when it does not come, or dies meanwhile: Flower tells the server."""
     _end_with_parent()
     try:
-        with frames.connect(str(context.node_config["worker"])) as worker:
+        with frames.connect(str(context.node_config["worker"]), patience=_WORKER) as worker:
             frames.send(worker, _bytes(message))
             reply = frames.receive(worker)
     except Exception as error:

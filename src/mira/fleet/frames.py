@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import socket
+import time
 from pathlib import Path
 
 LIMIT = 2**31  # bytes of one frame; Flower's own limit of a message
+_RETRY = 0.2  # seconds between two attempts to connect
 
 
 class Closed(ConnectionError):
@@ -16,16 +18,20 @@ class TooLong(ValueError):
     """A frame that nobody reads."""
 
 
-def connect(path: Path | str, timeout: float | None = None) -> socket.socket:
-    """A connection to who listens at ``path``. Raises Closed when nobody does."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.settimeout(timeout)
-    try:
-        connection.connect(str(path))
-    except OSError as error:
-        connection.close()
-        raise Closed(f"{path}: nobody listens there ({error.strerror})") from error
-    return connection
+def connect(path: Path | str, timeout: float | None = None, patience: float = 0.0) -> socket.socket:
+    """A connection to who listens at ``path``. Raises Closed when nobody does within ``patience`` seconds."""
+    until = time.monotonic() + patience
+    while True:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(timeout)
+        try:
+            connection.connect(str(path))
+            return connection
+        except OSError as error:
+            connection.close()
+            if time.monotonic() >= until:
+                raise Closed(f"{path}: nobody listens there ({error.strerror})") from error
+        time.sleep(_RETRY)
 
 
 def listen(path: Path) -> socket.socket:

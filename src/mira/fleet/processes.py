@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -55,6 +56,8 @@ class Process:
                 self.command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
                 env=surroundings(self.environment), preexec_fn=_die_with(os.getpid()),
             )  # fmt: skip
+        # Flower's processes look for those they belong to by number, and one that nobody has waited for still has its own.
+        threading.Thread(target=self._child.wait, daemon=True).start()
         self._began = time.monotonic()
 
     @property

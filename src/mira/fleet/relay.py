@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 from mira.core.errors import UserError
 from mira.fleet import frames
@@ -17,24 +18,38 @@ log = logging.getLogger(__name__)
 
 _POLL = 0.5  # seconds between two questions for replies
 _STEP = 120.0  # seconds in which the app on the server does one thing; longer, and it is taken for dead
+_ACCEPT = 2.0  # seconds between two looks after an app that does not come
+_LOOK = 1.0  # seconds between two looks for sites that are to come back
 
 
 @dataclass
 class Relay:
     """``listener``: the socket that Flower's app on the server connects to. ``revive`` is called while it is not there, and
     brings it back, ``dropped`` when it goes; ``names`` are admitted, whatever else is online; ``say`` hears who comes and
-    goes."""
+    goes; ``grace``: seconds in which sites that were online before it went are there again."""
 
     listener: socket.socket
     names: frozenset[str]
     revive: Callable[[], None] = lambda: None
     dropped: Callable[[], None] = lambda: None
     say: Callable[[str], None] = lambda line: None
-    patience: float = 120.0
+    patience: float = 300.0
+    grace: float = 60.0
     _app: socket.socket | None = None
     _nodes: dict[str, str] = field(default_factory=dict)
+    _missed: set[str] = field(default_factory=set)  # online when the app went away, and not seen since
+    _back: float = 0.0  # until when they may come
 
-    def roster(self) -> set[str]:
+    def roster(self, until: float = inf) -> set[str]:
+        """A SuperLink that was started anew knows nobody at first: waits for those who were there, until ``until`` at most."""
+        here = self._look()
+        while self._missed - here and time.monotonic() < min(self._back, until):
+            time.sleep(_LOOK)
+            here = self._look()
+        self._missed.clear()
+        return here
+
+    def _look(self) -> set[str]:
         nodes = json.loads(self._do({"do": "roster"})[0])
         before, self._nodes = self._nodes.keys(), {name: node for node, name in nodes if name in self.names}
         if self._nodes.keys() != before:
@@ -73,7 +88,7 @@ class Relay:
 
     def _push(self, requests: Mapping[str, bytes], until: float, replies: dict[str, Reply]) -> dict[str, str]:
         """Names by message."""
-        self.roster()  # a node that came back has another number
+        self.roster(until)  # a node that came back has another number
         here = [name for name in requests if name in self._nodes]
         replies |= {name: Lost("it went offline") for name in requests if name not in self._nodes}
         if not here:
@@ -114,16 +129,19 @@ class Relay:
                 self._dropped(error)
 
     def _connected(self) -> socket.socket:
-        """The app, waited for where it is not there. Raises UserError when it does not come."""
-        until = time.monotonic() + self.patience
+        """The app, waited for where it is not there. Raises UserError when it does not come within ``patience`` seconds, those
+        apart in which it was being revived: to register a hundred sites takes minutes."""
+        waited = 0.0
         while self._app is None:
             self.revive()
-            self.listener.settimeout(2.0)
+            self.listener.settimeout(_ACCEPT)
             try:
                 self._app, _ = self.listener.accept()
                 self._app.settimeout(_STEP)
+                self._back = time.monotonic() + self.grace
             except TimeoutError:
-                if time.monotonic() > until:
+                waited += _ACCEPT
+                if waited > self.patience:
                     raise UserError(
                         f"server: Flower's app did not start within {self.patience:g} s; see its log"
                     ) from None
@@ -133,6 +151,7 @@ class Relay:
         if self._app is not None:
             self._app.close()
             self._app = None
+            self._missed |= self._nodes.keys()
             self.dropped()
         log.warning("Flower's app on the server went away (%s); starting it again", error)
         return frames.Closed(str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite, nan
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 Values = dict[str, Any]
 Request = tuple[Values, dict[str, Tensor], Shapes]  # what is sent, and the tensors that come back
 _MOST = 2**53  # of a count: beyond, it is no number of examples, tokens or steps
+_PAUSE = 2.0  # seconds between two looks at who is online
 
 
 @dataclass(frozen=True)
@@ -220,8 +222,11 @@ class RemoteEngine:
         return {int(work.client[sent[i]]): found.reason for i, found in too_far(norm, self.terms.max_norm).items()}
 
     def _ask(self, kind: Kind, requests: dict[str, Request]) -> dict[str, Message | Lost]:
-        """Ask those who are online; the new among them join first."""
-        online = self.transport.roster()
+        """Ask those who are online; the new among them join first. Where nobody at all is, the network or a gate is away, and
+        rounds would only pass: waits for the first to come."""
+        until = time.monotonic() + self.terms.deadline
+        while not (online := self.transport.roster()) and time.monotonic() < until:
+            time.sleep(_PAUSE)
         replies: dict[str, Message | Lost] = {n: Lost("it is not online") for n in requests if n not in online}
         fresh = [name for name in requests if name in online and name not in self.joined]
         refused = {n: said for n, said in self.join(fresh).items() if isinstance(said, Lost)} if fresh else {}

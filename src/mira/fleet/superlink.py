@@ -46,7 +46,9 @@ root-certificates = "{authority}"
 """
 _HOST = "127.0.0.1"
 _DAYS = 30  # of the loopback certificate, made anew at every start
-_AGAIN = 45.0  # seconds after which an app that did not connect is submitted again
+_SLOW = (
+    120.0  # seconds in which an app connects, or a command of Flower's ends; longer, and the SuperLink is started anew
+)
 
 
 @dataclass
@@ -60,22 +62,22 @@ class SuperLink:
     tell: Callable[[str], None]
     port: int = 0
     _process: Process = field(init=False)
+    _executor: Process | None = None
     _pid: int | None = None
-    _submitted: float = -_AGAIN
+    _submitted: float | None = None
 
     def __post_init__(self) -> None:
         self.port = free_port()
         self._write()
-        home = {"FLWR_HOME": str(self.folder / "flower")}
         keys = ("--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key", "--ssl-ca-certfile", "ca.pem")
         paths = [part if part.startswith("--") else str(self.folder / part) for part in keys]
         self._process = Process(
             "SuperLink",
             [
                 command("flower-superlink"), "--host", _HOST, "--port", str(self.port), *paths,
-                "--enable-supernode-auth", "--disable-runtime-dependency-installation",
+                "--enable-supernode-auth", "--disable-runtime-dependency-installation", "--isolation", "process",
             ],
-            self.folder / "superlink.log", home | {"MIRA_RELAY": str(self.relay)}, self.tell,
+            self.folder / "superlink.log", {"FLWR_HOME": str(self.folder / "flower")}, self.tell,
         )  # fmt: skip
 
     @property
@@ -83,23 +85,46 @@ class SuperLink:
         return self.folder / "ca.pem"
 
     def revive(self) -> None:
-        """Start what does not run: the SuperLink, and the app on it. It forgets everything when it ends, sites too."""
+        """Start what does not run: the SuperLink, and the app on it. It forgets everything when it ends, sites too. Where it
+        does not do what it is told it is ended, and started anew at the next call."""
         if not self._process.tend() or not _listens(self.port):
             return
+        worked = True
         if self._process.pid != self._pid:
-            self._pid, self._submitted = self._process.pid, -_AGAIN
-            for site in self.sites():
-                self._register(site)
-        if time.monotonic() - self._submitted > _AGAIN:
+            worked = all(self._register(site) for site in self.sites())
+            self._pid, self._submitted = self._process.pid, None
+            self._stop_executor()
+            self._executor = self._new_executor()
+        if self._executor is not None and not self._executor.tend():
+            self._submitted = None
+            return
+        if worked and self._submitted is None:
             self._submitted = time.monotonic()
-            self._flwr("run", str(self.folder / "app"))
+            worked = self._flwr("run", str(self.folder / "app"))
+        if not worked or (self._submitted is not None and time.monotonic() - self._submitted > _SLOW):
+            log.warning("the SuperLink does not run its app; starting it anew")
+            self._process.stop()
+            self._pid = None
 
     def dropped(self) -> None:
-        """The app went away: submit it again as soon as may be."""
-        self._submitted = -_AGAIN
+        """The app went away: submit it again."""
+        self._submitted = None
 
     def stop(self) -> None:
         self._process.stop()
+        self._stop_executor()
+
+    def _stop_executor(self) -> None:
+        if self._executor is not None:
+            self._executor.stop()
+
+    def _new_executor(self) -> Process:
+        """What starts the app; it ends with the SuperLink, and the app with it. A SuperLink starts one by itself too, but never
+        again."""
+        line = [command("flower-superexec"), "--root-certificates", str(self.authority), "--parent-pid", str(self._pid)]
+        line += ["--runtime-api-address", f"{_HOST}:{self.port}"]
+        environment = {"FLWR_HOME": str(self.folder / "flower"), "MIRA_RELAY": str(self.relay)}
+        return Process("SuperExec", line, self.folder / "superlink.log", environment, self.tell)
 
     def _write(self) -> None:
         now = datetime.now(UTC)
@@ -116,18 +141,23 @@ class SuperLink:
         connection = _CONNECTION.format(port=self.port, authority=self.authority)
         (self.folder / "flower" / "config.toml").write_text(connection)
 
-    def _register(self, site: Site) -> None:
+    def _register(self, site: Site) -> bool:
         public = self.folder / f"{site.name}.pub"
         public.write_text(f"{site.public_key}\n")
-        self._flwr("supernode", "register", str(public), "fleet", "--name", site.name)
+        return self._flwr("supernode", "register", str(public), "fleet", "--name", site.name)
 
-    def _flwr(self, *arguments: str) -> None:
+    def _flwr(self, *arguments: str) -> bool:
+        """Whether it worked."""
         line = [command("flwr"), *arguments, "--format", "json"]
         self.tell(shlex.join([f"FLWR_HOME={self.folder / 'flower'}", *line]))
-        done = subprocess.run(
-            line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False,
-            env=surroundings({"FLWR_HOME": str(self.folder / "flower")}),
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SLOW, check=False,
+                env=surroundings({"FLWR_HOME": str(self.folder / "flower")}),
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            log.warning("flwr %s did not end within %g s", arguments[0], _SLOW)
+            return False
         try:
             worked = done.returncode == 0 and json.loads(done.stdout[done.stdout.index("{") :]).get("success") is True
         except ValueError:
@@ -135,6 +165,7 @@ class SuperLink:
         if not worked:
             said = " ".join((done.stdout + done.stderr).split())[-300:]
             log.warning("flwr %s did not work: %s", arguments[0], said)
+        return worked
 
 
 def free_port() -> int:
