@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,6 +145,14 @@ def test_a_superlink_that_began_anew_is_given_time_to_meet_its_sites(
 
     relay.revive = revive
     assert relay.exchange({"ann": b"1", "bob": b"2"}, 60.0, 2) == {"ann": b"ann1", "bob": answer}
+
+
+def test_the_time_in_which_the_app_is_away_does_not_count(relay: Relay, tmp_path: Path) -> None:
+    app = App(tmp_path / "relay", echo, dies_on={"pull"})
+    app.start()
+    assert relay.roster() == {"ann", "bob"}
+    relay.revive = lambda: (time.sleep(2.1), app.start())[0]
+    assert relay.exchange({"ann": b"1", "bob": b"2"}, 2.0, 2) == {"ann": b"ann1", "bob": b"bob2"}
 
 
 def test_a_worker_that_is_being_started_again_is_waited_for(tmp_path: Path) -> None:

@@ -61,8 +61,9 @@ class Relay:
         self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = lambda name, reply: None
     ) -> dict[str, Reply]:
         """Where Flower's app dies on the way the requests are sent again: a site that trained already trains the same once
-        more, to the same row."""
+        more, to the same row. The time until the app and its sites are there again does not count, up to another ``deadline``."""
         until = time.monotonic() + deadline
+        last = until + deadline
         replies: dict[str, Reply] = {}
         waiting: dict[str, str] = {}
         while len(replies) < len(requests) and time.monotonic() < until:
@@ -73,7 +74,9 @@ class Relay:
                     replies[name] = reply
                     watch(name, reply)
             except frames.Closed:
-                waiting = {}
+                waiting, gone = {}, time.monotonic()
+                self.roster(last)
+                until = min(until + time.monotonic() - gone, last)
                 continue
             waiting = {id: name for id, name in waiting.items() if name not in replies}
             if sum(isinstance(reply, bytes) for reply in replies.values()) >= minimum:
