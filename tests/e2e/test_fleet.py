@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 NAMES = ("hospital-1", "hospital-2", "hospital-3")
-PATIENCE = 150.0  # seconds, for anything to happen; usually it takes a few
+PATIENCE = 400.0  # seconds, for anything to happen; usually it takes a few
 MIRA = [sys.executable, "-c", "from mira.cli import main; main()"]
 
 
