@@ -63,7 +63,8 @@ class RunProgress:
         self._spent += record["seconds"]
         left = self._spent / (done - self._first) * (self._rounds - done)
         loss = sum(record["train_loss"].values()) / len(record["train_loss"]) if record["train_loss"] else None
-        parts = [f"round {done}/{self._rounds}", f"{len(record['cohort'])} clients"]
+        asked, lost = len(record["cohort"]), len(record["lost"])
+        parts = [f"round {done}/{self._rounds}", f"{asked - lost} of {asked} clients" if lost else f"{asked} clients"]
         parts.append(f"train loss {loss:.3f}" if loss is not None else "no client came back")
         if record.get("validation_loss") is not None:
             parts.append(f"validation {record['validation_loss']:.3f}")

@@ -270,6 +270,14 @@ def test_config_check(file: Path) -> None:
     assert unknown == "clients.rank.bop=1: no client is named 'bop'; did you mean 'bob'?"
 
 
+def test_config_check_of_a_federation_over_machines(file: Path) -> None:
+    ended = mira("config", "check", file, "--set", "data={source: sites, groups: {ann: north}}")
+    assert (ended.status, ended.out) == (
+        0,
+        f"{file}: fine for mira server; 3 rounds of mira; each site checks its own data\n",
+    )
+
+
 def test_config_schema() -> None:
     ended = mira("config", "schema")
     assert ended.status == 0

@@ -146,7 +146,8 @@ class Relay:
                 waited += _ACCEPT
                 if waited > self.patience:
                     raise UserError(
-                        f"server: Flower's app did not start within {self.patience:g} s; see its log"
+                        f"server: Flower's app did not start within {self.patience:g} s; --verbose shows what is run, and"
+                        " why it did not"
                     ) from None
         return self._app
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def serve(wanted: Experiment | None, kit_folder: Path, options: Options, watcher
             f"{kit_folder}: no site is admitted; 'mira kit site NAME --server {kit_folder} --out DIR' makes one"
         )
     names = [site.name for site in kit.admitted]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no keys stay in the temporary folder
     with _by_hand(names, options) if options.relay else _federation(kit, names, options) as transport:
         opener = Opener(transport, names, _PATIENCE, options.say)
         if options.resume is not None:
@@ -78,15 +80,18 @@ def _federation(kit: ServerKit, names: list[str], options: Options) -> Iterator[
             inside = gate.Upstream(("127.0.0.1", superlink.port), gate.upstream_tls(superlink.authority))
             tls = gate.server_tls(kit.certificate, kit.key)
             listen = ("0.0.0.0", split_address(kit.address)[1])
-            try:
-                door = gate.opened(listen, inside, tls, admission(kit.folder), gate.Limits())
-                with door:
-                    options.say(f"sites may connect to {kit.address}")
-                    yield relay
-            except OSError as error:
-                raise UserError(f"server: cannot listen at port {listen[1]} ({error.strerror}); is it taken?") from None
-            finally:
-                relay.close()
+            with closing(relay), ExitStack() as door:
+                try:
+                    door.enter_context(gate.opened(listen, inside, tls, admission(kit.folder), gate.Limits()))
+                except OSError as error:
+                    why = f"cannot listen at port {listen[1]} ({error.strerror}); is it taken?"
+                    raise UserError(f"server: {why}") from None
+                options.say(f"sites may connect to {kit.address}")
+                yield relay
+    except UserError:
+        for line in superlink.last_words():
+            options.tell(line)
+        raise
     finally:
         superlink.stop()
         shutil.rmtree(folder)

@@ -110,6 +110,11 @@ class SuperLink:
         """The app went away: submit it again."""
         self._submitted = None
 
+    def last_words(self) -> list[str]:
+        """The last lines of its log, which goes with its folder."""
+        log = self.folder / "superlink.log"
+        return log.read_text(errors="replace").splitlines()[-20:] if log.exists() else []
+
     def stop(self) -> None:
         self._process.stop()
         self._stop_executor()
