@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from apart import World, write_data
 from mira.model import Base, load
 from tiny import make_tiny, make_tokenizer, save_tiny
 
@@ -42,6 +43,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny Llama as safetensors and its tokenizer. Read only: tests share it."""
     return save_tiny(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture
+def world(tiny_folder: Path, tmp_path: Path) -> World:
+    """Sites with data of their own, and a folder for what they do."""
+    return World(tmp_path, tiny_folder, write_data(tmp_path / "data"))
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from mira.core.errors import UserError
 from mira.core.loop import Record, Schedule, run_rounds
 from mira.core.tensors import from_tensors, in_use, to_tensors
 from mira.core.types import Change, Rows, ServerState, stays
+from mira.methods.warm import Warm
 from mira.report import summarise
 from mira.session import TOKENS, Session, check_environment, enough_memory, open_session
 from mira.store import Store
@@ -150,9 +151,9 @@ class _Folder:
 
 
 def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher) -> Result:
-    experiment, method = session.experiment, session.method
+    experiment, sites = session.experiment, session.sites
     rounds, names = experiment.rounds, session.names
-    look = _measurer(session, watcher)
+    look = _measurer(session, watcher, measure.known_from(store.metrics()))
     watcher.start(store.folder, rounds, len(names), state.round)
     if store.last_round is None:
         watcher.stage("measuring the start")
@@ -162,8 +163,10 @@ def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher)
         nothing = torch.empty(0, dtype=torch.int64)
         store.commit(0, nothing, store.start[None][:0], state.extra, {}, record)
         state = state_of(session, store)
-    sites = session.sites
     wire = experiment.server.wire if sites else "fp32"
+    method = (
+        session.method_as(Warm(experiment.method, session.layout, store.start, sites.new)) if sites else session.method
+    )
     schedule = Schedule(experiment.seed, rounds, experiment.cohort, experiment.training, wire)
     # Of the method itself: beyond a client's rank there are zeros, which stay nowhere.
     held_there = stays(experiment.method.broadcast(state, torch.zeros(1, dtype=torch.int64)))
@@ -202,13 +205,13 @@ def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher)
 
 def summary(session: Session, store: Store, last: Record, best_answers: Record) -> Result:
     """The result of a run of which ``last`` was measured last, with paths relative to the run folder."""
-    clients = session.federation.clients
+    clients, joined = session.federation.clients, last.get("joined", {})
     adapters = [f"{ADAPTERS}/{client.slug}" for client in clients]
     return summarise(
         store,
         last,
         [client.task for client in clients],
-        [client.num_train for client in clients],
+        [joined.get(client.name, client.num_train) for client in clients],
         adapters,
         best_answers,
     )
@@ -223,34 +226,37 @@ def joining(session: Session) -> Record:
     return {"bytes_down": 0, "bytes_up": size * len(each), "client_bytes": each}
 
 
-def _measurer(session: Session, watcher: Watcher) -> Callable[[ServerState], Record]:
+def _measurer(session: Session, watcher: Watcher, known: dict[str, Record]) -> Callable[[ServerState], Record]:
     """What to measure after which round: losses every n rounds, answers at the start and at the end, transfer at the end.
-    All but the validation loss is measured on the test split, and left out where the plan leaves that split alone."""
+    All but the validation loss is measured on the test split, and left out where the plan leaves that split alone.
+    ``known``: what is known of each client from earlier rounds, kept up to date."""
     plan, rounds = session.experiment.evaluation, session.experiment.rounds
 
     def look(state: ServerState) -> Record:
         first, last = state.round == 0, state.round == rounds
         due = last or state.round % plan.every == 0
         answers = plan.test and plan.generate and (first or last)
-        record = measured(session, state, watcher, answers, plan.test and last, plan.test) if due else {}
-        record |= session.sites.spent() if session.sites else {}
+        record = measured(session, state, watcher, answers, plan.test and last, plan.test, known) if due else {}
+        known.update(measure.known_from([{"round": state.round} | record]))
+        record |= session.sites.told() if session.sites else {}
         return record | {"peak_memory_bytes": peak_memory(session.base.model.device)}
 
     return look
 
 
 def measured(
-    session: Session, state: ServerState, watcher: Watcher, answers: bool, transfer: bool, test: bool = True
-) -> Record:
+    session: Session, state: ServerState, watcher: Watcher, answers: bool, transfer: bool, test: bool = True,
+    known: Mapping[str, Record] | None = None,
+) -> Record:  # fmt: skip
     """The losses of every client under the row it would deploy in ``state``, if asked for also answers and transfer.
-    Without ``test`` the validation loss alone.
+    Without ``test`` the validation loss alone. ``known``: for the means, as ``measure.losses`` takes it.
 
     Raises UserError when memory runs out.
     """
     e, method, engine, names = session.experiment, session.method, session.workplace, session.names
     plan = e.evaluation
     with enough_memory(e):
-        record = measure.losses(method, engine, state, names, plan.examples, test)
+        record = measure.losses(method, engine, state, names, plan.examples, test, known)
         if answers:
             watcher.stage("generating answers")
             record["answers"] = _answers(session, state)
@@ -262,7 +268,10 @@ def measured(
             )  # fmt: skip
     clean: Record = without_nan(record)
     shown = ("validation_loss", "test_loss", "perplexity") if test else ("validation_loss",)
-    endless = [name for name, scores in clean["clients"].items() if None in [scores[key] for key in shown]]
+    away = clean.get("unmeasured", {})
+    endless = [
+        name for name, scores in clean["clients"].items() if name not in away and None in [scores[key] for key in shown]
+    ]
     if endless:
         log.warning("round %d: no finite loss or perplexity for %s", state.round, ", ".join(endless))
     return clean

@@ -1,13 +1,15 @@
 """Measuring every client under the row it would deploy: loss, answers, transfer.
 
 Loss is token-weighted cross-entropy in nats; means over clients are unweighted, so that a client with long answers
-counts as much as any other. ROUGE-L: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004, F1.
+counts as much as any other. A client on a machine of its own may not answer: it then counts with its last known loss, since
+a mean over whoever answers would move with who they are. Where every client has a row of its own that is its loss still: the
+row of a client that is away stays as it is. ROUGE-L: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004, F1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import exp
+from collections.abc import Iterable, Mapping, Sequence
+from math import exp, isnan, nan
 from typing import Any
 
 import torch
@@ -22,24 +24,51 @@ Record = dict[str, Any]
 
 
 def losses(
-    method: Method, engine: Engine, state: ServerState, names: Sequence[str], limit: int | None, test: bool = True
-) -> Record:
-    """Validation and test loss of every client, and their means. Without ``test`` that split is not read: None."""
+    method: Method, engine: Engine, state: ServerState, names: Sequence[str], limit: int | None, test: bool = True,
+    known: Mapping[str, Record] | None = None,
+) -> Record:  # fmt: skip
+    """Validation and test loss of every client, and their means. Without ``test`` that split is not read: None.
+
+    ``unmeasured``, where a client did not answer: for each the round of the losses with which it counts, those that are
+    ``known`` of it, and None for one who was never measured and is in no mean.
+    """
     everyone = torch.arange(len(names))
     splits = ("validation", "test") if test else ("validation",)
-    validation, *tested = engine.evaluate(method.serve(state, everyone), everyone, splits, limit).loss.T.tolist()
+    scores = engine.evaluate(method.serve(state, everyone), everyone, splits, limit)
+    validation, *tested = scores.loss.T.tolist()
     on_test = tested[0] if test else [None] * len(names)
     clients = {
         name: {"validation_loss": v, "test_loss": t, "perplexity": None if t is None else _perplexity(t)}
         for name, v, t in zip(names, validation, on_test, strict=True)
     }
-    return {"validation_loss": _mean(validation), "local_loss": _mean(tested[0]) if test else None, "clients": clients}
+    silent = [names[k] for k in (scores.tokens == 0).any(1).nonzero()[:, 0].tolist()]
+    before = {name: (known or {}).get(name) for name in silent}
+    counted = [scores for scores in (clients | before).values() if scores]
+    return {
+        "validation_loss": _mean_known(counted, "validation_loss"),
+        "local_loss": _mean_known(counted, "test_loss") if test else None,
+        **({"unmeasured": {name: last and last["round"] for name, last in before.items()}} if silent else {}),
+        "clients": clients,
+    }
+
+
+def known_from(records: Iterable[Record]) -> dict[str, Record]:
+    """Of every client its losses when it was last measured, and the ``round``."""
+    known: dict[str, Record] = {}
+    for record in records:
+        away = record.get("unmeasured", {})
+        found = {name: scores for name, scores in record.get("clients", {}).items() if name not in away}
+        known |= {name: {**scores, "round": record["round"]} for name, scores in found.items()}
+    return known
 
 
 def answers(names: Sequence[str], grades: Sequence[Grade]) -> Record:
-    """Every client's exact match and ROUGE-L, and their means."""
-    means = {key: _mean([grade[key] for grade in grades]) for key in ("exact_match", "rouge_l")}
-    return {**means, "clients": dict(zip(names, grades, strict=True))}
+    """Every client's exact match and ROUGE-L, and their means over those who answered; ``unmeasured`` are the others."""
+    came = [grade for grade in grades if not isnan(grade["exact_match"])]
+    means = {key: _mean([grade[key] for grade in came]) if came else nan for key in ("exact_match", "rouge_l")}
+    silent = [name for name, grade in zip(names, grades, strict=True) if isnan(grade["exact_match"])]
+    clients = dict(zip(names, grades, strict=True))
+    return {**means, **({"unmeasured": silent} if silent else {}), "clients": clients}
 
 
 def grade(
@@ -93,6 +122,12 @@ def rouge_l(given: Sequence[str], references: Sequence[str]) -> float:
 def _perplexity(loss: float) -> float | None:
     """exp(loss), or None where it leaves the range of a float."""
     return exp(loss) if loss < 700 else None
+
+
+def _mean_known(clients: Sequence[Record], key: str) -> float:
+    """NaN where one of them has no finite loss, or there is none."""
+    values = [nan if client[key] is None else client[key] for client in clients]
+    return _mean(values) if values else nan
 
 
 def _mean(values: Sequence[float]) -> float:

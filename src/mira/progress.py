@@ -67,7 +67,9 @@ class RunProgress:
         parts = [f"round {done}/{self._rounds}", f"{asked - lost} of {asked} clients" if lost else f"{asked} clients"]
         parts.append(f"train loss {loss:.3f}" if loss is not None else "no client came back")
         if record.get("validation_loss") is not None:
-            parts.append(f"validation {record['validation_loss']:.3f}")
+            away = len(record.get("unmeasured", ()))
+            measured = f" ({self._clients - away} of {self._clients} measured)" if away else ""
+            parts.append(f"validation {record['validation_loss']:.3f}{measured}")
         parts += [
             f"{record['tokens_per_second']:.0f} tokens/s",
             f"{record['seconds']:.1f} s",

@@ -85,7 +85,10 @@ class Session:
     @property
     def method(self) -> Method:
         """The experiment's method, for clients of the ranks they have."""
-        return ranked(self.experiment.method, self.layout, self.experiment.clients.rank, self.names)
+        return self.method_as(self.experiment.method)
+
+    def method_as(self, method: Method) -> Method:
+        return ranked(method, self.layout, self.experiment.clients.rank, self.names)
 
     def start(self) -> Tensor:
         """The common start row [P], in the precision adapters are trained in."""

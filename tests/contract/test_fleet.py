@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,104 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mira import Experiment, experiment
+from apart import NAMES, SECRETS, Troubled, World, lost_and_away, metrics, names_of, rows
+from mira import experiment
 from mira.core.errors import UserError
 from mira.core.wire import Wire, decode
 from mira.data.sources.jsonl import Jsonl
 from mira.data.sources.sites import Own, Sites
 from mira.fleet.privacy import epsilon
-from mira.fleet.seam import InProcess, Lost, Reply, Watch, pack, unpack
-from mira.fleet.server import Opener
-from mira.fleet.site import SEE_LOG, Site
+from mira.fleet.seam import InProcess, Lost, Reply, pack, unpack
+from mira.fleet.site import SEE_LOG
 from mira.methods import METHODS
-from small import Interrupt, mira, settings
+from small import Interrupt, mira
 from tiny import save_tiny
-
-NAMES = ("ann", "bob", "cleo")
-SECRETS = {name: f"secret-of-{name}" for name in NAMES}
-# One client a pass: so is a site.
-ALONE = {"threads": 1, "tokens_per_pass": 1}
-
-
-def write_data(folder: Path) -> Path:
-    folder.mkdir()
-    for k, name in enumerate(NAMES):
-        lines = [
-            {"instruction": f"Add {SECRETS[name]}.", "input": f"{n} and {k}", "output": f"{n + k} {name}"}
-            for n in range(8 + k)
-        ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
-@dataclass
-class Troubled:
-    """A transport that loses what it is told to lose, and remembers all that passes."""
-
-    inner: InProcess
-    offline: Callable[[int], set[str]] = lambda count: set()
-    block: Callable[[bytes], bool] = lambda request: False
-    change: Callable[[str, bytes, bytes], Reply] = lambda name, request, reply: reply
-    sent: list[tuple[str, bytes]] = field(default_factory=list)
-    received: list[tuple[str, bytes]] = field(default_factory=list)
-    trainings: int = 0
-
-    def roster(self) -> set[str]:
-        return self.inner.roster() - self.offline(self.trainings)
-
-    def exchange(
-        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = lambda name, reply: None
-    ) -> dict[str, Reply]:
-        self.sent += requests.items()
-        replies: dict[str, Reply] = {name: Lost("late") for name, data in requests.items() if self.block(data)}
-        passed = {name: request for name, request in requests.items() if name not in replies}
-        for name, reply in self.inner.exchange(passed, deadline, minimum, watch).items():
-            if isinstance(reply, bytes):
-                self.received.append((name, reply))
-                reply = self.change(name, requests[name], reply)
-            replies[name] = reply
-        self.trainings += any(unpack(r).head.kind == "train" for r in requests.values())
-        return replies
-
-
-@dataclass
-class World:
-    folder: Path
-    model: Path
-    data: Path
-
-    def experiment(self, **sections: Any) -> Experiment:
-        values = settings(self.model, self.data, engine=ALONE, graph={"name": "complete"})
-        values["data"] = {"source": "jsonl", "path": str(self.data)}
-        for key, value in sections.items():
-            values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
-        return Experiment(**values)
-
-    def sites(self, where: str = "sites", **options: Any) -> dict[str, Site]:
-        return {name: Site(name, Jsonl(self.data), self.folder / where / name, **options) for name in NAMES}
-
-    def apart(
-        self, sites: Mapping[str, Site], out: str = "apart", watcher: Any = None, **sections: Any
-    ) -> tuple[dict[str, Any], Troubled]:
-        transport = Troubled(InProcess({name: site.handle for name, site in sites.items()}))
-        wanted = self.experiment(**sections)
-        return experiment.run(wanted, self.folder / out, watcher, self.opener(transport)), transport
-
-    def opener(self, transport: Any) -> Opener:
-        return Opener(transport, NAMES, patience=0.0)
-
-
-@pytest.fixture
-def world(tiny_folder: Path, tmp_path: Path) -> World:
-    return World(tmp_path, tiny_folder, write_data(tmp_path / "data"))
-
-
-def rows(folder: Path) -> dict[str, torch.Tensor]:
-    return {file.name: load_file(file)["row"] for file in sorted((folder / "rows").iterdir())}
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(("name", "keep"), [*((name, False) for name in METHODS), ("mira", True), ("ditto", True)])
@@ -124,10 +37,6 @@ def test_rows_and_scores_are_those_of_one_process_to_the_last_bit(world: World, 
     for client in together["clients"]:
         own = world.folder / "sites" / client["name"] / "adapter" / "adapter_model.safetensors"
         assert own.read_bytes() == (Path(client["adapter"]) / "adapter_model.safetensors").read_bytes()
-
-
-def names_of(records: list[dict[str, Any]]) -> list[list[str]]:
-    return [sorted(record.get("train_loss", {})) for record in records[1:]]
 
 
 def test_every_rounds_rows_on_the_server_are_those_of_one_process(world: World) -> None:
@@ -160,73 +69,6 @@ def test_what_is_private_is_in_no_message_and_not_on_the_server(world: World, na
         assert not any(window in data for _, data in (*transport.sent, *transport.received))
 
 
-def payload(passed: list[tuple[str, bytes]], round: int, prefix: str) -> dict[str, int]:
-    """Bytes of the rows that passed in the training of ``round``, by site."""
-    messages = [(name, unpack(data)) for name, data in passed]
-    return {
-        name: sum(tensor.nbytes for key, tensor in message.tensors.items() if key.startswith(prefix))
-        for name, message in messages
-        if (message.head.kind, message.head.round) == ("train", round)
-    }
-
-
-@pytest.mark.parametrize(
-    ("wire", "name"),
-    [("fp32", "fedit"), ("bf16", "fedit"), *(("int8", name) for name in ("fedit", "mr-mtl", "ditto", "fedsa-lora"))],
-)
-def test_the_metrics_count_the_bytes_that_pass(world: World, wire: Wire, name: str) -> None:
-    """Of each site and round: what its rows take in the messages; by hand where the whole row goes once each way."""
-    plan: dict[str, Any] = {"evaluation": {"generate": False, "transfer_clients": 0}, "server": {"wire": wire}}
-    _, transport = world.apart(world.sites(), rounds=2, method={"name": name}, **plan)
-    size = len(load_file(world.folder / "apart" / "start.safetensors")["start"])
-    for record in metrics(world.folder / "apart")[1:]:
-        assert not record["lost"]
-        down, up = (payload(passed, record["round"] - 1, prefix) for passed, prefix in (
-            (transport.sent, "a"), (transport.received, "row")
-        ))  # fmt: skip
-        assert record["client_bytes"] == {site: {"down": down[site], "up": up[site]} for site in NAMES}
-        if name == "fedit":
-            each = {"fp32": (4 * size, 4 * size), "bf16": (2 * size, 2 * size)}
-            assert (down["ann"], up["ann"]) == each.get(wire, (2 * size, size + 4 * -(-size // 256)))
-
-
-@pytest.mark.parametrize(("wire", "name"), [("bf16", "mira"), ("int8", "mira"), ("int8", "fedsa-lora")])
-def test_rounded_rows_train_as_exact_ones_do(world: World, wire: Wire, name: str) -> None:
-    """Three rounds of a tiny model: the loss moves by far more than the rounding changes it."""
-    plan: dict[str, Any] = {"method": {"name": name}, "evaluation": {"generate": False, "transfer_clients": 0}}
-    world.apart(world.sites("exact"), "exact-run", **plan)
-    world.apart(world.sites("rounded"), "rounded-run", server={"wire": wire}, **plan)
-    exact, rounded = metrics(world.folder / "exact-run"), metrics(world.folder / "rounded-run")
-    progress = abs(exact[-1]["local_loss"] - exact[0]["local_loss"])
-    assert progress > 1e-3
-    assert 0 < abs(rounded[-1]["local_loss"] - exact[-1]["local_loss"]) < 0.02 * progress
-
-
-def lost_and_away(world: World, plan: dict[str, Any]) -> None:
-    """Two runs of ``plan``, in a-run and b-run: round 1's replies are lost on their way, or nobody was asked for them."""
-
-    def is_it(request: bytes) -> bool:
-        head = unpack(request).head
-        return head.kind == "train" and head.round == 1
-
-    lost = Troubled(InProcess({name: site.handle for name, site in world.sites("a").items()}))
-    lost.change = lambda name, request, reply: Lost("late") if is_it(request) else reply
-    away = Troubled(InProcess({name: site.handle for name, site in world.sites("b").items()}))
-    away.block = is_it
-    experiment.run(world.experiment(**plan), world.folder / "a-run", None, world.opener(lost))
-    experiment.run(world.experiment(**plan), world.folder / "b-run", None, world.opener(away))
-
-
-def test_what_rounding_took_away_is_kept_with_the_round_that_counted(world: World) -> None:
-    """A reply that is lost takes its residual with it: the rows are those of a run in which the round never was."""
-    plan: dict[str, Any] = {"method": {"name": "fedit"}, "server": {"wire": "int8"}}
-    lost_and_away(world, plan)
-    a, b = rows(world.folder / "a-run"), rows(world.folder / "b-run")
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    assert all("residual0" in load_file(file) for file in (world.folder / "sites").rglob("r3.safetensors"))
-
-
 def test_text_and_file_names_never_leave(world: World) -> None:
     _, transport = world.apart(world.sites(willing=True))
     assert len(transport.received) > 20
@@ -245,23 +87,6 @@ def test_what_an_error_says_stays_at_its_site(world: World, caplog: pytest.LogCa
     assert SEE_LOG.encode() in everything
     assert b"secret-model" not in everything
     assert "secret-model" in caplog.text
-
-
-def test_the_matrix_only_where_sites_are_willing(world: World) -> None:
-    world.apart(world.sites("unwilling"), "a")
-    assert metrics(world.folder / "a")[-1]["transfer"] == {}
-    experiment.run(world.experiment(), world.folder / "together")
-    world.apart(world.sites("eager", willing=True), "b")
-    assert metrics(world.folder / "b")[-1]["transfer"] == metrics(world.folder / "together")[-1]["transfer"]
-
-
-def test_a_site_that_is_away_keeps_its_row_and_comes_back(world: World) -> None:
-    transport = Troubled(InProcess({name: site.handle for name, site in world.sites().items()}))
-    transport.offline = lambda trainings: {"bob"} if trainings == 1 else set()
-    experiment.run(world.experiment(), world.folder / "apart", None, world.opener(transport))
-    records = metrics(world.folder / "apart")
-    assert names_of(records) == [["ann", "bob", "cleo"], ["ann", "cleo"], ["ann", "bob", "cleo"]]
-    assert records[2]["lost"] == {"bob": "it is not online"}
 
 
 def test_a_round_of_nobody_is_not_held(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -541,16 +366,3 @@ def test_rows_that_stayed_cannot_be_exported(world: World) -> None:
     world.apart(world.sites(), method={"name": "local"})
     error = mira("export", world.folder / "apart", "--all").error
     assert "with method.name=local rows never leave their sites" in error
-
-
-def test_a_site_whose_data_changed_is_not_taken_back(world: World) -> None:
-    sites = world.sites()
-    with pytest.raises(Interrupt.Pulled):
-        world.apart(sites, "apart", Interrupt(1), split={"train": 0.5, "validation": 1, "test": 1})
-    file = world.data / "bob.jsonl"
-    file.write_text("".join(file.read_text().splitlines(keepends=True)[:6]))
-    transport = Troubled(InProcess({name: site.handle for name, site in world.sites().items()}))
-    experiment.resume(world.folder / "apart", None, world.opener(transport))
-    records = metrics(world.folder / "apart")
-    assert records[2]["lost"] == {"bob": "its data changed: it trained on 4 examples when the run began; restore it"}
-    assert names_of(records) == [["ann", "bob", "cleo"], ["ann", "cleo"], ["ann", "cleo"]]

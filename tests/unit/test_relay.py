@@ -70,7 +70,7 @@ class App:
 
 @pytest.fixture
 def relay(tmp_path: Path) -> Iterator[Relay]:
-    made = Relay(frames.listen(tmp_path / "relay"), frozenset({"ann", "bob", "cleo"}), patience=5.0)
+    made = Relay(frames.listen(tmp_path / "relay"), lambda: frozenset({"ann", "bob", "cleo"}), patience=5.0)
     yield made
     made.close()
 

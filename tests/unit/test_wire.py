@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mira.core.wire import BLOCK, Wire, compress, decode, down, encode, num_bytes
+from mira.core.layout import Layout
+from mira.core.wire import BLOCK, Wire, compress, decode, decode_mask, down, encode, encode_mask, num_bytes
 
 WIRES: tuple[Wire, ...] = ("fp32", "bf16", "int8")
 # Relative to the block's largest number: half a step of 1/127 (a third float32 rounding on top), half a bf16 ulp of 2^-7.
@@ -146,3 +147,45 @@ def test_any_bytes_are_finite_numbers_or_refused(data: bytes, size: int, wire: W
         return
     assert found.shape == (size,)
     assert bool(found.isfinite().all())
+
+
+@given(mask=st.lists(st.booleans(), min_size=1, max_size=70))
+def test_a_mask_comes_back_as_it_was(mask: list[bool]) -> None:
+    bits = torch.tensor(mask)
+    assert torch.equal(decode_mask(encode_mask(bits), len(bits)), bits)
+
+
+def test_a_mask_of_a_layout_is_short() -> None:
+    """Of a million numbers, for one factor and for fewer ranks than the row has: less than a thousandth of its bits."""
+    modules = {f"model.layers.{n}.{name}": (576, 576) for n in range(30) for name in ("q", "v")}
+    layout = Layout.of(modules, rank=16, alpha=16)
+    b = torch.zeros(layout.size, dtype=torch.bool)
+    for entry in layout.entries:
+        entry.view(b).fill_(entry.factor == "B")
+    for mask in (b, layout.within(5), b & layout.within(5)):
+        assert torch.equal(decode_mask(encode_mask(mask), len(mask)), mask)
+        assert len(encode_mask(mask)) < 1024 < len(mask) / 1000
+
+
+@given(data=st.binary(max_size=40), size=st.integers(1, 90))
+def test_any_bytes_are_a_mask_or_refused(data: bytes, size: int) -> None:
+    with suppress(ValueError):
+        assert decode_mask(torch.tensor(list(data), dtype=torch.uint8), size).shape == (size,)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (encode_mask(torch.ones(17, dtype=torch.bool)), "other than 9 bits"),
+        (encode_mask(torch.ones(8, dtype=torch.bool)), "other than 9 bits"),
+        (encode_mask(torch.ones(10, dtype=torch.bool)), "more than 9 bits"),
+        (encode_mask(torch.zeros(2**23, dtype=torch.bool)), "other than 9 bits"),
+        (encode_mask(torch.ones(9, dtype=torch.bool))[:-1], "other than 9 bits"),
+        (torch.cat([encode_mask(torch.ones(9, dtype=torch.bool)), torch.zeros(1, dtype=torch.uint8)]), "other than 9 bits"),
+        (torch.zeros(5, dtype=torch.uint8), "not deflated bits"),
+        (torch.zeros(5, dtype=torch.bool), "not a flat array"),
+    ],
+)  # fmt: skip
+def test_bytes_that_are_no_mask_are_refused(data: Tensor, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        decode_mask(data, 9)

@@ -161,7 +161,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Scores:
-    """Summed loss of label tokens: ``nll`` [n,s] in nats and ``tokens`` [n,s], per evaluated row and split."""
+    """Summed loss of label tokens: ``nll`` [n,s] in nats and ``tokens`` [n,s], per evaluated row and split; NaN and 0 tokens
+    where the client did not answer."""
 
     nll: Tensor  # float64
     tokens: Tensor  # int64
@@ -242,9 +243,15 @@ class Sites(Engine, Protocol):
         """The clients [n] that let others' rows be tried on their data."""
         ...
 
-    def spent(self) -> dict[str, Any]:
-        """For a round's record: ``privacy``, of each client whose site puts noise on what it sends, ``releases`` so far and the
-        (``epsilon``, ``delta``) they add up to."""
+    def new(self) -> Tensor:
+        """The clients [n] that came when the run was under way, or missed rounds they were asked for, and none of whose rounds
+        has counted yet."""
+        ...
+
+    def told(self) -> dict[str, Any]:
+        """For a round's record: ``joined``, the training examples of each client that came when the run was under way;
+        ``privacy``, of each client whose site puts noise on what it sends, ``releases`` so far and the (``epsilon``, ``delta``)
+        they add up to."""
         ...
 
     def begin(self, stays: bool) -> None:

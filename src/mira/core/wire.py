@@ -8,10 +8,14 @@ A site sends a rounded *displacement* from the row it was given, which both side
 error feedback adds it to the next displacement (Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019), so that the
 sum of all that was sent is the sum of all that was meant, up to the last residual. Rows to a site travel in bf16 with both
 rounded formats: a row has no earlier one to be a displacement from.
+
+Which numbers travel, where not all do, is said by a mask: its bits, deflated. It follows the layout, so that it repeats itself,
+and a mask of millions is some hundred bytes.
 """
 
 from __future__ import annotations
 
+import zlib
 from typing import Literal
 
 import torch
@@ -66,6 +70,32 @@ def compress(displacement: Tensor, residual: Tensor | None, wire: Wire) -> tuple
     meant = displacement if residual is None else displacement + residual
     data = encode(meant, wire)
     return data, meant - decode(data, wire, len(meant), meant.dtype)
+
+
+def encode_mask(mask: Tensor) -> Tensor:
+    """``mask`` [n] bool as bytes (uint8)."""
+    eights = torch.nn.functional.pad(mask.cpu().to(torch.uint8), (0, -len(mask) % 8)).view(-1, 8)
+    bits = (eights << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(zlib.compress(bits.numpy().tobytes())), dtype=torch.uint8)
+
+
+def decode_mask(data: Tensor, size: int) -> Tensor:
+    """The mask [size] in ``data``. Raises ValueError unless it is what ``encode_mask`` makes of one; no more than ``size`` bits
+    are ever unpacked."""
+    if data.dtype != torch.uint8 or data.dim() != 1:
+        raise ValueError(f"a mask is {data.dtype} of {data.dim()} dimensions, not a flat array of bytes")
+    most, inflate = -(-size // 8), zlib.decompressobj()
+    try:
+        bits = inflate.decompress(data.numpy().tobytes(), most + 1)
+    except zlib.error as error:
+        raise ValueError(f"a mask that is not deflated bits ({error})") from None
+    if len(bits) != most or not inflate.eof or inflate.unused_data:
+        raise ValueError(f"a mask of other than {size} bits")
+    eights = torch.frombuffer(bytearray(bits), dtype=torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8)
+    whole = (eights & 1).bool().flatten()
+    if bool(whole[size:].any()):
+        raise ValueError(f"a mask of more than {size} bits")
+    return whole[:size]
 
 
 def _blocks(size: int) -> int:

@@ -48,11 +48,11 @@ class Client:
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
-    elsewhere: int = 0  # training examples, where the client has its data on a machine of its own
+    elsewhere: int | None = None  # training examples, where the client has its data on a machine of its own
 
     @property
     def num_train(self) -> int:
-        return len(self.train) or self.elsewhere
+        return len(self.train) if self.elsewhere is None else self.elsewhere
 
     @property
     def about(self) -> str:
@@ -88,7 +88,7 @@ def _count(size: float, available: int) -> int:
 
 
 def _client(data: ClientData, sizes: SplitSizes, seed: int) -> Client:
-    if data.elsewhere:
+    if data.elsewhere is not None:
         absent = {"train": (), "validation": (), "test": ()}
         return Client(
             data.name, slug(data.name), data.task, data.group, data.description, **absent, elsewhere=data.elsewhere

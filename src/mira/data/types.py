@@ -37,14 +37,14 @@ def unique(examples: tuple[Example, ...]) -> tuple[Example, ...]:
 @dataclass(frozen=True)
 class ClientData:
     """What a source knows of one client. ``group``: the true family or category, "" when there is none. ``elsewhere``: how
-    many training examples it has on a machine of its own; there are none here then."""
+    many training examples it has on a machine of its own, 0 while that is not known; None where its data is here."""
 
     name: str
     task: str
     group: str
     description: str
     examples: tuple[Example, ...]
-    elsewhere: int = 0
+    elsewhere: int | None = None
 
 
 def client_data(name: str, examples: Sequence[Example], group: str = "") -> ClientData:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from mira.fleet.certificates import openssh
-from mira.fleet.kit import read_registry
+from mira.fleet.kit import admitted
 
 _TOLERANCE = timedelta(seconds=305)  # as in flwr 1.41
 
@@ -26,8 +26,8 @@ def admission(server_kit: Path) -> Callable[[Mapping[str, str]], str | None]:
     UserError where the kit's list of sites cannot be read: then nobody knows who is admitted."""
 
     def admit(headers: Mapping[str, str]) -> str | None:
-        admitted = {site.public_key: site.name for site in read_registry(server_kit)[1] if site.revoked is None}
-        return signer(headers, admitted, datetime.now(UTC))
+        names = {site.public_key: site.name for site in admitted(server_kit)}
+        return signer(headers, names, datetime.now(UTC))
 
     return admit
 

@@ -217,6 +217,11 @@ def read_registry(folder: Path) -> tuple[str, tuple[Site, ...]]:
     return str(values["address"]), sites
 
 
+def admitted(folder: Path) -> tuple[Site, ...]:
+    """The sites a server's kit admits now: issued and not revoked. Raises UserError."""
+    return tuple(site for site in read_registry(folder)[1] if site.revoked is None)
+
+
 def _commit(kit: ServerKit, sites: tuple[Site, ...]) -> None:
     files.replace(kit.folder / "server.json", _registry(kit.address, sites))
     files.sync(kit.folder)

@@ -25,11 +25,11 @@ _LOOK = 1.0  # seconds between two looks for sites that are to come back
 @dataclass
 class Relay:
     """``listener``: the socket that Flower's app on the server connects to. ``revive`` is called while it is not there, and
-    brings it back, ``dropped`` when it goes; ``names`` are admitted, whatever else is online; ``say`` hears who comes and
-    goes; ``grace``: seconds in which sites that were online before it went are there again."""
+    brings it back, ``dropped`` when it goes; ``names`` says who is admitted now, whoever else is online; ``say`` hears who comes
+    and goes; ``grace``: seconds in which sites that were online before it went are there again."""
 
     listener: socket.socket
-    names: frozenset[str]
+    names: Callable[[], frozenset[str]]
     revive: Callable[[], None] = lambda: None
     dropped: Callable[[], None] = lambda: None
     say: Callable[[str], None] = lambda line: None
@@ -51,10 +51,11 @@ class Relay:
 
     def _look(self) -> set[str]:
         nodes = json.loads(self._do({"do": "roster"})[0])
-        before, self._nodes = self._nodes.keys(), {name: node for node, name in nodes if name in self.names}
+        names = self.names()
+        before, self._nodes = self._nodes.keys(), {name: node for node, name in nodes if name in names}
         if self._nodes.keys() != before:
             here = ", ".join(sorted(self._nodes)) or "nobody"
-            self.say(f"online: {here} ({len(self._nodes)} of {len(self.names)})")
+            self.say(f"online: {here} ({len(self._nodes)} of {len(names)})")
         return set(self._nodes)
 
     def exchange(

@@ -5,27 +5,28 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import isfinite, nan
+from dataclasses import dataclass, field, replace
+from math import nan
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mira.config.experiment import PrivacySection
+from mira.core.best import UNMEASURED, Standing, standing
 from mira.core.errors import UserError
 from mira.core.travel import is_private, jobs_of, parcel
 from mira.core.types import Failure, Grade, Scores, Trained, Work
-from mira.core.wire import Wire, decode, down, encode, num_bytes
+from mira.core.wire import Wire, decode, down, encode, encode_mask, num_bytes
 from mira.fleet.privacy import epsilon
-from mira.fleet.screen import Expected, Rejection, Shapes, distance, judge, too_far
+from mira.fleet.replies import Rejected, column, grade_of, is_count, opened, result_of, unlike_scores
+from mira.fleet.screen import Expected, Shapes, distance, too_far
 from mira.fleet.seam import Head, Kind, Lost, Message, Reply, Transport, pack
 
 log = logging.getLogger(__name__)
 
 Values = dict[str, Any]
 Request = tuple[Values, dict[str, Tensor], Shapes]  # what is sent, and the tensors that come back
-_MOST = 2**53  # of a count: beyond, it is no number of examples, tokens or steps
 _PAUSE = 2.0  # seconds between two looks at who is online
 
 
@@ -38,7 +39,10 @@ class Run:
     names: Sequence[str]  # the clients, in their order
     opening: Values  # of the "open" request
     rank: Mapping[str, int] = field(default_factory=dict)  # of the clients that have one of their own
-    examples: Mapping[str, int] = field(default_factory=dict)  # what each site trained on when the run began
+    examples: Mapping[str, int] = field(
+        default_factory=dict
+    )  # what each site trained on when the run began, or it joined
+    expected: frozenset[str] = frozenset()  # who need not be there when the run begins
 
     def opening_of(self, name: str) -> Values:
         return self.opening | {"number": self.names.index(name), "rank": self.rank.get(name)}
@@ -69,11 +73,13 @@ class RemoteEngine:
     took_part: dict[str, list[int]] = field(default_factory=dict)
     """The rounds, counted from 1, in which each client's result was used."""
     joined: dict[str, Values] = field(default_factory=dict)
-    best: tuple[float, int] | None = None
-    """The lowest validation loss of a committed round, and that round: the sites keep what stays with them of it."""
+    best: tuple[Standing, int | None] = UNMEASURED, None
+    """The best committed round's standing and number: the sites keep what stays with them of it."""
     _round: int = 0
     _stays: bool = False
     _releases: dict[str, int] = field(default_factory=dict)
+    _missed: set[str] = field(default_factory=set)  # who was lost from a round
+    _strangers: set[str] = field(default_factory=set)
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
         self._round = round
@@ -93,7 +99,7 @@ class RemoteEngine:
             self.took_part.setdefault(self.run.names[k], []).append(round + 1)
         return Trained(
             client=work.client[done], job=torch.tensor(done, dtype=torch.int64), rows=rows[done], lr=lr,
-            failed=tuple(failed), **{key: _column(answers, done, key) for key in ("examples", "tokens", "steps", "loss")},
+            failed=tuple(failed), **{key: column(answers, done, key) for key in ("examples", "tokens", "steps", "loss")},
         )  # fmt: skip
 
     def evaluate(self, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None) -> Scores:
@@ -110,8 +116,12 @@ class RemoteEngine:
         nll = torch.full((len(client), len(splits)), nan, dtype=torch.float64)
         tokens = torch.zeros(len(client), len(splits), dtype=torch.int64)
         for name, places in mine.items():
-            if isinstance(reply := replies[name], Message):
+            if isinstance(reply := replies[name], Lost):
+                continue
+            if (wrong := unlike_scores(reply)) is None:
                 nll[places], tokens[places] = reply.tensors["nll"], reply.tensors["tokens"]
+            else:
+                log.warning("evaluate from %s: %s", name, wrong)
         return Scores(nll, tokens)
 
     def generate(
@@ -125,18 +135,24 @@ class RemoteEngine:
         replies = self._ask(
             "grade", {n: (asked | self._own(n, round), {"row": row}, {}) for n, row in zip(names, rows, strict=True)}
         )
-        return [_grade(replies[name]) for name in names]
+        return [grade_of(replies[name]) for name in names]
 
     def willing(self) -> Tensor:
         """None where a part of the rows stays with their clients: there is no whole row to try elsewhere."""
         open = [k for k, name in enumerate(self.run.names) if self.joined.get(name, {}).get("willing") is True]
         return torch.tensor([] if self._stays else open, dtype=torch.int64)
 
-    def spent(self) -> Values:
-        asked = self.terms.privacy
+    def new(self) -> Tensor:
+        late = self._missed | self.run.expected
+        names = enumerate(self.run.names)
+        return torch.tensor([k for k, n in names if n in late and not self.took_part.get(n)], dtype=torch.int64)
+
+    def told(self) -> Values:
+        asked, came = self.terms.privacy, sorted(self.run.expected & self.run.examples.keys())
+        joined = {"joined": {name: self.run.examples[name] for name in came}} if came else {}
         if asked is None:
-            return {}
-        return {"privacy": {
+            return joined
+        return joined | {"privacy": {
             name: {"releases": n, "epsilon": epsilon(asked.noise, asked.delta, n), "delta": asked.delta}
             for name, n in sorted(self._releases.items())
         }}  # fmt: skip
@@ -146,12 +162,13 @@ class RemoteEngine:
 
     def committed(self, record: Mapping[str, Any]) -> None:
         """From now on the sites go on from this round, if it used what they sent."""
+        self.run = replace(self.run, examples={**self.run.examples, **record.get("joined", {})})
+        self._missed |= set(record.get("cohort", ())) - set(record.get("train_loss", ()))
         for name in record.get("cohort", ()):
             rounds = [r for r in self.took_part.get(name, []) if r < record["round"]]
             self.took_part[name] = [*rounds, record["round"]] if name in record["train_loss"] else rounds
-        loss = record.get("validation_loss")
-        if loss is not None and (self.best is None or loss < self.best[0]):
-            self.best = loss, record["round"]
+        if (found := standing(record)) < self.best[0]:
+            self.best = found, record["round"]
 
     def finish(self, rows: Tensor, client: Tensor) -> None:
         names = [self.run.names[k] for k in client.tolist()]
@@ -162,13 +179,17 @@ class RemoteEngine:
         asked: dict[str, Request] = {n: (self.run.opening_of(n), {}, {}) for n in names}
         found: dict[str, Values | Lost] = {}
         for name, reply in self._exchange("open", asked, len(names)).items():
-            if isinstance(reply, Message):
-                now = reply.values.get("examples")
-                if now != (was := self.run.examples.get(name, now)):
-                    reply = Lost(f"its data changed: it trained on {was} examples when the run began; restore it")
-            found[name] = reply.values if isinstance(reply, Message) else reply
-            if isinstance(reply, Message):
-                self.joined[name] = reply.values
+            found[name] = said = reply.values if isinstance(reply, Message) else reply
+            if isinstance(said, Lost):
+                continue
+            now = said.get("examples")
+            if not is_count(now):
+                found[name] = Lost("it says of no number of training examples that it has them")
+            elif now != (was := self.run.examples.get(name, now)):
+                found[name] = Lost(f"its data changed: it trained on {was} examples when it joined; restore it")
+            else:
+                self.joined[name] = said
+                self.run = replace(self.run, examples={**self.run.examples, name: now})
         return found
 
     def _own(self, name: str, as_of: int | None = None) -> Values:
@@ -188,8 +209,8 @@ class RemoteEngine:
             } for j, start, anchor in zip(mine, sent.start, sent.anchor, strict=True)
         ]  # fmt: skip
         masks = {"upload": sent.upload, "trainable": work.trainable}
-        tensors |= {key: mask for key, mask in masks.items() if mask is not None}
-        keep = [] if self.best is None else [self._own(name, self.best[1])["since"]]
+        tensors |= {key: encode_mask(mask) for key, mask in masks.items() if mask is not None}
+        keep = [] if self.best[1] is None else [self._own(name, self.best[1])["since"]]
         size = num_bytes(self.terms.wire, sent.numbers, work.start.dtype)
         back = {f"row{place}": ((size,), torch.uint8) for place, j in enumerate(mine) if not is_private(work, j)}
         return {"jobs": jobs, "lr": lr, "keep": keep, **self._own(name)}, tensors, back
@@ -201,7 +222,7 @@ class RemoteEngine:
         answers = reply.values.get("jobs")
         if not isinstance(answers, list) or len(answers) != len(mine):
             raise Rejected("its reply does not hold one result for each job")
-        checked = {j: _checked(answer, place) for place, (j, answer) in enumerate(zip(mine, answers, strict=True))}
+        checked = {j: result_of(answer, place) for place, (j, answer) in enumerate(zip(mine, answers, strict=True))}
         sent, wire = parcel(work, mine), self.terms.wire
         try:
             numbers = {
@@ -227,6 +248,9 @@ class RemoteEngine:
         until = time.monotonic() + self.terms.deadline
         while not (online := self.transport.roster()) and time.monotonic() < until:
             time.sleep(_PAUSE)
+        for name in sorted(online - self._strangers - set(self.run.names)):
+            log.warning("%s has no place in this run; it may take part in the next (data.expected keeps places)", name)
+            self._strangers.add(name)
         replies: dict[str, Message | Lost] = {n: Lost("it is not online") for n in requests if n not in online}
         fresh = [name for name in requests if name in online and name not in self.joined]
         refused = {n: said for n, said in self.join(fresh).items() if isinstance(said, Lost)} if fresh else {}
@@ -250,7 +274,7 @@ class RemoteEngine:
         replies = self.transport.exchange(packed, self.terms.deadline, minimum, seen)
         for name in replies.keys() - heads.keys():
             log.warning("%s from %s: rejected, it was asked nothing", kind, name)
-        found = {n: _opened(replies.get(n), Expected(head, requests[n][2])) for n, head in heads.items()}
+        found = {n: opened(replies.get(n), Expected(head, requests[n][2])) for n, head in heads.items()}
         for name, reply in found.items():
             if isinstance(reply, Message):
                 self._count(name, reply)
@@ -259,43 +283,8 @@ class RemoteEngine:
     def _count(self, name: str, reply: Message) -> None:
         """What a site says it has released; never less than it said before."""
         told = reply.values.get("releases")
-        if type(told) is int and 0 <= told < _MOST:
-            self._releases[name] = max(told, self._releases.get(name, 0))
+        self._releases[name] = max(told if is_count(told) else 0, self._releases.get(name, 0))
 
 
 def _part(row: Tensor, upload: Tensor | None) -> Tensor:
     return row if upload is None else row[upload]
-
-
-class Rejected(Exception):
-    """A reply that is not used, and why."""
-
-
-def _opened(reply: Reply | None, expected: Expected) -> Message | Lost:
-    """The message in ``reply`` if it is what was asked for."""
-    if reply is None:
-        return Lost("no reply within the deadline")
-    found = reply if isinstance(reply, Lost) else judge(expected, reply)
-    return Lost(found.reason) if isinstance(found, Rejection) else found
-
-
-def _checked(answer: object, place: int) -> Values:
-    if not isinstance(answer, dict) or answer.get("job") != place:
-        raise Rejected("its reply does not hold one result for each job")
-    whole = all(type(answer.get(key)) is int and 0 < answer[key] < _MOST for key in ("examples", "tokens", "steps"))
-    loss = answer.get("loss")
-    if not whole or not isinstance(loss, float) or not isfinite(loss):
-        raise Rejected("its counts or its loss are no numbers a training gives")
-    return answer
-
-
-def _column(answers: Mapping[int, Values], done: Sequence[int], key: str) -> Tensor:
-    dtype = torch.float64 if key == "loss" else torch.int64
-    return torch.tensor([answers[j][key] for j in done], dtype=dtype)
-
-
-def _grade(reply: Message | Lost) -> Grade:
-    given = reply.values.get("grade", {}) if isinstance(reply, Message) else {}
-    given = given if isinstance(given, dict) else {}
-    keys = ("exact_match", "rouge_l")
-    return {key: given[key] if isinstance(given.get(key), float) and 0 <= given[key] <= 1 else nan for key in keys}

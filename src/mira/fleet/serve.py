@@ -16,7 +16,7 @@ from mira.core.errors import UserError
 from mira.experiment import Result, Watcher
 from mira.fleet import frames, gate
 from mira.fleet.admission import admission
-from mira.fleet.kit import ServerKit, load_server, split_address
+from mira.fleet.kit import ServerKit, admitted, load_server, split_address
 from mira.fleet.relay import Relay
 from mira.fleet.server import Opener
 from mira.fleet.superlink import SuperLink, check_installed
@@ -46,7 +46,7 @@ def serve(wanted: Experiment | None, kit_folder: Path, options: Options, watcher
         )
     names = [site.name for site in kit.admitted]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no keys stay in the temporary folder
-    with _by_hand(names, options) if options.relay else _federation(kit, names, options) as transport:
+    with _by_hand(kit, options) if options.relay else _federation(kit, options) as transport:
         opener = Opener(transport, names, _PATIENCE, options.say)
         if options.resume is not None:
             return experiment.resume(options.resume, watcher, opener)
@@ -55,12 +55,12 @@ def serve(wanted: Experiment | None, kit_folder: Path, options: Options, watcher
 
 
 @contextmanager
-def _by_hand(names: list[str], options: Options) -> Iterator[Relay]:
+def _by_hand(kit: ServerKit, options: Options) -> Iterator[Relay]:
     """Flower's app comes when somebody submits it, to a SuperLink that has MIRA_RELAY in its environment."""
     assert options.relay is not None
     options.say(f"waiting for Flower's app at {options.relay}")
     with closing(frames.listen(options.relay)) as listener:
-        relay = Relay(listener, frozenset(names), say=options.say, patience=_PATIENCE)
+        relay = Relay(listener, lambda: _names(kit), say=options.say, patience=_PATIENCE)
         try:
             yield relay
         finally:
@@ -69,14 +69,14 @@ def _by_hand(names: list[str], options: Options) -> Iterator[Relay]:
 
 
 @contextmanager
-def _federation(kit: ServerKit, names: list[str], options: Options) -> Iterator[Relay]:
+def _federation(kit: ServerKit, options: Options) -> Iterator[Relay]:
     """A gate at the kit's address with a SuperLink behind it; all of it is gone at the end."""
     check_installed()
     folder = Path(tempfile.mkdtemp(prefix="mira-server-"))  # short: a socket's path has about a hundred characters
-    superlink = SuperLink(folder, lambda: load_server(kit.folder).admitted, folder / "relay", options.tell)
+    superlink = SuperLink(folder, lambda: admitted(kit.folder), folder / "relay", options.tell)
     try:
         with closing(frames.listen(folder / "relay")) as listener:
-            relay = Relay(listener, frozenset(names), superlink.revive, superlink.dropped, options.say)
+            relay = Relay(listener, superlink.admit, superlink.revive, superlink.dropped, options.say)
             inside = gate.Upstream(("127.0.0.1", superlink.port), gate.upstream_tls(superlink.authority))
             tls = gate.server_tls(kit.certificate, kit.key)
             listen = ("0.0.0.0", split_address(kit.address)[1])
@@ -95,3 +95,7 @@ def _federation(kit: ServerKit, names: list[str], options: Options) -> Iterator[
     finally:
         superlink.stop()
         shutil.rmtree(folder)
+
+
+def _names(kit: ServerKit) -> frozenset[str]:
+    return frozenset(site.name for site in admitted(kit.folder))

@@ -32,7 +32,8 @@ _PAUSE = 2.0  # seconds between two looks at who is online
 
 @dataclass(frozen=True)
 class Opener:
-    """``open_session`` for sites called ``names``: waits until every one of them has joined once, then builds the session.
+    """``open_session`` for sites called ``names``: waits until every one of them has joined once, but for those that
+    ``data.expected`` names, then builds the session. A run that goes on has the sites it began with.
 
     ``patience``: seconds to wait for them."""
 
@@ -51,9 +52,11 @@ class Opener:
     ) -> Session:
         if (asked := experiment.privacy) is not None:
             epsilon(asked.noise, asked.delta, 1)  # a missing accountant is found now
-        names = sorted(self.names)
         data = experiment.data if isinstance(experiment.data, Sites) else Sites()
-        known = data.examples or dict.fromkeys(names, 1)  # 1: until they have told
+        begin = sorted(data.examples or set(self.names) - set(data.expected))
+        if not begin:
+            raise UserError("data.expected: names every site; a run begins with at least one, leave one out")
+        known = data.examples or dict.fromkeys(begin, 1)  # 1: until they have told
         session = open_session(
             experiment.model_copy(update={"data": replace(data, examples=known)}), recorded, folder=folder
         )
@@ -64,29 +67,31 @@ class Opener:
             "experiment": {key: value for key, value in given.items() if key not in _NOT_SENT},
             "threads": session.environment["threads"], **fingerprints(session),
         }  # fmt: skip
-        run = Run(number, secrets.token_hex(8), names, opening, experiment.clients.rank, data.examples)
+        run = Run(
+            number, secrets.token_hex(8), session.names, opening, experiment.clients.rank, data.examples,
+            frozenset(data.expected),
+        )  # fmt: skip
         engine = RemoteEngine(
             run, self.transport, terms, session.layout.size, lambda name, what: self.say(f"{name}: {what}")
         )
         if data.examples:  # a run that goes on waits for those who were in it, but not for ever
-            self._gather(engine, min(self.patience, terms.deadline))
+            self._gather(engine, begin, min(self.patience, terms.deadline))
         else:
-            if missing := self._gather(engine, self.patience):
+            if missing := self._gather(engine, begin, self.patience):
                 raise UserError(
                     f"server: {', '.join(missing)} did not join within {self.patience:g} s; start them, or revoke them"
                 )
-            counts = {name: _count(name, engine.joined[name]) for name in names}
-            engine.run = replace(engine.run, examples=counts)
+            counts = {name: engine.run.examples[name] for name in begin}
             settled = experiment.model_copy(update={"data": replace(data, examples=counts)})
             session = _with_clients(session, settled)
         session.environment["run"] = number
         return replace(session, sites=engine)
 
-    def _gather(self, engine: RemoteEngine, patience: float) -> list[str]:
-        """Returns once all sites have joined, or after ``patience`` seconds: who did not."""
+    def _gather(self, engine: RemoteEngine, names: Sequence[str], patience: float) -> list[str]:
+        """Returns once all ``names`` have joined, or after ``patience`` seconds: who did not. Others may join on the way."""
         until, told = time.monotonic() + patience, list[str]()
         again: dict[str, float] = {}  # when to ask those who refused once more
-        while missing := [name for name in engine.run.names if name not in engine.joined]:
+        while missing := [name for name in names if name not in engine.joined]:
             online, now = self.transport.roster(), time.monotonic()
             asked = [name for name in missing if name in online and again.get(name, now) <= now]
             for name, said in engine.join(asked).items():
@@ -110,13 +115,6 @@ def _with_clients(session: Session, experiment: Experiment) -> Session:
     federation = make_federation(experiment.data, experiment.split, experiment.seed)
     corpus = replace(session.corpus, federation=federation)
     return replace(session, experiment=experiment, federation=federation, corpus=corpus)
-
-
-def _count(name: str, said: dict[str, Any]) -> int:
-    count = said.get("examples")
-    if type(count) is not int or count < 1:
-        raise UserError(f"server: {name} says it has {count!r} training examples; revoke it")
-    return count
 
 
 def _number(folder: Path) -> str:

@@ -18,7 +18,7 @@ from mira import config, measure
 from mira.core.errors import UserError
 from mira.core.loop import screen
 from mira.core.types import Work
-from mira.core.wire import Wire, compress, decode, down, encode
+from mira.core.wire import Wire, compress, decode, decode_mask, down, encode
 from mira.data.sources.sites import Own
 from mira.data.types import Source
 from mira.experiment import export_row
@@ -135,7 +135,10 @@ class Site:
     def _train(self, message: Message) -> tuple[Values, dict[str, Tensor]]:
         here, values = self._run(message.head.run), message.values
         jobs, since = values["jobs"], int(values["since"])
-        upload, trainable = (message.tensors.get(mask) for mask in ("upload", "trainable"))
+        upload, trainable = (
+            None if key not in message.tensors else decode_mask(message.tensors[key], len(here.start))
+            for key in ("upload", "trainable")
+        )
         wire = here.session.experiment.server.wire
         keeps = values["stays"] or here.session.experiment.training.keep_optimizer or wire != "fp32"
         kept = here.shelf.get(since) if keeps else {}

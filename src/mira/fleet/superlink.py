@@ -65,6 +65,7 @@ class SuperLink:
     _executor: Process | None = None
     _pid: int | None = None
     _submitted: float | None = None
+    _registered: set[str] = field(default_factory=set)  # public keys
 
     def __post_init__(self) -> None:
         self.port = free_port()
@@ -91,7 +92,8 @@ class SuperLink:
             return
         worked = True
         if self._process.pid != self._pid:
-            worked = all(self._register(site) for site in self.sites())
+            self._registered.clear()
+            worked = self._register_new()
             self._pid, self._submitted = self._process.pid, None
             self._stop_executor()
             self._executor = self._new_executor()
@@ -105,6 +107,20 @@ class SuperLink:
             log.warning("the SuperLink does not run its app; starting it anew")
             self._process.stop()
             self._pid = None
+
+    def admit(self) -> frozenset[str]:
+        """The names of the sites admitted now. Who was issued while the SuperLink runs is registered with it."""
+        self._register_new()
+        return frozenset(site.name for site in self.sites())
+
+    def _register_new(self) -> bool:
+        """Whether everybody admitted is registered now."""
+        for site in self.sites():
+            if site.public_key not in self._registered:
+                if not self._register(site):
+                    return False
+                self._registered.add(site.public_key)
+        return True
 
     def dropped(self) -> None:
         """The app went away: submit it again."""

@@ -1,16 +1,17 @@
 """Which version of a row counts: the bookkeeping of a run folder, without its files.
 
 A round writes new versions of the rows it changed. A row as of round b is its newest version ≤ b. Versions are kept for
-two rounds: the last, and the best (lowest ``validation_loss`` in the metrics, the earlier on ties).
+two rounds: the last, and the best (``core.best``: lowest ``validation_loss`` in the metrics, the earlier on ties).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from mira.core.best import UNMEASURED, standing
 
 KINDS = ("rows", "optim", "extra")
 
@@ -42,16 +43,16 @@ class History:
     def __init__(self) -> None:
         self.last: int | None = None
         self.best: int | None = None
-        self._best_loss = math.inf
+        self._standing = UNMEASURED
         self._versions = {kind: _Versions() for kind in KINDS}
 
     def add(self, record: Record) -> list[tuple[str, int, int]]:
         """Takes the next round into account; returns (kind, key, round) of the versions that became obsolete."""
         self.last = record.round
-        loss = _loss(record.metrics)
-        better = loss < self._best_loss
+        found = standing(record.metrics)
+        better = found < self._standing
         if better:
-            self.best, self._best_loss = record.round, loss
+            self.best, self._standing = record.round, found
         both = {self.last} if self.best is None else {self.last, self.best}
         # Optimiser states are for going on only, and that is always from the last round.
         needed = {"rows": both, "optim": {self.last}, "extra": both}
@@ -70,11 +71,6 @@ class History:
         """(kind, key, round) of all versions that are needed."""
         for kind, versions in self._versions.items():
             yield from ((kind, key, version.round) for key, kept in versions.kept.items() for version in kept)
-
-
-def _loss(metrics: dict[str, Any]) -> float:
-    loss = metrics.get("validation_loss")
-    return float(loss) if isinstance(loss, float | int) else math.inf
 
 
 class _Versions:

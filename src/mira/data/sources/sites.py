@@ -17,12 +17,15 @@ Count = Annotated[int, Field(strict=True, ge=1)]
 
 @dataclass(frozen=True, config=STRICT)
 class Sites:
-    """Clients on machines of their own (mira server). All but groups and descriptions is filled in when a run begins."""
+    """Clients on machines of their own (mira server). ``examples`` is filled in when a run begins."""
 
     groups: dict[str, str] = Field(default_factory=dict)
     """The group of a site, for graph.name=groups; the server's operator knows it, no site is asked."""
     descriptions: dict[str, str] = Field(default_factory=dict)
     """The task of a site in words, for graphs of likeness of descriptions."""
+    expected: list[str] = Field(default_factory=list)
+    """Sites that may come later, whether they are issued yet or not: each has a place in the run from the start, the run does not
+    wait for it, and it takes part from the round after it has come."""
     examples: dict[str, Count] = Field(default_factory=dict)
     """Training examples of each site, as it counted them when it joined."""
     source: Literal["sites"] = "sites"
@@ -30,12 +33,13 @@ class Sites:
     def load(self, seed: int) -> list[ClientData]:
         if not self.examples:
             raise UserError("data.source=sites: the sites' data is known to the sites alone; run it with 'mira server'")
+        known = dict.fromkeys(self.expected, 0) | self.examples
         for given in (*self.groups, *self.descriptions):
-            if given not in self.examples:
-                raise UserError(f"data: no site is named '{given}'{did_you_mean(given, self.examples)}")
+            if given not in known:
+                raise UserError(f"data: no site is named '{given}'{did_you_mean(given, known)}")
         return [
             ClientData(name, name, self.groups.get(name, ""), self.descriptions.get(name, ""), (), elsewhere=count)
-            for name, count in sorted(self.examples.items())
+            for name, count in sorted(known.items())
         ]
 
 

@@ -1,0 +1,54 @@
+"""Clients that are new to a run under way, under any method: a wrapper, so that no method needs to know."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mira.core.layout import Layout
+from mira.core.travel import is_private
+from mira.core.types import Change, Method, ServerState, Setting, Trained, Work
+
+
+@dataclass(frozen=True)
+class Warm:
+    """``method``, in which a new client's first row is Σ_l a_kl·θ_l / Σ_l a_kl over its neighbours l that are not new, θ_l what
+    they deploy, in the place of the common ``start`` row [P]. A method that would have it start elsewhere, such as from a row of
+    all, has its way. ``new``: the clients [n] that are new now."""
+
+    method: Method
+    layout: Layout
+    start: Tensor
+    new: Callable[[], Tensor]
+
+    @property
+    def name(self) -> str:
+        return self.method.name
+
+    def init(self, setting: Setting) -> ServerState:
+        return self.method.init(setting)
+
+    def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
+        work, new = self.method.broadcast(state, cohort), self.new()
+        begun = work.start.clone() if len(new) else work.start
+        for j in torch.isin(work.client, new).nonzero()[:, 0].tolist():
+            if not is_private(work, j) and torch.equal(work.start[j], self.start):
+                begun[j] = self._near(state, work.client[j : j + 1], new)
+        return replace(work, start=begun)
+
+    def aggregate(self, state: ServerState, trained: Trained) -> Change:
+        return self.method.aggregate(state, trained)
+
+    def serve(self, state: ServerState, client: Tensor) -> Tensor:
+        return self.method.serve(state, client)
+
+    def _near(self, state: ServerState, client: Tensor, new: Tensor) -> Tensor:
+        """The mean row [P] of a client's neighbours, one after the other: rows may be large and neighbours many."""
+        near = state.graph.neighbours(client)
+        near = near[~torch.isin(near, new)]
+        mean, total = self.start, torch.zeros(1, dtype=torch.float64)
+        for neighbour, weight in zip(near.split(1), state.graph.weights(client, near)[0].split(1), strict=True):
+            row, both = self.method.serve(state, neighbour), torch.cat([total, weight])
+            mean, total = self.layout.mean(torch.cat([mean[None], row]), both), both.sum(0, keepdim=True)
+        return mean
