@@ -1,0 +1,37 @@
+"""What a site's app raises: Flower sends its text to the server, so it says nothing of the site."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr", reason="needs the extra 'flower'")
+
+from flwr.app import Context, Error, Message, Metadata, RecordDict
+
+from mira.fleet import flower, frames
+
+
+@pytest.mark.parametrize("odd", [False, True], ids=["nobody-listens", "another-error"])
+def test_a_worker_that_does_not_answer_is_told_without_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, odd: bool
+) -> None:
+    monkeypatch.setattr(flower, "_WORKER", 0.0)
+    monkeypatch.setattr(flower, "_end_with_parent", lambda: None)  # it would end this process
+    path = tmp_path / "worker"
+    if odd:
+        monkeypatch.setattr(frames, "connect", lambda path, patience: Path(path, "sub").read_bytes())
+    context = Context(1, 2, {"worker": str(path)}, RecordDict(), {})
+    about = Metadata(
+        run_id=1, message_id="", src_node_id=1, dst_node_id=2, reply_to_message_id="", group_id="", created_at=1.0, ttl=60.0,
+        message_type="query",
+    )  # fmt: skip
+    with pytest.raises(flower.Unanswered) as raised:
+        flower.client_app(Message(metadata=about, content=flower._content(b"a question")), context)  # type: ignore[call-overload]
+    assert str(path) in str(raised.value.__cause__), "its log says it"
+    assert str(raised.value) == "the site's worker did not answer"
+
+
+def test_the_server_does_not_repeat_what_a_site_says_of_an_error() -> None:
+    assert flower._why(Error(2, "/home/ann/patients")) == "no answer from the site's worker (Flower's error 2)"
