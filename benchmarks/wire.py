@@ -39,7 +39,7 @@ def measure(wanted: Experiment, folder: Path) -> dict[str, Any]:
     sites = {client.name: Site(client.name, wanted.data, folder / "sites" / client.slug) for client in clients}
     transport = InProcess({name: site.handle for name, site in sites.items()})
     apart = wanted.model_copy(update={"data": Sites(groups={client.name: client.group for client in clients})})
-    result = experiment.run(apart, folder / "run", open=Opener(transport, list(sites), patience=0.0))
+    result = experiment.run(apart, folder / "run", open=Opener(transport, sites.keys, patience=0.0))
     return {
         "wire": wanted.server.wire, "seed": wanted.seed,
         **{key: result[key] for key in ("local_loss", "validation_loss", "bytes_up", "bytes_down", "lost", "seconds")},

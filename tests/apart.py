@@ -93,7 +93,7 @@ class World:
         return Troubled(InProcess({name: site.handle for name, site in sites.items()}), **options)
 
     def opener(self, transport: Any) -> Opener:
-        return Opener(transport, NAMES, patience=0.0)
+        return Opener(transport, lambda: NAMES, patience=0.0)
 
 
 def rows(folder: Path) -> dict[str, torch.Tensor]:

@@ -251,8 +251,7 @@ def _environment(
         "model": {
             "name": base.name, "source": base.source, "sha256": base.sha256, "quantization": base.quantization,
         },
-        "data": {"clients": len(federation.clients), "sha256": _fingerprint(federation)},
-        "groups": [client.group for client in federation.clients],
+        **clients_told(federation),
         "threads": threads,
         "device": base.model.device.type,
         "prefix": prefix,
@@ -263,6 +262,14 @@ def _environment(
         },
         "truncated": truncated,
     }  # fmt: skip
+
+
+def clients_told(federation: Federation) -> dict[str, Any]:
+    """What the environment says of the clients."""
+    return {
+        "data": {"clients": len(federation.clients), "sha256": _fingerprint(federation)},
+        "groups": [client.group for client in federation.clients],
+    }
 
 
 def _fingerprint(federation: Federation) -> str:

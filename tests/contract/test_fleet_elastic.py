@@ -224,13 +224,13 @@ def test_a_site_issued_while_the_run_is_on_takes_its_place(world: World) -> None
     data = Sites(expected=["cleo"])
     wanted = world.experiment().model_copy(update={"data": data})
     sites = world.sites()
-    opener = partial(Opener, names=("ann", "bob"), patience=0.0)
+    opener = partial(Opener, names=lambda: ("ann", "bob"), patience=0.0)
     away = world.transport(sites, offline=lambda trainings: {"cleo"})
     with pytest.raises(Interrupt.Pulled):
         experiment.run(wanted, world.folder / "apart", Interrupt(2), opener(away))
     mean = torch.stack(list(rows(world.folder / "apart").values())).double().mean(0).float()
     here = world.transport(sites)
-    result = experiment.resume(world.folder / "apart", None, Opener(here, NAMES, patience=0.0))
+    result = experiment.resume(world.folder / "apart", None, Opener(here, lambda: NAMES, patience=0.0))
     torch.testing.assert_close(first_row(here, "cleo", 2), mean, rtol=0, atol=1e-7)
     records = metrics(world.folder / "apart")
     assert names_of(records) == [["ann", "bob"], ["ann", "bob"], ["ann", "bob", "cleo"]]
@@ -259,7 +259,7 @@ def test_a_site_without_a_place_is_told_so_and_changes_nothing(world: World, cap
     with pytest.raises(Interrupt.Pulled):
         world.apart(sites, "apart", Interrupt(1), **LOSSES)
     more = world.transport({**sites, "aaron": sites["ann"]})
-    experiment.resume(world.folder / "apart", None, Opener(more, ("aaron", *NAMES), patience=0.0))
+    experiment.resume(world.folder / "apart", None, Opener(more, lambda: ("aaron", *NAMES), patience=0.0))
     whole, apart = rows(world.folder / "whole-run"), rows(world.folder / "apart")
     assert whole.keys() == apart.keys()
     assert all(torch.equal(whole[name], apart[name]) for name in whole)

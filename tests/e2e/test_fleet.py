@@ -119,6 +119,7 @@ def test_who_is_refused(federation: Federation) -> None:
     attack(federation)
     worker_is_its_users_alone(federation)
     kit.revoke(folder / "server-kit", "visitor")
+    federation.until("server", "without visitor: revoked before the run began")
     federation.refused("visitor", "does not admit this kit's key: it is revoked")
     assert f"online: {NAMES[0]}, {NAMES[1]}" not in federation.log("server")
     keys = federation.held("server")

@@ -44,10 +44,9 @@ def serve(wanted: Experiment | None, kit_folder: Path, options: Options, watcher
         raise UserError(
             f"{kit_folder}: no site is admitted; 'mira kit site NAME --server {kit_folder} --out DIR' makes one"
         )
-    names = [site.name for site in kit.admitted]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no keys stay in the temporary folder
     with _by_hand(kit, options) if options.relay else _federation(kit, options) as transport:
-        opener = Opener(transport, names, _PATIENCE, options.say)
+        opener = Opener(transport, lambda: _names(kit), _PATIENCE, options.say)
         if options.resume is not None:
             return experiment.resume(options.resume, watcher, opener)
         assert wanted is not None
