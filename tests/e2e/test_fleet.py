@@ -73,8 +73,8 @@ def expired(folder: Path) -> Iterator[int]:
     (folder / "expired.pem").write_bytes(found.certificate)
     tls = gate.server_tls(folder / "expired.pem", server / "server.key")
     inside = gate.Upstream(("127.0.0.1", free_port()))
-    with gate.opened(("127.0.0.1", 0), inside, tls, lambda headers: "anybody", gate.Limits()) as address:
-        yield address[1]
+    with gate.opened(("127.0.0.1", 0), inside, tls, lambda headers: "anybody", gate.Limits()) as door:
+        yield door.address[1]
 
 
 def test_who_is_refused(federation: Federation) -> None:

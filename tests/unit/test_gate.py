@@ -6,7 +6,8 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -39,9 +40,10 @@ class SuperLink:
 
 @contextmanager
 def superlink(
-    answer: bytes | None = None, tls: ssl.SSLContext | None = None, chunked: bool = False
+    answers: Sequence[bytes] = (), tls: ssl.SSLContext | None = None, chunked: bool = False
 ) -> Iterator[SuperLink]:
-    link = SuperLink()
+    """``answers``: to the first requests; all others are answered with what they sent."""
+    left, link = list(answers), SuperLink()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -49,7 +51,7 @@ def superlink(
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             link.seen.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
-            back = body if answer is None else answer
+            back = left.pop(0) if left else body
             self.send_response(200)
             self.send_header("content-type", "application/protobuf")
             self.send_header("server", "secret of the house")
@@ -94,6 +96,7 @@ class Outside:
 
     address: tuple[str, int]
     trust: ssl.SSLContext
+    ring: Callable[[], object]
 
     def post(self, path: str, body: bytes = b"x", headers: Mapping[str, str] | None = None) -> httpx.Response:
         with httpx.Client(verify=self.trust, trust_env=False) as client:
@@ -120,14 +123,19 @@ class Outside:
 
 @contextmanager
 def gate(
-    kits: Path, port: int, limits: Limits = LIMITS, real: bool = False, inside: ssl.SSLContext | None = None
+    kits: Path,
+    port: int,
+    limits: Limits = LIMITS,
+    real: bool = False,
+    inside: ssl.SSLContext | None = None,
+    ready: Callable[[], bool] = lambda: True,
 ) -> Iterator[Outside]:
     """``real``: with the kit's own admission; else everybody is let in."""
     server = kits / "server"
     admit = admission(server) if real else lambda headers: "anybody"
     tls = server_tls(server / "server.pem", server / "server.key")
-    with opened(("127.0.0.1", 0), Upstream(("127.0.0.1", port), inside), tls, admit, limits) as address:
-        yield Outside(address, upstream_tls(kits / "a" / "ca.pem"))
+    with opened(("127.0.0.1", 0), Upstream(("127.0.0.1", port), inside, ready), tls, admit, limits) as door:
+        yield Outside(door.address, upstream_tls(kits / "a" / "ca.pem"), door.ring)
 
 
 def proof(key: Path, when: datetime | None = None) -> dict[str, str]:
@@ -296,8 +304,8 @@ def test_a_site_refuses_an_expired_certificate(kits: Path, tmp_path: Path) -> No
     server = kit.make_server(tmp_path / "server", "127.0.0.1:1", days=30, now=datetime.now(UTC) - timedelta(days=40))
     tls, trust = server_tls(server.certificate, server.key), upstream_tls(server.folder / "ca.pem")
     with (
-        opened(("127.0.0.1", 0), Upstream(("127.0.0.1", 1)), tls, lambda headers: None, LIMITS) as address,
-        socket.create_connection(address, timeout=10) as plain,
+        opened(("127.0.0.1", 0), Upstream(("127.0.0.1", 1)), tls, lambda headers: None, LIMITS) as door,
+        socket.create_connection(door.address, timeout=10) as plain,
         pytest.raises(ssl.SSLCertVerificationError, match="expired"),
     ):
         trust.wrap_socket(plain, server_hostname="127.0.0.1")
@@ -346,3 +354,71 @@ def test_only_admitted_sites_get_through(tmp_path: Path) -> None:
         (server / "server.json").write_text("{")
         assert status(b) == 503, "a damaged list lets nobody in, and tells nobody that it is refused"
     assert len(link.seen) == 3
+
+
+PULL = "/v1/fleet/pull-messages"
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_question_for_messages_is_held_until_something_was_pushed(kits: Path) -> None:
+    limits = replace(LIMITS, hold=60.0)
+    with superlink([b"", b"", b"news"]) as link, gate(kits, link.port, limits) as outside, ThreadPoolExecutor() as pool:
+        answer = pool.submit(outside.post, PULL, b"node")
+        for asked in (1, 2):
+            until(lambda asked=asked: len(link.seen) == asked)  # type: ignore[misc]
+            assert not answer.done()
+            outside.ring()
+        assert answer.result(20).content == b"news"
+        assert [(path, body) for path, _, body in link.seen] == [(PULL, b"node")] * 3
+
+
+def test_or_for_a_while_and_nothing_else_is_held(kits: Path) -> None:
+    with superlink([b"", b"", b""]) as link, gate(kits, link.port, replace(LIMITS, hold=0.1)) as outside:
+        assert outside.post(PULL).content == b""
+        assert len(link.seen) == 2, "it was asked once more before it was given up"
+        assert outside.post("/v1/fleet/get-run").content == b""
+        assert len(link.seen) == 3
+
+
+def test_nothing_is_fetched_for_who_left_or_was_revoked_meanwhile(tmp_path: Path) -> None:
+    server = kit.make_server(tmp_path / "server", "127.0.0.1:1", days=2).folder
+    for name in "ab":
+        kit.make_site(server, name, tmp_path / name)
+    a, b = (proof(tmp_path / name / "site.key") for name in "ab")
+    limits = replace(LIMITS, hold=60.0)
+    with (
+        superlink([b"", b""]) as link,
+        gate(tmp_path, link.port, limits, real=True) as outside,
+        ThreadPoolExecutor() as pool,
+    ):
+        revoked = pool.submit(outside.post, PULL, b"a", a)
+        until(lambda: len(link.seen) == 1)
+        head = "".join(f"{name}: {value}\r\n" for name, value in b.items())
+        with outside.line(f"POST {PULL} HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\n{head}\r\nb".encode()):
+            until(lambda: len(link.seen) == 2)
+        kit.revoke(server, "a")
+        assert outside.post("/v1/fleet/get-run", headers=b).status_code == 200, "by now the gate knows who left"
+        outside.ring()
+        assert revoked.result(20).status_code == 401
+        assert outside.post("/v1/fleet/get-run", headers=b).status_code == 200
+        assert [path for path, _, _ in link.seen].count(PULL) == 2
+
+
+def test_requests_wait_for_a_superlink_that_starts(kits: Path) -> None:
+    looks: list[bool] = []
+
+    def ready() -> bool:
+        looks.append(len(looks) > 1)
+        return looks[-1]
+
+    with superlink() as link, gate(kits, link.port, ready=ready) as outside:
+        assert outside.post("/v1/fleet/activate-node").status_code == 200
+        assert (looks, len(link.seen)) == ([False, False, True], 1)
+    with superlink() as link, gate(kits, link.port, replace(LIMITS, hold=0.1), ready=lambda: False) as outside:
+        assert outside.post("/v1/fleet/activate-node").status_code == 200, "it is asked when the time is over"

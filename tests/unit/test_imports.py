@@ -31,9 +31,9 @@ SIDEWAYS = {
 }
 ONLY_IN = {
     "transformers": ("model", "data/text", "adapters", "engine"),
-    "flwr": ("fleet/flower",),
+    "flwr": ("fleet/flower", "fleet/commands"),
     "cryptography": ("fleet/certificates", "fleet/admission"),
-    "h11": ("fleet/gate",),
+    "h11": ("fleet/gate", "fleet/line"),
     "peft": ("adapters", "engine"),
 }
 CORE_MAY = {"torch", "pydantic", "mira"} | set(sys.stdlib_module_names)

@@ -182,3 +182,33 @@ def test_a_frame_that_is_too_long_is_not_read(tmp_path: Path) -> None:
             mine.sendall((frames.LIMIT + 1).to_bytes(8, "big"))
             with pytest.raises(ValueError, match="a frame of 2147483649 bytes"):
                 frames.receive(theirs)
+
+
+def test_large_rows_pass_through_the_app_one_by_one_and_the_sites_are_told_of_each(
+    relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mira.fleet.relay._SHARE", 10)
+    app = App(tmp_path / "relay", echo)
+    told: list[int] = []
+    relay.pushed = lambda: told.append(len(app.pushed))
+    app.start()
+    assert relay.exchange({"ann": b"1" * 9, "bob": b"2"}, 30.0, 2) == {"ann": b"ann" + b"1" * 9, "bob": b"bob2"}
+    assert relay.exchange({"ann": b"1" * 11, "bob": b"2"}, 30.0, 2) == {"ann": b"ann" + b"1" * 11, "bob": b"bob2"}
+    assert told == [2, 3, 4]
+
+
+def test_what_came_too_late_is_fetched_with_the_next_answers_and_dropped(relay: Relay, tmp_path: Path) -> None:
+    late: list[bytes] = []
+
+    def reply(name: str, data: bytes) -> bytes | None:
+        if name == "bob" and data == b"1":
+            late.append(data)
+            return None if len(late) == 1 else b"late"
+        return echo(name, data)
+
+    App(tmp_path / "relay", reply).start()
+    assert relay.exchange({"ann": b"1", "bob": b"1"}, 600.0, 1)["bob"] == Lost("it was not waited for")
+    assert relay.exchange({"ann": b"2", "bob": b"2"}, 600.0, 2) == {"ann": b"ann2", "bob": b"bob2"}
+    assert len(late) == 2
+    relay.exchange({"ann": b"3"}, 600.0, 1)
+    assert len(late) == 2, "it is asked for until it came"

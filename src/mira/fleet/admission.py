@@ -24,12 +24,25 @@ _TOLERANCE = timedelta(seconds=305)  # as in flwr 1.41
 def admission(server_kit: Path) -> Callable[[Mapping[str, str]], str | None]:
     """Request headers → the name of the admitted site that signed them within the last five minutes, or None. It raises
     UserError where the kit's list of sites cannot be read: then nobody knows who is admitted."""
+    known: dict[object, dict[str, str]] = {}  # of one version of the list: reading a hundred sites takes a while
 
     def admit(headers: Mapping[str, str]) -> str | None:
-        names = {site.public_key: site.name for site in admitted(server_kit)}
-        return signer(headers, names, datetime.now(UTC))
+        version = _version(server_kit / "server.json")
+        if version not in known:
+            known.clear()
+            known[version] = {site.public_key: site.name for site in admitted(server_kit)}
+        return signer(headers, known[version], datetime.now(UTC))
 
     return admit
+
+
+def _version(path: Path) -> object:
+    """Another one whenever content, owner or mode change; of no file none is like another."""
+    try:
+        now = path.stat()
+    except OSError:
+        return object()
+    return now.st_ino, now.st_ctime_ns
 
 
 def signer(headers: Mapping[str, str], names: Mapping[str, str], now: datetime) -> str | None:

@@ -4,6 +4,9 @@ A SuperLink serves its fleet, control and runtime APIs on one port, and asks for
 whoever reaches the port may submit code to every site. So nobody reaches it but through here. A SuperNode speaks HTTP/1.1:
 POST, no query, a body of known length. Everything else is refused, and what passes is parsed and written anew, one
 connection to the SuperLink a request, so that both cannot disagree on where a request ends.
+
+A SuperNode that asks for messages when there are none asks again after 3 s. Here its question is held instead until
+something was pushed, and asked again then.
 """
 
 from __future__ import annotations
@@ -16,14 +19,16 @@ import ssl
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import h11
 
 from mira.core.errors import UserError
 from mira.fleet.answers import is_own_answer
+from mira.fleet.line import PIECE, Line, Refused, hang_up, refuse
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +36,12 @@ Address = tuple[str, int]  # host, port
 Admit = Callable[[Mapping[str, str]], str | None]
 """A request's headers → the site it proves to be, None for nobody. Raises UserError where nobody can say."""
 
+_QUESTIONS = b"/v1/fleet/pull-messages"
 _ANSWERS = b"/v1/fleet/push-messages"
 _FLEET = re.compile(rb"/v1/fleet/[a-z]+(-[a-z]+)*")
 _SENT_ON = ("content-type", "accept", "accept-encoding", "user-agent")  # and flwr-*, which Flower's protocol is made of
-_PIECE = 1 << 16
 _HEAD_BYTES = 1 << 14
-_FAREWELL = 1.0  # seconds a refused peer has to read its answer
+_LOOK = 0.2  # seconds between two looks at a SuperLink that is not ready
 
 
 @dataclass(frozen=True)
@@ -49,22 +54,25 @@ class Limits:
     connections_per_host: int = 256
     head: float = 20.0  # for a TLS handshake, and for a request's head from the end of the last one
     stall: float = 60.0  # for the next piece of a body, either way, and for an answer
+    hold: float = 20.0  # for which a request waits for messages, or for the SuperLink; a SuperNode gives up after 30
 
 
 @dataclass(frozen=True)
 class Upstream:
-    """Where the SuperLink listens. With node authentication it speaks TLS itself: ``tls`` trusts the kit's CA."""
+    """Where the SuperLink listens. With node authentication it speaks TLS itself: ``tls`` trusts the kit's CA. Until it is
+    ``ready``, and knows the sites, requests wait: a SuperNode that is refused comes again only after up to 30 s."""
 
     address: Address
     tls: ssl.SSLContext | None = None
+    ready: Callable[[], bool] = lambda: True
 
 
-class Refused(Exception):
-    """What is answered instead: an HTTP status and a body, and why, for the log."""
+@dataclass(frozen=True)
+class Door:
+    """An open gate. ``ring``, from any thread: something was pushed, so that held questions are asked again."""
 
-    def __init__(self, status: int, why: str, body: bytes = b"") -> None:
-        super().__init__(why)
-        self.status, self.body = status, body
+    address: Address
+    ring: Callable[[], object]
 
 
 def server_tls(certificate: Path, key: Path) -> ssl.SSLContext:
@@ -83,8 +91,8 @@ def upstream_tls(authority: Path) -> ssl.SSLContext:
 
 
 @contextmanager
-def opened(listen: Address, upstream: Upstream, tls: ssl.SSLContext, admit: Admit, limits: Limits) -> Iterator[Address]:
-    """A gate in a thread of its own, and where it listens (port 0: any free one). Raises OSError when it cannot listen there."""
+def opened(listen: Address, upstream: Upstream, tls: ssl.SSLContext, admit: Admit, limits: Limits) -> Iterator[Door]:
+    """A gate in a thread of its own that listens at ``listen`` (port 0: any free one). Raises OSError when it cannot."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="gate", daemon=True)
     thread.start()
@@ -92,7 +100,7 @@ def opened(listen: Address, upstream: Upstream, tls: ssl.SSLContext, admit: Admi
     try:
         server = asyncio.run_coroutine_threadsafe(gate.listen(listen, tls), loop).result()
         try:
-            yield server.sockets[0].getsockname()[:2]
+            yield Door(server.sockets[0].getsockname()[:2], partial(loop.call_soon_threadsafe, gate.ring))
         finally:
             asyncio.run_coroutine_threadsafe(gate.close(server), loop).result()
     finally:
@@ -108,6 +116,7 @@ class _Gate:
         self.upstream, self.admit, self.limits = upstream, admit, limits
         self.tasks: set[asyncio.Task[None]] = set()
         self.hosts: Counter[str] = Counter()
+        self.bell = asyncio.Event()
 
     async def listen(self, address: Address, tls: ssl.SSLContext) -> asyncio.Server:
         return await asyncio.start_server(
@@ -116,7 +125,7 @@ class _Gate:
             ssl=tls,
             ssl_handshake_timeout=self.limits.head,
             ssl_shutdown_timeout=1.0,
-            limit=_PIECE,
+            limit=PIECE,
         )
 
     async def close(self, server: asyncio.Server) -> None:
@@ -124,6 +133,10 @@ class _Gate:
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
+
+    def ring(self) -> None:
+        self.bell.set()
+        self.bell = asyncio.Event()
 
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.get_running_loop().create_task(self.serve(reader, writer))
@@ -137,14 +150,14 @@ class _Gate:
             if len(self.tasks) > self.limits.connections or self.hosts[host] > self.limits.connections_per_host:
                 log.debug("%s: closed, too many connections", host)
                 return
-            await self.converse(host, _Line(h11.Connection(h11.SERVER, _HEAD_BYTES), reader, writer, self.limits.stall))
+            await self.converse(host, Line(h11.Connection(h11.SERVER, _HEAD_BYTES), reader, writer, self.limits.stall))
         except TimeoutError:
             log.debug("%s: closed, no request came", host)
         finally:
             self.hosts -= Counter({host: 1})  # leaves no zero behind
-            await _hang_up(writer)
+            await hang_up(writer)
 
-    async def converse(self, host: str, outside: _Line) -> None:
+    async def converse(self, host: str, outside: Line) -> None:
         """One request after the other, until one is refused, the peer leaves or nothing comes."""
         while True:
             try:
@@ -156,10 +169,11 @@ class _Gate:
                 site = self.identify(headers)
                 if site is None:
                     raise _stranger(request.target)
+                await self.readiness()
                 status = await self.forward(request.target, headers, outside)
                 log.debug("%s: %s %s: %d", host, site, request.target.decode(), status)
             except Refused as refused:
-                return await _refuse(outside, host, refused)
+                return await refuse(outside, host, refused)
             if outside.http.our_state is not h11.DONE or outside.http.their_state is not h11.DONE:
                 return
             outside.http.start_next_cycle()
@@ -171,37 +185,86 @@ class _Gate:
             log.error("nobody is let in: %s", error)
             raise Refused(503, "who is admitted is not known") from None  # a site tries again, it was not refused
 
-    async def forward(self, target: bytes, headers: Mapping[str, str], outside: _Line) -> int:
+    async def readiness(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.limits.hold):
+                while not self.upstream.ready():
+                    await asyncio.sleep(_LOOK)
+
+    async def forward(self, target: bytes, headers: Mapping[str, str], outside: Line) -> int:
         """Sends one request on and its answer back; the answer's status. Raises Refused while nothing of it was sent back."""
+        if target == _QUESTIONS:
+            return await self.hold(headers, outside)
+        body = await _own_answer(outside) if target == _ANSWERS else outside.body()
+        async with self.asked(target, headers, body) as (answer, inside):
+            return await _pass_back(answer, inside, outside)
+
+    async def hold(self, headers: Mapping[str, str], outside: Line) -> int:
+        """As ``forward``; where there are no messages, again as soon as something was pushed."""
+        body = [piece async for piece in outside.body()]
+        until = asyncio.get_running_loop().time() + self.limits.hold
+        while True:
+            bell = self.bell  # the one before the question: whatever is pushed from now on rings it
+            async with self.asked(_QUESTIONS, headers, _each(body)) as (answer, inside):
+                nothing = answer.status_code == 200 and (b"content-length", b"0") in answer.headers
+                if not nothing or asyncio.get_running_loop().time() >= until:
+                    return await _pass_back(answer, inside, outside)
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(until):
+                    await bell.wait()
+            if outside.gone:  # what is fetched for nobody is lost
+                raise Refused(408, "it left")
+            if self.identify(headers) is None:
+                raise _stranger(_QUESTIONS)
+
+    @asynccontextmanager
+    async def asked(
+        self, target: bytes, headers: Mapping[str, str], body: AsyncIterator[bytes]
+    ) -> AsyncIterator[tuple[h11.Response, Line]]:
+        """The SuperLink's answer to one request, and the line its body comes on."""
         host, port = self.upstream.address
-        body = await _own_answer(outside) if target == _ANSWERS else _pieces(outside)
         try:
-            reader, writer = await asyncio.open_connection(host, port, ssl=self.upstream.tls, limit=_PIECE)
+            reader, writer = await asyncio.open_connection(host, port, ssl=self.upstream.tls, limit=PIECE)
         except OSError as error:
             raise Refused(502, f"the SuperLink does not answer ({error})") from None
-        inside = _Line(h11.Connection(h11.CLIENT, _HEAD_BYTES), reader, writer, self.limits.stall)
+        inside = Line(h11.Connection(h11.CLIENT, _HEAD_BYTES), reader, writer, self.limits.stall)
         try:
             kept = [(name, value) for name, value in headers.items() if name in _SENT_ON or name.startswith("flwr-")]
             length = headers["content-length"]
             head = [("host", f"{host}:{port}"), ("connection", "close"), ("content-length", length), *kept]
             await inside.send(h11.Request(method=b"POST", target=target, headers=head))
-            async for data in body:
-                await inside.send(h11.Data(data=data))
+            async for piece in body:
+                await inside.send(h11.Data(data=piece))
             await inside.send(h11.EndOfMessage())
             while isinstance(answer := await inside.next(), h11.InformationalResponse):
                 pass
             if not isinstance(answer, h11.Response):
                 raise Refused(502, "the SuperLink hung up")
-            back = [
-                (n, v) for n, v in answer.headers if n in (b"content-type", b"content-length") or n.startswith(b"flwr-")
-            ]
-            await outside.send(h11.Response(status_code=answer.status_code, headers=back))
-            while isinstance(piece := await inside.next(), h11.Data):
-                await outside.send(h11.Data(data=piece.data))
-            await outside.send(h11.EndOfMessage())
-            return answer.status_code
+            yield answer, inside
         finally:
-            await _hang_up(writer)
+            await hang_up(writer)
+
+
+async def _own_answer(outside: Line) -> AsyncIterator[bytes]:
+    """The body of what must be a site's own answer. Raises Refused."""
+    body = b"".join([piece async for piece in outside.body()])
+    if not is_own_answer(body):
+        raise Refused(403, "not an answer of the site that sent it")
+    return _each([body])
+
+
+async def _each(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
+
+
+async def _pass_back(answer: h11.Response, inside: Line, outside: Line) -> int:
+    back = [(n, v) for n, v in answer.headers if n in (b"content-type", b"content-length") or n.startswith(b"flwr-")]
+    await outside.send(h11.Response(status_code=answer.status_code, headers=back))
+    async for piece in inside.body():
+        await outside.send(h11.Data(data=piece))
+    await outside.send(h11.EndOfMessage())
+    return answer.status_code
 
 
 def check(request: h11.Request, limits: Limits) -> dict[str, str]:
@@ -226,27 +289,6 @@ def check(request: h11.Request, limits: Limits) -> dict[str, str]:
     return headers
 
 
-async def _pieces(outside: _Line) -> AsyncIterator[bytes]:
-    """A request's body as it comes. Raises Refused where it does not come whole."""
-    while isinstance(piece := await outside.next(), h11.Data):
-        yield piece.data
-    if not isinstance(piece, h11.EndOfMessage):
-        raise Refused(400, "the body ended early")
-
-
-async def _own_answer(outside: _Line) -> AsyncIterator[bytes]:
-    """The body of what must be a site's own answer. Raises Refused."""
-    body = b"".join([piece async for piece in _pieces(outside)])
-    if not is_own_answer(body):
-        raise Refused(403, "not an answer of the site that sent it")
-    return _each([body])
-
-
-async def _each(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
-    for piece in pieces:
-        yield piece
-
-
 def _stranger(target: bytes) -> Refused:
     """A SuperNode that begins shows the text of a 412, which is what a SuperLink answers a key it does not know, and fails; one
     under way ends at a 401 only. ``mira client`` asks (``knock``) before it lets one begin anew."""
@@ -254,57 +296,3 @@ def _stranger(target: bytes) -> Refused:
         return Refused(401, "not a site of this federation")
     text = "The server does not admit this node key: it is revoked, or of another federation, or the clock is wrong."
     return Refused(412, "not a site of this federation", json.dumps({"code": 2004, "detail": text}).encode())
-
-
-class _Line:
-    """One side's connection: bytes on one end, HTTP events on the other. No wait is longer than ``patience`` seconds.
-
-    What breaks on the SuperLink's side is a 502, on a site's a 408 or what HTTP says of its mistake.
-    """
-
-    def __init__(
-        self, http: h11.Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, patience: float
-    ) -> None:
-        self.http, self.reader, self.writer, self.patience = http, reader, writer, patience
-        self.ours = http.our_role is h11.CLIENT
-
-    async def next(self) -> object:
-        try:
-            while (event := self.http.next_event()) is h11.NEED_DATA:
-                async with asyncio.timeout(self.patience):
-                    self.http.receive_data(await self.reader.read(_PIECE))
-            return event
-        except h11.RemoteProtocolError as error:
-            raise Refused(502 if self.ours else error.error_status_hint, str(error)) from None
-        except (OSError, TimeoutError) as error:
-            raise Refused(502 if self.ours else 408, f"no more came {error}") from None
-
-    async def send(self, event: h11.Event) -> None:
-        if data := self.http.send(event):
-            try:
-                self.writer.write(data)
-                async with asyncio.timeout(self.patience):
-                    await self.writer.drain()
-            except (OSError, TimeoutError) as error:
-                raise Refused(502 if self.ours else 408, f"no more could be sent {error}") from None
-
-
-async def _refuse(line: _Line, host: str, refused: Refused) -> None:
-    """Answers, where an answer has not begun, and leaves the connection to be closed."""
-    log.debug("%s: refused with %d: %s", host, refused.status, refused)
-    if line.http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-        return
-    with suppress(Refused, TimeoutError):  # a peer that does not take the answer does without
-        head = [("content-length", str(len(refused.body))), ("connection", "close")]
-        await line.send(h11.Response(status_code=refused.status, headers=head))
-        await line.send(h11.Data(data=refused.body))
-        await line.send(h11.EndOfMessage())
-        async with asyncio.timeout(_FAREWELL):  # closed with bytes unread, TCP would take the answer back
-            while await line.reader.read(_PIECE):
-                pass
-
-
-async def _hang_up(writer: asyncio.StreamWriter) -> None:
-    writer.close()
-    with suppress(OSError, TimeoutError):  # the peer may be gone, which is what closing is about
-        await writer.wait_closed()

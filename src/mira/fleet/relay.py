@@ -6,7 +6,7 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf
 
@@ -17,6 +17,7 @@ from mira.fleet.seam import Lost, Reply, Watch
 log = logging.getLogger(__name__)
 
 _POLL = 0.5  # seconds between two questions for replies
+_SHARE = 1 << 26  # bytes of rows that Flower's app holds at a time, or one row
 _STEP = 120.0  # seconds in which the app on the server does one thing; longer, and it is taken for dead
 _ACCEPT = 2.0  # seconds between two looks after an app that does not come
 _LOOK = 1.0  # seconds between two looks for sites that are to come back
@@ -25,18 +26,21 @@ _LOOK = 1.0  # seconds between two looks for sites that are to come back
 @dataclass
 class Relay:
     """``listener``: the socket that Flower's app on the server connects to. ``revive`` is called while it is not there, and
-    brings it back, ``dropped`` when it goes; ``names`` says who is admitted now, whoever else is online; ``say`` hears who comes
-    and goes; ``grace``: seconds in which sites that were online before it went are there again."""
+    brings it back, ``dropped`` when it goes, ``pushed`` when requests lie ready for the sites; ``names`` says who is admitted now,
+    whoever else is online; ``say`` hears who comes and goes; ``grace``: seconds in which sites that were online before it went
+    are there again."""
 
     listener: socket.socket
     names: Callable[[], frozenset[str]]
     revive: Callable[[], None] = lambda: None
     dropped: Callable[[], None] = lambda: None
+    pushed: Callable[[], object] = lambda: None
     say: Callable[[str], None] = lambda line: None
     patience: float = 300.0
     grace: float = 60.0
     _app: socket.socket | None = None
     _nodes: dict[str, str] = field(default_factory=dict)
+    _late: set[str] = field(default_factory=set)  # messages nobody waits for any more
     _missed: set[str] = field(default_factory=set)  # online when the app went away, and not seen since
     _back: float = 0.0  # until when they may come
 
@@ -71,9 +75,10 @@ class Relay:
             try:
                 if not waiting:
                     waiting = self._push({n: r for n, r in requests.items() if n not in replies}, until, replies)
-                for name, reply in self._pull(waiting).items():
-                    replies[name] = reply
-                    watch(name, reply)
+                for share in _shares({id: len(requests[name]) for id, name in waiting.items()}):
+                    for name, reply in self._pull({id: waiting[id] for id in share}).items():
+                        replies[name] = reply
+                        watch(name, reply)
             except frames.Closed:
                 waiting, gone = {}, time.monotonic()
                 self.roster(last)
@@ -84,6 +89,7 @@ class Relay:
                 break
             if waiting:
                 time.sleep(_POLL)
+        self._late |= waiting.keys()
         for name in requests.keys() - replies.keys():
             late = "it was not waited for" if time.monotonic() < until else f"no reply within {deadline:g} s"
             replies[name] = Lost(late)
@@ -97,8 +103,12 @@ class Relay:
         replies |= {name: Lost("it went offline") for name in requests if name not in self._nodes}
         if not here:
             return {}
-        asked = {"do": "push", "nodes": [self._nodes[n] for n in here], "ttl": max(until - time.monotonic(), 1.0)}
-        ids = json.loads(self._do(asked, [requests[name] for name in here])[0])
+        ids = []
+        for share in _shares({name: len(requests[name]) for name in here}):
+            ttl = max(until - time.monotonic(), 1.0)
+            asked = {"do": "push", "nodes": [self._nodes[name] for name in share], "ttl": ttl}
+            ids += json.loads(self._do(asked, [requests[name] for name in share])[0])
+            self.pushed()
         refused = {name for name, id in zip(here, ids, strict=True) if id is None}
         replies |= {name: Lost("Flower did not take the message") for name in refused}
         return {id: name for name, id in zip(here, ids, strict=True) if id is not None}
@@ -108,12 +118,14 @@ class Relay:
             return {}
         app = self._connected()
         try:
-            frames.send(app, json.dumps({"do": "pull", "ids": list(waiting)}).encode())
+            # What comes too late is fetched too, or Flower would keep it to the end of the run.
+            frames.send(app, json.dumps({"do": "pull", "ids": [*waiting, *self._late]}).encode())
             told = json.loads(frames.receive(app))
             found: dict[str, Reply] = {}
             for id, why in told:
                 reply = frames.receive(app) if why is None else Lost(why)
-                if id in waiting:  # else a duplicate, or an answer to nobody's question
+                self._late.discard(id)
+                if id in waiting:  # else late, a duplicate, or an answer to nobody's question
                     found[waiting[id]] = reply
             return found
         except (frames.Closed, TimeoutError) as error:
@@ -156,6 +168,7 @@ class Relay:
         if self._app is not None:
             self._app.close()
             self._app = None
+            self._late.clear()  # they were messages of its run
             self._missed |= self._nodes.keys()
             self.dropped()
         log.warning("Flower's app on the server went away (%s); starting it again", error)
@@ -165,3 +178,15 @@ class Relay:
         if self._app is not None:
             self._app.close()
         self.listener.close()
+
+
+def _shares(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Keys in lists of at most ``_SHARE`` bytes, or of a single one."""
+    share: list[str] = []
+    for key, size in sizes.items():
+        if share and sum(sizes[k] for k in share) + size > _SHARE:
+            yield share
+            share = []
+        share.append(key)
+    if share:
+        yield share

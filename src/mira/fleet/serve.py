@@ -74,19 +74,21 @@ def _federation(kit: ServerKit, options: Options) -> Iterator[Relay]:
     folder = Path(tempfile.mkdtemp(prefix="mira-server-"))  # short: a socket's path has about a hundred characters
     superlink = SuperLink(folder, lambda: admitted(kit.folder), folder / "relay", options.tell)
     try:
-        with closing(frames.listen(folder / "relay")) as listener:
-            relay = Relay(listener, superlink.admit, superlink.revive, superlink.dropped, options.say)
-            inside = gate.Upstream(("127.0.0.1", superlink.port), gate.upstream_tls(superlink.authority))
-            tls = gate.server_tls(kit.certificate, kit.key)
-            listen = ("0.0.0.0", split_address(kit.address)[1])
-            with closing(relay), ExitStack() as door:
-                try:
-                    door.enter_context(gate.opened(listen, inside, tls, admission(kit.folder), gate.Limits()))
-                except OSError as error:
-                    why = f"cannot listen at port {listen[1]} ({error.strerror}); is it taken?"
-                    raise UserError(f"server: {why}") from None
-                options.say(f"sites may connect to {kit.address}")
-                yield relay
+        inside = gate.Upstream(("127.0.0.1", superlink.port), gate.upstream_tls(superlink.authority), superlink.ready)
+        tls = gate.server_tls(kit.certificate, kit.key)
+        listen = ("0.0.0.0", split_address(kit.address)[1])
+        with ExitStack() as stack:
+            listener = stack.enter_context(closing(frames.listen(folder / "relay")))
+            try:
+                door = stack.enter_context(gate.opened(listen, inside, tls, admission(kit.folder), gate.Limits()))
+            except OSError as error:
+                why = f"cannot listen at port {listen[1]} ({error.strerror}); is it taken?"
+                raise UserError(f"server: {why}") from None
+            options.say(f"sites may connect to {kit.address}")
+            relay = Relay(
+                listener, superlink.admit, superlink.revive, superlink.dropped, pushed=door.ring, say=options.say
+            )
+            yield stack.enter_context(closing(relay))
     except UserError:
         for line in superlink.last_words():
             options.tell(line)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mira.core.errors import UserError
 from mira.fleet import certificates
+from mira.fleet.commands import END
 from mira.fleet.kit import Site
 from mira.fleet.processes import Process, command, surroundings
 
@@ -46,9 +47,7 @@ root-certificates = "{authority}"
 """
 _HOST = "127.0.0.1"
 _DAYS = 30  # of the loopback certificate, made anew at every start
-_SLOW = (
-    120.0  # seconds in which an app connects, or a command of Flower's ends; longer, and the SuperLink is started anew
-)
+_SLOW = 120.0  # seconds in which an app connects, or a command of Flower's ends; longer, and the SuperLink starts anew
 
 
 @dataclass
@@ -102,11 +101,15 @@ class SuperLink:
             return
         if worked and self._submitted is None:
             self._submitted = time.monotonic()
-            worked = self._flwr("run", str(self.folder / "app"))
+            [worked] = self._flwr(("run", str(self.folder / "app")))
         if not worked or (self._submitted is not None and time.monotonic() - self._submitted > _SLOW):
             log.warning("the SuperLink does not run its app; starting it anew")
             self._process.stop()
             self._pid = None
+
+    def ready(self) -> bool:
+        """Whether it runs and knows the sites."""
+        return self._process.pid is not None and self._process.pid == self._pid
 
     def admit(self) -> frozenset[str]:
         """The names of the sites admitted now. Who was issued while the SuperLink runs is registered with it."""
@@ -115,12 +118,12 @@ class SuperLink:
 
     def _register_new(self) -> bool:
         """Whether everybody admitted is registered now."""
-        for site in self.sites():
-            if site.public_key not in self._registered:
-                if not self._register(site):
-                    return False
-                self._registered.add(site.public_key)
-        return True
+        new = [site for site in self.sites() if site.public_key not in self._registered]
+        if not new:
+            return True
+        worked = self._flwr(*(self._registration(site) for site in new))
+        self._registered |= {site.public_key for site, known in zip(new, worked, strict=True) if known}
+        return all(worked)
 
     def dropped(self) -> None:
         """The app went away: submit it again."""
@@ -162,31 +165,38 @@ class SuperLink:
         connection = _CONNECTION.format(port=self.port, authority=self.authority)
         (self.folder / "flower" / "config.toml").write_text(connection)
 
-    def _register(self, site: Site) -> bool:
+    def _registration(self, site: Site) -> Sequence[str]:
         public = self.folder / f"{site.name}.pub"
         public.write_text(f"{site.public_key}\n")
-        return self._flwr("supernode", "register", str(public), "fleet", "--name", site.name)
+        return "supernode", "register", str(public), "fleet", "--name", site.name
 
-    def _flwr(self, *arguments: str) -> bool:
-        """Whether it worked."""
-        line = [command("flwr"), *arguments, "--format", "json"]
-        self.tell(shlex.join([f"FLWR_HOME={self.folder / 'flower'}", *line]))
+    def _flwr(self, *commands: Sequence[str]) -> list[bool]:
+        """Flower's own commands, one after the other in one process; whether each of them worked."""
+        lines = [[*arguments, "--format", "json"] for arguments in commands]
+        for line in lines:
+            self.tell(shlex.join([f"FLWR_HOME={self.folder / 'flower'}", command("flwr"), *line]))
         try:
             done = subprocess.run(
-                line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SLOW, check=False,
+                [sys.executable, "-m", "mira.fleet.commands"], input="".join(json.dumps(line) + "\n" for line in lines),
+                capture_output=True, text=True, timeout=_SLOW + len(lines), check=False,
                 env=surroundings({"FLWR_HOME": str(self.folder / "flower")}),
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            log.warning("flwr %s did not end within %g s", arguments[0], _SLOW)
-            return False
-        try:
-            worked = done.returncode == 0 and json.loads(done.stdout[done.stdout.index("{") :]).get("success") is True
-        except ValueError:
-            worked = False
-        if not worked:
-            said = " ".join((done.stdout + done.stderr).split())[-300:]
-            log.warning("flwr %s did not work: %s", arguments[0], said)
+            log.warning("flwr %s did not end within %g s", commands[0][0], _SLOW + len(lines))
+            return [False] * len(lines)
+        answers = [*done.stdout.split(END), *[""] * len(lines)][: len(lines)]
+        worked = [_worked(said) for said in answers]
+        for line, said, fine in zip(lines, answers, worked, strict=True):
+            if not fine:
+                log.warning("flwr %s did not work: %s", line[0], " ".join((said + done.stderr).split())[-300:])
         return worked
+
+
+def _worked(said: str) -> bool:
+    try:
+        return json.loads(said[said.index("{") :]).get("success") is True
+    except ValueError:
+        return False
 
 
 def free_port() -> int:

@@ -1,0 +1,1 @@
+"""What a federation over machines costs: the product's own server, gate, certificates and SuperLink on loopback."""

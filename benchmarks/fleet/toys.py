@@ -1,0 +1,147 @@
+"""Sites that train nothing: each request is answered at once, as a worker would, so that what is left is what travelling costs.
+
+``serve`` puts them behind real SuperNodes, ``nodes`` speaks Flower's fleet protocol itself for very many of them in one process,
+``together`` plays the same rounds without any transport.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Message as Flower
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
+from flwr.supernode.fleet_http_connection import http_request_response
+
+from mira.fleet import frames
+from mira.fleet.flower import _bytes, _content
+from mira.fleet.kit import load_site
+from mira.fleet.seam import InProcess, Message, pack, unpack
+
+STEP = 1e-3  # by which each number of a row moves
+ONE = threading.Lock()  # a row at a time: all sites of a benchmark share one machine's memory
+
+
+@dataclass(frozen=True)
+class Toy:
+    """``silent_from``: the round from which it answers no training any more, as one that hangs."""
+
+    silent_from: int | None = None
+
+    def handle(self, request: bytes) -> bytes:
+        with ONE:
+            asked = unpack(request)
+            values, tensors = self._answer(asked)
+            return pack(Message(asked.head, values, tensors))
+
+    def hangs(self, request: bytes) -> bool:
+        head = unpack(request).head
+        return head.kind == "train" and self.silent_from is not None and head.round >= self.silent_from
+
+    def _answer(self, asked: Message) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        values = asked.values
+        if asked.head.kind == "open":
+            return {"examples": 4, "releases": 0, "willing": False}, {}
+        if asked.head.kind == "train":
+            [job] = values["jobs"]
+            row = asked.tensors[job["start"]]
+            row.view(torch.float32).add_(STEP)
+            answer = {"job": 0, "examples": 4, "tokens": 4, "steps": 1, "loss": 1.0}
+            return {"jobs": [answer], "releases": 0}, {"row0": row}
+        if asked.head.kind == "evaluate":
+            shape = len(values["rows"]), len(values["splits"])
+            return {}, {"nll": torch.ones(shape, dtype=torch.float64), "tokens": torch.ones(shape, dtype=torch.int64)}
+        return ({"grade": {"exact_match": 0.0, "rouge_l": 0.0}} if asked.head.kind == "grade" else {}), {}
+
+
+def serve(sockets: list[str]) -> None:
+    """Toys at these sockets, where SuperNodes look for their workers."""
+
+    def at(path: Path) -> None:
+        with frames.listen(path) as listener:
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    frames.send(connection, Toy().handle(frames.receive(connection)))
+
+    for path in sockets[1:]:
+        threading.Thread(target=at, args=(Path(path),), daemon=True).start()
+    at(Path(sockets[0]))
+
+
+def nodes(kits: Path, silent: int, silent_from: int) -> None:
+    """A fleet client for each site kit below ``kits``; the last ``silent`` of them hang from a round on."""
+    folders = sorted(kits.iterdir())
+    for n, folder in enumerate(folders):
+        toy = Toy(silent_from if n >= len(folders) - silent else None)
+        threading.Thread(target=_node, args=(folder, toy), daemon=True).start()
+    threading.Event().wait()
+
+
+def _node(folder: Path, toy: Toy) -> None:
+    """What a SuperNode does, and its app, in a thread."""
+    kit = load_site(folder)
+    private = serialization.load_ssh_private_key(kit.key.read_bytes(), None)
+    assert isinstance(private, ec.EllipticCurvePrivateKey)
+    keys = private, private.public_key()
+    with http_request_response(kit.address, False, str(kit.authority), keys) as line:
+        _, receive, send, _, _, pull_object, push_object, confirm = line
+        while True:
+            if (received := receive()) is None:
+                time.sleep(3)  # as a SuperNode does
+                continue
+            bare, tree = received
+            run, id = bare.metadata.run_id, bare.metadata.message_id
+            ids = [part.object_id for part in iterate_object_tree(tree)]
+            contents = pull_objects(ids, lambda part, run=run: pull_object(run, part), max_concurrent_pulls=1)  # type: ignore[misc]
+            confirm(run, id)
+            message = inflate_object_from_contents(id, contents)
+            assert isinstance(message, Flower)
+            message.metadata.__dict__["_message_id"] = id
+            request = _bytes(message)
+            if toy.hangs(request):
+                continue
+            reply = Flower(_content(toy.handle(request)), reply_to=message)
+            reply.metadata.__dict__["_message_id"] = reply.object_id
+            with no_object_id_recompute():
+                parts = get_all_nested_objects(reply)
+                wanted, session = send(reply, get_object_tree(reply), 0.0)
+                push_objects(
+                    parts,
+                    lambda part, data, run=run, session=session: push_object(run, session, part, data),  # type: ignore[misc]
+                    object_ids_to_push=wanted,
+                    max_concurrent_pushes=1,
+                )
+
+
+def together(plan: Path, out: Path, names: list[str]) -> None:
+    """The rounds of ``plan`` in this process, with toys."""
+    from mira import config, experiment  # here: other toys do without them, and their memory
+    from mira.experiment import Nobody
+    from mira.fleet.server import Opener
+
+    opener = Opener(InProcess({name: Toy().handle for name in names}), names, patience=0.0)
+    experiment.run(config.load(plan), out, Nobody(), opener)
+
+
+if __name__ == "__main__":
+    what, *given = sys.argv[1:]
+    if what == "serve":
+        serve(given)
+    elif what == "nodes":
+        nodes(Path(given[0]), int(given[1]), int(given[2]))
+    else:
+        together(Path(given[0]), Path(given[1]), given[2:])

@@ -1,0 +1,89 @@
+"""One side's connection through the gate: bytes on one end, HTTP events on the other, and what is answered to the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+import h11
+
+log = logging.getLogger(__name__)
+
+PIECE = 1 << 16
+_FAREWELL = 1.0  # seconds a refused peer has to read its answer
+
+
+class Refused(Exception):
+    """What is answered instead: an HTTP status and a body, and why, for the log."""
+
+    def __init__(self, status: int, why: str, body: bytes = b"") -> None:
+        super().__init__(why)
+        self.status, self.body = status, body
+
+
+class Line:
+    """One side's connection: bytes on one end, HTTP events on the other. No wait is longer than ``patience`` seconds.
+
+    What breaks on the SuperLink's side is a 502, on a site's a 408 or what HTTP says of its mistake.
+    """
+
+    def __init__(
+        self, http: h11.Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, patience: float
+    ) -> None:
+        self.http, self.reader, self.writer, self.patience = http, reader, writer, patience
+        self.ours = http.our_role is h11.CLIENT
+
+    @property
+    def gone(self) -> bool:
+        """Whether the peer is known to have left."""
+        return self.reader.at_eof() or self.reader.exception() is not None
+
+    async def next(self) -> object:
+        try:
+            while (event := self.http.next_event()) is h11.NEED_DATA:
+                async with asyncio.timeout(self.patience):
+                    self.http.receive_data(await self.reader.read(PIECE))
+            return event
+        except h11.RemoteProtocolError as error:
+            raise Refused(502 if self.ours else error.error_status_hint, str(error)) from None
+        except (OSError, TimeoutError) as error:
+            raise Refused(502 if self.ours else 408, f"no more came {error}") from None
+
+    async def body(self) -> AsyncIterator[bytes]:
+        """The pieces of the body that comes. Raises Refused when it ends early."""
+        while isinstance(piece := await self.next(), h11.Data):
+            yield piece.data
+        if not isinstance(piece, h11.EndOfMessage):
+            raise Refused(502 if self.ours else 400, "the body ended early")
+
+    async def send(self, event: h11.Event) -> None:
+        if data := self.http.send(event):
+            try:
+                self.writer.write(data)
+                async with asyncio.timeout(self.patience):
+                    await self.writer.drain()
+            except (OSError, TimeoutError) as error:
+                raise Refused(502 if self.ours else 408, f"no more could be sent {error}") from None
+
+
+async def refuse(line: Line, host: str, refused: Refused) -> None:
+    """Answers, where an answer has not begun, and leaves the connection to be closed."""
+    log.debug("%s: refused with %d: %s", host, refused.status, refused)
+    if line.http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+        return
+    with suppress(Refused, TimeoutError):  # a peer that does not take the answer does without
+        head = [("content-length", str(len(refused.body))), ("connection", "close")]
+        await line.send(h11.Response(status_code=refused.status, headers=head))
+        await line.send(h11.Data(data=refused.body))
+        await line.send(h11.EndOfMessage())
+        async with asyncio.timeout(_FAREWELL):  # closed with bytes unread, TCP would take the answer back
+            while await line.reader.read(PIECE):
+                pass
+
+
+async def hang_up(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with suppress(OSError, TimeoutError):  # the peer may be gone, which is what closing is about
+        await writer.wait_closed()
