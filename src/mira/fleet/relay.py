@@ -26,9 +26,9 @@ _LOOK = 1.0  # seconds between two looks for sites that are to come back
 @dataclass
 class Relay:
     """``listener``: the socket that Flower's app on the server connects to. ``revive`` is called while it is not there, and
-    brings it back, ``dropped`` when it goes, ``pushed`` when requests lie ready for the sites; ``names`` says who is admitted now,
-    whoever else is online; ``say`` hears who comes and goes; ``grace``: seconds in which sites that were online before it went
-    are there again."""
+    brings it back, ``dropped`` when it goes, ``pushed`` when requests lie ready for the sites; ``names`` says who is admitted
+    now, whoever else is online; ``say`` hears who comes and goes; ``grace``: seconds in which sites that were online before it
+    went are there again."""
 
     listener: socket.socket
     names: Callable[[], frozenset[str]]
