@@ -133,7 +133,7 @@ def together(plan: Path, out: Path, names: list[str]) -> None:
     from mira.experiment import Nobody
     from mira.fleet.server import Opener
 
-    opener = Opener(InProcess({name: Toy().handle for name in names}), names, patience=0.0)
+    opener = Opener(InProcess({name: Toy().handle for name in names}), lambda: names, patience=0.0)
     experiment.run(config.load(plan), out, Nobody(), opener)
 
 
