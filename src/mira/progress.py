@@ -64,7 +64,8 @@ class RunProgress:
         left = self._spent / (done - self._first) * (self._rounds - done)
         loss = sum(record["train_loss"].values()) / len(record["train_loss"]) if record["train_loss"] else None
         asked, lost = len(record["cohort"]), len(record["lost"])
-        parts = [f"round {done}/{self._rounds}", f"{asked - lost} of {asked} clients" if lost else f"{asked} clients"]
+        came = f"{asked - lost} of {asked} clients" if 0 < lost < asked else f"{asked} clients"
+        parts = [f"round {done}/{self._rounds}", came]
         parts.append(f"train loss {loss:.3f}" if loss is not None else "no client came back")
         if record.get("validation_loss") is not None:
             away = len(record.get("unmeasured", ()))
