@@ -160,6 +160,8 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "no jobs": (odd(jobs={}), "does not hold one result"),
     "counts": (odd(jobs=[ODD_JOB | {"examples": 2**80}]), "no numbers a training gives"),
     "loss": (odd(jobs=[ODD_JOB | {"loss": None}]), "no numbers a training gives"),
+    "weight": (odd(jobs=[ODD_JOB | {"examples": 4000}]), "it joined with"),
+    "length": (odd(jobs=[ODD_JOB | {"steps": 2**40}]), "was asked for"),
 }  # fmt: skip
 
 

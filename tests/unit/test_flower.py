@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs the extra 'flower'")
 
-from flwr.app import Context, Error, Message, Metadata, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, Metadata, RecordDict
 
 from mira.fleet import flower, frames
 
@@ -31,6 +31,28 @@ def test_a_worker_that_does_not_answer_is_told_without_its_path(
         flower.client_app(Message(metadata=about, content=flower._content(b"a question")), context)  # type: ignore[call-overload]
     assert str(path) in str(raised.value.__cause__), "its log says it"
     assert str(raised.value) == "the site's worker did not answer"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (flower._content(b"an answer"), b"an answer"),
+        (RecordDict(), "its message is none of mira's"),
+        (RecordDict({"mira": ConfigRecord()}), "its message is none of mira's"),
+        (RecordDict({"mira": ArrayRecord({})}), "its message is none of mira's"),
+        (flower._content(b"one that is too long"), "its reply has 20 bytes; at most 10 are read"),
+    ],
+    ids=["ours", "empty", "another-record", "no-array", "too-long"],
+)
+def test_one_site_s_odd_reply_does_not_end_the_app_of_all(
+    monkeypatch: pytest.MonkeyPatch, content: RecordDict, told: bytes | str
+) -> None:
+    monkeypatch.setattr(frames, "LIMIT", 10)
+    about = Metadata(
+        run_id=1, message_id="", src_node_id=2, dst_node_id=1, reply_to_message_id="q", group_id="", created_at=1.0, ttl=60.0,
+        message_type="query",
+    )  # fmt: skip
+    assert flower._opened(Message(metadata=about, content=content)) == told  # type: ignore[call-overload]
 
 
 def test_the_server_does_not_repeat_what_a_site_says_of_an_error() -> None:

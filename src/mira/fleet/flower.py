@@ -84,13 +84,23 @@ def _push(grid: Grid, nodes: Sequence[str], contents: Sequence[bytes], ttl: floa
 
 def _pull(grid: Grid, ids: Sequence[str], server: socket.socket) -> None:
     """A list of what has come, [id, error or null], and then the content of each without an error."""
-    found = list(grid.pull_messages(ids))
-    errors = [_why(message.error) if message.has_error() else None for message in found]
-    told = [[message.metadata.reply_to_message_id, why] for message, why in zip(found, errors, strict=True)]
+    found = [(message.metadata.reply_to_message_id, _opened(message)) for message in grid.pull_messages(ids)]
+    told = [[about, given if isinstance(given, str) else None] for about, given in found]
     frames.send(server, json.dumps(told).encode())
-    for message, why in zip(found, errors, strict=True):
-        if why is None:
-            frames.send(server, _bytes(message))
+    for _, given in found:
+        if isinstance(given, bytes):
+            frames.send(server, given)
+
+
+def _opened(message: Message) -> bytes | str:
+    """What a site answered, or why it is not passed on: the server reads nothing that is not ours, or without end."""
+    if message.has_error():
+        return _why(message.error)
+    try:
+        data = _bytes(message)
+    except ValueError as error:
+        return str(error)
+    return data if len(data) <= frames.LIMIT else f"its reply has {len(data)} bytes; at most {frames.LIMIT} are read"
 
 
 def _why(error: Error) -> str:
@@ -103,6 +113,9 @@ def _content(data: bytes) -> RecordDict:
 
 
 def _bytes(message: Message) -> bytes:
-    record = message.content[_RECORD]
-    assert isinstance(record, ArrayRecord)
-    return record["0"].data
+    """Raises ValueError where it is not what ``_content`` makes."""
+    record = message.content.get(_RECORD)
+    array = record.get("0") if isinstance(record, ArrayRecord) else None
+    if array is None:
+        raise ValueError("its message is none of mira's")
+    return array.data

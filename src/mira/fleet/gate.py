@@ -50,6 +50,7 @@ class Limits:
 
     body: int = 8 << 20  # bytes of a request; Flower sends an array in pieces of 5 MiB
     answer: int = 1 << 20  # bytes of what announces an answer: who, to what, and which pieces it has
+    question: int = 16 << 10  # bytes of one for messages, which is held: who asks
     connections: int = 1024
     connections_per_host: int = 256
     head: float = 20.0  # for a TLS handshake, and for a request's head from the end of the last one
@@ -269,7 +270,7 @@ async def _pass_back(answer: h11.Response, inside: Line, outside: Line) -> int:
 
 def check(request: h11.Request, limits: Limits) -> dict[str, str]:
     """A request's headers, each once. Raises Refused unless it is a POST to the fleet API within its limit."""
-    most = limits.answer if request.target == _ANSWERS else limits.body
+    most = {_ANSWERS: limits.answer, _QUESTIONS: limits.question}.get(request.target, limits.body)
     if not _FLEET.fullmatch(request.target):  # no dots, no percent, no query, no host: nothing to interpret differently
         raise Refused(404, f"no such path: {request.target[:80]!r}")
     if request.method != b"POST":

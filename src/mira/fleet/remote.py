@@ -15,6 +15,7 @@ from torch import Tensor
 from mira.config.experiment import PrivacySection
 from mira.core.best import UNMEASURED, Standing, standing
 from mira.core.errors import UserError
+from mira.core.training import Training
 from mira.core.travel import is_private, jobs_of, parcel
 from mira.core.types import Failure, Grade, Scores, Trained, Work
 from mira.core.wire import Wire, decode, down, encode, encode_mask, num_bytes
@@ -52,9 +53,10 @@ class Run:
 class Terms:
     """``deadline``: seconds a round waits at most; ``minimum``: replies that end it sooner, None for all of them;
     ``max_norm``: how far a row may move in a round, None for any distance that is not far from the others'; ``wire``: the
-    format of rows; ``privacy``: the noise that sites put on theirs."""
+    format of rows; ``privacy``: the noise that sites put on theirs; ``training``: what they are asked for."""
 
     deadline: float
+    training: Training
     minimum: int | None = None
     max_norm: float | None = None
     wire: Wire = "fp32"
@@ -222,7 +224,9 @@ class RemoteEngine:
         answers = reply.values.get("jobs")
         if not isinstance(answers, list) or len(answers) != len(mine):
             raise Rejected("its reply does not hold one result for each job")
-        checked = {j: result_of(answer, place) for place, (j, answer) in enumerate(zip(mine, answers, strict=True))}
+        examples = self.run.examples[self.run.names[int(work.client[mine[0]])]]
+        steps = self.terms.training.steps_for(examples)
+        checked = {j: result_of(answers[place], place, examples, steps) for place, j in enumerate(mine)}
         sent, wire = parcel(work, mine), self.terms.wire
         try:
             numbers = {
@@ -243,10 +247,10 @@ class RemoteEngine:
         return {int(work.client[sent[i]]): found.reason for i, found in too_far(norm, self.terms.max_norm).items()}
 
     def _ask(self, kind: Kind, requests: dict[str, Request]) -> dict[str, Message | Lost]:
-        """Ask those who are online; the new among them join first. Where nobody at all is, the network or a gate is away, and
+        """Ask those who are online; the new among them join first. Where none of them is, the network or a gate is away, and
         rounds would only pass: waits for the first to come."""
         until = time.monotonic() + self.terms.deadline
-        while not (online := self.transport.roster()) and time.monotonic() < until:
+        while not (online := self.transport.roster()) & requests.keys() and requests and time.monotonic() < until:
             time.sleep(_PAUSE)
         for name in sorted(online - self._strangers - set(self.run.names)):
             log.warning("%s has no place in this run; it may take part in the next (data.expected keeps places)", name)

@@ -34,14 +34,20 @@ def is_count(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 < value < _MOST
 
 
-def result_of(answer: object, place: int) -> Values:
-    """What a training says of the job in this ``place``. Raises Rejected."""
+def result_of(answer: object, place: int, examples: int, steps: int) -> Values:
+    """What a training says of the job in this ``place``, at a site that joined with ``examples`` and was asked for ``steps``:
+    both weigh in what the server makes of all rows. Raises Rejected."""
     if not isinstance(answer, dict) or answer.get("job") != place:
         raise Rejected("its reply does not hold one result for each job")
     loss = answer.get("loss")
     whole = all(is_count(answer.get(key)) for key in ("examples", "tokens", "steps"))
     if not whole or not isinstance(loss, float) or not isfinite(loss):
         raise Rejected("its counts or its loss are no numbers a training gives")
+    if answer["examples"] != examples or answer["steps"] > steps:
+        raise Rejected(
+            f"it says it trained on {answer['examples']} examples in {answer['steps']} steps; it joined with {examples}, and was"
+            f" asked for {steps}"
+        )
     return answer
 
 
