@@ -204,9 +204,12 @@ def test_a_site_that_first_takes_part_in_round_3_starts_from_its_neighbours(
     back = world.transport(sites)
     experiment.resume(world.folder / "apart", None, world.opener(back))
     given = first_row(back, "bob", 2)
-    if rank:  # of the row's two ranks the first is his; only that travels
-        assert 0 < len(given) < len(mean)
-        assert set(given.tolist()) <= set(mean.tolist())
+    if rank:
+        # Of the row's two ranks the first is his, and only that travels; he uses it with α/1 for α/2, so B is halved.
+        assert len(given) == len(mean) / 2
+        same = torch.isin(given, mean)
+        assert 0 < int(same.sum()) < len(given)
+        assert torch.isin(given[~same], mean / 2).all()
     else:
         torch.testing.assert_close(given, mean, rtol=0, atol=1e-7)
     assert names_of(metrics(world.folder / "apart"))[-1] == list(NAMES)

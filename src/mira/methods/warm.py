@@ -47,8 +47,11 @@ class Warm:
         """The mean row [P] of a client's neighbours, one after the other: rows may be large and neighbours many."""
         near = state.graph.neighbours(client)
         near = near[~torch.isin(near, new)]
-        mean, total = self.start, torch.zeros(1, dtype=torch.float64)
-        for neighbour, weight in zip(near.split(1), state.graph.weights(client, near)[0].split(1), strict=True):
-            row, both = self.method.serve(state, neighbour), torch.cat([total, weight])
-            mean, total = self.layout.mean(torch.cat([mean[None], row]), both), both.sum(0, keepdim=True)
-        return mean
+        weights, ranks = state.graph.weights(client, near)[0], state.ranks
+        share = weights.sum() if ranks is None else self.layout.share(ranks.rank[near], weights)
+        total = torch.zeros_like(self.start, dtype=torch.float64)
+        for neighbour, weight in zip(near.split(1), weights, strict=True):
+            row = self.method.serve(state, neighbour)
+            total += weight * (row if ranks is None else ranks.even(row, neighbour))[0]
+        mean = torch.where(share > 0, total / share, self.start.double()).to(self.start.dtype)
+        return mean if ranks is None else ranks.own(mean[None], client)[0]
