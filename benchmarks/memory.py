@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks import peft_loop
 from benchmarks.workload import LR, open_workload
+from mira.engine.memory import peak_memory
 
+CPU = torch.device("cpu")
 DEFAULT, LARGE = 768, 4096  # tokens a pass: what is chosen on a CPU, and all clients at once
 
 
@@ -48,23 +51,17 @@ def _in_a_process(tokens_per_pass: str) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def _peak() -> int:
-    """Most memory this process has held. Not getrusage: a child's figure starts from its parent's."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-
-
 def main(tokens_per_pass: int) -> None:
     """One step, of the PEFT loop where ``tokens_per_pass`` is 0."""
     workload = open_workload("float32")
     peft = None if tokens_per_pass else peft_loop.wrapped(workload)
     engine, rows = workload.engine(True, tokens_per_pass or None), workload.rows()
-    before = _peak()
+    before = peak_memory(CPU)
     if peft is not None:
         peft_loop.train(peft, workload, rows, 0)
     else:
         engine.train(workload.work(rows), 0, LR)
-    print(json.dumps({"before": before, "peak": _peak()}))
+    print(json.dumps({"before": before, "peak": peak_memory(CPU)}))
 
 
 if __name__ == "__main__":

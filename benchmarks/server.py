@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from mira.core.mixing import normalised_step, product
 from mira.core.tensors import from_tensors, to_tensors
 from mira.core.training import Training
 from mira.core.types import Change, Rows, ServerState, Setting, Trained, Work
+from mira.engine.memory import peak_memory
 from mira.methods.mira import Mira
 from mira.store import Store
 
@@ -245,8 +245,7 @@ def _memory(rounds: int) -> Samples:
 
 
 def _peak() -> float:
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return peak_memory(torch.device("cpu")) / 1e9
 
 
 def _families(clients: int) -> Groups:

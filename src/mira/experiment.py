@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -23,6 +21,7 @@ from mira.core.errors import UserError
 from mira.core.loop import Record, Schedule, run_rounds
 from mira.core.tensors import from_tensors, in_use, to_tensors
 from mira.core.types import Change, Rows, ServerState, stays
+from mira.engine.memory import peak_memory
 from mira.methods.warm import Warm
 from mira.report import summarise
 from mira.session import TOKENS, Session, check_environment, enough_memory, open_session
@@ -275,14 +274,6 @@ def measured(
     if endless:
         log.warning("round %d: no finite loss or perplexity for %s", state.round, ", ".join(endless))
     return clean
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes at most so far: of this process, or on a GPU what PyTorch allocated there."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 def without_nan(value: Any) -> Any:

@@ -126,7 +126,7 @@ def test_neither_tiles_nor_blocks_change_what_comes_out(
     blocks = others.split(block) if len(others) else ()
     with patch.object(mixing, "_SPARSE", sparse):
         whole = paper_step(near, a[:cohort], c, blocks), normalised_step(near, a[:cohort], s, blocks)
-        with patch.object(mixing, "_width", lambda rows: tile):
+        with patch.object(mixing, "_width", lambda rows, numbers: tile):
             tiled = paper_step(near, a[:cohort], c, blocks), normalised_step(near, a[:cohort], s, blocks)
     for ours, other, oracle, strength in zip(tiled, whole, (paper_np, normalised_np), (c, s), strict=True):
         close(ours, oracle(problem.rows[:cohort], problem.rows, problem.a[:cohort], strength), atol=10 * ATOL)

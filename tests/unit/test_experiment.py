@@ -6,6 +6,8 @@ import fcntl
 import logging
 import math
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -18,7 +20,8 @@ from safetensors import SafetensorError
 from mira import Experiment
 from mira.core.errors import UserError
 from mira.engine import budget
-from mira.experiment import located, peak_memory, without_nan
+from mira.engine.memory import peak_memory
+from mira.experiment import located, without_nan
 from mira.session import DECIDING, check_environment, enough_memory, open_session
 from mira.store.folders import replace_folder
 from small import settings, write_clients
@@ -58,6 +61,14 @@ def test_json_has_no_nan() -> None:
 
 def test_peak_memory_is_in_bytes() -> None:
     assert 50 * 2**20 < peak_memory(torch.device("cpu")) < 2**40
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system's figure is all there is")
+def test_peak_memory_is_not_that_of_the_process_before() -> None:
+    held = bytearray(b"1") * 2**30
+    code = "import torch; from mira.engine.memory import peak_memory; print(peak_memory(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert 50 * 2**20 < int(done.stdout) < len(held)
 
 
 def test_a_result_is_located_in_its_folder(tmp_path: Path) -> None:

@@ -8,13 +8,17 @@ holds one tile of columns, and one block of the rows of others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-_TILE = 2**18  # numbers of a tile: they stay in cache, and allocating as many again costs no page faults
+# Numbers of a tile: they stay in cache, and allocating as many again costs no page faults. Sums over neighbours are so short
+# that waking the threads for them counts: larger tiles are up to twice as fast, and slower for matrix products.
+_TILE = 2**18
+_SPARSE_TILE = 2**20
 _SPARSE = 0.25  # at most this share of weights that are not zero: summing neighbours is faster than a matrix product
 
 Product = Callable[[Tensor, Tensor], object]
@@ -57,8 +61,8 @@ def normalised_weights(a: Tensor, s: float) -> tuple[Tensor, Tensor]:
 
 def product(weights: Tensor, pool: Tensor, out: Tensor) -> None:
     """out = weights·pool, tile by tile: weights [M,N], pool [N,P], out [M,P], which must not overlap the pool."""
-    times = _product(weights, pool.dtype)
-    for tile in _tiles(weights.shape, pool.shape[1]):
+    times, numbers = _product(weights, pool.dtype)
+    for tile in _tiles(pool.shape[1], _width(max(weights.shape), numbers)):
         times(pool[:, tile], out[:, tile])
 
 
@@ -76,31 +80,32 @@ def mix(rows: Tensor, own: Tensor, pull: Tensor, others: Iterable[Tensor] = ()) 
 def _add_product(weights: Tensor, pool: Tensor, out: Tensor) -> None:
     """out += weights·pool. Only rows with a weight are touched: a pool in many blocks costs what its edges cost."""
     touched = (weights != 0).any(1).nonzero()[:, 0]
-    times = _product(weights[touched], pool.dtype)
-    for tile in _tiles(weights.shape, pool.shape[1]):
+    times, numbers = _product(weights[touched], pool.dtype)
+    for tile in _tiles(pool.shape[1], _width(max(weights.shape), numbers)):
         part = pool.new_empty(len(touched), tile.stop - tile.start)
         times(pool[:, tile], part)
         out[:, tile].index_add_(0, touched, part)
 
 
-def _product(weights: Tensor, dtype: torch.dtype) -> Product:
-    """(pool [N,n], out [M,n]) ↦ out = weights·pool. The one place that decides between neighbour lists and a matrix."""
+def _product(weights: Tensor, dtype: torch.dtype) -> tuple[Product, int]:
+    """(pool [N,n], out [M,n]) ↦ out = weights·pool, and the numbers of a tile for it.
+
+    The one place that decides between neighbour lists and a matrix.
+    """
     row, neighbour = weights.nonzero(as_tuple=True)
     if len(row) > _SPARSE * weights.numel():
         matrix = weights.to(dtype)
-        return lambda pool, out: torch.mm(matrix, pool, out=out)
+        return lambda pool, out: torch.mm(matrix, pool, out=out), _TILE
     first = torch.searchsorted(row, torch.arange(len(weights)))  # of each row's neighbours
     weight = weights[row, neighbour].to(dtype)
-    return lambda pool, out: out.copy_(
-        embedding_bag(neighbour, pool.contiguous(), first, mode="sum", per_sample_weights=weight)
-    )
+    bag = partial(embedding_bag, neighbour, offsets=first, mode="sum", per_sample_weights=weight)
+    return lambda pool, out: out.copy_(bag(pool.contiguous())), _SPARSE_TILE
 
 
-def _tiles(weights: Sequence[int], columns: int) -> Iterator[slice]:
-    width = _width(max(weights))
+def _tiles(columns: int, width: int) -> Iterator[slice]:
     return (slice(begin, min(begin + width, columns)) for begin in range(0, columns, width))
 
 
-def _width(rows: int) -> int:
+def _width(rows: int, numbers: int) -> int:
     """Columns of a tile; of very many rows still enough to stream through them."""
-    return max(256, _TILE // rows)
+    return max(256, numbers // rows)

@@ -1,4 +1,10 @@
-"""What running out of memory looks like."""
+"""How much memory a process has held, and what running out of it looks like."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
 
 import torch
 
@@ -8,3 +14,16 @@ OUT_OF_MEMORY = "out of memory; lower training.batch_size or prompt.max_length"
 def is_out_of_memory(error: RuntimeError) -> bool:
     """On a GPU PyTorch has an error of its own; on a CPU its allocator raises a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at most so far: of this process, or on a GPU what PyTorch allocated there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # rather than getrusage, whose figure begins with that of the process that started this one
+        return next(
+            1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:")
+        )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
