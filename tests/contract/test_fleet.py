@@ -90,7 +90,8 @@ def test_what_an_error_says_stays_at_its_site(world: World, caplog: pytest.LogCa
 
 
 def test_a_round_of_nobody_is_not_held(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While nobody at all is online (the network is away, or a SuperLink began anew) no round passes, up to its deadline."""
+    """While nobody of the run is online (the network is away, or a SuperLink began anew) no round passes, up to its deadline;
+    who has no place in it does not count."""
     monkeypatch.setattr("mira.fleet.remote._PAUSE", 0.0)
     looks: list[int] = []
 
@@ -98,7 +99,8 @@ def test_a_round_of_nobody_is_not_held(world: World, monkeypatch: pytest.MonkeyP
         looks.append(trainings)
         return set(NAMES) if trainings == 1 and looks.count(1) < 5 else set()
 
-    transport = Troubled(InProcess({name: site.handle for name, site in world.sites().items()}), away)
+    online = {name: site.handle for name, site in world.sites().items()} | {"stranger": lambda request: b""}
+    transport = Troubled(InProcess(online), away)
     experiment.run(world.experiment(), world.folder / "apart", None, world.opener(transport))
     assert names_of(metrics(world.folder / "apart")) == [[*NAMES]] * 3
 
@@ -250,14 +252,17 @@ def test_noise_is_not_repeated(world: World) -> None:
     assert all(not torch.equal(a[key], b[key]) for key in a)
 
 
-def test_releases_are_counted_over_a_sites_restarts(world: World) -> None:
+@pytest.mark.parametrize("away", [set(), {"ann"}], ids=["all-back", "one-away"])
+def test_releases_are_counted_over_restarts(world: World, away: set[str]) -> None:
     pytest.importorskip("dp_accounting", reason="needs the extra 'privacy'")
     with pytest.raises(Interrupt.Pulled):
         world.apart(world.sites(), "apart", Interrupt(2), privacy=PRIVATE, **QUIET)
-    transport = Troubled(InProcess({name: site.handle for name, site in world.sites().items()}))
-    experiment.resume(world.folder / "apart", None, world.opener(transport))
-    spent = metrics(world.folder / "apart")[-1]["privacy"]
-    assert {name: site["releases"] for name, site in spent.items()} == dict.fromkeys(NAMES, 3)
+    before = metrics(world.folder / "apart")[-1]["privacy"]
+    assert all(site["releases"] for site in before.values())
+    online = {name: site.handle for name, site in world.sites().items() if name not in away}
+    result = experiment.resume(world.folder / "apart", None, world.opener(Troubled(InProcess(online))))
+    kept = {name: before[name]["releases"] for name in away}
+    assert {name: site["releases"] for name, site in result["privacy"].items()} == dict.fromkeys(NAMES, 3) | kept
 
 
 @pytest.mark.parametrize("asked", [{}, {"privacy": PRIVATE}])

@@ -40,6 +40,11 @@ def served(site: SiteKit, by: Path, certificate: Path | None = None) -> Iterator
         yield
 
 
+def test_a_kit_that_is_gone_is_said_in_one_line(site: SiteKit) -> None:
+    site.key.unlink()
+    assert (refusal(site) or "").startswith(f"{site.key}: cannot be read (No such file or directory)")
+
+
 def test_an_admitted_site_is_not_refused_and_a_revoked_one_is_told(site: SiteKit, tmp_path: Path) -> None:
     with served(site, tmp_path / "server"):
         assert refusal(site) is None

@@ -17,10 +17,11 @@ from mira.fleet.superlink import SuperLink
 
 @dataclass
 class Flower:
-    """Stands for the process that runs Flower's commands: it refuses ``against`` and dies before ``before``."""
+    """Stands for the process that runs Flower's commands: it refuses ``against`` with ``refusal`` and dies before ``before``."""
 
     against: str | None = None
     before: str | None = None
+    refusal: str = "no"
     asked: list[list[str]] = field(default_factory=list)
 
     def __call__(self, line: object, *, input: str, **rest: Any) -> subprocess.CompletedProcess[str]:
@@ -30,12 +31,18 @@ class Flower:
         for name in names:
             if name == self.before:
                 break
-            said += ("no" if name == self.against else 'Note.\n{"success": true}\n') + END
+            said += (self.refusal if name == self.against else 'Note.\n{"success": true}\n') + END
         return subprocess.CompletedProcess([], 0, said, "")
 
 
 @pytest.mark.parametrize(
-    ("trouble", "again"), [({"against": "bob"}, ["bob"]), ({"before": "bob"}, ["bob", "cid"]), ({}, [])]
+    ("trouble", "again"),
+    [
+        ({"against": "bob"}, ["bob"]),
+        ({"against": "bob", "refusal": '{"success": false, "error-message": "Public key already in use."}'}, []),
+        ({"before": "bob"}, ["bob", "cid"]),
+        ({}, []),
+    ],
 )
 def test_who_is_known_is_not_registered_again(
     trouble: dict[str, str], again: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -60,7 +60,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Upstream:
-    """Where the SuperLink listens. With node authentication it speaks TLS itself: ``tls`` trusts the kit's CA. Until it is
+    """Where the SuperLink listens. With node authentication it speaks TLS itself: ``tls`` trusts its own CA. Until it is
     ``ready``, and knows the sites, requests wait: a SuperNode that is refused comes again only after up to 30 s."""
 
     address: Address

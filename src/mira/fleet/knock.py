@@ -21,9 +21,14 @@ def refusal(kit: SiteKit) -> str | None:
     """Why not, in one line; None where nothing speaks against it, or nobody answers.
 
     The request is what a SuperNode begins with, signed but empty: a SuperLink does nothing with it."""
-    trust = ssl.create_default_context(cafile=str(kit.authority))
+    try:
+        headers = {"content-type": "application/protobuf", **signed(kit.key.read_bytes(), datetime.now(UTC))}
+        trust = ssl.create_default_context(cafile=str(kit.authority))
+    except OSError as error:
+        return (
+            f"{error.filename or kit.authority}: cannot be read ({error.strerror}); do: put the kit back where it was"
+        )
     line = http.client.HTTPSConnection(*split_address(kit.address), timeout=_PATIENCE, context=trust)
-    headers = {"content-type": "application/protobuf", **signed(kit.key.read_bytes(), datetime.now(UTC))}
     try:
         line.request("POST", "/v1/fleet/activate-node", b"", headers)
         status = line.getresponse().status

@@ -165,6 +165,8 @@ class RemoteEngine:
     def committed(self, record: Mapping[str, Any]) -> None:
         """From now on the sites go on from this round, if it used what they sent."""
         self.run = replace(self.run, examples={**self.run.examples, **record.get("joined", {})})
+        for name, spent in record.get("privacy", {}).items():  # of a site that is away as well
+            self._releases[name] = max(spent["releases"], self._releases.get(name, 0))
         self._missed |= set(record.get("cohort", ())) - set(record.get("train_loss", ()))
         for name in record.get("cohort", ()):
             rounds = [r for r in self.took_part.get(name, []) if r < record["round"]]
@@ -247,10 +249,10 @@ class RemoteEngine:
         return {int(work.client[sent[i]]): found.reason for i, found in too_far(norm, self.terms.max_norm).items()}
 
     def _ask(self, kind: Kind, requests: dict[str, Request]) -> dict[str, Message | Lost]:
-        """Ask those who are online; the new among them join first. Where none of them is, the network or a gate is away, and
-        rounds would only pass: waits for the first to come."""
+        """Ask those who are online; the new among them join first. Where nobody of the run is, the network or a gate is away,
+        and rounds would only pass: waits for the first to come."""
         until = time.monotonic() + self.terms.deadline
-        while not (online := self.transport.roster()) & requests.keys() and requests and time.monotonic() < until:
+        while not (online := self.transport.roster()) & set(self.run.names) and time.monotonic() < until:
             time.sleep(_PAUSE)
         for name in sorted(online - self._strangers - set(self.run.names)):
             log.warning("%s has no place in this run; it may take part in the next (data.expected keeps places)", name)
