@@ -17,7 +17,7 @@ from mira import experiment
 from mira.core.errors import UserError
 from mira.core.wire import decode
 from mira.data.sources.sites import Sites
-from mira.fleet.seam import Lost, Reply, pack, unpack
+from mira.fleet.seam import InProcess, Lost, Reply, pack, unpack
 from mira.fleet.server import Opener
 from mira.progress import RunProgress
 from small import Interrupt, mira
@@ -29,6 +29,39 @@ def test_a_site_that_is_away_keeps_its_row_and_comes_back(world: World) -> None:
     records = metrics(world.folder / "apart")
     assert names_of(records) == [["ann", "bob", "cleo"], ["ann", "cleo"], ["ann", "bob", "cleo"]]
     assert records[2]["lost"] == {"bob": "it is not online"}
+    assert records[2]["client_bytes"]["bob"] == {"down": 0, "up": 0}
+    assert records[2]["bytes_down"] == sum(records[2]["client_bytes"][name]["down"] for name in ("ann", "cleo")) > 0
+
+
+def test_a_site_that_does_not_join_is_not_asked_again_for_everything(world: World) -> None:
+    """It would hold up the others by a deadline each time: once while the run goes on, and once before."""
+    with pytest.raises(Interrupt.Pulled):
+        world.apart(world.sites(), "apart", Interrupt(1))
+    deaf = world.transport(
+        change=lambda name, request, reply: (
+            Lost("late") if (name, unpack(request).head.kind) == ("bob", "open") else reply
+        )
+    )
+    experiment.resume(world.folder / "apart", None, world.opener(deaf))
+    assert [unpack(data).head.kind for name, data in deaf.sent if name == "bob"] == ["open", "open"]
+    records = metrics(world.folder / "apart")
+    assert [record["lost"] for record in records[2:]] == [{"bob": "late"}] * 2
+    assert [record["client_bytes"]["bob"] for record in records[2:]] == [{"down": 0, "up": 0}] * 2
+
+
+def test_a_refused_reply_is_not_one_of_those_that_are_enough(world: World) -> None:
+    broken = world.transport()
+    ann = broken.inner.sites["ann"]
+    broken.inner = InProcess({
+        **broken.inner.sites,
+        "ann": lambda request: ann(request)[: -3 if unpack(request).head.kind == "train" else None],
+    })  # fmt: skip
+    experiment.run(world.experiment(server={"minimum": 1}), world.folder / "apart", None, world.opener(broken))
+    records = metrics(world.folder / "apart")
+    assert names_of(records) == [["bob"]] * 3
+    for record in records[1:]:
+        assert record["lost"]["ann"].startswith("its reply is not a message")
+        assert record["lost"]["cleo"] == "it was not waited for"
 
 
 def test_the_matrix_only_where_sites_are_willing(world: World) -> None:

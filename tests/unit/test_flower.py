@@ -55,5 +55,10 @@ def test_one_site_s_odd_reply_does_not_end_the_app_of_all(
     assert flower._opened(Message(metadata=about, content=content)) == told  # type: ignore[call-overload]
 
 
+def test_a_reply_that_does_not_inflate_is_said_to_be_such() -> None:
+    told = flower._opened(ValueError("/home/ann/patients"))
+    assert told == "its reply cannot be read (ValueError)"
+
+
 def test_the_server_does_not_repeat_what_a_site_says_of_an_error() -> None:
     assert flower._why(Error(2, "/home/ann/patients")) == "no answer from the site's worker (Flower's error 2)"

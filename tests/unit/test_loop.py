@@ -308,6 +308,8 @@ def test_describe_counts_what_travels() -> None:
         },
         "mixing_step": 0.5,
     }  # fmt: skip
+    away = describe(4, work, replace(done, failed=(Failure(1, "not online", asked=False),)), change, NAMES)
+    assert (away["bytes_down"], away["client_bytes"]["b"]) == (40, {"down": 0, "up": 0})
     private = describe(4, replace(work, private=torch.ones(3, dtype=torch.bool)), done, change, NAMES)
     assert (private["bytes_down"], private["bytes_up"]) == (0, 0)
     partly = describe(4, replace(work, upload=torch.tensor([True, False, True, False, False])), done, change, NAMES)

@@ -91,8 +91,10 @@ def test_each_gets_its_own_and_answers_find_their_question(relay: Relay, tmp_pat
     app = App(tmp_path / "relay", echo, twice=True)
     app.start()
     seen: dict[str, object] = {}
-    replies = relay.exchange({"ann": b"1", "bob": b"2", "cleo": b"3"}, 30.0, 3, seen.__setitem__)
-    assert replies == {"ann": b"ann1", "bob": b"bob2", "cleo": Lost("it went offline")}
+    replies = relay.exchange(
+        {"ann": b"1", "bob": b"2", "cleo": b"3"}, 30.0, 3, lambda name, reply: not seen.update({name: reply})
+    )
+    assert replies == {"ann": b"ann1", "bob": b"bob2", "cleo": Lost("it went offline", sent=False)}
     assert app.pushed == [("ann", b"1"), ("bob", b"2")]
     assert {name: seen[name] for name in ("ann", "bob")} == {"ann": b"ann1", "bob": b"bob2"}
 
@@ -111,6 +113,17 @@ def test_or_when_enough_are_in(relay: Relay, tmp_path: Path) -> None:
     }
 
 
+def test_a_reply_that_does_not_count_is_not_enough(relay: Relay, tmp_path: Path) -> None:
+    """Who sends what will be refused, and is the first, does not end the round for the others."""
+    begun = time.monotonic()
+    App(
+        tmp_path / "relay",
+        lambda name, data: echo(name, data) if name == "ann" or time.monotonic() > begun + 1 else None,
+    ).start()
+    replies = relay.exchange({"ann": b"1", "bob": b"2"}, 60.0, 1, lambda name, reply: name == "bob")
+    assert replies == {"ann": b"ann1", "bob": b"bob2"}
+
+
 def test_a_site_that_fails_is_lost_at_once(relay: Relay, tmp_path: Path) -> None:
     App(tmp_path / "relay", lambda name, data: "it died" if name == "bob" else echo(name, data)).start()
     assert relay.exchange({"ann": b"1", "bob": b"2"}, 600.0, 2) == {"ann": b"ann1", "bob": Lost("it died")}
@@ -125,7 +138,7 @@ def test_an_app_that_dies_is_brought_back_and_asked_again(relay: Relay, tmp_path
     assert len(lives) == 2
 
 
-@pytest.mark.parametrize(("comes_back", "answer"), [(True, b"bob2"), (False, Lost("it went offline"))])
+@pytest.mark.parametrize(("comes_back", "answer"), [(True, b"bob2"), (False, Lost("it went offline", sent=False))])
 def test_a_superlink_that_began_anew_is_given_time_to_meet_its_sites(
     relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_back: bool, answer: bytes | Lost
 ) -> None:

@@ -136,15 +136,17 @@ def describe(
     round: int, work: Work, trained: Trained, change: Change, names: Sequence[str], wire: Wire = "fp32"
 ) -> Record:
     """What happened in a round, as plain numbers. Bytes: of the rows that travel to a client and back, in the format of
-    ``wire``; a private job sends none. Of a client with several jobs: bytes of all of them, loss and steps of the last."""
+    ``wire``; a private job sends none, and nothing goes to a client that was not asked. Of a client with several jobs: bytes of
+    all of them, loss and steps of the last."""
     came = [names[k] for k in trained.client.tolist()]
     back = set(trained.job.tolist())
+    away = {failure.client for failure in trained.failed if not failure.asked}
     client_bytes = {}
     for k, jobs in jobs_of(work).items():
         sent = parcel(work, jobs)
         returned = [j for j in jobs if j in back and not is_private(work, j)]
         client_bytes[names[k]] = {
-            "down": len(sent.rows) * num_bytes(down(wire), sent.numbers, work.start.dtype),
+            "down": 0 if k in away else len(sent.rows) * num_bytes(down(wire), sent.numbers, work.start.dtype),
             "up": len(returned) * num_bytes(wire, sent.numbers, work.start.dtype),
         }
     return {

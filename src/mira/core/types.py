@@ -113,10 +113,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that was dropped from a round, and why (one line for people)."""
+    """A client that was dropped from a round, and why (one line for people); ``asked``: whether its work was sent to it."""
 
     client: int
     reason: str
+    asked: bool = True
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,11 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from mira.fleet import frames
+from mira.fleet.fetch import Fetches
 
 _TYPE = "query"  # Flower's least specific kind of message
 _RECORD = "mira"
+_SHARE = 1 << 26  # bytes of replies that are held at a time, or one reply
 _WORKER = 60.0  # seconds in which a worker that died is there again: its supervisor waits 30 at most
 server_app = ServerApp()  # Flower looks for assignments as plain as these
 client_app = ClientApp()
@@ -45,6 +47,7 @@ def answer(message: Message, context: Context) -> Message:
 def relay(grid: Grid, context: Context) -> None:
     """Does what ``mira server`` says on its socket until it hangs up: roster, push, pull."""
     _end_with_parent()
+    replies = Fetches(lambda id: next(iter(grid.pull_messages([id])), None))
     with frames.connect(os.environ["MIRA_RELAY"]) as server:
         while True:
             try:
@@ -58,7 +61,7 @@ def relay(grid: Grid, context: Context) -> None:
                 contents = [frames.receive(server) for _ in asked["nodes"]]
                 frames.send(server, json.dumps(_push(grid, asked["nodes"], contents, asked["ttl"])).encode())
             else:
-                _pull(grid, asked["ids"], server)
+                _pull(replies, asked["ids"], server)
 
 
 def _end_with_parent() -> None:
@@ -82,18 +85,24 @@ def _push(grid: Grid, nodes: Sequence[str], contents: Sequence[bytes], ttl: floa
     return list(grid.push_messages(messages))
 
 
-def _pull(grid: Grid, ids: Sequence[str], server: socket.socket) -> None:
+def _pull(replies: Fetches[Message], ids: Sequence[str], server: socket.socket) -> None:
     """A list of what has come, [id, error or null], and then the content of each without an error."""
-    found = [(message.metadata.reply_to_message_id, _opened(message)) for message in grid.pull_messages(ids)]
-    told = [[about, given if isinstance(given, str) else None] for about, given in found]
+    found: dict[str, bytes | str] = {}
+    for id, came in replies.come(ids):
+        found[id] = _opened(came)
+        if sum(map(len, found.values())) >= _SHARE:
+            break
+    told = [[id, given if isinstance(given, str) else None] for id, given in found.items()]
     frames.send(server, json.dumps(told).encode())
-    for _, given in found:
+    for given in found.values():
         if isinstance(given, bytes):
             frames.send(server, given)
 
 
-def _opened(message: Message) -> bytes | str:
+def _opened(message: Message | Exception) -> bytes | str:
     """What a site answered, or why it is not passed on: the server reads nothing that is not ours, or without end."""
+    if isinstance(message, Exception):
+        return f"its reply cannot be read ({type(message).__name__})"
     if message.has_error():
         return _why(message.error)
     try:

@@ -12,7 +12,7 @@ from math import inf
 
 from mira.core.errors import UserError
 from mira.fleet import frames
-from mira.fleet.seam import Lost, Reply, Watch
+from mira.fleet.seam import Lost, Reply, Watch, any_bytes
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Relay:
         return set(self._nodes)
 
     def exchange(
-        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = lambda name, reply: None
+        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = any_bytes
     ) -> dict[str, Reply]:
         """Where Flower's app dies on the way the requests are sent again: a site that trained already trains the same once
         more, to the same row. The time until the app and its sites are there again does not count, up to another ``deadline``."""
@@ -71,23 +71,23 @@ class Relay:
         last = until + deadline
         replies: dict[str, Reply] = {}
         waiting: dict[str, str] = {}
+        good = 0
         while len(replies) < len(requests) and time.monotonic() < until:
             try:
                 if not waiting:
                     waiting = self._push({n: r for n, r in requests.items() if n not in replies}, until, replies)
-                for share in _shares({id: len(requests[name]) for id, name in waiting.items()}):
-                    for name, reply in self._pull({id: waiting[id] for id in share}).items():
-                        replies[name] = reply
-                        watch(name, reply)
+                came = self._pull(waiting)
             except frames.Closed:
                 waiting, gone = {}, time.monotonic()
                 self.roster(last)
                 until = min(until + time.monotonic() - gone, last)
                 continue
+            replies |= came
+            good += sum(watch(name, reply) for name, reply in came.items())
             waiting = {id: name for id, name in waiting.items() if name not in replies}
-            if sum(isinstance(reply, bytes) for reply in replies.values()) >= minimum:
+            if good >= minimum:
                 break
-            if waiting:
+            if waiting and not came:
                 time.sleep(_POLL)
         self._late |= waiting.keys()
         for name in requests.keys() - replies.keys():
@@ -100,7 +100,7 @@ class Relay:
         """Names by message."""
         self.roster(until)  # a node that came back has another number
         here = [name for name in requests if name in self._nodes]
-        replies |= {name: Lost("it went offline") for name in requests if name not in self._nodes}
+        replies |= {name: Lost("it went offline", sent=False) for name in requests if name not in self._nodes}
         if not here:
             return {}
         ids = []
@@ -110,7 +110,7 @@ class Relay:
             ids += json.loads(self._do(asked, [requests[name] for name in share])[0])
             self.pushed()
         refused = {name for name, id in zip(here, ids, strict=True) if id is None}
-        replies |= {name: Lost("Flower did not take the message") for name in refused}
+        replies |= {name: Lost("Flower did not take the message", sent=False) for name in refused}
         return {id: name for name, id in zip(here, ids, strict=True) if id is not None}
 
     def _pull(self, waiting: Mapping[str, str]) -> dict[str, Reply]:
@@ -128,7 +128,7 @@ class Relay:
                 if id in waiting:  # else late, a duplicate, or an answer to nobody's question
                     found[waiting[id]] = reply
             return found
-        except (frames.Closed, TimeoutError) as error:
+        except (frames.Closed, frames.TooLong, TimeoutError) as error:
             raise self._dropped(error) from None
 
     def _do(self, asked: Mapping[str, object], contents: list[bytes] | None = None) -> list[bytes]:
@@ -139,7 +139,7 @@ class Relay:
                 for frame in (json.dumps(asked).encode(), *(contents or ())):
                     frames.send(app, frame)
                 return [frames.receive(app)]
-            except (frames.Closed, TimeoutError) as error:
+            except (frames.Closed, frames.TooLong, TimeoutError) as error:
                 if contents is not None:
                     raise self._dropped(error) from None
                 self._dropped(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from math import nan
 from typing import Any
@@ -12,55 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mira.config.experiment import PrivacySection
 from mira.core.best import UNMEASURED, Standing, standing
 from mira.core.errors import UserError
-from mira.core.training import Training
 from mira.core.travel import is_private, jobs_of, parcel
 from mira.core.types import Failure, Grade, Scores, Trained, Work
-from mira.core.wire import Wire, decode, down, encode, encode_mask, num_bytes
+from mira.core.wire import decode, down, encode, encode_mask, num_bytes
 from mira.fleet.privacy import epsilon
 from mira.fleet.replies import Rejected, column, grade_of, is_count, opened, result_of, unlike_scores
 from mira.fleet.screen import Expected, Shapes, distance, too_far
 from mira.fleet.seam import Head, Kind, Lost, Message, Reply, Transport, pack
+from mira.fleet.terms import Run, Terms
 
 log = logging.getLogger(__name__)
 
 Values = dict[str, Any]
 Request = tuple[Values, dict[str, Tensor], Shapes]  # what is sent, and the tensors that come back
 _PAUSE = 2.0  # seconds between two looks at who is online
-
-
-@dataclass(frozen=True)
-class Run:
-    """What every message of a run carries, and what a site must know to take part."""
-
-    number: str  # 16 hexadecimal digits
-    segment: str
-    names: Sequence[str]  # the clients, in their order
-    opening: Values  # of the "open" request
-    rank: Mapping[str, int] = field(default_factory=dict)  # of the clients that have one of their own
-    examples: Mapping[str, int] = field(
-        default_factory=dict
-    )  # what each site trained on when the run began, or it joined
-    expected: frozenset[str] = frozenset()  # who need not be there when the run begins
-
-    def opening_of(self, name: str) -> Values:
-        return self.opening | {"number": self.names.index(name), "rank": self.rank.get(name)}
-
-
-@dataclass(frozen=True)
-class Terms:
-    """``deadline``: seconds a round waits at most; ``minimum``: replies that end it sooner, None for all of them;
-    ``max_norm``: how far a row may move in a round, None for any distance that is not far from the others'; ``wire``: the
-    format of rows; ``privacy``: the noise that sites put on theirs; ``training``: what they are asked for."""
-
-    deadline: float
-    training: Training
-    minimum: int | None = None
-    max_norm: float | None = None
-    wire: Wire = "fp32"
-    privacy: PrivacySection | None = None
+_REFUSED = 60.0  # seconds until a site that did not join is asked again at the soonest: it may have been mended
+_PATIENCE = 10.0  # or so many times the seconds in which others waited for it
 
 
 @dataclass
@@ -82,6 +51,9 @@ class RemoteEngine:
     _releases: dict[str, int] = field(default_factory=dict)
     _missed: set[str] = field(default_factory=set)  # who was lost from a round
     _strangers: set[str] = field(default_factory=set)
+    _again: dict[str, tuple[float, Lost]] = field(
+        default_factory=dict
+    )  # who did not join: when to ask again, and why not
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
         self._round = round
@@ -92,7 +64,8 @@ class RemoteEngine:
             try:
                 answers |= self._result(replies[name], mine, work, rows)
             except Rejected as reason:
-                failed.append(Failure(self.run.names.index(name), str(reason)))
+                asked = not isinstance(said := replies[name], Lost) or said.sent
+                failed.append(Failure(self.run.names.index(name), str(reason), asked))
         for k, why in self._astray(work, rows, sorted(answers)).items():
             failed.append(Failure(k, why))
             answers = {j: answer for j, answer in answers.items() if int(work.client[j]) != k}
@@ -257,9 +230,11 @@ class RemoteEngine:
         for name in sorted(online - self._strangers - set(self.run.names)):
             log.warning("%s has no place in this run; it may take part in the next (data.expected keeps places)", name)
             self._strangers.add(name)
-        replies: dict[str, Message | Lost] = {n: Lost("it is not online") for n in requests if n not in online}
-        fresh = [name for name in requests if name in online and name not in self.joined]
-        refused = {n: said for n, said in self.join(fresh).items() if isinstance(said, Lost)} if fresh else {}
+        self._again = {name: when for name, when in self._again.items() if name in online}  # who went and came is asked
+        replies: dict[str, Message | Lost] = {
+            n: Lost("it is not online", sent=False) for n in requests if n not in online
+        }
+        refused = self._join_new(requests.keys() & online)
         here = {name: request for name, request in requests.items() if name in online and name not in refused}
         minimum = len(here) if kind != "train" or self.terms.minimum is None else min(self.terms.minimum, len(here))
         replies |= refused | self._exchange(kind, here, minimum)
@@ -268,19 +243,36 @@ class RemoteEngine:
                 log.warning("%s from %s: %s", kind, name, reply.reason)
         return replies
 
+    def _join_new(self, names: Set[str]) -> dict[str, Lost]:
+        """Who of ``names`` has not joined, and does not now. Each is asked before the others are, who wait for it meanwhile: one
+        that did not join is asked again only after ten times as long."""
+        fresh = [name for name in self.run.names if name in names and name not in self.joined]
+        began = time.monotonic()
+        ask = [name for name in fresh if self._again.get(name, (began,))[0] <= began]
+        for name, said in (self.join(ask) if ask else {}).items():
+            if isinstance(said, Lost):
+                now = time.monotonic()
+                self._again[name] = now + max(_PATIENCE * (now - began), _REFUSED), replace(said, sent=False)
+        return {name: self._again[name][1] for name in fresh if name not in self.joined}
+
     def _exchange(self, kind: Kind, requests: dict[str, Request], minimum: int) -> dict[str, Message | Lost]:
         if not requests:
             return {}
         heads = {name: Head(kind, self.run.number, self.run.segment, self._round, name) for name in requests}
         packed = {name: pack(Message(heads[name], values, tensors)) for name, (values, tensors, _) in requests.items()}
+        expected = {name: Expected(head, requests[name][2]) for name, head in heads.items()}
 
-        def seen(name: str, reply: Reply) -> None:
+        def seen(name: str, reply: Reply) -> bool:
+            """One that will be refused is not among those that are enough."""
+            if name in expected and minimum < len(requests):
+                reply = found if isinstance(found := opened(reply, expected[name]), Lost) else reply
             self.watch(name, f"{kind}: {reply.reason if isinstance(reply, Lost) else 'done'}")
+            return name in expected and isinstance(reply, bytes)
 
         replies = self.transport.exchange(packed, self.terms.deadline, minimum, seen)
         for name in replies.keys() - heads.keys():
             log.warning("%s from %s: rejected, it was asked nothing", kind, name)
-        found = {n: opened(replies.get(n), Expected(head, requests[n][2])) for n, head in heads.items()}
+        found = {name: opened(replies.get(name), expected[name]) for name in heads}
         for name, reply in found.items():
             if isinstance(reply, Message):
                 self._count(name, reply)

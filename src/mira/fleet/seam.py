@@ -36,13 +36,19 @@ class Message:
 
 @dataclass(frozen=True)
 class Lost:
-    """No reply, and why (one line for people)."""
+    """No reply, and why (one line for people); ``sent``: whether the request may have reached the site."""
 
     reason: str
+    sent: bool = True
 
 
 Reply = bytes | Lost
-Watch = Callable[[str, Reply], None]
+Watch = Callable[[str, Reply], bool]
+"""Sees each reply as it comes, and says whether it is one of those that a round waits for."""
+
+
+def any_bytes(name: str, reply: Reply) -> bool:
+    return isinstance(reply, bytes)
 
 
 class Transport(Protocol):
@@ -53,10 +59,10 @@ class Transport(Protocol):
         ...
 
     def exchange(
-        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = lambda name, reply: None
+        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = any_bytes
     ) -> dict[str, Reply]:
         """The reply of each site asked, or why there is none. Ends when all have answered, after ``deadline`` seconds, or
-        once ``minimum`` replies are in. ``watch`` sees each reply as it comes."""
+        once ``minimum`` replies are in that ``watch`` says count."""
         ...
 
 
@@ -103,14 +109,18 @@ class InProcess:
         return set(self.sites)
 
     def exchange(
-        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = lambda name, reply: None
+        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = any_bytes
     ) -> dict[str, Reply]:
         replies: dict[str, Reply] = {}
+        good = 0
         for name, request in requests.items():
+            if good >= minimum:
+                replies[name] = Lost("it was not waited for", sent=False)
+                continue
             try:
                 reply: Reply = self.sites[name](request)
             except Exception as error:  # whatever a site dies of, the others go on
                 reply = Lost(f"the site failed ({type(error).__name__}: {error})")
-            watch(name, reply)
+            good += watch(name, reply)
             replies[name] = reply
         return replies

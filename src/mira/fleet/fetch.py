@@ -1,0 +1,58 @@
+"""Uploads of sites, fetched beside each other: one that takes its time, or never ends, holds up no other.
+
+Flower hands out a reply once its site has announced it, and then waits until all of it has come. Standard library only: the
+app on the server, which starts anew whenever it dies, uses it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class _Fetch(Generic[T]):
+    """One upload, in a thread of its own."""
+
+    def __init__(self, fetch: Callable[[], T | None]) -> None:
+        self.done = threading.Event()
+        self.found: T | Exception | None = None
+        threading.Thread(target=self._run, args=(fetch,), daemon=True).start()
+
+    def _run(self, fetch: Callable[[], T | None]) -> None:
+        try:
+            self.found = fetch()
+        except Exception as error:  # whatever is wrong with it is wrong with it alone
+            self.found = error
+        self.done.set()
+
+
+@dataclass
+class Fetches(Generic[T]):
+    """``fetch``: an upload by its id, None where it was not announced; ``turn``: seconds in which one is waited for, before the
+    next is begun beside it. So there are as many in hand at a time as are slow, and one if none is."""
+
+    fetch: Callable[[str], T | None]
+    turn: float = 5.0
+    _running: dict[str, _Fetch[T]] = field(default_factory=dict)
+    _asked: dict[str, float] = field(default_factory=dict)  # when
+
+    def come(self, ids: Sequence[str]) -> Iterator[tuple[str, T | Exception]]:
+        """What has come whole, or why it cannot, within one turn; ask again for the others. What is not asked for any more is
+        dropped. An id that was longest not asked for is the first."""
+        until = time.monotonic() + self.turn
+        self._running = {id: one for id, one in self._running.items() if id in ids}
+        self._asked = {id: self._asked.get(id, 0.0) for id in ids}
+        for id in sorted(ids, key=lambda id: self._asked[id]):
+            if id not in self._running:
+                if time.monotonic() >= until:
+                    continue
+                self._running[id] = _Fetch(lambda id=id: self.fetch(id))  # type: ignore[misc]
+                self._asked[id] = time.monotonic()
+                self._running[id].done.wait(max(until - time.monotonic(), 0.0))
+            if self._running[id].done.is_set() and (found := self._running.pop(id).found) is not None:
+                yield id, found
