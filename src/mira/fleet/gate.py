@@ -20,13 +20,14 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import h11
 
 from mira.core.errors import UserError
+from mira.fleet.accept import Raw, allow_files, secured
 from mira.fleet.answers import is_own_answer
 from mira.fleet.line import PIECE, Line, Refused, hang_up, refuse
 
@@ -41,6 +42,7 @@ _ANSWERS = b"/v1/fleet/push-messages"
 _FLEET = re.compile(rb"/v1/fleet/[a-z]+(-[a-z]+)*")
 _SENT_ON = ("content-type", "accept", "accept-encoding", "user-agent")  # and flwr-*, which Flower's protocol is made of
 _HEAD_BYTES = 1 << 14
+_FILES = 3  # open files a connection may take: its own, one to the SuperLink, and some to spare for all else
 _LOOK = 0.2  # seconds between two looks at a SuperLink that is not ready
 
 
@@ -94,6 +96,7 @@ def upstream_tls(authority: Path) -> ssl.SSLContext:
 @contextmanager
 def opened(listen: Address, upstream: Upstream, tls: ssl.SSLContext, admit: Admit, limits: Limits) -> Iterator[Door]:
     """A gate in a thread of its own that listens at ``listen`` (port 0: any free one). Raises OSError when it cannot."""
+    limits = replace(limits, connections=min(limits.connections, allow_files() // _FILES))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="gate", daemon=True)
     thread.start()
@@ -120,14 +123,7 @@ class _Gate:
         self.bell = asyncio.Event()
 
     async def listen(self, address: Address, tls: ssl.SSLContext) -> asyncio.Server:
-        return await asyncio.start_server(
-            self.accept,
-            *address,
-            ssl=tls,
-            ssl_handshake_timeout=self.limits.head,
-            ssl_shutdown_timeout=1.0,
-            limit=PIECE,
-        )
+        return await asyncio.get_running_loop().create_server(lambda: Raw(partial(self.accept, tls)), *address)
 
     async def close(self, server: asyncio.Server) -> None:
         server.close()
@@ -139,24 +135,32 @@ class _Gate:
         self.bell.set()
         self.bell = asyncio.Event()
 
-    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.get_running_loop().create_task(self.serve(reader, writer))
+    def accept(self, tls: ssl.SSLContext, transport: asyncio.Transport) -> None:
+        task = asyncio.get_running_loop().create_task(self.serve(tls, transport))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        host = str(writer.get_extra_info("peername")[0])
+    async def serve(self, tls: ssl.SSLContext, transport: asyncio.Transport) -> None:
+        host = str(transport.get_extra_info("peername")[0])
         self.hosts[host] += 1
         try:
             if len(self.tasks) > self.limits.connections or self.hosts[host] > self.limits.connections_per_host:
                 log.debug("%s: closed, too many connections", host)
                 return
-            await self.converse(host, Line(h11.Connection(h11.SERVER, _HEAD_BYTES), reader, writer, self.limits.stall))
+            reader, writer = await secured(transport, tls, self.limits.head, PIECE)
+            try:
+                await self.converse(
+                    host, Line(h11.Connection(h11.SERVER, _HEAD_BYTES), reader, writer, self.limits.stall)
+                )
+            finally:
+                await hang_up(writer)
         except TimeoutError:
             log.debug("%s: closed, no request came", host)
+        except OSError as error:
+            log.debug("%s: closed, no TLS (%s)", host, error)
         finally:
+            transport.close()
             self.hosts -= Counter({host: 1})  # leaves no zero behind
-            await hang_up(writer)
 
     async def converse(self, host: str, outside: Line) -> None:
         """One request after the other, until one is refused, the peer leaves or nothing comes."""
