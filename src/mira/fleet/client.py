@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from mira.fleet.kit import SiteKit, load_site
 from mira.fleet.knock import refusal
 from mira.fleet.private import own_folder
 from mira.fleet.processes import Process, command
+from mira.fleet.scratch import scratch
 from mira.fleet.superlink import check_installed, free_port
 
 Say = Callable[[str], None]
@@ -51,7 +50,11 @@ def run(kit_folder: Path, options: Options, say: Say, tell: Say) -> None:
 
     source_of(options.data).load(0)  # what is wrong with the data is said now, by this process
     own_folder(options.state)
-    folder = Path(tempfile.mkdtemp(prefix="mira-site-"))
+    with scratch("mira-site-") as folder:
+        _take_part(kit, options, folder, say, tell)
+
+
+def _take_part(kit: SiteKit, options: Options, folder: Path, say: Say, tell: Say) -> None:
     port = free_port()
     worker = _worker(kit, options, folder, tell)
     node, executor = _node(kit, options, folder, port, tell), _executor(options, folder, port, tell)
@@ -76,7 +79,6 @@ def run(kit_folder: Path, options: Options, say: Say, tell: Say) -> None:
     finally:
         for process in (node, executor, worker):
             process.stop()
-        shutil.rmtree(folder)
 
 
 def _ask(kit: SiteKit) -> None:

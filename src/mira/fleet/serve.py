@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from mira.fleet import frames, gate
 from mira.fleet.admission import admission
 from mira.fleet.kit import ServerKit, admitted, load_server, split_address
 from mira.fleet.relay import Relay
+from mira.fleet.scratch import scratch
 from mira.fleet.server import Opener
 from mira.fleet.superlink import SuperLink, check_installed
 
@@ -71,31 +70,26 @@ def _by_hand(kit: ServerKit, options: Options) -> Iterator[Relay]:
 def _federation(kit: ServerKit, options: Options) -> Iterator[Relay]:
     """A gate at the kit's address with a SuperLink behind it; all of it is gone at the end."""
     check_installed()
-    folder = Path(tempfile.mkdtemp(prefix="mira-server-"))  # short: a socket's path has about a hundred characters
-    superlink = SuperLink(folder, lambda: admitted(kit.folder), folder / "relay", options.tell)
-    try:
+    with scratch("mira-server-") as folder, ExitStack() as stack:
+        superlink = SuperLink(folder, lambda: admitted(kit.folder), folder / "relay", options.tell)
+        stack.callback(superlink.stop)
         inside = gate.Upstream(("127.0.0.1", superlink.port), gate.upstream_tls(superlink.authority), superlink.ready)
         tls = gate.server_tls(kit.certificate, kit.key)
         listen = ("0.0.0.0", split_address(kit.address)[1])
-        with ExitStack() as stack:
-            listener = stack.enter_context(closing(frames.listen(folder / "relay")))
-            try:
-                door = stack.enter_context(gate.opened(listen, inside, tls, admission(kit.folder), gate.Limits()))
-            except OSError as error:
-                why = f"cannot listen at port {listen[1]} ({error.strerror}); is it taken?"
-                raise UserError(f"server: {why}") from None
-            options.say(f"sites may connect to {kit.address}")
-            relay = Relay(
-                listener, superlink.admit, superlink.revive, superlink.dropped, pushed=door.ring, say=options.say
-            )
+        listener = stack.enter_context(closing(frames.listen(folder / "relay")))
+        try:
+            door = stack.enter_context(gate.opened(listen, inside, tls, admission(kit.folder), gate.Limits()))
+        except OSError as error:
+            why = f"cannot listen at port {listen[1]} ({error.strerror}); is it taken?"
+            raise UserError(f"server: {why}") from None
+        options.say(f"sites may connect to {kit.address}")
+        relay = Relay(listener, superlink.admit, superlink.revive, superlink.dropped, pushed=door.ring, say=options.say)
+        try:
             yield stack.enter_context(closing(relay))
-    except UserError:
-        for line in superlink.last_words():
-            options.tell(line)
-        raise
-    finally:
-        superlink.stop()
-        shutil.rmtree(folder)
+        except UserError:
+            for line in superlink.last_words():
+                options.tell(line)
+            raise
 
 
 def _names(kit: ServerKit) -> frozenset[str]:
