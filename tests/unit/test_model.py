@@ -76,6 +76,17 @@ def test_dtype(tiny_folder: Path, dtype: str) -> None:
     assert {p.dtype for p in load(str(tiny_folder), dtype=dtype).model.parameters()} == {getattr(torch, dtype)}  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_without_its_instructions_is_said(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fast: bool
+) -> None:
+    monkeypatch.setattr("mira.model.base.has_fast_bfloat16", lambda: fast)
+    load(str(tiny_folder), dtype="bfloat16", device="cpu")
+    load(str(tiny_folder), dtype="float32", device="cpu")
+    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert [line.partition(":")[0] for line in said] == ([] if fast else ["model.dtype=bfloat16"])
+
+
 def test_loading_prints_nothing(tiny_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     load(str(tiny_folder))
     assert capfd.readouterr() == ("", "")
