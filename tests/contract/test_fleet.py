@@ -208,7 +208,7 @@ def test_a_reply_of_a_site_that_was_asked_nothing_changes_nothing(
     wanted = world.experiment(rounds=1, evaluation={"generate": False, "transfer_clients": 0})
     experiment.run(wanted, world.folder / "apart", None, world.opener(Doubling(sites)))
     assert sorted(metrics(world.folder / "apart")[1]["train_loss"]) == list(NAMES)
-    assert "train from dan: rejected, it was asked nothing" in caplog.text
+    assert "a reply from dan: rejected, it was asked nothing" in caplog.text
 
 
 PRIVATE = {"clip": 0.5, "noise": 2.0}

@@ -138,7 +138,7 @@ def test_an_app_that_dies_is_brought_back_and_asked_again(relay: Relay, tmp_path
     assert len(lives) == 2
 
 
-@pytest.mark.parametrize(("comes_back", "answer"), [(True, b"bob2"), (False, Lost("it went offline", sent=False))])
+@pytest.mark.parametrize(("comes_back", "answer"), [(True, b"bob2"), (False, Lost("it went offline"))])
 def test_a_superlink_that_began_anew_is_given_time_to_meet_its_sites(
     relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_back: bool, answer: bytes | Lost
 ) -> None:

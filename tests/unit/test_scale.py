@@ -162,8 +162,9 @@ def test_mixing_takes_one_copy_of_the_cohort(density: float, tile: int) -> None:
     rows = torch.ones(60, 200_000)
     a = (torch.rand(60, 64, generator=torch.Generator().manual_seed(0)) < density).double()
     a[:, :60].fill_diagonal_(0)
+    others = torch.ones(4, 200_000)
     with Made() as made:
-        normalised_step(rows, a, 0.5, iter([torch.ones(4, 200_000)]))
+        normalised_step(rows, a, 0.5, iter([others]))
     copy = 60 * 200_000 * 4
     assert [size for size in made.bytes if size >= copy] == [copy]
     assert sorted(made.bytes)[-2] <= tile < copy / 10

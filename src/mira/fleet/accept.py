@@ -1,4 +1,4 @@
-"""Connections as they come: told of from their first byte, TLS only then.
+"""Connections as they come: told of before their first byte, TLS only then.
 
 asyncio's own TLS server tells of a connection once the handshake is over; whoever opens connections and says nothing would be
 in no limit.

@@ -20,13 +20,13 @@ class _Fetch(Generic[T]):
 
     def __init__(self, fetch: Callable[[], T | None]) -> None:
         self.done = threading.Event()
-        self.found: T | Exception | None = None
+        self.found: T | BaseException | None = None
         threading.Thread(target=self._run, args=(fetch,), daemon=True).start()
 
     def _run(self, fetch: Callable[[], T | None]) -> None:
         try:
             self.found = fetch()
-        except Exception as error:  # whatever is wrong with it is wrong with it alone
+        except BaseException as error:
             self.found = error
         self.done.set()
 
@@ -34,16 +34,18 @@ class _Fetch(Generic[T]):
 @dataclass
 class Fetches(Generic[T]):
     """``fetch``: an upload by its id, None where it was not announced; ``turn``: seconds in which one is waited for, before the
-    next is begun beside it. So there are as many in hand at a time as are slow, and one if none is."""
+    next is begun beside it. So there are as many in hand at a time as are slow, and one if none is. ``fatal``: what is not wrong
+    with one upload alone, and is raised."""
 
     fetch: Callable[[str], T | None]
+    fatal: tuple[type[Exception], ...] = ()
     turn: float = 5.0
     _running: dict[str, _Fetch[T]] = field(default_factory=dict)
     _asked: dict[str, float] = field(default_factory=dict)  # when
 
     def come(self, ids: Sequence[str]) -> Iterator[tuple[str, T | Exception]]:
         """What has come whole, or why it cannot, within one turn; ask again for the others. What is not asked for any more is
-        dropped. An id that was longest not asked for is the first."""
+        let go. An id that was longest not asked for is the first."""
         until = time.monotonic() + self.turn
         self._running = {id: one for id, one in self._running.items() if id in ids}
         self._asked = {id: self._asked.get(id, 0.0) for id in ids}
@@ -55,4 +57,13 @@ class Fetches(Generic[T]):
                 self._asked[id] = time.monotonic()
                 self._running[id].done.wait(max(until - time.monotonic(), 0.0))
             if self._running[id].done.is_set() and (found := self._running.pop(id).found) is not None:
+                if isinstance(found, BaseException) and (
+                    isinstance(found, self.fatal) or not isinstance(found, Exception)
+                ):
+                    raise found
                 yield id, found
+
+    @property
+    def in_hand(self) -> int:
+        """Uploads that were begun, and neither came nor failed."""
+        return len(self._running)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+from httpx import HTTPError
 
 from mira.fleet import frames
 from mira.fleet.fetch import Fetches
@@ -21,6 +22,7 @@ from mira.fleet.fetch import Fetches
 _TYPE = "query"  # Flower's least specific kind of message
 _RECORD = "mira"
 _SHARE = 1 << 26  # bytes of replies that are held at a time, or one reply
+_ENDLESS = 64  # uploads in hand, each with what came of it, after which this app ends itself
 _WORKER = 60.0  # seconds in which a worker that died is there again: its supervisor waits 30 at most
 server_app = ServerApp()  # Flower looks for assignments as plain as these
 client_app = ClientApp()
@@ -47,7 +49,7 @@ def answer(message: Message, context: Context) -> Message:
 def relay(grid: Grid, context: Context) -> None:
     """Does what ``mira server`` says on its socket until it hangs up: roster, push, pull."""
     _end_with_parent()
-    replies = Fetches(lambda id: next(iter(grid.pull_messages([id])), None))
+    replies = Fetches(lambda id: next(iter(grid.pull_messages([id])), None), fatal=(HTTPError,))
     with frames.connect(os.environ["MIRA_RELAY"]) as server:
         while True:
             try:
@@ -62,6 +64,8 @@ def relay(grid: Grid, context: Context) -> None:
                 frames.send(server, json.dumps(_push(grid, asked["nodes"], contents, asked["ttl"])).encode())
             else:
                 _pull(replies, asked["ids"], server)
+                if replies.in_hand > _ENDLESS:
+                    os._exit(1)  # nothing else ends an upload that drips; it is started anew, and asks all again
 
 
 def _end_with_parent() -> None:

@@ -96,7 +96,7 @@ def upstream_tls(authority: Path) -> ssl.SSLContext:
 @contextmanager
 def opened(listen: Address, upstream: Upstream, tls: ssl.SSLContext, admit: Admit, limits: Limits) -> Iterator[Door]:
     """A gate in a thread of its own that listens at ``listen`` (port 0: any free one). Raises OSError when it cannot."""
-    limits = replace(limits, connections=min(limits.connections, allow_files() // _FILES))
+    limits = _affordable(limits)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="gate", daemon=True)
     thread.start()
@@ -111,6 +111,14 @@ def opened(listen: Address, upstream: Upstream, tls: ssl.SSLContext, admit: Admi
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+def _affordable(limits: Limits) -> Limits:
+    """As many connections as this process may have open files for, and of one host as large a part of them as before."""
+    most = min(limits.connections, allow_files() // _FILES)
+    return replace(
+        limits, connections=most, connections_per_host=limits.connections_per_host * most // limits.connections
+    )
 
 
 class _Gate:
@@ -136,17 +144,18 @@ class _Gate:
         self.bell = asyncio.Event()
 
     def accept(self, tls: ssl.SSLContext, transport: asyncio.Transport) -> None:
-        task = asyncio.get_running_loop().create_task(self.serve(tls, transport))
+        """Counted before anything is read: who opens connections and says nothing uses up his own share."""
+        host = str((transport.get_extra_info("peername") or ("nobody",))[0])
+        if self.hosts.total() >= self.limits.connections or self.hosts[host] >= self.limits.connections_per_host:
+            log.debug("%s: closed, too many connections", host)
+            return transport.abort()
+        self.hosts[host] += 1
+        task = asyncio.get_running_loop().create_task(self.serve(host, tls, transport))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def serve(self, tls: ssl.SSLContext, transport: asyncio.Transport) -> None:
-        host = str(transport.get_extra_info("peername")[0])
-        self.hosts[host] += 1
+    async def serve(self, host: str, tls: ssl.SSLContext, transport: asyncio.Transport) -> None:
         try:
-            if len(self.tasks) > self.limits.connections or self.hosts[host] > self.limits.connections_per_host:
-                log.debug("%s: closed, too many connections", host)
-                return
             reader, writer = await secured(transport, tls, self.limits.head, PIECE)
             try:
                 await self.converse(

@@ -7,7 +7,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 
 from mira.core.errors import UserError
@@ -71,11 +71,13 @@ class Relay:
         last = until + deadline
         replies: dict[str, Reply] = {}
         waiting: dict[str, str] = {}
+        pushed: set[str] = set()
         good = 0
         while len(replies) < len(requests) and time.monotonic() < until:
             try:
                 if not waiting:
                     waiting = self._push({n: r for n, r in requests.items() if n not in replies}, until, replies)
+                    pushed |= set(waiting.values())
                 came = self._pull(waiting)
             except frames.Closed:
                 waiting, gone = {}, time.monotonic()
@@ -94,13 +96,16 @@ class Relay:
             late = "it was not waited for" if time.monotonic() < until else f"no reply within {deadline:g} s"
             replies[name] = Lost(late)
             watch(name, replies[name])
-        return replies
+        return {
+            name: reply if isinstance(reply, bytes) else replace(reply, sent=name in pushed)
+            for name, reply in replies.items()
+        }
 
     def _push(self, requests: Mapping[str, bytes], until: float, replies: dict[str, Reply]) -> dict[str, str]:
         """Names by message."""
         self.roster(until)  # a node that came back has another number
         here = [name for name in requests if name in self._nodes]
-        replies |= {name: Lost("it went offline", sent=False) for name in requests if name not in self._nodes}
+        replies |= {name: Lost("it went offline") for name in requests if name not in self._nodes}
         if not here:
             return {}
         ids = []
@@ -110,7 +115,7 @@ class Relay:
             ids += json.loads(self._do(asked, [requests[name] for name in share])[0])
             self.pushed()
         refused = {name for name, id in zip(here, ids, strict=True) if id is None}
-        replies |= {name: Lost("Flower did not take the message", sent=False) for name in refused}
+        replies |= {name: Lost("Flower did not take the message") for name in refused}
         return {id: name for name, id in zip(here, ids, strict=True) if id is not None}
 
     def _pull(self, waiting: Mapping[str, str]) -> dict[str, Reply]:

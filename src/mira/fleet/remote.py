@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import nan
 from typing import Any
@@ -28,8 +28,6 @@ log = logging.getLogger(__name__)
 Values = dict[str, Any]
 Request = tuple[Values, dict[str, Tensor], Shapes]  # what is sent, and the tensors that come back
 _PAUSE = 2.0  # seconds between two looks at who is online
-_REFUSED = 60.0  # seconds until a site that did not join is asked again at the soonest: it may have been mended
-_PATIENCE = 10.0  # or so many times the seconds in which others waited for it
 
 
 @dataclass
@@ -153,21 +151,19 @@ class RemoteEngine:
 
     def join(self, names: Sequence[str]) -> dict[str, Values | Lost]:
         """Open the run at these sites: what each says of itself, or why it does not take part."""
-        asked: dict[str, Request] = {n: (self.run.opening_of(n), {}, {}) for n in names}
-        found: dict[str, Values | Lost] = {}
-        for name, reply in self._exchange("open", asked, len(names)).items():
-            found[name] = said = reply.values if isinstance(reply, Message) else reply
-            if isinstance(said, Lost):
-                continue
-            now = said.get("examples")
-            if not is_count(now):
-                found[name] = Lost("it says of no number of training examples that it has them")
-            elif now != (was := self.run.examples.get(name, now)):
-                found[name] = Lost(f"its data changed: it trained on {was} examples when it joined; restore it")
-            else:
-                self.joined[name] = said
-                self.run = replace(self.run, examples={**self.run.examples, name: now})
-        return found
+        return {name: self._welcome(name, reply) for name, reply in self._exchange({}, names, len(names)).items()}
+
+    def _welcome(self, name: str, reply: Message | Lost) -> Values | Lost:
+        if isinstance(reply, Lost):
+            return reply
+        said, now = reply.values, reply.values.get("examples")
+        if not is_count(now):
+            return Lost("it says of no number of training examples that it has them")
+        if now != (was := self.run.examples.get(name, now)):
+            return Lost(f"its data changed: it trained on {was} examples when it joined; restore it")
+        self.joined[name] = said
+        self.run = replace(self.run, examples={**self.run.examples, name: now})
+        return said
 
     def _own(self, name: str, as_of: int | None = None) -> Values:
         """Which of the things it keeps a site should use: those of the last round of it that counted, up to ``as_of``."""
@@ -222,57 +218,59 @@ class RemoteEngine:
         return {int(work.client[sent[i]]): found.reason for i, found in too_far(norm, self.terms.max_norm).items()}
 
     def _ask(self, kind: Kind, requests: dict[str, Request]) -> dict[str, Message | Lost]:
-        """Ask those who are online; the new among them join first. Where nobody of the run is, the network or a gate is away,
-        and rounds would only pass: waits for the first to come."""
+        """Ask those who are online. Where nobody of the run is, the network or a gate is away, and rounds would only pass: waits
+        for the first to come. The new among them are asked to join, and the others do not wait for that: who answers meanwhile
+        takes part from the next exchange on."""
         until = time.monotonic() + self.terms.deadline
         while not (online := self.transport.roster()) & set(self.run.names) and time.monotonic() < until:
             time.sleep(_PAUSE)
         for name in sorted(online - self._strangers - set(self.run.names)):
             log.warning("%s has no place in this run; it may take part in the next (data.expected keeps places)", name)
             self._strangers.add(name)
-        self._again = {name: when for name, when in self._again.items() if name in online}  # who went and came is asked
-        replies: dict[str, Message | Lost] = {
-            n: Lost("it is not online", sent=False) for n in requests if n not in online
-        }
-        refused = self._join_new(requests.keys() & online)
-        here = {name: request for name, request in requests.items() if name in online and name not in refused}
+        new = [name for name in requests if name in online and name not in self.joined]
+        said: dict[str, Values | Lost] = {}
+        if new and (
+            kind == "finish" or not requests.keys() & online & self.joined.keys()
+        ):  # no exchange follows, or nobody waits
+            said, new = self.join(new), []
+        here = {name: (kind, request) for name, request in requests.items() if name in online and name in self.joined}
         minimum = len(here) if kind != "train" or self.terms.minimum is None else min(self.terms.minimum, len(here))
-        replies |= refused | self._exchange(kind, here, minimum)
+        replies = self._exchange(here, new, minimum)
+        said |= {name: self._welcome(name, replies.pop(name)) for name in new}
+        for name in requests.keys() - replies.keys():
+            answer = said.get(name, Lost("it is not online"))
+            why = answer.reason if isinstance(answer, Lost) else "it has just joined"
+            replies[name] = Lost(why, sent=False)
         for name, reply in replies.items():
             if isinstance(reply, Lost) and kind != "train":
                 log.warning("%s from %s: %s", kind, name, reply.reason)
         return replies
 
-    def _join_new(self, names: Set[str]) -> dict[str, Lost]:
-        """Who of ``names`` has not joined, and does not now. Each is asked before the others are, who wait for it meanwhile: one
-        that did not join is asked again only after ten times as long."""
-        fresh = [name for name in self.run.names if name in names and name not in self.joined]
-        began = time.monotonic()
-        ask = [name for name in fresh if self._again.get(name, (began,))[0] <= began]
-        for name, said in (self.join(ask) if ask else {}).items():
-            if isinstance(said, Lost):
-                now = time.monotonic()
-                self._again[name] = now + max(_PATIENCE * (now - began), _REFUSED), replace(said, sent=False)
-        return {name: self._again[name][1] for name in fresh if name not in self.joined}
-
-    def _exchange(self, kind: Kind, requests: dict[str, Request], minimum: int) -> dict[str, Message | Lost]:
-        if not requests:
+    def _exchange(
+        self, requests: Mapping[str, tuple[Kind, Request]], new: Sequence[str], minimum: int
+    ) -> dict[str, Message | Lost]:
+        """The replies of those with requests, of whom ``minimum`` are enough, and of the ``new``, who are asked to join."""
+        asked: dict[str, tuple[Kind, Request]] = {n: ("open", (self.run.opening_of(n), {}, {})) for n in new}
+        asked |= requests
+        if not asked:
             return {}
-        heads = {name: Head(kind, self.run.number, self.run.segment, self._round, name) for name in requests}
-        packed = {name: pack(Message(heads[name], values, tensors)) for name, (values, tensors, _) in requests.items()}
-        expected = {name: Expected(head, requests[name][2]) for name, head in heads.items()}
+        heads = {n: Head(kind, self.run.number, self.run.segment, self._round, n) for n, (kind, _) in asked.items()}
+        packed = {n: pack(Message(heads[n], values, tensors)) for n, (_, (values, tensors, _)) in asked.items()}
+        expected = {n: Expected(heads[n], shapes) for n, (_, (_, _, shapes)) in asked.items()}
 
         def seen(name: str, reply: Reply) -> bool:
-            """One that will be refused is not among those that are enough."""
-            if name in expected and minimum < len(requests):
+            """One that is refused on sight is not among those that are enough, nor is one of the new where others are asked."""
+            if name not in asked:
+                return False
+            if isinstance(reply, bytes) and minimum < len(asked):
                 reply = found if isinstance(found := opened(reply, expected[name]), Lost) else reply
-            self.watch(name, f"{kind}: {reply.reason if isinstance(reply, Lost) else 'done'}")
-            return name in expected and isinstance(reply, bytes)
+            self.watch(name, f"{asked[name][0]}: {reply.reason if isinstance(reply, Lost) else 'done'}")
+            return isinstance(reply, bytes) and (name in requests or not requests)
 
         replies = self.transport.exchange(packed, self.terms.deadline, minimum, seen)
-        for name in replies.keys() - heads.keys():
-            log.warning("%s from %s: rejected, it was asked nothing", kind, name)
-        found = {name: opened(replies.get(name), expected[name]) for name in heads}
+        for name in replies.keys() - asked.keys():
+            log.warning("a reply from %s: rejected, it was asked nothing", name)
+        found = {name: opened(replies.get(name), expected[name]) for name in asked}
         for name, reply in found.items():
             if isinstance(reply, Message):
                 self._count(name, reply)

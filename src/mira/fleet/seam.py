@@ -116,6 +116,7 @@ class InProcess:
         for name, request in requests.items():
             if good >= minimum:
                 replies[name] = Lost("it was not waited for", sent=False)
+                watch(name, replies[name])
                 continue
             try:
                 reply: Reply = self.sites[name](request)

@@ -93,8 +93,9 @@ def load(
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether oneDNN multiplies bfloat16 matrices on this processor; where it cannot, torch does one number after the other."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether oneDNN multiplies bfloat16 matrices on this processor; where it cannot, torch does one number after the other.
+    Builds without oneDNN are not judged."""
+    return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _device(device: Device) -> torch.device:
