@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mira.fleet.answers import is_own_answer
+from mira.fleet.answers import own_answer
 
 MINE, THEIRS = 2**64 - 5, 7
 
@@ -28,13 +28,14 @@ def pushed(sender: int = MINE, question: str = "ab" * 32, pusher: int = MINE, me
 
 
 def test_an_answer_of_ones_own_passes() -> None:
-    assert is_own_answer(pushed())
+    assert own_answer(pushed()) == "ab" * 32
 
 
 @pytest.mark.parametrize(
     "body",
     [
         b"", pushed(sender=THEIRS), pushed(pusher=THEIRS), pushed(sender=1, question=""), pushed(question=""),
+        pushed(question="a" * 129),
         pushed(sender=0, pusher=0),
         pushed(messages=0), pushed(messages=2), pushed() + pushed(), pushed() + pushed(sender=THEIRS, messages=0),
         pushed()[:-3], pushed() + b"\x0b\x0c", pushed() + b"\x12", pushed() + b"\x80" * 11, pushed() + b"\x00\x00",
@@ -42,7 +43,7 @@ def test_an_answer_of_ones_own_passes() -> None:
     ],
 )  # fmt: skip
 def test_anything_else_does_not(body: bytes) -> None:
-    assert not is_own_answer(body)
+    assert own_answer(body) is None
 
 
 @given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=4), st.binary(max_size=12))
@@ -50,7 +51,7 @@ def test_what_passes_is_read_the_same_by_flower(changes: list[tuple[int, int]], 
     body = bytearray(pushed() + end)
     for place, byte in changes:
         body[place % len(body)] = byte
-    if not is_own_answer(bytes(body)):
+    if (question := own_answer(bytes(body))) is None:
         return
     try:
         read = PushMessagesRequest.FromString(bytes(body))
@@ -58,4 +59,4 @@ def test_what_passes_is_read_the_same_by_flower(changes: list[tuple[int, int]], 
         return  # nor does Flower take it
     [message] = read.messages_list
     assert message.metadata.src_node_id == read.node.node_id
-    assert message.metadata.reply_to_message_id
+    assert message.metadata.reply_to_message_id == question

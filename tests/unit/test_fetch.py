@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -84,5 +85,35 @@ def test_what_nobody_asks_for_any_more_is_dropped(uploads: Uploads) -> None:
     uploads.announced, uploads.whole = {"slow"}, {"slow": threading.Event()}
     fetches = Fetches(uploads, turn=0.05)
     assert not dict(fetches.come(["slow"]))
+    assert not dict(fetches.come(["later"], keep=["slow"]))
+    assert fetches.in_hand == 1
     assert not dict(fetches.come(["later"]))
-    assert fetches._running.keys() == fetches._asked.keys() - {"later"} == set()
+    assert fetches.in_hand == 0
+    assert fetches._asked.keys() == {"later"}
+
+
+def test_what_was_begun_is_told_when_it_has_come_whether_asked_for_or_not(uploads: Uploads) -> None:
+    uploads.announced, uploads.whole = {"slow"}, {"slow": threading.Event()}
+    fetches = Fetches(uploads, turn=0.05)
+    assert not dict(fetches.come(["slow"]))
+    uploads.whole["slow"].set()
+    for _ in range(100):
+        if found := dict(fetches.come([], keep=["slow"])):
+            break
+        time.sleep(0.05)
+    assert found == {"slow": "SLOW"}
+
+
+class Stopped(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error", [ConnectionError, Stopped])
+def test_what_is_wrong_with_all_is_raised(error: type[BaseException]) -> None:
+    """A SuperLink that does not answer loses no site: the app dies over it, and is started anew."""
+
+    def fail(id: str) -> str:
+        raise error
+
+    with pytest.raises(error):
+        dict(Fetches(fail, fatal=(ConnectionError,)).come(["a"]))

@@ -97,6 +97,7 @@ class Outside:
     address: tuple[str, int]
     trust: ssl.SSLContext
     ring: Callable[[], object]
+    answered: Sequence[str]
 
     def post(self, path: str, body: bytes = b"x", headers: Mapping[str, str] | None = None) -> httpx.Response:
         with httpx.Client(verify=self.trust, trust_env=False) as client:
@@ -135,7 +136,7 @@ def gate(
     admit = admission(server) if real else lambda headers: "anybody"
     tls = server_tls(server / "server.pem", server / "server.key")
     with opened(("127.0.0.1", 0), Upstream(("127.0.0.1", port), inside, ready), tls, admit, limits) as door:
-        yield Outside(door.address, upstream_tls(kits / "a" / "ca.pem"), door.ring)
+        yield Outside(door.address, upstream_tls(kits / "a" / "ca.pem"), door.ring, door.answered)
 
 
 def proof(key: Path, when: datetime | None = None) -> dict[str, str]:
@@ -345,6 +346,7 @@ def test_a_site_refuses_an_expired_certificate(kits: Path, tmp_path: Path) -> No
 
 
 def test_of_answers_only_a_sites_own_pass(kits: Path) -> None:
+    """The server is told which question they answer."""
     about = Metadata(run_id=3, message_id="m", src_node_id=5, dst_node_id=1, reply_to_message_id="q")
     with superlink() as link, gate(kits, link.port) as outside:
 
@@ -353,6 +355,7 @@ def test_of_answers_only_a_sites_own_pass(kits: Path) -> None:
             return outside.post("/v1/fleet/push-messages", body.SerializeToString()).status_code
 
         assert [pushed(5), pushed(6)] == [200, 403]
+        assert list(outside.answered) == ["q"]
         too_long = replace(LIMITS, answer=10)
         with gate(kits, link.port, too_long) as outside:
             assert pushed(5) == 413

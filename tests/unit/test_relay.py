@@ -28,6 +28,7 @@ class App:
     pushed: list[tuple[str, bytes]] = field(default_factory=list)
     dies_on: set[str] = field(default_factory=set)
     twice: bool = False
+    asked: list[list[str]] = field(default_factory=list)
 
     def start(self) -> None:
         threading.Thread(target=self.run, daemon=True).start()
@@ -53,6 +54,7 @@ class App:
                     messages |= dict(zip(new, zip(names, contents, strict=True), strict=True))
                     frames.send(server, json.dumps(new).encode())
                 else:
+                    self.asked.append(asked["ids"])
                     self.pull(server, {id: messages[id] for id in asked["ids"]})
 
     def pull(self, server: object, waiting: dict[str, tuple[str, bytes]]) -> None:
@@ -195,6 +197,21 @@ def test_a_frame_that_is_too_long_is_not_read(tmp_path: Path) -> None:
             mine.sendall((frames.LIMIT + 1).to_bytes(8, "big"))
             with pytest.raises(ValueError, match="a frame of 2147483649 bytes"):
                 frames.receive(theirs)
+
+
+def test_only_what_was_answered_is_asked_for_and_now_and_then_all(
+    relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mira.fleet.relay._ALL", 1.0)
+    relay.answered = answered = ["0"]
+    relay._asked = time.monotonic()
+    app = App(tmp_path / "relay", echo)
+    app.start()
+    assert relay.exchange({"ann": b"1", "bob": b"2"}, 60.0, 2) == {"ann": b"ann1", "bob": b"bob2"}
+    assert app.asked == [["0"], ["1"]], "the second was asked for though nobody saw an answer pass"
+    answered += ["2", "3"]
+    assert relay.exchange({"ann": b"1", "bob": b"2"}, 60.0, 2) == {"ann": b"ann1", "bob": b"bob2"}
+    assert app.asked[2:] == [["2", "3"]]
 
 
 def test_large_rows_pass_through_the_app_one_by_one_and_the_sites_are_told_of_each(

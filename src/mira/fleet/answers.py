@@ -7,20 +7,25 @@ since importing Flower costs a second; stricter than its parser, so that nothing
 
 from __future__ import annotations
 
+_NUMBER = 128  # characters of a message's number: Flower's have 64
+
 Fields = dict[int, list["int | bytes"]]
 
 
-def is_own_answer(body: bytes) -> bool:
-    """Whether ``body``, a PushMessagesRequest of flwr 1.41, is one message: an answer by the node that pushes it."""
+def own_answer(body: bytes) -> str | None:
+    """The number of the question that ``body`` answers, a PushMessagesRequest of flwr 1.41, where it is one message: an answer
+    by the node that pushes it."""
     try:
         request = _fields(body)
         [node], [message] = request[1], request[2]
         [about] = _fields(message)[1]  # its metadata
         told = _fields(about)
         [pusher], [sender], [question] = _fields(node)[1], told[3], told[5]
+        if not isinstance(sender, int) or sender != pusher or not isinstance(question, bytes):
+            return None
+        return question.decode("ascii") if 0 < len(question) <= _NUMBER else None
     except (KeyError, ValueError):
-        return False
-    return isinstance(sender, int) and sender == pusher and isinstance(question, bytes) and len(question) > 0
+        return None
 
 
 def _fields(data: int | bytes) -> Fields:

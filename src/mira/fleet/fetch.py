@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -43,13 +43,13 @@ class Fetches(Generic[T]):
     _running: dict[str, _Fetch[T]] = field(default_factory=dict)
     _asked: dict[str, float] = field(default_factory=dict)  # when
 
-    def come(self, ids: Sequence[str]) -> Iterator[tuple[str, T | Exception]]:
-        """What has come whole, or why it cannot, within one turn; ask again for the others. What is not asked for any more is
-        let go. An id that was longest not asked for is the first."""
-        until = time.monotonic() + self.turn
-        self._running = {id: one for id, one in self._running.items() if id in ids}
-        self._asked = {id: self._asked.get(id, 0.0) for id in ids}
-        for id in sorted(ids, key=lambda id: self._asked[id]):
+    def come(self, ids: Sequence[str], keep: Collection[str] = ()) -> Iterator[tuple[str, T | Exception]]:
+        """What of ``ids``, and of what was begun, has come whole, or why it cannot, within one turn; ask again for the others.
+        What was begun and is neither in ``ids`` nor in ``keep`` is let go. An id that was longest not asked for is the first."""
+        until, wanted = time.monotonic() + self.turn, {*ids, *keep}
+        self._running = {id: one for id, one in self._running.items() if id in wanted}
+        self._asked = {id: self._asked.get(id, 0.0) for id in wanted}
+        for id in sorted({*ids, *self._running}, key=lambda id: self._asked[id]):
             if id not in self._running:
                 if time.monotonic() >= until:
                     continue

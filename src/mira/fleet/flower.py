@@ -63,7 +63,7 @@ def relay(grid: Grid, context: Context) -> None:
                 contents = [frames.receive(server) for _ in asked["nodes"]]
                 frames.send(server, json.dumps(_push(grid, asked["nodes"], contents, asked["ttl"])).encode())
             else:
-                _pull(replies, asked["ids"], server)
+                _pull(replies, asked["ids"], asked["keep"], server)
                 if replies.in_hand > _ENDLESS:
                     os._exit(1)  # nothing else ends an upload that drips; it is started anew, and asks all again
 
@@ -89,10 +89,10 @@ def _push(grid: Grid, nodes: Sequence[str], contents: Sequence[bytes], ttl: floa
     return list(grid.push_messages(messages))
 
 
-def _pull(replies: Fetches[Message], ids: Sequence[str], server: socket.socket) -> None:
+def _pull(replies: Fetches[Message], ids: Sequence[str], keep: Sequence[str], server: socket.socket) -> None:
     """A list of what has come, [id, error or null], and then the content of each without an error."""
     found: dict[str, bytes | str] = {}
-    for id, came in replies.come(ids):
+    for id, came in replies.come(ids, keep):
         found[id] = _opened(came)
         if sum(map(len, found.values())) >= _SHARE:
             break

@@ -17,8 +17,8 @@ import logging
 import re
 import ssl
 import threading
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +28,7 @@ import h11
 
 from mira.core.errors import UserError
 from mira.fleet.accept import Raw, allow_files, secured
-from mira.fleet.answers import is_own_answer
+from mira.fleet.answers import own_answer
 from mira.fleet.line import PIECE, Line, Refused, hang_up, refuse
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ _FLEET = re.compile(rb"/v1/fleet/[a-z]+(-[a-z]+)*")
 _SENT_ON = ("content-type", "accept", "accept-encoding", "user-agent")  # and flwr-*, which Flower's protocol is made of
 _HEAD_BYTES = 1 << 14
 _FILES = 3  # open files a connection may take: its own, one to the SuperLink, and some to spare for all else
+_REMEMBERED = 1 << 14  # answers; who is asked about an older one asks the SuperLink
 _LOOK = 0.2  # seconds between two looks at a SuperLink that is not ready
 
 
@@ -72,10 +73,12 @@ class Upstream:
 
 @dataclass(frozen=True)
 class Door:
-    """An open gate. ``ring``, from any thread: something was pushed, so that held questions are asked again."""
+    """An open gate. ``ring``, from any thread: something was pushed, so that held questions are asked again. ``answered``: the
+    numbers of the questions that sites answered lately."""
 
     address: Address
     ring: Callable[[], object]
+    answered: Sequence[str]
 
 
 def server_tls(certificate: Path, key: Path) -> ssl.SSLContext:
@@ -104,7 +107,9 @@ def opened(listen: Address, upstream: Upstream, tls: ssl.SSLContext, admit: Admi
     try:
         server = asyncio.run_coroutine_threadsafe(gate.listen(listen, tls), loop).result()
         try:
-            yield Door(server.sockets[0].getsockname()[:2], partial(loop.call_soon_threadsafe, gate.ring))
+            yield Door(
+                server.sockets[0].getsockname()[:2], partial(loop.call_soon_threadsafe, gate.ring), gate.answered
+            )
         finally:
             asyncio.run_coroutine_threadsafe(gate.close(server), loop).result()
     finally:
@@ -129,6 +134,7 @@ class _Gate:
         self.tasks: set[asyncio.Task[None]] = set()
         self.hosts: Counter[str] = Counter()
         self.bell = asyncio.Event()
+        self.answered: deque[str] = deque(maxlen=_REMEMBERED)
 
     async def listen(self, address: Address, tls: ssl.SSLContext) -> asyncio.Server:
         return await asyncio.get_running_loop().create_server(lambda: Raw(partial(self.accept, tls)), *address)
@@ -209,8 +215,19 @@ class _Gate:
         """Sends one request on and its answer back; the answer's status. Raises Refused while nothing of it was sent back."""
         if target == _QUESTIONS:
             return await self.hold(headers, outside)
-        body = await _own_answer(outside) if target == _ANSWERS else outside.body()
-        async with self.asked(target, headers, body) as (answer, inside):
+        if target == _ANSWERS:
+            return await self.announce(headers, outside)
+        async with self.asked(target, headers, outside.body()) as (answer, inside):
+            return await _pass_back(answer, inside, outside)
+
+    async def announce(self, headers: Mapping[str, str], outside: Line) -> int:
+        """As ``forward``, for what must be a site's own answer."""
+        body = b"".join([piece async for piece in outside.body()])
+        if (question := own_answer(body)) is None:
+            raise Refused(403, "not an answer of the site that sent it")
+        async with self.asked(_ANSWERS, headers, _each([body])) as (answer, inside):
+            if answer.status_code == 200:
+                self.answered.append(question)
             return await _pass_back(answer, inside, outside)
 
     async def hold(self, headers: Mapping[str, str], outside: Line) -> int:
@@ -257,14 +274,6 @@ class _Gate:
             yield answer, inside
         finally:
             await hang_up(writer)
-
-
-async def _own_answer(outside: Line) -> AsyncIterator[bytes]:
-    """The body of what must be a site's own answer. Raises Refused."""
-    body = b"".join([piece async for piece in outside.body()])
-    if not is_own_answer(body):
-        raise Refused(403, "not an answer of the site that sent it")
-    return _each([body])
 
 
 async def _each(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:

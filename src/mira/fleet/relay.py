@@ -6,7 +6,7 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
@@ -17,6 +17,8 @@ from mira.fleet.seam import Lost, Reply, Watch, any_bytes
 log = logging.getLogger(__name__)
 
 _POLL = 0.5  # seconds between two questions for replies
+_GLANCE = 0.1  # or between two looks at what passed
+_ALL = 10.0  # seconds until those are asked for too of which nobody saw an answer
 _SHARE = 1 << 26  # bytes of rows that Flower's app holds at a time, or one row
 _STEP = 120.0  # seconds in which the app on the server does one thing; longer, and it is taken for dead
 _ACCEPT = 2.0  # seconds between two looks after an app that does not come
@@ -27,14 +29,16 @@ _LOOK = 1.0  # seconds between two looks for sites that are to come back
 class Relay:
     """``listener``: the socket that Flower's app on the server connects to. ``revive`` is called while it is not there, and
     brings it back, ``dropped`` when it goes, ``pushed`` when requests lie ready for the sites; ``names`` says who is admitted
-    now, whoever else is online; ``say`` hears who comes and goes; ``grace``: seconds in which sites that were online before it
-    went are there again."""
+    now, whoever else is online; ``answered``: the numbers of messages that sites answered lately, where somebody sees them
+    pass, so that not every message is asked for every time; ``say`` hears who comes and goes; ``grace``: seconds in which sites
+    that were online before it went are there again."""
 
     listener: socket.socket
     names: Callable[[], frozenset[str]]
     revive: Callable[[], None] = lambda: None
     dropped: Callable[[], None] = lambda: None
     pushed: Callable[[], object] = lambda: None
+    answered: Sequence[str] | None = None
     say: Callable[[str], None] = lambda line: None
     patience: float = 300.0
     grace: float = 60.0
@@ -43,6 +47,7 @@ class Relay:
     _late: set[str] = field(default_factory=set)  # messages nobody waits for any more
     _missed: set[str] = field(default_factory=set)  # online when the app went away, and not seen since
     _back: float = 0.0  # until when they may come
+    _asked: float = 0.0  # when all messages were asked for last
 
     def roster(self, until: float = inf) -> set[str]:
         """A SuperLink that was started anew knows nobody at first: waits for those who were there, until ``until`` at most."""
@@ -90,7 +95,7 @@ class Relay:
             if good >= minimum:
                 break
             if waiting and not came:
-                time.sleep(_POLL)
+                time.sleep(_POLL if self.answered is None else _GLANCE)
         self._late |= waiting.keys()
         for name in requests.keys() - replies.keys():
             late = "it was not waited for" if time.monotonic() < until else f"no reply within {deadline:g} s"
@@ -118,13 +123,21 @@ class Relay:
         replies |= {name: Lost("Flower did not take the message") for name in refused}
         return {id: name for name, id in zip(here, ids, strict=True) if id is not None}
 
+    def _due(self, waiting: Mapping[str, str]) -> list[str]:
+        """The messages to ask for. Now and then all of them: Flower has answers of its own, as to what nobody fetched in time;
+        and what comes too late is fetched too, or Flower would keep it to the end of the run."""
+        if self.answered is None or time.monotonic() > self._asked + _ALL:
+            self._asked = time.monotonic()
+            return [*waiting, *self._late]
+        answered = set(self.answered)
+        return [id for id in waiting if id in answered]
+
     def _pull(self, waiting: Mapping[str, str]) -> dict[str, Reply]:
-        if not waiting:
+        if not waiting or not (ids := self._due(waiting)):
             return {}
         app = self._connected()
         try:
-            # What comes too late is fetched too, or Flower would keep it to the end of the run.
-            frames.send(app, json.dumps({"do": "pull", "ids": [*waiting, *self._late]}).encode())
+            frames.send(app, json.dumps({"do": "pull", "ids": ids, "keep": [*waiting, *self._late]}).encode())
             told = json.loads(frames.receive(app))
             found: dict[str, Reply] = {}
             for id, why in told:

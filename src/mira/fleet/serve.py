@@ -83,7 +83,9 @@ def _federation(kit: ServerKit, options: Options) -> Iterator[Relay]:
             why = f"cannot listen at port {listen[1]} ({error.strerror}); is it taken?"
             raise UserError(f"server: {why}") from None
         options.say(f"sites may connect to {kit.address}")
-        relay = Relay(listener, superlink.admit, superlink.revive, superlink.dropped, pushed=door.ring, say=options.say)
+        relay = Relay(
+            listener, superlink.admit, superlink.revive, superlink.dropped, door.ring, door.answered, options.say
+        )
         try:
             yield stack.enter_context(closing(relay))
         except UserError:
