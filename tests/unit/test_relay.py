@@ -203,13 +203,14 @@ def test_only_what_was_answered_is_asked_for_and_now_and_then_all(
     relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mira.fleet.relay._ALL", 1.0)
-    relay.answered = answered = ["0"]
+    answered = {"0"}
+    relay.answered = lambda: answered
     relay._asked = time.monotonic()
     app = App(tmp_path / "relay", echo)
     app.start()
     assert relay.exchange({"ann": b"1", "bob": b"2"}, 60.0, 2) == {"ann": b"ann1", "bob": b"bob2"}
     assert app.asked == [["0"], ["1"]], "the second was asked for though nobody saw an answer pass"
-    answered += ["2", "3"]
+    answered |= {"2", "3"}
     assert relay.exchange({"ann": b"1", "bob": b"2"}, 60.0, 2) == {"ann": b"ann1", "bob": b"bob2"}
     assert app.asked[2:] == [["2", "3"]]
 

@@ -17,9 +17,9 @@ import logging
 import re
 import ssl
 import threading
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from mira.core.errors import UserError
 from mira.fleet.accept import Raw, allow_files, secured
 from mira.fleet.answers import own_answer
 from mira.fleet.line import PIECE, Line, Refused, hang_up, refuse
+from mira.fleet.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +40,11 @@ Admit = Callable[[Mapping[str, str]], str | None]
 
 _QUESTIONS = b"/v1/fleet/pull-messages"
 _ANSWERS = b"/v1/fleet/push-messages"
+_PIECES = b"/v1/fleet/push-object"
 _FLEET = re.compile(rb"/v1/fleet/[a-z]+(-[a-z]+)*")
 _SENT_ON = ("content-type", "accept", "accept-encoding", "user-agent")  # and flwr-*, which Flower's protocol is made of
 _HEAD_BYTES = 1 << 14
 _FILES = 3  # open files a connection may take: its own, one to the SuperLink, and some to spare for all else
-_REMEMBERED = 1 << 14  # answers; who is asked about an older one asks the SuperLink
 _LOOK = 0.2  # seconds between two looks at a SuperLink that is not ready
 
 
@@ -74,11 +75,11 @@ class Upstream:
 @dataclass(frozen=True)
 class Door:
     """An open gate. ``ring``, from any thread: something was pushed, so that held questions are asked again. ``answered``: the
-    numbers of the questions that sites answered lately."""
+    numbers of the questions that sites answered lately, as ``Uploads.whole``."""
 
     address: Address
     ring: Callable[[], object]
-    answered: Sequence[str]
+    answered: Callable[[], set[str]]
 
 
 def server_tls(certificate: Path, key: Path) -> ssl.SSLContext:
@@ -108,7 +109,7 @@ def opened(listen: Address, upstream: Upstream, tls: ssl.SSLContext, admit: Admi
         server = asyncio.run_coroutine_threadsafe(gate.listen(listen, tls), loop).result()
         try:
             yield Door(
-                server.sockets[0].getsockname()[:2], partial(loop.call_soon_threadsafe, gate.ring), gate.answered
+                server.sockets[0].getsockname()[:2], partial(loop.call_soon_threadsafe, gate.ring), gate.uploads.whole
             )
         finally:
             asyncio.run_coroutine_threadsafe(gate.close(server), loop).result()
@@ -134,7 +135,7 @@ class _Gate:
         self.tasks: set[asyncio.Task[None]] = set()
         self.hosts: Counter[str] = Counter()
         self.bell = asyncio.Event()
-        self.answered: deque[str] = deque(maxlen=_REMEMBERED)
+        self.uploads = Uploads()
 
     async def listen(self, address: Address, tls: ssl.SSLContext) -> asyncio.Server:
         return await asyncio.get_running_loop().create_server(lambda: Raw(partial(self.accept, tls)), *address)
@@ -190,7 +191,7 @@ class _Gate:
                 if site is None:
                     raise _stranger(request.target)
                 await self.readiness()
-                status = await self.forward(request.target, headers, outside)
+                status = await self.forward(request.target, site, headers, outside)
                 log.debug("%s: %s %s: %d", host, site, request.target.decode(), status)
             except Refused as refused:
                 return await refuse(outside, host, refused)
@@ -211,23 +212,24 @@ class _Gate:
                 while not self.upstream.ready():
                     await asyncio.sleep(_LOOK)
 
-    async def forward(self, target: bytes, headers: Mapping[str, str], outside: Line) -> int:
+    async def forward(self, target: bytes, site: str, headers: Mapping[str, str], outside: Line) -> int:
         """Sends one request on and its answer back; the answer's status. Raises Refused while nothing of it was sent back."""
         if target == _QUESTIONS:
             return await self.hold(headers, outside)
-        if target == _ANSWERS:
-            return await self.announce(headers, outside)
-        async with self.asked(target, headers, outside.body()) as (answer, inside):
-            return await _pass_back(answer, inside, outside)
+        with self.uploads.pushing(site) if target in (_ANSWERS, _PIECES) else nullcontext():
+            if target == _ANSWERS:
+                return await self.announce(site, headers, outside)
+            async with self.asked(target, headers, outside.body()) as (answer, inside):
+                return await _pass_back(answer, inside, outside)
 
-    async def announce(self, headers: Mapping[str, str], outside: Line) -> int:
+    async def announce(self, site: str, headers: Mapping[str, str], outside: Line) -> int:
         """As ``forward``, for what must be a site's own answer."""
         body = b"".join([piece async for piece in outside.body()])
         if (question := own_answer(body)) is None:
             raise Refused(403, "not an answer of the site that sent it")
         async with self.asked(_ANSWERS, headers, _each([body])) as (answer, inside):
             if answer.status_code == 200:
-                self.answered.append(question)
+                self.uploads.announce(question, site)
             return await _pass_back(answer, inside, outside)
 
     async def hold(self, headers: Mapping[str, str], outside: Line) -> int:

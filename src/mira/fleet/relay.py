@@ -6,7 +6,7 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
 
@@ -29,7 +29,7 @@ _LOOK = 1.0  # seconds between two looks for sites that are to come back
 class Relay:
     """``listener``: the socket that Flower's app on the server connects to. ``revive`` is called while it is not there, and
     brings it back, ``dropped`` when it goes, ``pushed`` when requests lie ready for the sites; ``names`` says who is admitted
-    now, whoever else is online; ``answered``: the numbers of messages that sites answered lately, where somebody sees them
+    now, whoever else is online; ``answered``: the numbers of messages whose answers have come whole, where somebody sees them
     pass, so that not every message is asked for every time; ``say`` hears who comes and goes; ``grace``: seconds in which sites
     that were online before it went are there again."""
 
@@ -38,7 +38,7 @@ class Relay:
     revive: Callable[[], None] = lambda: None
     dropped: Callable[[], None] = lambda: None
     pushed: Callable[[], object] = lambda: None
-    answered: Sequence[str] | None = None
+    answered: Callable[[], set[str]] | None = None
     say: Callable[[str], None] = lambda line: None
     patience: float = 300.0
     grace: float = 60.0
@@ -129,7 +129,7 @@ class Relay:
         if self.answered is None or time.monotonic() > self._asked + _ALL:
             self._asked = time.monotonic()
             return [*waiting, *self._late]
-        answered = set(self.answered)
+        answered = self.answered()
         return [id for id in waiting if id in answered]
 
     def _pull(self, waiting: Mapping[str, str]) -> dict[str, Reply]:
