@@ -40,8 +40,8 @@ ROLES = {  # what a command line holds. The gate is a thread of mira server, and
     "SuperLink": "flower-superlink",
     "SuperNode": "flower-supernode",
     "SuperExec": "flower-superexec",
+    "executor": "mira.fleet.executor",  # and each ClientApp, which is a fork of it
     "ServerApp": "flwr-serverapp",
-    "ClientApp": "flwr-clientapp",
     "worker": "mira.fleet.worker",
     "flwr": "/flwr ",
 }

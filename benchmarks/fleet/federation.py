@@ -90,7 +90,7 @@ class Federation:
                    "--threads", 1)  # fmt: skip
 
     def toys(self) -> None:
-        """A SuperNode for each site, as by hand, and one process that answers for all of them."""
+        """A SuperNode and its executor for each site, as of ``mira client``, and one process that answers for all of them."""
         sockets = {name: Path(f"{self.folder}/{name}.s") for name in self.names}
         self.start("toys", sys.executable, "-m", "benchmarks.fleet.toys", "serve", *sockets.values())
         while not all(path.exists() for path in sockets.values()):
@@ -103,8 +103,9 @@ class Federation:
             self.start(
                 f"node-{name}", command("flower-supernode"), "--superlink", self.address, "--root-certificates",
                 kits / "ca.pem", "--auth-supernode-private-key", kits / "site.key", "--node-config", f'worker="{path}"',
-                "--host", "127.0.0.1", "--port", port, home=True,
+                "--host", "127.0.0.1", "--port", port, "--isolation", "process", home=True,
             )  # fmt: skip
+            self.start(f"node-{name}-apps", sys.executable, "-m", "mira.fleet.executor", "--node", f"127.0.0.1:{port}")
 
     @property
     def run(self) -> Path:

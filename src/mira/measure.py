@@ -13,7 +13,6 @@ from math import exp, isnan, nan
 from typing import Any
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 
 from mira.core.layout import Layout
@@ -115,6 +114,9 @@ def exact_match(given: Sequence[str], references: Sequence[str]) -> float:
 
 def rouge_l(given: Sequence[str], references: Sequence[str]) -> float:
     """Mean ROUGE-L F1 with Porter stemming, as Natural Instructions scores it."""
+    # Not above: SciPy and NLTK come with it, 2 s for who asks for no answers.
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     return _mean([float(scorer.score(r, g)["rougeL"].fmeasure) for g, r in zip(given, references, strict=True)])
 

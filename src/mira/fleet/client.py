@@ -46,7 +46,7 @@ def run(kit_folder: Path, options: Options, say: Say, tell: Say) -> None:
     check_installed()
     kit = load_site(kit_folder)
     _ask(kit)
-    from mira.fleet.worker import source_of  # not above: torch comes with it, and who is refused need not wait for that
+    from mira.fleet.source import source_of  # not above: torch comes with it, and who is refused need not wait for that
 
     source_of(options.data).load(0)  # what is wrong with the data is said now, by this process
     own_folder(options.state)
@@ -107,9 +107,10 @@ def _node(kit: SiteKit, options: Options, folder: Path, port: int, tell: Say) ->
 
 
 def _executor(options: Options, folder: Path, port: int, tell: Say) -> Process:
-    """What starts the node's apps. A node starts it by itself too, but never again: it would be online, and deaf."""
-    line = [command("flower-superexec"), "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"]
-    return Process("SuperExec", line, options.state / "supernode.log", {"FLWR_HOME": str(folder / "flower")}, tell)
+    """What starts the node's apps."""
+    line = [sys.executable, "-m", "mira.fleet.executor", "--node", f"127.0.0.1:{port}"]
+    environment = {"FLWR_HOME": str(folder / "flower"), "OPENBLAS_NUM_THREADS": "1"}  # it forks, so it has one thread
+    return Process("executor", line, options.state / "supernode.log", environment, tell)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

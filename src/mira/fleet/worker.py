@@ -8,29 +8,16 @@ import os
 import sys
 from pathlib import Path
 
-from mira import config
-from mira.config.text import read
 from mira.core.errors import UserError
-from mira.data.types import Source
 from mira.fleet import frames
 from mira.fleet.private import own_folder
 from mira.fleet.seam import Malformed
 from mira.fleet.site import Site
+from mira.fleet.source import source_of
 
 log = logging.getLogger("mira.fleet.worker")  # which runs as __main__
 
 _STALL = 600.0  # seconds for a request to arrive, once its connection is there
-
-
-def source_of(data: Path) -> Source:
-    """What ``--data`` names: a folder of JSONL files, or a YAML file that holds the ``data`` section of a configuration.
-    Raises UserError."""
-    section: object = {"source": "jsonl", "path": str(data.absolute())}
-    if data.suffix in (".yaml", ".yml"):
-        given = read(data)
-        section = given.get("data", given)
-    needed = {"rounds": 1, "model": {"name": "-"}, "training": {"local_steps": 1}}
-    return config.absolute(config.parse({**needed, "data": section})).data
 
 
 def serve(site: Site, path: Path) -> None:

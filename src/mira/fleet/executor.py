@@ -1,0 +1,68 @@
+"""Starts the app of a site's SuperNode for each message, as ``flower-superexec`` does, by a fork of this process: it has loaded
+what Flower's own command takes 2 to 3 s of a processor to load for every message."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from contextlib import suppress
+
+from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.runtime.run_clientapp import run_clientapp
+
+import mira.fleet.flower  # noqa: F401  the app, which each fork finds loaded
+
+_PAUSE = 0.25  # seconds between two looks for a message
+
+
+def serve(address: str) -> None:
+    """Ask the SuperNode on loopback at ``address`` for messages, until it is gone or this process is ended."""
+    client = RuntimeHttpClient.from_server_address(
+        address, True, None, [RuntimeVersionHttpInterceptor(component_name="SuperExec")],
+        retry_invoker=make_simple_http_retry_invoker(),
+    )  # fmt: skip
+    request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+    while True:
+        _bury()
+        found = client.AcquireTask(request)
+        if found.HasField("task") and found.token and os.fork() == 0:
+            _become_app(address, found.token, os.getppid())
+        time.sleep(_PAUSE)
+
+
+def _become_app(address: str, token: str, parent: int) -> None:
+    """What ``flwr-clientapp`` does, in this fork; it ends with it, whatever happens."""
+    status = 1
+    try:
+        run_clientapp(address, token, True, parent_pid=parent, runtime_dependency_install=False)
+    except SystemExit as end:  # so it ends
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)  # nothing of the parent's is closed or written twice
+
+
+def _bury() -> None:
+    """Forks that ended are waited for: Flower looks for processes by number."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="mira.fleet.executor")
+    parser.add_argument("--node", required=True, help="address of the SuperNode's Runtime API, on loopback")
+    serve(parser.parse_args().node)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""The data of a site."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mira import config
+from mira.config.text import read
+from mira.data.types import Source
+
+
+def source_of(data: Path) -> Source:
+    """What ``--data`` names: a folder of JSONL files, or a YAML file that holds the ``data`` section of a configuration.
+    Raises UserError."""
+    section: object = {"source": "jsonl", "path": str(data.absolute())}
+    if data.suffix in (".yaml", ".yml"):
+        given = read(data)
+        section = given.get("data", given)
+    needed = {"rounds": 1, "model": {"name": "-"}, "training": {"local_steps": 1}}
+    return config.absolute(config.parse({**needed, "data": section})).data
