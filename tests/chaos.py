@@ -40,7 +40,7 @@ ROLES = {  # what a command line holds. The gate is a thread of mira server, and
     "SuperLink": "flower-superlink",
     "SuperNode": "flower-supernode",
     "SuperExec": "flower-superexec",
-    "executor": "mira.fleet.executor",  # and each ClientApp, which is a fork of it
+    "executor": "mira.fleet.executor",
     "ServerApp": "flwr-serverapp",
     "worker": "mira.fleet.worker",
     "flwr": "/flwr ",
@@ -104,11 +104,14 @@ class Fleet:
             try:
                 environment = (entry / "environ").read_bytes().split(b"\0")
                 line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                leads = os.getpgid(int(entry.name)) == int(entry.name)
             except OSError:  # it ended, or is another user's
                 continue
             mark = next((v.decode() for v in environment if v.startswith(f"{MARK}={self.folder}|".encode())), None)
             if mark is not None and line:
                 role = next((role for role, part in ROLES.items() if part in line), line[:60])
+                if role == "executor" and not leads:
+                    role = "ClientApp"  # a fork of it
                 found.append(Running(int(entry.name), mark.split("|")[1], role))
         return found
 

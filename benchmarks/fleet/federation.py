@@ -71,8 +71,9 @@ class Federation:
         for name in self.names:
             kit.make_site(server, name, self.folder / "kits" / name)
 
-    def start(self, name: str, *line: object, home: bool = False) -> None:
-        around = {"FLWR_HOME": str(self.folder / f"{name}-home")} if home else {}
+    def start(self, name: str, *line: object, home: str | None = None) -> None:
+        """``home``: the name of Flower's own folder here."""
+        around = {"FLWR_HOME": str(self.folder / home)} if home else {}
         process = Process(name, list(map(str, line)), self.folder / f"{name}.log", around)
         self.started[name] = process
         process.start()
@@ -103,9 +104,10 @@ class Federation:
             self.start(
                 f"node-{name}", command("flower-supernode"), "--superlink", self.address, "--root-certificates",
                 kits / "ca.pem", "--auth-supernode-private-key", kits / "site.key", "--node-config", f'worker="{path}"',
-                "--host", "127.0.0.1", "--port", port, "--isolation", "process", home=True,
+                "--host", "127.0.0.1", "--port", port, "--isolation", "process", home=f"{name}-home",
             )  # fmt: skip
-            self.start(f"node-{name}-apps", sys.executable, "-m", "mira.fleet.executor", "--node", f"127.0.0.1:{port}")
+            executor = (sys.executable, "-m", "mira.fleet.executor", "--node", f"127.0.0.1:{port}")
+            self.start(f"node-{name}-apps", *executor, home=f"{name}-home")
 
     @property
     def run(self) -> Path:

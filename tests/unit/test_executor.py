@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -42,12 +43,23 @@ def test_a_fork_ends_with_its_app(
 
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
 def test_forks_that_ended_are_buried() -> None:
-    executor._bury()  # nobody is dead, nor alive
-    pids = []
-    for _ in range(3):
-        if (pid := os.fork()) == 0:
-            os._exit(0)
-        pids.append(pid)
-    while pids:
-        executor._bury()
-        pids = [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+    if (pid := os.fork()) == 0:  # in a process of its own, since it waits for whichever child there is
+        try:
+            executor._bury()  # nobody there
+            children = [subprocess.Popen(["sleep", seconds]).pid for seconds in ("0", "0", "5")]
+            executor._bury()  # perhaps nobody ended yet
+            while any(map(_there, children[:2])):
+                executor._bury()
+            os._exit(0 if _there(children[2]) else 2)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def _there(pid: int) -> bool:
+    """Alive, or ended and nobody has waited for it."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -88,7 +88,7 @@ def _ask(kit: SiteKit) -> None:
 
 
 def _worker(kit: SiteKit, options: Options, folder: Path, tell: Say) -> Process:
-    line = [sys.executable, "-m", "mira.fleet.worker", "--name", kit.name, "--socket", str(folder / "worker")]
+    line = [sys.executable, "-P", "-m", "mira.fleet.worker", "--name", kit.name, "--socket", str(folder / "worker")]
     line += ["--data", str(options.data), "--state", str(options.state)]
     line += ["--model", options.model] if options.model else []
     line += ["--threads", str(options.threads)] if options.threads else []
@@ -108,9 +108,8 @@ def _node(kit: SiteKit, options: Options, folder: Path, port: int, tell: Say) ->
 
 def _executor(options: Options, folder: Path, port: int, tell: Say) -> Process:
     """What starts the node's apps."""
-    line = [sys.executable, "-m", "mira.fleet.executor", "--node", f"127.0.0.1:{port}"]
-    environment = {"FLWR_HOME": str(folder / "flower"), "OPENBLAS_NUM_THREADS": "1"}  # it forks, so it has one thread
-    return Process("executor", line, options.state / "supernode.log", environment, tell)
+    line = [sys.executable, "-P", "-m", "mira.fleet.executor", "--node", f"127.0.0.1:{port}"]
+    return Process("executor", line, options.state / "supernode.log", {"FLWR_HOME": str(folder / "flower")}, tell)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -10,6 +10,11 @@ import time
 import traceback
 from contextlib import suppress
 
+from mira.fleet.processes import FLOWER
+
+# Read when what follows is imported. It speaks with its own machine alone, so with no proxy; and it forks, so it has one thread.
+os.environ |= {**FLOWER, "OPENBLAS_NUM_THREADS": "1", "no_proxy": "*"}
+
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
@@ -23,17 +28,17 @@ _PAUSE = 0.25  # seconds between two looks for a message
 
 
 def serve(address: str) -> None:
-    """Ask the SuperNode on loopback at ``address`` for messages, until it is gone or this process is ended."""
+    """Ask the SuperNode on loopback at ``address`` for messages, and wait where it is away, until this process is ended."""
     client = RuntimeHttpClient.from_server_address(
         address, True, None, [RuntimeVersionHttpInterceptor(component_name="SuperExec")],
         retry_invoker=make_simple_http_retry_invoker(),
     )  # fmt: skip
-    request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+    request, own = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]), os.getpid()
     while True:
         _bury()
         found = client.AcquireTask(request)
         if found.HasField("task") and found.token and os.fork() == 0:
-            _become_app(address, found.token, os.getppid())
+            _become_app(address, found.token, own)
         time.sleep(_PAUSE)
 
 
@@ -47,7 +52,8 @@ def _become_app(address: str, token: str, parent: int) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         os._exit(status)  # nothing of the parent's is closed or written twice
 
 

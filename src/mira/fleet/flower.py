@@ -1,5 +1,5 @@
 """Both ends of Flower, thin: the app on the server hands messages between Flower and ``mira server``, the app at a site
-between Flower and the site's worker. All that decides is elsewhere. Imports neither torch nor the rest of mira: Flower starts
+between Flower and the site's worker. All that decides is elsewhere. Imports neither torch nor the rest of mira: there is
 a process for every message."""
 
 from __future__ import annotations

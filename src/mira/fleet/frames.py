@@ -1,4 +1,4 @@
-"""Frames over a Unix socket: eight bytes of length, then so many bytes. Standard library only: shims start for every message."""
+"""Frames over a Unix socket: eight bytes of length, then so many bytes. Standard library only, as every message has a process."""
 
 from __future__ import annotations
 

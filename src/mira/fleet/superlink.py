@@ -178,7 +178,7 @@ class SuperLink:
             self.tell(shlex.join([f"FLWR_HOME={self.folder / 'flower'}", command("flwr"), *line]))
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "mira.fleet.commands"], input="".join(json.dumps(line) + "\n" for line in lines),
+                [sys.executable, "-P", "-m", "mira.fleet.commands"], input="".join(json.dumps(line) + "\n" for line in lines),
                 capture_output=True, text=True, timeout=_SLOW + len(lines), check=False,
                 env=surroundings({"FLWR_HOME": str(self.folder / "flower")}),
             )  # fmt: skip
