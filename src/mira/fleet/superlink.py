@@ -47,6 +47,9 @@ root-certificates = "{authority}"
 """
 _HOST = "127.0.0.1"
 _DAYS = 30  # of the loopback certificate, made anew at every start
+# Of glibc, for the app, which fetches rows in threads: what is as large as a row goes back to the system once it is freed. A heap
+# for each thread kept 5 MB more a round of 50 MB rows.
+_TIDY = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "2"}
 _IN_USE = "Public key already in use"  # what Flower says of a site that it knows
 _SLOW = 120.0  # seconds in which an app connects, or a command of Flower's ends; longer, and the SuperLink starts anew
 
@@ -148,7 +151,7 @@ class SuperLink:
         again."""
         line = [command("flower-superexec"), "--root-certificates", str(self.authority), "--parent-pid", str(self._pid)]
         line += ["--runtime-api-address", f"{_HOST}:{self.port}"]
-        environment = {"FLWR_HOME": str(self.folder / "flower"), "MIRA_RELAY": str(self.relay)}
+        environment = {"FLWR_HOME": str(self.folder / "flower"), "MIRA_RELAY": str(self.relay), **_TIDY}
         return Process("SuperExec", line, self.folder / "superlink.log", environment, self.tell)
 
     def _write(self) -> None:
