@@ -25,7 +25,10 @@ def main() -> None:
         for name, measure in figures.PARTS[part].items():
             if given.again or name not in _read():
                 print(f"{name} …", flush=True)
-                value = measure()
+                try:
+                    value = measure()
+                except MemoryError as error:
+                    value = {"not measured": str(error)}
                 _write(_read() | {name: {**value, **_around()}})
     for name, value in _read().items():
         print(f"{name}: {json.dumps({key: v for key, v in value.items() if key != 'around'})}")

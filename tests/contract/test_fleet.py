@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from mira.core.wire import Wire, decode
 from mira.data.sources.jsonl import Jsonl
 from mira.data.sources.sites import Own, Sites
 from mira.fleet.privacy import epsilon
-from mira.fleet.seam import InProcess, Lost, Reply, pack, unpack
+from mira.fleet.seam import Head, InProcess, Lost, Message, Reply, pack, unpack
 from mira.fleet.site import SEE_LOG
 from mira.methods import METHODS
 from small import Interrupt, mira
@@ -333,12 +334,31 @@ def test_a_server_that_died_goes_on_where_it_was(world: World, restarted: bool) 
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_site_with_another_model_does_not_take_part(world: World, tmp_path: Path) -> None:
-    other = save_tiny(tmp_path / "other", seed=1)
+@pytest.mark.parametrize("what", ["base model", "tokenizer"])
+def test_a_site_with_another_model_does_not_take_part(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    other = save_tiny(tmp_path / "other", seed=int(what == "base model"))
+    if what == "tokenizer":
+        file = other / "tokenizer.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "Lowercase"}}))
     sites = world.sites()
     sites["bob"].model = str(other)
+    transport = Troubled(InProcess({name: site.handle for name, site in sites.items()}))
     with pytest.raises(UserError, match=r"server: bob did not join within 0 s"):
-        world.apart(sites)
+        experiment.run(world.experiment(), world.folder / "apart", None, world.opener(transport))
+    assert f"bob does not take part: its {what} is not the server's" in caplog.text
+
+
+def test_a_site_runs_no_code_that_a_model_brings(world: World) -> None:
+    site = world.sites()["bob"]
+    given = world.experiment().model_dump(mode="json")
+    given["model"]["trust_remote_code"] = True
+    request = Message(
+        Head("open", "0" * 16, "s", 0, "bob"), {"experiment": given, "number": 1, "threads": 1, "rank": None}, {}
+    )
+    told = unpack(site.handle(pack(request))).values
+    assert told == {"failed": "model.trust_remote_code=true: a site runs no code that a model brings"}
 
 
 def test_data_of_a_site_is_its_own(world: World) -> None:

@@ -77,6 +77,27 @@ def test_a_refused_reply_is_not_one_of_those_that_are_enough(world: World) -> No
         assert record["lost"]["cleo"] == "it was not waited for"
 
 
+def test_a_round_does_not_wait_for_the_losses_of_who_is_training_still(world: World) -> None:
+    """It counts with its last ones, and is measured again as soon as it answers."""
+    late = Lost("no reply within 5 s", busy=True)
+    transport = Troubled(
+        world.transport().inner,
+        change=lambda name, request, reply: (
+            late if (name, (head := unpack(request).head).kind, head.round) == ("bob", "train", 1) else reply
+        ),
+    )
+    experiment.run(world.experiment(), world.folder / "apart", None, world.opener(transport))
+    heads = [unpack(data).head for _, data in transport.sent]
+    measured = [{h.name for h in heads if (h.kind, h.round) == ("evaluate", round)} for round in range(3)]
+    assert measured == [{*NAMES}, {"ann", "cleo"}, {*NAMES}]
+    records = metrics(world.folder / "apart")
+    assert records[2]["unmeasured"] == {"bob": 1}
+    assert records[2]["clients"]["bob"]["test_loss"] is None
+    losses = [records[1 + (name != "bob")]["clients"][name]["test_loss"] for name in NAMES]
+    assert records[2]["local_loss"] == pytest.approx(sum(losses) / 3)
+    assert "unmeasured" not in records[3]
+
+
 def test_the_matrix_only_where_sites_are_willing(world: World) -> None:
     world.apart(world.sites("unwilling"), "a")
     assert metrics(world.folder / "a")[-1]["transfer"] == {}

@@ -211,11 +211,21 @@ def test_the_commands(tmp_path: Path) -> None:
     made = mira("kit", "server", "--out", server, "--address", "127.0.0.1:9443", "--days", "7")
     assert "server kit for 127.0.0.1:9443, valid until" in made.out
     assert "(7 days)" in made.out
-    assert "kit of hospital-1" in mira("kit", "site", "hospital-1", "--server", server, "--out", site).out
+    issued = mira("kit", "site", "hospital-1", "--server", server, "--out", site).out
+    assert "kit of hospital-1 for 127.0.0.1:9443, valid until" in issued
     listed = mira("kit", "list", "--server", server).out
     assert "1 sites admitted" in listed
     assert "hospital-1  issued" in listed
     assert "revoked" in mira("kit", "revoke", "hospital-1", "--server", server).out
     assert "revoked" in mira("kit", "list", "--server", server).out
-    site.chmod(0o755)
     assert json.loads((site / "site.json").read_text())["name"] == "hospital-1"
+    for kit_of, secret, command in (
+        (site, "site.key", ("client", "--kit", site, "--data", tmp_path)),
+        (server, "server.key", ("server", "--kit", server, "--resume", tmp_path)),
+        (server, "ca.key", ("kit", "renew", "--server", server)),
+    ):
+        for path, loose, right in ((kit_of, 0o755, "0700"), (kit_of / secret, 0o644, "0600")):
+            before = path.stat().st_mode & 0o777
+            path.chmod(loose)
+            assert f"{path}: mode {loose:04o} lets others in; allowed: {right}" in mira(*command).error
+            path.chmod(before)

@@ -104,14 +104,14 @@ def test_each_gets_its_own_and_answers_find_their_question(relay: Relay, tmp_pat
 def test_a_round_ends_by_its_deadline(relay: Relay, tmp_path: Path) -> None:
     App(tmp_path / "relay", lambda name, data: echo(name, data) if name == "ann" else None).start()
     replies = relay.exchange({"ann": b"1", "bob": b"2"}, 1.0, 2)
-    assert replies == {"ann": b"ann1", "bob": Lost("no reply within 1 s")}
+    assert replies == {"ann": b"ann1", "bob": Lost("no reply within 1 s", busy=True)}
 
 
 def test_or_when_enough_are_in(relay: Relay, tmp_path: Path) -> None:
     App(tmp_path / "relay", lambda name, data: echo(name, data) if name == "ann" else None).start()
     assert relay.exchange({"ann": b"1", "bob": b"2"}, 600.0, 1) == {
         "ann": b"ann1",
-        "bob": Lost("it was not waited for"),
+        "bob": Lost("it was not waited for", busy=True),
     }
 
 
@@ -183,6 +183,13 @@ def test_an_app_that_never_comes_is_said(relay: Relay) -> None:
         relay.roster()
 
 
+def test_an_app_that_dies_over_every_question_is_said(relay: Relay, tmp_path: Path) -> None:
+    relay.patience, relay.grace = 0.5, 0.0
+    relay.revive = lambda: App(tmp_path / "relay", echo, dies_on={"roster"}).start()
+    with pytest.raises(UserError, match=r"Flower's app has died over the same question for 0\.5 s"):
+        relay.roster()
+
+
 def test_a_socket_is_its_owners_alone(tmp_path: Path) -> None:
     with frames.listen(tmp_path / "socket"):
         assert (tmp_path / "socket").stat().st_mode & 0o777 == 0o600
@@ -238,7 +245,7 @@ def test_what_came_too_late_is_fetched_with_the_next_answers_and_dropped(relay: 
         return echo(name, data)
 
     App(tmp_path / "relay", reply).start()
-    assert relay.exchange({"ann": b"1", "bob": b"1"}, 600.0, 1)["bob"] == Lost("it was not waited for")
+    assert relay.exchange({"ann": b"1", "bob": b"1"}, 600.0, 1)["bob"] == Lost("it was not waited for", busy=True)
     assert relay.exchange({"ann": b"2", "bob": b"2"}, 600.0, 2) == {"ann": b"ann2", "bob": b"bob2"}
     assert len(late) == 2
     relay.exchange({"ann": b"3"}, 600.0, 1)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mira.fleet.screen import Expected, Rejection, distance, judge, too_far
@@ -79,6 +80,43 @@ def test_a_message_that_is_not_the_one_asked_for(message: Message, expected: str
 )  # fmt: skip
 def test_bytes_that_are_no_message(broken: Callable[[bytes], bytes]) -> None:
     assert kind(broken(pack(GOOD))) == "malformed"
+
+
+def with_head(about: object, body: bytes = bytes(16)) -> bytes:
+    """A reply of safetensors whose head says ``about`` of its tensor, and is otherwise as it should be."""
+    size = int.from_bytes((whole := pack(GOOD))[:8], "little")
+    text = json.dumps({**json.loads(whole[8 : 8 + size]), "row0": about}).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+odd = st.recursive(
+    st.none() | st.booleans() | st.text(max_size=3) | st.integers(-(2**70), 2**70) | st.floats(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+sizes = st.lists(st.sampled_from([0, 1, 2, 4, 2**31, 2**40, 2**63 - 1, 2**63, 2**64]), max_size=4)
+places = st.tuples(st.integers(0, 20), st.integers(0, 20))
+types = st.sampled_from(["U8", "F32", "F64", "BF16", "F4", "F6_E2M3", "F8_E8M0", "C64", "BOOL", "I64"])
+
+
+@given(
+    st.fixed_dictionaries(
+        {"dtype": types | odd, "shape": sizes | odd, "data_offsets": st.tuples(*[st.integers(0, 20)] * 2) | odd}
+    )
+    | odd,
+    st.sampled_from([0, 4, 16, 20]),
+)
+@example({"dtype": "U8", "shape": [0, 2**40, 2**40], "data_offsets": [0, 0]}, 0)  # torch: stride calculation overflowed
+def test_whatever_a_head_says_of_its_tensor_nothing_is_raised(about: object, size: int) -> None:
+    found = judge(EXPECTED, with_head(about, bytes(size)))
+    if isinstance(found, Message):
+        assert about == {"dtype": "F32", "shape": [4], "data_offsets": (0, 16)}
+    else:
+        assert found.kind in ("malformed", "shape", "dtype", "oversized")
+
+
+def test_the_head_that_is_as_it_should_be_passes() -> None:
+    assert isinstance(judge(EXPECTED, with_head({"dtype": "F32", "shape": [4], "data_offsets": [0, 16]})), Message)
 
 
 @given(st.binary(max_size=300))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mira.fleet import kit
+from mira.fleet import kit, superlink
 from mira.fleet.commands import END
 from mira.fleet.superlink import SuperLink
 
@@ -52,14 +52,77 @@ def test_who_is_known_is_not_registered_again(
     for name in ("ann", "bob", "cid"):
         kit.make_site(server, name, tmp_path / name)
     (tmp_path / "here").mkdir()
-    superlink = SuperLink(tmp_path / "here", lambda: kit.admitted(server), tmp_path / "relay", lambda line: None)
+    made = SuperLink(tmp_path / "here", lambda: kit.admitted(server), tmp_path / "relay", lambda line: None)
     flower = Flower(**trouble)
     monkeypatch.setattr(subprocess, "run", flower)
-    assert superlink.admit() == {"ann", "bob", "cid"}
+    assert made.admit() == {"ann", "bob", "cid"}
     assert flower.asked == [["ann", "bob", "cid"]]
     flower.against = flower.before = None
     kit.make_site(server, "dan", tmp_path / "dan")
-    assert "dan" in superlink.admit()
+    assert "dan" in made.admit()
     assert flower.asked[1:] == [[*again, "dan"]]
-    superlink.admit()
+    made.admit()
     assert len(flower.asked) == 2, "nobody is new"
+
+
+@dataclass
+class Stand:
+    """Stands for a process: alive while it has a number."""
+
+    pid: int | None = 1
+    stopped: int = 0
+
+    def tend(self) -> bool:
+        return self.pid is not None
+
+    def stop(self) -> None:
+        self.pid = None
+        self.stopped += 1
+
+
+def test_a_superlink_that_is_new_is_told_all_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows nobody and runs nothing: sites are registered and the app is submitted, once; and once more where it was killed,
+    where the app went, and where the app does not come."""
+    server, now = tmp_path / "server", [0.0]
+    kit.make_server(server, "127.0.0.1:9443", days=2)
+    kit.make_site(server, "ann", tmp_path / "ann")
+    (tmp_path / "here").mkdir()
+    made = SuperLink(tmp_path / "here", lambda: kit.admitted(server), tmp_path / "relay", lambda line: None)
+    process, executors, asked = Stand(), list[Stand](), list[str]()
+
+    def executor(self: SuperLink) -> Stand:
+        executors.append(Stand())
+        return executors[-1]
+
+    def flower(self: SuperLink, *commands: tuple[str, ...]) -> list[bool]:
+        asked.extend(command[0] for command in commands)
+        return [True] * len(commands)
+
+    monkeypatch.setattr(made, "_process", process)
+    monkeypatch.setattr(SuperLink, "_new_executor", executor)
+    monkeypatch.setattr(SuperLink, "_flwr", flower)
+    monkeypatch.setattr(superlink, "_listens", lambda port: process.pid is not None)
+    monkeypatch.setattr(superlink.time, "monotonic", lambda: now[0])
+    assert not made.ready()
+    for _ in range(3):
+        made.revive()
+    assert asked == ["supernode", "run"]
+    assert made.ready()
+    made.dropped()  # the app went away
+    made.revive()
+    assert asked == ["supernode", "run", "run"]
+    process.pid = None  # killed
+    made.revive()
+    assert not made.ready()
+    process.pid = 2
+    made.revive()
+    assert asked[3:] == ["supernode", "run"]
+    assert [one.stopped for one in executors] == [1, 0], "the executor goes with its SuperLink"
+    now[0] = 121.0  # and no app has come
+    made.revive()
+    assert process.stopped == 1
+    process.pid = 3
+    made.revive()
+    assert asked[5:] == ["supernode", "run"]
+    made.stop()
+    assert (process.stopped, executors[-1].stopped) == (2, 1)

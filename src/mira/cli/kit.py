@@ -65,7 +65,8 @@ def site(name: Name, server: Server, out: Out) -> None:
 
     made = kit.make_site(server, name, out)
     typer.echo(
-        f"{out}: kit of {name} for {made.address}; copy it to the site over a safe way (scp -rp), then remove it here"
+        f"{out}: kit of {name} for {made.address}, {kit.until(made.expires)}; copy it to the site over a safe way (scp -rp), then"
+        " remove it here"
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from mira.core.errors import UserError
-from mira.fleet.kit import SiteKit, load_site
+from mira.fleet.kit import SiteKit, load_site, until
 from mira.fleet.knock import refusal
 from mira.fleet.private import own_folder
 from mira.fleet.processes import Process, command
@@ -61,7 +61,8 @@ def _take_part(kit: SiteKit, options: Options, folder: Path, say: Say, tell: Say
     signal.signal(signal.SIGTERM, _end)
     try:
         say(
-            f"{kit.name}: taking part in the federation at {kit.address}; its adapter will be in {options.state / 'adapter'}"
+            f"{kit.name}: taking part in the federation at {kit.address} (the kit: {until(kit.expires)}); its adapter will be in"
+            f" {options.state / 'adapter'}"
         )
         asked = time.monotonic()
         while True:

@@ -35,6 +35,7 @@ from mira.fleet.uploads import Uploads
 log = logging.getLogger(__name__)
 
 Address = tuple[str, int]  # host, port
+Listen = tuple[str | None, int]
 Admit = Callable[[Mapping[str, str]], str | None]
 """A request's headers → the site it proves to be, None for nobody. Raises UserError where nobody can say."""
 
@@ -98,8 +99,11 @@ def upstream_tls(authority: Path) -> ssl.SSLContext:
 
 
 @contextmanager
-def opened(listen: Address, upstream: Upstream, tls: ssl.SSLContext, admit: Admit, limits: Limits) -> Iterator[Door]:
-    """A gate in a thread of its own that listens at ``listen`` (port 0: any free one). Raises OSError when it cannot."""
+def opened(
+    listen: tuple[str | None, int], upstream: Upstream, tls: ssl.SSLContext, admit: Admit, limits: Limits
+) -> Iterator[Door]:
+    """A gate in a thread of its own that listens at ``listen`` (no host: everywhere, IPv4 and IPv6; port 0: any free one).
+    Raises OSError when it cannot."""
     limits = _affordable(limits)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="gate", daemon=True)
@@ -137,7 +141,7 @@ class _Gate:
         self.bell = asyncio.Event()
         self.uploads = Uploads()
 
-    async def listen(self, address: Address, tls: ssl.SSLContext) -> asyncio.Server:
+    async def listen(self, address: Listen, tls: ssl.SSLContext) -> asyncio.Server:
         return await asyncio.get_running_loop().create_server(lambda: Raw(partial(self.accept, tls)), *address)
 
     async def close(self, server: asyncio.Server) -> None:

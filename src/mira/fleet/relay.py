@@ -99,7 +99,7 @@ class Relay:
         self._late |= waiting.keys()
         for name in requests.keys() - replies.keys():
             late = "it was not waited for" if time.monotonic() < until else f"no reply within {deadline:g} s"
-            replies[name] = Lost(late)
+            replies[name] = Lost(late, busy=name in waiting.values())
             watch(name, replies[name])
         return {
             name: reply if isinstance(reply, bytes) else replace(reply, sent=name in pushed)
@@ -150,7 +150,8 @@ class Relay:
             raise self._dropped(error) from None
 
     def _do(self, asked: Mapping[str, object], contents: list[bytes] | None = None) -> list[bytes]:
-        """What the app answers; asked again where it dies over it."""
+        """What the app answers; asked again where it dies over it. Raises UserError where it does so for ``patience`` seconds."""
+        until = time.monotonic() + self.patience
         while True:
             app = self._connected()
             try:
@@ -161,6 +162,11 @@ class Relay:
                 if contents is not None:
                     raise self._dropped(error) from None
                 self._dropped(error)
+                if time.monotonic() > until:
+                    raise UserError(
+                        f"server: Flower's app has died over the same question for {self.patience:g} s ({error}); --verbose shows"
+                        " what is run"
+                    ) from None
 
     def _connected(self) -> socket.socket:
         """The app, waited for where it is not there. Raises UserError when it does not come within ``patience`` seconds, those

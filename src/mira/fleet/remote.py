@@ -48,6 +48,7 @@ class RemoteEngine:
     _stays: bool = False
     _releases: dict[str, int] = field(default_factory=dict)
     _missed: set[str] = field(default_factory=set)  # who was lost from a round
+    _busy: set[str] = field(default_factory=set)  # who was not waited for, and may be training still
     _strangers: set[str] = field(default_factory=set)
     _again: dict[str, tuple[float, Lost]] = field(
         default_factory=dict
@@ -57,6 +58,7 @@ class RemoteEngine:
         self._round = round
         jobs = {self.run.names[k]: mine for k, mine in jobs_of(work).items()}
         replies = self._ask("train", {name: self._request(name, work, mine, lr) for name, mine in jobs.items()})
+        self._busy = {name for name, reply in replies.items() if isinstance(reply, Lost) and reply.busy}
         rows, answers, failed = work.start.clone(), dict[int, Values](), []
         for name, mine in jobs.items():
             try:
@@ -79,17 +81,17 @@ class RemoteEngine:
         mine: dict[str, list[int]] = {}
         for i, k in enumerate(client.tolist()):
             mine.setdefault(self.run.names[k], []).append(i)
-        replies = self._ask("evaluate", {
+        replies = self._ask("evaluate", {  # of those who can answer: the round would wait for who is training still
             name: (
                 {"rows": [f"row{i}" for i in places], "splits": list(splits), "limit": limit, **self._own(name)},
                 {f"row{i}": rows[i] for i in places},
                 {key: ((len(places), len(splits)), dtype) for key, dtype in (("nll", torch.float64), ("tokens", torch.int64))},
-            ) for name, places in mine.items()
+            ) for name, places in mine.items() if name not in self._busy
         })  # fmt: skip
         nll = torch.full((len(client), len(splits)), nan, dtype=torch.float64)
         tokens = torch.zeros(len(client), len(splits), dtype=torch.int64)
         for name, places in mine.items():
-            if isinstance(reply := replies[name], Lost):
+            if isinstance(reply := replies.get(name), Lost | None):
                 continue
             if (wrong := unlike_scores(reply)) is None:
                 nll[places], tokens[places] = reply.tensors["nll"], reply.tensors["tokens"]

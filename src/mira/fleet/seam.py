@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 Kind = Literal["open", "train", "evaluate", "grade", "finish"]
@@ -36,10 +35,12 @@ class Message:
 
 @dataclass(frozen=True)
 class Lost:
-    """No reply, and why (one line for people); ``sent``: whether the request may have reached the site."""
+    """No reply, and why (one line for people); ``sent``: whether the request may have reached the site; ``busy``: whether it may
+    be at work on it still."""
 
     reason: str
     sent: bool = True
+    busy: bool = False
 
 
 Reply = bytes | Lost
@@ -88,7 +89,7 @@ def unpack(data: bytes) -> Message:
         content = json.loads(text, parse_constant=_no_constant)
         head, values = Head(**content["head"]), content["values"]
         tensors = safetensors.torch.load(data)
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except Exception as error:  # a stranger's bytes: there is no list of what they can make two parsers and torch raise
         raise Malformed(f"not a message ({type(error).__name__}: {str(error)[:120]})") from None
     if not isinstance(values, dict) or type(head.round) is not int:
         raise Malformed("not a message (its values are no mapping, or its round is no number)")

@@ -14,7 +14,7 @@ from mira.core.errors import UserError
 from mira.experiment import Result, Watcher
 from mira.fleet import frames, gate
 from mira.fleet.admission import admission
-from mira.fleet.kit import ServerKit, admitted, load_server, split_address
+from mira.fleet.kit import ServerKit, admitted, load_server, split_address, until
 from mira.fleet.relay import Relay
 from mira.fleet.scratch import scratch
 from mira.fleet.server import Opener
@@ -75,14 +75,14 @@ def _federation(kit: ServerKit, options: Options) -> Iterator[Relay]:
         stack.callback(superlink.stop)
         inside = gate.Upstream(("127.0.0.1", superlink.port), gate.upstream_tls(superlink.authority), superlink.ready)
         tls = gate.server_tls(kit.certificate, kit.key)
-        listen = ("0.0.0.0", split_address(kit.address)[1])
+        listen = (None, split_address(kit.address)[1])
         listener = stack.enter_context(closing(frames.listen(folder / "relay")))
         try:
             door = stack.enter_context(gate.opened(listen, inside, tls, admission(kit.folder), gate.Limits()))
         except OSError as error:
             why = f"cannot listen at port {listen[1]} ({error.strerror}); is it taken?"
             raise UserError(f"server: {why}") from None
-        options.say(f"sites may connect to {kit.address}")
+        options.say(f"sites may connect to {kit.address} (its certificate: {until(kit.expires)})")
         relay = Relay(
             listener, superlink.admit, superlink.revive, superlink.dropped, door.ring, door.answered, options.say
         )
