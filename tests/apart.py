@@ -51,13 +51,15 @@ class Troubled:
         return self.inner.roster() - self.offline(self.trainings)
 
     def exchange(
-        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = lambda name, reply: None
-    ) -> dict[str, Reply]:
+        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = lambda name, reply: None,
+        most: Mapping[str, int] | None = None,
+    ) -> dict[str, Reply]:  # fmt: skip
         self.sent += requests.items()
         replies: dict[str, Reply] = {name: Lost("late") for name, data in requests.items() if self.block(data)}
         passed = {name: request for name, request in requests.items() if name not in replies}
         for name, reply in self.inner.exchange(passed, deadline, minimum, watch).items():
             if isinstance(reply, bytes):
+                assert most is None or len(reply) <= most[name], "no honest reply is longer than it may be"
                 self.received.append((name, reply))
                 reply = self.change(name, requests[name], reply)
             replies[name] = reply

@@ -98,8 +98,9 @@ class Losing:
         return self.inner.roster()
 
     def exchange(
-        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = lambda name, reply: None
-    ) -> dict[str, Reply]:
+        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = lambda name, reply: None,
+        most: Mapping[str, int] | None = None,
+    ) -> dict[str, Reply]:  # fmt: skip
         heads = {name: unpack(request).head for name, request in requests.items()}
         gone = {n for n, head in heads.items() if head.kind == "train" and n in self.lost.get(head.round + 1, ())}
         asked = {name: request for name, request in requests.items() if name not in gone}

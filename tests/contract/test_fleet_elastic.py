@@ -18,7 +18,7 @@ from mira import experiment
 from mira.core.errors import UserError
 from mira.core.wire import decode
 from mira.data.sources.sites import Sites
-from mira.fleet.seam import InProcess, Lost, Reply, Watch, pack, unpack
+from mira.fleet.seam import InProcess, Lost, Reply, pack, unpack
 from mira.fleet.server import Opener
 from mira.progress import RunProgress
 from small import Interrupt, mira
@@ -42,10 +42,10 @@ def test_nobody_waits_for_a_site_that_does_not_join(world: World) -> None:
 
     class Seen(Troubled):
         def exchange(
-            self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch
+            self, requests: Mapping[str, bytes], deadline: float, minimum: int, *more: Any
         ) -> dict[str, Reply]:  # type: ignore[override]
             asked.append(({f"{name} {unpack(data).head.kind}" for name, data in requests.items()}, minimum))
-            return super().exchange(requests, deadline, minimum, watch)
+            return super().exchange(requests, deadline, minimum, *more)
 
     deaf = Seen(
         world.transport().inner,

@@ -23,7 +23,7 @@ from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import Message, Metadata
 from flwr.proto.node_pb2 import Node
 
-from mira.fleet import kit
+from mira.fleet import kit, uploads
 from mira.fleet.admission import admission, signed
 from mira.fleet.gate import Limits, Upstream, opened, server_tls, upstream_tls
 
@@ -98,6 +98,7 @@ class Outside:
     trust: ssl.SSLContext
     ring: Callable[[], object]
     answered: Callable[[], set[str]]
+    allow: Callable[[Mapping[str, int]], object]
 
     def post(self, path: str, body: bytes = b"x", headers: Mapping[str, str] | None = None) -> httpx.Response:
         with httpx.Client(verify=self.trust, trust_env=False) as client:
@@ -136,7 +137,7 @@ def gate(
     admit = admission(server) if real else lambda headers: "anybody"
     tls = server_tls(server / "server.pem", server / "server.key")
     with opened(("127.0.0.1", 0), Upstream(("127.0.0.1", port), inside, ready), tls, admit, limits) as door:
-        yield Outside(door.address, upstream_tls(kits / "a" / "ca.pem"), door.ring, door.answered)
+        yield Outside(door.address, upstream_tls(kits / "a" / "ca.pem"), door.ring, door.answered, door.allow)
 
 
 def proof(key: Path, when: datetime | None = None) -> dict[str, str]:
@@ -362,6 +363,21 @@ def test_of_answers_only_a_sites_own_pass(kits: Path) -> None:
         with gate(kits, link.port, too_long) as outside:
             assert pushed(5) == 413
     assert len(link.seen) == 1
+
+
+def test_a_site_pushes_no_more_than_it_was_asked_for(kits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many requests it makes of it, and each alone within the limit of one."""
+    monkeypatch.setattr(uploads, "_UNASKED", 250)
+    with superlink() as link, gate(kits, link.port) as outside:
+
+        def pushed() -> list[int]:
+            return [outside.post("/v1/fleet/push-object", bytes(100)).status_code for _ in range(5)]
+
+        assert pushed() == [200, 200, 413, 413, 413]
+        outside.allow({"anybody": 25})
+        assert pushed() == [200, 200, 200, 413, 413]
+        assert outside.post("/v1/fleet/pull-object", bytes(100)).status_code == 200, "it may ask on"
+    assert len(link.seen) == 6
 
 
 def test_only_admitted_sites_get_through(tmp_path: Path) -> None:

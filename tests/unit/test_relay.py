@@ -101,6 +101,16 @@ def test_each_gets_its_own_and_answers_find_their_question(relay: Relay, tmp_pat
     assert {name: seen[name] for name in ("ann", "bob")} == {"ann": b"ann1", "bob": b"bob2"}
 
 
+def test_how_much_each_may_answer_is_told_before_it_is_asked(relay: Relay, tmp_path: Path) -> None:
+    app = App(tmp_path / "relay", echo, dies_on={"pull"})
+    app.start()
+    told: list[tuple[dict[str, int], int]] = []
+    relay.allow = lambda most: told.append((dict(most), len(app.pushed)))
+    relay.revive = app.start
+    relay.exchange({"ann": b"1", "bob": b"2"}, 60.0, 2, lambda name, reply: True, {"ann": 5, "bob": 7})
+    assert told == [({"ann": 5, "bob": 7}, 0), ({"ann": 5, "bob": 7}, 2)], "and again where the app died"
+
+
 def test_a_round_ends_by_its_deadline(relay: Relay, tmp_path: Path) -> None:
     App(tmp_path / "relay", lambda name, data: echo(name, data) if name == "ann" else None).start()
     replies = relay.exchange({"ann": b"1", "bob": b"2"}, 1.0, 2)

@@ -20,6 +20,25 @@ def test_an_answer_is_whole_once_its_site_is_quiet() -> None:
     assert seen.whole() == set()
 
 
+def test_a_site_pushes_what_it_was_asked_for_and_no_more() -> None:
+    seen, spare = Uploads(), uploads._UNASKED
+    assert seen.take("ann", spare), "to announce something, nobody needs to be asked"
+    assert not seen.take("ann", 1)
+    seen.allow({"ann": 1000})
+    assert not seen.take("ann", 2000 + spare + 1)
+    assert seen.take("ann", 1500 + spare), "more than once over: what a broken line lost is sent again"
+    assert not seen.take("ann", 501)
+    assert seen.take("ann", 500)
+    assert seen.take("bob", 1), "it has an allowance of its own"
+    for _ in range(9):
+        seen.allow({"ann": 1000})
+    assert not seen.take("ann", 2000 + spare + 1), "what was not used does not add up"
+    seen.allow({"ann": 10**9})
+    assert seen.take("ann", 10**9)
+    seen.allow({"ann": 0})
+    assert seen.take("ann", 10**9), "who is late with an earlier answer may end it"
+
+
 def test_old_ones_are_forgotten() -> None:
     seen = Uploads(quiet=-1.0)
     for n in range(uploads._REMEMBERED + 5):

@@ -134,7 +134,8 @@ class ServerSection:
     """How the server deals with sites on machines of their own (mira server); mira run has none."""
 
     deadline: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds a round waits for replies; who has not answered by then is lost from it."""
+    """Seconds that the training of a round waits for replies, and its measurement as well; who has not answered by then is lost
+    from it."""
     minimum: Count | None = None
     """Replies that end the training of a round before its deadline; null: all of those asked."""
     max_norm: Annotated[float, Field(gt=0)] | None = None

@@ -76,11 +76,12 @@ class Upstream:
 @dataclass(frozen=True)
 class Door:
     """An open gate. ``ring``, from any thread: something was pushed, so that held questions are asked again. ``answered``: the
-    numbers of the questions that sites answered lately, as ``Uploads.whole``."""
+    numbers of the questions that sites answered lately, as ``Uploads.whole``; ``allow``: how much they may answer."""
 
     address: Address
     ring: Callable[[], object]
     answered: Callable[[], set[str]]
+    allow: Callable[[Mapping[str, int]], object]
 
 
 def server_tls(certificate: Path, key: Path) -> ssl.SSLContext:
@@ -113,8 +114,9 @@ def opened(
         server = asyncio.run_coroutine_threadsafe(gate.listen(listen, tls), loop).result()
         try:
             yield Door(
-                server.sockets[0].getsockname()[:2], partial(loop.call_soon_threadsafe, gate.ring), gate.uploads.whole
-            )
+                server.sockets[0].getsockname()[:2], partial(loop.call_soon_threadsafe, gate.ring), gate.uploads.whole,
+                gate.uploads.allow,
+            )  # fmt: skip
         finally:
             asyncio.run_coroutine_threadsafe(gate.close(server), loop).result()
     finally:
@@ -220,7 +222,10 @@ class _Gate:
         """Sends one request on and its answer back; the answer's status. Raises Refused while nothing of it was sent back."""
         if target == _QUESTIONS:
             return await self.hold(headers, outside)
-        with self.uploads.pushing(site) if target in (_ANSWERS, _PIECES) else nullcontext():
+        pushes = target in (_ANSWERS, _PIECES)
+        if pushes and not self.uploads.take(site, int(headers["content-length"])):
+            raise Refused(413, "more than it was asked for")
+        with self.uploads.pushing(site) if pushes else nullcontext():
             if target == _ANSWERS:
                 return await self.announce(site, headers, outside)
             async with self.asked(target, headers, outside.body()) as (answer, inside):

@@ -30,8 +30,9 @@ class Relay:
     """``listener``: the socket that Flower's app on the server connects to. ``revive`` is called while it is not there, and
     brings it back, ``dropped`` when it goes, ``pushed`` when requests lie ready for the sites; ``names`` says who is admitted
     now, whoever else is online; ``answered``: the numbers of messages whose answers have come whole, where somebody sees them
-    pass, so that not every message is asked for every time; ``say`` hears who comes and goes; ``grace``: seconds in which sites
-    that were online before it went are there again."""
+    pass, so that not every message is asked for every time; ``allow`` is told of each site that is about to be asked how many
+    bytes its answer may have; ``say`` hears who comes and goes; ``grace``: seconds in which sites that were online before it
+    went are there again."""
 
     listener: socket.socket
     names: Callable[[], frozenset[str]]
@@ -39,6 +40,7 @@ class Relay:
     dropped: Callable[[], None] = lambda: None
     pushed: Callable[[], object] = lambda: None
     answered: Callable[[], set[str]] | None = None
+    allow: Callable[[Mapping[str, int]], object] = lambda most: None
     say: Callable[[str], None] = lambda line: None
     patience: float = 300.0
     grace: float = 60.0
@@ -68,8 +70,9 @@ class Relay:
         return set(self._nodes)
 
     def exchange(
-        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = any_bytes
-    ) -> dict[str, Reply]:
+        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = any_bytes,
+        most: Mapping[str, int] | None = None,
+    ) -> dict[str, Reply]:  # fmt: skip
         """Where Flower's app dies on the way the requests are sent again: a site that trained already trains the same once
         more, to the same row. The time until the app and its sites are there again does not count, up to another ``deadline``."""
         until = time.monotonic() + deadline
@@ -81,6 +84,7 @@ class Relay:
         while len(replies) < len(requests) and time.monotonic() < until:
             try:
                 if not waiting:
+                    self.allow({name: size for name, size in (most or {}).items() if name not in replies})
                     waiting = self._push({n: r for n, r in requests.items() if n not in replies}, until, replies)
                     pushed |= set(waiting.values())
                 came = self._pull(waiting)

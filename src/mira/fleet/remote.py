@@ -269,7 +269,8 @@ class RemoteEngine:
             self.watch(name, f"{asked[name][0]}: {reply.reason if isinstance(reply, Lost) else 'done'}")
             return isinstance(reply, bytes) and (name in requests or not requests)
 
-        replies = self.transport.exchange(packed, self.terms.deadline, minimum, seen)
+        most = {name: reply.most_bytes for name, reply in expected.items()}
+        replies = self.transport.exchange(packed, self.terms.deadline, minimum, seen, most)
         for name in replies.keys() - asked.keys():
             log.warning("a reply from %s: rejected, it was asked nothing", name)
         found = {name: opened(replies.get(name), expected[name]) for name in asked}

@@ -60,10 +60,12 @@ class Transport(Protocol):
         ...
 
     def exchange(
-        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = any_bytes
-    ) -> dict[str, Reply]:
+        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = any_bytes,
+        most: Mapping[str, int] | None = None,
+    ) -> dict[str, Reply]:  # fmt: skip
         """The reply of each site asked, or why there is none. Ends when all have answered, after ``deadline`` seconds, or
-        once ``minimum`` replies are in that ``watch`` says count."""
+        once ``minimum`` replies are in that ``watch`` says count. ``most``: bytes of each reply, so that a transport can refuse
+        what is longer before it holds it."""
         ...
 
 
@@ -110,8 +112,9 @@ class InProcess:
         return set(self.sites)
 
     def exchange(
-        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = any_bytes
-    ) -> dict[str, Reply]:
+        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = any_bytes,
+        most: Mapping[str, int] | None = None,
+    ) -> dict[str, Reply]:  # fmt: skip
         replies: dict[str, Reply] = {}
         good = 0
         for name, request in requests.items():

@@ -84,7 +84,14 @@ def _federation(kit: ServerKit, options: Options) -> Iterator[Relay]:
             raise UserError(f"server: {why}") from None
         options.say(f"sites may connect to {kit.address} (its certificate: {until(kit.expires)})")
         relay = Relay(
-            listener, superlink.admit, superlink.revive, superlink.dropped, door.ring, door.answered, options.say
+            listener,
+            superlink.admit,
+            superlink.revive,
+            superlink.dropped,
+            door.ring,
+            door.answered,
+            door.allow,
+            options.say,
         )
         try:
             yield stack.enter_context(closing(relay))

@@ -116,6 +116,8 @@ class Opener:
                 if isinstance(said, Lost):
                     log.warning("%s does not take part: %s", name, said.reason)
                     again[name] = now + _REFUSED
+                else:
+                    self.say(f"{name} has joined, with {said['examples']} training examples")
             absent = [name for name in missing if name not in engine.joined]
             if absent and absent != told:
                 self.say(f"waiting for {', '.join(absent)}")

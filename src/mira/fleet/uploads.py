@@ -1,15 +1,19 @@
-"""Which answers of sites have come whole, as far as it can be seen at the gate; so nobody has to ask over and over."""
+"""What sites push, as far as it can be seen at the gate: which answers have come whole, so that nobody has to ask over and over,
+and how much a site may push, by what it was asked."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 _REMEMBERED = 1 << 12  # answers
+_UNASKED = (
+    16 << 20
+)  # bytes a site may push beside what it is asked for: announcements, and what a broken line makes it repeat
 
 
 @dataclass
@@ -21,6 +25,7 @@ class Uploads:
     _answers: deque[tuple[str, str]] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))  # question, site
     _busy: Counter[str] = field(default_factory=Counter)
     _last: dict[str, float] = field(default_factory=dict)  # when a site ended a push
+    _left: dict[str, int] = field(default_factory=dict)  # bytes a site may still push
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
@@ -34,6 +39,21 @@ class Uploads:
             with self._lock:
                 self._busy[site] -= 1
                 self._last[site] = time.monotonic()
+
+    def allow(self, most: Mapping[str, int]) -> None:
+        """These sites are about to be asked for answers of so many bytes at most. They may push each twice over; who is still
+        pushing an earlier one may go on with it."""
+        with self._lock:
+            for site, size in most.items():
+                self._left[site] = max(self._left.get(site, 0), 2 * size + _UNASKED)
+
+    def take(self, site: str, size: int) -> bool:
+        """Whether ``site`` may push another ``size`` bytes, which are then counted."""
+        with self._lock:
+            left = self._left.get(site, _UNASKED) - size
+            if left >= 0:
+                self._left[site] = left
+            return left >= 0
 
     def announce(self, question: str, site: str) -> None:
         with self._lock:
