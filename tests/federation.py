@@ -119,10 +119,11 @@ class Federation:
                 pytest.fail(f"{name} never said {pattern!r}:\n{self.log(name)[-3000:]}")
             time.sleep(0.2)
 
-    def gave_up(self, name: str) -> None:
-        """Waits until a SuperNode has ended by itself, without ever being given a number."""
+    def gave_up(self, name: str, why: str) -> None:
+        """Waits until a SuperNode has ended by itself, and said why, without ever being given a number."""
         assert self.started[name].wait(PATIENCE) != 0
         assert "Failed to initialize the connection" in self.log(name), self.log(name)
+        assert why in self.log(name), self.log(name)
         assert "SuperNode ID" not in self.log(name), self.log(name)
 
     def refused(self, name: str, why: str) -> None:

@@ -107,8 +107,12 @@ def test_who_is_refused(federation: Federation) -> None:
         federation.node("revoked", *trust, key, "gone-kit/site.key")
         federation.node("plain", "--insecure")
         federation.node("foreign-server", "--root-certificates", "other-kit/ca.pem", key, f"{NAMES[0]}-kit/site.key")
-        for name in ("expired", "no-key", "unregistered", "revoked", "plain", "foreign-server"):
-            federation.gave_up(name)
+        unknown, unproven = "The server does not admit this node key", "certificate verify failed"
+        for name, why in {
+            "expired": f"{unproven}: certificate has expired", "foreign-server": f"{unproven}: unable to get local issuer",
+            "no-key": unknown, "unregistered": unknown, "revoked": unknown, "plain": "Giving up reconnection",
+        }.items():  # fmt: skip
+            federation.gave_up(name, why)
     assert "online" not in federation.log("server").replace("not online", "")
     # One site is let in, and a visitor who has a key of his own and says he is another.
     federation.site(NAMES[0])
