@@ -72,7 +72,9 @@ class App:
 
 @pytest.fixture
 def relay(tmp_path: Path) -> Iterator[Relay]:
-    made = Relay(frames.listen(tmp_path / "relay"), lambda: frozenset({"ann", "bob", "cleo"}), patience=5.0)
+    made = Relay(
+        frames.listen(tmp_path / "relay"), lambda: {name: name for name in ("ann", "bob", "cleo")}, patience=5.0
+    )
     yield made
     made.close()
 
@@ -87,6 +89,15 @@ def test_only_admitted_names_are_online(relay: Relay, tmp_path: Path) -> None:
     App(tmp_path / "relay", echo).start()
     assert relay.roster() == relay.roster() == {"ann", "bob"}
     assert said == ["online: ann, bob (2 of 3)"]
+
+
+def test_of_the_nodes_of_a_name_only_the_one_of_the_admitted_key_counts(relay: Relay, tmp_path: Path) -> None:
+    """The other was revoked, says still that it is online, and comes last."""
+    relay.names = lambda: {"ann.2": "ann", "bob.1": "bob"}
+    app = App(tmp_path / "relay", echo, nodes={"11": "ann.2", "12": "bob.1", "13": "ann.1"})
+    app.start()
+    assert relay.roster() == {"ann", "bob"}
+    assert relay._nodes == {"ann": "11", "bob": "12"}
 
 
 def test_each_gets_its_own_and_answers_find_their_question(relay: Relay, tmp_path: Path) -> None:

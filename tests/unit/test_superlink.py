@@ -25,7 +25,7 @@ class Flower:
     asked: list[list[str]] = field(default_factory=list)
 
     def __call__(self, line: object, *, input: str, **rest: Any) -> subprocess.CompletedProcess[str]:
-        names = [json.loads(one)[5] for one in input.splitlines()]
+        names = [json.loads(one)[5].partition(".")[0] for one in input.splitlines()]
         self.asked.append(names)
         said = ""
         for name in names:
@@ -55,14 +55,20 @@ def test_who_is_known_is_not_registered_again(
     made = SuperLink(tmp_path / "here", lambda: kit.admitted(server), tmp_path / "relay", lambda line: None)
     flower = Flower(**trouble)
     monkeypatch.setattr(subprocess, "run", flower)
-    assert made.admit() == {"ann", "bob", "cid"}
+    assert list(made.admit().values()) == ["ann", "bob", "cid"]
     assert flower.asked == [["ann", "bob", "cid"]]
     flower.against = flower.before = None
     kit.make_site(server, "dan", tmp_path / "dan")
-    assert "dan" in made.admit()
+    assert "dan" in made.admit().values()
     assert flower.asked[1:] == [[*again, "dan"]]
     made.admit()
     assert len(flower.asked) == 2, "nobody is new"
+    [old] = [node for node, name in made.admit().items() if name == "dan"]
+    kit.revoke(server, "dan")
+    kit.make_site(server, "dan", tmp_path / "dan-again")
+    [new] = [node for node, name in made.admit().items() if name == "dan"]
+    assert flower.asked[2:] == [["dan"]]
+    assert new != old, "the node of a key that was revoked is nobody's"
 
 
 @dataclass

@@ -27,15 +27,15 @@ _LOOK = 1.0  # seconds between two looks for sites that are to come back
 
 @dataclass
 class Relay:
-    """``listener``: the socket that Flower's app on the server connects to. ``revive`` is called while it is not there, and
-    brings it back, ``dropped`` when it goes, ``pushed`` when requests lie ready for the sites; ``names`` says who is admitted
-    now, whoever else is online; ``answered``: the numbers of messages whose answers have come whole, where somebody sees them
-    pass, so that not every message is asked for every time; ``allow`` is told of each site that is about to be asked how many
-    bytes its answer may have; ``say`` hears who comes and goes; ``grace``: seconds in which sites that were online before it
-    went are there again."""
+    """``listener``: the socket that Flower's app on the server connects to. ``names``: the sites admitted now, whoever else is
+    online, by the names of their nodes. ``revive`` is called while the app is not there, and brings it back, ``dropped`` when it
+    goes, ``pushed`` when requests lie ready for the sites; ``answered``: the numbers of messages whose answers have come whole,
+    where somebody sees them pass, so that not every message is asked for every time; ``allow`` is told of each site that is about
+    to be asked how many bytes its answer may have; ``say`` hears who comes and goes; ``grace``: seconds in which sites that were
+    online before it went are there again."""
 
     listener: socket.socket
-    names: Callable[[], frozenset[str]]
+    names: Callable[[], Mapping[str, str]]
     revive: Callable[[], None] = lambda: None
     dropped: Callable[[], None] = lambda: None
     pushed: Callable[[], object] = lambda: None
@@ -63,7 +63,7 @@ class Relay:
     def _look(self) -> set[str]:
         nodes = json.loads(self._do({"do": "roster"})[0])
         names = self.names()
-        before, self._nodes = self._nodes.keys(), {name: node for node, name in nodes if name in names}
+        before, self._nodes = self._nodes.keys(), {names[called]: node for node, called in nodes if called in names}
         if self._nodes.keys() != before:
             here = ", ".join(sorted(self._nodes)) or "nobody"
             self.say(f"online: {here} ({len(self._nodes)} of {len(names)})")

@@ -58,7 +58,7 @@ def _by_hand(kit: ServerKit, options: Options) -> Iterator[Relay]:
     assert options.relay is not None
     options.say(f"waiting for Flower's app at {options.relay}")
     with closing(frames.listen(options.relay)) as listener:
-        relay = Relay(listener, lambda: _names(kit), say=options.say, patience=_PATIENCE)
+        relay = Relay(listener, lambda: {name: name for name in _names(kit)}, say=options.say, patience=_PATIENCE)
         try:
             yield relay
         finally:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 
 from mira.core.errors import UserError
@@ -115,10 +116,11 @@ class SuperLink:
         """Whether it runs and knows the sites."""
         return self._process.pid is not None and self._process.pid == self._pid
 
-    def admit(self) -> frozenset[str]:
-        """The names of the sites admitted now. Who was issued while the SuperLink runs is registered with it."""
+    def admit(self) -> dict[str, str]:
+        """The names of the sites admitted now, by what the SuperLink calls their nodes. Who was issued while it runs is
+        registered with it."""
         self._register_new()
-        return frozenset(site.name for site in self.sites())
+        return {_node(site): site.name for site in self.sites()}
 
     def _register_new(self) -> bool:
         """Whether everybody admitted is registered now."""
@@ -172,7 +174,7 @@ class SuperLink:
     def _registration(self, site: Site) -> Sequence[str]:
         public = self.folder / f"{site.name}.pub"
         public.write_text(f"{site.public_key}\n")
-        return "supernode", "register", str(public), "fleet", "--name", site.name
+        return "supernode", "register", str(public), "fleet", "--name", _node(site)
 
     def _flwr(self, *commands: Sequence[str]) -> list[bool]:
         """Flower's own commands, one after the other in one process; whether each of them worked."""
@@ -194,6 +196,11 @@ class SuperLink:
             if not fine:
                 log.warning("flwr %s did not work: %s", line[0], " ".join((said + done.stderr).split())[-300:])
         return worked
+
+
+def _node(site: Site) -> str:
+    """One name a key: a name that was revoked and issued again has two, and the SuperLink knows both."""
+    return f"{site.name}.{sha256(site.public_key.encode()).hexdigest()[:12]}"
 
 
 def _worked(said: str) -> bool:
