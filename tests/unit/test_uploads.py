@@ -33,6 +33,8 @@ def test_a_site_pushes_what_it_was_asked_for_and_no_more() -> None:
     for _ in range(9):
         seen.allow({"ann": 1000})
     assert not seen.take("ann", 2000 + spare + 1), "what was not used does not add up"
+    seen.give_back("ann", 7)
+    assert seen.take("ann", 2000 + spare + 7), "what did not come whole is not counted"
     seen.allow({"ann": 10**9})
     assert seen.take("ann", 10**9)
     seen.allow({"ann": 0})

@@ -19,9 +19,10 @@ import ssl
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from ipaddress import ip_network
 from pathlib import Path
 
 import h11
@@ -53,9 +54,9 @@ _LOOK = 0.2  # seconds between two looks at a SuperLink that is not ready
 class Limits:
     """What one peer may ask for. Times in seconds."""
 
-    body: int = 8 << 20  # bytes of a request; Flower sends an array in pieces of 5 MiB
+    body: int = 8 << 20  # bytes of a piece of an answer; Flower sends an array in pieces of 5 MiB
     answer: int = 1 << 20  # bytes of what announces an answer: who, to what, and which pieces it has
-    question: int = 16 << 10  # bytes of one for messages, which is held: who asks
+    question: int = 64 << 10  # bytes of any other: who asks for what
     connections: int = 1024
     connections_per_host: int = 256
     head: float = 20.0  # for a TLS handshake, and for a request's head from the end of the last one
@@ -103,8 +104,8 @@ def upstream_tls(authority: Path) -> ssl.SSLContext:
 def opened(
     listen: tuple[str | None, int], upstream: Upstream, tls: ssl.SSLContext, admit: Admit, limits: Limits
 ) -> Iterator[Door]:
-    """A gate in a thread of its own that listens at ``listen`` (no host: everywhere, IPv4 and IPv6; port 0: any free one).
-    Raises OSError when it cannot."""
+    """A gate in a thread of its own that listens at ``listen`` (no host: everywhere, IPv4 and IPv6; port 0, with a host: any free
+    one). Raises OSError when it cannot."""
     limits = _affordable(limits)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="gate", daemon=True)
@@ -158,7 +159,7 @@ class _Gate:
 
     def accept(self, tls: ssl.SSLContext, transport: asyncio.Transport) -> None:
         """Counted before anything is read: who opens connections and says nothing uses up his own share."""
-        host = str((transport.get_extra_info("peername") or ("nobody",))[0])
+        host = _whose(str((transport.get_extra_info("peername") or ("nobody",))[0]))
         if self.hosts.total() >= self.limits.connections or self.hosts[host] >= self.limits.connections_per_host:
             log.debug("%s: closed, too many connections", host)
             return transport.abort()
@@ -222,14 +223,21 @@ class _Gate:
         """Sends one request on and its answer back; the answer's status. Raises Refused while nothing of it was sent back."""
         if target == _QUESTIONS:
             return await self.hold(headers, outside)
-        pushes = target in (_ANSWERS, _PIECES)
-        if pushes and not self.uploads.take(site, int(headers["content-length"])):
-            raise Refused(413, "more than it was asked for")
-        with self.uploads.pushing(site) if pushes else nullcontext():
-            if target == _ANSWERS:
-                return await self.announce(site, headers, outside)
+        size = int(headers["content-length"]) if target in (_ANSWERS, _PIECES) else None
+        if size is None:
             async with self.asked(target, headers, outside.body()) as (answer, inside):
                 return await _pass_back(answer, inside, outside)
+        if not self.uploads.take(site, size):
+            raise Refused(413, "more than it was asked for")
+        with self.uploads.pushing(site):
+            try:
+                if target == _ANSWERS:
+                    return await self.announce(site, headers, outside)
+                async with self.asked(target, headers, outside.body()) as (answer, inside):
+                    return await _pass_back(answer, inside, outside)
+            except Refused:
+                self.uploads.give_back(site, size)  # it did not come whole, and will be sent again
+                raise
 
     async def announce(self, site: str, headers: Mapping[str, str], outside: Line) -> int:
         """As ``forward``, for what must be a site's own answer."""
@@ -303,7 +311,7 @@ async def _pass_back(answer: h11.Response, inside: Line, outside: Line) -> int:
 
 def check(request: h11.Request, limits: Limits) -> dict[str, str]:
     """A request's headers, each once. Raises Refused unless it is a POST to the fleet API within its limit."""
-    most = {_ANSWERS: limits.answer, _QUESTIONS: limits.question}.get(request.target, limits.body)
+    most = {_ANSWERS: limits.answer, _PIECES: limits.body}.get(request.target, limits.question)
     if not _FLEET.fullmatch(request.target):  # no dots, no percent, no query, no host: nothing to interpret differently
         raise Refused(404, f"no such path: {request.target[:80]!r}")
     if request.method != b"POST":
@@ -321,6 +329,14 @@ def check(request: h11.Request, limits: Limits) -> dict[str, str]:
     if int(headers["content-length"]) > most:
         raise Refused(413, f"a body of {headers['content-length']} bytes; at most {most}")
     return headers
+
+
+def _whose(address: str) -> str:
+    """The host that ``address`` is of: with IPv6 whoever has one has a whole network of 64 bits."""
+    try:
+        return str(ip_network(f"{address.partition('%')[0]}/64", strict=False)) if ":" in address else address
+    except ValueError:
+        return address
 
 
 def _stranger(target: bytes) -> Refused:

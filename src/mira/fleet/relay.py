@@ -22,6 +22,7 @@ _ALL = 10.0  # seconds until those are asked for too of which nobody saw an answ
 _SHARE = 1 << 26  # bytes of rows that Flower's app holds at a time, or one row
 _STEP = 120.0  # seconds in which the app on the server does one thing; longer, and it is taken for dead
 _ACCEPT = 2.0  # seconds between two looks after an app that does not come
+_DEATHS = 20  # of the app over one question, which are survived
 _LOOK = 1.0  # seconds between two looks for sites that are to come back
 
 
@@ -103,7 +104,7 @@ class Relay:
         self._late |= waiting.keys()
         for name in requests.keys() - replies.keys():
             late = "it was not waited for" if time.monotonic() < until else f"no reply within {deadline:g} s"
-            replies[name] = Lost(late, busy=name in waiting.values())
+            replies[name] = Lost(late, busy=name in pushed)
             watch(name, replies[name])
         return {
             name: reply if isinstance(reply, bytes) else replace(reply, sent=name in pushed)
@@ -154,8 +155,8 @@ class Relay:
             raise self._dropped(error) from None
 
     def _do(self, asked: Mapping[str, object], contents: list[bytes] | None = None) -> list[bytes]:
-        """What the app answers; asked again where it dies over it. Raises UserError where it does so for ``patience`` seconds."""
-        until = time.monotonic() + self.patience
+        """What the app answers; asked again where it dies over it. Raises UserError where it does so time and again."""
+        deaths = 0
         while True:
             app = self._connected()
             try:
@@ -166,10 +167,11 @@ class Relay:
                 if contents is not None:
                     raise self._dropped(error) from None
                 self._dropped(error)
-                if time.monotonic() > until:
+                deaths += 1
+                if deaths > _DEATHS:
                     raise UserError(
-                        f"server: Flower's app has died over the same question for {self.patience:g} s ({error}); --verbose shows"
-                        " what is run"
+                        f"server: Flower's app has died {deaths} times over the same question ({error}); --verbose shows what"
+                        " is run"
                     ) from None
 
     def _connected(self) -> socket.socket:

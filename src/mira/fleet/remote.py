@@ -58,7 +58,10 @@ class RemoteEngine:
         self._round = round
         jobs = {self.run.names[k]: mine for k, mine in jobs_of(work).items()}
         replies = self._ask("train", {name: self._request(name, work, mine, lr) for name, mine in jobs.items()})
-        self._busy = {name for name, reply in replies.items() if isinstance(reply, Lost) and reply.busy}
+        late = {name for name, reply in replies.items() if isinstance(reply, Lost) and reply.busy}
+        self._busy = (
+            late if round + 1 < self.terms.rounds else set()
+        )  # after the last round nothing is faster without them
         rows, answers, failed = work.start.clone(), dict[int, Values](), []
         for name, mine in jobs.items():
             try:

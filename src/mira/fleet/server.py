@@ -62,7 +62,9 @@ class Opener:
         session = open_session(
             experiment.model_copy(update={"data": replace(data, examples=known)}), recorded, folder=folder
         )
-        terms = Terms(**asdict(experiment.server), privacy=experiment.privacy, training=experiment.training)
+        terms = Terms(
+            experiment.rounds, **asdict(experiment.server), privacy=experiment.privacy, training=experiment.training
+        )
         number = secrets.token_hex(8) if folder is None else _number(folder)
         given = experiment.model_dump(mode="json")
         opening = {

@@ -33,10 +33,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Terms:
-    """``deadline``: seconds a round waits at most; ``minimum``: replies that end it sooner, None for all of them;
-    ``max_norm``: how far a row may move in a round, None for any distance that is not far from the others'; ``wire``: the
-    format of rows; ``privacy``: the noise that sites put on theirs; ``training``: what they are asked for."""
+    """``rounds`` of the run; ``deadline``: seconds a round waits at most; ``minimum``: replies that end it sooner, None for all
+    of them; ``max_norm``: how far a row may move in a round, None for any distance that is not far from the others'; ``wire``:
+    the format of rows; ``privacy``: the noise that sites put on theirs; ``training``: what they are asked for."""
 
+    rounds: int
     deadline: float
     training: Training
     minimum: int | None = None

@@ -55,6 +55,11 @@ class Uploads:
                 self._left[site] = left
             return left >= 0
 
+    def give_back(self, site: str, size: int) -> None:
+        """Of what was taken, what did not come after all."""
+        with self._lock:
+            self._left[site] += size
+
     def announce(self, question: str, site: str) -> None:
         with self._lock:
             self._answers.append((question, site))
