@@ -46,14 +46,18 @@ _VLLM_NO_LORA = ("gpt2",)  # architectures vLLM serves without LoRA support
 
 
 def evaluate(folder: Path, which: Which, watcher: Watcher) -> Result:
-    """The result of the run (docs/cli.md), measured again under the rows of ``which`` round."""
+    """The result of the run (docs/cli.md), measured again under the rows of ``which`` round; where the data is at sites, what
+    they measured after the last. Raises UserError where they have not, and for the best round of such a run."""
     watcher.stage("preparing")
     session = _session(folder)
-    if isinstance(session.experiment.data, Sites):
-        raise UserError(
-            f"{folder}: its clients' data is at their sites, which measured every round; to see it: mira report {folder}"
-        )
     with Store.open(folder, writable=False) as store:
+        if isinstance(session.experiment.data, Sites):
+            if which == "best" or (result := store.result()) is None:
+                raise UserError(
+                    f"{folder}: its clients' data is at their sites, which measured on the way; to see it: mira report {folder}"
+                )
+            log.warning("their data is at the sites: shown is what they measured after the last round")
+            return located(result, folder)
         state = state_of(session, store, _round(store, which))
         everyone = torch.arange(len(state.rows))
         rows = Overlay(state.rows, everyone, state.rows[everyone])  # read now: the run may go on meanwhile

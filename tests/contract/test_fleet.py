@@ -383,7 +383,11 @@ def test_the_run_folder_is_one_like_any_other(world: World) -> None:
     assert answered.status == 0, answered.err
     page = mira("report", folder, "--out", world.folder / "page.html")
     assert page.status == 0, page.err
-    assert "which measured every round; to see it: mira report" in mira("evaluate", folder).error
+    evaluated = mira("evaluate", folder, "--json")
+    assert evaluated.status == 0, evaluated.err
+    assert json.loads(evaluated.out)["local_loss"] == metrics(folder)[-1]["local_loss"]
+    assert "shown is what they measured after the last round" in evaluated.err
+    assert "which measured on the way; to see it: mira report" in mira("evaluate", folder, "--round", "best").error
     assert mira("generate", folder, "--client", "bob").error.endswith(
         "the data of 'bob' is at its site; give a --prompt"
     )
