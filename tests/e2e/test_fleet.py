@@ -219,7 +219,7 @@ def worker_is_its_users_alone(federation: Federation) -> None:
             frames.send(worker, bomb)
             with pytest.raises(frames.Closed):
                 frames.receive(worker)
-    pickle.loads(pickle.dumps(Bomb(federation.folder / "proof")))
+    pickle.loads(pickle.dumps(Bomb(federation.folder / "proof")))  # the control: such a bomb goes off where one is read
     assert (federation.folder / "proof").exists()
     assert not marker.exists()
     assert federation.log(name).count("a request was not answered") == 3

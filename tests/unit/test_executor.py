@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -54,6 +55,20 @@ def test_forks_that_ended_are_buried() -> None:
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_one_that_was_killed_is_told_of(capfd: pytest.CaptureFixture[str]) -> None:
+    if (pid := os.fork()) == 0:
+        try:
+            killed = subprocess.Popen(["sleep", "5"]).pid
+            os.kill(killed, signal.SIGKILL)
+            while _there(killed):
+                executor._bury()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert "was ended by signal 9" in capfd.readouterr().err
 
 
 def _there(pid: int) -> bool:

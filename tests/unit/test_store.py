@@ -439,6 +439,14 @@ def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(folder: Path, t
     assert victim.read_text() == "mine"
 
 
+@pytest.mark.parametrize("shape", [[0, 2**40, 2**40], [3]], ids=["more-than-torch-can-hold", "not-of-its-size"])
+def test_a_tensor_file_whose_head_is_broken_is_said_to_be_corrupt(tmp_path: Path, shape: list[int]) -> None:
+    head = json.dumps({"x": {"dtype": "U8", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "broken").write_bytes(len(head).to_bytes(8, "little") + head)
+    with pytest.raises(UserError, match="broken: corrupt checkpoint"):
+        files.read_tensors(tmp_path / "broken")
+
+
 def test_foreign_files_in_the_run_folder_stay(folder: Path) -> None:
     (folder / "rows/notes.txt").write_text("mine")
     (folder / "rows/000009.r000009.safetensors").write_text("of an uncommitted round")

@@ -58,10 +58,11 @@ def _become_app(address: str, token: str, parent: int) -> None:
 
 
 def _bury() -> None:
-    """Forks that ended are waited for: Flower looks for processes by number."""
-    with suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+    """Forks that ended are waited for: Flower looks for processes by number. One that was killed could not say so itself."""
+    with suppress(ChildProcessError):  # none is left
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            if (code := os.waitstatus_to_exitcode(ended[1])) < 0:
+                print(f"an app (process {ended[0]}) was ended by signal {-code}", file=sys.stderr, flush=True)
 
 
 def main() -> None:

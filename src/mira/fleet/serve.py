@@ -84,15 +84,9 @@ def _federation(kit: ServerKit, options: Options) -> Iterator[Relay]:
             raise UserError(f"server: {why}") from None
         options.say(f"sites may connect to {kit.address} (its certificate: {until(kit.expires)})")
         relay = Relay(
-            listener,
-            superlink.admit,
-            superlink.revive,
-            superlink.dropped,
-            door.ring,
-            door.answered,
-            door.allow,
-            options.say,
-        )
+            listener, superlink.admit, revive=superlink.revive, dropped=superlink.dropped, pushed=door.ring,
+            answered=door.answered, allow=door.allow, say=options.say,
+        )  # fmt: skip
         try:
             yield stack.enter_context(closing(relay))
         except UserError:

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 _REMEMBERED = 1 << 12  # answers
-_UNASKED = (
-    16 << 20
-)  # bytes a site may push beside what it is asked for: announcements, and what a broken line makes it repeat
+# Bytes a site may push beside what it is asked for: announcements, and what a broken line makes it repeat.
+_UNASKED = 16 << 20
 
 
 @dataclass

@@ -149,7 +149,7 @@ def read_tensors(path: Path, expected: str | None = None) -> dict[str, Tensor]:
     data = read(path, expected)
     try:
         return safetensors.torch.load(data)
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:  # of torch too: a shape may be more than it can hold
         raise corrupt(path, str(error)) from None
 
 
