@@ -1,4 +1,4 @@
-"""Attention of one pass, registered with transformers under ``NAME``: packed sequences, or one decoding step.
+"""Attention of a pass over packed sequences, registered with transformers under ``NAME``.
 
 All tokens lie end to end in one row [1,T]; each sequence sees only itself and, when it has one, its client's shared
 prefix, whose keys and values are computed once. Gradients of all its readers add up in the prefix: that is exact.
@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -51,34 +50,15 @@ class Packed:
         if self.keep:
             self.cache[layer] = (k, v)
         if window not in self.tiles:
-            self.tiles[window] = tiles(self.segments, window, q.shape[1] // k.shape[1], _wide(q[:, :, :0]))
+            self.tiles[window] = tiles(self.segments, window, q.shape[1] // k.shape[1], wide(q[:, :, :0]))
         out: Tensor = _Tiled.apply(q[0], k[0], v[0], scale, self.tiles[window])  # type: ignore[no-untyped-call]
         return out[None]
 
 
-@dataclass
-class Decode:
-    """One new token for each of B sequences. ``mask`` [B,1,1,L] says which of the left-padded past is real.
+class Attention(Protocol):
+    """What a pass does with the queries, keys and values of a layer."""
 
-    ``cache``: layer -> keys and values [B,h,L+N,d] with room for N new tokens; ``length`` of them are filled, the
-    new token included.
-    """
-
-    cache: dict[int, tuple[Tensor, Tensor]]
-    mask: Tensor
-    length: int = 0
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        keys, values = self.cache[layer]
-        keys[:, :, self.length - 1 : self.length] = k
-        values[:, :, self.length - 1 : self.length] = v
-        past = [x[:, :, : self.length] for x in (keys, values)]
-        mask = self.mask[..., : self.length]
-        if window is not None:
-            mask = mask & (torch.arange(self.length, device=q.device) > self.length - 1 - window)
-        shared = q.view(len(q), k.shape[1], -1, q.shape[-1])  # heads that share keys as queries of one product
-        out = scaled_dot_product_attention(shared, past[0], past[1], attn_mask=mask, scale=scale)
-        return out.reshape(len(q), 1, q.shape[1], -1)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -154,7 +134,7 @@ class _Tiled(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, tiling: Sequence[Tile]) -> Tensor:
         """q [H,T,d], k [h,T,d], v [h,T,e] -> [T,H,e]."""
         ctx.scale, ctx.tiling = scale, tiling
-        wide_k = _wide(k)
+        wide_k = wide(k)
         out = q.new_empty(q.shape[1], q.shape[0], v.shape[-1])
         keep = sum(tile.hidden.numel() for tile in tiling) * len(k) <= _KEPT * q.shape[1] and ctx.needs_input_grad[0]
         kept = []
@@ -170,9 +150,9 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         q, k, v, *kept = ctx.saved_tensors
-        wide_k = k if kept else _wide(k)
+        wide_k = k if kept else wide(k)
         # Sums over many readers, in more than the model's precision.
-        grad_q, grad_k, grad_v = q.new_empty(q.shape), torch.zeros_like(_wide(k)), torch.zeros_like(_wide(v))
+        grad_q, grad_k, grad_v = q.new_empty(q.shape), torch.zeros_like(wide(k)), torch.zeros_like(wide(v))
         by_head = grad.transpose(0, 1)  # [H,T,e]
         for n, tile in enumerate(ctx.tiling):
             queries, keys, g = _queries(q, tile, len(k)), tile.keys(k), _queries(by_head, tile, len(k))
@@ -185,7 +165,7 @@ class _Tiled(torch.autograd.Function):
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -196,14 +176,14 @@ def _queries(x: Tensor, tile: Tile, key_heads: int) -> Tensor:
 
 def _probabilities(queries: Tensor, wide_keys: Tensor, tile: Tile, scale: float) -> Tensor:
     """[h, H/h·queries, keys] in the model's precision."""
-    scores = torch.baddbmm(tile.hidden, _wide(queries), wide_keys.transpose(1, 2), alpha=scale)
+    scores = torch.baddbmm(tile.hidden, wide(queries), wide_keys.transpose(1, 2), alpha=scale)
     return scores.softmax(-1).to(queries.dtype)
 
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-    packed: Packed | Decode | None = None, **kwargs: Any,
+    packed: Attention | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     assert packed is not None, "the batched engine hands over the pass in the keyword 'packed'"
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5

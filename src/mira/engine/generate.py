@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from mira.adapters.lowrank import Lane
-from mira.engine.attention import Decode, Packed, Segment
+from mira.engine.attention import Packed
+from mira.engine.decode import after
 from mira.engine.packing import Pass
 
 _UNLIMITED = 1 << 30
-_ROOM = 32  # the cache grows by this many tokens at a time
 
 
 def positions(model: PreTrainedModel) -> int:
@@ -36,7 +36,8 @@ def greedy(
         input_ids=packed.tokens[None].to(device), position_ids=packed.positions[None].to(device),
         use_cache=False, packed=first_pass,
     ).last_hidden_state[0]  # fmt: skip
-    state, length = _left_padded(first_pass, prompts, device)
+    state = after(prompts, first_pass.cache, max_new)
+    first_pass.cache.clear()
     position = torch.tensor([s.prefix + s.end - s.start for s in prompts], device=device)
     place = 0
     ranges = []
@@ -56,42 +57,10 @@ def greedy(
         done |= position >= limit
         if bool(done.all()) or step == max_new - 1:
             break
-        state.length = length + step + 1
-        _make_room(state)
+        state.advance()
         hidden = model.base_model(
             input_ids=token[:, None], position_ids=position.clamp(max=limit - 1)[:, None], use_cache=False, packed=state
         ).last_hidden_state[:, 0]
         token = head(hidden).argmax(-1)
         position = position + 1
     return answers
-
-
-def _left_padded(first: Packed, prompts: Sequence[Segment], device: torch.device) -> tuple[Decode, int]:
-    """The packed keys and values gathered into one left-padded rectangle, each shared prefix copied to its readers."""
-    length = max(s.prefix + s.end - s.start for s in prompts)
-    index = torch.zeros(len(prompts), length, dtype=torch.int64)
-    mask = torch.zeros(len(prompts), 1, 1, length, dtype=torch.bool)
-    for b, s in enumerate(prompts):
-        past = torch.cat([torch.arange(s.prefix_start, s.prefix_end), torch.arange(s.start, s.end)])
-        index[b, length - len(past) :] = past
-        mask[b, ..., length - len(past) :] = True
-    index = index.to(device)
-
-    empty = ~mask[:, 0, :, :, None].to(device)  # [B,1,L,1]
-
-    def gather(x: Tensor) -> Tensor:  # [1,h,T,d] -> [B,h,L,d]
-        # Padding reads token 0, somebody else's: zeroed, for a mask does not keep out NaN (0·NaN is NaN).
-        return x[0][:, index].transpose(0, 1).masked_fill(empty, 0)
-
-    cache = {layer: (gather(k), gather(v)) for layer, (k, v) in first.cache.items()}
-    return Decode(cache, mask.to(device)), length
-
-
-def _make_room(state: Decode) -> None:
-    if state.length <= state.mask.shape[-1]:
-        return
-    for layer, (k, v) in state.cache.items():
-        more = k.new_zeros(*k.shape[:2], _ROOM, k.shape[3])
-        state.cache[layer] = (torch.cat([k, more], dim=2), torch.cat([v, more], dim=2))
-    room = torch.ones(*state.mask.shape[:-1], _ROOM, dtype=torch.bool, device=state.mask.device)
-    state.mask = torch.cat([state.mask, room], dim=-1)
