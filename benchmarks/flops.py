@@ -24,6 +24,7 @@ class Tokens:
 
     real: int
     packed: int
+    alone: int
     padded: int
     labels: int
 
@@ -33,6 +34,7 @@ def count(workload: Workload, round: int) -> Tokens:
     return Tokens(
         real=sum(len(s.tokens) for batch in batches for s in batch),
         packed=sum(packed_tokens(batch, True) for batch in batches),
+        alone=sum(packed_tokens(batch, False) for batch in batches),
         padded=sum(len(batch) * max(len(s.tokens) for s in batch) for batch in batches),
         labels=sum(sum(s.label) for batch in batches for s in batch),
     )
@@ -62,7 +64,7 @@ class Cost:
         return 4.0 * tokens.padded * (self.body + self.head)
 
     def ours(self, tokens: Tokens, prefix: bool) -> float:
-        everywhere = (tokens.packed if prefix else tokens.real) * (self.body - self.last)
+        everywhere = (tokens.packed if prefix else tokens.alone) * (self.body - self.last)
         return 4.0 * (everywhere + tokens.labels * (self.last + self.head))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def random_row(layout: Layout, seed: int = 0) -> Tensor:
 
 
 def sequences() -> Any:
-    return RandomCorpus((1,)).encoded(0, "test")
+    """Without labels: every token is read."""
+    return [replace(s, label=(False,) * len(s.tokens)) for s in RandomCorpus((1,)).encoded(0, "test")]
 
 
 def our_logits(kind: str, layout: Layout, row: Tensor, prefix: bool) -> list[Tensor]:

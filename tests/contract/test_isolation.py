@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from engines import RandomCorpus, make_engine, warm_row
 from mira.core.training import Training
 from mira.core.types import Work
 from mira.engine import reference
+from mira.engine.attention import Packed
 
 TRAINING = Training(local_steps=1)
 
@@ -65,3 +67,47 @@ def test_training_leaves_the_global_random_state_alone() -> None:
         before = torch.get_rng_state()
         engine.train(Work(torch.arange(2), warm_row(engine.layout).expand(2, -1)), 0, 1e-3)
         assert torch.equal(before, torch.get_rng_state()), name
+
+
+def test_measuring_goes_in_pieces_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down to single sequences, in order; one that does not fit alone is an error."""
+    engine: Any = make_engine("batched", "llama", RandomCorpus((1, 1, 1)), TRAINING, torch.float64)
+    rows = torch.stack([warm_row(engine.layout, seed) for seed in range(3)]).double()
+    client, most = torch.arange(3), 1
+    answers, losses = (
+        engine.generate(rows, client, "test", None, 6),
+        engine.evaluate(rows, client, ("test", "train")).nll,
+    )
+
+    def scarce(*args: Any, **options: Any) -> Any:
+        out = forward(*args, **options)
+        if isinstance(options["packed"], Packed) and len(options["packed"].segments) > most:  # no step of decoding
+            raise torch.OutOfMemoryError("pretend")
+        return out
+
+    forward = engine.model.base_model.forward
+    monkeypatch.setattr(engine.model.base_model, "forward", scarce)
+    assert engine.generate(rows, client, "test", None, 6) == answers
+    again = engine.evaluate(rows, client, ("test", "train")).nll
+    torch.testing.assert_close(again, losses, rtol=1e-12, atol=0)
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        engine.evaluate(rows, client, ("test",))
+
+
+def test_nothing_of_a_pass_that_failed_between_two_projections_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values are made together with the queries; where memory runs out in between, nobody fetches them."""
+    engine: Any = make_engine("batched", "llama", RandomCorpus((1, 1)), TRAINING)
+    rows = torch.stack([warm_row(engine.layout, seed) for seed in range(2)])
+    made: list[weakref.ref[torch.Tensor]] = []
+    attention = engine.model.base_model.layers[-1].self_attn
+
+    def short(x: torch.Tensor) -> torch.Tensor:
+        made.extend(weakref.ref(out) for _, out in engine.attached.lane.ready.values())
+        raise torch.OutOfMemoryError("pretend")
+
+    monkeypatch.setitem(vars(attention.k_proj), "forward", short)
+    failed = engine.train(Work(torch.arange(2), rows), 0, 1e-3).failed
+    assert len(failed) == 2
+    assert len(made) > 2
+    assert all(tensor() is None for tensor in made)

@@ -1,4 +1,4 @@
-"""Packing as laws: every token once, every label predicted from the right place; and the attention over it exact."""
+"""Packing as laws: every token that is read once, every label predicted from the right place; and the attention over it exact."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mira.adapters.lora import Lora, start_row
 from mira.core.training import Training
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
-from mira.engine.packing import common_prefix, pack, packed_tokens, plan
+from mira.engine.packing import common_prefix, pack, packed_tokens, plan, read_tokens
 from tiny import PAD, VOCABULARY, make_tiny, norms_in_double
 
 Jobs = list[tuple[int, list[Encoded]]]
@@ -48,7 +48,7 @@ def job_lists(draw: st.DrawFn) -> Jobs:
 
 
 @given(job_lists().filter(bool), st.booleans())
-def test_a_pass_holds_every_token_once_and_every_label_where_it_is_predicted(jobs: Jobs, share: bool) -> None:
+def test_a_pass_holds_what_is_read_once_and_every_label_where_it_is_predicted(jobs: Jobs, share: bool) -> None:
     packed = pack(jobs, share)
     flat, total = packed.tokens.tolist(), len(packed.tokens)
     given_sequences = [s for _, job in jobs for s in job]
@@ -65,8 +65,10 @@ def test_a_pass_holds_every_token_once_and_every_label_where_it_is_predicted(job
         places = [*range(segment.prefix_start, segment.prefix_end), *range(segment.start, segment.end)]
         assert begin <= places[0]
         assert places[-1] < end
-        assert tuple(flat[p] for p in places) == sequence.tokens
-        assert packed.positions[places].tolist() == list(range(len(sequence.tokens)))
+        # All of it that is read: the last label's own token, and what follows, predicts nothing.
+        assert len(places) == read_tokens(sequence)
+        assert tuple(flat[p] for p in places) == sequence.tokens[: len(places)]
+        assert packed.positions[places].tolist() == list(range(len(places)))
     # Each label is predicted by the token before it, which the sequence does not share.
     expected = []
     for n, (sequence, segment) in enumerate(zip(given_sequences, packed.prompts, strict=True)):
@@ -77,8 +79,14 @@ def test_a_pass_holds_every_token_once_and_every_label_where_it_is_predicted(job
     assert list(told) == expected
     assert total == sum(packed_tokens(job, share) for _, job in jobs)
     if not share:
-        assert total == sum(len(s.tokens) for s in given_sequences)
+        assert total == sum(map(read_tokens, given_sequences))
         assert all(s.prefix == 0 for s in packed.segments)
+
+
+@given(sequences(()))
+def test_what_is_read_of_a_sequence_ends_at_the_last_prediction(sequence: Encoded) -> None:
+    labels = [i for i, is_label in enumerate(sequence.label) if is_label]
+    assert read_tokens(sequence) == (labels[-1] if labels else len(sequence.tokens))
 
 
 @given(st.lists(st.integers(0, 2), max_size=14).map(tuple).flatmap(lambda head: st.lists(sequences(head), max_size=5)))
@@ -101,6 +109,16 @@ def test_a_plan_keeps_the_order_and_the_budget(sizes: list[int], budget: int) ->
     assert all(total <= budget or len(chosen) == 1 for total, chosen in zip(used, passes, strict=True))
     for total, following in zip(used, passes[1:], strict=False):
         assert total + sizes[following[0]] > budget  # no pass ends before it has to
+
+
+def test_a_client_in_pieces_has_its_prefix_once_in_each() -> None:
+    """40 tokens in common and 10 of its own: within 200 tokens there is room for 16 sequences, not for 4."""
+    model = make_tiny("llama")
+    engine = engine_on(
+        model, Lora(2, 4.0, targets=("q_proj",)).layout(model), True, budget=50
+    )  # four times in a forward pass
+    job = [Encoded((5,) * 40 + (6 + n,) * 10, (False,) * 50, False) for n in range(32)]
+    assert [len(piece) for piece in engine._cut(job)] == [16, 16]
 
 
 # The numbers.

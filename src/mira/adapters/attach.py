@@ -92,7 +92,6 @@ def _probe(lane: Lane) -> Tensor:
 
 def _attach_group(attached: Attached, group: Sequence[Projection]) -> None:
     """The first of the group that is called computes all of them; the others find their output ready."""
-    ready: dict[int, tuple[Tensor, Lane, Tensor]] = {}
 
     def make(number: int) -> Callable[[Forward], Forward]:
         def exchanged(plain: Forward) -> Forward:
@@ -102,12 +101,12 @@ def _attach_group(attached: Attached, group: Sequence[Projection]) -> None:
                 lane = attached.lane
                 if lane is None or lane.dropout is not None:
                     return adapted(x)  # type: ignore[no-any-return]
-                seen, under, out = ready.pop(number, (None, None, None))
-                if seen is x and under is lane and out is not None:
+                seen, out = lane.ready.pop(group[number].module, (None, None))
+                if seen is x and out is not None:
                     return out
                 outs = Projections.apply(x, _probe(lane), group, lane)  # type: ignore[no-untyped-call]
-                ready.update({n: (x, lane, one) for n, one in enumerate(outs) if n != number})
-                return outs[number]  # type: ignore[no-any-return]
+                lane.ready.update({one.module: (x, out) for one, out in zip(group, outs, strict=True)})
+                return lane.ready.pop(group[number].module)[1]
 
             return forward
 

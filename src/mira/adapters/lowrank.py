@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mira.core.layout import Entry
 
@@ -17,7 +17,8 @@ class Lane:
 
     ``needed`` [m]: the places whose last hidden state is read, in order; None where all are.
     ``grad`` [n,P] receives the gradients of ``rows`` [n,P]; None while evaluating. ``dropout`` holds one generator
-    per row, so that a client's masks do not depend on who else is in the pass.
+    per row, so that a client's masks do not depend on who else is in the pass. ``ready``: the input a layer will be called
+    with and what it gives then, where that was made together with another's.
     """
 
     rows: Tensor
@@ -25,6 +26,7 @@ class Lane:
     grad: Tensor | None = None
     dropout: Sequence[torch.Generator] | None = None
     needed: Tensor | None = None
+    ready: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def even(self) -> slice | list[int] | None:

@@ -10,6 +10,8 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -29,13 +31,16 @@ from mira.engine.checkpoint import recomputed
 from mira.engine.exchange import exchange, find_last
 from mira.engine.generate import greedy
 from mira.engine.loss import LabelLoss, label_nll
-from mira.engine.memory import OUT_OF_MEMORY, is_out_of_memory
+from mira.engine.memory import OUT_OF_MEMORY, unless_out_of_memory
 from mira.engine.optim import RowOptimizer, pull
-from mira.engine.packing import Pass, pack, packed_tokens, plan
+from mira.engine.packing import Jobs, Pass, common_prefix, halves, pack, packed_tokens, plan, prepended, read_tokens
 
 log = logging.getLogger(__name__)
 
 _FORWARD = 4  # times the tokens of a training pass in one without gradients
+_HALVING = "out of memory while %s in one pass; trying halves (engine.tokens_per_pass=%d)"
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -126,17 +131,18 @@ class BatchedEngine:
     def score(self, rows: Tensor, sequences: Sequence[Sequence[Encoded]]) -> tuple[Tensor, Tensor]:
         """Summed loss (nats, float64) and label tokens of every sequence, row by row in the given order."""
         jobs = [(row, part) for row, job in enumerate(sequences) for part in self._cut(job)]
-        nll, tokens = [], []
         on_device = self._stretched(rows)
-        for part in self._passes(jobs, self._forward_budget):
+
+        def losses(part: Jobs) -> tuple[Tensor, Tensor]:
             packed = pack(part, self.prefix, self.layout.virtual_tokens)
             with torch.no_grad(), self._lane(Lane(on_device, packed.ranges, needed=packed.predict.to(self.device))):
                 hidden = self._body(packed)
                 each = label_nll(hidden[packed.predict.to(self.device)], self._head, packed.target.to(self.device))
             number = sum(len(job) for _, job in part)
-            nll.append(torch.zeros(number, dtype=torch.float64).index_add_(0, packed.owner, each.double().cpu()))
-            tokens.append(packed.owner.bincount(minlength=number))
-            self._report(part)
+            nll = torch.zeros(number, dtype=torch.float64).index_add_(0, packed.owner, each.double().cpu())
+            return nll, packed.owner.bincount(minlength=number)
+
+        nll, tokens = zip(*(found for _, found in self._measured_passes(jobs, losses)), strict=True)
         return torch.cat(nll), torch.cat(tokens)
 
     def generate(
@@ -151,25 +157,42 @@ class BatchedEngine:
         jobs = [(row, part) for row, job in enumerate(sequences) for part in self._cut(job)]
         answers: list[list[str]] = [[] for _ in prompts]
         on_device = self._stretched(rows)
-        for part in self._passes(jobs, self._forward_budget):
+
+        def new_tokens(part: Jobs) -> list[list[int]]:
             packed = pack(part, self.prefix, self.layout.virtual_tokens)
             with torch.no_grad(), self._lane(Lane(on_device, packed.ranges)) as lane:
-                new = greedy(
-                    self.model, self._head, packed, lane, [len(job) for _, job in part], self.end, max_new_tokens
-                )
+                per_job = [len(job) for _, job in part]
+                return greedy(self.model, self._head, packed, lane, per_job, self.end, max_new_tokens)
+
+        for part, new in self._measured_passes(jobs, new_tokens):
             owners = [row for row, job in part for _ in job]
             for row, tokens in zip(owners, new, strict=True):
                 answers[row].append(self.decode(tokens))
-            self._report(part)
         return answers
 
+    def _measured_passes(self, jobs: Jobs, compute: Callable[[Jobs], _Found]) -> Iterator[tuple[Jobs, _Found]]:
+        """Passes without gradients, in order, and what ``compute`` gives for each; in pieces where memory runs out."""
+        waiting: list[Jobs] = list(self._passes(jobs, self._forward_budget))[::-1]
+        while waiting:
+            part = waiting.pop()
+            found = unless_out_of_memory(partial(compute, part))
+            if found is not None:
+                self._report(part)
+                yield part, found
+                continue
+            pieces = halves(part)
+            if not pieces:
+                raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+            log.warning(_HALVING, "measuring", self.budget)
+            waiting += pieces[::-1]
+
     def _accumulate(
-        self, part: Sequence[tuple[int, Sequence[Encoded]]], rows: Tensor, grad: Tensor, loss: Tensor,
+        self, part: Jobs, rows: Tensor, grad: Tensor, loss: Tensor,
         dropout: Sequence[torch.Generator] | None, lost: dict[int, str],
     ) -> None:  # fmt: skip
         """Add the gradient and the loss of one pass. Out of memory: halve the pass; a client that does not fit alone is lost."""
         index = [row for row, _ in part]
-        each = self._try(part, rows, grad, dropout)
+        each = unless_out_of_memory(lambda: self._backward(part, rows, grad, dropout))
         if each is not None:
             loss[index] += each
             self._report(part)
@@ -178,27 +201,12 @@ class BatchedEngine:
         if len(part) == 1:
             lost[index[0]] = OUT_OF_MEMORY
             return
-        log.warning(
-            "out of memory with %d clients in a pass; trying halves (engine.tokens_per_pass=%d)",
-            len(part), self.budget,
-        )  # fmt: skip
-        for half in (part[: len(part) // 2], part[len(part) // 2 :]):
+        log.warning(_HALVING, f"training {len(part)} clients", self.budget)
+        for half in halves(part):
             self._accumulate(half, rows, grad, loss, dropout, lost)
 
-    def _try(
-        self, part: Sequence[tuple[int, Sequence[Encoded]]], rows: Tensor, grad: Tensor,
-        dropout: Sequence[torch.Generator] | None,
-    ) -> Tensor | None:  # fmt: skip
-        """``_backward``, or None when memory ran out. On return nothing of a failed pass is alive: an error's traceback is."""
-        try:
-            return self._backward(part, rows, grad, dropout)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
-
     def _backward(
-        self, part: Sequence[tuple[int, Sequence[Encoded]]], rows: Tensor, grad: Tensor,
+        self, part: Jobs, rows: Tensor, grad: Tensor,
         dropout: Sequence[torch.Generator] | None,
     ) -> Tensor:  # fmt: skip
         """One pass forward and back; the mean label loss of each job (float64)."""
@@ -239,6 +247,7 @@ class BatchedEngine:
             yield lane
         finally:
             self.attached.lane = None
+            lane.ready.clear()  # of a pass that failed; its graph holds the lane
 
     def _rows(self, rows: Tensor) -> Tensor:
         """Rows on the device in the adapters' precision: fp32, or fp64 on an fp64 base."""
@@ -269,17 +278,17 @@ class BatchedEngine:
         stretch = self.layout.stretch(on_device)
         return on_device if stretch is None else on_device * stretch
 
-    def _passes(
-        self, jobs: Sequence[tuple[int, Sequence[Encoded]]], budget: int
-    ) -> Iterator[list[tuple[int, Sequence[Encoded]]]]:
+    def _passes(self, jobs: Jobs, budget: int) -> Iterator[Jobs]:
         sizes = [packed_tokens(sequences, self.prefix, self.layout.virtual_tokens) for _, sequences in jobs]
         for chosen in plan(sizes, budget):
             yield [jobs[n] for n in chosen]
 
     def _cut(self, sequences: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
         """Pieces of one client's sequences that fit a pass; without gradients a client may be spread over passes."""
-        for chosen in plan([self.layout.virtual_tokens + len(s.tokens) for s in sequences], self._forward_budget):
+        whole = prepended(sequences, self.layout.virtual_tokens)
+        shared = common_prefix(whole) if self.prefix else 0  # once in each piece
+        for chosen in plan([read_tokens(s) - shared for s in whole], self._forward_budget - shared):
             yield [sequences[n] for n in chosen]
 
-    def _report(self, part: Sequence[tuple[int, Sequence[Encoded]]]) -> None:
+    def _report(self, part: Jobs) -> None:
         self.progress(sum(len(s.tokens) for _, job in part for s in job))

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+_Made = TypeVar("_Made")
+
 OUT_OF_MEMORY = "out of memory; lower training.batch_size or prompt.max_length"
+
+
+def unless_out_of_memory(compute: Callable[[], _Made]) -> _Made | None:
+    """What it gives, or None when memory ran out. On return nothing it made is alive: an error's traceback is."""
+    try:
+        return compute()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

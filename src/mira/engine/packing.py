@@ -33,10 +33,13 @@ class Pass:
     prompts: tuple[Segment, ...]
 
 
-def pack(jobs: Sequence[tuple[int, Sequence[Encoded]]], share_prefix: bool, virtual: int = 0) -> Pass:
+Jobs = Sequence[tuple[int, Sequence[Encoded]]]  # a row and its sequences, each
+
+
+def pack(jobs: Jobs, share_prefix: bool, virtual: int = 0) -> Pass:
     """Lay out the sequences of each (row, sequences) job, each behind ``virtual`` placeholders. The prefix that a job's
     sequences have in common, found on token ids, is laid once; it ends before the token that predicts the first label of
-    any of them."""
+    any of them. What comes after the token that predicts the last label is left out: nothing reads it."""
     tokens: list[int] = []
     positions: list[int] = []
     ranges: list[tuple[int, int, int]] = []
@@ -55,10 +58,11 @@ def pack(jobs: Sequence[tuple[int, Sequence[Encoded]]], share_prefix: bool, virt
             positions += range(shared)
         for sequence in sequences:
             at = len(tokens)
-            own = len(sequence.tokens) - shared
+            read = read_tokens(sequence)
+            own = read - shared
             segments.append(Segment(at, at + own, begin, begin + shared))
             own_segments.append(segments[-1])
-            tokens += sequence.tokens[shared:]
+            tokens += sequence.tokens[shared:read]
             positions += range(shared, shared + own)
             for i, is_label in enumerate(sequence.label):
                 if is_label:
@@ -71,6 +75,13 @@ def pack(jobs: Sequence[tuple[int, Sequence[Encoded]]], share_prefix: bool, virt
         torch.tensor(predict, dtype=torch.int64), torch.tensor(target, dtype=torch.int64),
         torch.tensor(owner, dtype=torch.int64), tuple(own_segments),
     )  # fmt: skip
+
+
+def read_tokens(sequence: Encoded) -> int:
+    """How many of its tokens a pass reads: up to the one that predicts the last label, all where there is no label."""
+    if True not in sequence.label:
+        return len(sequence.tokens)
+    return len(sequence.label) - 1 - sequence.label[::-1].index(True)
 
 
 def common_prefix(sequences: Sequence[Encoded]) -> int:
@@ -98,7 +109,7 @@ def prepended(sequences: Sequence[Encoded], virtual: int) -> Sequence[Encoded]:
 def packed_tokens(given: Sequence[Encoded], share_prefix: bool, virtual: int = 0) -> int:
     """Tokens that ``pack`` lays out for one job."""
     sequences = prepended(given, virtual)
-    total = sum(len(sequence.tokens) for sequence in sequences)
+    total = sum(map(read_tokens, sequences))
     return total - (len(sequences) - 1) * common_prefix(sequences) if share_prefix else total
 
 
@@ -113,3 +124,12 @@ def plan(sizes: Sequence[int], budget: int) -> list[list[int]]:
         passes[-1].append(job)
         used += size
     return passes
+
+
+def halves(jobs: Jobs) -> list[Jobs]:
+    """A pass as two, in order: of several jobs, or of one job's sequences; none of a single sequence."""
+    if len(jobs) > 1:
+        return [jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]]
+    [(row, sequences)] = jobs
+    middle = len(sequences) // 2
+    return [[(row, sequences[:middle])], [(row, sequences[middle:])]] if middle else []
