@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import memory, server, serving, training
+from mira.session import processor
 
 OUT = Path(__file__).parent / "out" / "bench.json"
 console = Console(width=None if os.isatty(1) else 130)
@@ -29,7 +30,7 @@ def main() -> None:
     samples, full = given.samples, given.full
     results: dict[str, Any] = {"environment": _environment(), "samples": samples, "ratios": {}, "agreement": {}}
     _add(results, "training", training.measure(samples, console.print, full=full))
-    _add(results, "serving", serving.measure(max(samples // 2, 2), console.print))
+    _add(results, "serving", serving.measure(samples, console.print))
     _add(results, "memory", memory.measure())
     if full:
         _add(results, "batch 8", training.measure(2, console.print, batch=8), goals=False)
@@ -58,7 +59,8 @@ def _environment() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "platform": platform.platform(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu": f"{processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("mira", "torch", "transformers", "peft")},
     }

@@ -37,7 +37,7 @@ from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.engine.packing import packed_tokens
 from mira.methods.mira import Mira
-from mira.session import _processor
+from mira.session import processor
 
 SAMPLES = 3
 JSON = Path(__file__).parent / "out" / "curves.json"
@@ -228,7 +228,7 @@ def sample(points: Sequence[Point], samples: int, warm: int | None) -> list[Reco
 def machine() -> Record:
     """What seconds depend on."""
     return {
-        "processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY", ""), "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "mira")},
     }  # fmt: skip

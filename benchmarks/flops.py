@@ -68,12 +68,14 @@ class Cost:
         return 4.0 * (everywhere + tokens.labels * (self.last + self.head))
 
 
-def gemm_peak(dtype: torch.dtype, rows: int = 2560, seconds: float = 1.0) -> float:
+def gemm_peak(device: torch.device, dtype: torch.dtype, rows: int = 2560, seconds: float = 1.0) -> float:
     """Flops a second of the best of some products as large as the model's own, with its widest matrices."""
-    x, w = torch.randn(rows, 576, dtype=dtype), torch.randn(1536, 576, dtype=dtype)
+    x, w = (torch.randn(n, 576, dtype=dtype, device=device) for n in (rows, 1536))
     best, end = float("inf"), perf_counter() + seconds
     while perf_counter() < end:
         start = perf_counter()
         torch.nn.functional.linear(x, w)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         best = min(best, perf_counter() - start)
     return 2.0 * rows * 576 * 1536 / best

@@ -8,13 +8,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from benchmarks import peft_loop
 from benchmarks.workload import LR, open_workload
 from mira.engine.memory import peak_memory
 
-CPU = torch.device("cpu")
 DEFAULT, LARGE = 768, 4096  # tokens a pass: what is chosen on a CPU, and all clients at once
 
 
@@ -56,12 +53,12 @@ def main(tokens_per_pass: int) -> None:
     workload = open_workload("float32")
     peft = None if tokens_per_pass else peft_loop.wrapped(workload)
     engine, rows = workload.engine(True, tokens_per_pass or None), workload.rows()
-    before = peak_memory(CPU)
+    before = peak_memory(workload.plain.device)
     if peft is not None:
         peft_loop.train(peft, workload, rows, 0)
     else:
         engine.train(workload.work(rows), 0, LR)
-    print(json.dumps({"before": before, "peak": peak_memory(CPU)}))
+    print(json.dumps({"before": before, "peak": peak_memory(workload.plain.device)}))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def wrapped(workload: Workload) -> PeftModel:
 def train(peft: PeftModel, workload: Workload, rows: Tensor, round: int) -> tuple[Tensor, Tensor]:
     """The fair loop: one model for all clients. Rows after the round [J,P], and the mean loss of each client [J]."""
     done = [_train_one(peft, workload, rows[k], round, k) for k in workload.clients]
-    return torch.stack([row for row, _ in done]), torch.stack([loss for _, loss in done])
+    return torch.stack([row for row, _ in done]).cpu(), torch.stack([loss for _, loss in done]).cpu()
 
 
 @torch.no_grad()
@@ -51,14 +51,14 @@ def evaluate(peft: PeftModel, workload: Workload, rows: Tensor, split: str, batc
     for k in workload.clients:
         _load(peft, workload.session.layout, rows[k])
         sequences = workload.session.corpus.encoded(k, split)
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=peft.device)
         for start in range(0, len(sequences), batch_size):
             part = sequences[start : start + batch_size]
             batch = padded(part, workload)
             loss = peft(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).loss
             total += loss.double() * sum(sum(s.label) for s in part)
         losses.append(total / sum(sum(s.label) for s in sequences))
-    return torch.stack(losses)
+    return torch.stack(losses).cpu()
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def generate(peft: PeftModel, workload: Workload, rows: Tensor, split: str, limi
             ids[i, width - len(prompt) :] = torch.tensor(prompt)
             mask[i, width - len(prompt) :] = 1
         out = peft.generate(  # type: ignore[no-untyped-call]
-            input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False,
+            input_ids=ids.to(peft.device), attention_mask=mask.to(peft.device), max_new_tokens=new, do_sample=False,
             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, repetition_penalty=1.0,
         )  # fmt: skip
         answers.append([str(tokenizer.decode(line, skip_special_tokens=True)) for line in out[:, width:]])
@@ -93,7 +93,7 @@ def padded(sequences: Sequence[Encoded], workload: Workload) -> Batch:
         ids[i, :n] = torch.tensor(s.tokens)
         mask[i, :n] = 1
         labels[i, :n] = torch.where(torch.tensor(s.label), ids[i, :n], IGNORED)
-    return Batch(ids, mask, labels)
+    return Batch(*(x.to(workload.plain.device) for x in (ids, mask, labels)))
 
 
 def _train_one(peft: PeftModel, workload: Workload, row: Tensor, round: int, client: int) -> tuple[Tensor, Tensor]:

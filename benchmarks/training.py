@@ -76,7 +76,7 @@ def measure(samples: int, say: Callable[[str], None], batch: int = 4, full: bool
     if full:
         contest.enter("mira fp32, a client a pass", fp32, _ours(fp32, True, tokens_per_pass=1))
     for number in range(samples):
-        contest.peaks.append(gemm_peak(torch.float32))
+        contest.peaks.append(gemm_peak(fp32.plain.device, torch.float32))
         contest.round(number, say)
     fresh = _wrapping_seconds(fp32)
     return _report(contest, Cost.of(fp32), fresh, full)

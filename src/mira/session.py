@@ -257,7 +257,7 @@ def _environment(
         "prefix": prefix,
         "tokens_per_pass": tokens_per_pass,
         "machine": {
-            "python": platform.python_version(), "platform": platform.platform(), "processor": _processor(),
+            "python": platform.python_version(), "platform": platform.platform(), "processor": processor(),
             "cores": os.cpu_count(),
         },
         "truncated": truncated,
@@ -281,7 +281,8 @@ def _fingerprint(federation: Federation) -> str:
     return digest.hexdigest()
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name this machine gives its processor."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(

@@ -229,7 +229,7 @@ def test_the_threads_of_the_start_are_those_of_the_end(
 
 
 def test_another_machine_is_only_warned_about(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mira.session, "_processor", lambda: "Abacus 3000")
+    monkeypatch.setattr(mira.session, "processor", lambda: "Abacus 3000")
     ended = command("run", begun, "--resume")
     assert ended.status == 0
     assert "another machine" in ended.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -101,14 +102,26 @@ def test_the_common_prefix_is_the_longest_one_allowed(job: list[Encoded]) -> Non
     assert common_prefix(job) == (longest if longest >= 8 else 0)
 
 
-@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 80))
-def test_a_plan_keeps_the_order_and_the_budget(sizes: list[int], budget: int) -> None:
+@given(st.lists(st.integers(1, 50), max_size=9), st.integers(1, 80))
+def test_a_plan_keeps_the_order_and_the_budget_in_few_and_even_passes(sizes: list[int], budget: int) -> None:
+    """By brute force: of all ways to cut the jobs, in order, the fewest passes, and of those the smallest largest one."""
     passes = plan(sizes, budget)
     assert [job for chosen in passes for job in chosen] == list(range(len(sizes)))
-    used = [sum(sizes[job] for job in chosen) for chosen in passes]
-    assert all(total <= budget or len(chosen) == 1 for total, chosen in zip(used, passes, strict=True))
-    for total, following in zip(used, passes[1:], strict=False):
-        assert total + sizes[following[0]] > budget  # no pass ends before it has to
+
+    def total(chosen: Sequence[int]) -> int:
+        return sum(sizes[job] for job in chosen)
+
+    def allowed(cut: Sequence[Sequence[int]]) -> bool:
+        return all(total(chosen) <= budget or len(chosen) == 1 for chosen in cut)
+
+    cuts = [
+        [list(range(i, j)) for i, j in pairwise([0, *ends, len(sizes)])]
+        for number in range(len(sizes))
+        for ends in combinations(range(1, len(sizes)), number)
+    ]
+    best = min(((len(cut), max(map(total, cut))) for cut in cuts if allowed(cut)), default=(0, 0))
+    assert allowed(passes)
+    assert (len(passes), max(map(total, passes), default=0)) == best
 
 
 def test_a_client_in_pieces_has_its_prefix_once_in_each() -> None:

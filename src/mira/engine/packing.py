@@ -114,7 +114,21 @@ def packed_tokens(given: Sequence[Encoded], share_prefix: bool, virtual: int = 0
 
 
 def plan(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Jobs of the given token counts, in order, cut into passes of at most ``budget`` tokens (one job at least)."""
+    """Jobs of the given token counts, in order, cut into as few passes of at most ``budget`` tokens as that takes (one job
+    at least), and these as even as they can be: the largest decides how much memory is held."""
+    passes = _filled(sizes, budget)
+    low, high = max(sizes, default=0), budget
+    while low < high:
+        middle = (low + high) // 2
+        if len(_filled(sizes, middle)) == len(passes):
+            high = middle
+        else:
+            low = middle + 1
+    return _filled(sizes, low) if low <= budget else passes
+
+
+def _filled(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Each pass filled before the next is begun."""
     passes: list[list[int]] = []
     used = 0
     for job, size in enumerate(sizes):
