@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from math import exp
@@ -59,6 +60,34 @@ def write_run(
             store.commit(n, torch.empty(0, dtype=torch.int64), torch.empty(0, 2), {}, {}, record)
         if finished:
             store.finish({"best": {"exact_match": 0.5, "rouge_l": 0.75}, "clients": []})
+    return folder
+
+
+def write_comparison(folder: Path, falls: dict[str, float], names: Sequence[str], groups: Sequence[str]) -> Path:
+    """The folder of a finished ``mira compare``: an entry for each of ``falls``, three seeds, tested against the first two."""
+    baselines, entries = list(falls)[:2], []
+    for label, fall in falls.items():
+        runs = []
+        for seed in range(3):
+            place = Path("runs") / f"{len(entries)}" / f"seed-{seed}"
+            section = {"name": "mira", "strength": fall / 10}
+            write_run(folder / place, names, groups, seed=seed, fall=fall, method=section, evaluation={"test": False})
+            last = {name: random.Random(name).uniform(2, 5) * exp(-fall) for name in names}
+            transfer = _transfer(names, dict(zip(names, groups, strict=True)))
+            (folder / place / "test.json").write_text(json.dumps({"best": {"transfer": transfer}}), encoding="utf-8")
+            clients = [{"name": name, "loss": loss} for name, loss in last.items()]
+            scores = {"global_loss": 1.5, "exact_match": 0.5, "rouge_l": 0.75}
+            runs.append({"run": place.as_posix(), "clients": clients} | scores)
+        duels = [{"baseline": b, "wins": 9, "clients": len(names), "p": 0.0004} for b in baselines if b != label]
+        entries.append({"name": label, "chosen": "training.lr=0.001", "runs": runs, "against": duels})
+    about = {
+        "name": "made-up",
+        "command": "mira compare x.yaml",
+        "date": "2026-01-02",
+        "commit": "ab" * 20,
+        "complete": True,
+    }
+    (folder / "compare.json").write_text(json.dumps(about | {"entries": entries}), encoding="utf-8")
     return folder
 
 

@@ -30,6 +30,13 @@ from mira.session import Session, check_environment, open_session
 from mira.store import Store
 
 Result = dict[str, Any]
+_ITS_OWN = (
+    "split",
+    "prompt",
+    "training",
+    "evaluation",
+    "engine",
+)  # sections; a row read with another adapter would be noise
 ADAPTED = "adapted"  # in the run folder: of each client that joined, a PEFT folder and NAME.json
 
 
@@ -92,6 +99,12 @@ def _number(scores: Result) -> str:
 
 def _own(experiment: Experiment, source: _Newcomer, overrides: Sequence[str]) -> Experiment:
     """The run's experiment with the newcomer as its only client, which trains alone."""
+    for text in overrides:
+        section = text.partition("=")[0].partition(".")[0].strip()
+        if section not in _ITS_OWN:
+            raise UserError(
+                f"--set {text}: a client that joins has its run's {section}; of its own it may have {', '.join(_ITS_OWN)}"
+            )
     changed = config.parse(override(experiment.model_dump(mode="json"), overrides))
     training = replace(changed.training, keep_optimizer=False)
     return changed.model_copy(

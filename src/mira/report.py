@@ -131,6 +131,10 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def probability(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def _line(examples: str, values: dict[str, Any], answered: bool) -> list[str]:
     shown = [("loss_start", "loss", 3)]
     if answered:

@@ -24,6 +24,7 @@ from mira.adapters.seeds import SeedsAdapter, directions
 from mira.adapters.types import Adapter
 from mira.config import Experiment
 from mira.config.adapter import SeedsSection, VirtualPromptSection
+from mira.core.commit import commit
 from mira.core.errors import UserError, did_you_mean
 from mira.core.graph import Graph, Groups
 from mira.core.layout import Layout
@@ -256,6 +257,7 @@ def _environment(
         "device": base.model.device.type,
         "prefix": prefix,
         "tokens_per_pass": tokens_per_pass,
+        "commit": commit(),
         "machine": {
             "python": platform.python_version(), "platform": platform.platform(), "processor": processor(),
             "cores": os.cpu_count(),

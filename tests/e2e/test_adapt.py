@@ -76,7 +76,7 @@ def test_neighbours_of_other_ranks_count_in_their_own_scale(tiny_folder: Path, t
     )  # fmt: skip
     run(Experiment(**values), tmp_path / "run")
     (tmp_path / "eve.jsonl").write_text((tmp_path / "data.jsonl").read_text())
-    ended = adapt(tmp_path, "--group", "even", "--rounds", 0, "--set", "data.client_column=null")
+    ended = adapt(tmp_path, "--group", "even", "--rounds", 0)
     assert ended.status == 0, ended
     with Store.open(tmp_path / "run", writable=False) as store:
         rows = store.rows()[torch.tensor([0, 2])]
@@ -97,6 +97,13 @@ def test_neighbours_of_other_ranks_count_in_their_own_scale(tiny_folder: Path, t
         (("--group", "evn"), "--group evn: no client of the run is in it; did you mean 'even'?"),
         (("--set", "split.train=50"), "data: client 'eve' has 8 different examples"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
+        # Its start is made of its neighbours' rows: read with another adapter they would be noise.
+        (
+            ("--set", "adapter.rank=1"),
+            "--set adapter.rank=1: a client that joins has its run's adapter; of its own it may",
+        ),
+        (("--set", "data.source=builtin"), "a client that joins has its run's data"),
+        (("--set", "clients.rank={eve: 1}"), "a client that joins has its run's clients"),
     ],
 )
 def test_what_cannot_be_is_one_line(finished: Path, more: tuple[str, ...], message: str) -> None:

@@ -207,6 +207,14 @@ def test_other_data_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     assert ended.error.startswith("runs/mira-s-1/only/seed-3: data is ")
 
 
+def test_results_that_cannot_be_written_are_refused_before_anything_is_run(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    file = write(tmp_path, tiny_folder, {"MIRA": {}})
+    ended = mira("compare", file, "--out", tmp_path / "o", "--results", tmp_path / "taken")
+    assert ended.error == f"--results {tmp_path / 'taken'}: cannot be written to (File exists); name another folder"
+    assert not list((tmp_path / "o").glob("runs/*"))
+
+
 def test_a_comparison_goes_on_within_a_run(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tuned on one of two seeds, and interrupted after a round of the run that follows: as if it had not been."""
     file = write(tmp_path, tiny_folder, {"MIRA": {}}, tune_seeds=[1])

@@ -10,7 +10,7 @@ import pytest
 
 from browser import CHROMIUM, Page, browser
 from small import mira
-from synthetic import write_run
+from synthetic import write_comparison, write_run
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -26,6 +26,8 @@ OUTSIDE = """[...document.querySelectorAll('main svg[role=img]')].flatMap(s => {
   return [...s.querySelectorAll('text, circle, rect')].filter(e => { const r = e.getBoundingClientRect();
     return r.width && (r.left < b.left - 1 || r.right > b.right + 1 || r.top < b.top - 1 || r.bottom > b.bottom + 1)
   }).map(e => e.outerHTML) }).slice(0, 3)"""
+# Boxes that scroll sideways, by what they hold.
+BOXES = "[...document.querySelectorAll('.box')].filter(b => b.scrollWidth > b.clientWidth).map(b => b.ariaLabel + b.scrollWidth)"
 WIDE = "document.documentElement.scrollWidth - window.innerWidth"
 
 
@@ -62,11 +64,14 @@ def runs(folder: Path, kind: str) -> list[Path]:
             write_run(folder / str(n), *names_of(4), fall=1 + n / 4, method={"name": "mira", "strength": n / 12})
             for n in range(12)
         ]
+    if kind == "comparison of 17":
+        falls = {HOSTILE[0]: 1.0} | {f"method {n} (with a word in brackets)": 1 + n / 9 for n in range(1, 17)}
+        return [write_comparison(folder, falls, *names_of(12))]
     names, groups = names_of(400)
     return [write_run(folder / name, names, groups, method={"name": name}) for name in ("mira", "local")]
 
 
-@pytest.mark.parametrize("kind", ["one of 4", "methods and seeds", "12 strengths", "two of 400"])
+@pytest.mark.parametrize("kind", ["one of 4", "methods and seeds", "12 strengths", "two of 400", "comparison of 17"])
 def test_the_page(kind: str, tab: Page, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     assert mira("report", *runs(tmp_path, kind), "--out", out).status == 0
@@ -85,6 +90,7 @@ def test_the_page(kind: str, tab: Page, tmp_path: Path) -> None:
         assert tab.ask(f"document.body.textContent.includes({HOSTILE[0]!r})")
         tab.ask("document.querySelectorAll('details').forEach(d => d.open = true)")
         assert tab.ask(WIDE) <= 0, f"scrolls sideways at {width} px with everything opened"
+        assert width < 1280 or tab.ask(BOXES) == []
     assert tab.said == []
     assert set(tab.requested) == {out.resolve().as_uri()}, "the page loads something"
 

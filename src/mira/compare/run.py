@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from mira import config, experiment
@@ -43,6 +44,8 @@ def compare(
 
 def _compare(plan: Plan, out: Path, command: str, results: Path | None, say: Say) -> dict[str, Any]:
     log.info("%d runs: %s", plan.total, sizes(plan))
+    if results is not None:
+        _check_writable(results)
     _check_configurations(plan, out)
     progress, same = Progress(plan.total, say), _Same()
     watcher = Nobody() if by_finished(plan, out, say) else Estimate(plan.total, plan.base.evaluation.every, say)
@@ -157,6 +160,16 @@ def _write(value: dict[str, Any], out: Path, results: Path | None) -> None:
         for name, data in files.items():
             if folder == out or not name.endswith(".tex"):
                 replace(folder / name, data)
+
+
+def _check_writable(results: Path) -> None:
+    """Before anything is run, rather than after the first hours."""
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=results):
+            pass
+    except OSError as error:
+        raise UserError(f"--results {results}: cannot be written to ({error.strerror}); name another folder") from None
 
 
 def _mean_or_inf(losses: Sequence[float | None]) -> float:

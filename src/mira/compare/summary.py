@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,6 +11,7 @@ from typing import Any
 from mira import config
 from mira.compare.plan import Job, Plan, Point, shown
 from mira.compare.stats import mean_and_interval, paired
+from mira.core.commit import commit
 from mira.store import Store
 
 # Of each run: what the table averages over seeds.
@@ -47,7 +46,7 @@ def summary(plan: Plan, entries: Sequence[dict[str, Any]], environment: dict[str
         "name": plan.name,
         "date": time.strftime("%Y-%m-%d"),
         "command": command,
-        "commit": _commit(),
+        "commit": commit(),
         "machine": environment["machine"] | {"device": environment["device"], "threads": environment["threads"]},
         "versions": environment["versions"],
         "model": environment["model"],
@@ -64,13 +63,14 @@ def summary(plan: Plan, entries: Sequence[dict[str, Any]], environment: dict[str
 
 def _run(job: Job, test: dict[str, Any], out: Path) -> dict[str, Any]:
     with Store.open(out / job.folder, writable=False) as store:
-        records = store.metrics()
+        records, environment = store.metrics(), store.environment()
     best, last = test["best"], test["last"]
     answers, transfer = best.get("answers", {}), best["transfer"]
     training = [record for record in records if record["round"]]
     return {
         "seed": job.seed,
         "run": job.folder.as_posix(),
+        "commit": environment.get("commit"),
         "best_round": test["best_round"],
         "validation_loss": best["validation_loss"],
         "local_loss": best["local_loss"],
@@ -125,19 +125,3 @@ def _by_client(entry: dict[str, Any]) -> dict[str, float | None]:
         for client in run["clients"]:
             losses.setdefault(client["name"], []).append(client["loss"])
     return {name: _spread(values)["mean"] for name, values in losses.items()}
-
-
-def _commit() -> str | None:
-    """The commit this package's files are of, with '-dirty' where they were changed; None outside its repository."""
-    here = Path(__file__).resolve()
-    try:
-        subprocess.run(
-            ["git", "ls-files", "--error-unmatch", here.name], cwd=here.parent, check=True, capture_output=True
-        )
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here.parent, check=True, capture_output=True, text=True, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return described.stdout.strip()

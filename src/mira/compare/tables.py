@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mira.compare.summary import MEASURES
-from mira.report import number
+from mira.report import number, probability
 
 Value = dict[str, Any]  # what compare.json holds
 Rows = list[list[str]]  # the first is the head
@@ -112,11 +112,7 @@ def _duel(entry: Value, baseline: str) -> str:
     duel = next((duel for duel in entry["against"] if duel["baseline"] == baseline), None)
     if duel is None:
         return ""
-    return number(None) if duel["p"] is None else f"{duel['wins']} of {duel['clients']} ({_p(duel['p'])})"
-
-
-def _p(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
+    return number(None) if duel["p"] is None else f"{duel['wins']} of {duel['clients']} ({probability(duel['p'])})"
 
 
 def _notes(value: Value) -> list[str]:
@@ -125,10 +121,17 @@ def _notes(value: Value) -> list[str]:
     return [
         f"Mean over seeds {_list(seeds)} ± half the 95 % t-interval, test split, at the round and the point of the grid with the"
         f" lowest validation loss{few}; p: sign-flip test over clients, not corrected for the number of tests.",
-        f"{value['date']}, commit {value['commit'] or 'unknown'}, {machine['processor']}, {machine['threads']} threads,"
-        f" {machine['device']}; {model['name']} (sha256 {model['sha256'][:12]}); {value['command']}",
+        f"{value['date']}, commit {value['commit'] or 'unknown'}{_older(value)}, {machine['processor']},"
+        f" {machine['threads']} threads, {machine['device']}; {model['name']} (sha256 {model['sha256'][:12]});"
+        f" {value['command']}",
         *([] if value["complete"] else ["Not complete: some entries have not been run yet."]),
     ]
+
+
+def _older(value: Value) -> str:
+    """The commits of runs that another one than the table's made."""
+    made = {run.get("commit") for entry in value["entries"] for run in entry.get("runs", ())} - {None, value["commit"]}
+    return f" (runs of {', '.join(sorted(commit[:12] for commit in made))})" if made else ""
 
 
 def _list(numbers: Sequence[int]) -> str:

@@ -19,7 +19,8 @@ from mira.methods.rows import FIRST, common, mean, one_row_and_each
 
 @dataclass(frozen=True, config=STRICT)
 class PFedMe:
-    """θ_k ≈ argmin F_k(w) + λ/2·‖w − θ‖² from w = θ; then θ ← θ − s·(θ − Σ_k p_k·θ_k), s = βηλ. Client k deploys θ_k."""
+    """θ_k ≈ argmin F_k(w) + λ/2·‖w − θ‖² from w = θ; then θ ← θ − s·(θ − Σ_k p_k·θ_k), s = βηλ. Client k deploys θ_k.
+    One such step a round."""
 
     name: Literal["pfedme"] = "pfedme"
     lam: Annotated[float, Field(ge=0)] = 0.1

@@ -12,10 +12,11 @@ from typing import Any
 from mira.core.errors import UserError
 from mira.page.load import Run, read
 from mira.page.variants import Variant
-from mira.report import number
+from mira.report import probability
 from mira.store.files import read_json
 
 FILE = "compare.json"
+TEST = "test.json"  # in the folder of a run whose point was chosen: what was measured on its test split
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,13 @@ def _runs(folder: Path, entry: dict[str, Any]) -> list[Run]:
             raise UserError(f"{folder / FILE}: names a run outside its folder: {run['run']}")
         tested = {client["name"]: client["loss"] for client in run["clients"]}
         scores = {key: run[key] for key in ("global_loss", "exact_match", "rouge_l")}
-        found.append(replace(read(folder / place), tested=tested, scores=scores))
+        test = folder / place / TEST
+        transfer = read_json(test)["best"]["transfer"] if test.exists() else None
+        found.append(replace(read(folder / place), tested=tested, scores=scores, tested_transfer=transfer))
     return found
 
 
 def _duel(duel: dict[str, Any]) -> str:
     if duel["wins"] is None:
         return "–"
-    return f"{duel['wins']} of {duel['clients']} (p {number(duel['p'])})"
+    return f"{duel['wins']} of {duel['clients']} (p {probability(duel['p'])})"

@@ -34,6 +34,7 @@ class Run:
     result: dict[str, Any] | None  # None while it is not finished
     tested: Losses | None = None  # test losses at the best round, of a run whose rounds leave the test split alone
     scores: dict[str, float | None] | None = None  # measured with them: global_loss, exact_match, rouge_l
+    tested_transfer: dict[str, Any] | None = None  # and whose adapter does what on whose data
 
     @cached_property
     def measured(self) -> list[int]:
@@ -53,12 +54,17 @@ class Run:
         """Of each client at the best round: test losses where there are any."""
         return self.losses(self.best) if self.tested is None else self.tested
 
+    @property
+    def transfer(self) -> dict[str, Any]:
+        """The loss of adapters on other clients' data: measured with the test losses, else after the last round."""
+        return self.tested_transfer or self.records[-1].get("transfer") or {}
+
     def score(self, key: str) -> float | None:
         """global_loss, exact_match or rouge_l: measured with the test losses, else of the best round, global_loss of the last."""
         if self.scores is not None:
             return self.scores[key]
         if key == "global_loss":
-            loss: float | None = self.records[-1].get("transfer", {}).get(key)
+            loss: float | None = self.transfer.get(key)
             return loss
         return self.result["best"][key] if self.result else None
 

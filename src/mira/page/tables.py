@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -99,15 +100,18 @@ def configurations(variants: Sequence[Variant]) -> list[tuple[str, str]]:
     return [(variant.label, variant.first.config_text) for variant in variants]
 
 
-def environments(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """(key, values): one value where all runs agree, else each run's."""
+def environments(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """(key, value); where runs do not agree, each value with the number of runs that have it."""
     tables = [
         dict(flat("", {key: value for key, value in run.environment.items() if key not in ("truncated", "groups")}))
         for run in runs
     ]
     keys = dict.fromkeys(key for table in tables for key in table)
-    rows = [(key, [table.get(key, "–").strip('"') for table in tables]) for key in keys]
-    return [(key, values[:1] if len(set(values)) == 1 else values) for key, values in rows]
+    counts = {key: Counter(table.get(key, "–").strip('"') for table in tables) for key in keys}
+    return [
+        (key, next(iter(count)) if len(count) == 1 else "; ".join(f"{value} ({n} runs)" for value, n in count.items()))
+        for key, count in counts.items()
+    ]
 
 
 def _either(words: Sequence[str]) -> str:

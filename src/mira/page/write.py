@@ -146,7 +146,7 @@ def _transfers(variants: Sequence[Variant], order: Sequence[tuple[str, str]]) ->
     place = {name: n for n, (_, name) in enumerate(order)}
     found = []
     for variant in variants[:_PANELS]:
-        transfer = variant.first.records[-1].get("transfer")
+        transfer = variant.first.transfer
         if transfer:
             names = transfer["names"]
             sort = sorted(range(len(names)), key=lambda n: place.get(names[n], len(place)))
@@ -181,8 +181,8 @@ def _graphs(variants: Sequence[Variant], order: Sequence[tuple[str, str]]) -> li
     ]
 
 
-def _loss(mean: Mean | None) -> str:
-    return "–" if mean is None else number(mean.value) + ("" if mean.half is None else f" ± {mean.half:.3f}")
+def _loss(mean: Mean | None, short: bool = False) -> str:
+    return "–" if mean is None else number(mean.value) + ("" if mean.half is None or short else f" ± {mean.half:.3f}")
 
 
 def _share(mean: Mean | None) -> str:
