@@ -18,7 +18,7 @@ from mira.core.errors import UserError
 from mira.methods import ALONG_GRAPH
 from mira.report import data_size, number
 from mira.store import Store
-from mira.store.files import LOCK, is_locked
+from mira.store.files import LOCK, TESTED, is_locked, read_json
 
 Summary = dict[str, Any]
 
@@ -84,6 +84,9 @@ def _summary(folder: Path) -> Summary:
         records, result = store.metrics(), store.result()
         best = records[store.best_round] if store.best_round is not None else {}
         answers = result["best"] if result else next((r["answers"] for r in reversed(records) if "answers" in r), {})
+        if (folder / TESTED).is_file():  # a run of a comparison, whose own records leave the test split alone
+            best = read_json(folder / TESTED)["best"]
+            answers = best.get("answers", {})
         graph, adapter = config.get("graph", {}), config.get("adapter", {})
         return {
             "run": str(folder),

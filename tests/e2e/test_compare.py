@@ -158,6 +158,17 @@ def test_progress_and_files(done: tuple[Path, dict[str, Any], str]) -> None:
     assert (folder / "o" / "table.tex").is_file()
 
 
+def test_runs_are_listed_with_the_test_loss_of_those_that_were_chosen(done: tuple[Path, dict[str, Any], str]) -> None:
+    folder, value, _ = done
+    listed = {run["run"]: run for run in json.loads(mira("runs", folder / "o", "--json").out)["runs"]}
+    chosen = {str(folder / "o" / run["run"]): run for entry in value["entries"] for run in entry["runs"]}
+    assert len(listed) == 8
+    assert {name for name, run in listed.items() if run["best_loss"] is not None} == set(chosen)
+    for name, run in chosen.items():
+        assert listed[name]["best_loss"] == run["local_loss"]
+        assert listed[name]["exact_match"] == run["exact_match"]
+
+
 def test_what_is_finished_is_not_done_again(done: tuple[Path, dict[str, Any], str]) -> None:
     folder, value, _ = done
     before = snapshot(folder / "o" / "runs")

@@ -196,11 +196,16 @@ def test_pfedme_with_a_full_step_is_fedprox_and_with_a_mighty_pull_stands_still(
 
 
 def test_the_penalty_of_mr_mtl_is_miras_on_the_complete_graph_with_weights_one_over_k() -> None:
-    theta = torch.randn(K, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    a = (torch.ones(K, K) - torch.eye(K)).double() / K
+    """What local training adds to a client's gradient is row k of λLΘ, the gradient of λ/2·tr(ΘᵀLΘ)."""
+    method, everyone = METHODS["mr-mtl"](lam=0.7), torch.arange(K)
+    state = go(method, 3, share=1.0)
+    theta, work = all_rows(state)[1:], method.broadcast(state, everyone)
+    assert work.anchor is not None
+    assert work.prox is not None
+    a = complete(weight=1 / K).weights(everyone, everyone)
     laplacian = a.sum(1).diag() - a
-    penalty = 0.5 * (theta - theta.mean(0)).square().sum()
-    torch.testing.assert_close(penalty, 0.5 * (theta.T @ laplacian @ theta).trace(), **EXACT)
+    assert float((laplacian @ theta).abs().min()) > 0
+    torch.testing.assert_close(work.prox[:, None] * (work.start - work.anchor), 0.7 * laplacian @ theta, **EXACT)
 
 
 def test_mr_mtl_and_mira_end_in_the_same_rows_as_steps_shrink() -> None:

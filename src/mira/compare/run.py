@@ -20,12 +20,11 @@ from mira.core.errors import UserError
 from mira.experiment import Nobody, Watcher, measured, state_of
 from mira.session import check_environment, open_session
 from mira.store import Store
-from mira.store.files import pack_json, read_json, replace
+from mira.store.files import TESTED, pack_json, read_json, replace
 from mira.store.folders import alone_in
 
 log = logging.getLogger(__name__)
 
-TEST = "test.json"  # in a run folder: what was measured on the test split once its point was chosen
 JSON = "compare.json"
 
 
@@ -99,8 +98,8 @@ def _is_finished(folder: Path) -> bool:
 
 def _tested(folder: Path) -> dict[str, Any]:
     """Test losses, answers and transfer under the rows of the validation-best round, and the losses under the last."""
-    if (folder / TEST).exists():
-        found: dict[str, Any] = read_json(folder / TEST)
+    if (folder / TESTED).exists():
+        found: dict[str, Any] = read_json(folder / TESTED)
         return found
     with Store.open(folder, writable=False) as store:
         assert store.best_round is not None
@@ -114,7 +113,7 @@ def _tested(folder: Path) -> dict[str, Any]:
         else:
             last = measured(session, state_of(session, store), Nobody(), answers=False, transfer=False)
         value = {"best_round": store.best_round, "best": best, "last": last}
-    replace(folder / TEST, pack_json(value))
+    replace(folder / TESTED, pack_json(value))
     return value
 
 

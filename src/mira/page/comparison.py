@@ -13,10 +13,9 @@ from mira.core.errors import UserError
 from mira.page.load import Run, read
 from mira.page.variants import Variant
 from mira.report import probability
-from mira.store.files import read_json
+from mira.store.files import TESTED, read_json
 
 FILE = "compare.json"
-TEST = "test.json"  # in the folder of a run whose point was chosen: what was measured on its test split
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def _runs(folder: Path, entry: dict[str, Any]) -> list[Run]:
             raise UserError(f"{folder / FILE}: names a run outside its folder: {run['run']}")
         tested = {client["name"]: client["loss"] for client in run["clients"]}
         scores = {key: run[key] for key in ("global_loss", "exact_match", "rouge_l")}
-        test = folder / place / TEST
+        test = folder / place / TESTED
         transfer = read_json(test)["best"]["transfer"] if test.exists() else None
         found.append(replace(read(folder / place), tested=tested, scores=scores, tested_transfer=transfer))
     return found

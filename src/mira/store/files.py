@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mira.core.errors import UserError
 
+TESTED = "test.json"  # of a comparison's run, once its point was chosen: what was measured on its test split
 LOCK = ".lock"
 
 
