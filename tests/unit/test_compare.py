@@ -287,6 +287,14 @@ def test_markdown() -> None:
     assert "of seeds 0)" in markdown(TWO | {"tune_seeds": [0]})
 
 
+def test_what_a_mean_hides_is_said_below_the_table() -> None:
+    runs = [{"seed": n, "best_round": n, "lost": 2 * n, "commit": None} for n in range(3)]
+    lines = markdown(value(entry("a"), entry("b", runs=runs))).splitlines()
+    assert "b: no round was better on validation data than the start (seeds 0)." in lines
+    assert "b: a client fell out of a round 6 times." in lines
+    assert not any(line.startswith("a: ") for line in lines)
+
+
 def test_csv_reads_back_in_full() -> None:
     precise = entry('x,"y"', local_loss=spread(0.1 + 0.2, None), against=[duel("a")])
     rows = list(csv.DictReader(StringIO(csv_text(value(entry("a"), precise)))))

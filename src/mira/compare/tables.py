@@ -124,8 +124,23 @@ def _notes(value: Value) -> list[str]:
         f"{value['date']}, commit {value['commit'] or 'unknown'}{_older(value)}, {machine['processor']},"
         f" {machine['threads']} threads, {machine['device']}; {model['name']} (sha256 {model['sha256'][:12]});"
         f" {value['command']}",
+        *_warnings(value),
         *([] if value["complete"] else ["Not complete: some entries have not been run yet."]),
     ]
+
+
+def _warnings(value: Value) -> list[str]:
+    """What a mean does not show: a training that never got better, clients that fell out of rounds."""
+    found = []
+    for entry in value["entries"]:
+        runs = entry.get("runs", ())
+        if stuck := [run["seed"] for run in runs if run["best_round"] == 0]:
+            found.append(
+                f"{entry['name']}: no round was better on validation data than the start (seeds {_list(stuck)})."
+            )
+        if lost := sum(run["lost"] for run in runs):
+            found.append(f"{entry['name']}: a client fell out of a round {lost} times.")
+    return found
 
 
 def _older(value: Value) -> str:
