@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from engines import RandomCorpus, make_engine, warm_row
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from mira.core.training import Training
 from mira.core.types import Work
 from mira.engine import reference
 from mira.engine.attention import Packed
+from mira.engine.generate import positions
 
 TRAINING = Training(local_steps=1)
 
@@ -111,3 +113,26 @@ def test_nothing_of_a_pass_that_failed_between_two_projections_is_kept(monkeypat
     assert len(failed) == 2
     assert len(made) > 2
     assert all(tensor() is None for tensor in made)
+
+
+def test_under_longrope_nobody_changes_the_frequencies_of_others() -> None:
+    """Beyond the original length all of a pass would get the long factors; so sequences end there."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [9.0] * 4, "factor": 16.0}
+    config = Phi3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        max_position_embeddings=512, original_max_position_embeddings=32, rope_scaling=rope,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(config).eval()
+    assert positions(model) == 32
+
+    def states(length: int) -> torch.Tensor:
+        """Of eight tokens, beside a sequence of ``length``."""
+        ids = 1 + torch.arange(2 * length).view(2, length) * 7 % 60
+        with torch.no_grad():
+            found: torch.Tensor = model.base_model(input_ids=ids).last_hidden_state[0, :8]
+        return found
+
+    torch.testing.assert_close(states(positions(model)), states(8))
+    assert not torch.allclose(states(positions(model) + 1), states(8), atol=1e-3)

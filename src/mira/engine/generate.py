@@ -17,9 +17,14 @@ _UNLIMITED = 1 << 30
 
 
 def positions(model: PreTrainedModel) -> int:
-    """Tokens of the longest sequence ``model`` can read."""
+    """Tokens of the longest sequence ``model`` can read. Under LongRoPE only as far as its frequencies do not depend on the
+    longest sequence of a pass, which may be another client's."""
     config = model.config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or _UNLIMITED)
+    limit = int(getattr(config, "max_position_embeddings", None) or _UNLIMITED)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # for all layers, or by their type
+    ends = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min([limit, *map(int, ends)])
 
 
 @torch.no_grad()
