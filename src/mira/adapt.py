@@ -30,13 +30,8 @@ from mira.session import Session, check_environment, open_session
 from mira.store import Store
 
 Result = dict[str, Any]
-_ITS_OWN = (
-    "split",
-    "prompt",
-    "training",
-    "evaluation",
-    "engine",
-)  # sections; a row read with another adapter would be noise
+# Sections and keys that may be other than the run's; a row read with another adapter or model would be noise.
+_ITS_OWN = ("split", "prompt", "training", "evaluation", "engine", "model.name", "model.source", "model.device")
 ADAPTED = "adapted"  # in the run folder: of each client that joined, a PEFT folder and NAME.json
 
 
@@ -100,10 +95,11 @@ def _number(scores: Result) -> str:
 def _own(experiment: Experiment, source: _Newcomer, overrides: Sequence[str]) -> Experiment:
     """The run's experiment with the newcomer as its only client, which trains alone."""
     for text in overrides:
-        section = text.partition("=")[0].partition(".")[0].strip()
-        if section not in _ITS_OWN:
+        key = text.partition("=")[0].strip()
+        if key not in _ITS_OWN and key.partition(".")[0] not in _ITS_OWN:
             raise UserError(
-                f"--set {text}: a client that joins has its run's {section}; of its own it may have {', '.join(_ITS_OWN)}"
+                f"--set {text}: a client that joins has its run's {key.partition('.')[0]}; of its own it may have"
+                f" {', '.join(_ITS_OWN)}"
             )
     changed = config.parse(override(experiment.model_dump(mode="json"), overrides))
     training = replace(changed.training, keep_optimizer=False)

@@ -38,7 +38,7 @@ def runs(root: Path) -> tuple[list[Summary], list[Summary]]:
             broken.append({"run": str(folder), "reason": str(error)})
         except OSError as error:
             broken.append({"run": str(folder), "reason": f"cannot be read ({error.strerror})"})
-        except (KeyError, TypeError, ValueError) as error:  # records of another version of mira
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # records of another version of mira
             broken.append(
                 {"run": str(folder), "reason": f"its records are not understood ({type(error).__name__}: {error})"}
             )
@@ -85,8 +85,8 @@ def _summary(folder: Path) -> Summary:
         best = records[store.best_round] if store.best_round is not None else {}
         answers = result["best"] if result else next((r["answers"] for r in reversed(records) if "answers" in r), {})
         if (folder / TESTED).is_file():  # a run of a comparison, whose own records leave the test split alone
-            best = read_json(folder / TESTED)["best"]
-            answers = best.get("answers", {})
+            tested = read_json(folder / TESTED)["best"]
+            best, answers = {"local_loss": _figure(tested.get("local_loss"))}, tested.get("answers", {})
         graph, adapter = config.get("graph", {}), config.get("adapter", {})
         return {
             "run": str(folder),
@@ -101,11 +101,17 @@ def _summary(folder: Path) -> Summary:
             "state": "finished" if result else "running" if is_locked(folder) else "interrupted",
             "best_round": store.best_round,
             "best_loss": best.get("local_loss"),
-            "exact_match": answers.get("exact_match"),
+            "exact_match": _figure(answers.get("exact_match")),
             "bytes": sum(record.get("bytes_up", 0) + record.get("bytes_down", 0) for record in records),
             "seconds": sum(record["seconds"] for record in records),
             "date": _started(folder),
         }
+
+
+def _figure(value: Any) -> float | None:
+    if value is None or isinstance(value, int | float):
+        return value
+    raise TypeError(f"{value!r} is no number")
 
 
 def _started(folder: Path) -> str:

@@ -15,6 +15,7 @@ from documented import TYPES, documented, fields, one_object
 from mira import compare as comparison
 from mira import experiment
 from mira.compare import run as running
+from mira.core.commit import commit
 from mira.core.types import Scores
 from mira.engine.batched import BatchedEngine
 from mira.experiment import Watcher
@@ -156,6 +157,8 @@ def test_progress_and_files(done: tuple[Path, dict[str, Any], str]) -> None:
     assert json.loads((folder / "o" / "compare.json").read_text()) == value
     assert sorted(file.name for file in (folder / "r").iterdir()) == ["compare.json", "table.csv", "table.md"]
     assert (folder / "o" / "table.tex").is_file()
+    made = {run["commit"] for entry in value["entries"] for run in entry["runs"]}
+    assert made == {value["commit"]} == {commit()}
 
 
 def test_runs_are_listed_with_the_test_loss_of_those_that_were_chosen(done: tuple[Path, dict[str, Any], str]) -> None:

@@ -6,12 +6,13 @@ from itertools import accumulate, pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from mira.engine import attention
 from mira.engine.attention import Packed, Segment, Tile, tiles
+from mira.engine.decode import after
 from tiny import draw
 
 
@@ -76,3 +77,57 @@ def test_attention(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = ((q @ wide[0].transpose(-1, -2) * 0.7 + mask).softmax(-1) @ wide[1]).transpose(1, 2)
     torch.testing.assert_close(Packed(segments).attend(0, q, k, v, 0.7, window), expected)
     assert torch.autograd.gradcheck(lambda *x: Packed(segments).attend(0, *x, 0.7, window), (q, k, v), fast_mode=True)
+
+
+@st.composite
+def decodings(drawing: st.DrawFn) -> list[Segment]:
+    """As ``layouts``, of clients of very unlike sizes, every sequence with a token of its own."""
+    out: list[Segment] = []
+    for _ in range(drawing(st.integers(1, 4))):
+        at = out[-1].end if out else 0
+        prefix = drawing(st.sampled_from([0, 0, 8, 9, 15]))
+        out += [Segment(at, at + prefix)] if prefix else []
+        lengths = drawing(st.lists(st.integers(1, 6), min_size=1, max_size=7))
+        out += [Segment(i, j, at, at + prefix) for i, j in pairwise(accumulate(lengths, initial=at + prefix))]
+    return out
+
+
+@settings(deadline=None)
+@given(decodings(), st.sampled_from([None, 1, 3, 12]), st.integers(0, 1000))
+def test_decoding(segments: list[Segment], window: int | None, seed: int) -> None:
+    """Each new token against its own past alone, one sequence at a time, over a growth of the cache; 2 query heads a key
+    head, values of another size. Padding of keys would show: its scores are 0, those of real keys are not."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    total = segments[-1].end
+    past = {7: (random(1, 2, total, 4), random(1, 2, total, 3))}
+    shared = {s.prefix_start for s in segments if s.prefix}
+    prompts = [s for s in segments if s.start not in shared]
+    state = after(prompts, past, 3)
+    pasts = [
+        [torch.cat([x[0, :, s.prefix_start : s.prefix_end], x[0, :, s.start : s.end]], 1) for x in past[7]]
+        for s in prompts
+    ]
+    for _ in range(5):
+        state.advance()
+        q, k, v = random(len(prompts), 4, 1, 4), random(len(prompts), 2, 1, 4), random(len(prompts), 2, 1, 3)
+        found = state.attend(7, q, k, v, 0.7, window)
+        for b, kept in enumerate(pasts):
+            pasts[b] = kept = [torch.cat([old, new], 1) for old, new in zip(kept, (k[b], v[b]), strict=True)]
+            keys, values = (x[:, -window if window else 0 :].repeat_interleave(2, 0) for x in kept)
+            weight = (0.7 * q[b] @ keys.transpose(1, 2)).softmax(-1)
+            torch.testing.assert_close(found[b, 0], (weight @ values)[:, 0], rtol=0, atol=1e-12)
+
+
+def test_seats_grow_with_the_sequences_not_with_the_largest_client() -> None:
+    """A client of 200 prompts beside 200 of one or two."""
+    segments, at = [Segment(9 + n, 10 + n, 0, 9) for n in range(200)], 209
+    for n in range(200):
+        prefix = 8 if n % 2 else 0
+        segments += [Segment(at + prefix + i, at + prefix + i + 1, at, at + prefix) for i in range(1 + n % 2)]
+        at = segments[-1].end
+    state = after(segments, {0: (torch.zeros(1, 1, at, 2), torch.zeros(1, 1, at, 2))}, 1)
+    assert state.sitting.numel() <= 4 * len(segments)

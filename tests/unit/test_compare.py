@@ -287,6 +287,14 @@ def test_markdown() -> None:
     assert "of seeds 0)" in markdown(TWO | {"tune_seeds": [0]})
 
 
+def test_runs_of_another_commit_than_the_tables_are_told() -> None:
+    runs = [
+        {"seed": n, "best_round": 1, "lost": 0, "commit": c} for n, c in enumerate(["ab", "cd-dirty", "cd-dirty", None])
+    ]
+    assert "2026-01-02, commit ab (runs of cd-dirty), P," in markdown(value(entry("a", runs=runs), commit="ab"))
+    assert "2026-01-02, commit ab, P," in markdown(value(entry("a", runs=runs[:1]), commit="ab"))
+
+
 def test_what_a_mean_hides_is_said_below_the_table() -> None:
     runs = [{"seed": n, "best_round": n, "lost": 2 * n, "commit": None} for n in range(3)]
     lines = markdown(value(entry("a"), entry("b", runs=runs))).splitlines()

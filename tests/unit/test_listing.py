@@ -62,6 +62,18 @@ def test_broken_folders_are_named_with_the_reason(root: Path) -> None:
     assert "corrupt checkpoint" in "".join(shown.out.split("\n"))
 
 
+@pytest.mark.parametrize(
+    "text", ['{"best": null}', '{"best": {"answers": 3}}', '{"best": {"local_loss": "<b>"}}', "[]", "{"]
+)
+def test_a_damaged_test_file_hides_nobody_else(text: str, root: Path) -> None:
+    write = root / "begun" / "test.json"
+    write.write_text(text)
+    found = json.loads(mira("runs", root, "--json").out)
+    assert "done" in [Path(run["run"]).name for run in found["runs"]]
+    assert "begun" in [Path(each["run"]).name for each in found["broken"]]
+    assert mira("runs", root).status == 0
+
+
 def test_where_there_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "runs: no such folder" in mira("runs").error

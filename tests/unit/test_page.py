@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import pairwise
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,7 +23,7 @@ from mira.page.variants import differing, group
 from mira.page.verdict import difference, row, wins
 from mira.page.write import page
 from small import mira
-from synthetic import ROW, write_run
+from synthetic import ROW, write_comparison, write_run
 
 NAMES, GROUPS = ["ann", "bob", "cleo", "dan"], ["even", "odd", "even", "odd"]
 
@@ -194,6 +196,26 @@ def test_what_cannot_be_reported(
     write_run(tmp_path / "c", [f"{name}-2" for name in NAMES], GROUPS)
     assert error in mira("report", *arguments).error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    "transfer",
+    [
+        "abc",
+        [1],
+        {"names": ["a"]},
+        {"names": ["a"], "matrix": [[1, 2]]},
+        {"names": [{}], "matrix": [[1]]},
+        {"names": ["a"], "matrix": [["<b>"]]},
+    ],
+)
+def test_a_damaged_test_file_of_a_comparison_is_one_line(transfer: Any, tmp_path: Path) -> None:
+    folder = write_comparison(tmp_path / "o", {"a": 1.0, "b": 2.0}, NAMES, GROUPS)
+    assert mira("report", folder, "--out", tmp_path / "page.html").status == 0
+    assert "Whose adapter on whose data" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    broken = folder / "runs" / "1" / "seed-0" / "test.json"
+    broken.write_text(json.dumps({"best": {"transfer": transfer}}))
+    assert f"{broken}: not as 'mira compare' writes it" in mira("report", folder, "--out", tmp_path / "page.html").error
 
 
 def test_the_configuration_what_differs_and_whose_graph(tmp_path: Path) -> None:

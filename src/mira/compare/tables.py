@@ -146,7 +146,7 @@ def _warnings(value: Value) -> list[str]:
 def _older(value: Value) -> str:
     """The commits of runs that another one than the table's made."""
     made = {run.get("commit") for entry in value["entries"] for run in entry.get("runs", ())} - {None, value["commit"]}
-    return f" (runs of {', '.join(sorted(commit[:12] for commit in made))})" if made else ""
+    return f" (runs of {', '.join(sorted(made))})" if made else ""
 
 
 def _list(numbers: Sequence[int]) -> str:

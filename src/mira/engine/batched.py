@@ -142,6 +142,7 @@ class BatchedEngine:
             nll = torch.zeros(number, dtype=torch.float64).index_add_(0, packed.owner, each.double().cpu())
             return nll, packed.owner.bincount(minlength=number)
 
+        assert jobs, "something to score"
         nll, tokens = zip(*(found for _, found in self._measured_passes(jobs, losses)), strict=True)
         return torch.cat(nll), torch.cat(tokens)
 
@@ -182,7 +183,7 @@ class BatchedEngine:
                 continue
             pieces = halves(part)
             if not pieces:
-                raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+                raise torch.OutOfMemoryError("out of memory over a single sequence; lower prompt.max_length")
             log.warning(_HALVING, "measuring", self.budget)
             waiting += pieces[::-1]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -85,8 +86,13 @@ class Decode:
 
 def after(prompts: Sequence[Segment], cache: Cache, new: int) -> Decode:
     """What the pass over ``prompts`` left in ``cache`` [1,h,T,d], laid out to decode up to ``new`` tokens."""
-    spans = list(dict.fromkeys((s.prefix_start, s.prefix_end) for s in prompts))
-    groups = [[b for b, s in enumerate(prompts) if (s.prefix_start, s.prefix_end) == span] for span in spans]
+    readers: dict[tuple[int, int], list[int]] = {}
+    for b, s in enumerate(prompts):
+        readers.setdefault((s.prefix_start, s.prefix_end) if s.prefix else (0, 0), []).append(b)
+    # A prefix of very many readers is laid several times, rather than that all others have as many seats left empty.
+    most = ceil(2 * len(prompts) / len(readers))
+    parts = [(span, all_[n : n + most]) for span, all_ in readers.items() for n in range(0, len(all_), most)]
+    spans, groups = [span for span, _ in parts], [group for _, group in parts]
     seats = max(map(len, groups))
     seat = {b: g * seats + n for g, group in enumerate(groups) for n, b in enumerate(group)}
     length, room = max(s.end - s.start for s in prompts), min(new, _ROOM)

@@ -35,7 +35,7 @@ def comparison(folder: Path) -> Comparison:
         entries = value["entries"]
         variants = tuple(Variant(entry["name"], tuple(_runs(folder, entry))) for entry in entries)
         against = {entry["name"]: {duel["baseline"]: _duel(duel) for duel in entry["against"]} for entry in entries}
-        made = [value["command"], value["date"], value["commit"] and f"commit {value['commit'][:12]}"]
+        made = [value["command"], value["date"], value["commit"] and f"commit {value['commit']}"]
         return Comparison(
             name=value["name"],
             variants=variants,
@@ -56,10 +56,26 @@ def _runs(folder: Path, entry: dict[str, Any]) -> list[Run]:
             raise UserError(f"{folder / FILE}: names a run outside its folder: {run['run']}")
         tested = {client["name"]: client["loss"] for client in run["clients"]}
         scores = {key: run[key] for key in ("global_loss", "exact_match", "rouge_l")}
-        test = folder / place / TESTED
-        transfer = read_json(test)["best"]["transfer"] if test.exists() else None
+        transfer = _transfer(folder / place / TESTED)
         found.append(replace(read(folder / place), tested=tested, scores=scores, tested_transfer=transfer))
     return found
+
+
+def _transfer(file: Path) -> dict[str, Any] | None:
+    """Whose adapter does what on whose data, from what was measured on the test split; None where it was not."""
+    try:
+        found: dict[str, Any] = read_json(file)["best"]["transfer"] if file.is_file() else {}
+        if not found:
+            return None
+        names, matrix = found["names"], found["matrix"]
+        cells = [cell for row in matrix for cell in row]
+        fits = len(matrix) == len(names) and all(len(row) == len(names) for row in matrix)
+        if fits and all(isinstance(n, str) for n in names) and all(isinstance(c, int | float | None) for c in cells):
+            return found
+        problem = "its transfer matrix is none"
+    except (KeyError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise UserError(f"{file}: not as 'mira compare' writes it ({problem})")
 
 
 def _duel(duel: dict[str, Any]) -> str:

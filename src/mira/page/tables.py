@@ -109,7 +109,12 @@ def environments(runs: Sequence[Run]) -> list[tuple[str, str]]:
     keys = dict.fromkeys(key for table in tables for key in table)
     counts = {key: Counter(table.get(key, "–").strip('"') for table in tables) for key in keys}
     return [
-        (key, next(iter(count)) if len(count) == 1 else "; ".join(f"{value} ({n} runs)" for value, n in count.items()))
+        (
+            key,
+            next(iter(count))
+            if len(count) == 1
+            else "; ".join(f"{value} ({n} run{'s' * (n > 1)})" for value, n in count.items()),
+        )
         for key, count in counts.items()
     ]
 
