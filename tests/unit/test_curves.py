@@ -68,7 +68,7 @@ def test_synthetic_sequences_share_what_they_say(share: float) -> None:
     (batch,) = corpus.batches(0, 1)
     shared = int(share * LENGTH)
     assert [len(s.tokens) for s in batch] == [LENGTH] * 4
-    assert packed_tokens(batch, True) == 4 * LENGTH - 3 * shared
+    assert packed_tokens(batch, True) == 4 * (LENGTH - 1) - 3 * shared  # the last token predicts nothing
     assert batch == corpus.batches(1, 1)[0]
 
 
