@@ -30,7 +30,7 @@ def main() -> None:
     samples, full = given.samples, given.full
     results: dict[str, Any] = {"environment": _environment(), "samples": samples, "ratios": {}, "agreement": {}}
     _add(results, "training", training.measure(samples, console.print, full=full))
-    _add(results, "serving", serving.measure(samples, console.print))
+    _add(results, "serving", serving.measure(max(samples // 2, 2), console.print))
     _add(results, "memory", memory.measure())
     if full:
         _add(results, "batch 8", training.measure(2, console.print, batch=8), goals=False)
