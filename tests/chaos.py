@@ -38,7 +38,7 @@ MARK = "MIRA_CHAOS"  # in the environment of every process of ours: the folder, 
 ROLES = {  # what a command line holds. The gate is a thread of mira server, and dies with it.
     "mira": "from mira.cli import main",
     "SuperLink": "flower-superlink",
-    "SuperNode": "flower-supernode",
+    "SuperNode": "mira.fleet.node",
     "SuperExec": "flower-superexec",
     "executor": "mira.fleet.executor",
     "ServerApp": "flwr-serverapp",

@@ -40,7 +40,7 @@ class SuperLink:
 
 @contextmanager
 def superlink(
-    answers: Sequence[bytes] = (), tls: ssl.SSLContext | None = None, chunked: bool = False
+    answers: Sequence[bytes] = (), tls: ssl.SSLContext | None = None, chunked: bool = False, status: int = 200
 ) -> Iterator[SuperLink]:
     """``answers``: to the first requests; all others are answered with what they sent."""
     left, link = list(answers), SuperLink()
@@ -52,7 +52,7 @@ def superlink(
             body = self.rfile.read(int(self.headers["content-length"]))
             link.seen.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
             back = left.pop(0) if left else body
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("content-type", "application/protobuf")
             self.send_header("server", "secret of the house")
             if chunked:
@@ -476,3 +476,11 @@ def test_requests_wait_for_a_superlink_that_starts(kits: Path) -> None:
         assert (looks, len(link.seen)) == ([False, False, True], 1)
     with superlink() as link, gate(kits, link.port, replace(LIMITS, hold=0.1), ready=lambda: False) as outside:
         assert outside.post("/v1/fleet/activate-node").status_code == 200, "it is asked when the time is over"
+
+
+def test_a_site_that_the_superlink_does_not_know_yet_is_not_refused(kits: Path) -> None:
+    """It was issued a moment ago, or the SuperLink has just started: told of a 412, a site would end for good."""
+    with superlink(status=412) as link, gate(kits, link.port) as outside:
+        assert outside.post("/v1/fleet/activate-node").status_code == 503
+        assert outside.post("/v1/fleet/get-run").status_code == 412
+        assert len(link.seen) == 2

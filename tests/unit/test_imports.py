@@ -31,7 +31,7 @@ SIDEWAYS = {
 }
 ONLY_IN = {
     "transformers": ("model", "data/text", "adapters", "engine"),
-    "flwr": ("fleet/flower", "fleet/commands", "fleet/executor"),
+    "flwr": ("fleet/flower", "fleet/commands", "fleet/executor", "fleet/node"),
     "cryptography": ("fleet/certificates", "fleet/admission"),
     "h11": ("fleet/gate", "fleet/line"),
     "peft": ("adapters", "engine"),

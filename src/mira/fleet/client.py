@@ -14,7 +14,7 @@ from mira.core.errors import UserError
 from mira.fleet.kit import SiteKit, load_site, until
 from mira.fleet.knock import refusal
 from mira.fleet.private import own_folder
-from mira.fleet.processes import Process, command
+from mira.fleet.processes import Process
 from mira.fleet.scratch import scratch
 from mira.fleet.superlink import check_installed, free_port
 
@@ -100,7 +100,7 @@ def _worker(kit: SiteKit, options: Options, folder: Path, tell: Say) -> Process:
 
 def _node(kit: SiteKit, options: Options, folder: Path, port: int, tell: Say) -> Process:
     line = [
-        command("flower-supernode"), "--superlink", kit.address, "--root-certificates", str(kit.authority),
+        sys.executable, "-P", "-m", "mira.fleet.node", "--superlink", kit.address, "--root-certificates", str(kit.authority),
         "--auth-supernode-private-key", str(kit.key), "--node-config", f'worker="{folder / "worker"}"',
         "--host", "127.0.0.1", "--port", str(port), "--isolation", "process",
     ]  # fmt: skip

@@ -40,11 +40,13 @@ Listen = tuple[str | None, int]
 Admit = Callable[[Mapping[str, str]], str | None]
 """A request's headers → the site it proves to be, None for nobody. Raises UserError where nobody can say."""
 
+_BEGIN = b"/v1/fleet/activate-node"
 _QUESTIONS = b"/v1/fleet/pull-messages"
 _ANSWERS = b"/v1/fleet/push-messages"
 _PIECES = b"/v1/fleet/push-object"
 _FLEET = re.compile(rb"/v1/fleet/[a-z]+(-[a-z]+)*")
 _SENT_ON = ("content-type", "accept", "accept-encoding", "user-agent")  # and flwr-*, which Flower's protocol is made of
+_UNKNOWN = 412  # what a SuperLink answers a key that is not registered with it
 _HEAD_BYTES = 1 << 14
 _FILES = 3  # open files a connection may take: its own, one to the SuperLink, and some to spare for all else
 _LOOK = 0.2  # seconds between two looks at a SuperLink that is not ready
@@ -226,6 +228,8 @@ class _Gate:
         size = int(headers["content-length"]) if target in (_ANSWERS, _PIECES) else None
         if size is None:
             async with self.asked(target, headers, outside.body()) as (answer, inside):
+                if target == _BEGIN and answer.status_code == _UNKNOWN:
+                    raise Refused(503, f"the SuperLink does not know {site} yet")  # it tries again, it was not refused
                 return await _pass_back(answer, inside, outside)
         if not self.uploads.take(site, size):
             raise Refused(413, "more than it was asked for")
@@ -340,9 +344,9 @@ def _whose(address: str) -> str:
 
 
 def _stranger(target: bytes) -> Refused:
-    """A SuperNode that begins shows the text of a 412, which is what a SuperLink answers a key it does not know, and fails; one
-    under way ends at a 401 only. ``mira client`` asks (``knock``) before it lets one begin anew."""
-    if target not in (b"/v1/fleet/register-node", b"/v1/fleet/activate-node"):
+    """A SuperNode that begins shows the text of a 412, as a SuperLink answers a key it does not know, and fails; one under way
+    ends at a 401 only. ``mira client`` asks (``knock``) before it lets one begin anew."""
+    if target not in (b"/v1/fleet/register-node", _BEGIN):
         return Refused(401, "not a site of this federation")
     text = "The server does not admit this node key: it is revoked, or of another federation, or the clock is wrong."
-    return Refused(412, "not a site of this federation", json.dumps({"code": 2004, "detail": text}).encode())
+    return Refused(_UNKNOWN, "not a site of this federation", json.dumps({"code": 2004, "detail": text}).encode())

@@ -1,0 +1,111 @@
+"""A SuperNode that takes part in nothing any more is no process any more: else nobody would start it again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr", reason="needs the extra 'flower'")
+
+from flwr.proto.fleet_pb2 import ActivateNodeResponse
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
+
+from mira.fleet import kit
+from mira.fleet.gate import server_tls
+from mira.fleet.processes import surroundings
+from mira.fleet.superlink import free_port
+
+Answer = tuple[int, bytes]
+PATIENCE = 120.0  # seconds; it takes a few
+ALIVE: Answer = (200, SendNodeHeartbeatResponse(success=True).SerializeToString())
+NOTHING: Answer = (200, b"")  # no messages
+
+
+@contextmanager
+def superlink(kits: Path, answer: Callable[[str], Answer]) -> Iterator[str]:
+    """A fleet API at the address that is given: every node is number 7, what else is asked, by the end of its path, is answered
+    by ``answer``."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            asked = self.path.rsplit("/", 1)[1]
+            status, body = (
+                (200, ActivateNodeResponse(node_id=7).SerializeToString())
+                if asked == "activate-node"
+                else answer(asked)
+            )
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    class Quiet(ThreadingHTTPServer):
+        def handle_error(self, *_: object) -> None: ...
+
+    with Quiet(("127.0.0.1", 0), Handler) as server:
+        server.socket = server_tls(kits / "server.pem", kits / "server.key").wrap_socket(
+            server.socket, server_side=True
+        )
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def ended(tmp_path: Path, answer: Callable[[str], Answer]) -> tuple[int, str]:
+    """The status of a SuperNode, once it has ended by itself, and what it said."""
+    kit.make_server(tmp_path / "server", "127.0.0.1:9443", days=2)
+    site = kit.make_site(tmp_path / "server", "a", tmp_path / "a")
+    with superlink(tmp_path / "server", answer) as address:
+        line = ["--superlink", address, "--root-certificates", str(site.authority), "--isolation", "process"]
+        line += ["--auth-supernode-private-key", str(site.key), "--host", "127.0.0.1", "--port", str(free_port())]
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "mira.fleet.node", *line],
+            env=surroundings({"FLWR_HOME": str(tmp_path / "flower")}), timeout=PATIENCE, check=False, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    assert "SuperNode ID: 7" in done.stdout
+    return done.returncode, done.stdout
+
+
+def test_an_answer_that_it_does_not_know_ends_it(tmp_path: Path) -> None:
+    status, said = ended(tmp_path, lambda asked: (500, b"") if asked == "pull-messages" else ALIVE)
+    assert status == 1
+    assert "500 Internal Server Error" in said
+
+
+def test_two_refusals_at_once_end_it(tmp_path: Path) -> None:
+    """A gate whose SuperLink starts holds both questions of a site, and answers both at once."""
+    both = threading.Barrier(2)
+
+    def answer(asked: str) -> Answer:
+        if asked not in ("pull-messages", "send-node-heartbeat"):
+            return NOTHING
+        both.wait(PATIENCE)
+        return 401, b""
+
+    status, said = ended(tmp_path, answer)
+    assert status in (0, 1), said
+    assert not both.broken
+
+
+def test_it_ends_with_its_heartbeat(tmp_path: Path) -> None:
+    """Without one it would count as offline, whatever it still does."""
+    status, said = ended(tmp_path, lambda asked: NOTHING)
+    assert status == 1
+    assert "does not recognize this SuperNode" in said
