@@ -75,7 +75,7 @@ def write_comparison(folder: Path, falls: dict[str, float], names: Sequence[str]
             last = {name: random.Random(name).uniform(2, 5) * exp(-fall) for name in names}
             transfer = _transfer(names, dict(zip(names, groups, strict=True)))
             (folder / place / "test.json").write_text(json.dumps({"best": {"transfer": transfer}}), encoding="utf-8")
-            clients = [{"name": name, "loss": loss} for name, loss in last.items()]
+            clients = [{"name": name, "loss": loss, "loss_start": loss * exp(fall)} for name, loss in last.items()]
             scores = {"global_loss": 1.5, "exact_match": 0.5, "rouge_l": 0.75}
             runs.append({"run": place.as_posix(), "clients": clients} | scores)
         duels = [{"baseline": b, "wins": 9, "clients": len(names), "p": 0.0004} for b in baselines if b != label]

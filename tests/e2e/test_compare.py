@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,27 @@ def test_what_is_finished_is_not_done_again(done: tuple[Path, dict[str, Any], st
     assert again["entries"] == value["entries"]
 
 
+def test_the_start_is_measured_once_and_added_where_an_older_comparison_left_it_out(
+    done: tuple[Path, dict[str, Any], str], tmp_path: Path
+) -> None:
+    folder, value, _ = done
+    starts = [
+        [client["loss_start"] for client in run["clients"]] for entry in value["entries"] for run in entry["runs"]
+    ]
+    assert starts[:2] == starts[2:], "the entries begin alike, seed by seed"
+    assert min(min(each) for each in starts) > 1.0
+    shutil.copytree(folder / "o", tmp_path / "o")
+    [*kept] = (tmp_path / "o").rglob("test.json")
+    for file in kept:
+        older = {key: item for key, item in json.loads(file.read_text()).items() if key != "start"}
+        older["best"]["local_loss"] = 7.0  # what is there is not measured again
+        file.write_text(json.dumps(older))
+    ended = mira("compare", folder / "c.yaml", "--out", tmp_path / "o", "--json")
+    again = [run for entry in one_object(ended.out)["entries"] for run in entry["runs"]]
+    assert [[client["loss_start"] for client in run["clients"]] for run in again] == starts
+    assert {run["local_loss"] for run in again} == {7.0}
+
+
 def test_a_folder_with_a_process_at_work_is_refused(done: tuple[Path, dict[str, Any], str]) -> None:
     """At once, with nothing changed; and so is a run in it that somebody else goes on with."""
     folder = done[0]
@@ -267,6 +289,7 @@ def test_the_page_shows_what_was_chosen_and_tested(done: tuple[Path, dict[str, A
         assert f"{entry['local_loss']['mean']:.3f} ± {entry['local_loss']['interval']:.3f}" in html
         for duel in entry["against"]:
             assert f"{duel['wins']} of {duel['clients']} (p {duel['p']:.3f})" in html
+    assert "Every client, before and after" in html
     assert "Mean validation loss by round" in html, "the rounds of a comparison leave the test split alone"
     assert "no finite loss" not in html
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -97,22 +98,24 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _tested(folder: Path) -> dict[str, Any]:
-    """Test losses, answers and transfer under the rows of the validation-best round, and the losses under the last."""
-    if (folder / TESTED).exists():
-        found: dict[str, Any] = read_json(folder / TESTED)
-        return found
+    """Test losses, answers and transfer under the rows of the validation-best round, the losses under the last, and before
+    training. What an older comparison kept has no start yet; it is added, the rest is not measured twice."""
+    value: dict[str, Any] = read_json(folder / TESTED) if (folder / TESTED).exists() else {}
+    if "start" in value:
+        return value
     with Store.open(folder, writable=False) as store:
         assert store.best_round is not None
         recorded = store.environment()
         session = open_session(config.parse_text(store.config()), recorded, folder=folder)
         check_environment(recorded, session.environment)
         generate = session.experiment.evaluation.generate
-        best = measured(session, state_of(session, store, store.best_round), Nobody(), generate, transfer=True)
-        if store.last_round == store.best_round:
-            last = best
-        else:
-            last = measured(session, state_of(session, store), Nobody(), answers=False, transfer=False)
-        value = {"best_round": store.best_round, "best": best, "last": last}
+        losses = partial(measured, session, watcher=Nobody(), answers=False, transfer=False)
+        start = losses(session.initial_state())
+        if not value:
+            best = measured(session, state_of(session, store, store.best_round), Nobody(), generate, transfer=True)
+            last = best if store.last_round == store.best_round else losses(state_of(session, store))
+            value = {"best_round": store.best_round, "best": best, "last": last}
+        value |= {"start": start}
     replace(folder / TESTED, pack_json(value))
     return value
 

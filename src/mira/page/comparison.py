@@ -55,9 +55,11 @@ def _runs(folder: Path, entry: dict[str, Any]) -> list[Run]:
         if place.is_absolute() or ".." in place.parts:
             raise UserError(f"{folder / FILE}: names a run outside its folder: {run['run']}")
         tested = {client["name"]: client["loss"] for client in run["clients"]}
+        start = {client["name"]: client.get("loss_start") for client in run["clients"]}  # older ones did not measure it
         scores = {key: run[key] for key in ("global_loss", "exact_match", "rouge_l")}
         transfer = _transfer(folder / place / TESTED)
-        found.append(replace(read(folder / place), tested=tested, scores=scores, tested_transfer=transfer))
+        known = read(folder / place)
+        found.append(replace(known, tested=tested, tested_start=start, scores=scores, tested_transfer=transfer))
     return found
 
 

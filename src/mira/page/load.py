@@ -33,6 +33,7 @@ class Run:
     best: int  # the round of the lowest validation loss
     result: dict[str, Any] | None  # None while it is not finished
     tested: Losses | None = None  # test losses at the best round, of a run whose rounds leave the test split alone
+    tested_start: Losses | None = None  # and before training
     scores: dict[str, float | None] | None = None  # measured with them: global_loss, exact_match, rouge_l
     tested_transfer: dict[str, Any] | None = None  # and whose adapter does what on whose data
 
@@ -48,6 +49,16 @@ class Run:
 
     def losses(self, round: int) -> Losses:
         return {name: scores[f"{self.split}_loss"] for name, scores in self.records[round]["clients"].items()}
+
+    @property
+    def judged(self) -> str:
+        """Of which split ``before`` and ``after`` are."""
+        return self.split if self.tested is None else "test"
+
+    @property
+    def before(self) -> Losses:
+        """Of each client before training, on the split of ``after``; None where that is not known."""
+        return self.losses(0) if self.tested_start is None else self.tested_start
 
     @property
     def after(self) -> Losses:

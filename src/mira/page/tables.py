@@ -43,7 +43,7 @@ def call(variants: Sequence[Variant], rows: Sequence[Row]) -> str:
 
 def tiles(variant: Variant, names: Sequence[str]) -> list[Tile]:
     """The headline figures of one variant."""
-    run, split = variant.first, variant.first.split
+    run, split = variant.first, variant.first.judged
     start, after = mean([variant.start.get(n) for n in names]), mean([variant.after.get(n) for n in names])
     pairs = [(variant.start.get(n), variant.after.get(n)) for n in names]
     better = sum(a is not None and b is not None and b < a for a, b in pairs)

@@ -31,10 +31,8 @@ class Variant:
 
     @cached_property
     def start(self) -> Losses:
-        """Loss of each client before training, mean over seeds; None where that was not measured on the split of ``after``."""
-        if any(run.tested is not None and run.split != "test" for run in self.runs):
-            return dict.fromkeys(self.after)
-        return _over_seeds([run.losses(0) for run in self.runs])
+        """Loss of each client before training, mean over seeds; None where that was not measured."""
+        return _over_seeds([run.before for run in self.runs])
 
     @cached_property
     def after(self) -> Losses:

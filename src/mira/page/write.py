@@ -83,7 +83,7 @@ def _content(runs: Sequence[Run], variants: Sequence[Variant], names: list[str])
     differences = differing([v.first for v in variants])
     return {
         "title": " and ".join(_titles(runs)), "started": any(v is not None for v in variants[0].start.values()),
-        "curve": first.split, "split": "test" if first.tested is not None else first.split,
+        "curve": first.split, "split": first.judged,
         "runs": runs, "variants": variants, "names": names, "families": families, "rows": rows,
         "wins": wins(variants, names), "call": call(variants, rows), "tiles": tiles(variants[0], names),
         "colour": curves.colour,
