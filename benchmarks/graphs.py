@@ -27,7 +27,10 @@ _SHUFFLES = 200
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.graphs", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    found = [_figures(read(folder)) for folder in parser.parse_args().runs]
+    try:
+        found = [_figures(read(folder)) for folder in parser.parse_args().runs]
+    except ValueError as error:  # UserError is one
+        parser.error(str(error))
     kept = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else []
     new = [{key: one[key] for key in ("config", "seed")} for one in found]
     kept = [one for one in kept if {key: one[key] for key in ("config", "seed")} not in new]

@@ -90,6 +90,11 @@ def test_what_is_read_of_a_sequence_ends_at_the_last_prediction(sequence: Encode
     assert read_tokens(sequence) == (labels[-1] if labels else len(sequence.tokens))
 
 
+def test_a_label_that_nothing_predicts_is_refused() -> None:
+    with pytest.raises(ValueError, match="a label is the first token of a sequence"):
+        pack([(0, [Encoded((1, 2), (True, False), False)])], share_prefix=True)
+
+
 @given(st.lists(st.integers(0, 2), max_size=14).map(tuple).flatmap(lambda head: st.lists(sequences(head), max_size=5)))
 def test_the_common_prefix_is_the_longest_one_allowed(job: list[Encoded]) -> None:
     """By brute force: all sequences begin with it, and none of its tokens predicts a label or ends a sequence."""

@@ -218,6 +218,12 @@ def test_a_damaged_test_file_of_a_comparison_is_one_line(transfer: Any, tmp_path
     assert f"{broken}: not as 'mira compare' writes it" in mira("report", folder, "--out", tmp_path / "page.html").error
 
 
+def test_a_comparison_without_an_entry_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "compare.json").write_text(json.dumps({"entries": [], "command": "mira compare x.yaml"}))
+    told = mira("report", tmp_path, "--out", tmp_path / "page.html").error
+    assert "has no entry yet; wait, or go on with: mira compare x.yaml" in told
+
+
 def test_the_configuration_what_differs_and_whose_graph(tmp_path: Path) -> None:
     """A graph is shown for those who mix along it alone."""
     mixing = write_run(tmp_path / "a", NAMES, GROUPS, method={"name": "mira", "strength": 0.25})

@@ -39,7 +39,8 @@ Jobs = Sequence[tuple[int, Sequence[Encoded]]]  # a row and its sequences, each
 def pack(jobs: Jobs, share_prefix: bool, virtual: int = 0) -> Pass:
     """Lay out the sequences of each (row, sequences) job, each behind ``virtual`` placeholders. The prefix that a job's
     sequences have in common, found on token ids, is laid once; it ends before the token that predicts the first label of
-    any of them. What comes after the token that predicts the last label is left out: nothing reads it."""
+    any of them. What comes after the token that predicts the last label is left out: nothing reads it. Raises ValueError where
+    a label is a sequence's first token."""
     tokens: list[int] = []
     positions: list[int] = []
     ranges: list[tuple[int, int, int]] = []
@@ -57,6 +58,8 @@ def pack(jobs: Jobs, share_prefix: bool, virtual: int = 0) -> Pass:
             tokens += sequences[0].tokens[:shared]
             positions += range(shared)
         for sequence in sequences:
+            if sequence.label[:1] == (True,):
+                raise ValueError("pack: a label is the first token of a sequence; nothing predicts it")
             at = len(tokens)
             read = read_tokens(sequence)
             own = read - shared

@@ -33,6 +33,8 @@ def comparison(folder: Path) -> Comparison:
     value = read_json(folder / FILE)
     try:
         entries = value["entries"]
+        if not entries:
+            raise UserError(f"{folder / FILE}: has no entry yet; wait, or go on with: {value['command']}")
         variants = tuple(Variant(entry["name"], tuple(_runs(folder, entry))) for entry in entries)
         against = {entry["name"]: {duel["baseline"]: _duel(duel) for duel in entry["against"]} for entry in entries}
         made = [value["command"], value["date"], value["commit"] and f"commit {value['commit']}"]
