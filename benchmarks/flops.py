@@ -7,12 +7,14 @@ every loop alike.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
 import torch
 
 from benchmarks.workload import Workload
+from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.engine.packing import packed_tokens
 
@@ -30,7 +32,11 @@ class Tokens:
 
 
 def count(workload: Workload, round: int) -> Tokens:
-    batches = [b for k in workload.clients for b in workload.session.corpus.batches(round, k)]
+    return of_batches([b for k in workload.clients for b in workload.session.corpus.batches(round, k)])
+
+
+def of_batches(batches: Sequence[Sequence[Encoded]]) -> Tokens:
+    """``batches``: what the loop pads to one length, and what shares a prefix."""
     return Tokens(
         real=sum(len(s.tokens) for batch in batches for s in batch),
         packed=sum(packed_tokens(batch, True) for batch in batches),
@@ -62,6 +68,14 @@ class Cost:
     def loop(self, tokens: Tokens) -> float:
         """Flops of a PEFT step: every padded token through body and head, forward and back."""
         return 4.0 * tokens.padded * (self.body + self.head)
+
+    def answers_loop(self, prompts: Tokens, number: int, new: int) -> float:
+        """Flops of PEFT's greedy answers of ``new`` tokens to ``number`` prompts: the head for the last token of each alone."""
+        return 2.0 * (prompts.padded * self.body + number * (self.head + (new - 1) * (self.body + self.head)))
+
+    def answers_ours(self, prompts: Tokens, number: int, new: int) -> float:
+        first = prompts.packed * (self.body - self.last) + number * (self.last + self.head)
+        return 2.0 * (first + number * (new - 1) * (self.body + self.head))
 
     def ours(self, tokens: Tokens, prefix: bool) -> float:
         everywhere = (tokens.packed if prefix else tokens.alone) * (self.body - self.last)

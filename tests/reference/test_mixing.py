@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from unittest.mock import patch
 
 import numpy as np
@@ -27,7 +29,7 @@ from mira.core.graph import Edges, Graph, Groups
 from mira.core.layout import Layout
 from mira.core.learned import Learned
 from mira.core.loop import apply
-from mira.core.mixing import normalised_step, paper_step, weighted_mean
+from mira.core.mixing import normalised_step, paper_step, product, weighted_mean
 from mira.core.types import MemoryRows, ServerState, Setting, Trained
 from mira.methods import mira
 from mira.methods.mira import Mira
@@ -115,6 +117,10 @@ def test_steps_equal_the_oracle(sparse: float, problem: Problem, c: float, s: fl
         close(normalised_step(rows, a, s), normalised_np(problem.rows, problem.rows, problem.a, s), atol=ATOL)
 
 
+def cut(width: int, columns: int, rows: int) -> list[slice]:
+    return [slice(n, min(n + width, columns)) for n in range(0, columns, width)]
+
+
 @ways
 @given(problems(), st.floats(0, 2), unit, st.integers(1, 6), st.integers(1, 3), st.integers(1, 3))
 def test_neither_tiles_nor_blocks_change_what_comes_out(
@@ -126,12 +132,35 @@ def test_neither_tiles_nor_blocks_change_what_comes_out(
     blocks = others.split(block) if len(others) else ()
     with patch.object(mixing, "_SPARSE", sparse):
         whole = paper_step(near, a[:cohort], c, blocks), normalised_step(near, a[:cohort], s, blocks)
-        with patch.object(mixing, "_width", lambda rows, numbers: tile):
+        with patch.object(mixing, "_tiles", partial(cut, tile)):
             tiled = paper_step(near, a[:cohort], c, blocks), normalised_step(near, a[:cohort], s, blocks)
     for ours, other, oracle, strength in zip(tiled, whole, (paper_np, normalised_np), (c, s), strict=True):
         close(ours, oracle(problem.rows[:cohort], problem.rows, problem.a[:cohort], strength), atol=10 * ATOL)
         # Lists are summed column by column, in the order of the graph; a matrix product may sum as its shape suggests.
         assert torch.equal(ours, other) if sparse else torch.allclose(ours, other, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("share", [0.05, 1.0], ids=["lists", "matrix"])
+def test_threads_with_tiles_of_their_own_give_what_one_gives(share: float) -> None:
+    """And leave torch's threads as they were, also where one of them fails."""
+    draw = torch.Generator().manual_seed(0)
+    weights = torch.rand(24, 24, generator=draw, dtype=torch.float64) * (torch.rand(24, 24, generator=draw) < share)
+    pool, found, before = torch.randn(24, 40_000, generator=draw), [], torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(torch.empty(24, 40_000))
+            product(weights, pool, found[-1])
+            assert torch.get_num_threads() == threads
+        assert torch.equal(*found)
+        # At most 24 terms below 5, each rounded as often in fp32.
+        torch.testing.assert_close(found[0].double(), weights @ pool.double(), rtol=0, atol=24 * 24 * 5 * 2**-24)
+        with pytest.raises(RuntimeError):
+            product(weights, pool[:5], torch.empty(24, 40_000))
+        with ThreadPoolExecutor(1) as fresh:
+            assert fresh.submit(torch.get_num_threads).result() == torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_pool_that_the_graph_does_not_know_is_a_bug() -> None:

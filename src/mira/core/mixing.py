@@ -3,22 +3,20 @@
 θ_k ← θ̂_k − c·Σ_l a_kl (θ̂_k − θ̂_l)  (paper, after Dinh et al., FedU) and
 θ_k ← (1−s)·θ̂_k + s·Σ_l (a_kl/d_k)·θ̂_l  (normalised). All rows move at once from the old values.
 Coefficients are made in float64, sums run in the rows' own precision. Beyond the rows given and the rows returned a step
-holds one tile of columns, and one block of the rows of others.
+holds one tile of columns for each thread, and one block of the rows of others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-# Numbers of a tile: they stay in cache, and allocating as many again costs no page faults. Sums over neighbours are so short
-# that waking the threads for them counts: larger tiles are up to twice as fast, and slower for matrix products.
-_TILE = 2**18
-_SPARSE_TILE = 2**20
+_TILE = 2**17  # numbers: they stay in a core's cache, and allocating as many again costs no page faults
 _SPARSE = 0.25  # at most this share of weights that are not zero: summing neighbours is faster than a matrix product
 
 Product = Callable[[Tensor, Tensor], object]
@@ -61,9 +59,8 @@ def normalised_weights(a: Tensor, s: float) -> tuple[Tensor, Tensor]:
 
 def product(weights: Tensor, pool: Tensor, out: Tensor) -> None:
     """out = weights·pool, tile by tile: weights [M,N], pool [N,P], out [M,P], which must not overlap the pool."""
-    times, numbers = _product(weights, pool.dtype)
-    for tile in _tiles(pool.shape[1], _width(max(weights.shape), numbers)):
-        times(pool[:, tile], out[:, tile])
+    times = _product(weights, pool.dtype)
+    _each(_tiles(pool.shape[1], max(weights.shape)), lambda tile: times(pool[:, tile], out[:, tile]))
 
 
 def mix(rows: Tensor, own: Tensor, pull: Tensor, others: Iterable[Tensor] = ()) -> Tensor:
@@ -80,32 +77,50 @@ def mix(rows: Tensor, own: Tensor, pull: Tensor, others: Iterable[Tensor] = ()) 
 def _add_product(weights: Tensor, pool: Tensor, out: Tensor) -> None:
     """out += weights·pool. Only rows with a weight are touched: a pool in many blocks costs what its edges cost."""
     touched = (weights != 0).any(1).nonzero()[:, 0]
-    times, numbers = _product(weights[touched], pool.dtype)
-    for tile in _tiles(pool.shape[1], _width(max(weights.shape), numbers)):
+    times = _product(weights[touched], pool.dtype)
+
+    def add(tile: slice) -> None:
         part = pool.new_empty(len(touched), tile.stop - tile.start)
         times(pool[:, tile], part)
         out[:, tile].index_add_(0, touched, part)
 
+    _each(_tiles(pool.shape[1], max(weights.shape)), add)
 
-def _product(weights: Tensor, dtype: torch.dtype) -> tuple[Product, int]:
-    """(pool [N,n], out [M,n]) ↦ out = weights·pool, and the numbers of a tile for it.
 
-    The one place that decides between neighbour lists and a matrix.
-    """
+def _product(weights: Tensor, dtype: torch.dtype) -> Product:
+    """(pool [N,n], out [M,n]) ↦ out = weights·pool. The one place that decides between neighbour lists and a matrix."""
     row, neighbour = weights.nonzero(as_tuple=True)
     if len(row) > _SPARSE * weights.numel():
         matrix = weights.to(dtype)
-        return lambda pool, out: torch.mm(matrix, pool, out=out), _TILE
+        return lambda pool, out: torch.mm(matrix, pool, out=out)
     first = torch.searchsorted(row, torch.arange(len(weights)))  # of each row's neighbours
     weight = weights[row, neighbour].to(dtype)
     bag = partial(embedding_bag, neighbour, offsets=first, mode="sum", per_sample_weights=weight)
-    return lambda pool, out: out.copy_(bag(pool.contiguous())), _SPARSE_TILE
+    return lambda pool, out: out.copy_(bag(pool.contiguous()))
 
 
-def _tiles(columns: int, width: int) -> Iterator[slice]:
-    return (slice(begin, min(begin + width, columns)) for begin in range(0, columns, width))
+def _tiles(columns: int, rows: int) -> list[slice]:
+    """Of very many rows still enough columns to stream through them."""
+    width = max(256, _TILE // rows)
+    return [slice(begin, min(begin + width, columns)) for begin in range(0, columns, width)]
 
 
-def _width(rows: int, numbers: int) -> int:
-    """Columns of a tile; of very many rows still enough to stream through them."""
-    return max(256, numbers // rows)
+def _each(tiles: Sequence[slice], work: Callable[[slice], object]) -> None:
+    """``work`` on every tile, whole tiles side by side in as many threads as torch has: what they would do together on one
+    tile is over before the second of them is awake."""
+    threads = torch.get_num_threads()
+
+    def some(first: int) -> None:
+        torch.set_num_threads(1)
+        for tile in tiles[first::threads]:
+            work(tile)
+
+    if threads == 1 or len(tiles) < threads:
+        for tile in tiles:
+            work(tile)
+        return
+    try:
+        with ThreadPoolExecutor(threads, "mixing") as pool:
+            list(pool.map(some, range(threads)))
+    finally:
+        torch.set_num_threads(threads)  # each set it for all threads that are yet to come
