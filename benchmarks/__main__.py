@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import memory, server, serving, training
-from mira.session import processor
+from mira.environment import processor
 
 OUT = Path(__file__).parent / "out" / "bench.json"
 console = Console(width=None if os.isatty(1) else 130)

@@ -36,8 +36,8 @@ from mira.core.types import Work
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.engine.packing import packed_tokens
+from mira.environment import processor
 from mira.methods.mira import Mira
-from mira.session import processor
 
 SAMPLES = 3
 JSON = Path(__file__).parent / "out" / "curves.json"

@@ -21,12 +21,13 @@ from mira.core.types import MemoryRows, ServerState, Work
 from mira.data.federation import Client, make_federation
 from mira.data.records import read_jsonl, to_example
 from mira.data.types import ClientData, client_data
+from mira.environment import check_environment
 from mira.experiment import export_adapters, state_of, without_nan
 from mira.graphs.known import Complete
 from mira.methods.local import Local
 from mira.methods.ranked import ranked
 from mira.model.embed import embed
-from mira.session import Session, check_environment, open_session
+from mira.session import Session, open_session
 from mira.store import Store
 
 Result = dict[str, Any]

@@ -22,9 +22,10 @@ from mira.core.loop import Record, Schedule, run_rounds
 from mira.core.tensors import from_tensors, in_use, to_tensors
 from mira.core.types import Change, Rows, ServerState, stays
 from mira.engine.memory import peak_memory
+from mira.environment import check_environment
 from mira.methods.warm import Warm
 from mira.report import summarise
-from mira.session import TOKENS, Session, check_environment, enough_memory, open_session
+from mira.session import TOKENS, Session, enough_memory, open_session
 from mira.store import Store
 from mira.store.folders import replace_folder
 from mira.trackers import Followers

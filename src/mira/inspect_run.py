@@ -17,6 +17,7 @@ from mira.core.errors import UserError
 from mira.core.types import Overlay, ServerState, stays
 from mira.data.sources.sites import Sites
 from mira.data.types import Example
+from mira.environment import check_environment
 from mira.experiment import (
     ADAPTERS,
     Result,
@@ -31,7 +32,7 @@ from mira.experiment import (
 )
 from mira.model.wheel import quiet
 from mira.progress import visible
-from mira.session import Session, check_environment, open_session
+from mira.session import Session, open_session
 from mira.store import Store
 from mira.store.folders import replace_folder
 

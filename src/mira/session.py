@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +19,6 @@ from mira.adapters.seeds import SeedsAdapter, directions
 from mira.adapters.types import Adapter
 from mira.config import Experiment
 from mira.config.adapter import SeedsSection, VirtualPromptSection
-from mira.core.commit import commit
 from mira.core.errors import UserError, did_you_mean
 from mira.core.graph import Graph, Groups
 from mira.core.layout import Layout
@@ -39,18 +33,15 @@ from mira.engine.generate import positions
 from mira.engine.memory import is_out_of_memory
 from mira.engine.reference import ReferenceEngine
 from mira.engine.seeds import SeedsEngine
+from mira.environment import environment_of
 from mira.methods import ALONG_GRAPH
 from mira.methods.ranked import ranked
 from mira.model import Base, load
 from mira.model.embed import embed
-from mira.model.quantise import needed_for
 
 log = logging.getLogger(__name__)
 
-# Numbers depend on these; a resumed run must find them as they were.
-DECIDING = ("versions", "model", "data", "threads", "device", "prefix", "tokens_per_pass")
 TOKENS = "tokens"  # in the run folder: the examples as encoded, for who opens the run again
-LIBRARIES = ("mira", "torch", "transformers", "peft", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -199,23 +190,8 @@ def open_session(
     if isinstance(adapter, SeedsAdapter):
         _warn_ignored(training)
         engine = SeedsEngine(engine, adapter.directions, experiment.adapter.epsilon, corpus, experiment.seed)
-    environment = _environment(base, federation, threads, prefix, budget, truncated)
-    return Session(experiment, base, federation, corpus, adapter, engine, environment)
-
-
-def check_environment(recorded: dict[str, Any], now: dict[str, Any], must: Sequence[str] = DECIDING) -> None:
-    """Refuse to go on where what ``must`` be the same differs, naming the difference; warn of what else differs."""
-    for key in DECIDING:
-        old, new = recorded.get(key), now[key]
-        if old != new:
-            difference = f"{key} was {_short(old, new)} when the run started and is {_short(new, old)} now"
-            if key in must:
-                raise UserError(f"{difference}; restore it, or start a new run")
-            log.warning("%s; numbers may differ in their last digits", difference)
-    if recorded.get("machine") != now["machine"]:
-        log.warning(
-            "the run started on another machine; numbers are no longer promised to be identical to the last bit"
-        )
+    now = environment_of(base, federation, threads, prefix, budget, truncated)
+    return Session(experiment, base, federation, corpus, adapter, engine, now)
 
 
 @contextmanager
@@ -230,68 +206,6 @@ def enough_memory(experiment: Experiment) -> Iterator[None]:
             f"prompt.max_length={experiment.prompt.max_length}: out of memory while measuring, which goes in ever smaller"
             " passes; start a new run with less of it, or with a smaller evaluation.max_new_tokens"
         ) from None
-
-
-def _short(value: Any, other: Any) -> str:
-    """``value``, or of two dictionaries only what differs."""
-    if isinstance(value, dict) and isinstance(other, dict):
-        value = {key: item for key, item in value.items() if other.get(key) != item}
-    return json.dumps(value)
-
-
-def _environment(
-    base: Base,
-    federation: Federation,
-    threads: int,
-    prefix: bool,
-    tokens_per_pass: int | None,
-    truncated: dict[str, int],
-) -> dict[str, Any]:
-    return {
-        "versions": {name: version(name) for name in (*LIBRARIES, *needed_for(base.quantization))},
-        "model": {
-            "name": base.name, "source": base.source, "sha256": base.sha256, "quantization": base.quantization,
-        },
-        **clients_told(federation),
-        "threads": threads,
-        "device": base.model.device.type,
-        "prefix": prefix,
-        "tokens_per_pass": tokens_per_pass,
-        "commit": commit(),
-        "machine": {
-            "python": platform.python_version(), "platform": platform.platform(), "processor": processor(),
-            "cores": os.cpu_count(),
-        },
-        "truncated": truncated,
-    }  # fmt: skip
-
-
-def clients_told(federation: Federation) -> dict[str, Any]:
-    """What the environment says of the clients."""
-    return {
-        "data": {"clients": len(federation.clients), "sha256": _fingerprint(federation)},
-        "groups": [client.group for client in federation.clients],
-    }
-
-
-def _fingerprint(federation: Federation) -> str:
-    """SHA-256 of every client's name and splits: the same data gives the same digest, whatever file it came from."""
-    digest = hashlib.sha256()
-    for client in federation.clients:
-        for split in ("train", "validation", "test"):
-            digest.update(json.dumps([client.name, split, [asdict(e) for e in client.split(split)]]).encode())
-    return digest.hexdigest()
-
-
-def processor() -> str:
-    """The name this machine gives its processor."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(
-                (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-            )
-    except OSError:
-        return platform.processor() or platform.machine()
 
 
 def _adapter(experiment: Experiment, base: Base) -> Adapter:

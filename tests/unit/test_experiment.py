@@ -21,8 +21,9 @@ from mira import Experiment
 from mira.core.errors import UserError
 from mira.engine import budget
 from mira.engine.memory import peak_memory
+from mira.environment import DECIDING, check_environment
 from mira.experiment import located, without_nan
-from mira.session import DECIDING, check_environment, enough_memory, open_session
+from mira.session import enough_memory, open_session
 from mira.store.folders import replace_folder
 from small import settings, write_clients
 

@@ -15,6 +15,7 @@ LEVELS = (
     {"core"},
     {"adapters", "methods", "graphs", "trackers"},
     {"engine", "store", "report", "data", "model", "config", "measure", "progress"},
+    {"environment"},
     {"session", "page", "listing"},
     {"experiment"},
     {"adapt", "inspect_run", "mira", "compare"},
@@ -33,7 +34,7 @@ ONLY_IN = {
     "transformers": ("model", "data/text", "adapters", "engine"),
     "flwr": ("fleet/flower", "fleet/commands", "fleet/executor", "fleet/node"),
     "cryptography": ("fleet/certificates", "fleet/admission"),
-    "h11": ("fleet/gate", "fleet/line"),
+    "h11": ("fleet/gate", "fleet/line", "fleet/rules"),
     "peft": ("adapters", "engine"),
 }
 CORE_MAY = {"torch", "pydantic", "mira"} | set(sys.stdlib_module_names)

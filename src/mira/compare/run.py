@@ -18,8 +18,9 @@ from mira.compare.progress import Estimate, Progress, Say, by_finished, sizes
 from mira.compare.summary import entry_of, summary
 from mira.compare.tables import FILES
 from mira.core.errors import UserError
+from mira.environment import check_environment
 from mira.experiment import Nobody, Watcher, measured, state_of
-from mira.session import check_environment, open_session
+from mira.session import open_session
 from mira.store import Store
 from mira.store.files import TESTED, pack_json, read_json, replace
 from mira.store.folders import alone_in

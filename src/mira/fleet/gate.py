@@ -12,9 +12,7 @@ something was pushed, and asked again then.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import re
 import ssl
 import threading
 from collections import Counter
@@ -22,15 +20,16 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from ipaddress import ip_network
 from pathlib import Path
 
 import h11
 
 from mira.core.errors import UserError
+from mira.fleet import rules
 from mira.fleet.accept import Raw, allow_files, secured
 from mira.fleet.answers import own_answer
 from mira.fleet.line import PIECE, Line, Refused, hang_up, refuse
+from mira.fleet.rules import Limits
 from mira.fleet.uploads import Uploads
 
 log = logging.getLogger(__name__)
@@ -40,30 +39,8 @@ Listen = tuple[str | None, int]
 Admit = Callable[[Mapping[str, str]], str | None]
 """A request's headers → the site it proves to be, None for nobody. Raises UserError where nobody can say."""
 
-_BEGIN = b"/v1/fleet/activate-node"
-_QUESTIONS = b"/v1/fleet/pull-messages"
-_ANSWERS = b"/v1/fleet/push-messages"
-_PIECES = b"/v1/fleet/push-object"
-_FLEET = re.compile(rb"/v1/fleet/[a-z]+(-[a-z]+)*")
-_SENT_ON = ("content-type", "accept", "accept-encoding", "user-agent")  # and flwr-*, which Flower's protocol is made of
-_UNKNOWN = 412  # what a SuperLink answers a key that is not registered with it
-_HEAD_BYTES = 1 << 14
 _FILES = 3  # open files a connection may take: its own, one to the SuperLink, and some to spare for all else
 _LOOK = 0.2  # seconds between two looks at a SuperLink that is not ready
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one peer may ask for. Times in seconds."""
-
-    body: int = 8 << 20  # bytes of a piece of an answer; Flower sends an array in pieces of 5 MiB
-    answer: int = 1 << 20  # bytes of what announces an answer: who, to what, and which pieces it has
-    question: int = 64 << 10  # bytes of any other: who asks for what
-    connections: int = 1024
-    connections_per_host: int = 256
-    head: float = 20.0  # for a TLS handshake, and for a request's head from the end of the last one
-    stall: float = 60.0  # for the next piece of a body, either way, and for an answer
-    hold: float = 20.0  # for which a request waits for messages, or for the SuperLink; a SuperNode gives up after 30
 
 
 @dataclass(frozen=True)
@@ -161,7 +138,7 @@ class _Gate:
 
     def accept(self, tls: ssl.SSLContext, transport: asyncio.Transport) -> None:
         """Counted before anything is read: who opens connections and says nothing uses up his own share."""
-        host = _whose(str((transport.get_extra_info("peername") or ("nobody",))[0]))
+        host = rules.host_of(str((transport.get_extra_info("peername") or ("nobody",))[0]))
         if self.hosts.total() >= self.limits.connections or self.hosts[host] >= self.limits.connections_per_host:
             log.debug("%s: closed, too many connections", host)
             return transport.abort()
@@ -175,7 +152,7 @@ class _Gate:
             reader, writer = await secured(transport, tls, self.limits.head, PIECE)
             try:
                 await self.converse(
-                    host, Line(h11.Connection(h11.SERVER, _HEAD_BYTES), reader, writer, self.limits.stall)
+                    host, Line(h11.Connection(h11.SERVER, rules.HEAD_BYTES), reader, writer, self.limits.stall)
                 )
             finally:
                 await hang_up(writer)
@@ -195,10 +172,10 @@ class _Gate:
                     request = await outside.next()
                 if not isinstance(request, h11.Request):
                     return
-                headers = check(request, self.limits)
+                headers = rules.check(request, self.limits)
                 site = self.identify(headers)
                 if site is None:
-                    raise _stranger(request.target)
+                    raise rules.stranger(request.target)
                 await self.readiness()
                 status = await self.forward(request.target, site, headers, outside)
                 log.debug("%s: %s %s: %d", host, site, request.target.decode(), status)
@@ -223,19 +200,19 @@ class _Gate:
 
     async def forward(self, target: bytes, site: str, headers: Mapping[str, str], outside: Line) -> int:
         """Sends one request on and its answer back; the answer's status. Raises Refused while nothing of it was sent back."""
-        if target == _QUESTIONS:
+        if target == rules.QUESTIONS:
             return await self.hold(headers, outside)
-        size = int(headers["content-length"]) if target in (_ANSWERS, _PIECES) else None
+        size = int(headers["content-length"]) if target in (rules.ANSWERS, rules.PIECES) else None
         if size is None:
             async with self.asked(target, headers, outside.body()) as (answer, inside):
-                if target == _BEGIN and answer.status_code == _UNKNOWN:
+                if target == rules.BEGIN and answer.status_code == rules.UNKNOWN:
                     raise Refused(503, f"the SuperLink does not know {site} yet")  # it tries again, it was not refused
                 return await _pass_back(answer, inside, outside)
         if not self.uploads.take(site, size):
             raise Refused(413, "more than it was asked for")
         with self.uploads.pushing(site):
             try:
-                if target == _ANSWERS:
+                if target == rules.ANSWERS:
                     return await self.announce(site, headers, outside)
                 async with self.asked(target, headers, outside.body()) as (answer, inside):
                     return await _pass_back(answer, inside, outside)
@@ -248,7 +225,7 @@ class _Gate:
         body = b"".join([piece async for piece in outside.body()])
         if (question := own_answer(body)) is None:
             raise Refused(403, "not an answer of the site that sent it")
-        async with self.asked(_ANSWERS, headers, _each([body])) as (answer, inside):
+        async with self.asked(rules.ANSWERS, headers, _each([body])) as (answer, inside):
             if answer.status_code == 200:
                 self.uploads.announce(question, site)
             return await _pass_back(answer, inside, outside)
@@ -259,7 +236,7 @@ class _Gate:
         until = asyncio.get_running_loop().time() + self.limits.hold
         while True:
             bell = self.bell  # the one before the question: whatever is pushed from now on rings it
-            async with self.asked(_QUESTIONS, headers, _each(body)) as (answer, inside):
+            async with self.asked(rules.QUESTIONS, headers, _each(body)) as (answer, inside):
                 nothing = answer.status_code == 200 and (b"content-length", b"0") in answer.headers
                 if not nothing or asyncio.get_running_loop().time() >= until:
                     return await _pass_back(answer, inside, outside)
@@ -269,7 +246,7 @@ class _Gate:
             if outside.gone:  # what is fetched for nobody is lost
                 raise Refused(408, "it left")
             if self.identify(headers) is None:
-                raise _stranger(_QUESTIONS)
+                raise rules.stranger(rules.QUESTIONS)
 
     @asynccontextmanager
     async def asked(
@@ -281,9 +258,11 @@ class _Gate:
             reader, writer = await asyncio.open_connection(host, port, ssl=self.upstream.tls, limit=PIECE)
         except OSError as error:
             raise Refused(502, f"the SuperLink does not answer ({error})") from None
-        inside = Line(h11.Connection(h11.CLIENT, _HEAD_BYTES), reader, writer, self.limits.stall)
+        inside = Line(h11.Connection(h11.CLIENT, rules.HEAD_BYTES), reader, writer, self.limits.stall)
         try:
-            kept = [(name, value) for name, value in headers.items() if name in _SENT_ON or name.startswith("flwr-")]
+            kept = [
+                (name, value) for name, value in headers.items() if name in rules.SENT_ON or name.startswith("flwr-")
+            ]
             length = headers["content-length"]
             head = [("host", f"{host}:{port}"), ("connection", "close"), ("content-length", length), *kept]
             await inside.send(h11.Request(method=b"POST", target=target, headers=head))
@@ -311,42 +290,3 @@ async def _pass_back(answer: h11.Response, inside: Line, outside: Line) -> int:
         await outside.send(h11.Data(data=piece))
     await outside.send(h11.EndOfMessage())
     return answer.status_code
-
-
-def check(request: h11.Request, limits: Limits) -> dict[str, str]:
-    """A request's headers, each once. Raises Refused unless it is a POST to the fleet API within its limit."""
-    most = {_ANSWERS: limits.answer, _PIECES: limits.body}.get(request.target, limits.question)
-    if not _FLEET.fullmatch(request.target):  # no dots, no percent, no query, no host: nothing to interpret differently
-        raise Refused(404, f"no such path: {request.target[:80]!r}")
-    if request.method != b"POST":
-        raise Refused(405, f"method {request.method[:20]!r}")
-    headers: dict[str, str] = {}
-    for name, value in request.headers:
-        key = name.decode("ascii")
-        if key in headers:
-            raise Refused(400, f"header {key} twice")
-        headers[key] = value.decode("latin-1")
-    if "transfer-encoding" in headers or "upgrade" in headers:
-        raise Refused(400, "transfer-encoding or upgrade")
-    if "content-length" not in headers:
-        raise Refused(411, "no content-length")
-    if int(headers["content-length"]) > most:
-        raise Refused(413, f"a body of {headers['content-length']} bytes; at most {most}")
-    return headers
-
-
-def _whose(address: str) -> str:
-    """The host that ``address`` is of: with IPv6 whoever has one has a whole network of 64 bits."""
-    try:
-        return str(ip_network(f"{address.partition('%')[0]}/64", strict=False)) if ":" in address else address
-    except ValueError:
-        return address
-
-
-def _stranger(target: bytes) -> Refused:
-    """A SuperNode that begins shows the text of a 412, as a SuperLink answers a key it does not know, and fails; one under way
-    ends at a 401 only. ``mira client`` asks (``knock``) before it lets one begin anew."""
-    if target not in (b"/v1/fleet/register-node", _BEGIN):
-        return Refused(401, "not a site of this federation")
-    text = "The server does not admit this node key: it is revoked, or of another federation, or the clock is wrong."
-    return Refused(_UNKNOWN, "not a site of this federation", json.dumps({"code": 2004, "detail": text}).encode())

@@ -16,6 +16,7 @@ from mira.fleet import frames, gate
 from mira.fleet.admission import admission
 from mira.fleet.kit import ServerKit, admitted, load_server, split_address, until
 from mira.fleet.relay import Relay
+from mira.fleet.rules import Limits
 from mira.fleet.scratch import scratch
 from mira.fleet.server import Opener
 from mira.fleet.superlink import SuperLink, check_installed
@@ -78,7 +79,7 @@ def _federation(kit: ServerKit, options: Options) -> Iterator[Relay]:
         listen = (None, split_address(kit.address)[1])
         listener = stack.enter_context(closing(frames.listen(folder / "relay")))
         try:
-            door = stack.enter_context(gate.opened(listen, inside, tls, admission(kit.folder), gate.Limits()))
+            door = stack.enter_context(gate.opened(listen, inside, tls, admission(kit.folder), Limits()))
         except OSError as error:
             why = f"cannot listen at port {listen[1]} ({error.strerror}); is it taken?"
             raise UserError(f"server: {why}") from None

@@ -15,12 +15,13 @@ from torch import Tensor
 from mira.config import Experiment
 from mira.core.errors import UserError
 from mira.data.sources.sites import Sites
+from mira.environment import clients_told
 from mira.fleet.privacy import epsilon
 from mira.fleet.remote import RemoteEngine
 from mira.fleet.seam import Lost, Transport
 from mira.fleet.site import fingerprints
 from mira.fleet.terms import Run, Terms
-from mira.session import Session, clients_told, open_session
+from mira.session import Session, open_session
 from mira.store import Store
 
 log = logging.getLogger(__name__)

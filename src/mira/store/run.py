@@ -21,30 +21,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from mira.core.errors import UserError
-from mira.store import files
+from mira.store import files, manifests
 from mira.store.history import KINDS, History, Record
 
-_FORMAT = 1
-_FIXED = ("config.yaml", "environment.json", "graph.safetensors", "start.safetensors")
 _OURS = re.compile(r"[0-9]{6,}\.r[0-9]{6,}\.safetensors|\..*\.tmp")
-_MANIFEST, _METRICS, _RESULT = "store.json", "metrics.jsonl", "result.json"
+_METRICS, _RESULT = "metrics.jsonl", "result.json"
 _CONTINUE = "continue with --resume; committed rounds are intact"
-
-
-class _Manifest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    format: int
-    num_rows: int
-    files: dict[str, str]
-
-
-_Parsed = TypeVar("_Parsed", _Manifest, Record)
 
 
 @dataclass(frozen=True)
@@ -71,13 +58,7 @@ class Store:
         """Use ``create`` or ``open``. ``lock``: the descriptor that holds the write lock, None to read only."""
         self.folder = folder
         self._lock = lock
-        manifest = _parse(_Manifest, folder / _MANIFEST)
-        if manifest.format != _FORMAT or sorted(manifest.files) != sorted(_FIXED):
-            raise UserError(f"{folder}: written by another version of mira (format {manifest.format}, here {_FORMAT})")
-        for kind in (*KINDS, "rounds"):
-            if (folder / kind).is_symlink() or not (folder / kind).is_dir():
-                raise files.corrupt(folder / kind, "not a folder")
-        self._manifest = manifest
+        self._manifest = manifest = manifests.read(folder)
         self.num_rows = manifest.num_rows
         self.start = files.read_tensor(folder / "start.safetensors", manifest.files["start.safetensors"])
         """The common start row [P]."""
@@ -106,27 +87,8 @@ class Store:
             "graph.safetensors": files.pack_tensors(graph),
             "start.safetensors": files.pack_tensors({"start": start}),
         }
-        manifest = _Manifest(
-            format=_FORMAT, num_rows=num_rows, files={name: files.digest(data) for name, data in contents.items()}
-        )
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _check_vacant(folder)
-            lock = files.take_lock(folder)
-            try:
-                _check_vacant(folder)  # again, now that nobody else can fill it
-                for kind in (*KINDS, "rounds"):
-                    (folder / kind).mkdir(exist_ok=True)
-                for name, data in contents.items():
-                    files.replace(folder / name, data)
-                files.sync(folder)
-                files.replace(folder / _MANIFEST, files.seal(manifest.model_dump()))
-                files.sync(folder)
-                files.sync(folder.parent)
-                return Store(folder, lock)
-            except BaseException:
-                os.close(lock)
-                raise
+            return _held(folder, manifests.write(folder, contents, num_rows))
         except OSError as error:
             raise files.unwritable(folder, error, "start again; no run was created") from None
 
@@ -134,12 +96,12 @@ class Store:
     def check_vacant(folder: Path) -> None:
         """Raises UserError where ``create`` would refuse ``folder`` because something lies there already."""
         if folder.is_dir():
-            _check_vacant(folder)
+            manifests.check_vacant(folder)
 
     @staticmethod
     def exists(folder: Path) -> bool:
         """Whether ``folder`` holds a run; one whose creation was interrupted is none."""
-        return (folder / _MANIFEST).exists()
+        return manifests.exists(folder)
 
     @staticmethod
     def open(folder: Path, writable: bool = True) -> Store:
@@ -154,12 +116,7 @@ class Store:
         if not writable:
             return Store(folder, None)
         try:
-            lock = files.take_lock(folder)
-            try:
-                return Store(folder, lock)
-            except BaseException:
-                os.close(lock)
-                raise
+            return _held(folder, files.take_lock(folder))
         except OSError as error:
             raise files.unwritable(folder, error, _CONTINUE) from None
 
@@ -284,7 +241,7 @@ class Store:
         for expected, round in enumerate(rounds):
             if round != expected:
                 raise files.corrupt(self._record_path(expected), "missing")
-            yield _parse(Record, self._record_path(round))
+            yield manifests.parse(Record, self._record_path(round))
 
     def _tidy(self) -> None:
         """Removes what an interrupted commit left behind, once it is sure that everything needed is there."""
@@ -345,22 +302,14 @@ class Store:
         assert value.dtype == self.start.dtype, "rows of another type than the start row"
 
 
-def _parse(kind: type[_Parsed], path: Path) -> _Parsed:
+def _held(folder: Path, lock: int) -> Store:
+    """The run in ``folder`` for who holds its ``lock``, which is let go where there is none."""
     try:
-        return kind.model_validate(files.read_sealed(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise files.corrupt(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        return Store(folder, lock)
+    except BaseException:
+        os.close(lock)
+        raise
 
 
 def _metrics_line(record: Record) -> bytes:
     return files.pack_json({"round": record.round, **record.metrics})
-
-
-def _check_vacant(folder: Path) -> None:
-    """Passes an empty folder, and one where a creation was interrupted: locked once, all names known, no manifest."""
-    names = set(os.listdir(folder))
-    known = {files.LOCK, *KINDS, "rounds", *_FIXED, *(f".{name}.tmp" for name in (*_FIXED, _MANIFEST))}
-    filled = any(os.listdir(folder / name) for name in names.intersection((*KINDS, "rounds")))
-    if names and (filled or files.LOCK not in names or not names <= known):
-        raise UserError(f"{folder}: not empty; continue its run with --resume, or choose another --out")

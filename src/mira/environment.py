@@ -1,0 +1,105 @@
+"""What decides a run's numbers besides its configuration: libraries, weights, data, machine. Recorded when a run starts, checked
+when it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from mira.core.commit import commit
+from mira.core.errors import UserError
+from mira.data.federation import Federation
+from mira.model import Base
+from mira.model.quantise import needed_for
+
+log = logging.getLogger(__name__)
+
+# Numbers depend on these; a resumed run must find them as they were.
+DECIDING = ("versions", "model", "data", "threads", "device", "prefix", "tokens_per_pass")
+_LIBRARIES = ("mira", "torch", "transformers", "peft", "tokenizers")
+
+
+def environment_of(
+    base: Base,
+    federation: Federation,
+    threads: int,
+    prefix: bool,
+    tokens_per_pass: int | None,
+    truncated: dict[str, int],
+) -> dict[str, Any]:
+    """What a run records. ``prefix``: whether shared prefixes are computed once; ``truncated``: how many inputs of which client
+    were cut."""
+    return {
+        "versions": {name: version(name) for name in (*_LIBRARIES, *needed_for(base.quantization))},
+        "model": {
+            "name": base.name, "source": base.source, "sha256": base.sha256, "quantization": base.quantization,
+        },
+        **clients_told(federation),
+        "threads": threads,
+        "device": base.model.device.type,
+        "prefix": prefix,
+        "tokens_per_pass": tokens_per_pass,
+        "commit": commit(),
+        "machine": {
+            "python": platform.python_version(), "platform": platform.platform(), "processor": processor(),
+            "cores": os.cpu_count(),
+        },
+        "truncated": truncated,
+    }  # fmt: skip
+
+
+def clients_told(federation: Federation) -> dict[str, Any]:
+    """What the environment says of the clients."""
+    return {
+        "data": {"clients": len(federation.clients), "sha256": _fingerprint(federation)},
+        "groups": [client.group for client in federation.clients],
+    }
+
+
+def _fingerprint(federation: Federation) -> str:
+    """SHA-256 of every client's name and splits: the same data gives the same digest, whatever file it came from."""
+    digest = hashlib.sha256()
+    for client in federation.clients:
+        for split in ("train", "validation", "test"):
+            digest.update(json.dumps([client.name, split, [asdict(e) for e in client.split(split)]]).encode())
+    return digest.hexdigest()
+
+
+def processor() -> str:
+    """The name this machine gives its processor."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(
+                (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+            )
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def check_environment(recorded: dict[str, Any], now: dict[str, Any], must: Sequence[str] = DECIDING) -> None:
+    """Refuse to go on where what ``must`` be the same differs, naming the difference; warn of what else differs."""
+    for key in DECIDING:
+        old, new = recorded.get(key), now[key]
+        if old != new:
+            difference = f"{key} was {_short(old, new)} when the run started and is {_short(new, old)} now"
+            if key in must:
+                raise UserError(f"{difference}; restore it, or start a new run")
+            log.warning("%s; numbers may differ in their last digits", difference)
+    if recorded.get("machine") != now["machine"]:
+        log.warning(
+            "the run started on another machine; numbers are no longer promised to be identical to the last bit"
+        )
+
+
+def _short(value: Any, other: Any) -> str:
+    """``value``, or of two dictionaries only what differs."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        value = {key: item for key, item in value.items() if other.get(key) != item}
+    return json.dumps(value)

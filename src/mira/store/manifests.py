@@ -1,0 +1,91 @@
+"""The manifest of a run folder, which makes it one: written last, with the digests of what never changes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mira.core.errors import UserError
+from mira.store import files
+from mira.store.history import KINDS
+
+_FORMAT = 1
+_FIXED = ("config.yaml", "environment.json", "graph.safetensors", "start.safetensors")
+_MANIFEST = "store.json"
+_FOLDERS = (*KINDS, "rounds")
+
+_Parsed = TypeVar("_Parsed", bound=BaseModel)
+
+
+class Manifest(BaseModel):
+    """``files``: the digest of each file that never changes, by its name."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: int
+    num_rows: int
+    files: dict[str, str]
+
+
+def exists(folder: Path) -> bool:
+    return (folder / _MANIFEST).exists()
+
+
+def read(folder: Path) -> Manifest:
+    """Raises UserError when it is damaged or another version's, or a folder beside it is missing."""
+    manifest = parse(Manifest, folder / _MANIFEST)
+    if manifest.format != _FORMAT or sorted(manifest.files) != sorted(_FIXED):
+        raise UserError(f"{folder}: written by another version of mira (format {manifest.format}, here {_FORMAT})")
+    for name in _FOLDERS:
+        if (folder / name).is_symlink() or not (folder / name).is_dir():
+            raise files.corrupt(folder / name, "not a folder")
+    return manifest
+
+
+def write(folder: Path, contents: Mapping[str, bytes], num_rows: int) -> int:
+    """Makes ``folder`` a run of ``contents`` (by file name), and returns the descriptor that holds its write lock.
+
+    Raises UserError where something lies there already, or another process is at work, and OSError.
+    """
+    manifest = Manifest(
+        format=_FORMAT, num_rows=num_rows, files={name: files.digest(data) for name, data in contents.items()}
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    check_vacant(folder)
+    lock = files.take_lock(folder)
+    try:
+        check_vacant(folder)  # again, now that nobody else can fill it
+        for name in _FOLDERS:
+            (folder / name).mkdir(exist_ok=True)
+        for name, data in contents.items():
+            files.replace(folder / name, data)
+        files.sync(folder)
+        files.replace(folder / _MANIFEST, files.seal(manifest.model_dump()))
+        files.sync(folder)
+        files.sync(folder.parent)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def check_vacant(folder: Path) -> None:
+    """Passes an empty folder, and one where a creation was interrupted: locked once, all names known, no manifest. Raises
+    UserError for any other."""
+    names = set(os.listdir(folder))
+    known = {files.LOCK, *_FOLDERS, *_FIXED, *(f".{name}.tmp" for name in (*_FIXED, _MANIFEST))}
+    filled = any(os.listdir(folder / name) for name in names.intersection(_FOLDERS))
+    if names and (filled or files.LOCK not in names or not names <= known):
+        raise UserError(f"{folder}: not empty; continue its run with --resume, or choose another --out")
+
+
+def parse(kind: type[_Parsed], path: Path) -> _Parsed:
+    """A sealed file of ours. Raises UserError where it is damaged or not of this ``kind``."""
+    try:
+        return kind.model_validate(files.read_sealed(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise files.corrupt(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
