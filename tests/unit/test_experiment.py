@@ -84,7 +84,7 @@ def test_a_result_is_located_in_its_folder(tmp_path: Path) -> None:
 
 def test_only_running_out_of_memory_is_the_users(tiny_folder: Path, tmp_path: Path) -> None:
     experiment = Experiment(**settings(tiny_folder, tmp_path))
-    with pytest.raises(UserError, match=r"engine.tokens_per_pass=null: out of memory"), enough_memory(experiment):
+    with pytest.raises(UserError, match=r"prompt.max_length=1024: out of memory"), enough_memory(experiment):
         raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(RuntimeError, match="shape"), enough_memory(experiment):
         raise RuntimeError("shape mismatch")
