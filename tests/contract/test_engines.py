@@ -14,6 +14,7 @@ from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.training import Training
 from mira.core.types import Work
+from mira.engine.optim import RowOptimizer
 from tiny import KINDS, make_tiny
 
 STEPS = (20, 7, 20, 13)
@@ -141,6 +142,23 @@ def test_evaluation_and_answers_equal_reference(kind: str, prefix: bool) -> None
     texts = [engine.generate(rows, client, "test", None, 40) for engine in (ours, oracle)]
     assert texts[0] == texts[1]
     assert max(len(text.split()) for job in texts[0] for text in job) == 40  # past one growth of the cache
+
+
+def test_the_rows_of_few_clients_are_in_memory_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as fill two passes; all of a small cohort."""
+    started: list[int] = []
+    start = RowOptimizer.start
+
+    def counted(training: Training, rows: Tensor, *rest: Any) -> RowOptimizer:
+        started.append(len(rows))
+        return start(training, rows, *rest)
+
+    monkeypatch.setattr(RowOptimizer, "start", counted)
+    training = Training(lr=1e-3, local_steps=20)
+    trained = [train("batched", "llama", training, torch.float64, tokens_per_pass=budget)[2] for budget in (4096, 1)]
+    assert started == [4, 1, 1, 1, 1]
+    assert [each.job.tolist() for each in trained] == [[0, 1, 2, 3]] * 2
+    torch.testing.assert_close(trained[0].rows, trained[1].rows, rtol=1e-9, atol=1e-12)
 
 
 def test_a_client_trains_alike_alone_and_in_a_crowd_with_dropout() -> None:

@@ -137,6 +137,20 @@ class Trained:
     failed: tuple[Failure, ...] = ()
     optimizer: Tensor | None = None  # [M,1+2P] kept optimiser state, None when it is fresh every round
 
+    @staticmethod
+    def joined(parts: Sequence[Trained], failed: Sequence[Failure] = ()) -> Trained:
+        """What some parts of a round's jobs, one at least, came to, in the order of the Work; ``failed``: whom else it lost."""
+
+        def column(name: str) -> Tensor:
+            return torch.cat([getattr(part, name) for part in parts])
+
+        optimizer = None if parts[0].optimizer is None else column("optimizer")
+        whole = Trained(
+            column("client"), column("job"), column("rows"), column("examples"), column("tokens"), column("steps"),
+            column("loss"), parts[0].lr, tuple(failure for part in parts for failure in part.failed), optimizer,
+        )  # fmt: skip
+        return whole.select(whole.job.argsort(), failed)
+
     def select(self, keep: Tensor, failed: Sequence[Failure]) -> Trained:
         """The jobs at ``keep`` (numbers, or a bool mask over M); the others are named in ``failed``."""
         return Trained(

@@ -37,6 +37,9 @@ from mira.engine.packing import Jobs, Pass, common_prefix, halves, pack, packed_
 
 log = logging.getLogger(__name__)
 
+_TOGETHER = (
+    2  # passes whose clients have their rows, gradients and moments in memory together: few, but enough to fill each
+)
 _FORWARD = 4  # times the tokens of a training pass in one without gradients
 _HALVING = "out of memory while %s in one pass; trying halves (engine.tokens_per_pass=%d)"
 
@@ -77,25 +80,33 @@ class BatchedEngine:
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
         batches = [self.corpus.batches(round, int(client)) for client in work.client]
+        # Longest first: who is still active in a step are then the first.
         order = sorted(range(len(batches)), key=lambda j: -len(batches[j]))
-        batches = [batches[j] for j in order]
-        client = work.client[order]
-        rows = self._rows(work.start[order])
-        kept = [self.kept(work.kept_under[j]) if self.training.keep_optimizer else None for j in order]
+        sizes = [[self._tokens(step) for step in batches[j]] for j in order]
+        groups = [[order[n] for n in chosen] for chosen in plan(sizes, _TOGETHER * self.budget)]
+        return Trained.joined([self._train(work, jobs, [batches[j] for j in jobs], round, lr) for jobs in groups])
+
+    def _train(
+        self, work: Work, jobs: list[int], batches: Sequence[Sequence[Sequence[Encoded]]], round: int, lr: float
+    ) -> Trained:
+        """All steps of the ``jobs``, with as many steps as their ``batches``, longest first: their rows, gradients and moments
+        are in memory together."""
+        client, rows = work.client[jobs], self._rows(work.start[jobs])
+        kept = [self.kept(work.kept_under[j]) if self.training.keep_optimizer else None for j in jobs]
         optimizer = RowOptimizer.start(self.training, rows, kept, work.trainable)
-        anchor = None if work.anchor is None else self._rows(work.anchor[order])
-        prox = None if work.prox is None else work.prox[order].to(self.device)
+        anchor = None if work.anchor is None else self._rows(work.anchor[jobs])
+        prox = None if work.prox is None else work.prox[jobs].to(self.device)
         grad = torch.zeros_like(rows)
-        loss = torch.zeros(len(order), dtype=torch.float64, device=self.device)
+        loss = torch.zeros(len(jobs), dtype=torch.float64, device=self.device)
         dropout = [generator("dropout", self.seed, round, int(k)) for k in client] if self.dropout else None
         lost: dict[int, str] = {}
         stretch = self.layout.stretch(rows)
         for step in range(len(batches[0])):
             active = sum(len(steps) > step for steps in batches)
-            jobs = [(j, batches[j][step]) for j in range(active) if j not in lost]
+            now = [(n, batches[n][step]) for n in range(active) if n not in lost]
             grad[:active].zero_()
             seen = rows if stretch is None else rows * stretch
-            for part in self._passes(jobs, self.budget):
+            for part in self._passes(now, self.budget):
                 self._accumulate(part, seen, grad, loss, dropout, lost)
             if stretch is not None:
                 grad[:active].mul_(stretch[:active])
@@ -104,13 +115,13 @@ class BatchedEngine:
             optimizer.step(rows, grad, active, lr)
         steps = torch.tensor([len(b) for b in batches])
         trained = Trained(
-            client=client, job=torch.tensor(order), rows=rows.cpu(),
+            client=client, job=torch.tensor(jobs), rows=rows.cpu(),
             examples=torch.tensor([self.corpus.num_train(int(k)) for k in client]),
             tokens=torch.tensor([sum(len(s.tokens) for batch in b for s in batch) for b in batches]),
             steps=steps, loss=loss.cpu() / steps, lr=lr,
             optimizer=optimizer.packed().cpu() if self.training.keep_optimizer else None,
         )  # fmt: skip
-        alive = [n for n in sorted(range(len(order)), key=lambda n: order[n]) if n not in lost]
+        alive = [n for n in range(len(jobs)) if n not in lost]
         failed = [Failure(int(client[n]), reason) for n, reason in sorted(lost.items())]
         return trained.select(torch.tensor(alive, dtype=torch.int64), failed)
 
@@ -280,16 +291,19 @@ class BatchedEngine:
         return on_device if stretch is None else on_device * stretch
 
     def _passes(self, jobs: Jobs, budget: int) -> Iterator[Jobs]:
-        sizes = [packed_tokens(sequences, self.prefix, self.layout.virtual_tokens) for _, sequences in jobs]
-        for chosen in plan(sizes, budget):
+        for chosen in plan([[self._tokens(sequences)] for _, sequences in jobs], budget):
             yield [jobs[n] for n in chosen]
 
     def _cut(self, sequences: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
         """Pieces of one client's sequences that fit a pass; without gradients a client may be spread over passes."""
         whole = prepended(sequences, self.layout.virtual_tokens)
         shared = common_prefix(whole) if self.prefix else 0  # once in each piece
-        for chosen in plan([read_tokens(s) - shared for s in whole], self._forward_budget - shared):
+        for chosen in plan([[read_tokens(s) - shared] for s in whole], self._forward_budget - shared):
             yield [sequences[n] for n in chosen]
+
+    def _tokens(self, sequences: Sequence[Encoded]) -> int:
+        """Of one client in a pass."""
+        return packed_tokens(sequences, self.prefix, self.layout.virtual_tokens)
 
     def _report(self, part: Jobs) -> None:
         self.progress(sum(len(s.tokens) for _, job in part for s in job))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -116,11 +117,11 @@ def packed_tokens(given: Sequence[Encoded], share_prefix: bool, virtual: int = 0
     return total - (len(sequences) - 1) * common_prefix(sequences) if share_prefix else total
 
 
-def plan(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Jobs of the given token counts, in order, cut into as few passes of at most ``budget`` tokens as that takes (one job
-    at least), and these as even as they can be: the largest decides how much memory is held."""
+def plan(sizes: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
+    """Jobs of the given token counts, step by step, in order, cut into as few passes of at most ``budget`` tokens in any step
+    as that takes (one job at least), and these as even as they can be: the largest decides how much memory is held."""
     passes = _filled(sizes, budget)
-    low, high = max(sizes, default=0), budget
+    low, high = max((max(size) for size in sizes), default=0), budget
     while low < high:
         middle = (low + high) // 2
         if len(_filled(sizes, middle)) == len(passes):
@@ -130,16 +131,16 @@ def plan(sizes: Sequence[int], budget: int) -> list[list[int]]:
     return _filled(sizes, low) if low <= budget else passes
 
 
-def _filled(sizes: Sequence[int], budget: int) -> list[list[int]]:
+def _filled(sizes: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
     """Each pass filled before the next is begun."""
     passes: list[list[int]] = []
-    used = 0
+    used: Sequence[int] = ()
     for job, size in enumerate(sizes):
-        if not passes or used + size > budget:
+        used = [a + b for a, b in zip_longest(used, size, fillvalue=0)]
+        if not passes or max(used) > budget:
             passes.append([])
-            used = 0
+            used = size
         passes[-1].append(job)
-        used += size
     return passes
 
 

@@ -76,14 +76,7 @@ class ReferenceEngine:
             return Trained(
                 nothing, nothing, work.start[:0], nothing, nothing, nothing, nothing.double(), lr, tuple(failed)
             )
-
-        def column(name: str) -> Tensor:
-            return torch.cat([getattr(one, name) for one in done])
-
-        return Trained(
-            column("client"), column("job"), column("rows"), column("examples"), column("tokens"), column("steps"),
-            column("loss"), lr, tuple(failed), column("optimizer") if self.training.keep_optimizer else None,
-        )  # fmt: skip
+        return Trained.joined(done, failed)
 
     def _train_one(self, work: Work, job: int, round: int, lr: float) -> Trained:
         client = int(work.client[job])
