@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mira.core.errors import UserError
 from mira.core.graph import Graph
 from mira.core.seeds import generator
 from mira.page.load import Run, read
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     try:
         found = [_figures(read(folder)) for folder in parser.parse_args().runs]
-    except ValueError as error:  # UserError is one
+    except UserError as error:
         parser.error(str(error))
     kept = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else []
     new = [{key: one[key] for key in ("config", "seed")} for one in found]
@@ -44,10 +45,10 @@ def main() -> None:
 
 def auc(weight: Tensor, related: Tensor) -> float:
     """Area under the ROC curve: how often a related pair has the larger weight, equal ones counted half. weight [n], related
-    [n] bool. Raises ValueError where all pairs are alike."""
+    [n] bool. Raises UserError where all pairs are alike."""
     yes, no = weight[related], weight[~related]
     if not len(yes) or not len(no):
-        raise ValueError("AUC: related and unrelated pairs are needed; are the clients of more than one family?")
+        raise UserError("AUC: related and unrelated pairs are needed; are the clients of more than one family?")
     difference = yes[:, None] - no
     return float(((difference > 0).double() + 0.5 * (difference == 0).double()).mean())
 

@@ -113,12 +113,13 @@ def gate(
     real: bool = False,
     inside: ssl.SSLContext | None = None,
     ready: Callable[[], bool] = lambda: True,
+    knows: Callable[[str], bool] = lambda site: True,
 ) -> Iterator[Outside]:
     """``real``: with the kit's own admission; else everybody is let in."""
     server = kits / "server"
     admit = admission(server) if real else lambda headers: "anybody"
     tls = server_tls(server / "server.pem", server / "server.key")
-    with opened(("127.0.0.1", 0), Upstream(("127.0.0.1", port), inside, ready), tls, admit, limits) as door:
+    with opened(("127.0.0.1", 0), Upstream(("127.0.0.1", port), inside, ready, knows), tls, admit, limits) as door:
         yield Outside(door.address, upstream_tls(kits / "a" / "ca.pem"), door.ring, door.answered, door.allow)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mira.fleet import kit
-from mira.fleet.processes import Process, command
+from mira.fleet.processes import Process
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -102,7 +102,7 @@ class Federation:
                 port = probe.getsockname()[1]
             kits = self.folder / "kits" / name
             self.start(
-                f"node-{name}", command("flower-supernode"), "--superlink", self.address, "--root-certificates",
+                f"node-{name}", sys.executable, "-P", "-m", "mira.fleet.node", "--superlink", self.address, "--root-certificates",
                 kits / "ca.pem", "--auth-supernode-private-key", kits / "site.key", "--node-config", f'worker="{path}"',
                 "--host", "127.0.0.1", "--port", port, "--isolation", "process", home=f"{name}-home",
             )  # fmt: skip

@@ -203,8 +203,8 @@ def enough_memory(experiment: Experiment) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"prompt.max_length={experiment.prompt.max_length}: out of memory while measuring, which goes in ever smaller"
-            " passes; start a new run with less of it, or with a smaller evaluation.max_new_tokens"
+            f"prompt.max_length={experiment.prompt.max_length}: out of memory while measuring; start a new run with less of it,"
+            " or with a smaller evaluation.max_new_tokens"
         ) from None
 
 

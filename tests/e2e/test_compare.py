@@ -17,6 +17,7 @@ from mira import compare as comparison
 from mira import experiment
 from mira.compare import run as running
 from mira.core.commit import commit
+from mira.core.errors import UserError
 from mira.core.types import Scores
 from mira.engine.batched import BatchedEngine
 from mira.experiment import Watcher
@@ -203,6 +204,27 @@ def test_the_start_is_measured_once_and_added_where_an_older_comparison_left_it_
     again = [run for entry in one_object(ended.out)["entries"] for run in entry["runs"]]
     assert [[client["loss_start"] for client in run["clients"]] for run in again] == starts
     assert {run["local_loss"] for run in again} == {7.0}
+
+
+def test_an_older_comparison_whose_runs_cannot_be_opened_keeps_its_table(
+    done: tuple[Path, dict[str, Any], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, value, _ = done
+    shutil.copytree(folder / "o", tmp_path / "o")
+    for file in (tmp_path / "o").rglob("test.json"):
+        file.write_text(json.dumps({key: item for key, item in json.loads(file.read_text()).items() if key != "start"}))
+
+    def gone(*_: object, **__: object) -> None:
+        raise UserError("model.name=x: not here any more")
+
+    monkeypatch.setattr(running, "open_session", gone)
+    ended = mira("compare", folder / "c.yaml", "--out", tmp_path / "o", "--json")
+    assert ended.err.count("how it began cannot be measured: model.name=x: not here any more") == 4
+    for entry, before in zip(one_object(ended.out)["entries"], value["entries"], strict=True):
+        assert entry["local_loss"] == before["local_loss"]
+        assert [run["local_loss_start"] for run in entry["runs"]] == [None, None]
+    assert mira("report", tmp_path / "o", "--out", tmp_path / "page.html").status == 0
+    assert "Every client, before" not in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_a_folder_with_a_process_at_work_is_refused(done: tuple[Path, dict[str, Any], str]) -> None:

@@ -145,8 +145,10 @@ def test_requests_wait_for_a_superlink_that_starts(kits: Path) -> None:
 
 
 def test_a_site_that_the_superlink_does_not_know_yet_is_not_refused(kits: Path) -> None:
-    """It was issued a moment ago, or the SuperLink has just started: told of a 412, a site would end for good."""
-    with superlink(status=412) as link, gate(kits, link.port) as outside:
-        assert outside.post("/v1/fleet/activate-node").status_code == 503
-        assert outside.post("/v1/fleet/get-run").status_code == 412
-        assert len(link.seen) == 2
+    """It was issued a moment ago, or the SuperLink has just started: told of a 412, a site would end for good. One that is known
+    is told: another process uses its key."""
+    for known, expected in ((set(), 503), ({"anybody"}, 412)):
+        with superlink(status=412) as link, gate(kits, link.port, knows=known.__contains__) as outside:
+            assert outside.post("/v1/fleet/activate-node").status_code == expected
+            assert outside.post("/v1/fleet/get-run").status_code == 412
+            assert len(link.seen) == 2

@@ -67,11 +67,17 @@ def superlink(kits: Path, answer: Callable[[str], Answer]) -> Iterator[str]:
             thread.join()
 
 
-def ended(tmp_path: Path, answer: Callable[[str], Answer]) -> tuple[int, str]:
-    """The status of a SuperNode, once it has ended by itself, and what it said."""
+def ended(tmp_path: Path, answer: Callable[[str], Answer]) -> tuple[int, str, list[str]]:
+    """The status of a SuperNode, once it has ended by itself, what it said, and what it asked."""
+    heard: list[str] = []
+
+    def told(asked: str) -> Answer:
+        heard.append(asked)
+        return answer(asked)
+
     kit.make_server(tmp_path / "server", "127.0.0.1:9443", days=2)
     site = kit.make_site(tmp_path / "server", "a", tmp_path / "a")
-    with superlink(tmp_path / "server", answer) as address:
+    with superlink(tmp_path / "server", told) as address:
         line = ["--superlink", address, "--root-certificates", str(site.authority), "--isolation", "process"]
         line += ["--auth-supernode-private-key", str(site.key), "--host", "127.0.0.1", "--port", str(free_port())]
         done = subprocess.run(
@@ -80,12 +86,13 @@ def ended(tmp_path: Path, answer: Callable[[str], Answer]) -> tuple[int, str]:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
     assert "SuperNode ID: 7" in done.stdout
-    return done.returncode, done.stdout
+    return done.returncode, done.stdout, heard
 
 
 def test_an_answer_that_it_does_not_know_ends_it(tmp_path: Path) -> None:
-    status, said = ended(tmp_path, lambda asked: (500, b"") if asked == "pull-messages" else ALIVE)
+    status, said, asked = ended(tmp_path, lambda asked: (500, b"") if asked == "pull-messages" else ALIVE)
     assert status == 1
+    assert "deactivate-node" in asked
     assert "500 Internal Server Error" in said
 
 
@@ -99,13 +106,20 @@ def test_two_refusals_at_once_end_it(tmp_path: Path) -> None:
         both.wait(PATIENCE)
         return 401, b""
 
-    status, said = ended(tmp_path, answer)
-    assert status in (0, 1), said
+    _, _, asked = ended(tmp_path, answer)
+    assert asked.count("pull-messages") == 1
     assert not both.broken
 
 
 def test_it_ends_with_its_heartbeat(tmp_path: Path) -> None:
-    """Without one it would count as offline, whatever it still does."""
-    status, said = ended(tmp_path, lambda asked: NOTHING)
-    assert status == 1
-    assert "does not recognize this SuperNode" in said
+    """Without one it would count as offline, whatever it does. It says goodbye, or it would count as online for a minute."""
+    _, said, asked = ended(tmp_path, lambda asked: (500, b"") if asked == "send-node-heartbeat" else NOTHING)
+    assert "500 Internal Server Error" in said
+    assert "deactivate-node" in asked
+
+
+def test_what_is_wrong_with_its_arguments_is_said() -> None:
+    line = [sys.executable, "-P", "-m", "mira.fleet.node", "--insecure", "--root-certificates", "/etc/hosts"]
+    done = subprocess.run(line, env=surroundings({}), timeout=PATIENCE, check=False, text=True, capture_output=True)
+    assert done.returncode == 1
+    assert "Conflicting options" in done.stderr

@@ -114,6 +114,7 @@ def test_a_superlink_that_is_new_is_told_all_again(tmp_path: Path, monkeypatch: 
         made.revive()
     assert asked == ["supernode", "run"]
     assert made.ready()
+    assert (made.knows("ann"), made.knows("bob")) == (True, False)
     made.dropped()  # the app went away
     made.revive()
     assert asked == ["supernode", "run", "run"]

@@ -100,25 +100,35 @@ def _is_finished(folder: Path) -> bool:
 
 def _tested(folder: Path) -> dict[str, Any]:
     """Test losses, answers and transfer under the rows of the validation-best round, the losses under the last, and before
-    training. What an older comparison kept has no start yet; it is added, the rest is not measured twice."""
-    value: dict[str, Any] = read_json(folder / TESTED) if (folder / TESTED).exists() else {}
-    if "start" in value:
-        return value
+    training. What an older comparison kept has no start yet: it is added where the run can be opened, the rest stays."""
+    kept: dict[str, Any] = read_json(folder / TESTED) if (folder / TESTED).exists() else {}
+    if "start" in kept:
+        return kept
+    try:
+        value = _measured(folder, kept)
+    except UserError as error:
+        if not kept:
+            raise
+        log.warning("%s: how it began cannot be measured: %s", folder, error)
+        return kept
+    replace(folder / TESTED, pack_json(value))
+    return value
+
+
+def _measured(folder: Path, kept: dict[str, Any]) -> dict[str, Any]:
     with Store.open(folder, writable=False) as store:
         assert store.best_round is not None
         recorded = store.environment()
         session = open_session(config.parse_text(store.config()), recorded, folder=folder)
         check_environment(recorded, session.environment)
-        generate = session.experiment.evaluation.generate
         losses = partial(measured, session, watcher=Nobody(), answers=False, transfer=False)
         start = losses(session.initial_state())
-        if not value:
-            best = measured(session, state_of(session, store, store.best_round), Nobody(), generate, transfer=True)
-            last = best if store.last_round == store.best_round else losses(state_of(session, store))
-            value = {"best_round": store.best_round, "best": best, "last": last}
-        value |= {"start": start}
-    replace(folder / TESTED, pack_json(value))
-    return value
+        if kept:
+            return kept | {"start": start}
+        answers = session.experiment.evaluation.generate
+        best = measured(session, state_of(session, store, store.best_round), Nobody(), answers, transfer=True)
+        last = best if store.last_round == store.best_round else losses(state_of(session, store))
+        return {"best_round": store.best_round, "start": start, "best": best, "last": last}
 
 
 def _check_configurations(plan: Plan, out: Path) -> None:

@@ -64,7 +64,7 @@ def summary(plan: Plan, entries: Sequence[dict[str, Any]], environment: dict[str
 def _run(job: Job, test: dict[str, Any], out: Path) -> dict[str, Any]:
     with Store.open(out / job.folder, writable=False) as store:
         records, environment = store.metrics(), store.environment()
-    start, best, last = test["start"], test["best"], test["last"]
+    start, best, last = test.get("start"), test["best"], test["last"]
     answers, transfer = best.get("answers", {}), best["transfer"]
     training = [record for record in records if record["round"]]
     return {
@@ -73,7 +73,7 @@ def _run(job: Job, test: dict[str, Any], out: Path) -> dict[str, Any]:
         "commit": environment.get("commit"),
         "best_round": test["best_round"],
         "validation_loss": best["validation_loss"],
-        "local_loss_start": start["local_loss"],
+        "local_loss_start": start and start["local_loss"],
         "local_loss": best["local_loss"],
         "local_loss_last": last["local_loss"],
         "global_loss": transfer.get("global_loss"),
@@ -86,7 +86,7 @@ def _run(job: Job, test: dict[str, Any], out: Path) -> dict[str, Any]:
         "clients": [
             {
                 "name": name,
-                "loss_start": start["clients"][name]["test_loss"],
+                "loss_start": start and start["clients"][name]["test_loss"],
                 "loss": scores["test_loss"],
                 "loss_last": last["clients"][name]["test_loss"],
                 "rouge_l": answers["clients"][name]["rouge_l"] if answers else None,

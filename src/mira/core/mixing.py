@@ -107,7 +107,8 @@ def _tiles(columns: int, rows: int) -> list[slice]:
 
 def _each(tiles: Sequence[slice], work: Callable[[slice], object]) -> None:
     """``work`` on every tile, whole tiles side by side in as many threads as torch has: what they would do together on one
-    tile is over before the second of them is awake."""
+    tile is over before the second of them is awake. A thread of the process that calls torch for the first time meanwhile has
+    one thread of torch for good."""
     threads = torch.get_num_threads()
 
     def some(first: int) -> None:

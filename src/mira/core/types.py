@@ -142,7 +142,8 @@ class Trained:
         """What some parts of a round's jobs, one at least, came to, in the order of the Work; ``failed``: whom else it lost."""
 
         def column(name: str) -> Tensor:
-            return torch.cat([getattr(part, name) for part in parts])
+            found = [getattr(part, name) for part in parts]
+            return found[0] if len(found) == 1 else torch.cat(found)
 
         optimizer = None if parts[0].optimizer is None else column("optimizer")
         whole = Trained(

@@ -37,9 +37,8 @@ from mira.engine.packing import Jobs, Pass, common_prefix, halves, pack, packed_
 
 log = logging.getLogger(__name__)
 
-_TOGETHER = (
-    2  # passes whose clients have their rows, gradients and moments in memory together: few, but enough to fill each
-)
+# Passes whose clients have their rows, gradients and moments in memory together. The fewer, the more of them are half empty.
+_TOGETHER = 2
 _FORWARD = 4  # times the tokens of a training pass in one without gradients
 _HALVING = "out of memory while %s in one pass; trying halves (engine.tokens_per_pass=%d)"
 

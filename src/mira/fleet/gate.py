@@ -46,11 +46,13 @@ _LOOK = 0.2  # seconds between two looks at a SuperLink that is not ready
 @dataclass(frozen=True)
 class Upstream:
     """Where the SuperLink listens. With node authentication it speaks TLS itself: ``tls`` trusts its own CA. Until it is
-    ``ready``, and knows the sites, requests wait: a SuperNode that is refused comes again only after up to 30 s."""
+    ``ready``, requests wait: a SuperNode that is refused comes again only after up to 30 s. ``knows``: whether a site is
+    registered with it; one that is admitted will be."""
 
     address: Address
     tls: ssl.SSLContext | None = None
     ready: Callable[[], bool] = lambda: True
+    knows: Callable[[str], bool] = lambda site: True
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,7 @@ class _Gate:
         size = int(headers["content-length"]) if target in (rules.ANSWERS, rules.PIECES) else None
         if size is None:
             async with self.asked(target, headers, outside.body()) as (answer, inside):
-                if target == rules.BEGIN and answer.status_code == rules.UNKNOWN:
+                if target == rules.BEGIN and answer.status_code == rules.UNKNOWN and not self.upstream.knows(site):
                     raise Refused(503, f"the SuperLink does not know {site} yet")  # it tries again, it was not refused
                 return await _pass_back(answer, inside, outside)
         if not self.uploads.take(site, size):

@@ -8,6 +8,7 @@ as offline for good. Whoever started it starts it again.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -15,17 +16,25 @@ from contextlib import suppress
 
 from flwr.supernode.cli import flower_supernode
 
+_GOODBYE = 6.0  # seconds; Flower itself gives up after 5
+
 
 def _of_a_thread(failure: threading.ExceptHookArgs) -> None:
-    """A SuperNode does not look after its threads, and does nothing useful without one."""
+    """A SuperNode does not look after its threads, and does nothing useful without one. It says goodbye where it can: who leaves
+    without counts as online for up to a minute, and is not let in again."""
     threading.__excepthook__(failure)
-    _leave(1)
+    at_last = threading.Timer(
+        _GOODBYE, _leave, (1,)
+    )  # the main loop waits for this thread, so this one cannot wait for it
+    at_last.daemon = True
+    at_last.start()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _leave(status: int) -> None:
     """Whatever threads are left."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError, ValueError):  # nobody reads it any more
             stream.flush()
     os._exit(status)
 
@@ -37,7 +46,9 @@ def main() -> None:
     try:
         flower_supernode()
     except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
+        if not isinstance(end.code, int) and end.code is not None:
+            print(end.code, file=sys.stderr)
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -17,7 +17,7 @@ ANSWERS = b"/v1/fleet/push-messages"
 PIECES = b"/v1/fleet/push-object"
 _FLEET = re.compile(rb"/v1/fleet/[a-z]+(-[a-z]+)*")
 SENT_ON = ("content-type", "accept", "accept-encoding", "user-agent")  # and flwr-*, which Flower's protocol is made of
-UNKNOWN = 412  # what a SuperLink answers a key that is not registered with it
+UNKNOWN = 412  # what a SuperLink answers a key that is not registered with it, or whose node is online already
 HEAD_BYTES = 1 << 14
 
 

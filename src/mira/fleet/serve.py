@@ -74,7 +74,8 @@ def _federation(kit: ServerKit, options: Options) -> Iterator[Relay]:
     with scratch("mira-server-") as folder, ExitStack() as stack:
         superlink = SuperLink(folder, lambda: admitted(kit.folder), folder / "relay", options.tell)
         stack.callback(superlink.stop)
-        inside = gate.Upstream(("127.0.0.1", superlink.port), gate.upstream_tls(superlink.authority), superlink.ready)
+        trust = gate.upstream_tls(superlink.authority)
+        inside = gate.Upstream(("127.0.0.1", superlink.port), trust, superlink.ready, superlink.knows)
         tls = gate.server_tls(kit.certificate, kit.key)
         listen = (None, split_address(kit.address)[1])
         listener = stack.enter_context(closing(frames.listen(folder / "relay")))

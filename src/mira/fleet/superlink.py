@@ -116,6 +116,10 @@ class SuperLink:
         """Whether it runs and knows the sites."""
         return self._process.pid is not None and self._process.pid == self._pid
 
+    def knows(self, name: str) -> bool:
+        """Whether the site is registered with it, under the key that is admitted now."""
+        return any(site.name == name and site.public_key in self._registered for site in self.sites())
+
     def admit(self) -> dict[str, str]:
         """The names of the sites admitted now, by what the SuperLink calls their nodes. Who was issued while it runs is
         registered with it."""

@@ -58,7 +58,7 @@ class Run:
     @property
     def before(self) -> Losses:
         """Of each client before training, on the split of ``after``; None where that is not known."""
-        return self.losses(0) if self.tested_start is None else self.tested_start
+        return self.losses(0) if self.tested is None else self.tested_start or dict.fromkeys(self.tested)
 
     @property
     def after(self) -> Losses:
