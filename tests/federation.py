@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import ssl
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from mira.fleet import kit
+from mira.fleet.superlink import free_port
 from tiny import VOCABULARY
 from wiretap import secrets_in
 
@@ -25,12 +25,6 @@ PATIENCE = 400.0  # seconds, for anything to happen; usually it takes a few
 MIRA = [sys.executable, "-c", "from mira.cli import main; main()"]
 BESIDE = Path(sys.executable).parent
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def planted(name: str) -> dict[str, str]:

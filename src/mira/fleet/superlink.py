@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
+from random import SystemRandom
 
 from mira.core.errors import UserError
 from mira.fleet import certificates
@@ -47,6 +49,7 @@ address = "127.0.0.1:{port}"
 root-certificates = "{authority}"
 """
 _HOST = "127.0.0.1"
+_PORTS = range(20000, 32768)  # below those that Linux, macOS and Windows give to connections
 _DAYS = 30  # of the loopback certificate, made anew at every start
 # Of glibc, for the app, which fetches rows in threads: what is as large as a row goes back to the system once it is freed. A heap
 # for each thread kept 5 MB more a round of 50 MB rows.
@@ -218,9 +221,12 @@ def _worked(said: str) -> bool:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        return int(probe.getsockname()[1])
+    """One that nobody listens at, and that no connection of anybody's gets as its own before somebody does."""
+    for port in SystemRandom().sample(_PORTS, 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((_HOST, port))
+            return port
+    raise UserError(f"no free port on {_HOST} among a hundred from {_PORTS.start} to {_PORTS.stop}")
 
 
 def check_installed() -> None:
