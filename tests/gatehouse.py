@@ -28,6 +28,31 @@ class SuperLink:
     seen: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
 
 
+class Silent(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None: ...
+
+
+class _Quiet(ThreadingHTTPServer):
+    def handle_error(self, *_: object) -> None: ...
+
+
+@contextmanager
+def listening(handler: type[Silent], tls: ssl.SSLContext | None = None) -> Iterator[int]:
+    """The port at which each request is answered by a ``handler``."""
+    with _Quiet(("127.0.0.1", 0), handler) as server:
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 @contextmanager
 def superlink(
     answers: Sequence[bytes] = (), tls: ssl.SSLContext | None = None, chunked: bool = False, status: int = 200
@@ -35,9 +60,7 @@ def superlink(
     """``answers``: to the first requests; all others are answered with what they sent."""
     left, link = list(answers), SuperLink()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(Silent):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             link.seen.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
@@ -54,22 +77,8 @@ def superlink(
                 self.end_headers()
                 self.wfile.write(back)
 
-        def log_message(self, *_: object) -> None: ...
-
-    class Quiet(ThreadingHTTPServer):
-        def handle_error(self, *_: object) -> None: ...
-
-    with Quiet(("127.0.0.1", 0), Handler) as server:
-        if tls is not None:
-            server.socket = tls.wrap_socket(server.socket, server_side=True)
-        link.port = server.server_address[1]
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield link
-        finally:
-            server.shutdown()
-            thread.join()
+    with listening(Handler, tls) as link.port:
+        yield link
 
 
 @dataclass(frozen=True)

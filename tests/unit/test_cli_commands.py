@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,18 +34,24 @@ def base(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # run and evaluate
 
 
-@pytest.mark.parametrize("generate", [True, False])
-def test_run_prints_one_json_object_as_documented(generate: bool, file: Path) -> None:
-    folder = file.parent / "run"
-    ended = mira("run", file, "--out", folder, "--json", "--set", f"evaluation.generate={str(generate).lower()}")
-    assert ended.status == 0, ended.err
-    result = one_object(ended.out)
-    expected = documented("mira run")
+def as_documented(out: str) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+    """The one object that was printed, and its fields, each there as docs/cli.md says."""
+    result, expected = one_object(out), documented("mira run")
     found = list(fields(result))
     assert {name for name, _ in found} == set(expected)
     for name, value in found:
         assert isinstance(value, TYPES[expected[name]]), f"{name}={value!r} is not {expected[name]}"
         assert not isinstance(value, bool)
+    return result, found
+
+
+@pytest.mark.parametrize("generate", [True, False])
+def test_run_prints_one_json_object_as_documented(generate: bool, file: Path) -> None:
+    folder = file.parent / "run"
+    ended = mira("run", file, "--out", folder, "--json", "--set", f"evaluation.generate={str(generate).lower()}")
+    assert ended.status == 0, ended.err
+    result, found = as_documented(ended.out)
+    for name, value in found:
         if value is None:
             assert re.search("exact_match|rouge_l", name), f"{name} was not measured"
             assert not generate
@@ -75,12 +82,7 @@ def test_evaluate_prints_one_json_object_as_documented(base: Path) -> None:
     before = snapshot(base / "run")
     ended = mira("evaluate", base / "run", "--json")
     assert ended.status == 0, ended.err
-    result = one_object(ended.out)
-    expected = documented("mira run")
-    found = list(fields(result))
-    assert {name for name, _ in found} == set(expected)
-    for name, value in found:
-        assert isinstance(value, TYPES[expected[name]]), f"{name}={value!r} is not {expected[name]}"
+    result, found = as_documented(ended.out)
     finished = one_object(mira("run", base / "run", "--resume", "--json").out)
     best_answers = re.compile("best")  # measured when a run ends; here only if it is the round asked for
     assert {name for name, value in found if value is None} <= {name for name, _ in found if best_answers.search(name)}

@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ pytest.importorskip("flwr", reason="needs the extra 'flower'")
 from flwr.proto.fleet_pb2 import ActivateNodeResponse
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
 
+from gatehouse import Silent, listening
 from mira.fleet import kit
 from mira.fleet.gate import server_tls
 from mira.fleet.processes import surroundings
@@ -33,9 +33,7 @@ def superlink(kits: Path, answer: Callable[[str], Answer]) -> Iterator[str]:
     """A fleet API at the address that is given: every node is number 7, what else is asked, by the end of its path, is answered
     by ``answer``."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(Silent):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["content-length"]))
             asked = self.path.rsplit("/", 1)[1]
@@ -49,22 +47,8 @@ def superlink(kits: Path, answer: Callable[[str], Answer]) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None: ...
-
-    class Quiet(ThreadingHTTPServer):
-        def handle_error(self, *_: object) -> None: ...
-
-    with Quiet(("127.0.0.1", 0), Handler) as server:
-        server.socket = server_tls(kits / "server.pem", kits / "server.key").wrap_socket(
-            server.socket, server_side=True
-        )
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with listening(Handler, server_tls(kits / "server.pem", kits / "server.key")) as port:
+        yield f"127.0.0.1:{port}"
 
 
 def ended(tmp_path: Path, answer: Callable[[str], Answer]) -> tuple[int, str, list[str]]:
