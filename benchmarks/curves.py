@@ -28,12 +28,10 @@ import torch
 
 from benchmarks.plot import draw, middle
 from benchmarks.server import COHORT, Server, _edges, _families, _read
-from benchmarks.workload import LR, Workload, open_workload
+from benchmarks.workload import LR, Synthetic, Workload, open_workload
 from mira.adapters.lora import Lora, start_row
 from mira.core.errors import UserError
-from mira.core.seeds import generator
 from mira.core.types import Work
-from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.engine.packing import packed_tokens
 from mira.environment import processor
@@ -74,26 +72,6 @@ class Curve:
     warm: int | None = 1
 
 
-@dataclass(frozen=True)
-class Synthetic:
-    """In the place of a corpus: client k trains on ``batch`` sequences whose first share[k]·LENGTH tokens are the same."""
-
-    share: Sequence[float]
-    batch: int
-    vocabulary: int
-
-    def num_train(self, client: int) -> int:
-        return self.batch
-
-    def batches(self, round: int, client: int) -> list[list[Encoded]]:
-        shared = int(self.share[client] * LENGTH)
-        draw = torch.randint(self.vocabulary, (self.batch, LENGTH), generator=generator("curves", client))
-        draw[:, :shared] = draw[0, :shared]
-        draw[:, shared] = torch.arange(self.batch)  # where the common tokens end, for certain
-        label = tuple(place >= LENGTH - LABELS for place in range(LENGTH))
-        return [[Encoded(tuple(line), label, False) for line in draw.tolist()]]
-
-
 # The curves.
 
 
@@ -105,7 +83,7 @@ def by_tokens(workload: Callable[[], Workload], stack: ExitStack) -> list[Point]
 
 def by_clients(workload: Callable[[], Workload], stack: ExitStack) -> list[Point]:
     """Clients with the same amount of work each, so that nothing but their number differs."""
-    corpus = Synthetic([0.0] * max(CLIENTS), 1, _vocabulary(workload()))
+    corpus = _random([0.0] * max(CLIENTS), 1, workload())
     points = []
     for series, budget in (("all clients in one pass", ONE_PASS), ("one client a pass", A_PASS_EACH)):
         engine = _engine(workload(), stack, corpus=corpus, tokens_per_pass=budget)
@@ -114,17 +92,16 @@ def by_clients(workload: Callable[[], Workload], stack: ExitStack) -> list[Point
 
 
 def by_rank(workload: Callable[[], Workload], stack: ExitStack) -> list[Point]:
-    session = workload().session
-    layouts = {
-        r: Lora(r, 2.0 * r, targets=session.experiment.adapter.targets).layout(session.base.model) for r in RANKS
-    }
+    made = workload().made
+    targets = tuple(dict.fromkeys(module.split(".")[-1] for module in made.layout.modules))
+    layouts = {r: Lora(r, 2.0 * r, targets=targets).layout(made.model) for r in RANKS}
     return [Point("", r, _step(_engine(workload(), stack, layout=at), range(4))) for r, at in layouts.items()]
 
 
 def by_prefix(workload: Callable[[], Workload], stack: ExitStack) -> list[Point]:
     """Two clients for each share. Without sharing the share changes nothing: its ends are measured to show that."""
     shares = [share for share in SHARES for _ in range(2)]
-    corpus = Synthetic(shares, 4, _vocabulary(workload()))
+    corpus = _random(shares, 4, workload())
     points = []
     for series, prefix, chosen in (("prefix on", True, SHARES), ("prefix off", False, (SHARES[0], SHARES[-1]))):
         engine = _engine(workload(), stack, corpus=corpus, prefix=prefix)
@@ -169,10 +146,8 @@ CURVES = {
 
 
 def _engine(workload: Workload, stack: ExitStack, **changed: Any) -> BatchedEngine:
-    """The session's engine with all clients in one pass and with what is ``changed``; its hooks go with the stack."""
-    session = workload.session
-    assert isinstance(session.engine, BatchedEngine)
-    engine = replace(session.engine, **{"tokens_per_pass": ONE_PASS, "prefix": True, **changed})
+    """The workload's engine with all clients in one pass and with what is ``changed``; its hooks go with the stack."""
+    engine = replace(workload.made, **{"tokens_per_pass": ONE_PASS, "prefix": True, **changed})
     stack.callback(engine.attached.detach)
     return engine
 
@@ -187,8 +162,9 @@ def _step(engine: BatchedEngine, clients: range) -> Callable[[], object]:
     return run
 
 
-def _vocabulary(workload: Workload) -> int:
-    return int(workload.session.base.model.config.get_text_config().vocab_size)
+def _random(share: Sequence[float], batch: int, workload: Workload) -> Synthetic:
+    vocabulary = int(workload.made.model.config.get_text_config().vocab_size)
+    return Synthetic(share, batch, vocabulary, LENGTH, LABELS)
 
 
 # Measuring.

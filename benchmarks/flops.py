@@ -15,7 +15,6 @@ import torch
 
 from benchmarks.workload import Workload
 from mira.data.text import Encoded
-from mira.engine.batched import BatchedEngine
 from mira.engine.packing import packed_tokens
 
 
@@ -32,7 +31,7 @@ class Tokens:
 
 
 def count(workload: Workload, round: int) -> Tokens:
-    return of_batches([b for k in workload.clients for b in workload.session.corpus.batches(round, k)])
+    return of_batches([b for k in workload.clients for b in workload.made.corpus.batches(round, k)])
 
 
 def of_batches(batches: Sequence[Sequence[Encoded]]) -> Tokens:
@@ -56,13 +55,11 @@ class Cost:
 
     @staticmethod
     def of(workload: Workload) -> Cost:
-        model = workload.session.base.model
+        model = workload.made.model
         head = model.get_output_embeddings().weight.numel()
         embedding = model.get_input_embeddings().weight
         body = sum(p.numel() for p in model.base_model.parameters() if p is not embedding)
-        engine = workload.session.engine
-        assert isinstance(engine, BatchedEngine)
-        last = engine.attached.last
+        last = workload.made.attached.last
         return Cost(body, sum(p.numel() for p in last.parameters()) if last is not None else 0, head)
 
     def loop(self, tokens: Tokens) -> float:
@@ -82,9 +79,16 @@ class Cost:
         return 4.0 * (everywhere + tokens.labels * (self.last + self.head))
 
 
-def gemm_peak(device: torch.device, dtype: torch.dtype, rows: int = 2560, seconds: float = 1.0) -> float:
+def gemm_peak(
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int = 2560,
+    widths: tuple[int, int] = (576, 1536),
+    seconds: float = 1.0,
+) -> float:
     """Flops a second of the best of some products as large as the model's own, with its widest matrices."""
-    x, w = (torch.randn(n, 576, dtype=dtype, device=device) for n in (rows, 1536))
+    inner, outer = widths
+    x, w = (torch.randn(n, inner, dtype=dtype, device=device) for n in (rows, outer))
     best, end = float("inf"), perf_counter() + seconds
     while perf_counter() < end:
         start = perf_counter()
@@ -92,4 +96,4 @@ def gemm_peak(device: torch.device, dtype: torch.dtype, rows: int = 2560, second
         if device.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, perf_counter() - start)
-    return 2.0 * rows * 576 * 1536 / best
+    return 2.0 * rows * inner * outer / best

@@ -30,7 +30,7 @@ class Batch:
 
 def wrapped(workload: Workload) -> PeftModel:
     """The base with one trainable LoRA adapter, in eval mode: no dropout anywhere."""
-    layout = workload.session.layout
+    layout = workload.made.layout
     config = peft_config(layout, workload.plain, None)
     config.inference_mode = False
     peft = get_peft_model(workload.plain, config)
@@ -49,8 +49,8 @@ def evaluate(peft: PeftModel, workload: Workload, rows: Tensor, split: str, batc
     """Mean loss of each client over a split [J]."""
     losses = []
     for k in workload.clients:
-        _load(peft, workload.session.layout, rows[k])
-        sequences = workload.session.corpus.encoded(k, split)
+        _load(peft, workload.made.layout, rows[k])
+        sequences = workload.made.corpus.encoded(k, split)
         total = torch.zeros((), dtype=torch.float64, device=peft.device)
         for start in range(0, len(sequences), batch_size):
             part = sequences[start : start + batch_size]
@@ -64,28 +64,28 @@ def evaluate(peft: PeftModel, workload: Workload, rows: Tensor, split: str, batc
 @torch.no_grad()
 def generate(peft: PeftModel, workload: Workload, rows: Tensor, split: str, limit: int, new: int) -> list[list[str]]:
     """Greedy answers, all prompts of a client in one left-padded batch."""
-    tokenizer = workload.session.base.tokenizer
+    pad, end = workload.made.pad, workload.made.end
     answers = []
     for k in workload.clients:
-        _load(peft, workload.session.layout, rows[k])
-        prompts = workload.session.corpus.prompts(k, split, limit)
+        _load(peft, workload.made.layout, rows[k])
+        prompts = workload.made.corpus.prompts(k, split, limit)
         width = max(len(p) for p in prompts)
-        ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+        ids = torch.full((len(prompts), width), pad)
         mask = torch.zeros(len(prompts), width, dtype=torch.int64)
         for i, prompt in enumerate(prompts):
             ids[i, width - len(prompt) :] = torch.tensor(prompt)
             mask[i, width - len(prompt) :] = 1
         out = peft.generate(  # type: ignore[no-untyped-call]
             input_ids=ids.to(peft.device), attention_mask=mask.to(peft.device), max_new_tokens=new, do_sample=False,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, repetition_penalty=1.0,
+            pad_token_id=pad, eos_token_id=end, repetition_penalty=1.0,
         )  # fmt: skip
-        answers.append([str(tokenizer.decode(line, skip_special_tokens=True)) for line in out[:, width:]])
+        answers.append([workload.made.decode(line) for line in out[:, width:].tolist()])
     return answers
 
 
 def padded(sequences: Sequence[Encoded], workload: Workload) -> Batch:
     width = max(len(s.tokens) for s in sequences)
-    ids = torch.full((len(sequences), width), workload.session.base.tokenizer.pad_token_id)
+    ids = torch.full((len(sequences), width), workload.made.pad)
     mask = torch.zeros(len(sequences), width, dtype=torch.int64)
     labels = torch.full((len(sequences), width), IGNORED)
     for i, s in enumerate(sequences):
@@ -97,10 +97,10 @@ def padded(sequences: Sequence[Encoded], workload: Workload) -> Batch:
 
 
 def _train_one(peft: PeftModel, workload: Workload, row: Tensor, round: int, client: int) -> tuple[Tensor, Tensor]:
-    parameters = _load(peft, workload.session.layout, row)
+    parameters = _load(peft, workload.made.layout, row)
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
     losses = []
-    for sequences in workload.session.corpus.batches(round, client):
+    for sequences in workload.made.corpus.batches(round, client):
         batch = padded(sequences, workload)
         optimizer.zero_grad()
         loss = peft(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).loss

@@ -46,6 +46,11 @@ class Contest:
             say(f"{name}: {taken:.1f} s")
         self.tokens.append(count(next(iter(self.workloads.values())), number))
 
+    def forget_times(self) -> None:
+        """Of rounds to warm up; rows and losses go on."""
+        self.seconds.clear()
+        self.tokens.clear()
+
     def ratios(self, slow: str, fast: str) -> list[float]:
         return [s / f for s, f in zip(self.seconds[slow], self.seconds[fast], strict=True)]
 
@@ -64,17 +69,17 @@ def measure(samples: int, say: Callable[[str], None], batch: int = 4, full: bool
     peft32 = peft_loop.wrapped(fp32)
     contest = Contest()
     contest.enter("peft fp32", fp32, lambda rows, r: peft_loop.train(peft32, fp32, rows, r))
-    contest.enter("mira fp32", fp32, _ours(fp32, True))
-    contest.enter("mira fp32, prefix off", fp32, _ours(fp32, False))
+    contest.enter("mira fp32", fp32, ours(fp32, True))
+    contest.enter("mira fp32, prefix off", fp32, ours(fp32, False))
     if has_fast_bfloat16():
         bf16 = open_workload("bfloat16", batch)
         peft16 = peft_loop.wrapped(bf16)
         contest.enter("peft bf16", bf16, lambda rows, r: peft_loop.train(peft16, bf16, rows, r))
-        contest.enter("mira bf16", bf16, _ours(bf16, True))
+        contest.enter("mira bf16", bf16, ours(bf16, True))
     else:
         say("bf16: not measured, this processor has no instructions for it")
     if full:
-        contest.enter("mira fp32, a client a pass", fp32, _ours(fp32, True, tokens_per_pass=1))
+        contest.enter("mira fp32, a client a pass", fp32, ours(fp32, True, tokens_per_pass=1))
     for number in range(samples):
         contest.peaks.append(gemm_peak(fp32.plain.device, torch.float32))
         contest.round(number, say)
@@ -82,7 +87,7 @@ def measure(samples: int, say: Callable[[str], None], batch: int = 4, full: bool
     return _report(contest, Cost.of(fp32), fresh, full)
 
 
-def _ours(workload: Workload, prefix: bool, tokens_per_pass: int | None = None) -> Run:
+def ours(workload: Workload, prefix: bool, tokens_per_pass: int | None = None) -> Run:
     engine = workload.engine(prefix, tokens_per_pass)
 
     def run(rows: Tensor, round: int) -> tuple[Tensor, Tensor]:

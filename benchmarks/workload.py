@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +16,9 @@ import mira
 from mira.core.errors import UserError
 from mira.core.seeds import generator
 from mira.core.types import Work
+from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
-from mira.session import Session, open_session
+from mira.session import open_session
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TASKS = Path(
@@ -26,23 +28,63 @@ LR = 1e-4
 
 
 @dataclass(frozen=True)
-class Workload:
-    """``plain``: the same base weights under unchanged modules, for the PEFT loops."""
+class Synthetic:
+    """In the place of a corpus: client k trains on ``batch`` sequences of ``length`` random tokens a step, whose first
+    share[k]·length are the same and whose last ``labels`` are the answer."""
 
-    session: Session
+    share: Sequence[float]
+    batch: int
+    vocabulary: int
+    length: int
+    labels: int
+    steps: int = 1
+
+    @property
+    def num_clients(self) -> int:
+        return len(self.share)
+
+    def num_train(self, client: int) -> int:
+        return self.batch
+
+    def batches(self, round: int, client: int) -> list[list[Encoded]]:
+        return [self._batch(client, step) for step in range(self.steps)]
+
+    def _batch(self, client: int, step: int) -> list[Encoded]:
+        shared = int(self.share[client] * self.length)
+        draw = torch.randint(self.vocabulary, (self.batch, self.length), generator=generator("curves", client, step))
+        draw[:, :shared] = draw[0, :shared]
+        draw[:, shared] = torch.arange(self.batch)  # where the common tokens end, for certain
+        label = tuple(place >= self.length - self.labels for place in range(self.length))
+        return [Encoded(tuple(line), label, False) for line in draw.tolist()]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """``made``: the engine under test, whose hooks are on its model. ``start`` [P]: the row that all clients start from.
+    ``plain``: the same base weights under unchanged modules, for the PEFT loops."""
+
+    made: BatchedEngine
+    start: Tensor
     plain: PreTrainedModel
+
+    @staticmethod
+    def of(engine: BatchedEngine, start: Tensor) -> Workload:
+        """Modules of its own for ``plain``, weights in common: what the engine exchanges stays with its own model."""
+        model = engine.model
+        engine.attached.detach()
+        plain = deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+        plain.set_attn_implementation("sdpa")
+        return Workload(replace(engine), start, plain)
 
     @property
     def clients(self) -> range:
-        return range(self.session.corpus.num_clients)
+        return range(self.made.corpus.num_clients)
 
     def engine(self, prefix: bool = True, tokens_per_pass: int | None = None) -> BatchedEngine:
-        """The session's engine with another shape of pass; it shares the hooks that are on the model."""
-        engine = self.session.engine
-        assert isinstance(engine, BatchedEngine)
-        other = copy(engine)
+        """The engine with another shape of pass; it shares the hooks that are on the model."""
+        other = copy(self.made)
         object.__setattr__(other, "prefix", prefix)
-        object.__setattr__(other, "budget", tokens_per_pass or engine.budget)
+        object.__setattr__(other, "budget", tokens_per_pass or self.made.budget)
         return other
 
     def work(self, rows: Tensor) -> Work:
@@ -50,10 +92,9 @@ class Workload:
 
     def rows(self) -> Tensor:
         """Start rows [J,P] whose B is not zero, so that the losses see the adapters."""
-        layout = self.session.layout
-        rows = self.session.start().repeat(len(self.clients), 1)
+        rows = self.start.repeat(len(self.clients), 1)
         draw = generator("benchmark", 0)
-        for entry in layout.entries:
+        for entry in self.made.layout.entries:
             if entry.factor == "B":
                 entry.view(rows).normal_(0, 0.02, generator=draw)
         return rows
@@ -76,9 +117,4 @@ def open_workload(dtype: str = "float32", batch: int = 4, clients: int = 8, rank
     )
     engine = session.engine
     assert isinstance(engine, BatchedEngine)
-    model = session.base.model
-    # Modules of their own, weights in common: what the batched engine exchanges stays with the session's model.
-    engine.attached.detach()
-    plain = deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    plain.set_attn_implementation("sdpa")
-    return Workload(replace(session, engine=replace(engine)), plain)
+    return Workload.of(engine, session.start())

@@ -1,4 +1,5 @@
-"""The batched engine on a GPU against the oracle on the CPU: the same code, other kernels. Skipped where there is no GPU."""
+"""The engine's way on a GPU against the oracle on the CPU: on the CPU, with a stand-in for the attention kernel, and on a GPU
+where there is one."""
 
 from __future__ import annotations
 
@@ -7,24 +8,32 @@ import torch
 from engines import RandomCorpus, make_engine, warm_row
 from test_engines import LIMIT, displacement_error
 
+import gpu_way
 from mira.core.training import Training
 from mira.core.types import Work
+from mira.engine import attention
 from tiny import KINDS, Kind, make_tiny
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the GPU path is not tested here")
 STEPS = (6, 2, 4)
+_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: its kernels are not tested here")
 
 
-@pytest.mark.parametrize("budget", [None, 4096, 60])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=_CUDA)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "cpu":
+        gpu_way.take(monkeypatch)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("budget", [None, 60])
 @pytest.mark.parametrize("prefix", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
-def test_training(kind: Kind, dtype: torch.dtype, prefix: bool, budget: int | None) -> None:
+def test_training(kind: Kind, dtype: torch.dtype, prefix: bool, budget: int | None, device: str) -> None:
     training, corpus = Training(lr=1e-3, local_steps=6, clip=0.5, weight_decay=0.01), RandomCorpus(STEPS)
     oracle = make_engine("reference", kind, corpus, training, dtype)
-    ours = make_engine(
-        "batched", kind, corpus, training, model=make_tiny(kind, dtype).cuda(), prefix=prefix, tokens_per_pass=budget
-    )
+    model = make_tiny(kind, dtype).to(device)
+    ours = make_engine("batched", kind, corpus, training, model=model, prefix=prefix, tokens_per_pass=budget)
     start = warm_row(ours.layout).expand(len(STEPS), -1).to(torch.promote_types(dtype, torch.float32))
     work = Work(torch.arange(len(STEPS)), start)
     there, here = (engine.train(work, 0, 1e-3) for engine in (ours, oracle))
@@ -33,12 +42,33 @@ def test_training(kind: Kind, dtype: torch.dtype, prefix: bool, budget: int | No
     torch.testing.assert_close(there.loss, here.loss, rtol=1e-5 if dtype == torch.float32 else 1e-10, atol=0)
 
 
+@pytest.mark.parametrize("prefix", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_evaluation_and_answers(kind: Kind) -> None:
+def test_training_in_bfloat16(kind: Kind, prefix: bool, device: str) -> None:
+    """As near to fp32 on the same weights as the oracle in bfloat16 is; half as much again, since noise is compared."""
+    training, corpus = Training(lr=1e-3, local_steps=6, clip=0.5), RandomCorpus(STEPS)
+    oracle = make_engine("reference", kind, corpus, training, torch.bfloat16)
+    exact = make_engine("reference", kind, corpus, training, model=make_tiny(kind, torch.bfloat16).float())
+    model = make_tiny(kind, torch.bfloat16).to(device)
+    ours = make_engine("batched", kind, corpus, training, model=model, prefix=prefix)
+    start = warm_row(ours.layout).expand(len(STEPS), -1)
+    work = Work(torch.arange(len(STEPS)), start)
+    rows = [engine.train(work, 0, 1e-3).rows.float() for engine in (ours, oracle, exact)]
+    errors = [displacement_error(ours.layout, found, rows[2], start) for found in rows[:2]]
+    assert 1e-4 < errors[0] < 1.5 * errors[1]
+    assert attention._agrees.cache_info().currsize, "the kernel for all sequences was asked for"
+    assert attention._agrees(model.device, torch.bfloat16, 4, 4 if kind == "gpt2" else 2, 8)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_and_answers(kind: Kind, prefix: bool, device: str) -> None:
     training, corpus = Training(local_steps=1), RandomCorpus(STEPS)
     oracle = make_engine("reference", kind, corpus, training, torch.float64)
-    ours = make_engine("batched", kind, corpus, training, model=make_tiny(kind, torch.float64).cuda())
-    rows, clients = warm_row(ours.layout).double().expand(len(STEPS), -1), torch.arange(len(STEPS))
+    model = make_tiny(kind, torch.float64).to(device)
+    ours = make_engine("batched", kind, corpus, training, model=model, prefix=prefix)
+    rows = torch.stack([warm_row(ours.layout, seed) for seed in range(len(STEPS))]).double()
+    clients = torch.arange(len(STEPS))
     there, here = (engine.evaluate(rows, clients, ["test"]) for engine in (ours, oracle))
     torch.testing.assert_close(there.loss, here.loss, rtol=1e-10, atol=0)
     texts = [engine.generate(rows, clients, "test", 3, 8) for engine in (ours, oracle)]

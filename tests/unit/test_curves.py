@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from benchmarks import curves
-from benchmarks.curves import CURVES, LENGTH, Curve, Point, Synthetic, measure, sample
+from benchmarks.curves import CURVES, LABELS, LENGTH, Curve, Point, measure, sample
 from benchmarks.plot import draw, middle
-from benchmarks.workload import Workload
+from benchmarks.workload import Synthetic, Workload
 
 from mira import Experiment
 from mira.engine.batched import BatchedEngine
@@ -27,7 +27,9 @@ def workload(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Wor
     data = write_clients(tmp_path_factory.mktemp("data") / "data.jsonl", [f"client-{n}" for n in range(8)])
     values = settings(tiny_folder, data, training={"local_steps": 1, "clip": None})
     session = open_session(Experiment(**values))
-    return Workload(session, session.base.model)
+    engine = session.engine
+    assert isinstance(engine, BatchedEngine)
+    return Workload(engine, session.start(), session.base.model)
 
 
 def never() -> Workload:
@@ -36,7 +38,7 @@ def never() -> Workload:
 
 @pytest.mark.parametrize("name", ["tokens", "clients", "rank", "prefix"])
 def test_a_curve_runs_and_leaves_the_model_as_it_was(name: str, workload: Workload) -> None:
-    model = workload.session.base.model
+    model = workload.made.model
     before = {path: vars(module).get("forward") for path, module in model.named_modules()}
     with ExitStack() as stack:
         points = CURVES[name].points(lambda: workload, stack)
@@ -64,7 +66,7 @@ def test_one_client_a_pass_is_that(workload: Workload, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("share", curves.SHARES)
 def test_synthetic_sequences_share_what_they_say(share: float) -> None:
-    corpus = Synthetic([0.5, share], batch=4, vocabulary=128)
+    corpus = Synthetic([0.5, share], 4, 128, LENGTH, LABELS)
     (batch,) = corpus.batches(0, 1)
     shared = int(share * LENGTH)
     assert [len(s.tokens) for s in batch] == [LENGTH] * 4
@@ -121,7 +123,6 @@ def test_a_plot_is_the_same_again_and_has_nothing_of_the_day(tmp_path: Path) -> 
 
 
 def test_ranks_are_those_of_the_axis(workload: Workload) -> None:
-    session = workload.session
     with ExitStack() as stack:
         engines: list[BatchedEngine] = []
         original = curves._engine
@@ -130,6 +131,7 @@ def test_ranks_are_those_of_the_axis(workload: Workload) -> None:
             points = curves.by_rank(lambda: workload, stack)
         assert [engine.layout.rank for engine in engines] == [point.x for point in points]
         assert {engine.layout.scale for engine in engines} == {2.0}
-        assert all(engine.layout.modules == session.layout.modules for engine in engines)
+        assert all(engine.layout.modules == workload.made.layout.modules for engine in engines)
         work = curves.Work(torch.arange(1), torch.zeros(1, engines[0].layout.size))
-        assert replace(engines[0], corpus=Synthetic([0.0], 1, 128)).train(work, 0, 0.1).rows.shape == work.start.shape
+        engine = replace(engines[0], corpus=Synthetic([0.0], 1, 128, LENGTH, LABELS))
+        assert engine.train(work, 0, 0.1).rows.shape == work.start.shape

@@ -12,7 +12,7 @@ from torch.nn.functional import linear, silu
 from transformers.pytorch_utils import Conv1D
 
 from mira.adapters.fused import Adapter, GatedMLP, Projection, Projections, RMSNorm
-from mira.adapters.lowrank import Factors, Lane, add_product
+from mira.adapters.lowrank import Blocks, Factors, Lane, add_product
 from mira.core.layout import Layout
 from mira.engine.loss import LabelLoss, label_nll
 from tiny import draw
@@ -21,6 +21,13 @@ T, K, M = 7, 5, 6  # tokens, hidden and inner size
 
 
 RANGES = ((2, 0, 3), (0, 3, 3), (1, 3, T))  # rows in another order than tokens; one of them has none
+
+
+@pytest.fixture(params=["range after range", "all at once"], autouse=True)
+def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is the way of a GPU; it computes the same anywhere."""
+    if request.param == "all at once":
+        monkeypatch.setattr("mira.adapters.lowrank._AT_ONCE", ("cpu",))
 
 
 def frozen(module: nn.Module, seed: int = 1) -> Any:
@@ -181,3 +188,19 @@ def test_even_tokens_of_many_rows_are_one_batch(rows: list[int], dtype: torch.dt
     torch.testing.assert_close(u, torch.cat([x[s:e] @ a.view(all_rows)[row].T for row, s, e in lane.ranges]))
     for uneven in (Lane(all_rows, [(0, 0, 1), (1, 1, 3)]), Lane(all_rows, lane.ranges, grad=all_rows)):
         assert uneven.even is None
+
+
+def test_ranges_as_one_batch() -> None:
+    blocks = Blocks.of(RANGES, torch.device("cpu"))
+    assert blocks is not None
+    x = draw(T, K)
+    split = blocks.split(x)
+    assert torch.equal(blocks.joined(split), x)
+    assert blocks.rows.tolist() == [2, 0, 1]
+    assert blocks.real.sum(1).flatten().tolist() == [3, 0, 4]
+    assert torch.equal(split[2][blocks.real[2, :, 0]], x[3:])
+
+
+def test_one_range_and_mostly_padding_are_no_batch() -> None:
+    for ranges in ([(0, 0, 9)], [(0, 0, 9), (1, 9, 10), (2, 10, 11)]):
+        assert Blocks.of(ranges, torch.device("cpu")) is None

@@ -213,7 +213,8 @@ def _scattered(function: Callable[[Tensor, Lane], Tensor], x: Tensor, lane: Lane
     assert lane.needed is not None
     if not len(lane.needed):
         return torch.zeros_like(x)
-    return torch.zeros_like(x).index_copy(1, lane.needed, function(x[:, lane.needed], lane.only(lane.needed)))
+    places = lane.needed.to(x.device)
+    return torch.zeros_like(x).index_copy(1, places, function(x[:, places], lane.only(lane.needed)))
 
 
 def _random(like: Tensor) -> Tensor:

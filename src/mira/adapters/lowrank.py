@@ -4,18 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from mira.core.layout import Entry
 
+# Devices on which a product of all ranges beats one for each: a kernel's launch costs more than some padding there.
+_AT_ONCE = ("cuda",)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """J ranges of T tokens as one batch [J,M], padded to the longest. ``rows`` [J]: of each range. ``token`` [J·M]: what is in
+    each place, any token in padding. ``real`` [J,M,1]: whether it is none. ``place`` [T]: where each token is among J·M.
+    """
+
+    rows: Tensor
+    token: Tensor
+    real: Tensor
+    place: Tensor
+
+    @staticmethod
+    def of(ranges: Sequence[tuple[int, int, int]], device: torch.device) -> Blocks | None:
+        """None where most of the batch would be padding, or nothing is batched."""
+        counts, tokens = [end - start for _, start, end in ranges], ranges[-1][2]
+        width = max(counts)
+        if len(ranges) == 1 or len(ranges) * width > 2 * tokens:
+            return None
+        count, place = torch.tensor(counts), torch.arange(width)
+        real = place < count[:, None]
+        token = (torch.tensor([start for _, start, _ in ranges])[:, None] + place).clamp(max=tokens - 1)
+        rows = torch.tensor([row for row, _, _ in ranges])
+        on_device = (t.to(device) for t in (rows, token.flatten(), real[..., None], real.flatten().nonzero()[:, 0]))
+        return Blocks(*on_device)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[T,k] -> [J,M,k], with tokens of others in padding."""
+        return x.index_select(0, self.token).view(*self.real.shape[:2], x.shape[-1])
+
+    def joined(self, x: Tensor) -> Tensor:
+        """[J,M,k] -> [T,k]"""
+        return x.view(-1, x.shape[-1]).index_select(0, self.place)
+
 
 @dataclass
 class Lane:
     """Whose tokens are where in the current pass. ``ranges``: (row, start, end), which together cover all its tokens.
 
-    ``needed`` [m]: the places whose last hidden state is read, in order; None where all are.
+    ``needed`` [m]: the places whose last hidden state is read, in order, on the CPU; None where all are.
     ``grad`` [n,P] receives the gradients of ``rows`` [n,P]; None while evaluating. ``dropout`` holds one generator
     per row, so that a client's masks do not depend on who else is in the pass. ``ready``: the input a layer will be called
     with and what it gives then, where that was made together with another's.
@@ -38,9 +76,19 @@ class Lane:
         # A view of neighbouring rows, rather than a copy of each step's.
         return slice(rows[0], rows[-1] + 1) if rows == list(range(rows[0], rows[-1] + 1)) else rows
 
+    @cached_property
+    def blocks(self) -> Blocks | None:
+        """The ranges as one batch, where that is faster."""
+        return Blocks.of(self.ranges, self.rows.device) if self.rows.device.type in _AT_ONCE else None
+
+    def turn_to(self, ranges: Sequence[tuple[int, int, int]]) -> None:
+        """From here on passes have other tokens, and all are needed."""
+        self.ranges, self.needed = ranges, None
+        vars(self).pop("blocks", None)
+
     def only(self, places: Tensor) -> Lane:
         """The lane of the tokens at ``places`` [m], sorted, of its own."""
-        ends = torch.tensor([end for _, _, end in self.ranges], device=places.device)
+        ends = torch.tensor([end for _, _, end in self.ranges])
         counts = torch.searchsorted(places, ends).tolist()
         ranges = [(row, a, b) for (row, _, _), a, b in zip(self.ranges, [0, *counts], counts, strict=False) if a < b]
         return replace(self, ranges=ranges, needed=None)
@@ -67,6 +115,11 @@ def add_product(out: Tensor, x: Tensor, lane: Lane, factors: Factors) -> Tensor:
         low = torch.bmm(x.view(len(lane.ranges), -1, x.shape[-1]), a[rows].transpose(1, 2))
         out.add_(torch.bmm(low, b[rows].transpose(1, 2)).view(out.shape), alpha=factors.scale)
         return low.view(len(x), -1)
+    blocks = lane.blocks
+    if blocks is not None:
+        low = torch.bmm(blocks.split(x), a[blocks.rows].transpose(1, 2))
+        out.add_(blocks.joined(torch.bmm(low, b[blocks.rows].transpose(1, 2))), alpha=factors.scale)
+        return blocks.joined(low)
     for row, start, end in lane.ranges:
         torch.mm(x[start:end], a[row].T, out=u[start:end])
         if same:
@@ -85,6 +138,15 @@ def add_gradients(g: Tensor, x: Tensor, u: Tensor, lane: Lane, factors: Factors,
     assert lane.grad is not None
     a, b = factors.a.view(lane.rows), factors.b.view(lane.rows)
     grad_a, grad_b = factors.a.view(lane.grad), factors.b.view(lane.grad)
+    blocks = lane.blocks
+    if blocks is not None:
+        part = blocks.split(g) * blocks.real  # nothing comes from padding
+        low = torch.bmm(part, b[blocks.rows]).mul_(factors.scale)
+        grad_b.index_add_(0, blocks.rows, torch.bmm(part.transpose(1, 2), blocks.split(u)), alpha=factors.scale)
+        grad_a.index_add_(0, blocks.rows, torch.bmm(low.transpose(1, 2), blocks.split(x)))
+        if grad_x is not None:
+            grad_x.add_(blocks.joined(torch.bmm(low, a[blocks.rows])))
+        return
     for row, start, end in lane.ranges:
         part = g[start:end]
         low = torch.mm(part, b[row]).mul_(factors.scale)

@@ -6,8 +6,10 @@ prefix, whose keys and values are computed once. Gradients of all its readers ad
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from math import ceil
 from typing import Any, Protocol
 
@@ -16,8 +18,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from mira.engine import varlen
+
+log = logging.getLogger(__name__)
+
 NAME = "mira_packed"
 _TILE = 160  # queries of one product: enough to fill it, few enough to skip most of what causality hides
+_ONE_KERNEL = {"cuda": (torch.bfloat16, torch.float16)}  # where there is one for all sequences of a pass
 _KEPT = 3072  # probabilities a token: about as much memory as the rest of a small model's layer keeps
 
 
@@ -44,11 +51,16 @@ class Packed:
     keep: bool = False
     cache: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     tiles: dict[int | None, list[Tile]] = field(default_factory=dict)  # by window: the same in every layer
+    spans: varlen.Spans | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """q [1,H,T,d], k and v [1,h,T,d] -> [1,T,H,d]."""
         if self.keep:
             self.cache[layer] = (k, v)
+        if _one_kernel(q, k, v):
+            if self.spans is None:
+                self.spans = varlen.Spans.of(self.segments, q.device)
+            return varlen.attend(q[0], k[0], v[0], scale, window, self.spans)[None]
         if window not in self.tiles:
             self.tiles[window] = tiles(self.segments, window, q.shape[1] // k.shape[1], wide(q[:, :, :0]))
         out: Tensor = _Tiled.apply(q[0], k[0], v[0], scale, self.tiles[window])  # type: ignore[no-untyped-call]
@@ -178,6 +190,48 @@ def _probabilities(queries: Tensor, wide_keys: Tensor, tile: Tile, scale: float)
     """[h, H/h·queries, keys] in the model's precision."""
     scores = torch.baddbmm(tile.hidden, wide(queries), wide_keys.transpose(1, 2), alpha=scale)
     return scores.softmax(-1).to(queries.dtype)
+
+
+def _one_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    if q.dtype not in _ONE_KERNEL.get(q.device.type, ()) or not q.dtype == k.dtype == v.dtype:
+        return False
+    return q.shape[-1] == v.shape[-1] and _agrees(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[-1])
+
+
+@cache
+@torch.enable_grad()
+def _agrees(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int) -> bool:
+    """Whether the kernel gives, forward and back, what the tiles give: it is not there on every GPU, nor for every width."""
+    segments = [Segment(0, 9), Segment(9, 14, 0, 9), Segment(14, 21, 0, 9), Segment(21, 30)]
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(n, segments[-1].end, width) for n in (heads, key_heads, key_heads)]
+    given = [torch.randn(shape, generator=draw).to(device, dtype) for shape in shapes]
+    weight = torch.randn(segments[-1].end, heads, width, generator=draw).to(device, dtype)
+    spans, scale = varlen.Spans.of(segments, device), width**-0.5
+
+    def tiled(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        cut = tiles(segments, window, heads // key_heads, wide(q[:, :0]))
+        return _Tiled.apply(q, k, v, scale, cut)  # type: ignore[no-any-return, no-untyped-call]
+
+    def one(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        return varlen.attend(q, k, v, scale, window, spans)
+
+    try:
+        for window in (None, 4):
+            found = []
+            for way in (tiled, one):
+                q, k, v = leaves = [x.clone().requires_grad_() for x in given]
+                out = way(q, k, v, window)
+                found.append([out.detach(), *torch.autograd.grad(out, leaves, weight)])
+            for ours, theirs in zip(*found, strict=True):
+                # 16 bits round at 2⁻⁸ or finer, in a few places; a key too many or too few changes tenths.
+                torch.testing.assert_close(theirs, ours, rtol=0.05, atol=0.05)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        log.warning("attention goes in tiles, since the kernel for all sequences does not do here: %s", error)
+        return False
+    return True
 
 
 def _attention(

@@ -145,7 +145,7 @@ class BatchedEngine:
 
         def losses(part: Jobs) -> tuple[Tensor, Tensor]:
             packed = pack(part, self.prefix, self.layout.virtual_tokens)
-            with torch.no_grad(), self._lane(Lane(on_device, packed.ranges, needed=packed.predict.to(self.device))):
+            with torch.no_grad(), self._lane(Lane(on_device, packed.ranges, needed=packed.predict)):
                 hidden = self._body(packed)
                 each = label_nll(hidden[packed.predict.to(self.device)], self._head, packed.target.to(self.device))
             number = sum(len(job) for _, job in part)
@@ -222,7 +222,7 @@ class BatchedEngine:
     ) -> Tensor:  # fmt: skip
         """One pass forward and back; the mean label loss of each job (float64)."""
         packed = pack(part, self.prefix, self.layout.virtual_tokens)
-        with self._lane(Lane(rows, packed.ranges, grad, dropout, packed.predict.to(self.device))):
+        with self._lane(Lane(rows, packed.ranges, grad, dropout, packed.predict)):
             with recomputed(self.model, dropout or ()) if self.checkpointing else nullcontext():
                 hidden = self._body(packed)
             label = packed.predict.to(self.device), packed.target.to(self.device)
@@ -230,8 +230,9 @@ class BatchedEngine:
             job_of_sequence = torch.repeat_interleave(
                 torch.arange(len(part)), torch.tensor([len(job) for _, job in part])
             )
-            job = job_of_sequence[packed.owner].to(self.device)
-            weight = job.bincount(minlength=len(part)).double().reciprocal()
+            job = job_of_sequence[packed.owner]
+            weight = job.bincount(minlength=len(part)).double().reciprocal().to(self.device)
+            job = job.to(self.device)
             each.backward(weight[job].to(each.dtype))
         mean = torch.zeros(len(part), dtype=torch.float64, device=self.device).index_add_(
             0, job, each.detach().double()

@@ -57,7 +57,7 @@ def find_last(model: PreTrainedModel, attached: Attached, width: int) -> None:
     if not attached.mlps:
         return
     row = torch.zeros(1, width, device=model.device)
-    needed = torch.tensor([_LENGTH - 1], device=model.device)
+    needed = torch.tensor([_LENGTH - 1])
 
     def hidden(last: nn.Module | None) -> Tensor:
         attached.last, attached.lane = last, Lane(row, [(0, 0, _LENGTH)], needed=needed)

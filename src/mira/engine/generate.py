@@ -36,7 +36,7 @@ def greedy(
     device = model.device
     prompts = packed.prompts
     first_pass = Packed(packed.segments, keep=True)
-    lane.needed = torch.tensor([s.end - 1 for s in prompts], device=device)
+    lane.needed = torch.tensor([s.end - 1 for s in prompts])
     hidden = model.base_model(
         input_ids=packed.tokens[None].to(device), position_ids=packed.positions[None].to(device),
         use_cache=False, packed=first_pass,
@@ -49,8 +49,8 @@ def greedy(
     for (row, _, _), count in zip(packed.ranges, per_job, strict=True):
         ranges.append((row, place, place + count))
         place += count
-    token = head(hidden[lane.needed]).argmax(-1)
-    lane.ranges, lane.needed = ranges, None
+    token = head(hidden[lane.needed.to(device)]).argmax(-1)
+    lane.turn_to(ranges)
     limit = positions(model)
     answers: list[list[int]] = [[] for _ in prompts]
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
