@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import engines
@@ -14,6 +17,8 @@ from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.training import Training
 from mira.core.types import Work
+from mira.engine.batched import BatchedEngine
+from mira.engine.decode import Decode
 from mira.engine.optim import RowOptimizer
 from tiny import KINDS, make_tiny
 
@@ -142,6 +147,30 @@ def test_evaluation_and_answers_equal_reference(kind: str, prefix: bool) -> None
     texts = [engine.generate(rows, client, "test", None, 40) for engine in (ours, oracle)]
     assert texts[0] == texts[1]
     assert max(len(text.split()) for job in texts[0] for text in job) == 40  # past one growth of the cache
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_that_end_early_are_left_out_of_later_steps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer is what it is without an end, up to the end; the steps after that are of fewer tokens."""
+    corpus, training = RandomCorpus((1, 1, 1)), Training(local_steps=1)
+    made = make_engine("batched", kind, corpus, training, torch.float64)
+    assert isinstance(made, BatchedEngine)
+    engine = replace(made, end=-1)  # no answer ends
+    rows = torch.stack([warm_row(engine.layout, seed) for seed in range(3)]).double()
+    long = [[text.split() for text in job] for job in engine.generate(rows, torch.arange(3), "test", None, 24)]
+    places = Counter(token for job in long for answer in job for token in set(answer[1:]))
+    end = places.most_common(1)[0][0]
+    expected = [[" ".join(takewhile(lambda token: token != end, answer)) for answer in job] for job in long]
+    lengths = [len(answer.split()) for job in expected for answer in job]
+    assert len(set(lengths)) > 2
+    sizes: list[int] = []
+    attend = Decode.attend
+    monkeypatch.setattr(
+        Decode, "attend", lambda self, layer, q, *rest: [sizes.append(len(q)), attend(self, layer, q, *rest)][1]
+    )
+    assert replace(engine, end=int(end)).generate(rows, torch.arange(3), "test", None, 24) == expected
+    assert sizes[-1] < sizes[0] == len(lengths)
+    assert sum(sizes) < 0.9 * len(lengths) * len(sizes)
 
 
 def test_the_rows_of_few_clients_are_in_memory_together(monkeypatch: pytest.MonkeyPatch) -> None:

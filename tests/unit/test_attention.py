@@ -88,6 +88,11 @@ def test_decoding(segments: list[Segment], window: int | None, seed: int) -> Non
         for s in prompts
     ]
     for _ in range(5):
+        if len(prompts) > 1 and torch.rand((), generator=draw) < 0.5:  # some have ended
+            alive = (torch.rand(len(prompts), generator=draw) < 0.7).nonzero()[:, 0].tolist() or [len(prompts) - 1]
+            state.keep(alive)
+            prompts, pasts = [prompts[b] for b in alive], [pasts[b] for b in alive]
+            assert len(state.sitting) <= len(prompts), "no prefix is left that nobody reads"
         state.advance()
         q, k, v = random(len(prompts), 4, 1, 4), random(len(prompts), 2, 1, 4), random(len(prompts), 2, 1, 3)
         found = state.attend(7, q, k, v, 0.7, window)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 from transformers.pytorch_utils import Conv1D
 
+from mira.adapters import lowrank
 from mira.adapters.fused import Adapter, GatedMLP, Projection, Projections, RMSNorm
 from mira.adapters.lowrank import Blocks, Factors, Lane, add_product
 from mira.core.layout import Layout
@@ -199,6 +200,21 @@ def test_ranges_as_one_batch() -> None:
     assert blocks.rows.tolist() == [2, 0, 1]
     assert blocks.real.sum(1).flatten().tolist() == [3, 0, 4]
     assert torch.equal(split[2][blocks.real[2, :, 0]], x[3:])
+
+
+def test_few_tokens_each_go_at_once_where_nobody_wants_gradients() -> None:
+    """Steps of decoding, of clients with unlike numbers of sequences."""
+    layout, factors = factors_of(layer=(K, M))
+    rows = draw(3, layout.size)
+    lane = Lane(rows, RANGES)
+    assert lane.blocks is not None
+    x, out = draw(T, K), draw(T, M)
+    a, b = factors["layer"].a.view(rows), factors["layer"].b.view(rows)
+    expected = out + layout.scale * torch.cat([x[i:j] @ a[row].T @ b[row].T for row, i, j in RANGES])
+    add_product(out, x, lane, factors["layer"])
+    torch.testing.assert_close(out, expected)
+    lane.turn_to([(0, 0, 5), (1, 5, 40)])
+    assert lane.blocks is None or lane.rows.device.type in lowrank._AT_ONCE, "of other ranges"
 
 
 def test_one_range_and_mostly_padding_are_no_batch() -> None:

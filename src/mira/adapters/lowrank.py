@@ -13,6 +13,7 @@ from mira.core.layout import Entry
 
 # Devices on which a product of all ranges beats one for each: a kernel's launch costs more than some padding there.
 _AT_ONCE = ("cuda",)
+_FEW = 8  # tokens of a range: with so few, as in a step of decoding, the same is true of a CPU
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class Lane:
     @cached_property
     def blocks(self) -> Blocks | None:
         """The ranges as one batch, where that is faster."""
-        return Blocks.of(self.ranges, self.rows.device) if self.rows.device.type in _AT_ONCE else None
+        few = self.grad is None and self.ranges[-1][2] <= _FEW * len(self.ranges)
+        return Blocks.of(self.ranges, self.rows.device) if few or self.rows.device.type in _AT_ONCE else None
 
     def turn_to(self, ranges: Sequence[tuple[int, int, int]]) -> None:
         """From here on passes have other tokens, and all are needed."""

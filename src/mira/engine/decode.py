@@ -46,6 +46,20 @@ class Decode:
             if self.length > keys.shape[2]:
                 self.own[layer] = (_longer(keys), _longer(values))
 
+    def keep(self, alive: Sequence[int]) -> None:
+        """Go on with these of the sequences alone, numbered anew in this order. Prefixes that nobody reads any more go too."""
+        places = torch.tensor(alive, device=self.pad.device)
+        used, group = (self.seat[places] // self.sitting.shape[1]).unique(return_inverse=True)
+        before = (group == group[:, None]).tril(-1).sum(1)  # of the same group, and earlier
+        seats = int(before.max()) + 1
+        if len(used) < len(self.sitting):
+            self.prefix = {layer: (k[used], v[used]) for layer, (k, v) in self.prefix.items()}
+        self.own = {layer: (k[places], v[places]) for layer, (k, v) in self.own.items()}
+        self.pad, self.read, self.seat = self.pad[places], self.read[places], group * seats + before
+        self.sitting = torch.zeros_like(self.sitting[:1, :1]).repeat(len(used), seats)
+        self.sitting.view(-1)[self.seat] = torch.arange(len(places), device=places.device)
+        self.hidden.clear()
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """q [B,H,1,d], k and v [B,h,1,d] -> [B,1,H,d]. Scores and softmax at least in fp32."""
         for cache, new in zip(self.own[layer], (k, v), strict=True):

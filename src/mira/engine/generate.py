@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mira.adapters.lowrank import Lane
 from mira.engine.attention import Packed
-from mira.engine.decode import after
+from mira.engine.decode import Decode, after
 from mira.engine.packing import Pass
 
 _UNLIMITED = 1 << 30
+_ALIVE = 0.75  # of the sequences of a step; where fewer go on, the others are left out of the next
 
 
 def positions(model: PreTrainedModel) -> int:
@@ -33,35 +36,34 @@ def greedy(
 ) -> list[list[int]]:
     """The answer tokens (without ``end``) of every packed prompt; an answer ends at the model's last position too.
     ``per_job``: prompts of each range of ``lane``."""
-    device = model.device
-    prompts = packed.prompts
-    first_pass = Packed(packed.segments, keep=True)
-    lane.needed = torch.tensor([s.end - 1 for s in prompts])
-    hidden = model.base_model(
-        input_ids=packed.tokens[None].to(device), position_ids=packed.positions[None].to(device),
-        use_cache=False, packed=first_pass,
-    ).last_hidden_state[0]  # fmt: skip
-    state = after(prompts, first_pass.cache, max_new)
-    first_pass.cache.clear()
-    position = torch.tensor([s.prefix + s.end - s.start for s in prompts], device=device)
-    place = 0
-    ranges = []
-    for (row, _, _), count in zip(packed.ranges, per_job, strict=True):
-        ranges.append((row, place, place + count))
-        place += count
-    token = head(hidden[lane.needed.to(device)]).argmax(-1)
-    lane.turn_to(ranges)
+    state, hidden = _read(model, packed, lane, max_new)
     limit = positions(model)
-    answers: list[list[int]] = [[] for _ in prompts]
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    job = [n for n, count in enumerate(per_job) for _ in range(count)]
+    running = list(range(len(job)))  # whose token is in each place; some may have ended
+    rows = [row for row, _, _ in packed.ranges]
+    lane.turn_to(_ranges(rows, job))
+    token = head(hidden).argmax(-1)
+    position = torch.tensor([s.prefix + s.end - s.start for s in packed.prompts], device=model.device)
+    answers: list[list[int]] = [[] for _ in job]
+    ended: set[int] = set()
     for step in range(max_new):
-        done |= token == end
-        for answer, value, stopped in zip(answers, token.tolist(), done.tolist(), strict=True):
-            if not stopped:
-                answer.append(value)
-        done |= position >= limit
-        if bool(done.all()) or step == max_new - 1:
+        for b, value, at in zip(running, token.tolist(), position.tolist(), strict=True):
+            if b in ended:
+                continue
+            if value == end:
+                ended.add(b)
+                continue
+            answers[b].append(value)
+            if at >= limit:
+                ended.add(b)
+        alive = [place for place, b in enumerate(running) if b not in ended]
+        if not alive or step == max_new - 1:
             break
+        if len(alive) <= _ALIVE * len(running):
+            state.keep(alive)
+            running = [running[place] for place in alive]
+            token, position = token[alive], position[alive]
+            lane.turn_to(_ranges(rows, [job[b] for b in running]))
         state.advance()
         hidden = model.base_model(
             input_ids=token[:, None], position_ids=position.clamp(max=limit - 1)[:, None], use_cache=False, packed=state
@@ -69,3 +71,22 @@ def greedy(
         token = head(hidden).argmax(-1)
         position = position + 1
     return answers
+
+
+def _read(model: PreTrainedModel, packed: Pass, lane: Lane, max_new: int) -> tuple[Decode, Tensor]:
+    """One pass over the prompts: what decoding goes on from, and the last hidden state of each prompt."""
+    device, all_read = model.device, Packed(packed.segments, keep=True)
+    lane.needed = torch.tensor([s.end - 1 for s in packed.prompts])
+    hidden = model.base_model(
+        input_ids=packed.tokens[None].to(device), position_ids=packed.positions[None].to(device),
+        use_cache=False, packed=all_read,
+    ).last_hidden_state[0]  # fmt: skip
+    state = after(packed.prompts, all_read.cache, max_new)
+    all_read.cache.clear()
+    return state, hidden[lane.needed.to(device)]
+
+
+def _ranges(rows: Sequence[int], job: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Which places a job has, of the sorted ``job`` of each, and its row."""
+    ends = list(accumulate(Counter(job)[n] for n in range(len(rows))))
+    return [(row, a, b) for row, a, b in zip(rows, [0, *ends], ends, strict=False) if a < b]
