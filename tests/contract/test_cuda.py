@@ -3,10 +3,14 @@ where there is one."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from engines import RandomCorpus, make_engine, warm_row
 from test_engines import LIMIT, displacement_error
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_way
 from mira.core.training import Training
@@ -73,3 +77,49 @@ def test_evaluation_and_answers(kind: Kind, prefix: bool, device: str) -> None:
     torch.testing.assert_close(there.loss, here.loss, rtol=1e-10, atol=0)
     texts = [engine.generate(rows, clients, "test", 3, 8) for engine in (ours, oracle)]
     assert texts[0] == texts[1]
+
+
+class _Kernel(torch.autograd.Function):
+    """In the place of the attention kernel, as many operations as it is kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(k, v)
+        return q.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        k, v = ctx.saved_tensors
+        return grad.clone(), torch.zeros_like(k), torch.zeros_like(v)
+
+
+class _Count(TorchDispatchMode):
+    """Operations that give floats of their own; views launch nothing, and whole numbers are laid out on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        first = out[0] if isinstance(out, (tuple, list)) else out
+        self.found += isinstance(first, Tensor) and first.is_floating_point() and not function.is_view
+        return out
+
+
+def test_a_step_launches_no_more_kernels_for_more_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches are what a GPU would wait for."""
+    found = []
+    for clients in (4, 16):
+        engine = make_engine("batched", "llama", RandomCorpus((1,) * clients), Training(local_steps=1))
+        gpu_way.take(monkeypatch)
+        monkeypatch.setattr(attention, "_agrees", lambda *shape: True)
+        monkeypatch.setattr(
+            "torch.nn.attention.varlen.varlen_attn", lambda q, k, v, *rest, **named: _Kernel.apply(q, k, v)
+        )
+        work = Work(torch.arange(clients), warm_row(engine.layout).repeat(clients, 1))
+        with _Count() as count:
+            engine.train(work, 0, 1e-3)
+        monkeypatch.undo()
+        found.append(count.found)
+    assert found[1] < 1.1 * found[0]
