@@ -16,6 +16,7 @@ import gpu_way
 from mira.core.training import Training
 from mira.core.types import Work
 from mira.engine import attention
+from mira.engine.batched import BatchedEngine
 from tiny import KINDS, Kind, make_tiny
 
 STEPS = (6, 2, 4)
@@ -123,3 +124,21 @@ def test_a_step_launches_no_more_kernels_for_more_clients(monkeypatch: pytest.Mo
         monkeypatch.undo()
         found.append(count.found)
     assert found[1] < 1.1 * found[0]
+
+
+@_CUDA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_waits_for_nothing(dtype: torch.dtype) -> None:
+    engine = make_engine(
+        "batched", "llama", RandomCorpus(STEPS), Training(local_steps=1), model=make_tiny(dtype=dtype).cuda()
+    )
+    assert isinstance(engine, BatchedEngine)
+    jobs = [(n, engine.corpus.batches(0, n)[0]) for n in range(len(STEPS))]
+    rows = engine._rows(warm_row(engine.layout).repeat(len(STEPS), 1))
+    grad, loss = torch.zeros_like(rows), torch.zeros(len(STEPS), dtype=torch.float64, device=rows.device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine._accumulate(jobs, rows, grad, loss, None, {})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert bool(grad.any())

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from mira.adapters.fused import Adapter, GatedMLP, Projection, Projections, RMSNorm, is_plain
 from mira.adapters.lowrank import Factors, Lane, dropout_mask
 from mira.adapters.virtual import VirtualTokens
+from mira.core.device import sent
 from mira.core.layout import Entry, Layout
 
 Forward = Callable[..., Any]
@@ -213,7 +214,7 @@ def _scattered(function: Callable[[Tensor, Lane], Tensor], x: Tensor, lane: Lane
     assert lane.needed is not None
     if not len(lane.needed):
         return torch.zeros_like(x)
-    places = lane.needed.to(x.device)
+    places = sent(lane.needed, x.device)
     return torch.zeros_like(x).index_copy(1, places, function(x[:, places], lane.only(lane.needed)))
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from mira.core.device import sent
 from mira.core.layout import Entry
 
 # Devices on which a product of all ranges beats one for each: a kernel's launch costs more than some padding there.
@@ -38,7 +39,7 @@ class Blocks:
         real = place < count[:, None]
         token = (torch.tensor([start for _, start, _ in ranges])[:, None] + place).clamp(max=tokens - 1)
         rows = torch.tensor([row for row, _, _ in ranges])
-        on_device = (t.to(device) for t in (rows, token.flatten(), real[..., None], real.flatten().nonzero()[:, 0]))
+        on_device = (sent(t, device) for t in (rows, token.flatten(), real[..., None], real.flatten().nonzero()[:, 0]))
         return Blocks(*on_device)
 
     def split(self, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from mira.core.device import sent
 from mira.engine import varlen
 
 log = logging.getLogger(__name__)
@@ -128,7 +129,9 @@ def tiles(segments: Sequence[Segment], window: int | None, heads: int, like: Ten
             visible = (distance >= 0) & ((owner[:seen] == owner[query, None]) | (owner[:seen] < 0))
             if window is not None:
                 visible &= distance < window
-            hidden = like.new_zeros(visible.shape).masked_fill_(~visible.to(like.device), -torch.inf).repeat(heads, 1)
+            hidden = (
+                like.new_zeros(visible.shape).masked_fill_(sent(~visible, like.device), -torch.inf).repeat(heads, 1)
+            )
             out.append(Tile(begin, stop, first.prefix_start, first.prefix_end, start, stop, hidden[None]))
     return out
 

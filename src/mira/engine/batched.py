@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from mira.adapters.attach import Attached, attach
 from mira.adapters.lowrank import Lane
+from mira.core.device import sent
 from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.training import Training
@@ -147,7 +148,7 @@ class BatchedEngine:
             packed = pack(part, self.prefix, self.layout.virtual_tokens)
             with torch.no_grad(), self._lane(Lane(on_device, packed.ranges, needed=packed.predict)):
                 hidden = self._body(packed)
-                each = label_nll(hidden[packed.predict.to(self.device)], self._head, packed.target.to(self.device))
+                each = label_nll(hidden[self._sent(packed.predict)], self._head, self._sent(packed.target))
             number = sum(len(job) for _, job in part)
             nll = torch.zeros(number, dtype=torch.float64).index_add_(0, packed.owner, each.double().cpu())
             return nll, packed.owner.bincount(minlength=number)
@@ -205,7 +206,7 @@ class BatchedEngine:
         index = [row for row, _ in part]
         each = unless_out_of_memory(lambda: self._backward(part, rows, grad, dropout))
         if each is not None:
-            loss[index] += each
+            loss.index_add_(0, self._sent(torch.tensor(index)), each)
             self._report(part)
             return
         grad[index] = 0
@@ -225,14 +226,14 @@ class BatchedEngine:
         with self._lane(Lane(rows, packed.ranges, grad, dropout, packed.predict)):
             with recomputed(self.model, dropout or ()) if self.checkpointing else nullcontext():
                 hidden = self._body(packed)
-            label = packed.predict.to(self.device), packed.target.to(self.device)
+            label = self._sent(packed.predict), self._sent(packed.target)
             each = LabelLoss.apply(hidden[label[0]], self._head, label[1])  # type: ignore[no-untyped-call]
             job_of_sequence = torch.repeat_interleave(
                 torch.arange(len(part)), torch.tensor([len(job) for _, job in part])
             )
             job = job_of_sequence[packed.owner]
-            weight = job.bincount(minlength=len(part)).double().reciprocal().to(self.device)
-            job = job.to(self.device)
+            weight = job.bincount(minlength=len(part)).double().reciprocal()
+            weight, job = self._sent(weight), self._sent(job)
             each.backward(weight[job].to(each.dtype))
         mean = torch.zeros(len(part), dtype=torch.float64, device=self.device).index_add_(
             0, job, each.detach().double()
@@ -242,7 +243,7 @@ class BatchedEngine:
     def _body(self, packed: Pass) -> Tensor:
         """Last hidden states [T,d]."""
         out = self.model.base_model(
-            input_ids=packed.tokens[None].to(self.device), position_ids=packed.positions[None].to(self.device),
+            input_ids=self._sent(packed.tokens[None]), position_ids=self._sent(packed.positions[None]),
             use_cache=False, packed=attention.Packed(packed.segments),
         )  # fmt: skip
         return out.last_hidden_state[0]  # type: ignore[no-any-return]
@@ -260,6 +261,9 @@ class BatchedEngine:
         finally:
             self.attached.lane = None
             lane.ready.clear()  # of a pass that failed; its graph holds the lane
+
+    def _sent(self, x: Tensor) -> Tensor:
+        return sent(x, self.device)
 
     def _rows(self, rows: Tensor) -> Tensor:
         """Rows on the device in the adapters' precision: fp32, or fp64 on an fp64 base."""

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import varlen as kernels
 
+from mira.core.device import sent
+
 if TYPE_CHECKING:
     from mira.engine.attention import Segment
 
@@ -38,9 +40,9 @@ class Spans:
         read = [torch.arange(a, b) for s in own for a, b in ((s.prefix_start, s.prefix_end), (s.start, s.end))]
 
         def ends(counts: list[int]) -> Tensor:
-            return torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
+            return sent(torch.tensor([0, *accumulate(counts)], dtype=torch.int32), device)
 
-        token = torch.cat(read).to(device) if keys != queries else None
+        token = sent(torch.cat(read), device) if keys != queries else None
         return Spans(ends(queries), ends(keys), max(queries), max(keys), token)
 
 
