@@ -79,7 +79,8 @@ def main() -> None:
 def random_workload(config: LlamaConfig, crowd: Crowd, device: torch.device, dtype: torch.dtype) -> Workload:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config).to(device, dtype).requires_grad_(False).eval()
+        model = LlamaForCausalLM(config)
+    model.to(device=device, dtype=dtype).requires_grad_(False).eval()  # type: ignore[call-arg]
     layout = Lora(16, 32.0, targets=("q_proj", "v_proj")).layout(model)
     corpus: Any = Synthetic(
         [0.5] * crowd.clients, crowd.batch, config.vocab_size, crowd.length, crowd.length // 8, STEPS
