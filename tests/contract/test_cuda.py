@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_way
+from mira.adapters.lowrank import Lane
 from mira.core.training import Training
 from mira.core.types import Work
 from mira.engine import attention
 from mira.engine.batched import BatchedEngine
+from mira.engine.packing import pack
 from tiny import KINDS, Kind, make_tiny
 
 STEPS = (6, 2, 4)
@@ -124,6 +126,36 @@ def test_a_step_launches_no_more_kernels_for_more_clients(monkeypatch: pytest.Mo
         monkeypatch.undo()
         found.append(count.found)
     assert found[1] < 1.1 * found[0]
+
+
+class _Questions(TorchDispatchMode):
+    """How often a number is read out of a tensor, for which a GPU would have to be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_pass_reads_no_number_out_of_a_tensor(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_way.take(monkeypatch)
+    engine = make_engine("batched", kind, RandomCorpus(STEPS), Training(local_steps=1))
+    assert isinstance(engine, BatchedEngine)
+    packed = pack([(n, engine.corpus.batches(0, n)[0]) for n in range(len(STEPS))], True)
+    rows = warm_row(engine.layout).repeat(len(STEPS), 1)
+    lane = Lane(rows, packed.ranges, torch.zeros_like(rows), needed=packed.predict)
+    assert lane.blocks is not None
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v, *rest, **named: _Kernel.apply(q, k, v))
+    with _Questions() as questions, engine._lane(lane):
+        engine._body(packed).sum().backward()
+    assert not questions.found
+    with _Questions() as questions:
+        rows.sum().item()
+    assert questions.found == 1
 
 
 @_CUDA

@@ -13,6 +13,7 @@ import torch
 from engines import RandomCorpus, layout_on, make_engine, warm_row
 from torch import Tensor
 
+import gpu_way
 from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.training import Training
@@ -202,7 +203,10 @@ def test_a_client_trains_alike_alone_and_in_a_crowd_with_dropout() -> None:
     assert not torch.allclose(dry.train(Work(torch.tensor([2]), start[:1]), 0, 1e-3).rows, alone.rows)
 
 
-def test_a_poisoned_client_leaves_the_others_alone() -> None:
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_poisoned_client_leaves_the_others_alone(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if gpu:
+        gpu_way.take(monkeypatch)
     engine = make_engine("batched", "llama", RandomCorpus(STEPS), Training(local_steps=20), torch.float64)
     start = warm_row(engine.layout).expand(4, -1).double().clone()
     good = engine.train(Work(torch.arange(4), start), 0, 1e-3)

@@ -10,6 +10,7 @@ import torch
 from engines import RandomCorpus, make_engine, warm_row
 from transformers import Phi3Config, Phi3ForCausalLM
 
+import gpu_way
 from mira.core.training import Training
 from mira.core.types import Work
 from mira.engine import reference
@@ -19,9 +20,14 @@ from mira.engine.generate import positions
 TRAINING = Training(local_steps=1)
 
 
+@pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("prefix", [True, False])
-def test_an_exploding_client_leaves_the_answers_of_others_alone(prefix: bool) -> None:
+def test_an_exploding_client_leaves_the_answers_of_others_alone(
+    prefix: bool, gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its keys and values are infinite, and padding of shorter prompts must not read them."""
+    if gpu:
+        gpu_way.take(monkeypatch)
     engine = make_engine("batched", "llama", RandomCorpus((1, 1, 1)), TRAINING, prefix=prefix)
     rows = torch.stack([warm_row(engine.layout, seed) for seed in range(3)])
     client = torch.arange(3)

@@ -197,9 +197,10 @@ def test_ranges_as_one_batch() -> None:
     x = draw(T, K)
     split = blocks.split(x)
     assert torch.equal(blocks.joined(split), x)
-    assert blocks.rows.tolist() == [2, 0, 1]
-    assert blocks.real.sum(1).flatten().tolist() == [3, 0, 4]
-    assert torch.equal(split[2][blocks.real[2, :, 0]], x[3:])
+    assert blocks.rows.tolist() == [2, 1], "a range without tokens has no place"
+    assert blocks.real.sum(1).flatten().tolist() == [3, 4]
+    assert torch.equal(split[1][blocks.real[1, :, 0]], x[3:])
+    assert torch.equal(split[0], x[[0, 1, 2, 2]]), "padding is of the client's own"
 
 
 def test_few_tokens_each_go_at_once_where_nobody_wants_gradients() -> None:

@@ -19,8 +19,9 @@ _FEW = 8  # tokens of a range: with so few, as in a step of decoding, the same i
 
 @dataclass(frozen=True)
 class Blocks:
-    """J ranges of T tokens as one batch [J,M], padded to the longest. ``rows`` [J]: of each range. ``token`` [J·M]: what is in
-    each place, any token in padding. ``real`` [J,M,1]: whether it is none. ``place`` [T]: where each token is among J·M.
+    """J ranges of T tokens as one batch [J,M], padded to the longest; empty ones are left out. ``rows`` [J]: of each range.
+    ``token`` [J·M]: what is in each place, in padding one of the range's own. ``real`` [J,M,1]: whether it is none. ``place``
+    [T]: where each token is among J·M.
     """
 
     rows: Tensor
@@ -31,19 +32,21 @@ class Blocks:
     @staticmethod
     def of(ranges: Sequence[tuple[int, int, int]], device: torch.device) -> Blocks | None:
         """None where most of the batch would be padding, or nothing is batched."""
-        counts, tokens = [end - start for _, start, end in ranges], ranges[-1][2]
-        width = max(counts)
+        tokens, ranges = ranges[-1][2], [span for span in ranges if span[1] < span[2]]
+        row, start, end = (torch.tensor(numbers)[:, None] for numbers in zip(*ranges, strict=True))
+        width = max(b - a for _, a, b in ranges)
         if len(ranges) == 1 or len(ranges) * width > 2 * tokens:
             return None
-        count, place = torch.tensor(counts), torch.arange(width)
-        real = place < count[:, None]
-        token = (torch.tensor([start for _, start, _ in ranges])[:, None] + place).clamp(max=tokens - 1)
-        rows = torch.tensor([row for row, _, _ in ranges])
+        place = torch.arange(width)
+        real = place < end - start
+        # Padding repeats the range's own last token: what is not finite in one client's never meets another's, 0·NaN is NaN.
+        token = torch.minimum(start + place, end - 1)
+        rows = row.flatten()
         on_device = (sent(t, device) for t in (rows, token.flatten(), real[..., None], real.flatten().nonzero()[:, 0]))
         return Blocks(*on_device)
 
     def split(self, x: Tensor) -> Tensor:
-        """[T,k] -> [J,M,k], with tokens of others in padding."""
+        """[T,k] -> [J,M,k]"""
         return x.index_select(0, self.token).view(*self.real.shape[:2], x.shape[-1])
 
     def joined(self, x: Tensor) -> Tensor:
@@ -110,9 +113,6 @@ def add_product(out: Tensor, x: Tensor, lane: Lane, factors: Factors) -> Tensor:
     """out [T,m] += s·B·A·x in place, in the rows' precision; x [T,k] has it already. Returns u = A·x [T,r]."""
     assert lane.ranges[-1][2] == len(x), "the layer reads other tokens than the pass has; a routed expert?"
     a, b = factors.a.view(lane.rows), factors.b.view(lane.rows)
-    u = torch.empty(len(x), factors.a.shape[0], dtype=a.dtype, device=x.device)
-    same = out.dtype == a.dtype
-    delta = out if same else torch.empty(out.shape, dtype=a.dtype, device=out.device)
     rows = lane.even
     if rows is not None:
         low = torch.bmm(x.view(len(lane.ranges), -1, x.shape[-1]), a[rows].transpose(1, 2))
@@ -123,6 +123,9 @@ def add_product(out: Tensor, x: Tensor, lane: Lane, factors: Factors) -> Tensor:
         low = torch.bmm(blocks.split(x), a[blocks.rows].transpose(1, 2))
         out.add_(blocks.joined(torch.bmm(low, b[blocks.rows].transpose(1, 2))), alpha=factors.scale)
         return blocks.joined(low)
+    u = torch.empty(len(x), factors.a.shape[0], dtype=a.dtype, device=x.device)
+    same = out.dtype == a.dtype
+    delta = out if same else torch.empty(out.shape, dtype=a.dtype, device=out.device)
     for row, start, end in lane.ranges:
         torch.mm(x[start:end], a[row].T, out=u[start:end])
         if same:
@@ -165,4 +168,4 @@ def dropout_mask(x: Tensor, lane: Lane, p: float) -> Tensor:
     keep = torch.empty(x.shape, dtype=x.dtype)
     for row, start, end in lane.ranges:
         keep[start:end].bernoulli_(1 - p, generator=lane.dropout[row])
-    return (keep / (1 - p)).to(x.device)
+    return sent(keep / (1 - p), x.device)

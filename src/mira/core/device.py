@@ -7,7 +7,11 @@ from torch import Tensor
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
-    """``x`` on ``device``, without waiting for what the device still has to do. Safe on the way there alone: what lies in
-    ordinary memory is put aside before the call returns."""
+    """``x``, from the CPU, on ``device``, without waiting for what a GPU still has to do; on the way back somebody must wait."""
     assert device.type != "cpu" or x.device.type == "cpu", "on the way back somebody must wait"
-    return x.to(device, non_blocking=True)
+    # From pinned memory: otherwise the driver may wait. PyTorch keeps it until the copy is done.
+    return (
+        x.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda" and x.device.type == "cpu"
+        else x.to(device)
+    )

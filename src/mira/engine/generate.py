@@ -88,5 +88,6 @@ def _read(model: PreTrainedModel, packed: Pass, lane: Lane, max_new: int) -> tup
 
 def _ranges(rows: Sequence[int], job: Sequence[int]) -> list[tuple[int, int, int]]:
     """Which places a job has, of the sorted ``job`` of each, and its row."""
-    ends = list(accumulate(Counter(job)[n] for n in range(len(rows))))
+    count = Counter(job)
+    ends = list(accumulate(count[n] for n in range(len(rows))))
     return [(row, a, b) for row, a, b in zip(rows, [0, *ends], ends, strict=False) if a < b]
