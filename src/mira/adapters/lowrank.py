@@ -20,8 +20,8 @@ _FEW = 8  # tokens of a range: with so few, as in a step of decoding, the same i
 @dataclass(frozen=True)
 class Blocks:
     """J ranges of T tokens as one batch [J,M], padded to the longest; empty ones are left out. ``rows`` [J]: of each range.
-    ``token`` [J·M]: what is in each place, in padding one of the range's own. ``real`` [J,M,1]: whether it is none. ``place``
-    [T]: where each token is among J·M.
+    ``token`` [J·M]: what is in each place, in padding one of the range's own. ``real`` [J,M,1]: false in padding. ``place`` [T]:
+    where each token is among J·M.
     """
 
     rows: Tensor

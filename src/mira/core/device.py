@@ -9,9 +9,8 @@ from torch import Tensor
 def sent(x: Tensor, device: torch.device) -> Tensor:
     """``x``, from the CPU, on ``device``, without waiting for what a GPU still has to do; on the way back somebody must wait."""
     assert device.type != "cpu" or x.device.type == "cpu", "on the way back somebody must wait"
-    # From pinned memory: otherwise the driver may wait. PyTorch keeps it until the copy is done.
-    return (
-        x.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda" and x.device.type == "cpu"
-        else x.to(device)
-    )
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(
+        device, non_blocking=True
+    )  # from other memory the driver may wait; PyTorch keeps it until then
