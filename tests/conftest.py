@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports the hub's client, which reads it once
 
 import pytest
+import torch
 from hypothesis import settings
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -49,6 +51,25 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def world(tiny_folder: Path, tmp_path: Path) -> World:
     """Sites with data of their own, and a folder for what they do."""
     return World(tmp_path, tiny_folder, write_data(tmp_path / "data"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For a test that watches the passes themselves: they come one after another."""
+    yield from _with_threads(1)
+
+
+@pytest.fixture
+def several_threads() -> Iterator[None]:
+    """Passes come side by side, also where there is one core."""
+    yield from _with_threads(3)
+
+
+def _with_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

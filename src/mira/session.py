@@ -30,7 +30,7 @@ from mira.data.text import Encoder
 from mira.engine.batched import BatchedEngine
 from mira.engine.checkpoint import decoder_layers
 from mira.engine.generate import positions
-from mira.engine.memory import is_out_of_memory
+from mira.engine.memory import is_out_of_memory, share_heap
 from mira.engine.reference import ReferenceEngine
 from mira.engine.seeds import SeedsEngine
 from mira.environment import environment_of
@@ -141,6 +141,7 @@ def open_session(
     recorded = recorded or {}
     threads = recorded.get("threads") or experiment.engine.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
+    share_heap()
     federation = make_federation(experiment.data, experiment.split, experiment.seed)
     base = load(
         experiment.model.name, experiment.model.source, experiment.model.dtype, experiment.model.device,

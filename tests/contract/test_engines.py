@@ -150,6 +150,7 @@ def test_evaluation_and_answers_equal_reference(kind: str, prefix: bool) -> None
     assert max(len(text.split()) for job in texts[0] for text in job) == 40  # past one growth of the cache
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_that_end_early_are_left_out_of_later_steps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer is what it is without an end, up to the end; the steps after that are of fewer tokens."""
@@ -174,6 +175,7 @@ def test_answers_that_end_early_are_left_out_of_later_steps(kind: str, monkeypat
     assert sum(sizes) < 0.9 * len(lengths) * len(sizes)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_rows_of_few_clients_are_in_memory_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as fill two passes; all of a small cohort."""
     started: list[int] = []
@@ -189,6 +191,66 @@ def test_the_rows_of_few_clients_are_in_memory_together(monkeypatch: pytest.Monk
     assert started == [4, 1, 1, 1, 1]
     assert [each.job.tolist() for each in trained] == [[0, 1, 2, 3]] * 2
     torch.testing.assert_close(trained[0].rows, trained[1].rows, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"prefix": False, "dropout": 0.2}, {"checkpointing": True, "prefix": False, "dropout": 0.2}]
+)
+def test_side_by_side_clients_train_as_one_after_another(options: dict[str, Any], several_threads: None) -> None:
+    """The same to the bit in every run, and up to rounding what one thread gives; each client's tokens are reported once."""
+    told: list[int] = []
+    found, measured, answers = [], [], []
+    for threads in (3, 3, 1):
+        torch.set_num_threads(threads)
+        training = Training(lr=1e-3, local_steps=20)
+        made = make_engine("batched", "llama", RandomCorpus(STEPS), training, torch.float64, **options)
+        assert isinstance(made, BatchedEngine)
+        engine, everyone = replace(made, progress=told.append), torch.arange(4)
+        trained = engine.train(Work(everyone, warm_row(engine.layout).expand(4, -1).double()), 0, 1e-3)
+        assert sum(told) == int(trained.tokens.sum())
+        found.append(trained.rows)
+        measured.append(engine.evaluate(trained.rows, everyone, ("test",)).nll)
+        answers.append(engine.generate(found[0], everyone, "test", None, 6))
+        told.clear()
+    for kind in (found, measured):
+        assert torch.equal(kind[0], kind[1])
+        torch.testing.assert_close(kind[0], kind[2], rtol=1e-9, atol=1e-12)
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_side_by_side_only_who_does_not_fit_is_lost(several_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine("batched", "llama", RandomCorpus((2, 2, 2, 2)), Training(local_steps=2), torch.float64)
+    start = warm_row(engine.layout).expand(4, -1).double()
+    good = engine.train(Work(torch.arange(4), start), 0, 1e-3)
+    draw, real = RandomCorpus((2, 2, 2, 2)), type(engine)._backward
+    crowded = [list(step) for step in draw.batches(0, 2)]
+
+    def scarce(self: Any, part: Any, *args: Any) -> Tensor:
+        if any(list(job) in crowded for _, job in part):
+            raise torch.OutOfMemoryError("pretend")
+        return real(self, part, *args)
+
+    monkeypatch.setattr(type(engine), "_backward", scarce)
+    others = engine.train(Work(torch.arange(4), start), 0, 1e-3)
+    assert [f.client for f in others.failed] == [2]
+    torch.testing.assert_close(others.rows, good.rows[[0, 1, 3]], rtol=1e-9, atol=1e-12)
+
+
+def test_a_bug_in_one_thread_ends_all_of_them(several_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine("batched", "llama", RandomCorpus((50, 50, 2)), Training(local_steps=50), torch.float64)
+    real, passes = type(engine)._backward, 0
+
+    def broken(self: Any, part: Any, *args: Any) -> Tensor:
+        nonlocal passes
+        passes += 1
+        if passes == 5:
+            raise KeyError("a bug")
+        return real(self, part, *args)
+
+    monkeypatch.setattr(type(engine), "_backward", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        engine.train(Work(torch.arange(3), warm_row(engine.layout).expand(3, -1).double()), 0, 1e-3)
+    assert passes < 20  # of 102
 
 
 def test_a_client_trains_alike_alone_and_in_a_crowd_with_dropout() -> None:
@@ -216,6 +278,7 @@ def test_a_poisoned_client_leaves_the_others_alone(gpu: bool, monkeypatch: pytes
     torch.testing.assert_close(bad.rows[[0, 2, 3]], good.rows[[0, 2, 3]], rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_out_of_memory_halves_the_pass_and_drops_who_does_not_fit_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine("batched", "llama", RandomCorpus(STEPS), Training(local_steps=20), torch.float64)
     start = warm_row(engine.layout).expand(4, -1).double()

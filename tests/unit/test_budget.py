@@ -7,7 +7,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from mira.engine import budget
-from mira.engine.budget import bytes_a_token, tokens_per_pass
+from mira.engine.budget import Shares, bytes_a_token, tokens_per_pass
+from tiny import make_tiny
 
 WIDTH = 16
 W = torch.randn(WIDTH, WIDTH, requires_grad=True)
@@ -43,5 +44,29 @@ def test_a_pass_takes_half_of_what_is_free_within_bounds(monkeypatch: pytest.Mon
     cpu = torch.device("cpu")
     assert 2**20 < budget.free_memory(cpu) < 2**50
     monkeypatch.setattr(budget, "free_memory", lambda device: 1000 * 2**20)
-    assert [tokens_per_pass(cpu, torch.float32, mib * 2**20) for mib in (100, 1, 0.1)] == [64, 500, 768]
-    assert tokens_per_pass(cpu, torch.bfloat16, 1) == 1536
+    assert [tokens_per_pass(cpu, torch.float32, mib * 2**20, 2) for mib in (100, 1, 0.01)] == [64, 500, 2 * 8 * 512]
+    assert tokens_per_pass(cpu, torch.bfloat16, 1, 1) == 8 * 1024
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "times", "workers", "tokens"),
+    [
+        ([300] * 8, 8192, 1, 3, 512),  # passes as large as is of use
+        ([300] * 8, 8192, 4, 3, 2048),
+        ([300] * 8, 900, 1, 3, 300),  # as large as memory allows
+        ([300, 500, 300], 1200, 1, 2, 512),  # the largest client twice, not three times
+        ([300, 1300, 300], 1200, 1, 1, 1200),  # one that needs all memory trains alone
+        ([300] * 2, 8192, 1, 2, 512),
+        ([300], 8192, 1, 1, 1536),  # all threads on one pass
+        ([5, 5], 1, 1, 1, 1),
+    ],
+)
+def test_as_many_passes_side_by_side_as_memory_and_threads_allow(
+    sizes: list[int], most: int, times: int, workers: int, tokens: int
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert Shares.of(make_tiny("llama"), sizes, most, times) == Shares(workers, tokens)
+    finally:
+        torch.set_num_threads(before)

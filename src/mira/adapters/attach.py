@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
@@ -26,13 +27,23 @@ _GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @dataclass
 class Attached:
-    """Forward functions exchanged in a base model. Set ``lane`` before a pass; ``detach`` leaves the base as it was."""
+    """Forward functions exchanged in a base model. Set ``lane`` before a pass, in the thread that computes it; ``detach`` leaves
+    the base as it was."""
 
     dropout: float
-    lane: Lane | None = None
     last: nn.Module | None = None  # the gated MLP after which no token sees another: it computes what is needed alone
     mlps: list[nn.Module] = field(default_factory=list)  # gated MLPs that were exchanged
     before: list[tuple[nn.Module, Forward | None]] = field(default_factory=list)
+    here: threading.local = field(default_factory=threading.local)
+
+    @property
+    def lane(self) -> Lane | None:
+        """Of this thread's pass."""
+        return getattr(self.here, "lane", None)
+
+    @lane.setter
+    def lane(self, lane: Lane | None) -> None:
+        self.here.lane = lane
 
     def detach(self) -> None:
         while self.before:

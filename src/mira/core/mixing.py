@@ -9,12 +9,13 @@ holds one tile of columns for each thread, and one block of the rows of others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+
+from mira.core.threads import side_by_side
 
 _TILE = 2**17  # numbers: they stay in a core's cache, and allocating as many again costs no page faults
 _SPARSE = 0.25  # at most this share of weights that are not zero: summing neighbours is faster than a matrix product
@@ -106,22 +107,11 @@ def _tiles(columns: int, rows: int) -> list[slice]:
 
 
 def _each(tiles: Sequence[slice], work: Callable[[slice], object]) -> None:
-    """``work`` on every tile, whole tiles side by side in as many threads as torch has: what they would do together on one
-    tile is over before the second of them is awake. A thread of the process that calls torch for the first time meanwhile has
-    one thread of torch for good."""
-    threads = torch.get_num_threads()
+    """``work`` on every tile, whole tiles side by side."""
+    workers = torch.get_num_threads() if len(tiles) >= torch.get_num_threads() else 1
 
     def some(first: int) -> None:
-        torch.set_num_threads(1)
-        for tile in tiles[first::threads]:
+        for tile in tiles[first::workers]:
             work(tile)
 
-    if threads == 1 or len(tiles) < threads:
-        for tile in tiles:
-            work(tile)
-        return
-    try:
-        with ThreadPoolExecutor(threads, "mixing") as pool:
-            list(pool.map(some, range(threads)))
-    finally:
-        torch.set_num_threads(threads)  # each set it for all threads that are yet to come
+    side_by_side(some, range(workers), workers)

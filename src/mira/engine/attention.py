@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 NAME = "mira_packed"
 _TILE = 160  # queries of one product: enough to fill it, few enough to skip most of what causality hides
 _ONE_KERNEL = {"cuda": (torch.bfloat16, torch.float16)}  # where there is one for all sequences of a pass
-_KEPT = 3072  # probabilities a token: about as much memory as the rest of a small model's layer keeps
 
 
 @dataclass(frozen=True)
@@ -137,8 +136,7 @@ def tiles(segments: Sequence[Segment], window: int | None, heads: int, like: Ten
 
 class _Tiled(torch.autograd.Function):
     """softmax(s·QKᵀ + hidden)·V tile by tile; scores and softmax at least in fp32, all other products in the model's
-    precision. Probabilities grow with the square of the length: where they are many, they are made again in the
-    backward pass instead of being kept.
+    precision. Probabilities are made again in the backward pass: they grow with the square of the length.
 
     With probabilities P and g = ∂F/∂O:  ∂F/∂V = Pᵀg,  ∂F/∂(s·QKᵀ) = P ⊙ (gVᵀ − rowsum(P ⊙ gVᵀ)).
     Query heads that share a key head are rows of one product.
@@ -150,27 +148,23 @@ class _Tiled(torch.autograd.Function):
         ctx.scale, ctx.tiling = scale, tiling
         wide_k = wide(k)
         out = q.new_empty(q.shape[1], q.shape[0], v.shape[-1])
-        keep = sum(tile.hidden.numel() for tile in tiling) * len(k) <= _KEPT * q.shape[1] and ctx.needs_input_grad[0]
-        kept = []
         for tile in tiling:
             p = _probabilities(_queries(q, tile, len(k)), tile.keys(wide_k), tile, scale)
-            if keep:
-                kept.append(p)
             o = torch.bmm(p, tile.keys(v))
             out[tile.start : tile.end] = o.view(len(q), -1, o.shape[-1]).transpose(0, 1)
-        ctx.save_for_backward(q, k, v, *kept)
+        ctx.save_for_backward(q, k, v)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        q, k, v, *kept = ctx.saved_tensors
-        wide_k = k if kept else wide(k)
+        q, k, v = ctx.saved_tensors
+        wide_k = wide(k)
         # Sums over many readers, in more than the model's precision.
-        grad_q, grad_k, grad_v = q.new_empty(q.shape), torch.zeros_like(wide(k)), torch.zeros_like(wide(v))
+        grad_q, grad_k, grad_v = q.new_empty(q.shape), torch.zeros_like(wide_k), torch.zeros_like(wide(v))
         by_head = grad.transpose(0, 1)  # [H,T,e]
-        for n, tile in enumerate(ctx.tiling):
+        for tile in ctx.tiling:
             queries, keys, g = _queries(q, tile, len(k)), tile.keys(k), _queries(by_head, tile, len(k))
-            p = kept[n] if kept else _probabilities(queries, tile.keys(wide_k), tile, ctx.scale)
+            p = _probabilities(queries, tile.keys(wide_k), tile, ctx.scale)
             grad_p = torch.bmm(g, tile.keys(v).transpose(1, 2))
             tile.add_to_keys(grad_v, torch.bmm(p.transpose(1, 2), g))
             grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype).mul_(ctx.scale)

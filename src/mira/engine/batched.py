@@ -1,16 +1,18 @@
 """The production engine: many clients' adapters trained on one frozen base in one pass.
 
 The computation is block diagonal: the sum of the clients' losses gives each row exactly its own gradient, so a row
-trains as if it were alone.
+trains as if it were alone. On a CPU groups of clients train side by side, each in a thread.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
+from threading import Lock
 from typing import TypeVar
 
 import torch
@@ -22,12 +24,13 @@ from mira.adapters.lowrank import Lane
 from mira.core.device import sent
 from mira.core.layout import Layout
 from mira.core.seeds import generator
+from mira.core.threads import side_by_side, still_wanted
 from mira.core.training import Training
 from mira.core.types import Failure, Scores, Trained, Work
 from mira.data.corpus import Corpus
 from mira.data.text import Encoded
 from mira.engine import attention
-from mira.engine.budget import bytes_a_token, tokens_per_pass
+from mira.engine.budget import Shares, bytes_a_token, tokens_per_pass
 from mira.engine.checkpoint import recomputed
 from mira.engine.exchange import exchange, find_last
 from mira.engine.generate import greedy
@@ -66,13 +69,14 @@ class BatchedEngine:
     kept: Callable[[int], Tensor | None] = lambda client: None
     progress: Callable[[int], None] = lambda tokens: None
     attached: Attached = field(init=False)
-    budget: int = field(init=False)  # tokens of a training pass
+    budget: int = field(init=False)  # tokens of all training passes at a time
+    reporting: Lock = field(init=False, default_factory=Lock)
 
     def __post_init__(self) -> None:
         exchange(self.model)
         object.__setattr__(self, "attached", attach(self.model, self.layout, self.dropout))
         find_last(self.model, self.attached, self.layout.size)
-        object.__setattr__(self, "budget", self.tokens_per_pass or self._measured())
+        object.__setattr__(self, "budget", self.tokens_per_pass or self._fitting())
 
     @property
     def device(self) -> torch.device:
@@ -83,14 +87,21 @@ class BatchedEngine:
         # Longest first: who is still active in a step are then the first.
         order = sorted(range(len(batches)), key=lambda j: -len(batches[j]))
         sizes = [[self._tokens(step) for step in batches[j]] for j in order]
-        groups = [[order[n] for n in chosen] for chosen in plan(sizes, _TOGETHER * self.budget)]
-        return Trained.joined([self._train(work, jobs, [batches[j] for j in jobs], round, lr) for jobs in groups])
+        shares = Shares.of(self.model, [max(size) for size in sizes], self.budget)
+        groups = [[order[n] for n in chosen] for chosen in plan(sizes, _TOGETHER * shares.tokens, shares.workers)]
+
+        def train(jobs: list[int]) -> Trained:
+            return self._train(work, jobs, [batches[j] for j in jobs], round, lr, shares.tokens)
+
+        with self._recomputing():
+            return Trained.joined(side_by_side(train, groups, shares.workers))
 
     def _train(
-        self, work: Work, jobs: list[int], batches: Sequence[Sequence[Sequence[Encoded]]], round: int, lr: float
-    ) -> Trained:
+        self, work: Work, jobs: list[int], batches: Sequence[Sequence[Sequence[Encoded]]], round: int, lr: float,
+        budget: int,
+    ) -> Trained:  # fmt: skip
         """All steps of the ``jobs``, with as many steps as their ``batches``, longest first: their rows, gradients and moments
-        are in memory together."""
+        are in memory together. ``budget``: tokens of a pass."""
         client, rows = work.client[jobs], self._rows(work.start[jobs])
         kept = [self.kept(work.kept_under[j]) if self.training.keep_optimizer else None for j in jobs]
         optimizer = RowOptimizer.start(self.training, rows, kept, work.trainable)
@@ -106,7 +117,7 @@ class BatchedEngine:
             now = [(n, batches[n][step]) for n in range(active) if n not in lost]
             grad[:active].zero_()
             seen = rows if stretch is None else rows * stretch
-            for part in self._passes(now, self.budget):
+            for part in self._passes(now, budget):
                 self._accumulate(part, seen, grad, loss, dropout, lost)
             if stretch is not None:
                 grad[:active].mul_(stretch[:active])
@@ -141,7 +152,6 @@ class BatchedEngine:
 
     def score(self, rows: Tensor, sequences: Sequence[Sequence[Encoded]]) -> tuple[Tensor, Tensor]:
         """Summed loss (nats, float64) and label tokens of every sequence, row by row in the given order."""
-        jobs = [(row, part) for row, job in enumerate(sequences) for part in self._cut(job)]
         on_device = self._stretched(rows)
 
         def losses(part: Jobs) -> tuple[Tensor, Tensor]:
@@ -153,8 +163,7 @@ class BatchedEngine:
             nll = torch.zeros(number, dtype=torch.float64).index_add_(0, packed.owner, each.double().cpu())
             return nll, packed.owner.bincount(minlength=number)
 
-        assert jobs, "something to score"
-        nll, tokens = zip(*(found for _, found in self._measured_passes(jobs, losses)), strict=True)
+        nll, tokens = zip(*(found for _, found in self._measured(sequences, losses)), strict=True)
         return torch.cat(nll), torch.cat(tokens)
 
     def generate(
@@ -166,7 +175,6 @@ class BatchedEngine:
     def answer(self, rows: Tensor, prompts: Sequence[Sequence[Sequence[int]]], max_new_tokens: int) -> list[list[str]]:
         """Greedy answers of row i [n,P] to each of prompts[i] (token ids), rows together in one batch."""
         sequences = [[Encoded(tuple(p), (False,) * len(p), False) for p in job] for job in prompts]
-        jobs = [(row, part) for row, job in enumerate(sequences) for part in self._cut(job)]
         answers: list[list[str]] = [[] for _ in prompts]
         on_device = self._stretched(rows)
 
@@ -176,27 +184,33 @@ class BatchedEngine:
                 per_job = [len(job) for _, job in part]
                 return greedy(self.model, self._head, packed, lane, per_job, self.end, max_new_tokens)
 
-        for part, new in self._measured_passes(jobs, new_tokens):
+        for part, new in self._measured(sequences, new_tokens):
             owners = [row for row, job in part for _ in job]
             for row, tokens in zip(owners, new, strict=True):
                 answers[row].append(self.decode(tokens))
         return answers
 
-    def _measured_passes(self, jobs: Jobs, compute: Callable[[Jobs], _Found]) -> Iterator[tuple[Jobs, _Found]]:
-        """Passes without gradients, in order, and what ``compute`` gives for each; in pieces where memory runs out."""
-        waiting: list[Jobs] = list(self._passes(jobs, self._forward_budget))[::-1]
-        while waiting:
-            part = waiting.pop()
-            found = unless_out_of_memory(partial(compute, part))
-            if found is not None:
-                self._report(part)
-                yield part, found
-                continue
-            pieces = halves(part)
-            if not pieces:
-                raise torch.OutOfMemoryError("out of memory over a single sequence; lower prompt.max_length")
-            log.warning(_HALVING, "measuring", self.budget)
-            waiting += pieces[::-1]
+    def _measured(
+        self, sequences: Sequence[Sequence[Encoded]], compute: Callable[[Jobs], _Found]
+    ) -> Iterator[tuple[Jobs, _Found]]:
+        """Passes without gradients over the sequences of each row, in order, and what ``compute`` gives for each."""
+        jobs = [(row, part) for row, job in enumerate(sequences) for part in self._cut(job)]
+        assert jobs, "something to measure"
+        shares = self._forward_shares([self._tokens(part) for _, part in jobs])
+        passes = list(self._passes(jobs, shares.tokens, shares.workers))
+        return chain.from_iterable(side_by_side(partial(self._measure, compute), passes, shares.workers))
+
+    def _measure(self, compute: Callable[[Jobs], _Found], part: Jobs) -> list[tuple[Jobs, _Found]]:
+        """One pass, in pieces where memory runs out."""
+        found = unless_out_of_memory(lambda: compute(part))
+        if found is not None:
+            self._report(part)
+            return [(part, found)]
+        pieces = halves(part)
+        if not pieces:
+            raise torch.OutOfMemoryError("out of memory over a single sequence; lower prompt.max_length")
+        log.warning(_HALVING, "measuring", self.budget)
+        return [one for piece in pieces for one in self._measure(compute, piece)]
 
     def _accumulate(
         self, part: Jobs, rows: Tensor, grad: Tensor, loss: Tensor,
@@ -224,8 +238,7 @@ class BatchedEngine:
         """One pass forward and back; the mean label loss of each job (float64)."""
         packed = pack(part, self.prefix, self.layout.virtual_tokens)
         with self._lane(Lane(rows, packed.ranges, grad, dropout, packed.predict)):
-            with recomputed(self.model, dropout or ()) if self.checkpointing else nullcontext():
-                hidden = self._body(packed)
+            hidden = self._body(packed)
             label = self._sent(packed.predict), self._sent(packed.target)
             each = LabelLoss.apply(hidden[label[0]], self._head, label[1])  # type: ignore[no-untyped-call]
             job_of_sequence = torch.repeat_interleave(
@@ -239,6 +252,12 @@ class BatchedEngine:
             0, job, each.detach().double()
         )
         return mean * weight
+
+    def _recomputing(self) -> AbstractContextManager[None]:
+        """Around all training passes, since threads share the model."""
+        if not self.checkpointing:
+            return nullcontext()
+        return recomputed(self.model, lambda: () if (lane := self.attached.lane) is None else lane.dropout or ())
 
     def _body(self, packed: Pass) -> Tensor:
         """Last hidden states [T,d]."""
@@ -270,23 +289,23 @@ class BatchedEngine:
         dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
         return rows.to(device=self.device, dtype=dtype, copy=True)
 
-    @property
-    def _forward_budget(self) -> int:
-        """Tokens of a pass without gradients, which keeps no layer's activations."""
-        return _FORWARD * self.budget
+    def _forward_shares(self, sizes: Sequence[int]) -> Shares:
+        """Of passes without gradients, which keep no layer's activations."""
+        return Shares.of(self.model, sizes, _FORWARD * self.budget, _FORWARD)
 
-    def _measured(self) -> int:
+    def _fitting(self) -> int:
         if not self.layout.entries:  # the base alone has no backward pass to measure
-            return tokens_per_pass(self.device, self.model.dtype, 1)
+            return tokens_per_pass(self.device, self.model.dtype, 1, torch.get_num_threads())
         rows = self._rows(torch.zeros(1, self.layout.size))
         tensors = (*self.model.parameters(), *self.model.buffers(), rows)
 
         def train(tokens: int) -> None:
             sequence = Encoded((1,) * tokens, (False,) * (tokens - 1) + (True,), False)
-            self._backward([(0, [sequence])], rows, torch.zeros_like(rows), None)
+            with self._recomputing():
+                self._backward([(0, [sequence])], rows, torch.zeros_like(rows), None)
 
         each = bytes_a_token({tensor.untyped_storage().data_ptr() for tensor in tensors}, train)
-        return tokens_per_pass(self.device, self.model.dtype, each)
+        return tokens_per_pass(self.device, self.model.dtype, each, torch.get_num_threads())
 
     def _stretched(self, rows: Tensor) -> Tensor:
         """``_rows`` as a lane reads them, whose scale is that of the layout's rank."""
@@ -294,15 +313,16 @@ class BatchedEngine:
         stretch = self.layout.stretch(on_device)
         return on_device if stretch is None else on_device * stretch
 
-    def _passes(self, jobs: Jobs, budget: int) -> Iterator[Jobs]:
-        for chosen in plan([[self._tokens(sequences)] for _, sequences in jobs], budget):
+    def _passes(self, jobs: Jobs, budget: int, multiple: int = 1) -> Iterator[Jobs]:
+        for chosen in plan([[self._tokens(sequences)] for _, sequences in jobs], budget, multiple):
             yield [jobs[n] for n in chosen]
 
     def _cut(self, sequences: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
         """Pieces of one client's sequences that fit a pass; without gradients a client may be spread over passes."""
         whole = prepended(sequences, self.layout.virtual_tokens)
         shared = common_prefix(whole) if self.prefix else 0  # once in each piece
-        for chosen in plan([[read_tokens(s) - shared] for s in whole], self._forward_budget - shared):
+        room = self._forward_shares([1] * torch.get_num_threads()).tokens
+        for chosen in plan([[read_tokens(s) - shared] for s in whole], room - shared):
             yield [sequences[n] for n in chosen]
 
     def _tokens(self, sequences: Sequence[Encoded]) -> int:
@@ -310,4 +330,6 @@ class BatchedEngine:
         return packed_tokens(sequences, self.prefix, self.layout.virtual_tokens)
 
     def _report(self, part: Jobs) -> None:
-        self.progress(sum(len(s.tokens) for _, job in part for s in job))
+        still_wanted()
+        with self.reporting:
+            self.progress(sum(len(s.tokens) for _, job in part for s in job))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
 
-# On a CPU larger passes are hardly faster: the products are large enough, and less of them fits the caches. In 16 bits products
-# are twice as fast and a token keeps half as much.
-_CPU = {4: 768, 2: 1536}
+# Of use in a pass for each thread of a CPU: in larger passes products are hardly faster. In 16 bits they are twice as fast and
+# a token keeps half as much.
+_OF_USE = {4: 512, 2: 1024}
+_CLIENT = 8  # times as many that one client may bring to each thread
 _GPU = 65536
 _LEAST = 64
 _SHARE = 0.5  # of the free memory; what a layer needs for a moment and the backward pass come on top of what is kept
@@ -71,10 +73,32 @@ def bytes_a_token(frozen: set[int], train: Callable[[int], None]) -> float:
     return max(peak(2 * _PROBE) - peak(_PROBE), 1) / _PROBE
 
 
-def tokens_per_pass(device: torch.device, dtype: torch.dtype, each: float) -> int:
-    """As many tokens as half of the free memory holds at ``each`` bytes, within what is of use to a base of ``dtype``."""
-    most = _GPU if device.type == "cuda" else _CPU.get(dtype.itemsize, _CPU[4])
+def tokens_per_pass(device: torch.device, dtype: torch.dtype, each: float, threads: int) -> int:
+    """As many tokens at a time as half of the free memory holds at ``each`` bytes, within what a base of ``dtype`` may need."""
+    most = _GPU if device.type == "cuda" else threads * _CLIENT * _of_use(dtype)
     return max(_LEAST, min(most, int(_SHARE * free_memory(device) / each)))
+
+
+@dataclass(frozen=True)
+class Shares:
+    """``workers``: passes computed side by side, each of at most ``tokens``, or of one job that has more."""
+
+    workers: int
+    tokens: int
+
+    @staticmethod
+    def of(model: PreTrainedModel, sizes: Sequence[int], most: int, times: int = 1) -> Shares:
+        """For jobs of ``sizes`` tokens, of which ``most`` may be in memory at a time. ``times``: what is of use, in terms of
+        training."""
+        if model.device.type != "cpu":
+            return Shares(1, most)
+        threads = torch.get_num_threads()
+        workers = max(1, min(threads, len(sizes), most // max(sizes)))
+        return Shares(workers, min(most // workers, times * threads // workers * _of_use(model.dtype)))
+
+
+def _of_use(dtype: torch.dtype) -> int:
+    return _OF_USE.get(dtype.itemsize, _OF_USE[4])
 
 
 def free_memory(device: torch.device) -> int:

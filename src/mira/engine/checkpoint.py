@@ -32,12 +32,13 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def recomputed(model: nn.Module, generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
-    """Forward passes in this block keep the inputs of the decoder layers alone; the backward pass may come after it.
+def recomputed(model: nn.Module, generators: Callable[[], Sequence[torch.Generator]] = tuple) -> Iterator[None]:
+    """Forward passes in this block, in any thread, keep the inputs of the decoder layers alone; the backward pass may come after
+    it.
 
-    Each layer computes the same numbers twice, so gradients are those without recomputing. ``generators``: whatever the
-    layers draw from, such as dropout masks; they draw the same again, and are then where they were. The model must be
-    called with use_cache=False: a layer would write to the cache twice.
+    Each layer computes the same numbers twice, so gradients are those without recomputing. ``generators``: asked in each forward
+    pass for whatever its layers draw from, such as dropout masks; they draw the same again, and are then where they were. The
+    model must be called with use_cache=False: a layer would write to the cache twice.
     """
     layers = decoder_layers(model)
     own = [vars(layer).get("forward") for layer in layers]  # what other libraries may have put on the instance
@@ -50,7 +51,9 @@ def recomputed(model: nn.Module, generators: Sequence[torch.Generator] = ()) -> 
             vars(layer).pop("forward") if forward is None else vars(layer).update(forward=forward)
 
 
-def _call(forward: Callable[..., Any], generators: Sequence[torch.Generator], *args: Any, **kwargs: Any) -> Any:
+def _call(
+    forward: Callable[..., Any], generators: Callable[[], Sequence[torch.Generator]], *args: Any, **kwargs: Any
+) -> Any:
     flat, shape = tree_flatten((args, kwargs))
     places = [n for n, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
 
@@ -66,7 +69,7 @@ def _call(forward: Callable[..., Any], generators: Sequence[torch.Generator], *a
         flat[place] = None  # kept by autograd alone, which lets go of them after the backward pass
     # Without a tensor that asks for gradients the first layer would not be recorded: its input is frozen.
     probe = torch.empty(0, requires_grad=True)
-    return _Recomputed.apply(run, generators, probe, *tensors)  # type: ignore[no-untyped-call]
+    return _Recomputed.apply(run, generators(), probe, *tensors)  # type: ignore[no-untyped-call]
 
 
 class _Recomputed(torch.autograd.Function):

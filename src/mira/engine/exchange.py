@@ -78,6 +78,7 @@ def find_last(model: PreTrainedModel, attached: Attached, width: int) -> None:
 
 
 def _difference(x: Tensor, y: Tensor) -> float:
-    """Largest relative difference over tokens."""
+    """Largest relative difference over tokens; none where they are equal, also to 0, as a padding token's may be."""
     x, y = x.double(), y.double()
-    return float(((x - y).norm(dim=-1) / y.norm(dim=-1)).max())
+    error = (x - y).norm(dim=-1)
+    return float(torch.where(error == 0, error, error / y.norm(dim=-1)).max())

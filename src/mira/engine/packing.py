@@ -117,14 +117,16 @@ def packed_tokens(given: Sequence[Encoded], share_prefix: bool, virtual: int = 0
     return total - (len(sequences) - 1) * common_prefix(sequences) if share_prefix else total
 
 
-def plan(sizes: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
+def plan(sizes: Sequence[Sequence[int]], budget: int, multiple: int = 1) -> list[list[int]]:
     """Jobs of the given token counts, step by step, in order, cut into as few passes of at most ``budget`` tokens in any step
-    as that takes (one job at least), and these as even as they can be: the largest decides how much memory is held."""
+    (one job at least) as that takes and make a ``multiple``, where there are as many jobs; and these as even as they can be:
+    the largest decides how much memory is held."""
     passes = _filled(sizes, budget)
+    most = min(len(sizes), -(-len(passes) // multiple) * multiple)
     low, high = max((max(size) for size in sizes), default=0), budget
     while low < high:
         middle = (low + high) // 2
-        if len(_filled(sizes, middle)) == len(passes):
+        if len(_filled(sizes, middle)) <= most:
             high = middle
         else:
             low = middle + 1

@@ -91,7 +91,7 @@ class ReferenceEngine:
             torch.manual_seed(stream("dropout", self.seed, round, client))
             for batch in batches:
                 optimizer.zero_grad()
-                with recomputed(self.peft, _drawn_from()) if self.checkpointing else nullcontext():
+                with recomputed(self.peft, _drawn_from) if self.checkpointing else nullcontext():
                     loss = self._loss(batch, "mean")
                 (loss + self._proximal(work, job, parameters)).backward()
                 self._freeze(work, parameters)

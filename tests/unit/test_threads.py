@@ -1,0 +1,63 @@
+"""Pieces of work side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Event, get_ident
+
+import pytest
+import torch
+
+from mira.core.threads import side_by_side, still_wanted
+
+
+@pytest.fixture(autouse=True)
+def _four_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_results_are_in_order_and_threads_are_shared_out() -> None:
+    together = Barrier(2, timeout=30)  # passed by two at a time alone
+
+    def work(item: int) -> tuple[int, int]:
+        together.wait()
+        return item, torch.get_num_threads()
+
+    assert side_by_side(work, range(6), 2) == [(item, 2) for item in range(6)]
+    with ThreadPoolExecutor(1) as fresh:
+        assert fresh.submit(torch.get_num_threads).result() == torch.get_num_threads() == 4
+
+
+@pytest.mark.parametrize(("items", "workers"), [(3, 1), (1, 4), (0, 4)])
+def test_one_at_a_time_is_done_by_the_caller_with_all_threads(items: int, workers: int) -> None:
+    found = side_by_side(lambda item: (item, get_ident(), torch.get_num_threads()), range(items), workers)
+    assert found == [(item, get_ident(), 4) for item in range(items)]
+
+
+def test_an_error_ends_the_others_and_what_has_not_begun_never_does() -> None:
+    """The error of the one that failed, at once, though another that was begun earlier goes on."""
+    begun: list[int] = []
+    first_is_there, ended = Event(), Event()
+
+    def work(item: int) -> None:
+        begun.append(item)
+        if item == 1:
+            assert first_is_there.wait(30)
+            raise KeyError("of item 1")
+        try:
+            first_is_there.set()
+            while True:
+                still_wanted()
+        finally:
+            ended.set()
+
+    with pytest.raises(KeyError, match="of item 1"):
+        side_by_side(work, range(5), 2)
+    assert ended.is_set()
+    assert sorted(begun) == [0, 1]
+    assert torch.get_num_threads() == 4
+    still_wanted()  # outside of any piece of work
