@@ -44,7 +44,7 @@ RANKS = (4, 16, 64)
 SHARES = (0.0, 0.3, 0.6, 0.9)
 SERVED = (1_000, 10_000, 100_000)
 LENGTH, LABELS = 160, 6  # of a synthetic sequence, about what Natural Instructions have
-ONE_PASS, A_PASS_EACH = 1 << 30, 1  # tokens_per_pass; a pass holds one client at least
+MANY, ONE = 1 << 30, 1  # tokens_per_pass; a pass holds one client at least
 
 Record = dict[str, Any]
 
@@ -85,7 +85,7 @@ def by_clients(workload: Callable[[], Workload], stack: ExitStack) -> list[Point
     """Clients with the same amount of work each, so that nothing but their number differs."""
     corpus = _random([0.0] * max(CLIENTS), 1, workload())
     points = []
-    for series, budget in (("all clients in one pass", ONE_PASS), ("one client a pass", A_PASS_EACH)):
+    for series, budget in (("many clients a pass", MANY), ("one client a pass", ONE)):
         engine = _engine(workload(), stack, corpus=corpus, tokens_per_pass=budget)
         points += [Point(series, n, _step(engine, range(n)), per=n) for n in CLIENTS]
     return points
@@ -146,8 +146,8 @@ CURVES = {
 
 
 def _engine(workload: Workload, stack: ExitStack, **changed: Any) -> BatchedEngine:
-    """The workload's engine with all clients in one pass and with what is ``changed``; its hooks go with the stack."""
-    engine = replace(workload.made, **{"tokens_per_pass": ONE_PASS, "prefix": True, **changed})
+    """The workload's engine with many clients a pass and with what is ``changed``; its hooks go with the stack."""
+    engine = replace(workload.made, **{"tokens_per_pass": MANY, "prefix": True, **changed})
     stack.callback(engine.attached.detach)
     return engine
 

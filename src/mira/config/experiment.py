@@ -98,14 +98,15 @@ class EngineSection:
     name: Literal["batched", "reference"] = "batched"
     """batched: many clients in one pass. reference: one client at a time with PEFT; slow."""
     tokens_per_pass: Count | None = None
-    """Tokens of all clients together in one training pass of the base model; less takes less memory. null: on a CPU at most 768,
-    in bfloat16 1536; on a GPU as many as half of its free memory holds, by what a token is measured to keep."""
+    """Tokens of all clients together in the training passes of the base model that are computed at a time, on a CPU one for each
+    thread, on a GPU one; less takes less memory. A client's batch stays in one pass, however large. null: as many as half of the
+    free memory holds, by what a token is measured to keep; of them a pass has no more than are of use."""
     prefix: Literal["auto", "on", "off"] = "auto"
     """Compute a prompt that a client's sequences have in common once. auto: on where there is no dropout."""
     checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations: less memory, half more work."""
     threads: Count | None = None
-    """CPU threads; null: as many as PyTorch takes."""
+    """CPU threads, each for clients of its own; null: as many as PyTorch takes."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
