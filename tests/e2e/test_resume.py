@@ -214,18 +214,15 @@ def test_a_run_does_not_start_in_a_folder_in_use(config: Path, begun: Path) -> N
     assert f"mira run {begun} --resume" in command("run", begun).error
 
 
-def test_the_threads_of_the_start_are_those_of_the_end(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_threads_of_the_start_are_those_of_the_end(config: Path, tmp_path: Path) -> None:
     values = load(config).model_copy(update={"engine": Experiment.model_fields["engine"].default})
     assert values.engine.threads is None
-    count = torch.get_num_threads
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    torch.set_num_threads(1)
     folder = begin(values, tmp_path / "run", rounds=1)
     assert json.loads((folder / "environment.json").read_text())["threads"] == 1
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    torch.set_num_threads(3)
     resume(folder)
-    assert count() == 1
+    assert torch.get_num_threads() == 1
 
 
 def test_another_machine_is_only_warned_about(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
