@@ -64,7 +64,7 @@ class Attached:
 def attach(model: PreTrainedModel, layout: Layout, dropout: float) -> Attached:
     """Exchange what can be: norms and gated MLPs that compute what they seem to, groups of projections, and every target."""
     # On a GPU one pass at a time, whose backward pass runs in a thread of autograd: layers recomputed there need its lane too.
-    here = threading.local() if model.device.type == "cpu" else SimpleNamespace()
+    here = threading.local() if next(model.parameters()).device.type == "cpu" else SimpleNamespace()
     attached = Attached(dropout, here=here)
     entries = {(entry.module, entry.factor): entry for entry in layout.entries}
     factors = {name: Factors(entries[name, "A"], entries[name, "B"], layout.scale) for name in layout.modules}
