@@ -138,6 +138,11 @@ def test_a_plan_keeps_the_order_and_the_budget_in_few_and_even_passes(
     assert max(map(total, passes), default=0) == largest
 
 
+def test_one_large_job_leaves_the_others_spread_over_the_workers() -> None:
+    assert plan([[1100]] + [[100]] * 6, 1024, 4) == [[0], [1, 2], [3, 4], [5, 6]]
+    assert plan([[900]] + [[100]] * 9, 1024, 4) == [[0], [1, 2, 3], [4, 5, 6], [7, 8, 9]]
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_a_client_in_pieces_has_its_prefix_once_in_each() -> None:
     """40 tokens in common and 10 of its own: within 200 tokens there is room for 16 sequences, not for 4."""

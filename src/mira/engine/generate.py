@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mira.adapters.lowrank import Lane
+from mira.core.threads import still_wanted
 from mira.engine.attention import Packed
 from mira.engine.decode import Decode, after
 from mira.engine.packing import Pass
@@ -64,6 +65,7 @@ def greedy(
             running = [running[place] for place in alive]
             token, position = token[alive], position[alive]
             lane.turn_to(_ranges(rows, [job[b] for b in running]))
+        still_wanted()
         state.advance()
         hidden = model.base_model(
             input_ids=token[:, None], position_ids=position.clamp(max=limit - 1)[:, None], use_cache=False, packed=state

@@ -123,14 +123,14 @@ def plan(sizes: Sequence[Sequence[int]], budget: int, multiple: int = 1) -> list
     the largest decides how much memory is held."""
     passes = _filled(sizes, budget)
     most = min(len(sizes), -(-len(passes) // multiple) * multiple)
-    low, high = max((max(size) for size in sizes), default=0), budget
+    low, high = 1, budget
     while low < high:
         middle = (low + high) // 2
         if len(_filled(sizes, middle)) <= most:
             high = middle
         else:
             low = middle + 1
-    return _filled(sizes, low) if low <= budget else passes
+    return _filled(sizes, low)
 
 
 def _filled(sizes: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
