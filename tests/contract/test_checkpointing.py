@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -76,6 +77,31 @@ def counted(model: nn.Module) -> Iterator[dict[int, int]]:
         yield kept
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_backward_pass_in_another_thread_is_the_same(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where autograd has a thread of its own."""
+    engine = make_engine(
+        "batched",
+        "llama",
+        RandomCorpus(STEPS),
+        Training(lr=1e-2, local_steps=4),
+        checkpointing=True,
+        dropout=dropout,
+        prefix=not dropout,
+    )
+    work = Work(torch.arange(3), warm_row(engine.layout).expand(3, -1))
+    here, backward = engine.train(work, 0, 1e-2), Tensor.backward
+
+    def elsewhere(self: Tensor, *args: Any) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(backward, self, *args).result()
+
+    monkeypatch.setattr(Tensor, "backward", elsewhere)
+    assert torch.equal(engine.train(work, 0, 1e-2).rows, here.rows)
+    assert not torch.allclose(here.rows, work.start, atol=1e-3)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_inputs_of_layers_are_kept(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: dict[bool, int] = {}

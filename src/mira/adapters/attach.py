@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import MethodType, SimpleNamespace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Attached:
     last: nn.Module | None = None  # the gated MLP after which no token sees another: it computes what is needed alone
     mlps: list[nn.Module] = field(default_factory=list)  # gated MLPs that were exchanged
     before: list[tuple[nn.Module, Forward | None]] = field(default_factory=list)
-    here: threading.local | SimpleNamespace = field(default_factory=threading.local)
+    here: threading.local = field(default_factory=threading.local)
 
     @property
     def lane(self) -> Lane | None:
@@ -63,9 +63,7 @@ class Attached:
 
 def attach(model: PreTrainedModel, layout: Layout, dropout: float) -> Attached:
     """Exchange what can be: norms and gated MLPs that compute what they seem to, groups of projections, and every target."""
-    # On a GPU one pass at a time, whose backward pass runs in a thread of autograd: layers recomputed there need its lane too.
-    here = threading.local() if next(model.parameters()).device.type == "cpu" else SimpleNamespace()
-    attached = Attached(dropout, here=here)
+    attached = Attached(dropout)
     entries = {(entry.module, entry.factor): entry for entry in layout.entries}
     factors = {name: Factors(entries[name, "A"], entries[name, "B"], layout.scale) for name in layout.modules}
     for name, module in model.named_modules():  # first, while the children of an MLP are still plain

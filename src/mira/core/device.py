@@ -11,6 +11,5 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
     assert device.type != "cpu" or x.device.type == "cpu", "on the way back somebody must wait"
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
-    return x.pin_memory().to(
-        device, non_blocking=True
-    )  # from other memory the driver may wait; PyTorch keeps it until then
+    # From other memory the driver may wait; PyTorch keeps it until the copy is done.
+    return x.pin_memory().to(device, non_blocking=True)

@@ -257,7 +257,12 @@ class BatchedEngine:
         """Around all training passes, since threads share the model."""
         if not self.checkpointing:
             return nullcontext()
-        return recomputed(self.model, lambda: () if (lane := self.attached.lane) is None else lane.dropout or ())
+        return recomputed(self.model, lambda: self._own_lane.dropout or (), lambda: partial(self._lane, self._own_lane))
+
+    @property
+    def _own_lane(self) -> Lane:
+        assert self.attached.lane is not None, "within a pass"
+        return self.attached.lane
 
     def _body(self, packed: Pass) -> Tensor:
         """Last hidden states [T,d]."""
@@ -274,11 +279,11 @@ class BatchedEngine:
 
     @contextmanager
     def _lane(self, lane: Lane) -> Iterator[Lane]:
-        self.attached.lane = lane
+        before, self.attached.lane = self.attached.lane, lane
         try:
             yield lane
         finally:
-            self.attached.lane = None
+            self.attached.lane = before
             lane.ready.clear()  # of a pass that failed; its graph holds the lane
 
     def _sent(self, x: Tensor) -> Tensor:

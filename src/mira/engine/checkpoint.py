@@ -9,7 +9,7 @@ by themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mira.core.errors import UserError
+
+Surroundings = Callable[[], AbstractContextManager[Any]]
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -32,18 +34,23 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def recomputed(model: nn.Module, generators: Callable[[], Sequence[torch.Generator]] = tuple) -> Iterator[None]:
+def recomputed(
+    model: nn.Module,
+    generators: Callable[[], Sequence[torch.Generator]] = tuple,
+    again: Callable[[], Surroundings] = lambda: nullcontext,
+) -> Iterator[None]:
     """Forward passes in this block, in any thread, keep the inputs of the decoder layers alone; the backward pass may come after
     it.
 
     Each layer computes the same numbers twice, so gradients are those without recomputing. ``generators``: asked in each forward
-    pass for whatever its layers draw from, such as dropout masks; they draw the same again, and are then where they were. The
-    model must be called with use_cache=False: a layer would write to the cache twice.
+    pass for whatever its layers draw from, such as dropout masks; they draw the same again, and are then where they were.
+    ``again``: asked then too, for what to be inside of while they compute again; on a GPU that is in another thread. The model
+    must be called with use_cache=False: a layer would write to the cache twice.
     """
     layers = decoder_layers(model)
     own = [vars(layer).get("forward") for layer in layers]  # what other libraries may have put on the instance
     for layer in layers:
-        vars(layer)["forward"] = partial(_call, layer.forward, generators)
+        vars(layer)["forward"] = partial(_call, layer.forward, generators, again)
     try:
         yield
     finally:
@@ -52,8 +59,9 @@ def recomputed(model: nn.Module, generators: Callable[[], Sequence[torch.Generat
 
 
 def _call(
-    forward: Callable[..., Any], generators: Callable[[], Sequence[torch.Generator]], *args: Any, **kwargs: Any
-) -> Any:
+    forward: Callable[..., Any], generators: Callable[[], Sequence[torch.Generator]],
+    again: Callable[[], Surroundings], *args: Any, **kwargs: Any,
+) -> Any:  # fmt: skip
     flat, shape = tree_flatten((args, kwargs))
     places = [n for n, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
 
@@ -69,29 +77,31 @@ def _call(
         flat[place] = None  # kept by autograd alone, which lets go of them after the backward pass
     # Without a tensor that asks for gradients the first layer would not be recorded: its input is frozen.
     probe = torch.empty(0, requires_grad=True)
-    return _Recomputed.apply(run, generators(), probe, *tensors)  # type: ignore[no-untyped-call]
+    return _Recomputed.apply(run, generators(), again(), probe, *tensors)  # type: ignore[no-untyped-call]
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: Callable[..., Any], generators: Any, probe: Tensor, *tensors: Tensor) -> Any:
-        ctx.run, ctx.generators = run, generators
+    def forward(
+        ctx: Any, run: Callable[..., Any], generators: Any, again: Surroundings, probe: Tensor, *tensors: Tensor
+    ) -> Any:
+        ctx.run, ctx.generators, ctx.again = run, generators, again
         ctx.states = [generator.get_state() for generator in generators]
         ctx.save_for_backward(*tensors)
         return run(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        asks = ctx.needs_input_grad[3:]
+        asks = ctx.needs_input_grad[4:]
         inputs = [t.detach().requires_grad_(ask) for t, ask in zip(ctx.saved_tensors, asks, strict=True)]
-        with torch.enable_grad(), _rewound(ctx.generators, ctx.states):
+        with torch.enable_grad(), _rewound(ctx.generators, ctx.states), ctx.again():
             out = ctx.run(*inputs)
         outs = out if isinstance(out, tuple) else (out,)
         # None below the first adapter.
         asking = [n for n, tensor in enumerate(outs) if isinstance(tensor, Tensor) and tensor.requires_grad]
         # Not torch.autograd.grad: the adapters' gradients go where they go without recomputing.
         torch.autograd.backward([outs[n] for n in asking], [grads[n] for n in asking])
-        return None, None, None, *(t.grad for t in inputs)
+        return None, None, None, None, *(t.grad for t in inputs)
 
 
 @contextmanager
