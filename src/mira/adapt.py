@@ -21,7 +21,7 @@ from mira.core.types import MemoryRows, ServerState, Work
 from mira.data.federation import Client, make_federation
 from mira.data.records import read_jsonl, to_example
 from mira.data.types import ClientData, client_data
-from mira.environment import check_environment
+from mira.environment import check_environment, taken_over
 from mira.experiment import export_adapters, state_of, without_nan
 from mira.graphs.known import Complete
 from mira.methods.local import Local
@@ -64,7 +64,8 @@ def adapt(
         experiment, environment = config.parse_text(store.config()), store.environment()
         known = make_federation(experiment.data, experiment.split, experiment.seed).clients
         _check(name, group, known)
-        session = open_session(_own(experiment, _Newcomer(name, group or "", tuple(files)), overrides), environment)
+        own = _own(experiment, _Newcomer(name, group or "", tuple(files)), overrides)
+        session = open_session(own, taken_over(environment) if own.engine == experiment.engine else {})
         check_environment(environment, session.environment | {"data": environment["data"]}, must=("model",))
         related, weight = _of_group(group, known) if group is not None else _of_description(session, known, neighbours)
         method = ranked(experiment.method, session.layout, experiment.clients.rank, [client.name for client in known])

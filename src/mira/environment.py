@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -47,12 +47,15 @@ def environment_of(
         "prefix": prefix,
         "tokens_per_pass": tokens_per_pass,
         "commit": commit(),
-        "machine": {
-            "python": platform.python_version(), "platform": platform.platform(), "processor": processor(),
-            "cores": os.cpu_count(),
-        },
+        "machine": _machine(),
         "truncated": truncated,
     }  # fmt: skip
+
+
+def taken_over(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
+    """For who reads a run and does not go on with it: what was ``recorded`` where this is the machine; elsewhere threads and the
+    size of a pass are this machine's own."""
+    return recorded if recorded.get("machine") == _machine() else {}
 
 
 def clients_told(federation: Federation) -> dict[str, Any]:
@@ -61,6 +64,13 @@ def clients_told(federation: Federation) -> dict[str, Any]:
         "data": {"clients": len(federation.clients), "sha256": _fingerprint(federation)},
         "groups": [client.group for client in federation.clients],
     }
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "python": platform.python_version(), "platform": platform.platform(), "processor": processor(),
+        "cores": os.cpu_count(),
+    }  # fmt: skip
 
 
 def _fingerprint(federation: Federation) -> str:

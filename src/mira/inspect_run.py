@@ -17,7 +17,7 @@ from mira.core.errors import UserError
 from mira.core.types import Overlay, ServerState, stays
 from mira.data.sources.sites import Sites
 from mira.data.types import Example
-from mira.environment import check_environment
+from mira.environment import check_environment, taken_over
 from mira.experiment import (
     ADAPTERS,
     Result,
@@ -129,7 +129,7 @@ def _session(folder: Path) -> Session:
     """The experiment of a run folder, built on the same weights and data; the folder is closed again meanwhile."""
     with Store.open(folder, writable=False) as store:
         environment, experiment = store.environment(), config.parse_text(store.config())
-    session = open_session(experiment, environment, folder=folder)
+    session = open_session(experiment, taken_over(environment), folder=folder)
     check_environment(environment, session.environment, must=("model", "data"))
     return session
 

@@ -22,6 +22,7 @@ from mira.config.adapter import SeedsSection, VirtualPromptSection
 from mira.core.errors import UserError, did_you_mean
 from mira.core.graph import Graph, Groups
 from mira.core.layout import Layout
+from mira.core.threads import usable_threads
 from mira.core.training import Training
 from mira.core.types import Engine, Method, ServerState, Setting, Sites
 from mira.data.corpus import Corpus
@@ -139,7 +140,7 @@ def open_session(
     """Build all of ``experiment``. ``folder``: its run folder, where there is one; ``recorded``: the environment recorded
     there, of which threads and the size of a pass are taken over; ``first``: the number of the first client."""
     recorded = recorded or {}
-    threads = recorded.get("threads") or experiment.engine.threads or torch.get_num_threads()
+    threads = recorded.get("threads") or experiment.engine.threads or usable_threads()
     torch.set_num_threads(threads)
     share_heap()
     federation = make_federation(experiment.data, experiment.split, experiment.seed)

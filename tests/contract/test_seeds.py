@@ -186,3 +186,15 @@ def test_a_row_starts_at_the_base_and_is_small() -> None:
     adapter = SeedsAdapter(directions(make_tiny(), "auto", 0), 4096)
     assert adapter.layout.size * 4 < 20_000  # bytes of a round, each way
     assert not bool(adapter.start(0).any())
+
+
+def test_rows_are_measured_alike_with_one_thread_and_with_several(several_threads: None) -> None:
+    """Equal rows are measured together, side by side."""
+    found = []
+    for threads in (3, 1):
+        torch.set_num_threads(threads)
+        engine = make_seeds("batched", corpus=RandomCorpus((1, 1, 1, 1)))
+        rows = torch.randn(2, COUNT, dtype=torch.float64, generator=generator("row"))[[0, 0, 1, 0]]
+        found.append(engine.evaluate(rows, torch.arange(4), ("test",)).nll)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+    assert found[0].unique().numel() == 4

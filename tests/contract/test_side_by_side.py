@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from engines import RandomCorpus, make_engine, warm_row
+from engines import RandomCorpus, layout_on, make_engine, prompt_on, warm_row
 from torch import Tensor
 
+from mira.core.threads import side_by_side
 from mira.core.training import Training
 from mira.core.types import Work
+from mira.engine import batched
 from mira.engine.batched import BatchedEngine
 
 STEPS = (20, 7, 20, 13)
@@ -40,6 +43,87 @@ def test_side_by_side_clients_train_as_one_after_another(options: dict[str, Any]
         assert torch.equal(kind[0], kind[1])
         torch.testing.assert_close(kind[0], kind[2], rtol=1e-9, atol=1e-12)
     assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pieces of work were computed at a time, call by call."""
+    used: list[int] = []
+
+    def watched(work: Any, items: Any, workers: int) -> Any:
+        used.append(workers)
+        return side_by_side(work, items, workers)
+
+    monkeypatch.setattr(batched, "side_by_side", watched)
+    return used
+
+
+@pytest.mark.parametrize(("budget", "at_a_time"), [(4096, 4), (160, 2)])
+@pytest.mark.parametrize("kind", ["kept optimiser", "virtual prompt", "proximal"])
+def test_every_kind_of_training_gives_the_same_side_by_side(
+    kind: str, budget: int, at_a_time: int, several_threads: None, workers: list[int]
+) -> None:
+    """Also where memory holds fewer passes than there are threads."""
+    training = Training(lr=1e-3, local_steps=20, keep_optimizer=kind == "kept optimiser")
+    layout = prompt_on("llama") if kind == "virtual prompt" else layout_on("llama")
+    start = warm_row(layout).expand(4, -1).double()
+    work = Work(torch.arange(4), start)
+    if kind == "proximal":
+        work = replace(work, anchor=start + 0.1, prox=torch.tensor([0.1, 0.2, 0.0, 1.0]).double())
+    found = []
+    for threads in (5, 1):
+        torch.set_num_threads(threads)
+        options: dict[str, Any] = {"layout": layout, "tokens_per_pass": budget}
+        engine = make_engine("batched", "llama", RandomCorpus(STEPS), training, torch.float64, **options)
+        assert isinstance(engine, BatchedEngine)
+        trained = engine.train(work, 0, 1e-3)
+        if trained.optimizer is not None:
+            engine = replace(engine, kept=trained.optimizer.__getitem__)
+            trained = engine.train(replace(work, start=trained.rows), 1, 1e-3)
+        found.append(trained.rows)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+    assert (found[0] - start).abs().max() > 1e-3
+    assert (workers[0], workers[-1]) == (at_a_time, 1)
+
+
+def test_who_runs_out_of_memory_beside_others_trains_alone(
+    several_threads: None, workers: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Client 2 fits into what memory there is, but not while another is computed."""
+    engine = make_engine("batched", "llama", RandomCorpus(STEPS), Training(local_steps=20), torch.float64)
+    work = Work(torch.arange(4), warm_row(engine.layout).expand(4, -1).double())
+    good = engine.train(work, 0, 1e-3)
+    draw, real, alone = RandomCorpus(STEPS), type(engine)._train, False
+
+    def watched(self: Any, work: Any, jobs: Any, *args: Any) -> Any:
+        nonlocal alone
+        alone = list(jobs) == [2] and threading.current_thread() is threading.main_thread()
+        return real(self, work, jobs, *args)
+
+    def scarce(self: Any, part: Any, *args: Any) -> Tensor:
+        if not alone and any(list(job) in crowded for _, job in part):
+            raise torch.OutOfMemoryError("pretend")
+        return backward(self, part, *args)
+
+    crowded, backward = [list(step) for step in draw.batches(0, 2)], type(engine)._backward
+    monkeypatch.setattr(type(engine), "_train", watched)
+    monkeypatch.setattr(type(engine), "_backward", scarce)
+    again = engine.train(work, 0, 1e-3)
+    assert not again.failed
+    assert again.client.tolist() == [0, 1, 2, 3]
+    torch.testing.assert_close(again.rows, good.rows, rtol=1e-9, atol=1e-12)
+    assert workers == [3, 3]
+
+
+def test_a_small_bound_on_tokens_does_not_cut_a_shared_prefix_to_pieces(several_threads: None) -> None:
+    """Sixteen threads, of which a fair share each would be fewer tokens than one sequence has of its own."""
+    torch.set_num_threads(16)
+    made = make_engine("batched", "llama", RandomCorpus((1,), prefix=40), Training(local_steps=1), tokens_per_pass=100)
+    assert isinstance(made, BatchedEngine)
+    sequences = RandomCorpus((1,), prefix=40).encoded(16, "test")
+    pieces = list(made._cut(sequences))
+    assert sum(map(len, pieces)) == len(sequences) == 20
+    assert len(pieces) < 8
 
 
 def test_side_by_side_only_who_does_not_fit_is_lost(several_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:

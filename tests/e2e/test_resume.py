@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,16 @@ def test_goes_on_to_the_same_end(config: Path, begun: Path, tmp_path: Path) -> N
     assert "round 1/3" not in ended.err
     run(load(config), tmp_path / "whole")
     assert outcome(begun) == outcome(tmp_path / "whole")
+
+
+def test_with_several_threads_too_it_goes_on_to_the_same_end(config: Path, tmp_path: Path) -> None:
+    """Clients train side by side in it; to the bit."""
+    values = load(config)
+    values = values.model_copy(update={"engine": replace(values.engine, threads=3)})
+    resume(begin(values, tmp_path / "broken", rounds=1))
+    run(values, tmp_path / "whole")
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
+    assert json.loads((tmp_path / "whole" / "environment.json").read_text())["threads"] == 3
 
 
 def test_a_changed_configuration_is_named_by_its_keys(config: Path, begun: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable
 from copy import deepcopy
 
@@ -16,6 +18,7 @@ from mira.adapters.attach import Attached, attach
 from mira.adapters.lora import Lora
 from mira.adapters.lowrank import Lane
 from mira.core.layout import Layout
+from mira.core.threads import side_by_side, still_wanted
 from mira.engine.attention import Packed, Segment
 from mira.engine.exchange import exchange, find_last
 from tiny import draw, make_tiny
@@ -219,3 +222,52 @@ def test_an_mlp_that_later_layers_read_computes_everything() -> None:
     find_last(model, attached, layout.size)
     assert len(attached.mlps) == len(layers)
     assert attached.last is None
+
+
+def test_a_token_whose_embedding_is_zero_is_no_difference() -> None:
+    """That of padding may be 0: without biases it stays 0 in every layer, packed or not."""
+    model = make_tiny("llama", torch.float64)
+    model.get_input_embeddings().weight[0] = 0
+    exchange(model)
+    layout = Lora(2, 4.0).layout(model)
+    attached = attach(model, layout, 0.0)
+    find_last(model, attached, layout.size)
+    assert attached.last is model.model.layers[-1].mlp
+
+
+@pytest.mark.parametrize("during", ["forward", "backward"])
+def test_a_pass_that_nobody_waits_for_ends_within_a_layer(during: str) -> None:
+    """One piece of work fails while another is about to compute: neither its forward nor its backward pass comes to an end."""
+    model, waiting = make_tiny("llama", torch.float64), threading.Event()
+    layout = Lora(2, 4.0).layout(model)
+    attached = attach(model, layout, 0.0)
+    reached: list[str] = []
+
+    def nobody_waits() -> None:
+        waiting.set()
+        with contextlib.suppress(RuntimeError):
+            while True:
+                still_wanted()
+
+    def work(item: int) -> None:
+        if item == 0:
+            assert waiting.wait(30)
+            raise KeyError("a bug")
+        rows = draw(1, layout.size)
+        attached.lane = Lane(rows, [(0, 0, T)], torch.zeros_like(rows))
+        if during == "forward":
+            nobody_waits()
+        hidden = model.model(input_ids=torch.arange(T)[None] + 1, use_cache=False).last_hidden_state
+        reached.append("hidden states")
+        nobody_waits()
+        hidden.sum().backward()
+        reached.append("gradients")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError, match="a bug"):
+            side_by_side(work, range(2), 2)
+    finally:
+        torch.set_num_threads(before)
+    assert reached == (["hidden states"] if during == "backward" else [])

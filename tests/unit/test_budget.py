@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from mira.engine import budget
-from mira.engine.budget import Shares, bytes_a_token, tokens_per_pass
+from mira.engine.budget import Shares, bytes_a_token, cached_bytes, tokens_per_pass
 from tiny import make_tiny
 
 WIDTH = 16
@@ -44,7 +44,8 @@ def test_a_pass_takes_half_of_what_is_free_within_bounds(monkeypatch: pytest.Mon
     cpu = torch.device("cpu")
     assert 2**20 < budget.free_memory(cpu) < 2**50
     monkeypatch.setattr(budget, "free_memory", lambda device: 1000 * 2**20)
-    assert [tokens_per_pass(cpu, torch.float32, mib * 2**20, 2) for mib in (100, 1, 0.01)] == [64, 500, 2 * 8 * 512]
+    assert [tokens_per_pass(cpu, torch.float32, mib * 2**20, 2) for mib in (100, 1, 0.01)] == [64, 256, 2 * 8 * 512]
+    assert tokens_per_pass(cpu, torch.float32, 1, 3) == 3 * 8 * 512
     assert tokens_per_pass(cpu, torch.bfloat16, 1, 1) == 8 * 1024
 
 
@@ -70,3 +71,11 @@ def test_as_many_passes_side_by_side_as_memory_and_threads_allow(
         assert Shares.of(make_tiny("llama"), sizes, most, times) == Shares(workers, tokens)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+def test_what_an_answer_keeps_of_a_token(kind: str) -> None:
+    """Against the cache that transformers makes."""
+    model = make_tiny(kind)
+    cache = model(input_ids=torch.tensor([[3, 4, 5]]), use_cache=True).past_key_values
+    assert cached_bytes(model) == sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values)) / 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import math
 import os
@@ -17,11 +18,12 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+import mira.environment
 from mira import Experiment
 from mira.core.errors import UserError
 from mira.engine import budget
 from mira.engine.memory import peak_memory
-from mira.environment import DECIDING, check_environment
+from mira.environment import DECIDING, check_environment, taken_over
 from mira.experiment import located, without_nan
 from mira.session import enough_memory, open_session
 from mira.store.folders import replace_folder
@@ -88,6 +90,16 @@ def test_only_running_out_of_memory_is_the_users(tiny_folder: Path, tmp_path: Pa
         raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(RuntimeError, match="shape"), enough_memory(experiment):
         raise RuntimeError("shape mismatch")
+
+
+def test_who_only_reads_a_run_takes_over_what_was_decided_on_this_machine(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = open_session(Experiment(**settings(tiny_folder, write_clients(tmp_path / "data.jsonl")))).environment
+    recorded = json.loads(json.dumps(environment))
+    assert taken_over(recorded) == recorded
+    monkeypatch.setattr(mira.environment, "processor", lambda: "Abacus 3000")
+    assert taken_over(recorded) == {}
 
 
 @pytest.mark.parametrize(("given", "recorded", "used"), [(None, None, 3), (2, None, 2), (2, 1, 1), (None, 1, 1)])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Barrier, Event, get_ident
 
 import pytest
 import torch
 
-from mira.core.threads import side_by_side, still_wanted
+from mira.core import threads as core_threads
+from mira.core.threads import side_by_side, still_wanted, usable_threads
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +63,15 @@ def test_an_error_ends_the_others_and_what_has_not_begun_never_does() -> None:
     assert sorted(begun) == [0, 1]
     assert torch.get_num_threads() == 4
     still_wanted()  # outside of any piece of work
+
+
+@pytest.mark.parametrize(
+    ("limit", "threads"), [("max 100000", 4), ("250000 100000", 2), ("50000 100000", 1), ("900000 100000", 4)]
+)
+def test_a_container_has_no_more_threads_than_its_share_of_the_processors(
+    limit: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core_threads, "_CPU_LIMIT", tmp_path / "cpu.max")
+    assert usable_threads() == 4
+    (tmp_path / "cpu.max").write_text(limit + "\n")
+    assert usable_threads() == threads

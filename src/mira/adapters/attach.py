@@ -18,6 +18,7 @@ from mira.adapters.lowrank import Factors, Lane, dropout_mask
 from mira.adapters.virtual import VirtualTokens
 from mira.core.device import sent
 from mira.core.layout import Entry, Layout
+from mira.core.threads import still_wanted
 
 Forward = Callable[..., Any]
 
@@ -55,6 +56,7 @@ class Attached:
         made = make(module.forward)
 
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            still_wanted()
             return made(*args, **kwargs) if self is module else type(self).forward(self, *args, **kwargs)
 
         # Bound to its module: a copy of the model then has a method of the copy, not one that leads back here.

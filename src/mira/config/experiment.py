@@ -99,14 +99,16 @@ class EngineSection:
     """batched: many clients in one pass. reference: one client at a time with PEFT; slow."""
     tokens_per_pass: Count | None = None
     """Tokens of all clients together in the training passes of the base model that are computed at a time, on a CPU one for each
-    thread, on a GPU one; less takes less memory. A client's batch stays in one pass, however large. null: as many as half of the
-    free memory holds, by what a token is measured to keep; of them a pass has no more than are of use."""
+    thread, on a GPU one; less takes less memory. Passes without gradients may have four times as many. A client's batch stays in
+    one pass, however large. null: as many as half of the free memory holds, by what a token is measured to keep. On a CPU a pass
+    has at most 512 for each of its threads (1 024 where the base has 16 bits), whatever this is: more are of no use."""
     prefix: Literal["auto", "on", "off"] = "auto"
     """Compute a prompt that a client's sequences have in common once. auto: on where there is no dropout."""
     checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations: less memory, half more work."""
     threads: Count | None = None
-    """CPU threads, each for clients of its own; null: as many as PyTorch takes."""
+    """CPU threads, shared out among the passes computed at a time; null: as many as PyTorch takes, within the share of the
+    processors that a container is given."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -16,7 +17,18 @@ import torch
 _Item = TypeVar("_Item")
 _Made = TypeVar("_Made")
 
+_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+
 _here = threading.local()
+
+
+def usable_threads() -> int:
+    """As many threads as PyTorch takes, within the share of the processors that a container is given."""
+    threads = torch.get_num_threads()
+    if not _CPU_LIMIT.exists():
+        return threads
+    quota, period = _CPU_LIMIT.read_text().split()
+    return threads if quota == "max" else min(threads, max(1, int(quota) // int(period)))
 
 
 def side_by_side(work: Callable[[_Item], _Made], items: Sequence[_Item], workers: int) -> list[_Made]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from threading import Lock
@@ -30,7 +30,7 @@ from mira.core.types import Failure, Scores, Trained, Work
 from mira.data.corpus import Corpus
 from mira.data.text import Encoded
 from mira.engine import attention
-from mira.engine.budget import Shares, bytes_a_token, tokens_per_pass
+from mira.engine.budget import Shares, bytes_a_token, cached_bytes, of_use, tokens_per_pass
 from mira.engine.checkpoint import recomputed
 from mira.engine.exchange import exchange, find_last
 from mira.engine.generate import greedy
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 # Passes whose clients have their rows, gradients and moments in memory together. The fewer, the more of them are half empty.
 _TOGETHER = 2
 _FORWARD = 4  # times the tokens of a training pass in one without gradients
-_HALVING = "out of memory while %s in one pass; trying halves (engine.tokens_per_pass=%d)"
+_HALVING = "out of memory while %s in one pass; trying halves (engine.tokens_per_pass=%d allows so many at a time)"
 
 _Found = TypeVar("_Found")
 
@@ -90,14 +90,17 @@ class BatchedEngine:
         shares = Shares.of(self.model, [max(size) for size in sizes], self.budget)
         groups = [[order[n] for n in chosen] for chosen in plan(sizes, _TOGETHER * shares.tokens, shares.workers)]
 
-        def train(jobs: list[int]) -> Trained:
+        def train(jobs: Sequence[int]) -> Trained:
             return self._train(work, jobs, [batches[j] for j in jobs], round, lr, shares.tokens)
 
         with self._recomputing():
-            return Trained.joined(side_by_side(train, groups, shares.workers))
+            trained = Trained.joined(side_by_side(train, groups, shares.workers))
+            lost = sorted(set(order) - set(trained.job.tolist()))
+            # Once more with nobody beside: memory may have been short for the others' sake.
+            return Trained.joined([replace(trained, failed=()), *(train([j]) for j in lost)])
 
     def _train(
-        self, work: Work, jobs: list[int], batches: Sequence[Sequence[Sequence[Encoded]]], round: int, lr: float,
+        self, work: Work, jobs: Sequence[int], batches: Sequence[Sequence[Sequence[Encoded]]], round: int, lr: float,
         budget: int,
     ) -> Trained:  # fmt: skip
         """All steps of the ``jobs``, with as many steps as their ``batches``, longest first: their rows, gradients and moments
@@ -299,8 +302,9 @@ class BatchedEngine:
         return Shares.of(self.model, sizes, _FORWARD * self.budget, _FORWARD)
 
     def _fitting(self) -> int:
+        least = _FORWARD * cached_bytes(self.model)  # answers keep so many times the tokens of training
         if not self.layout.entries:  # the base alone has no backward pass to measure
-            return tokens_per_pass(self.device, self.model.dtype, 1, torch.get_num_threads())
+            return tokens_per_pass(self.device, self.model.dtype, least, torch.get_num_threads())
         rows = self._rows(torch.zeros(1, self.layout.size))
         tensors = (*self.model.parameters(), *self.model.buffers(), rows)
 
@@ -310,7 +314,7 @@ class BatchedEngine:
                 self._backward([(0, [sequence])], rows, torch.zeros_like(rows), None)
 
         each = bytes_a_token({tensor.untyped_storage().data_ptr() for tensor in tensors}, train)
-        return tokens_per_pass(self.device, self.model.dtype, each, torch.get_num_threads())
+        return tokens_per_pass(self.device, self.model.dtype, max(each, least), torch.get_num_threads())
 
     def _stretched(self, rows: Tensor) -> Tensor:
         """``_rows`` as a lane reads them, whose scale is that of the layout's rank."""
@@ -326,7 +330,8 @@ class BatchedEngine:
         """Pieces of one client's sequences that fit a pass; without gradients a client may be spread over passes."""
         whole = prepended(sequences, self.layout.virtual_tokens)
         shared = common_prefix(whole) if self.prefix else 0  # once in each piece
-        room = self._forward_shares([1] * torch.get_num_threads()).tokens
+        spread = self._forward_shares([1] * torch.get_num_threads()).tokens
+        room = max(spread, min(self.budget, of_use(self.model.dtype)))  # smaller pieces would not pay for their prefix
         for chosen in plan([[read_tokens(s) - shared] for s in whole], room - shared):
             yield [sequences[n] for n in chosen]
 
