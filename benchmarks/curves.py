@@ -44,7 +44,7 @@ RANKS = (4, 16, 64)
 SHARES = (0.0, 0.3, 0.6, 0.9)
 SERVED = (1_000, 10_000, 100_000)
 LENGTH, LABELS = 160, 6  # of a synthetic sequence, about what Natural Instructions have
-MANY, ONE = 1 << 30, 1  # tokens_per_pass; a pass holds one client at least
+MANY, ONE = 1 << 30, 1  # tokens_per_pass; one client is computed at least
 
 Record = dict[str, Any]
 
@@ -85,7 +85,7 @@ def by_clients(workload: Callable[[], Workload], stack: ExitStack) -> list[Point
     """Clients with the same amount of work each, so that nothing but their number differs."""
     corpus = _random([0.0] * max(CLIENTS), 1, workload())
     points = []
-    for series, budget in (("many clients a pass", MANY), ("one client a pass", ONE)):
+    for series, budget in (("many clients at a time", MANY), ("one client at a time", ONE)):
         engine = _engine(workload(), stack, corpus=corpus, tokens_per_pass=budget)
         points += [Point(series, n, _step(engine, range(n)), per=n) for n in CLIENTS]
     return points
@@ -146,7 +146,7 @@ CURVES = {
 
 
 def _engine(workload: Workload, stack: ExitStack, **changed: Any) -> BatchedEngine:
-    """The workload's engine with many clients a pass and with what is ``changed``; its hooks go with the stack."""
+    """The workload's engine with many clients at a time and with what is ``changed``; its hooks go with the stack."""
     engine = replace(workload.made, **{"tokens_per_pass": MANY, "prefix": True, **changed})
     stack.callback(engine.attached.detach)
     return engine

@@ -65,7 +65,8 @@ def adapt(
         known = make_federation(experiment.data, experiment.split, experiment.seed).clients
         _check(name, group, known)
         own = _own(experiment, _Newcomer(name, group or "", tuple(files)), overrides)
-        session = open_session(own, taken_over(environment) if own.engine == experiment.engine else {})
+        alike = (own.engine, own.model.device) == (experiment.engine, experiment.model.device)
+        session = open_session(own, taken_over(environment) if alike else {})
         check_environment(environment, session.environment | {"data": environment["data"]}, must=("model",))
         related, weight = _of_group(group, known) if group is not None else _of_description(session, known, neighbours)
         method = ranked(experiment.method, session.layout, experiment.clients.rank, [client.name for client in known])

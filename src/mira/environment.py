@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from typing import Any
 
 from mira.core.commit import commit
 from mira.core.errors import UserError
+from mira.core.threads import usable_cores
 from mira.data.federation import Federation
 from mira.model import Base
 from mira.model.quantise import needed_for
@@ -69,7 +69,7 @@ def clients_told(federation: Federation) -> dict[str, Any]:
 def _machine() -> dict[str, Any]:
     return {
         "python": platform.python_version(), "platform": platform.platform(), "processor": processor(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
     }  # fmt: skip
 
 

@@ -121,9 +121,36 @@ def test_a_small_bound_on_tokens_does_not_cut_a_shared_prefix_to_pieces(several_
     made = make_engine("batched", "llama", RandomCorpus((1,), prefix=40), Training(local_steps=1), tokens_per_pass=100)
     assert isinstance(made, BatchedEngine)
     sequences = RandomCorpus((1,), prefix=40).encoded(16, "test")
-    pieces = list(made._cut(sequences))
+    pieces = list(made._cut(sequences, 0))
     assert sum(map(len, pieces)) == len(sequences) == 20
     assert len(pieces) < 8
+
+
+@pytest.mark.parametrize(
+    ("budget", "checkpointing", "new", "most"),
+    [(100, False, 1, 11), (100, False, 90, 4), (100, True, 90, 1), (4096, False, 90, 11)],
+)
+def test_answers_to_come_count_where_memory_is_short(
+    budget: int, checkpointing: bool, new: int, most: int, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most so many prompts a pass, whose keys and values of all tokens stay within four times what training may have; and
+    within that alone where training keeps hardly more of a token."""
+    corpus = RandomCorpus((1, 1), prefix=12)
+    engine = make_engine(
+        "batched", "llama", corpus, Training(local_steps=1), tokens_per_pass=budget, checkpointing=checkpointing
+    )
+    sizes: list[int] = []
+    real = batched.greedy
+
+    def watched(model: Any, head: Any, packed: Any, *args: Any) -> Any:
+        sizes.append(len(packed.prompts))
+        return real(model, head, packed, *args)
+
+    monkeypatch.setattr(batched, "greedy", watched)
+    engine.generate(warm_row(engine.layout).expand(2, -1), torch.arange(2), "test", None, new)
+    assert sum(sizes) == 9
+    assert max(sizes) <= most
+    assert (max(sizes) == 9) is (most > 9)
 
 
 def test_side_by_side_only_who_does_not_fit_is_lost(several_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,12 +235,13 @@ def test_a_token_whose_embedding_is_zero_is_no_difference() -> None:
     assert attached.last is model.model.layers[-1].mlp
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("during", ["forward", "backward"])
-def test_a_pass_that_nobody_waits_for_ends_within_a_layer(during: str) -> None:
+def test_a_pass_that_nobody_waits_for_ends_within_a_layer(during: str, dropout: float) -> None:
     """One piece of work fails while another is about to compute: neither its forward nor its backward pass comes to an end."""
     model, waiting = make_tiny("llama", torch.float64), threading.Event()
     layout = Lora(2, 4.0).layout(model)
-    attached = attach(model, layout, 0.0)
+    attached = attach(model, layout, dropout)
     reached: list[str] = []
 
     def nobody_waits() -> None:
@@ -254,7 +255,8 @@ def test_a_pass_that_nobody_waits_for_ends_within_a_layer(during: str) -> None:
             assert waiting.wait(30)
             raise KeyError("a bug")
         rows = draw(1, layout.size)
-        attached.lane = Lane(rows, [(0, 0, T)], torch.zeros_like(rows))
+        drawn = [torch.Generator().manual_seed(0)] if dropout else None
+        attached.lane = Lane(rows, [(0, 0, T)], torch.zeros_like(rows), drawn)
         if during == "forward":
             nobody_waits()
         hidden = model.model(input_ids=torch.arange(T)[None] + 1, use_cache=False).last_hidden_state

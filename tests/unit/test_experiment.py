@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 import mira.environment
 from mira import Experiment
+from mira.core import threads as core_threads
 from mira.core.errors import UserError
 from mira.engine import budget
 from mira.engine.memory import peak_memory
@@ -110,6 +111,7 @@ def test_threads(
     count = torch.get_num_threads
     before = count()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(core_threads, "_CPU_LIMIT", tmp_path / "none")
     values = settings(tiny_folder, write_clients(tmp_path / "data.jsonl"), engine={"threads": given})
     try:
         session = open_session(Experiment(**values), recorded and {"threads": recorded})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from mira.core import threads as core_threads
-from mira.core.threads import side_by_side, still_wanted, usable_threads
+from mira.core.threads import side_by_side, still_wanted, usable_cores, usable_threads
 
 
 @pytest.fixture(autouse=True)
@@ -66,12 +67,13 @@ def test_an_error_ends_the_others_and_what_has_not_begun_never_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "threads"), [("max 100000", 4), ("250000 100000", 2), ("50000 100000", 1), ("900000 100000", 4)]
+    ("limit", "threads", "cores"),
+    [("max 100000", 4, 10**6), ("250000 100000", 2, 2), ("50000 100000", 1, 1), ("900000 100000", 4, 9)],
 )
 def test_a_container_has_no_more_threads_than_its_share_of_the_processors(
-    limit: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limit: str, threads: int, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(core_threads, "_CPU_LIMIT", tmp_path / "cpu.max")
-    assert usable_threads() == 4
+    assert (usable_threads(), usable_cores()) == (4, os.cpu_count())
     (tmp_path / "cpu.max").write_text(limit + "\n")
-    assert usable_threads() == threads
+    assert (usable_threads(), usable_cores()) == (threads, min(os.cpu_count() or 1, cores))

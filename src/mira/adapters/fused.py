@@ -16,7 +16,6 @@ from torch.nn.functional import linear, silu
 from transformers.pytorch_utils import Conv1D
 
 from mira.adapters.lowrank import Factors, Lane, add_gradients, add_product
-from mira.core.threads import still_wanted
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,6 @@ def project_back(
 ) -> Tensor | None:  # fmt: skip
     """The gradient of x, when it is wanted, from those of the outputs; the adapters' go into ``lane.grad``. x is None
     where there is no adapter."""
-    still_wanted()
     total = None
     if into_x:
         for g, one in zip(grads, group, strict=True):

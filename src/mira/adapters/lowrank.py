@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mira.core.device import sent
 from mira.core.layout import Entry
+from mira.core.threads import still_wanted
 
 # Devices on which a product of all ranges beats one for each: a kernel's launch costs more than some padding there.
 _AT_ONCE = ("cuda",)
@@ -142,6 +143,7 @@ def add_gradients(g: Tensor, x: Tensor, u: Tensor, lane: Lane, factors: Factors,
     rows' precision. Gradients go straight into ``lane.grad``: one flat buffer instead of two tensors a layer and client.
     """
     assert lane.grad is not None
+    still_wanted()
     a, b = factors.a.view(lane.rows), factors.b.view(lane.rows)
     grad_a, grad_b = factors.a.view(lane.grad), factors.b.view(lane.grad)
     blocks = lane.blocks

@@ -6,6 +6,8 @@ cut into pieces beforehand keeps all of them busy.
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -23,12 +25,18 @@ _here = threading.local()
 
 
 def usable_threads() -> int:
-    """As many threads as PyTorch takes, within the share of the processors that a container is given."""
-    threads = torch.get_num_threads()
-    if not _CPU_LIMIT.exists():
-        return threads
-    quota, period = _CPU_LIMIT.read_text().split()
-    return threads if quota == "max" else min(threads, max(1, int(quota) // int(period)))
+    """As many threads as PyTorch takes, within ``usable_cores`` where a container has a limit of them."""
+    return min(torch.get_num_threads(), _limit() or sys.maxsize)
+
+
+def usable_cores() -> int:
+    """Processors of this machine, or the share of them that a container is given (cgroup v2)."""
+    return min(os.cpu_count() or 1, _limit() or sys.maxsize)
+
+
+def _limit() -> int | None:
+    quota, period = _CPU_LIMIT.read_text().split() if _CPU_LIMIT.exists() else ("max", "1")
+    return None if quota == "max" else max(1, int(quota) // int(period))
 
 
 def side_by_side(work: Callable[[_Item], _Made], items: Sequence[_Item], workers: int) -> list[_Made]:

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
+from math import ceil
 from threading import Lock
 from typing import TypeVar
 
@@ -30,10 +31,10 @@ from mira.core.types import Failure, Scores, Trained, Work
 from mira.data.corpus import Corpus
 from mira.data.text import Encoded
 from mira.engine import attention
-from mira.engine.budget import Shares, bytes_a_token, cached_bytes, of_use, tokens_per_pass
+from mira.engine.budget import Shares, bytes_a_token, of_use, tokens_per_pass
 from mira.engine.checkpoint import recomputed
 from mira.engine.exchange import exchange, find_last
-from mira.engine.generate import greedy
+from mira.engine.generate import greedy, kept_bytes
 from mira.engine.loss import LabelLoss, label_nll
 from mira.engine.memory import OUT_OF_MEMORY, unless_out_of_memory
 from mira.engine.optim import RowOptimizer, pull
@@ -90,17 +91,19 @@ class BatchedEngine:
         shares = Shares.of(self.model, [max(size) for size in sizes], self.budget)
         groups = [[order[n] for n in chosen] for chosen in plan(sizes, _TOGETHER * shares.tokens, shares.workers)]
 
-        def train(jobs: Sequence[int]) -> Trained:
+        def train(jobs: list[int]) -> Trained:
             return self._train(work, jobs, [batches[j] for j in jobs], round, lr, shares.tokens)
 
         with self._recomputing():
             trained = Trained.joined(side_by_side(train, groups, shares.workers))
-            lost = sorted(set(order) - set(trained.job.tolist()))
+            if not trained.failed or min(shares.workers, len(groups)) < 2:
+                return trained
             # Once more with nobody beside: memory may have been short for the others' sake.
+            lost = sorted(set(order) - set(trained.job.tolist()))
             return Trained.joined([replace(trained, failed=()), *(train([j]) for j in lost)])
 
     def _train(
-        self, work: Work, jobs: Sequence[int], batches: Sequence[Sequence[Sequence[Encoded]]], round: int, lr: float,
+        self, work: Work, jobs: list[int], batches: Sequence[Sequence[Sequence[Encoded]]], round: int, lr: float,
         budget: int,
     ) -> Trained:  # fmt: skip
         """All steps of the ``jobs``, with as many steps as their ``batches``, longest first: their rows, gradients and moments
@@ -187,20 +190,23 @@ class BatchedEngine:
                 per_job = [len(job) for _, job in part]
                 return greedy(self.model, self._head, packed, lane, per_job, self.end, max_new_tokens)
 
-        for part, new in self._measured(sequences, new_tokens):
+        for part, new in self._measured(sequences, new_tokens, max_new_tokens):
             owners = [row for row, job in part for _ in job]
             for row, tokens in zip(owners, new, strict=True):
                 answers[row].append(self.decode(tokens))
         return answers
 
     def _measured(
-        self, sequences: Sequence[Sequence[Encoded]], compute: Callable[[Jobs], _Found]
+        self, sequences: Sequence[Sequence[Encoded]], compute: Callable[[Jobs], _Found], new: int = 0
     ) -> Iterator[tuple[Jobs, _Found]]:
-        """Passes without gradients over the sequences of each row, in order, and what ``compute`` gives for each."""
-        jobs = [(row, part) for row, job in enumerate(sequences) for part in self._cut(job)]
+        """Passes without gradients over the sequences of each row, in order, and what ``compute`` gives for each. ``new``: tokens
+        that come to each sequence meanwhile."""
+        # A new token takes memory alone, of which a pass that is as large as is of use may need but a share.
+        more = ceil(new * Shares.of(self.model, [1], self.budget).tokens / self.budget)
+        jobs = [(row, part) for row, job in enumerate(sequences) for part in self._cut(job, more)]
         assert jobs, "something to measure"
-        shares = self._forward_shares([self._tokens(part) for _, part in jobs])
-        passes = list(self._passes(jobs, shares.tokens, shares.workers))
+        shares = self._forward_shares([self._tokens(part, more) for _, part in jobs])
+        passes = list(self._passes(jobs, shares.tokens, shares.workers, more))
         return chain.from_iterable(side_by_side(partial(self._measure, compute), passes, shares.workers))
 
     def _measure(self, compute: Callable[[Jobs], _Found], part: Jobs) -> list[tuple[Jobs, _Found]]:
@@ -298,13 +304,15 @@ class BatchedEngine:
         return rows.to(device=self.device, dtype=dtype, copy=True)
 
     def _forward_shares(self, sizes: Sequence[int]) -> Shares:
-        """Of passes without gradients, which keep no layer's activations."""
-        return Shares.of(self.model, sizes, _FORWARD * self.budget, _FORWARD)
+        """Of passes without gradients. Keys and values of an answer are a small part of what training keeps of a token, but
+        not of a layer's input alone."""
+        most = self.budget if self.checkpointing else _FORWARD * self.budget
+        return Shares.of(self.model, sizes, most, _FORWARD)
 
     def _fitting(self) -> int:
-        least = _FORWARD * cached_bytes(self.model)  # answers keep so many times the tokens of training
         if not self.layout.entries:  # the base alone has no backward pass to measure
-            return tokens_per_pass(self.device, self.model.dtype, least, torch.get_num_threads())
+            each = _FORWARD * kept_bytes(self.model)
+            return tokens_per_pass(self.device, self.model.dtype, each, torch.get_num_threads())
         rows = self._rows(torch.zeros(1, self.layout.size))
         tensors = (*self.model.parameters(), *self.model.buffers(), rows)
 
@@ -314,7 +322,7 @@ class BatchedEngine:
                 self._backward([(0, [sequence])], rows, torch.zeros_like(rows), None)
 
         each = bytes_a_token({tensor.untyped_storage().data_ptr() for tensor in tensors}, train)
-        return tokens_per_pass(self.device, self.model.dtype, max(each, least), torch.get_num_threads())
+        return tokens_per_pass(self.device, self.model.dtype, each, torch.get_num_threads())
 
     def _stretched(self, rows: Tensor) -> Tensor:
         """``_rows`` as a lane reads them, whose scale is that of the layout's rank."""
@@ -322,22 +330,22 @@ class BatchedEngine:
         stretch = self.layout.stretch(on_device)
         return on_device if stretch is None else on_device * stretch
 
-    def _passes(self, jobs: Jobs, budget: int, multiple: int = 1) -> Iterator[Jobs]:
-        for chosen in plan([[self._tokens(sequences)] for _, sequences in jobs], budget, multiple):
+    def _passes(self, jobs: Jobs, budget: int, multiple: int = 1, more: int = 0) -> Iterator[Jobs]:
+        for chosen in plan([[self._tokens(sequences, more)] for _, sequences in jobs], budget, multiple):
             yield [jobs[n] for n in chosen]
 
-    def _cut(self, sequences: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
+    def _cut(self, sequences: Sequence[Encoded], more: int) -> Iterator[Sequence[Encoded]]:
         """Pieces of one client's sequences that fit a pass; without gradients a client may be spread over passes."""
         whole = prepended(sequences, self.layout.virtual_tokens)
         shared = common_prefix(whole) if self.prefix else 0  # once in each piece
         spread = self._forward_shares([1] * torch.get_num_threads()).tokens
         room = max(spread, min(self.budget, of_use(self.model.dtype)))  # smaller pieces would not pay for their prefix
-        for chosen in plan([[read_tokens(s) - shared] for s in whole], room - shared):
+        for chosen in plan([[read_tokens(s) - shared + more] for s in whole], room - shared):
             yield [sequences[n] for n in chosen]
 
-    def _tokens(self, sequences: Sequence[Encoded]) -> int:
-        """Of one client in a pass."""
-        return packed_tokens(sequences, self.prefix, self.layout.virtual_tokens)
+    def _tokens(self, sequences: Sequence[Encoded], more: int = 0) -> int:
+        """Of one client in a pass, each sequence with so many ``more``."""
+        return packed_tokens(sequences, self.prefix, self.layout.virtual_tokens) + more * len(sequences)
 
     def _report(self, part: Jobs) -> None:
         still_wanted()

@@ -73,18 +73,9 @@ def bytes_a_token(frozen: set[int], train: Callable[[int], None]) -> float:
     return max(peak(2 * _PROBE) - peak(_PROBE), 1) / _PROBE
 
 
-def cached_bytes(model: PreTrainedModel) -> int:
-    """Keys and values that an answer keeps of each token; of sizes a configuration does not give, as of full attention."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", 1)
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    pairs = config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads)
-    return 2 * int(pairs * size) * model.dtype.itemsize
-
-
 def tokens_per_pass(device: torch.device, dtype: torch.dtype, each: float, threads: int) -> int:
     """As many tokens at a time as half of the free memory holds at ``each`` bytes, within what a base of ``dtype`` may need.
-    A power of two where memory decides: what is free differs a little from run to run, how they round should not."""
+    A power of two where memory decides: what is free differs a little from run to run, how they round then seldom does."""
     most = _GPU if device.type == "cuda" else threads * _CLIENT * of_use(dtype)
     fitting = max(_LEAST, int(_SHARE * free_memory(device) / each))
     return min(most, 1 << fitting.bit_length() - 1)
@@ -105,7 +96,7 @@ class Shares:
         if model.device.type != "cpu":
             return Shares(1, most)
         threads = torch.get_num_threads()
-        workers = max(1, min(threads, len(sizes), most // max(1, *sizes)))
+        workers = max(1, min(threads, len(sizes), most // max([1, *sizes])))
         return Shares(workers, min(most // workers, times * threads // workers * of_use(model.dtype)))
 
 

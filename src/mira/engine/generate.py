@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from mira.adapters.lowrank import Lane
 from mira.core.threads import still_wanted
-from mira.engine.attention import Packed
+from mira.engine.attention import Packed, Segment
 from mira.engine.decode import Decode, after
 from mira.engine.packing import Pass
 
@@ -29,6 +29,15 @@ def positions(model: PreTrainedModel) -> int:
     kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # for all layers, or by their type
     ends = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
     return min([limit, *map(int, ends)])
+
+
+@torch.no_grad()
+def kept_bytes(model: PreTrainedModel) -> float:
+    """Keys and values that decoding keeps of each token. Measured: architectures count their heads and widths in many ways."""
+    tokens = torch.arange(2, device=model.device)[None]
+    read = Packed([Segment(0, 2)], keep=True)
+    model.base_model(input_ids=tokens, position_ids=tokens, use_cache=False, packed=read)
+    return sum(k.nbytes + v.nbytes for k, v in read.cache.values()) / 2
 
 
 @torch.no_grad()
