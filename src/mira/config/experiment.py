@@ -100,9 +100,9 @@ class EngineSection:
     tokens_per_pass: Count | None = None
     """Tokens of all clients together in the training passes of the base model that are computed at a time, on a CPU one for each
     thread, on a GPU one; less takes less memory. Passes without gradients may have four times as many. null: as many as half of
-    the free memory holds, by what a token is measured to keep, down to a power of two. Whatever this is, a client's batch stays in
-    one pass, and on a CPU clients are not put together beyond 512 tokens for each thread (1 024 where the base has 16 bits; four
-    times as many without gradients): more are of no use."""
+    the free memory holds, by what a token is measured to keep, down to a power of two. Whatever this is, a client's batch stays
+    in one pass, and on a CPU clients are not put together beyond 512 tokens for each thread (1 024 where the base has 16 bits;
+    four times as many without gradients): more are of no use."""
     prefix: Literal["auto", "on", "off"] = "auto"
     """Compute a prompt that a client's sequences have in common once. auto: on where there is no dropout."""
     checkpointing: bool = False
