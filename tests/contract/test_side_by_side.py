@@ -121,7 +121,7 @@ def test_a_small_bound_on_tokens_does_not_cut_a_shared_prefix_to_pieces(several_
     made = make_engine("batched", "llama", RandomCorpus((1,), prefix=40), Training(local_steps=1), tokens_per_pass=100)
     assert isinstance(made, BatchedEngine)
     sequences = RandomCorpus((1,), prefix=40).encoded(16, "test")
-    pieces = list(made._cut(sequences, 0))
+    pieces = list(made._cut(sequences))
     assert sum(map(len, pieces)) == len(sequences) == 20
     assert len(pieces) < 8
 

@@ -334,7 +334,7 @@ class BatchedEngine:
         for chosen in plan([[self._tokens(sequences, more)] for _, sequences in jobs], budget, multiple):
             yield [jobs[n] for n in chosen]
 
-    def _cut(self, sequences: Sequence[Encoded], more: int) -> Iterator[Sequence[Encoded]]:
+    def _cut(self, sequences: Sequence[Encoded], more: int = 0) -> Iterator[Sequence[Encoded]]:
         """Pieces of one client's sequences that fit a pass; without gradients a client may be spread over passes."""
         whole = prepended(sequences, self.layout.virtual_tokens)
         shared = common_prefix(whole) if self.prefix else 0  # once in each piece
