@@ -52,7 +52,7 @@ class Attached:
             vars(module).pop("forward") if forward is None else vars(module).update(forward=forward)
 
     def exchange(self, module: nn.Module, make: Callable[[Forward], Forward]) -> None:
-        """Ends a pass that nobody waits for any more, too: layers are where one may end."""
+        """``module`` computes through what ``make`` makes of its forward; a pass that nobody waits for any more ends there."""
         self.before.append((module, vars(module).get("forward")))  # what other libraries may have put on the instance
         made = make(module.forward)
 
