@@ -50,9 +50,11 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many pieces of work were computed at a time, call by call."""
     used: list[int] = []
 
-    def watched(work: Any, items: Any, workers: int) -> Any:
+    def watched(work: Any, items: Any, workers: int, sizes: list[int]) -> Any:
         used.append(workers)
-        return side_by_side(work, items, workers)
+        assert len(sizes) == len(items)
+        assert min(sizes) > 0
+        return side_by_side(work, items, workers, sizes)
 
     monkeypatch.setattr(batched, "side_by_side", watched)
     return used

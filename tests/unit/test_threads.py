@@ -35,6 +35,19 @@ def test_results_are_in_order_and_threads_are_shared_out() -> None:
         assert fresh.submit(torch.get_num_threads).result() == torch.get_num_threads() == 4
 
 
+def test_the_largest_are_begun_first_and_results_are_in_order() -> None:
+    begun: list[int] = []
+    together = Barrier(2, timeout=30)
+
+    def work(item: int) -> int:
+        begun.append(item)
+        together.wait()
+        return item
+
+    assert side_by_side(work, range(4), 2, sizes=[1, 3, 2, 5]) == [0, 1, 2, 3]
+    assert [set(begun[:2]), set(begun[2:])] == [{1, 3}, {0, 2}]
+
+
 @pytest.mark.parametrize(("items", "workers"), [(3, 1), (1, 4), (0, 4)])
 def test_one_at_a_time_is_done_by_the_caller_with_all_threads(items: int, workers: int) -> None:
     found = side_by_side(lambda item: (item, get_ident(), torch.get_num_threads()), range(items), workers)

@@ -39,12 +39,15 @@ def _limit() -> int | None:
     return None if quota == "max" else max(1, int(quota) // int(period))
 
 
-def side_by_side(work: Callable[[_Item], _Made], items: Sequence[_Item], workers: int) -> list[_Made]:
+def side_by_side(
+    work: Callable[[_Item], _Made], items: Sequence[_Item], workers: int, sizes: Sequence[int] = ()
+) -> list[_Made]:
     """``[work(item) for item in items]``, as many at a time as there are ``workers``; in the caller's thread where that is one.
 
-    Items are begun in order. The first error, or an interrupt, is raised once the others have come to ``still_wanted``; what
-    has not begun never does. A thread of the process that calls torch for the first time meanwhile has no more threads of
-    torch than a worker for good.
+    Items are begun in order, or the largest first where their ``sizes`` are given: then nobody is left alone with a large one
+    at the end. The first error, or an interrupt, is raised once the others have come to ``still_wanted``; what has not begun
+    never does. A thread of the process that calls torch for the first time meanwhile has no more threads of torch than a
+    worker for good.
     """
     threads, workers = torch.get_num_threads(), min(workers, len(items))
     if workers < 2:
@@ -57,7 +60,9 @@ def side_by_side(work: Callable[[_Item], _Made], items: Sequence[_Item], workers
 
     try:
         with ThreadPoolExecutor(workers, "side", begin) as pool:
-            made = [pool.submit(work, item) for item in items]
+            order = sorted(range(len(items)), key=lambda n: -sizes[n]) if sizes else range(len(items))
+            begun = {n: pool.submit(work, items[n]) for n in order}
+            made = [begun[n] for n in range(len(items))]
             try:
                 done, _ = wait(made, return_when=FIRST_EXCEPTION)
                 return [one.result() for one in made if one in done]  # all of them, or one that failed and raises here

@@ -89,13 +89,15 @@ class BatchedEngine:
         order = sorted(range(len(batches)), key=lambda j: -len(batches[j]))
         sizes = [[self._tokens(step) for step in batches[j]] for j in order]
         shares = Shares.of(self.model, [max(size) for size in sizes], self.budget)
-        groups = [[order[n] for n in chosen] for chosen in plan(sizes, _TOGETHER * shares.tokens, shares.workers)]
+        planned = plan(sizes, _TOGETHER * shares.tokens, shares.workers)
+        groups = [[order[n] for n in group] for group in planned]
+        tokens = [sum(sum(sizes[n]) for n in group) for group in planned]
 
         def train(jobs: list[int]) -> Trained:
             return self._train(work, jobs, [batches[j] for j in jobs], round, lr, shares.tokens)
 
         with self._recomputing():
-            trained = Trained.joined(side_by_side(train, groups, shares.workers))
+            trained = Trained.joined(side_by_side(train, groups, shares.workers, tokens))
             if not trained.failed or min(shares.workers, len(groups)) < 2:
                 return trained
             # Once more with nobody beside: memory may have been short for the others' sake.
@@ -207,7 +209,8 @@ class BatchedEngine:
         assert jobs, "something to measure"
         shares = self._forward_shares([self._tokens(part, more) for _, part in jobs])
         passes = list(self._passes(jobs, shares.tokens, shares.workers, more))
-        return chain.from_iterable(side_by_side(partial(self._measure, compute), passes, shares.workers))
+        sizes = [sum(self._tokens(job, more) for _, job in part) for part in passes]
+        return chain.from_iterable(side_by_side(partial(self._measure, compute), passes, shares.workers, sizes))
 
     def _measure(self, compute: Callable[[Jobs], _Found], part: Jobs) -> list[tuple[Jobs, _Found]]:
         """One pass, in pieces where memory runs out."""
