@@ -71,7 +71,7 @@ class Workload:
     def of(engine: BatchedEngine, start: Tensor) -> Workload:
         """Modules of its own for ``plain``, weights in common: what the engine exchanges stays with its own model."""
         model = engine.model
-        engine.attached.detach()
+        engine.carrier.attached.detach()
         plain = deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
         plain.set_attn_implementation("sdpa")
         return Workload(replace(engine), start, plain)

@@ -58,7 +58,7 @@ def our_logits(kind: str, layout: Layout, row: Tensor, prefix: bool) -> list[Ten
     """The batched engine's logits of each sequence's own tokens, three other rows in the same pass."""
     engine = make_engine("batched", kind, RandomCorpus((1,)), Training(local_steps=1))
     assert isinstance(engine, BatchedEngine)
-    engine.attached.detach()
+    engine.carrier.attached.detach()
     engine = BatchedEngine(
         engine.model,
         engine.pad,
@@ -74,8 +74,8 @@ def our_logits(kind: str, layout: Layout, row: Tensor, prefix: bool) -> list[Ten
     )
     rows = torch.stack([random_row(layout, 1), random_row(layout, 2), row, random_row(layout, 3)])
     packed = pack([(n, sequences()) for n in range(4)], prefix)
-    with torch.no_grad(), engine._lane(Lane(rows, packed.ranges)):
-        logits = engine._head(engine._body(packed))
+    with torch.no_grad(), engine.carrier.lane(Lane(rows, packed.ranges)):
+        logits = engine.carrier.head(engine.carrier.read(packed))
     mine = packed.prompts[2 * len(sequences()) : 3 * len(sequences())]
     return [logits[s.start : s.end] for s in mine]
 

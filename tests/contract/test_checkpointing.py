@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mira.core.errors import UserError
 from mira.core.training import Training
 from mira.core.types import Trained, Work
+from mira.engine.carrier import Carrier
 from mira.engine.checkpoint import decoder_layers, recomputed
 from tiny import KINDS, make_tiny
 
@@ -107,7 +108,7 @@ def test_only_the_inputs_of_layers_are_kept(kind: str, monkeypatch: pytest.Monke
     kept: dict[bool, int] = {}
     for on in (False, True):
         engine: Any = make_engine("batched", kind, RandomCorpus((1, 1)), Training(local_steps=1), checkpointing=on)
-        body = type(engine)._body
+        body = Carrier.read
 
         def measured(self: Any, packed: Any, on: bool = on, body: Any = body) -> Tensor:
             with counted(self.model) as bytes_:
@@ -119,7 +120,7 @@ def test_only_the_inputs_of_layers_are_kept(kind: str, monkeypatch: pytest.Monke
             return hidden
 
         with monkeypatch.context() as patch:
-            patch.setattr(type(engine), "_body", measured)
+            patch.setattr(Carrier, "read", measured)
             engine.train(Work(torch.arange(2), warm_row(engine.layout).expand(2, -1)), 0, 1e-3)
     assert kept[True] < kept[False] / 4
 

@@ -150,8 +150,8 @@ def test_a_pass_reads_no_number_out_of_a_tensor(kind: Kind, monkeypatch: pytest.
     lane = Lane(rows, packed.ranges, torch.zeros_like(rows), needed=packed.predict)
     assert lane.blocks is not None
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v, *rest, **named: _Kernel.apply(q, k, v))
-    with _Questions() as questions, engine._lane(lane):
-        engine._body(packed).sum().backward()
+    with _Questions() as questions, engine.carrier.lane(lane):
+        engine.carrier.read(packed).sum().backward()
     assert not questions.found
     with _Questions() as questions:
         rows.sum().item()
@@ -166,7 +166,7 @@ def test_a_pass_waits_for_nothing(dtype: torch.dtype) -> None:
     )
     assert isinstance(engine, BatchedEngine)
     jobs = [(n, engine.corpus.batches(0, n)[0]) for n in range(len(STEPS))]
-    rows = engine._rows(warm_row(engine.layout).repeat(len(STEPS), 1))
+    rows = engine.carrier.rows(warm_row(engine.layout).repeat(len(STEPS), 1))
     grad, loss = torch.zeros_like(rows), torch.zeros(len(STEPS), dtype=torch.float64, device=rows.device)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -111,7 +111,7 @@ def test_nothing_of_a_pass_that_failed_between_two_projections_is_kept(monkeypat
     attention = engine.model.base_model.layers[-1].self_attn
 
     def short(x: torch.Tensor) -> torch.Tensor:
-        made.extend(weakref.ref(out) for _, out in engine.attached.lane.ready.values())
+        made.extend(weakref.ref(out) for _, out in engine.carrier.attached.lane.ready.values())
         raise torch.OutOfMemoryError("pretend")
 
     monkeypatch.setitem(vars(attention.k_proj), "forward", short)

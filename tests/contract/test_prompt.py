@@ -103,8 +103,8 @@ def sequences() -> Any:
 def our_logits(engine: BatchedEngine, row: Tensor) -> list[Tensor]:
     rows = torch.stack([warm_row(engine.layout, 1), row])
     packed = pack([(n, sequences()) for n in range(2)], engine.prefix, engine.layout.virtual_tokens)
-    with torch.no_grad(), engine._lane(Lane(rows, packed.ranges)):
-        logits = engine._head(engine._body(packed))
+    with torch.no_grad(), engine.carrier.lane(Lane(rows, packed.ranges)):
+        logits = engine.carrier.head(engine.carrier.read(packed))
     return [logits[s.start : s.end] for s in packed.prompts[len(sequences()) :]]
 
 

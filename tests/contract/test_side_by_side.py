@@ -14,7 +14,7 @@ from torch import Tensor
 from mira.core.threads import side_by_side
 from mira.core.training import Training
 from mira.core.types import Work
-from mira.engine import batched
+from mira.engine import batched, measuring
 from mira.engine.batched import BatchedEngine
 
 STEPS = (20, 7, 20, 13)
@@ -56,7 +56,8 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         assert min(sizes) > 0
         return side_by_side(work, items, workers, sizes)
 
-    monkeypatch.setattr(batched, "side_by_side", watched)
+    for module in (batched, measuring):
+        monkeypatch.setattr(module, "side_by_side", watched)
     return used
 
 
@@ -123,7 +124,7 @@ def test_a_small_bound_on_tokens_does_not_cut_a_shared_prefix_to_pieces(several_
     made = make_engine("batched", "llama", RandomCorpus((1,), prefix=40), Training(local_steps=1), tokens_per_pass=100)
     assert isinstance(made, BatchedEngine)
     sequences = RandomCorpus((1,), prefix=40).encoded(16, "test")
-    pieces = list(made._cut(sequences))
+    pieces = list(made._measuring.cut(sequences))
     assert sum(map(len, pieces)) == len(sequences) == 20
     assert len(pieces) < 8
 
@@ -142,13 +143,13 @@ def test_answers_to_come_count_where_memory_is_short(
         "batched", "llama", corpus, Training(local_steps=1), tokens_per_pass=budget, checkpointing=checkpointing
     )
     sizes: list[int] = []
-    real = batched.greedy
+    real = measuring.greedy
 
     def watched(model: Any, head: Any, packed: Any, *args: Any) -> Any:
         sizes.append(len(packed.prompts))
         return real(model, head, packed, *args)
 
-    monkeypatch.setattr(batched, "greedy", watched)
+    monkeypatch.setattr(measuring, "greedy", watched)
     engine.generate(warm_row(engine.layout).expand(2, -1), torch.arange(2), "test", None, new)
     assert sum(sizes) == 9
     assert max(sizes) <= most

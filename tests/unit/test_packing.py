@@ -151,7 +151,7 @@ def test_a_client_in_pieces_has_its_prefix_once_in_each() -> None:
         model, Lora(2, 4.0, targets=("q_proj",)).layout(model), True, budget=50
     )  # four times in a forward pass
     job = [Encoded((5,) * 40 + (6 + n,) * 10, (False,) * 50, False) for n in range(32)]
-    assert [len(piece) for piece in engine._cut(job)] == [16, 16]
+    assert [len(piece) for piece in engine._measuring.cut(job)] == [16, 16]
 
 
 # The numbers.

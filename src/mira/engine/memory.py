@@ -17,6 +17,7 @@ _Made = TypeVar("_Made")
 
 _M_ARENA_MAX = -8  # malloc.h
 
+HALVING = "out of memory while %s in one pass; trying halves (engine.tokens_per_pass=%d allows so many at a time)"
 OUT_OF_MEMORY = "out of memory; lower training.batch_size or prompt.max_length"
 
 

@@ -20,7 +20,7 @@ class Pass:
     """One forward pass: T tokens, each range of them under one row.
 
     ``predict`` [N]: places whose hidden state predicts a label; ``target`` [N]: that label; ``owner`` [N]: which
-    sequence it belongs to, numbered in the order given to ``pack``.
+    sequence it belongs to, numbered in the order given to ``pack``; ``job`` [S]: which range each of these is in.
     ``prompts``: the segment of each sequence, without those of the shared prefixes.
     """
 
@@ -31,6 +31,7 @@ class Pass:
     predict: Tensor
     target: Tensor
     owner: Tensor
+    job: Tensor
     prompts: tuple[Segment, ...]
 
 
@@ -77,7 +78,8 @@ def pack(jobs: Jobs, share_prefix: bool, virtual: int = 0) -> Pass:
     return Pass(
         torch.tensor(tokens), torch.tensor(positions), tuple(ranges), tuple(segments),
         torch.tensor(predict, dtype=torch.int64), torch.tensor(target, dtype=torch.int64),
-        torch.tensor(owner, dtype=torch.int64), tuple(own_segments),
+        torch.tensor(owner, dtype=torch.int64),
+        torch.repeat_interleave(torch.arange(len(jobs)), torch.tensor([len(job) for _, job in jobs])), tuple(own_segments),
     )  # fmt: skip
 
 

@@ -1,0 +1,109 @@
+"""A frozen base that carries adapters, and what one pass over it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mira.adapters.attach import Attached, attach
+from mira.adapters.lowrank import Lane
+from mira.core.device import sent
+from mira.core.layout import Layout
+from mira.data.text import Encoded
+from mira.engine.attention import Packed
+from mira.engine.exchange import exchange, find_last
+from mira.engine.loss import LabelLoss
+from mira.engine.packing import Jobs, Pass, pack, packed_tokens, plan
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """``prefix``: compute once the tokens that all sequences of a client begin with."""
+
+    model: PreTrainedModel
+    layout: Layout
+    attached: Attached
+    prefix: bool
+
+    @staticmethod
+    def of(model: PreTrainedModel, layout: Layout, dropout: float, prefix: bool) -> Carrier:
+        """Raises UserError where the architecture cannot be packed."""
+        exchange(model)
+        attached = attach(model, layout, dropout)
+        find_last(model, attached, layout.size)
+        return Carrier(model, layout, attached, prefix)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def head(self) -> nn.Module:
+        head: nn.Module = self.model.get_output_embeddings()
+        return head
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """Rows on the device in the adapters' precision: fp32, or fp64 on an fp64 base."""
+        dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
+        return rows.to(device=self.device, dtype=dtype, copy=True)
+
+    def stretched(self, rows: Tensor) -> Tensor:
+        """``rows`` as a lane reads them, whose scale is that of the layout's rank."""
+        on_device = self.rows(rows)
+        stretch = self.layout.stretch(on_device)
+        return on_device if stretch is None else on_device * stretch
+
+    def sent(self, x: Tensor) -> Tensor:
+        return sent(x, self.device)
+
+    @contextmanager
+    def lane(self, lane: Lane) -> Iterator[Lane]:
+        before, self.attached.lane = self.attached.lane, lane
+        try:
+            yield lane
+        finally:
+            self.attached.lane = before
+            lane.ready.clear()  # of a pass that failed; its graph holds the lane
+
+    @property
+    def own_lane(self) -> Lane:
+        assert self.attached.lane is not None, "within a pass"
+        return self.attached.lane
+
+    def pack(self, jobs: Jobs) -> Pass:
+        return pack(jobs, self.prefix, self.layout.virtual_tokens)
+
+    def tokens(self, sequences: Sequence[Encoded], more: int = 0) -> int:
+        """Of one client in a pass, each sequence with so many ``more``."""
+        return packed_tokens(sequences, self.prefix, self.layout.virtual_tokens) + more * len(sequences)
+
+    def passes(self, jobs: Jobs, budget: int, multiple: int = 1, more: int = 0) -> Iterator[Jobs]:
+        for chosen in plan([[self.tokens(sequences, more)] for _, sequences in jobs], budget, multiple):
+            yield [jobs[n] for n in chosen]
+
+    def hidden(self, tokens: Tensor, positions: Tensor, packed: Packed) -> Tensor:
+        """Last hidden states [T,d] of ``tokens`` and ``positions`` [T], on the device."""
+        out = self.model.base_model(
+            input_ids=tokens[None], position_ids=positions[None], use_cache=False, packed=packed
+        )  # fmt: skip
+        return out.last_hidden_state[0]  # type: ignore[no-any-return]
+
+    def read(self, packed: Pass) -> Tensor:
+        """Last hidden states [T,d] of a pass."""
+        return self.hidden(self.sent(packed.tokens), self.sent(packed.positions), Packed(packed.segments))
+
+    def learn(self, packed: Pass, lane: Lane) -> Tensor:
+        """One pass forward and back, gradients into ``lane.grad``; the mean label loss of each job [J] (float64)."""
+        job = packed.job[packed.owner]
+        weight = job.bincount(minlength=len(packed.ranges)).double().reciprocal()
+        place, target, weight, job = map(self.sent, (packed.predict, packed.target, weight, job))
+        with self.lane(lane):
+            each = LabelLoss.apply(self.read(packed)[place], self.head, target)  # type: ignore[no-untyped-call]
+            each.backward(weight[job].to(each.dtype))
+        total = torch.zeros(len(packed.ranges), dtype=torch.float64, device=self.device)
+        return total.index_add_(0, job, each.detach().double()) * weight
