@@ -96,14 +96,16 @@ def random_workload(config: LlamaConfig, crowd: Crowd, device: torch.device, dty
 
 
 def measure(workload: Workload, goal: float | None, samples: int) -> dict[str, Any]:
-    """The engine with and without a shared prefix, and the loop: ratios, agreement, and what they were made of."""
+    """The engine, with and without recorded passes and a shared prefix, and the loop: ratios, agreement, and their samples."""
     plain = workload.plain
     peft = peft_loop.wrapped(workload)
     contest = Contest()
     contest.enter("peft", workload, partial(peft_loop.train, peft, workload))
     contest.enter("mira", workload, ours(workload, True))
+    contest.enter("mira, nothing recorded", workload, ours(workload, True, cuda_graphs=False))
     contest.enter("mira, prefix off", workload, ours(workload, False))
-    contest.round(0, lambda line: None)  # kernels are chosen and memory is set aside in a first round
+    # Kernels are chosen, memory is set aside and passes are recorded in a first round.
+    contest.round(0, lambda line: None)
     contest.forget_times()
     peaks = []
     for number in range(1, samples + 1):
@@ -123,13 +125,14 @@ def measure(workload: Workload, goal: float | None, samples: int) -> dict[str, A
         "ratios": {
             "shared prefix on": ratio(contest.ratios("peft", "mira"), goal, flop[True]),
             "shared prefix off": ratio(contest.ratios("peft", "mira, prefix off"), None, flop[False]),
+            "recorded passes": ratio(contest.ratios("mira, nothing recorded", "mira"), None, 1.0),
             "model-flops utilisation": ratio(used, None, None),
         },
         "agreement": {
             # Both round to 16 bits in every layer, in another order. An engine that does not train at all would differ by
             # some 0.02 after six rounds: this tells that the same is computed, gradients are for the tests.
             name: {"difference": contest.difference(name, "peft"), "allowed": 0.01 if plain.dtype.itemsize == 2 else 1e-5}
-            for name in ("mira", "mira, prefix off")
+            for name in ("mira", "mira, nothing recorded", "mira, prefix off")
         },
         "tokens_per_second": {name: contest.tokens_per_second(name) for name in contest.runs},
         "seconds": contest.seconds,

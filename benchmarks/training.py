@@ -87,8 +87,8 @@ def measure(samples: int, say: Callable[[str], None], batch: int = 4, full: bool
     return _report(contest, Cost.of(fp32), fresh, full)
 
 
-def ours(workload: Workload, prefix: bool, tokens_per_pass: int | None = None) -> Run:
-    engine = workload.engine(prefix, tokens_per_pass)
+def ours(workload: Workload, prefix: bool, tokens_per_pass: int | None = None, cuda_graphs: bool = True) -> Run:
+    engine = workload.engine(prefix, tokens_per_pass, cuda_graphs)
 
     def run(rows: Tensor, round: int) -> tuple[Tensor, Tensor]:
         trained = engine.train(workload.work(rows), round, LR)

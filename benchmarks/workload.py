@@ -18,6 +18,7 @@ from mira.core.seeds import generator
 from mira.core.types import Work
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
+from mira.engine.replays import Replays
 from mira.session import open_session
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -80,10 +81,14 @@ class Workload:
     def clients(self) -> range:
         return range(self.made.corpus.num_clients)
 
-    def engine(self, prefix: bool = True, tokens_per_pass: int | None = None) -> BatchedEngine:
+    def engine(
+        self, prefix: bool = True, tokens_per_pass: int | None = None, cuda_graphs: bool = True
+    ) -> BatchedEngine:
         """The engine with another shape of pass; it shares the hooks that are on the model."""
-        other = copy(self.made)
+        other, carrier = copy(self.made), replace(self.made.carrier, prefix=prefix)
         object.__setattr__(other, "prefix", prefix)
+        object.__setattr__(other, "carrier", carrier)
+        object.__setattr__(other, "replays", Replays(carrier) if self.made.replays and cuda_graphs else None)
         object.__setattr__(other, "budget", tokens_per_pass or self.made.budget)
         return other
 

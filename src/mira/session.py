@@ -187,7 +187,9 @@ def open_session(
         engine = ReferenceEngine(**common())
     else:
         budget = recorded.get("tokens_per_pass") or experiment.engine.tokens_per_pass
-        engine = BatchedEngine(**common(), tokens_per_pass=budget, prefix=prefix)
+        engine = BatchedEngine(
+            **common(), tokens_per_pass=budget, prefix=prefix, cuda_graphs=experiment.engine.cuda_graphs == "auto"
+        )
     budget = engine.budget if isinstance(engine, BatchedEngine) else None
     if isinstance(adapter, SeedsAdapter):
         _warn_ignored(training)

@@ -87,5 +87,8 @@ def make_engine(
     if name == "reference":
         return ReferenceEngine(**shared)
     return BatchedEngine(
-        **shared, tokens_per_pass=options.get("tokens_per_pass", 4096), prefix=options.get("prefix", True)
+        **shared,
+        tokens_per_pass=options.get("tokens_per_pass", 4096),
+        prefix=options.get("prefix", True),
+        cuda_graphs=options.get("cuda_graphs", True),
     )

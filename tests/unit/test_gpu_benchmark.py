@@ -10,6 +10,8 @@ import torch
 from benchmarks import gpu, report
 from transformers import LlamaConfig
 
+import gpu_way
+
 CONFIG = LlamaConfig(
     vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, tie_word_embeddings=True,
@@ -25,11 +27,26 @@ def test_both_sides_compute_the_same(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(on["samples"]) == len(found["seconds"]["peft"]) == len(found["gemm_peak_gflops"]) == 2
     # Of 2·31 tokens 16 are shared; heads, and the last layer's MLP, are left out on both ways alike.
     assert on["flop_ratio"] > off["flop_ratio"] > 1
+    assert found["ratios"]["recorded passes"]["samples"]
     results = {"environment": report.environment(), "samples": 2, **found}
     report.write(results, tmp_path / "out" / "gpu.json")
     assert json.loads((tmp_path / "out" / "gpu.json").read_text())["ratios"].keys() == found["ratios"].keys()
     report.show(results, tmp_path / "out" / "gpu.json")
     assert "missed" in capsys.readouterr().out
+
+
+def test_each_way_is_what_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_way.take(monkeypatch)
+    workload = gpu.random_workload(CONFIG, gpu.Crowd(3, 2, 32, None), torch.device("cpu"), torch.float32)
+    read = {}
+    for prefix, recorded in ((True, True), (True, False), (False, True)):
+        engine = workload.engine(prefix, cuda_graphs=recorded)
+        packed = engine.carrier.pack([(0, engine.corpus.batches(0, 0)[0])])
+        read[prefix] = len(packed.tokens)
+        engine.train(workload.work(workload.rows()), 0, 1e-4)
+        recordings = engine.replays.recordings if engine.replays else {}
+        assert [bucket.keys > 0 for bucket in recordings] == [prefix] * recorded
+    assert read == {True: 2 * 31 - 16, False: 2 * 31}
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

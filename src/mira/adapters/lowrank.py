@@ -31,11 +31,11 @@ class Blocks:
     place: Tensor
 
     @staticmethod
-    def of(ranges: Sequence[tuple[int, int, int]], device: torch.device) -> Blocks | None:
-        """None where most of the batch would be padding, or nothing is batched."""
+    def of(ranges: Sequence[tuple[int, int, int]], device: torch.device, width: int = 0) -> Blocks | None:
+        """None where most of the batch would be padding, or nothing is batched. ``width``: M at least."""
         tokens, ranges = ranges[-1][2], [span for span in ranges if span[1] < span[2]]
         row, start, end = (torch.tensor(numbers)[:, None] for numbers in zip(*ranges, strict=True))
-        width = max(b - a for _, a, b in ranges)
+        width = max(width, *(b - a for _, a, b in ranges))
         if len(ranges) == 1 or len(ranges) * width > 2 * tokens:
             return None
         place = torch.arange(width)
@@ -62,7 +62,7 @@ class Lane:
     ``needed`` [m]: the places whose last hidden state is read, in order, on the CPU; None where all are.
     ``grad`` [n,P] receives the gradients of ``rows`` [n,P]; None while evaluating. ``dropout`` holds one generator
     per row, so that a client's masks do not depend on who else is in the pass. ``ready``: the input a layer will be called
-    with and what it gives then, where that was made together with another's.
+    with and what it gives then, where that was made together with another's. ``laid``: its ``blocks``, if they are made already.
     """
 
     rows: Tensor
@@ -71,6 +71,7 @@ class Lane:
     dropout: Sequence[torch.Generator] | None = None
     needed: Tensor | None = None
     ready: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    laid: Blocks | None = None
 
     @property
     def even(self) -> slice | list[int] | None:
@@ -85,6 +86,8 @@ class Lane:
     @cached_property
     def blocks(self) -> Blocks | None:
         """The ranges as one batch, where that is faster."""
+        if self.laid is not None:
+            return self.laid
         few = self.grad is None and self.ranges[-1][2] <= _FEW * len(self.ranges)
         return Blocks.of(self.ranges, self.rows.device) if few or self.rows.device.type in _AT_ONCE else None
 

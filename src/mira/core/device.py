@@ -13,3 +13,8 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
         return x.to(device)
     # From other memory the driver may wait; PyTorch keeps it until the copy is done.
     return x.pin_memory().to(device, non_blocking=True)
+
+
+def put(x: Tensor, there: Tensor) -> None:
+    """``x``, from the CPU, into the memory of ``there``, without waiting as well."""
+    there.copy_(x.pin_memory() if there.device.type == "cuda" else x, non_blocking=True)

@@ -25,6 +25,7 @@ from mira.core.training import Training
 from mira.core.types import Failure, Scores, Trained, Work
 from mira.data.corpus import Corpus
 from mira.data.text import Encoded
+from mira.engine import cuda_graphs
 from mira.engine.budget import Shares, bytes_a_token, tokens_per_pass
 from mira.engine.carrier import Carrier
 from mira.engine.checkpoint import recomputed
@@ -33,6 +34,7 @@ from mira.engine.measuring import FORWARD, Measuring
 from mira.engine.memory import HALVING, OUT_OF_MEMORY, unless_out_of_memory
 from mira.engine.optim import RowOptimizer, pull
 from mira.engine.packing import Jobs, halves, plan
+from mira.engine.replays import Replays
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +44,9 @@ _TOGETHER = 2
 
 @dataclass(frozen=True)
 class BatchedEngine:
-    """``prefix``: compute once the tokens that all sequences of a client begin with. ``kept``: the optimiser
-    state kept under a number (``Work.kept_under``) in an earlier round, or None. ``progress``: called with the tokens done."""
+    """``prefix``: compute once the tokens that all sequences of a client begin with. ``cuda_graphs``: record passes on a GPU.
+    ``kept``: the optimiser state kept under a number (``Work.kept_under``) in an earlier round, or None. ``progress``: called
+    with the tokens done."""
 
     model: PreTrainedModel
     pad: int
@@ -57,15 +60,24 @@ class BatchedEngine:
     tokens_per_pass: int | None
     prefix: bool
     checkpointing: bool = False
+    cuda_graphs: bool = True
     kept: Callable[[int], Tensor | None] = lambda client: None
     progress: Callable[[int], None] = lambda tokens: None
     carrier: Carrier = field(init=False)
+    replays: Replays | None = field(init=False)
     budget: int = field(init=False)  # tokens of all training passes at a time
     reporting: Lock = field(init=False, default_factory=Lock)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "carrier", Carrier.of(self.model, self.layout, self.dropout, self.prefix))
+        object.__setattr__(self, "replays", Replays(self.carrier) if self._recordable else None)
         object.__setattr__(self, "budget", self.tokens_per_pass or self._fitting())
+
+    @property
+    def _recordable(self) -> bool:
+        """Where masks are drawn, layers computed again or placeholders looked for, a pass is not the same each time."""
+        same = not (self.dropout or self.checkpointing or self.layout.virtual_tokens)
+        return self.cuda_graphs and same and self.model.device.type in cuda_graphs.DEVICES
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
         batches = [self.corpus.batches(round, int(client)) for client in work.client]
@@ -185,6 +197,9 @@ class BatchedEngine:
     def _backward(self, part: Jobs, rows: Tensor, grad: Tensor, dropout: Sequence[torch.Generator] | None) -> Tensor:
         """One pass forward and back; the mean label loss of each job (float64)."""
         packed = self.carrier.pack(part)
+        replayed = None if self.replays is None else self.replays.learn(packed, rows, grad)
+        if replayed is not None:
+            return replayed
         return self.carrier.learn(packed, Lane(rows, packed.ranges, grad, dropout, packed.predict))
 
     def _recomputing(self) -> AbstractContextManager[None]:
@@ -204,7 +219,8 @@ class BatchedEngine:
         def train(tokens: int) -> None:
             sequence = Encoded((1,) * tokens, (False,) * (tokens - 1) + (True,), False)
             with self._recomputing():
-                self._backward([(0, [sequence])], rows, torch.zeros_like(rows), None)
+                packed = self.carrier.pack([(0, [sequence])])
+                self.carrier.learn(packed, Lane(rows, packed.ranges, torch.zeros_like(rows), needed=packed.predict))
 
         each = bytes_a_token({tensor.untyped_storage().data_ptr() for tensor in tensors}, train)
         return tokens_per_pass(self.model.device, self.model.dtype, each, torch.get_num_threads())

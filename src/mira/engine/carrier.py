@@ -22,6 +22,31 @@ from mira.engine.packing import Jobs, Pass, pack, packed_tokens, plan
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What a training pass of T tokens, N labels and J jobs reads: ``tokens`` and ``positions`` [T]; of each label the place
+    that predicts it, the ``target`` and its ``job`` [N]; ``weight`` [J] (float64): one over a job's labels, or 0 where its loss
+    does not count."""
+
+    tokens: Tensor
+    positions: Tensor
+    predict: Tensor
+    target: Tensor
+    job: Tensor
+    weight: Tensor
+
+    @staticmethod
+    def of(packed: Pass, jobs: int | None = None) -> Inputs:
+        """On the CPU. ``jobs``: of so many the loss counts; None: of all."""
+        job = packed.job[packed.owner]
+        weight = job.bincount(minlength=len(packed.ranges)).double().reciprocal()
+        weight[len(weight) if jobs is None else jobs :] = 0
+        return Inputs(packed.tokens, packed.positions, packed.predict, packed.target, job, weight)
+
+    def sent(self, device: torch.device) -> Inputs:
+        return Inputs(*(sent(tensor, device) for tensor in vars(self).values()))
+
+
+@dataclass(frozen=True)
 class Carrier:
     """``prefix``: compute once the tokens that all sequences of a client begin with."""
 
@@ -99,11 +124,11 @@ class Carrier:
 
     def learn(self, packed: Pass, lane: Lane) -> Tensor:
         """One pass forward and back, gradients into ``lane.grad``; the mean label loss of each job [J] (float64)."""
-        job = packed.job[packed.owner]
-        weight = job.bincount(minlength=len(packed.ranges)).double().reciprocal()
-        place, target, weight, job = map(self.sent, (packed.predict, packed.target, weight, job))
+        return self.learn_from(Inputs.of(packed).sent(self.device), Packed(packed.segments), lane)
+
+    def learn_from(self, given: Inputs, packed: Packed, lane: Lane) -> Tensor:
         with self.lane(lane):
-            each = LabelLoss.apply(self.read(packed)[place], self.head, target)  # type: ignore[no-untyped-call]
-            each.backward(weight[job].to(each.dtype))
-        total = torch.zeros(len(packed.ranges), dtype=torch.float64, device=self.device)
-        return total.index_add_(0, job, each.detach().double()) * weight
+            hidden = self.hidden(given.tokens, given.positions, packed)[given.predict]
+            each = LabelLoss.apply(hidden, self.head, given.target)  # type: ignore[no-untyped-call]
+            each.backward(given.weight[given.job].to(each.dtype))
+        return torch.zeros_like(given.weight).index_add_(0, given.job, each.detach().double()) * given.weight
