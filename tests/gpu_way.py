@@ -130,6 +130,11 @@ def rehearse(compute: Callable[[], Tensor]) -> Tensor:
         return compute()
 
 
+def timed(compute: Callable[[], Any]) -> tuple[Any, float]:
+    """A GPU's replay is a call of its own, and takes a tenth of the time that launching one by one does."""
+    return compute(), 0.1 if getattr(compute, "__name__", "") in ("play", "replay") else 1.0
+
+
 def take(patch: pytest.MonkeyPatch) -> None:
     attention._agrees.cache_clear()
     patch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
@@ -142,3 +147,4 @@ def take(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(cuda_graphs, "rehearse", rehearse)
     patch.setattr(cuda_graphs, "record", record)
     patch.setattr(cuda_graphs, "pool", object)
+    patch.setattr(cuda_graphs, "timed", timed)

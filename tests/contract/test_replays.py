@@ -53,7 +53,22 @@ class Steady:
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "cpu":
         gpu_way.take(monkeypatch)
+    monkeypatch.setattr(cuda_graphs, "timed", gpu_way.timed)  # these passes are too small to tell
     return str(request.param)
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The jobs of each pass that was replayed."""
+    found: list[int] = []
+    real = replays.Replays._replayed
+
+    def counted(self: Any, recording: Any, bucket: Any, *rest: Any) -> Tensor:
+        found.append(bucket.jobs)
+        return real(self, recording, bucket, *rest)
+
+    monkeypatch.setattr(replays.Replays, "_replayed", counted)
+    return found
 
 
 @pytest.fixture
@@ -76,7 +91,9 @@ def work_on(engine: BatchedEngine) -> Work:
 
 @pytest.mark.parametrize("shared", [12, 0])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_recorded_passes_train_as_the_oracle_does(kind: str, shared: int, device: str, precise: torch.dtype) -> None:
+def test_recorded_passes_train_as_the_oracle_does(
+    kind: str, shared: int, device: str, precise: torch.dtype, replayed: list[int]
+) -> None:
     """Over two rounds, the second of which records nothing any more."""
     corpus = Steady(shared=shared)
     engine, plain = (batched(kind, precise, device, corpus, cuda_graphs=on) for on in (True, False))
@@ -88,7 +105,7 @@ def test_recorded_passes_train_as_the_oracle_does(kind: str, shared: int, device
         assert engine.replays is not None
         assert not engine.replays.off
         assert len(engine.replays.recordings) == 2
-    assert engine.replays.met.total() == 2 * STEPS
+    assert replayed == [3] * (2 * STEPS - 4)  # of each size the first is computed as it is, the second recorded
     assert plain.replays is None
 
 
@@ -99,7 +116,7 @@ def _error(engine: Any, oracle: Any, work: Work, round: int) -> float:
     return error
 
 
-def test_cohorts_that_come_and_go_are_recorded_apart(device: str, precise: torch.dtype) -> None:
+def test_cohorts_that_come_and_go_are_recorded_apart(device: str, precise: torch.dtype, replayed: list[int]) -> None:
     """Another number of clients is another bucket; rows are the pass's own, wherever they are in the cohort's."""
     engine, oracle = (
         batched("llama", precise, device),
@@ -110,21 +127,24 @@ def test_cohorts_that_come_and_go_are_recorded_apart(device: str, precise: torch
         work = Work(whole.client[chosen], whole.start[chosen])
         assert _error(engine, oracle, work, 0) <= (LIMIT[precise] if device == "cpu" else 0.2)
     assert engine.replays is not None
-    assert {bucket.jobs for bucket in engine.replays.recordings} == {2, 3}
+    assert {bucket.jobs for bucket in engine.replays.recordings} == set(replayed) == {2, 3}
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_random_sizes_train_the_same_with_and_without(kind: str, device: str, precise: torch.dtype) -> None:
-    corpus = RandomCorpus((20, 14, 20))
+def test_random_sizes_train_the_same_with_and_without(
+    kind: str, device: str, precise: torch.dtype, replayed: list[int]
+) -> None:
+    corpus = RandomCorpus((60, 50, 60))
     on, off = (batched(kind, precise, device, corpus, cuda_graphs=on) for on in (True, False))
     rows = [engine.train(work_on(engine), 0, 1e-3).rows for engine in (on, off)]
-    assert on.replays is not None
-    assert on.replays.recordings
+    assert replayed
     # In 16 bits another length makes other products round differently.
     assert displacement_error(on.layout, rows[0], rows[1], work_on(on).start) <= (1e-12 if device == "cpu" else 0.2)
 
 
-def test_a_client_that_diverges_stays_alone_in_a_recording(device: str, precise: torch.dtype) -> None:
+def test_a_client_that_diverges_stays_alone_in_a_recording(
+    device: str, precise: torch.dtype, replayed: list[int]
+) -> None:
     """Also the first one, whose row the filler has."""
     for sick in (0, 1):
         engine = batched("llama", precise, device)
@@ -133,6 +153,7 @@ def test_a_client_that_diverges_stays_alone_in_a_recording(device: str, precise:
         start = work.start.clone()
         start[sick] = torch.nan
         bad = engine.train(Work(work.client, start), 0, 1e-3)
+        assert len(replayed) >= STEPS
         others = [n for n in range(3) if n != sick]
         assert bad.rows[sick].isnan().any()
         torch.testing.assert_close(bad.rows[others], good.rows[others], rtol=0, atol=1e-12 if device == "cpu" else 1e-3)
@@ -184,6 +205,28 @@ def _wrong(compute: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], None]
 
 def _scarce(compute: Callable[[], Tensor], pool: Any) -> Any:
     raise torch.OutOfMemoryError("out of memory, pretend\nand more about it")
+
+
+def test_a_recording_that_is_not_faster_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_way.take(monkeypatch)
+    monkeypatch.setattr(cuda_graphs, "timed", lambda compute: (compute(), 1.0))
+    recorded = 0
+
+    def counted(*given: Any) -> Any:
+        nonlocal recorded
+        recorded += 1
+        return gpu_way.record(*given)
+
+    monkeypatch.setattr(cuda_graphs, "record", counted)
+    engine, oracle = (
+        batched("llama", torch.float64, "cpu"),
+        make_engine("reference", "llama", Steady(), TRAINING, torch.float64),
+    )
+    assert _error(engine, oracle, work_on(engine), 0) <= LIMIT[torch.float64]
+    assert engine.replays is not None
+    assert not engine.replays.off
+    assert not engine.replays.recordings
+    assert recorded == 2  # once for each size
 
 
 def test_no_more_recordings_than_a_few(monkeypatch: pytest.MonkeyPatch) -> None:

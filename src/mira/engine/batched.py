@@ -197,10 +197,7 @@ class BatchedEngine:
     def _backward(self, part: Jobs, rows: Tensor, grad: Tensor, dropout: Sequence[torch.Generator] | None) -> Tensor:
         """One pass forward and back; the mean label loss of each job (float64)."""
         packed = self.carrier.pack(part)
-        replayed = None if self.replays is None else self.replays.learn(packed, rows, grad)
-        if replayed is not None:
-            return replayed
-        return self.carrier.learn(packed, Lane(rows, packed.ranges, grad, dropout, packed.predict))
+        return (self.replays or self.carrier).learn(packed, Lane(rows, packed.ranges, grad, dropout, packed.predict))
 
     def _recomputing(self) -> AbstractContextManager[None]:
         """Around all training passes, since threads share the model."""

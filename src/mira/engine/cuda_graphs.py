@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from time import perf_counter
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 DEVICES = ("cuda",)
 
 Compute = Callable[[], Tensor]
+
+_Made = TypeVar("_Made")
 
 
 def rehearse(compute: Compute) -> Tensor:
@@ -39,3 +42,12 @@ def record(compute: Compute, pool: Any) -> tuple[Callable[[], None], Tensor]:
 
 def pool() -> Any:
     return torch.cuda.graph_pool_handle()
+
+
+def timed(compute: Callable[[], _Made]) -> tuple[_Made, float]:
+    """What it gives, and the seconds until the GPU has it."""
+    torch.cuda.synchronize()
+    start = perf_counter()
+    made = compute()
+    torch.cuda.synchronize()
+    return made, perf_counter() - start

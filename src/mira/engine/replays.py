@@ -27,9 +27,8 @@ from mira.engine.varlen import Spans
 log = logging.getLogger(__name__)
 
 _MOST = 16  # recordings, each of some thousand kernels
-_LIKE = (
-    0.05  # of the largest gradient: rounding in 16 bits and sums in another order stay far below, another pass does not
-)
+# Of the largest gradient: rounding in 16 bits and sums in another order stay far below, another pass does not.
+_LIKE = 0.05
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,9 @@ class Recording:
 
 @dataclass
 class Replays:
-    """Recordings of one carrier's passes. The first pass of a size is computed as it is, the second recorded."""
+    """Recordings of one carrier's passes. The first pass of a size is computed as it is, so is the second, which is recorded;
+    later ones are replayed, where that was faster: large passes over a large base do not wait to be launched, and what fills them
+    up costs time."""
 
     carrier: Carrier
     met: Counter[Bucket] = field(default_factory=Counter)
@@ -88,35 +89,53 @@ class Replays:
     memory: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     off: bool = False
 
-    def learn(self, packed: Pass, rows: Tensor, grad: Tensor) -> Tensor | None:
-        """What ``Carrier.learn`` gives, gradients of ``rows`` [n,P] into ``grad`` [n,P]; None where no recording does for it."""
+    def learn(self, packed: Pass, lane: Lane) -> Tensor:
+        """What ``Carrier.learn`` gives."""
         if self.off:
-            return None
+            return self.carrier.learn(packed, lane)
         bucket = Bucket.of(packed)
+        if bucket in self.recordings:
+            return self._replayed(self.recordings[bucket], bucket, packed, lane)
         self.met[bucket] += 1
-        if bucket not in self.recordings and (self.met[bucket] < 2 or len(self.recordings) == _MOST):
-            return None
+        if self.met[bucket] != 2 or len(self.recordings) == _MOST:
+            return self.carrier.learn(packed, lane)
+        loss, seconds = cuda_graphs.timed(lambda: self.carrier.learn(packed, lane))
+        self._record(bucket, packed, lane, seconds)
+        return loss
+
+    def _replayed(self, recording: Recording, bucket: Bucket, packed: Pass, lane: Lane) -> Tensor:
         laid = _Laid.of(bucket, packed)
-        if laid is None:
-            return None
-        index = sent(torch.tensor([row for row, _, _ in packed.ranges]), rows.device)
-        if bucket not in self.recordings and not self._record(bucket, laid, rows[index]):
-            return None
-        recording = self.recordings[bucket]
+        assert laid is not None
+        assert lane.grad is not None
         for there, new in zip(recording.given, laid.tensors, strict=True):
             put(new, there)
-        torch.index_select(rows, 0, index, out=recording.rows)
+        index = _rows(packed, lane)
+        torch.index_select(lane.rows, 0, index, out=recording.rows)
         recording.replay()
-        grad.index_add_(0, index, recording.grad)
+        lane.grad.index_add_(0, index, recording.grad)
         return recording.loss[: bucket.jobs].clone()
 
-    @cached_property
-    def _pool(self) -> Any:
-        return cuda_graphs.pool()
+    def _record(self, bucket: Bucket, packed: Pass, lane: Lane, seconds: float) -> None:
+        """Keep a recording of passes like ``packed`` where it gives what such a pass gives at once, in less than its ``seconds``.
+        Nothing is recorded any more where that is not possible."""
+        laid = _Laid.of(bucket, packed)
+        if laid is None:
+            return
+        try:
+            recording, faster = self._recorded(bucket, laid, lane.rows[_rows(packed, lane)], seconds)
+        except (RuntimeError, AssertionError) as error:
+            log.warning(
+                "training passes are not recorded (engine.cuda_graphs), but computed one operation at a time: %s",
+                str(error).splitlines()[0],
+            )
+            self.off = True
+            self.recordings.clear()
+            self.memory.clear()
+            return
+        if faster:
+            self.recordings[bucket] = recording
 
-    def _record(self, bucket: Bucket, laid: _Laid, rows: Tensor) -> bool:
-        """Whether a pass like ``laid`` can be recorded, and gives the same again as it gives at once; nothing is recorded any
-        more where it does not."""
+    def _recorded(self, bucket: Bucket, laid: _Laid, rows: Tensor, seconds: float) -> tuple[Recording, bool]:
         given = tuple(sent(tensor, rows.device).clone() for tensor in laid.tensors)
         if bucket.jobs not in self.memory:
             self.memory[bucket.jobs] = torch.empty_like(rows), torch.empty_like(rows)
@@ -130,24 +149,22 @@ class Replays:
             grad.zero_()
             return self.carrier.learn_from(here.inputs, attention, lane)
 
-        try:
-            loss = cuda_graphs.rehearse(compute)
-            if attention.tiles:
-                raise RuntimeError("attention goes in tiles")
-            expected = loss.clone(), grad.clone()
-            replay, loss = cuda_graphs.record(compute, self._pool)
-            replay()
-            for found, wanted in zip((loss, grad), expected, strict=True):
-                size = wanted.abs().nan_to_num(0, 0).max()  # what is not finite must be so in both
-                torch.testing.assert_close(found, wanted, rtol=0, atol=_LIKE * float(size), equal_nan=True)
-        except (RuntimeError, AssertionError) as error:
-            log.warning(
-                "training passes are not recorded (engine.cuda_graphs), but computed one operation at a time: %s",
-                str(error).splitlines()[0],
-            )
-            self.off = True
-            self.recordings.clear()
-            self.memory.clear()
-            return False
-        self.recordings[bucket] = Recording(given, own, grad, loss, replay)
-        return True
+        loss = cuda_graphs.rehearse(compute)
+        if attention.tiles:
+            raise RuntimeError("attention goes in tiles")
+        expected = loss.clone(), grad.clone()
+        replay, loss = cuda_graphs.record(compute, self._pool)
+        replay()
+        for found, wanted in zip((loss, grad), expected, strict=True):
+            size = wanted.abs().nan_to_num(0, 0).max()  # what is not finite must be so in both
+            torch.testing.assert_close(found, wanted, rtol=0, atol=_LIKE * float(size), equal_nan=True)
+        return Recording(given, own, grad, loss, replay), cuda_graphs.timed(replay)[1] < seconds
+
+    @cached_property
+    def _pool(self) -> Any:
+        return cuda_graphs.pool()
+
+
+def _rows(packed: Pass, lane: Lane) -> Tensor:
+    """Of each job, on the device."""
+    return sent(torch.tensor([row for row, _, _ in packed.ranges]), lane.rows.device)
