@@ -16,7 +16,7 @@ import gpu_way
 from mira.adapters.lowrank import Lane
 from mira.core.training import Training
 from mira.core.types import Work
-from mira.engine import attention
+from mira.engine import attention, cuda_graphs
 from mira.engine.batched import BatchedEngine
 from mira.engine.packing import pack
 from tiny import KINDS, Kind, make_tiny
@@ -159,15 +159,24 @@ def test_a_pass_reads_no_number_out_of_a_tensor(kind: Kind, monkeypatch: pytest.
 
 
 @_CUDA
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_pass_waits_for_nothing(dtype: torch.dtype) -> None:
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize(
+    ("dtype", "recorded"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
+def test_a_pass_waits_for_nothing(dtype: torch.dtype, recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs.Graphs, "timed", gpu_way.timed)
     engine = make_engine(
-        "batched", "llama", RandomCorpus(STEPS), Training(local_steps=1), model=make_tiny(dtype=dtype).cuda()
-    )
+        "batched", "llama", RandomCorpus(STEPS), Training(local_steps=1), model=make_tiny(dtype=dtype).cuda(),
+        cuda_graphs=recorded,
+    )  # fmt: skip
     assert isinstance(engine, BatchedEngine)
     jobs = [(n, engine.corpus.batches(0, n)[0]) for n in range(len(STEPS))]
     rows = engine.carrier.rows(warm_row(engine.layout).repeat(len(STEPS), 1))
     grad, loss = torch.zeros_like(rows), torch.zeros(len(STEPS), dtype=torch.float64, device=rows.device)
+    for _ in range(2):  # kernels are chosen, and the pass is recorded
+        engine._accumulate(jobs, rows, grad.zero_(), loss, None, {})
+    assert bool(engine.replays and engine.replays.recordings) == recorded
+    grad.zero_()
     torch.cuda.set_sync_debug_mode("error")
     try:
         engine._accumulate(jobs, rows, grad, loss, None, {})

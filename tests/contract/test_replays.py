@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from engines import RandomCorpus, make_engine, warm_row
+from engines import RandomCorpus, layout_on, make_engine, warm_row
 from test_engines import LIMIT, displacement_error
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from mira.core.types import Work
 from mira.data.text import Encoded
 from mira.engine import attention, cuda_graphs, replays
 from mira.engine.batched import BatchedEngine
+from mira.engine.carrier import Carrier, Inputs
 from tiny import make_tiny
 
 _CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: its graphs are not tested here")
@@ -53,18 +54,18 @@ class Steady:
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "cpu":
         gpu_way.take(monkeypatch)
-    monkeypatch.setattr(cuda_graphs, "timed", gpu_way.timed)  # these passes are too small to tell
+    monkeypatch.setattr(cuda_graphs.Graphs, "timed", gpu_way.timed)
     return str(request.param)
 
 
 @pytest.fixture
 def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The jobs of each pass that was replayed."""
+    """The jobs of each pass that was replayed, other than to try a recording."""
     found: list[int] = []
     real = replays.Replays._replayed
 
     def counted(self: Any, recording: Any, bucket: Any, *rest: Any) -> Tensor:
-        found.append(bucket.jobs)
+        found.extend([bucket.jobs] * (bucket in self.recordings))
         return real(self, recording, bucket, *rest)
 
     monkeypatch.setattr(replays.Replays, "_replayed", counted)
@@ -79,7 +80,8 @@ def precise(device: str) -> torch.dtype:
 
 def batched(kind: str, dtype: torch.dtype, device: str, corpus: Any = None, **options: Any) -> BatchedEngine:
     model = make_tiny(kind, dtype).to(device)
-    engine = make_engine("batched", kind, corpus or Steady(), TRAINING, model=model, **options)
+    training = options.pop("training", TRAINING)
+    engine = make_engine("batched", kind, corpus or Steady(), training, model=model, **options)
     assert isinstance(engine, BatchedEngine)
     return engine
 
@@ -103,7 +105,7 @@ def test_recorded_passes_train_as_the_oracle_does(
     for round in range(2):
         assert _error(engine, oracle, work, round) <= limit
         assert engine.replays is not None
-        assert not engine.replays.off
+        assert not engine.replays.closed
         assert len(engine.replays.recordings) == 2
     assert replayed == [3] * (2 * STEPS - 4)  # of each size the first is computed as it is, the second recorded
     assert plain.replays is None
@@ -159,15 +161,30 @@ def test_a_client_that_diverges_stays_alone_in_a_recording(
         torch.testing.assert_close(bad.rows[others], good.rows[others], rtol=0, atol=1e-12 if device == "cpu" else 1e-3)
 
 
+def _in_tiles(patch: pytest.MonkeyPatch) -> None:
+    """Where the kernel turns out not to do, and laying out tiles waits for nothing."""
+    patch.setattr(attention, "_agrees", lambda *shape: False)
+    patch.setattr(gpu_way.Graphs, "rehearse", lambda self, compute: compute())
+
+
+def _not_computed(patch: pytest.MonkeyPatch) -> None:
+    """A recording of nothing, as of another device."""
+    patch.setattr(gpu_way.Graphs, "record", lambda self, compute, first: (lambda: None, compute()))
+
+
+def _filler_counts(patch: pytest.MonkeyPatch) -> None:
+    whole = Inputs.of
+    patch.setattr(Inputs, "of", staticmethod(lambda packed, jobs=None: whole(packed)))
+
+
 @pytest.mark.parametrize(
     ("kind", "broken", "why"),
     [
-        ("gpt2", lambda patch: None, ""),  # it reads its input for padding, in every pass
-        ("llama", lambda patch: _in_tiles(patch), "attention goes in tiles"),
-        ("llama", lambda patch: patch.setattr(cuda_graphs, "record", _wrong), "Tensor-likes are not close"),
-        ("llama", lambda patch: patch.setattr(cuda_graphs, "record", _scarce), "out of memory, pretend"),
+        ("gpt2", lambda patch: None, "waits for the device"),  # it reads its input for padding, in every pass
+        ("llama", _in_tiles, "attention goes in tiles"),
+        ("llama", _not_computed, "a recording gave other gradients"),
+        ("llama", _filler_counts, "a recording gave other gradients"),
     ],
-    ids=["waits", "tiles", "another result", "memory"],
 )
 def test_what_cannot_be_recorded_is_computed_as_it_is(
     kind: str, broken: Callable[[pytest.MonkeyPatch], None], why: str, monkeypatch: pytest.MonkeyPatch,
@@ -182,51 +199,132 @@ def test_what_cannot_be_recorded_is_computed_as_it_is(
     with caplog.at_level(logging.WARNING):
         assert _error(engine, oracle, work_on(engine), 0) <= LIMIT[torch.float64]
     assert engine.replays is not None
-    assert engine.replays.off
+    assert engine.replays.closed
     assert not engine.replays.recordings
+    assert engine.replays.memory is None
     (line,) = [r.getMessage() for r in caplog.records if r.name == "mira.engine.replays"]
     assert line.startswith(
-        "training passes are not recorded (engine.cuda_graphs), but computed one operation at a time: "
+        "training passes are not recorded any more (engine.cuda_graphs), but computed one operation at a time: "
     )
     assert why in line
     assert "\n" not in line
 
 
-def _in_tiles(patch: pytest.MonkeyPatch) -> None:
-    """As in fp32 on a GPU, where laying out the tiles waits for nothing."""
-    patch.setattr(attention, "_one_kernel", lambda *x: False)
-    patch.setattr(cuda_graphs, "rehearse", lambda compute: compute())
-
-
-def _wrong(compute: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], None], Tensor]:
-    replay, out = gpu_way.record(compute, pool)
-    return lambda: (replay(), out.mul_(1.2))[0], out
-
-
-def _scarce(compute: Callable[[], Tensor], pool: Any) -> Any:
-    raise torch.OutOfMemoryError("out of memory, pretend\nand more about it")
-
-
-def test_a_recording_that_is_not_faster_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_over_a_recording_leaves_those_there_are(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, replayed: list[int]
+) -> None:
     gpu_way.take(monkeypatch)
-    monkeypatch.setattr(cuda_graphs, "timed", lambda compute: (compute(), 1.0))
-    recorded = 0
+    real, recorded = gpu_way.Graphs.record, 0
 
-    def counted(*given: Any) -> Any:
+    def scarce(*given: Any) -> Any:
         nonlocal recorded
         recorded += 1
-        return gpu_way.record(*given)
+        if recorded == 2:
+            raise torch.OutOfMemoryError("out of memory, pretend\nand more about it")
+        return real(*given)
 
-    monkeypatch.setattr(cuda_graphs, "record", counted)
+    monkeypatch.setattr(gpu_way.Graphs, "record", scarce)
     engine, oracle = (
         batched("llama", torch.float64, "cpu"),
         make_engine("reference", "llama", Steady(), TRAINING, torch.float64),
     )
-    assert _error(engine, oracle, work_on(engine), 0) <= LIMIT[torch.float64]
+    with caplog.at_level(logging.WARNING):
+        assert _error(engine, oracle, work_on(engine), 0) <= LIMIT[torch.float64]
     assert engine.replays is not None
-    assert not engine.replays.off
-    assert not engine.replays.recordings
-    assert recorded == 2  # once for each size
+    assert (engine.replays.closed, len(engine.replays.recordings)) == (True, 1)
+    assert (
+        len(replayed) == 2
+    )  # of eight steps every other one is of the size that was recorded, two of them before that
+    assert "at a time: out of memory, pretend" in caplog.text
+
+
+@pytest.mark.parametrize("way", ["train", "evaluate"])
+def test_memory_that_runs_out_takes_that_of_recordings_first(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is lost who would have fitted without them."""
+    gpu_way.take(monkeypatch)
+    engine, oracle = (
+        batched("llama", torch.float64, "cpu"),
+        make_engine("reference", "llama", Steady(), TRAINING, torch.float64),
+    )
+    work, hidden = work_on(engine), Carrier.hidden
+    engine.train(work, 0, 1e-3)
+    held = engine.replays
+    assert held is not None
+    assert held.recordings
+
+    def scarce(self: Carrier, *given: Any) -> Tensor:
+        if held.memory is not None:
+            raise torch.OutOfMemoryError("pretend")
+        return hidden(self, *given)
+
+    monkeypatch.setattr(Carrier, "hidden", scarce)
+    if way == "train":
+        other = replace(work, client=work.client[:2], start=work.start[:2])
+        assert not engine.train(other, 1, 1e-3).failed
+    else:
+        sequences = [[s for s in Steady().batches(0, n)[0]] for n in range(3)]
+        found, wanted = (one.score(work.start, sequences)[0] for one in (engine, oracle))
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=0)
+    assert not held.recordings
+
+
+def test_a_recording_that_is_not_faster_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is tried once for each size, of which there are not more than a few, however many are met."""
+    gpu_way.take(monkeypatch)
+    monkeypatch.setattr(gpu_way.Graphs, "timed", lambda self, compute: (compute(), 1.0))
+    monkeypatch.setattr(replays, "_MOST", 3)
+    recorded, real = 0, gpu_way.Graphs.record
+
+    def counted(*given: Any) -> Any:
+        nonlocal recorded
+        recorded += 1
+        return real(*given)
+
+    monkeypatch.setattr(gpu_way.Graphs, "record", counted)
+    for corpus, times in ((Steady(), 2), (RandomCorpus((60, 50, 60)), 3)):
+        recorded = 0
+        engine, oracle = (
+            batched("llama", torch.float64, "cpu", corpus),
+            make_engine("reference", "llama", corpus, TRAINING, torch.float64),
+        )
+        assert _error(engine, oracle, work_on(engine), 0) <= LIMIT[torch.float64]
+        assert engine.replays is not None
+        assert not engine.replays.closed
+        assert not engine.replays.recordings
+        assert recorded == times
+
+
+@pytest.mark.parametrize("kind", ["mixed ranks", "proximal", "kept optimiser", "two passes a step"])
+def test_every_kind_of_training_is_recorded(kind: str, monkeypatch: pytest.MonkeyPatch, replayed: list[int]) -> None:
+    gpu_way.take(monkeypatch)
+    training = replace(TRAINING, keep_optimizer=kind == "kept optimiser")
+    layout = layout_on("llama")
+    found = []
+    for on in (True, False):
+        engine = batched(
+            "llama",
+            torch.float64,
+            "cpu",
+            cuda_graphs=on,
+            tokens_per_pass=200 if "two" in kind else 4096,
+            layout=layout,
+            training=training,
+        )
+        work = work_on(engine)
+        if kind == "mixed ranks":
+            for entry in layout.entries:
+                (entry.view(work.start)[1, 2:] if entry.factor == "A" else entry.view(work.start)[1, :, 2:]).zero_()
+            assert layout.ranks(work.start) == [4, 2, 4]
+        if kind == "proximal":
+            work = replace(work, anchor=work.start + 0.1, prox=torch.tensor([0.1, 0.0, 1.0]).double())
+        trained = engine.train(work, 0, 1e-3)
+        if trained.optimizer is not None:
+            trained = replace(engine, kept=trained.optimizer.__getitem__).train(
+                replace(work, start=trained.rows), 1, 1e-3
+            )
+        found.append(trained.rows)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+    assert set(replayed) == ({1, 2} if "two" in kind else {3})
 
 
 def test_no_more_recordings_than_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +337,7 @@ def test_no_more_recordings_than_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _error(engine, oracle, work_on(engine), 0) <= LIMIT[torch.float64]
     assert engine.replays is not None
     assert len(engine.replays.recordings) == 1
-    assert not engine.replays.off
+    assert not engine.replays.closed
 
 
 @pytest.mark.parametrize(
@@ -270,8 +368,8 @@ def test_the_stand_in_computes_again_from_what_is_there_then() -> None:
         total.add_(x.view(2, 2).sum(0))
         return (total * 2).unsqueeze(0)
 
-    play, out = gpu_way.record(compute, None)
-    assert out.tolist() == [[4, 8]]
+    play, out = gpu_way.Graphs(x.device).record(compute, True)
+    assert out.isnan().all()
     x.add_(1)
     play()
     assert total.tolist() == [2 + 4, 4 + 6]

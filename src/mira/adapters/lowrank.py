@@ -93,7 +93,7 @@ class Lane:
 
     def turn_to(self, ranges: Sequence[tuple[int, int, int]]) -> None:
         """From here on passes have other tokens, and all are needed."""
-        self.ranges, self.needed = ranges, None
+        self.ranges, self.needed, self.laid = ranges, None, None
         vars(self).pop("blocks", None)
 
     def only(self, places: Tensor) -> Lane:
@@ -101,7 +101,7 @@ class Lane:
         ends = torch.tensor([end for _, _, end in self.ranges])
         counts = torch.searchsorted(places, ends).tolist()
         ranges = [(row, a, b) for (row, _, _), a, b in zip(self.ranges, [0, *counts], counts, strict=False) if a < b]
-        return replace(self, ranges=ranges, needed=None)
+        return replace(self, ranges=ranges, needed=None, laid=None)
 
 
 @dataclass(frozen=True)

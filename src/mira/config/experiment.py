@@ -100,16 +100,17 @@ class EngineSection:
     tokens_per_pass: Count | None = None
     """Tokens of all clients together in the training passes of the base model that are computed at a time, on a CPU one for each
     thread, on a GPU one; less takes less memory. Passes without gradients may have four times as many. null: as many as half of
-    the free memory holds (on a GPU 0.3 of it), by what a token is measured to keep, down to a power of two. Whatever this is, a
-    client's batch stays in one pass, and on a CPU clients are not put together beyond 512 tokens for each thread (1 024 where the
-    base has 16 bits; four times as many without gradients): more are of no use."""
+    the free memory holds (0.3 of it where passes are recorded), by what a token is measured to keep, down to a power of two.
+    Whatever this is, a client's batch stays in one pass, and on a CPU clients are not put together beyond 512 tokens for each
+    thread (1 024 where the base has 16 bits; four times as many without gradients): more are of no use."""
     prefix: Literal["auto", "on", "off"] = "auto"
     """Compute a prompt that a client's sequences have in common once. auto: on where there is no dropout."""
     checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations: less memory, half more work."""
     cuda_graphs: Literal["auto", "off"] = "auto"
-    """On a GPU, record training passes of a few sizes and compute them in one go. auto: where a recording gives the same again,
-    and nothing (dropout, checkpointing, a virtual prompt, the model itself) makes passes differ in more than their numbers."""
+    """On a GPU, record training passes of a few sizes and compute them in one go. auto: where a recording gives the same again in
+    less time, and nothing (dropout, checkpointing, a virtual prompt, the model itself) makes passes differ in more than their
+    numbers."""
     threads: Count | None = None
     """CPU threads, shared out among the passes computed at a time; null: as many as PyTorch takes, within the share of the
     processors that a container is given."""

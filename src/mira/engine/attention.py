@@ -188,8 +188,13 @@ def _probabilities(queries: Tensor, wide_keys: Tensor, tile: Tile, scale: float)
     return scores.softmax(-1).to(queries.dtype)
 
 
+def in_one_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there may be one for all sequences of a pass."""
+    return dtype in _ONE_KERNEL.get(device.type, ())
+
+
 def _one_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    if q.dtype not in _ONE_KERNEL.get(q.device.type, ()) or not q.dtype == k.dtype == v.dtype:
+    if not in_one_kernel(q.device, q.dtype) or not q.dtype == k.dtype == v.dtype:
         return False
     return q.shape[-1] == v.shape[-1] and _agrees(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[-1])
 

@@ -26,6 +26,7 @@ from mira.core.types import Failure, Scores, Trained, Work
 from mira.data.corpus import Corpus
 from mira.data.text import Encoded
 from mira.engine import cuda_graphs
+from mira.engine.attention import in_one_kernel
 from mira.engine.budget import Shares, bytes_a_token, tokens_per_pass
 from mira.engine.carrier import Carrier
 from mira.engine.checkpoint import recomputed
@@ -75,9 +76,11 @@ class BatchedEngine:
 
     @property
     def _recordable(self) -> bool:
-        """Where masks are drawn, layers computed again or placeholders looked for, a pass is not the same each time."""
+        """Where masks are drawn, layers computed again or placeholders looked for, a pass is not the same each time, nor where
+        attention goes in tiles."""
         same = not (self.dropout or self.checkpointing or self.layout.virtual_tokens)
-        return self.cuda_graphs and same and self.model.device.type in cuda_graphs.DEVICES
+        there = self.model.device.type in cuda_graphs.DEVICES and in_one_kernel(self.model.device, self.model.dtype)
+        return self.cuda_graphs and same and there
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
         batches = [self.corpus.batches(round, int(client)) for client in work.client]
@@ -173,13 +176,14 @@ class BatchedEngine:
     def _measuring(self) -> Measuring:
         # Keys and values of an answer are a small part of what training keeps of a token, but not of a layer's input alone.
         most = self.budget if self.checkpointing else FORWARD * self.budget
-        return Measuring(self.carrier, self.budget, most, self._report)
+        return Measuring(self.carrier, self.budget, most, self._report, self._released)
 
     def _accumulate(
         self, part: Jobs, rows: Tensor, grad: Tensor, loss: Tensor,
         dropout: Sequence[torch.Generator] | None, lost: dict[int, str],
     ) -> None:  # fmt: skip
-        """Add the gradient and the loss of one pass. Out of memory: halve the pass; a client that does not fit alone is lost."""
+        """Add the gradient and the loss of one pass. Out of memory: without recordings, then halve the pass; a client that does
+        not fit alone is lost."""
         index = [row for row, _ in part]
         each = unless_out_of_memory(lambda: self._backward(part, rows, grad, dropout))
         if each is not None:
@@ -187,6 +191,9 @@ class BatchedEngine:
             self._report(part)
             return
         grad[index] = 0
+        if self._released():
+            self._accumulate(part, rows, grad, loss, dropout, lost)
+            return
         if len(part) == 1:
             lost[index[0]] = OUT_OF_MEMORY
             return
@@ -198,6 +205,10 @@ class BatchedEngine:
         """One pass forward and back; the mean label loss of each job (float64)."""
         packed = self.carrier.pack(part)
         return (self.replays or self.carrier).learn(packed, Lane(rows, packed.ranges, grad, dropout, packed.predict))
+
+    def _released(self) -> bool:
+        """Whether recordings held memory until now."""
+        return self.replays is not None and self.replays.release()
 
     def _recomputing(self) -> AbstractContextManager[None]:
         """Around all training passes, since threads share the model."""
@@ -220,7 +231,9 @@ class BatchedEngine:
                 self.carrier.learn(packed, Lane(rows, packed.ranges, torch.zeros_like(rows), needed=packed.predict))
 
         each = bytes_a_token({tensor.untyped_storage().data_ptr() for tensor in tensors}, train)
-        return tokens_per_pass(self.model.device, self.model.dtype, each, torch.get_num_threads())
+        return tokens_per_pass(
+            self.model.device, self.model.dtype, each, torch.get_num_threads(), self.replays is not None
+        )
 
     def _report(self, part: Jobs) -> None:
         still_wanted()

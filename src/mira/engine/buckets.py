@@ -47,7 +47,8 @@ class Bucket:
         )  # fmt: skip
 
     def filled(self, packed: Pass) -> Pass:
-        """``packed`` and filler jobs under the first job's row: token 0 at position 0 again and again, the last ones labels."""
+        """``packed`` and filler jobs under the first job's row: its first token again and again, all at position 0, so that what
+        is computed of them is finite where the client's own is; the last ones are labels."""
         at, lacking = len(packed.tokens), self.labels - len(packed.target)
         sizes = _even(self.tokens - at, self.filler)
         assert 1 <= min(sizes) <= max(sizes) <= self.width, "a bucket has room for its filler"
@@ -63,7 +64,7 @@ class Bucket:
         places = torch.tensor(predict, dtype=torch.int64)
         owner = torch.bucketize(places, torch.tensor([s.end for s in segments]), right=True) + sequences
         return replace(
-            packed, tokens=torch.cat([packed.tokens, packed.tokens.new_zeros(sum(sizes))]),
+            packed, tokens=torch.cat([packed.tokens, packed.tokens[:1].expand(sum(sizes))]),
             positions=torch.cat([packed.positions, packed.positions.new_zeros(sum(sizes))]),
             ranges=tuple(ranges), segments=(*packed.segments, *segments), predict=torch.cat([packed.predict, places]),
             target=torch.cat([packed.target, torch.zeros_like(places)]), owner=torch.cat([packed.owner, owner]),

@@ -19,9 +19,9 @@ _OF_USE = {4: 512, 2: 1024}
 _CLIENT = 8  # times as many that one client may bring to each thread
 _GPU = 65536
 _LEAST = 64
-# Of the free memory. What a layer needs for a moment and the backward pass come on top of what is kept; on a GPU a recorded pass
-# keeps its memory too, beside what passes take that are not recorded.
-_SHARE = {"cpu": 0.5, "cuda": 0.3}
+# Of the free memory; what a layer needs for a moment and the backward pass come on top of what is kept.
+_SHARE = 0.5
+_SHARE_RECORDED = 0.3  # recorded passes keep their memory, beside what others take
 _PROBE = 64  # tokens
 
 
@@ -75,11 +75,11 @@ def bytes_a_token(frozen: set[int], train: Callable[[int], None]) -> float:
     return max(peak(2 * _PROBE) - peak(_PROBE), 1) / _PROBE
 
 
-def tokens_per_pass(device: torch.device, dtype: torch.dtype, each: float, threads: int) -> int:
+def tokens_per_pass(device: torch.device, dtype: torch.dtype, each: float, threads: int, recorded: bool = False) -> int:
     """As many tokens at a time as a share of the free memory holds at ``each`` bytes, within what a base of ``dtype`` may need.
     A power of two where memory decides: what is free differs a little from run to run, how they round then seldom does."""
     most = _GPU if device.type == "cuda" else threads * _CLIENT * of_use(dtype)
-    fitting = max(_LEAST, int(_SHARE[device.type] * free_memory(device) / each))
+    fitting = max(_LEAST, int((_SHARE_RECORDED if recorded else _SHARE) * free_memory(device) / each))
     return min(most, 1 << fitting.bit_length() - 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any, TypeVar
@@ -16,38 +17,50 @@ Compute = Callable[[], Tensor]
 _Made = TypeVar("_Made")
 
 
-def rehearse(compute: Compute) -> Tensor:
-    """What it gives. Raises RuntimeError where it would wait for the GPU, which no recording can; on a stream of its own, as
-    PyTorch asks for before a recording."""
-    before, side = torch.cuda.get_sync_debug_mode(), torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.stream(side):
-            found = compute()
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-        torch.cuda.current_stream().wait_stream(side)
-    return found
+class Graphs:
+    """Recordings on one device. Streams of its own: what a library sets aside for a stream lives as long as somebody's
+    recordings, so those of two engines must not share one."""
 
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.rehearsing, self.recording = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.pool: Any = None
 
-def record(compute: Compute, pool: Any) -> tuple[Callable[[], None], Tensor]:
-    """What computes the same again from what then is in the same memory, and where its result will lie. ``pool``: memory that
-    recordings have in common, since they are never computed at a time."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        out = compute()
-    return graph.replay, out
+    def rehearse(self, compute: Compute) -> Tensor:
+        """What it gives. Raises RuntimeError where it would wait for the GPU, which no recording can; beside the usual stream,
+        as PyTorch asks for before a recording."""
+        with torch.cuda.device(self.device), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode")  # it says that it is a prototype
+            usual, before = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
+            self.rehearsing.wait_stream(usual)
+            try:
+                torch.cuda.set_sync_debug_mode("error")
+                with torch.cuda.stream(self.rehearsing):
+                    found = compute()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+                usual.wait_stream(self.rehearsing)
+        return found
 
+    def record(self, compute: Compute, first: bool) -> tuple[Callable[[], None], Tensor]:
+        """What computes the same again from what then is in the same memory, and where its result will lie. Recordings have
+        their memory in common, since they are never computed at a time; ``first``: none of them is there any more."""
+        if first:
+            self.pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device):
+            usual = torch.cuda.current_stream()
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.recording):
+                    out = compute()
+            finally:
+                torch.cuda.set_stream(usual)  # which a recording that failed has not gone back to
+        return graph.replay, out
 
-def pool() -> Any:
-    return torch.cuda.graph_pool_handle()
-
-
-def timed(compute: Callable[[], _Made]) -> tuple[_Made, float]:
-    """What it gives, and the seconds until the GPU has it."""
-    torch.cuda.synchronize()
-    start = perf_counter()
-    made = compute()
-    torch.cuda.synchronize()
-    return made, perf_counter() - start
+    def timed(self, compute: Callable[[], _Made]) -> tuple[_Made, float]:
+        """What it gives, and the seconds until the GPU has it."""
+        torch.cuda.synchronize(self.device)
+        start = perf_counter()
+        made = compute()
+        torch.cuda.synchronize(self.device)
+        return made, perf_counter() - start

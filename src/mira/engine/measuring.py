@@ -33,12 +33,13 @@ _Found = TypeVar("_Found")
 @dataclass(frozen=True)
 class Measuring:
     """``budget``: tokens of all training passes at a time; ``most``: of all passes without gradients. ``report``: called with
-    the passes done."""
+    the passes done. ``release``: gives back memory that is held for training; whether there was any."""
 
     carrier: Carrier
     budget: int
     most: int
     report: Callable[[Jobs], None]
+    release: Callable[[], bool]
 
     def score(self, rows: Tensor, sequences: Sequence[Sequence[Encoded]]) -> tuple[Tensor, Tensor]:
         """Summed loss (nats, float64) and label tokens of every sequence, row by row in the given order."""
@@ -109,6 +110,8 @@ class Measuring:
         if found is not None:
             self.report(part)
             return [(part, found)]
+        if self.release():
+            return self._measure(compute, part)
         pieces = halves(part)
         if not pieces:
             raise torch.OutOfMemoryError("out of memory over a single sequence; lower prompt.max_length")

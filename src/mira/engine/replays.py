@@ -6,11 +6,9 @@ A pass over many clients is some five thousand kernels, which take longer to lau
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -21,14 +19,18 @@ from mira.engine import cuda_graphs
 from mira.engine.attention import Packed, Segment
 from mira.engine.buckets import Bucket
 from mira.engine.carrier import Carrier, Inputs
+from mira.engine.memory import is_out_of_memory
 from mira.engine.packing import Pass
 from mira.engine.varlen import Spans
 
 log = logging.getLogger(__name__)
 
-_MOST = 16  # recordings, each of some thousand kernels
-# Of the largest gradient: rounding in 16 bits and sums in another order stay far below, another pass does not.
+_MOST = 16  # recordings that are tried, each of some thousand kernels
+# Of a client's largest gradient: rounding in 16 bits and sums in another order stay far below, another pass does not.
 _LIKE = 0.05
+_NOT_RECORDED = (
+    "training passes are not recorded any more (engine.cuda_graphs), but computed one operation at a time: %s"
+)
 
 
 @dataclass(frozen=True)
@@ -83,25 +85,34 @@ class Replays:
     up costs time."""
 
     carrier: Carrier
-    met: Counter[Bucket] = field(default_factory=Counter)
+    met: set[Bucket] = field(default_factory=set)
+    tried: set[Bucket] = field(default_factory=set)
     recordings: dict[Bucket, Recording] = field(default_factory=dict)
-    # Rows and gradients of recordings, by the number of jobs: the same memory for all, since they are never computed at a time.
-    memory: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    off: bool = False
+    # Rows and gradients that recordings have in common, since they are never computed at a time.
+    memory: tuple[Tensor, Tensor] | None = None
+    closed: bool = False  # nothing more is recorded
 
     def learn(self, packed: Pass, lane: Lane) -> Tensor:
-        """What ``Carrier.learn`` gives."""
-        if self.off:
+        """What ``Carrier.learn`` gives, where a client's gradient in ``lane.grad`` is zero before."""
+        if self.closed and not self.recordings:
             return self.carrier.learn(packed, lane)
         bucket = Bucket.of(packed)
         if bucket in self.recordings:
             return self._replayed(self.recordings[bucket], bucket, packed, lane)
-        self.met[bucket] += 1
-        if self.met[bucket] != 2 or len(self.recordings) == _MOST:
-            return self.carrier.learn(packed, lane)
-        loss, seconds = cuda_graphs.timed(lambda: self.carrier.learn(packed, lane))
-        self._record(bucket, packed, lane, seconds)
+        loss = self.carrier.learn(packed, lane)
+        if bucket not in self.met:
+            self.met.add(bucket)
+        elif not (self.closed or bucket in self.tried or len(self.tried) == _MOST):
+            self.tried.add(bucket)
+            self._try(bucket, packed, lane, loss)
         return loss
+
+    def release(self) -> bool:
+        """Give back the memory of all recordings, for good; whether there was any."""
+        held = self.memory is not None
+        self.closed, self.memory = True, None
+        self.recordings.clear()
+        return held
 
     def _replayed(self, recording: Recording, bucket: Bucket, packed: Pass, lane: Lane) -> Tensor:
         laid = _Laid.of(bucket, packed)
@@ -115,31 +126,45 @@ class Replays:
         lane.grad.index_add_(0, index, recording.grad)
         return recording.loss[: bucket.jobs].clone()
 
-    def _record(self, bucket: Bucket, packed: Pass, lane: Lane, seconds: float) -> None:
-        """Keep a recording of passes like ``packed`` where it gives what such a pass gives at once, in less than its ``seconds``.
-        Nothing is recorded any more where that is not possible."""
+    def _try(self, bucket: Bucket, packed: Pass, lane: Lane, loss: Tensor) -> None:
+        """Keep a recording of passes like ``packed`` where it gives the same ``loss`` [J] and gradients, which are in the lane,
+        in less time. Where it does not give the same, or there is no recording such passes, nothing is recorded any more."""
         laid = _Laid.of(bucket, packed)
         if laid is None:
             return
+        assert lane.grad is not None
+        index = _rows(packed, lane)
+        grad = lane.grad[index]
         try:
-            recording, faster = self._recorded(bucket, laid, lane.rows[_rows(packed, lane)], seconds)
-        except (RuntimeError, AssertionError) as error:
-            log.warning(
-                "training passes are not recorded (engine.cuda_graphs), but computed one operation at a time: %s",
-                str(error).splitlines()[0],
-            )
-            self.off = True
-            self.recordings.clear()
-            self.memory.clear()
-            return
-        if faster:
-            self.recordings[bucket] = recording
+            recording = self._recorded(bucket, laid, lane.rows[index])
+            again = partial(self._again, lane, index)
+            found, _ = again(lambda: self._replayed(recording, bucket, packed, lane))
+            if not (_alike(found[:, None], loss[:, None]) and _alike(lane.grad[index], grad)):
+                raise RuntimeError("a recording gave other gradients")
+            _, replayed = again(lambda: self._replayed(recording, bucket, packed, lane))
+            _, plain = again(lambda: self.carrier.learn(packed, replace(lane, ready={})))
+        except RuntimeError as error:
+            log.warning(_NOT_RECORDED, str(error).splitlines()[0])
+            self.closed = True
+            if not is_out_of_memory(error):
+                self.release()
+        else:
+            if replayed < plain:
+                self.recordings[bucket] = recording
+        finally:
+            lane.grad[index] = grad
 
-    def _recorded(self, bucket: Bucket, laid: _Laid, rows: Tensor, seconds: float) -> tuple[Recording, bool]:
+    def _again(self, lane: Lane, index: Tensor, compute: Callable[[], Tensor]) -> tuple[Tensor, float]:
+        assert lane.grad is not None
+        lane.grad[index] = 0
+        return self._graphs.timed(compute)
+
+    def _recorded(self, bucket: Bucket, laid: _Laid, rows: Tensor) -> Recording:
+        """Its loss and gradients are not numbers before the first replay."""
         given = tuple(sent(tensor, rows.device).clone() for tensor in laid.tensors)
-        if bucket.jobs not in self.memory:
-            self.memory[bucket.jobs] = torch.empty_like(rows), torch.empty_like(rows)
-        own, grad = self.memory[bucket.jobs]
+        if self.memory is None or len(self.memory[0]) < bucket.jobs:
+            self.memory = torch.empty_like(rows), torch.empty_like(rows)
+        own, grad = (whole[: bucket.jobs] for whole in self.memory)
         own.copy_(rows)
         here = laid.at(given)
         lane = Lane(own, laid.ranges, grad, laid=here.blocks)
@@ -149,20 +174,24 @@ class Replays:
             grad.zero_()
             return self.carrier.learn_from(here.inputs, attention, lane)
 
-        loss = cuda_graphs.rehearse(compute)
+        self._graphs.rehearse(compute)
         if attention.tiles:
             raise RuntimeError("attention goes in tiles")
-        expected = loss.clone(), grad.clone()
-        replay, loss = cuda_graphs.record(compute, self._pool)
-        replay()
-        for found, wanted in zip((loss, grad), expected, strict=True):
-            size = wanted.abs().nan_to_num(0, 0).max()  # what is not finite must be so in both
-            torch.testing.assert_close(found, wanted, rtol=0, atol=_LIKE * float(size), equal_nan=True)
-        return Recording(given, own, grad, loss, replay), cuda_graphs.timed(replay)[1] < seconds
+        replay, loss = self._graphs.record(compute, not self.recordings)
+        for result in (loss, grad):
+            result.fill_(torch.nan)
+        return Recording(given, own, grad, loss, replay)
 
     @cached_property
-    def _pool(self) -> Any:
-        return cuda_graphs.pool()
+    def _graphs(self) -> cuda_graphs.Graphs:
+        return cuda_graphs.Graphs(self.carrier.device)
+
+
+def _alike(found: Tensor, wanted: Tensor) -> bool:
+    """Row by row of [J,n]; what is not a number is so in both."""
+    size = wanted.abs().nan_to_num(0, 0).amax(1, keepdim=True)
+    same = ((found - wanted).abs() <= _LIKE * size) | (found.isnan() & wanted.isnan())
+    return bool(same.all())
 
 
 def _rows(packed: Pass, lane: Lane) -> Tensor:
