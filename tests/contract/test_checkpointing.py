@@ -108,19 +108,18 @@ def test_only_the_inputs_of_layers_are_kept(kind: str, monkeypatch: pytest.Monke
     kept: dict[bool, int] = {}
     for on in (False, True):
         engine: Any = make_engine("batched", kind, RandomCorpus((1, 1)), Training(local_steps=1), checkpointing=on)
-        body = Carrier.read
+        body = Carrier.hidden
 
-        def measured(self: Any, packed: Any, on: bool = on, body: Any = body) -> Tensor:
+        def measured(self: Any, tokens: Tensor, *rest: Any, on: bool = on, body: Any = body) -> Tensor:
             with counted(self.model) as bytes_:
-                hidden: Tensor = body(self, packed)
+                hidden: Tensor = body(self, tokens, *rest)
             kept[on] = sum(bytes_.values())
-            tokens = len(packed.tokens)
             # Inputs of two layers and of the last norm with what it keeps, angles, and indices: a few times T·d.
-            assert not on or kept[on] <= 8 * tokens * 32 * 4
+            assert not on or kept[on] <= 8 * len(tokens) * 32 * 4
             return hidden
 
         with monkeypatch.context() as patch:
-            patch.setattr(Carrier, "read", measured)
+            patch.setattr(Carrier, "hidden", measured)
             engine.train(Work(torch.arange(2), warm_row(engine.layout).expand(2, -1)), 0, 1e-3)
     assert kept[True] < kept[False] / 4
 
