@@ -123,11 +123,11 @@ class Graphs:
     """In the place of ``cuda_graphs.Graphs``."""
 
     def __init__(self, device: torch.device) -> None:
-        self.pool: object = None
+        pass
 
-    def rehearse(self, compute: Callable[[], Tensor]) -> Tensor:
+    def rehearse(self, compute: Callable[[], Tensor]) -> None:
         with Tape():
-            return compute()
+            compute()
 
     def record(self, compute: Callable[[], Tensor], first: bool) -> tuple[Callable[[], None], Tensor]:
         with Tape() as tape:

@@ -59,6 +59,11 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 @pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_way.take(monkeypatch)
+
+
+@pytest.fixture
 def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The jobs of each pass that was replayed, other than to try a recording."""
     found: list[int] = []
@@ -86,6 +91,19 @@ def batched(kind: str, dtype: torch.dtype, device: str, corpus: Any = None, **op
     return engine
 
 
+def against_the_oracle(kind: str = "llama", corpus: Any = None) -> BatchedEngine:
+    """An engine on the stand-ins that has trained a round as the oracle does."""
+    engine = batched(kind, torch.float64, "cpu", corpus)
+    oracle = make_engine("reference", kind, corpus or Steady(), TRAINING, torch.float64)
+    assert _error(engine, oracle, work_on(engine), 0) <= LIMIT[torch.float64]
+    return engine
+
+
+def replays_of(engine: BatchedEngine) -> replays.Replays:
+    assert engine.replays is not None
+    return engine.replays
+
+
 def work_on(engine: BatchedEngine) -> Work:
     rows = torch.stack([warm_row(engine.layout, seed) for seed in range(3)])
     return Work(torch.arange(3), rows.to(torch.promote_types(engine.model.dtype, torch.float32)))
@@ -104,9 +122,8 @@ def test_recorded_passes_train_as_the_oracle_does(
     limit = LIMIT[precise] if device == "cpu" else 1.5 * _error(plain, oracle, work, 0)
     for round in range(2):
         assert _error(engine, oracle, work, round) <= limit
-        assert engine.replays is not None
-        assert not engine.replays.closed
-        assert len(engine.replays.recordings) == 2
+        assert not replays_of(engine).closed
+        assert len(replays_of(engine).recordings) == 2
     assert replayed == [3] * (2 * STEPS - 4)  # of each size the first is computed as it is, the second recorded
     assert plain.replays is None
 
@@ -120,16 +137,13 @@ def _error(engine: Any, oracle: Any, work: Work, round: int) -> float:
 
 def test_cohorts_that_come_and_go_are_recorded_apart(device: str, precise: torch.dtype, replayed: list[int]) -> None:
     """Another number of clients is another bucket; rows are the pass's own, wherever they are in the cohort's."""
-    engine, oracle = (
-        batched("llama", precise, device),
-        make_engine("reference", "llama", Steady(), TRAINING, torch.float64),
-    )
+    engine = batched("llama", precise, device)
+    oracle = make_engine("reference", "llama", Steady(), TRAINING, model=make_tiny("llama", precise))
     whole = work_on(engine)
     for chosen in ([0, 1, 2], [2, 0], [1, 2]):
         work = Work(whole.client[chosen], whole.start[chosen])
         assert _error(engine, oracle, work, 0) <= (LIMIT[precise] if device == "cpu" else 0.2)
-    assert engine.replays is not None
-    assert {bucket.jobs for bucket in engine.replays.recordings} == set(replayed) == {2, 3}
+    assert {bucket.jobs for bucket in replays_of(engine).recordings} == set(replayed) == {2, 3}
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -177,6 +191,7 @@ def _filler_counts(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Inputs, "of", staticmethod(lambda packed, jobs=None: whole(packed)))
 
 
+@pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize(
     ("kind", "broken", "why"),
     [
@@ -190,18 +205,12 @@ def test_what_cannot_be_recorded_is_computed_as_it_is(
     kind: str, broken: Callable[[pytest.MonkeyPatch], None], why: str, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    gpu_way.take(monkeypatch)
     broken(monkeypatch)
-    engine, oracle = (
-        batched(kind, torch.float64, "cpu"),
-        make_engine("reference", kind, Steady(), TRAINING, torch.float64),
-    )
     with caplog.at_level(logging.WARNING):
-        assert _error(engine, oracle, work_on(engine), 0) <= LIMIT[torch.float64]
-    assert engine.replays is not None
-    assert engine.replays.closed
-    assert not engine.replays.recordings
-    assert engine.replays.memory is None
+        found = replays_of(against_the_oracle(kind))
+    assert found.closed
+    assert not found.recordings
+    assert found.memory is None
     (line,) = [r.getMessage() for r in caplog.records if r.name == "mira.engine.replays"]
     assert line.startswith(
         "training passes are not recorded any more (engine.cuda_graphs), but computed one operation at a time: "
@@ -210,10 +219,10 @@ def test_what_cannot_be_recorded_is_computed_as_it_is(
     assert "\n" not in line
 
 
+@pytest.mark.usefixtures("stand_ins")
 def test_memory_that_runs_out_over_a_recording_leaves_those_there_are(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, replayed: list[int]
 ) -> None:
-    gpu_way.take(monkeypatch)
     real, recorded = gpu_way.Graphs.record, 0
 
     def scarce(*given: Any) -> Any:
@@ -224,32 +233,20 @@ def test_memory_that_runs_out_over_a_recording_leaves_those_there_are(
         return real(*given)
 
     monkeypatch.setattr(gpu_way.Graphs, "record", scarce)
-    engine, oracle = (
-        batched("llama", torch.float64, "cpu"),
-        make_engine("reference", "llama", Steady(), TRAINING, torch.float64),
-    )
     with caplog.at_level(logging.WARNING):
-        assert _error(engine, oracle, work_on(engine), 0) <= LIMIT[torch.float64]
-    assert engine.replays is not None
-    assert (engine.replays.closed, len(engine.replays.recordings)) == (True, 1)
-    assert (
-        len(replayed) == 2
-    )  # of eight steps every other one is of the size that was recorded, two of them before that
+        found = replays_of(against_the_oracle())
+    assert (found.closed, len(found.recordings)) == (True, 1)
+    # Of eight steps every other one is of the size that was recorded, and two of them come before that.
+    assert len(replayed) == 2
     assert "at a time: out of memory, pretend" in caplog.text
 
 
+@pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("way", ["train", "evaluate"])
 def test_memory_that_runs_out_takes_that_of_recordings_first(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is lost who would have fitted without them."""
-    gpu_way.take(monkeypatch)
-    engine, oracle = (
-        batched("llama", torch.float64, "cpu"),
-        make_engine("reference", "llama", Steady(), TRAINING, torch.float64),
-    )
-    work, hidden = work_on(engine), Carrier.hidden
-    engine.train(work, 0, 1e-3)
-    held = engine.replays
-    assert held is not None
+    engine, hidden = against_the_oracle(), Carrier.hidden
+    work, held = work_on(engine), replays_of(engine)
     assert held.recordings
 
     def scarce(self: Carrier, *given: Any) -> Tensor:
@@ -262,15 +259,16 @@ def test_memory_that_runs_out_takes_that_of_recordings_first(way: str, monkeypat
         other = replace(work, client=work.client[:2], start=work.start[:2])
         assert not engine.train(other, 1, 1e-3).failed
     else:
-        sequences = [[s for s in Steady().batches(0, n)[0]] for n in range(3)]
+        sequences = [Steady().batches(0, n)[0] for n in range(3)]
+        oracle = make_engine("reference", "llama", Steady(), TRAINING, torch.float64)
         found, wanted = (one.score(work.start, sequences)[0] for one in (engine, oracle))
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=0)
     assert not held.recordings
 
 
+@pytest.mark.usefixtures("stand_ins")
 def test_a_recording_that_is_not_faster_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """And is tried once for each size, of which there are not more than a few, however many are met."""
-    gpu_way.take(monkeypatch)
     monkeypatch.setattr(gpu_way.Graphs, "timed", lambda self, compute: (compute(), 1.0))
     monkeypatch.setattr(replays, "_MOST", 3)
     recorded, real = 0, gpu_way.Graphs.record
@@ -283,33 +281,21 @@ def test_a_recording_that_is_not_faster_is_not_used(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(gpu_way.Graphs, "record", counted)
     for corpus, times in ((Steady(), 2), (RandomCorpus((60, 50, 60)), 3)):
         recorded = 0
-        engine, oracle = (
-            batched("llama", torch.float64, "cpu", corpus),
-            make_engine("reference", "llama", corpus, TRAINING, torch.float64),
-        )
-        assert _error(engine, oracle, work_on(engine), 0) <= LIMIT[torch.float64]
-        assert engine.replays is not None
-        assert not engine.replays.closed
-        assert not engine.replays.recordings
+        found = replays_of(against_the_oracle(corpus=corpus))
+        assert not found.closed
+        assert not found.recordings
         assert recorded == times
 
 
+@pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("kind", ["mixed ranks", "proximal", "kept optimiser", "two passes a step"])
-def test_every_kind_of_training_is_recorded(kind: str, monkeypatch: pytest.MonkeyPatch, replayed: list[int]) -> None:
-    gpu_way.take(monkeypatch)
+def test_every_kind_of_training_is_recorded(kind: str, replayed: list[int]) -> None:
     training = replace(TRAINING, keep_optimizer=kind == "kept optimiser")
     layout = layout_on("llama")
     found = []
     for on in (True, False):
-        engine = batched(
-            "llama",
-            torch.float64,
-            "cpu",
-            cuda_graphs=on,
-            tokens_per_pass=200 if "two" in kind else 4096,
-            layout=layout,
-            training=training,
-        )
+        options = {"tokens_per_pass": 200 if "two" in kind else 4096, "layout": layout, "training": training}
+        engine = batched("llama", torch.float64, "cpu", cuda_graphs=on, **options)
         work = work_on(engine)
         if kind == "mixed ranks":
             for entry in layout.entries:
@@ -327,26 +313,21 @@ def test_every_kind_of_training_is_recorded(kind: str, monkeypatch: pytest.Monke
     assert set(replayed) == ({1, 2} if "two" in kind else {3})
 
 
+@pytest.mark.usefixtures("stand_ins")
 def test_no_more_recordings_than_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu_way.take(monkeypatch)
     monkeypatch.setattr(replays, "_MOST", 1)
-    engine, oracle = (
-        batched("llama", torch.float64, "cpu"),
-        make_engine("reference", "llama", Steady(), TRAINING, torch.float64),
-    )
-    assert _error(engine, oracle, work_on(engine), 0) <= LIMIT[torch.float64]
-    assert engine.replays is not None
-    assert len(engine.replays.recordings) == 1
-    assert not engine.replays.closed
+    found = replays_of(against_the_oracle())
+    assert len(found.recordings) == 1
+    assert not found.closed
 
 
+@pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize(
     "options", [{"dropout": 0.1, "prefix": False}, {"checkpointing": True}, {"cuda_graphs": False}]
 )
 def test_what_differs_from_pass_to_pass_is_never_recorded(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any],
 ) -> None:
-    gpu_way.take(monkeypatch)
     assert batched("llama", torch.float32, "cpu", **options).replays is None
 
 

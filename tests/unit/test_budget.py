@@ -47,6 +47,8 @@ def test_a_pass_takes_half_of_what_is_free_within_bounds(monkeypatch: pytest.Mon
     assert 2**20 < budget.free_memory(cpu) < 2**50
     monkeypatch.setattr(budget, "free_memory", lambda device: 1000 * 2**20)
     assert [tokens_per_pass(cpu, torch.float32, mib * 2**20, 2) for mib in (100, 1, 0.01)] == [64, 256, 2 * 8 * 512]
+    beside_recordings = [tokens_per_pass(cpu, torch.float32, 1.2 * 2**20, 2, recorded) for recorded in (False, True)]
+    assert beside_recordings == [256, 128]  # of 416 and 250
     assert tokens_per_pass(cpu, torch.float32, 1, 3) == 3 * 8 * 512
     assert tokens_per_pass(cpu, torch.bfloat16, 1, 1) == 8 * 1024
 

@@ -11,8 +11,8 @@ from mira.engine.attention import Segment
 from mira.engine.packing import Pass
 from mira.engine.varlen import Spans
 
-# Sizes from one power of two to the next. A token of filler costs as much as another, so at most an eighth of them is; of labels,
-# which are few, and of places in the adapters' products a quarter may be, for the sake of fewer buckets.
+# Sizes from one power of two to the next. A token of filler costs as much as another, so a step of tokens is an eighth at most;
+# that of labels, which are few, and of places in the adapters' products is a quarter, for the sake of fewer buckets.
 _FINE, _COARSE = 8, 4
 
 

@@ -115,7 +115,7 @@ class Carrier:
         """Last hidden states [T,d] of ``tokens`` and ``positions`` [T], on the device."""
         out = self.model.base_model(
             input_ids=tokens[None], position_ids=positions[None], use_cache=False, packed=packed
-        )  # fmt: skip
+        )
         return out.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def read(self, packed: Pass) -> Tensor:
@@ -127,6 +127,7 @@ class Carrier:
         return self.learn_from(Inputs.of(packed).sent(self.device), Packed(packed.segments), lane)
 
     def learn_from(self, given: Inputs, packed: Packed, lane: Lane) -> Tensor:
+        """``learn`` from what is on the device already: the same operations whatever the numbers in ``given`` are."""
         with self.lane(lane):
             hidden = self.hidden(given.tokens, given.positions, packed)[given.predict]
             each = LabelLoss.apply(hidden, self.head, given.target)  # type: ignore[no-untyped-call]

@@ -26,9 +26,9 @@ class Graphs:
         self.rehearsing, self.recording = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self.pool: Any = None
 
-    def rehearse(self, compute: Compute) -> Tensor:
-        """What it gives. Raises RuntimeError where it would wait for the GPU, which no recording can; beside the usual stream,
-        as PyTorch asks for before a recording."""
+    def rehearse(self, compute: Compute) -> None:
+        """Once beside the usual stream, as PyTorch asks for before a recording. Raises RuntimeError where it would wait for the
+        GPU, which no recording can."""
         with torch.cuda.device(self.device), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Synchronization debug mode")  # it says that it is a prototype
             usual, before = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
@@ -36,11 +36,10 @@ class Graphs:
             try:
                 torch.cuda.set_sync_debug_mode("error")
                 with torch.cuda.stream(self.rehearsing):
-                    found = compute()
+                    compute()
             finally:
                 torch.cuda.set_sync_debug_mode(before)
                 usual.wait_stream(self.rehearsing)
-        return found
 
     def record(self, compute: Compute, first: bool) -> tuple[Callable[[], None], Tensor]:
         """What computes the same again from what then is in the same memory, and where its result will lie. Recordings have
