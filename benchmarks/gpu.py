@@ -88,7 +88,7 @@ def random_workload(config: LlamaConfig, crowd: Crowd, device: torch.device, dty
         [0.5] * crowd.clients, crowd.batch, config.vocab_size, crowd.length, crowd.length // 8, STEPS
     )
     engine = BatchedEngine(
-        model=model, pad=0, end=0, decode=str, layout=layout, dropout=0.0, corpus=corpus,
+        model=model, pad=0, stops=frozenset([0]), decode=str, layout=layout, dropout=0.0, corpus=corpus,
         training=Training(lr=LR, local_steps=STEPS, batch_size=crowd.batch, clip=None), seed=0, tokens_per_pass=None,
         prefix=True,
     )  # fmt: skip

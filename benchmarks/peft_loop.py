@@ -64,7 +64,7 @@ def evaluate(peft: PeftModel, workload: Workload, rows: Tensor, split: str, batc
 @torch.no_grad()
 def generate(peft: PeftModel, workload: Workload, rows: Tensor, split: str, limit: int, new: int) -> list[list[str]]:
     """Greedy answers, all prompts of a client in one left-padded batch."""
-    pad, end = workload.made.pad, workload.made.end
+    pad, stops = workload.made.pad, sorted(workload.made.stops)
     answers = []
     for k in workload.clients:
         _load(peft, workload.made.layout, rows[k])
@@ -77,7 +77,7 @@ def generate(peft: PeftModel, workload: Workload, rows: Tensor, split: str, limi
             mask[i, width - len(prompt) :] = 1
         out = peft.generate(  # type: ignore[no-untyped-call]
             input_ids=ids.to(peft.device), attention_mask=mask.to(peft.device), max_new_tokens=new, do_sample=False,
-            pad_token_id=pad, eos_token_id=end, repetition_penalty=1.0,
+            pad_token_id=pad, eos_token_id=stops, repetition_penalty=1.0,
         )  # fmt: skip
         answers.append([workload.made.decode(line) for line in out[:, width:].tolist()])
     return answers

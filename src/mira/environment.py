@@ -8,7 +8,6 @@ import json
 import logging
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -78,7 +77,7 @@ def _fingerprint(federation: Federation) -> str:
     digest = hashlib.sha256()
     for client in federation.clients:
         for split in ("train", "validation", "test"):
-            digest.update(json.dumps([client.name, split, [asdict(e) for e in client.split(split)]]).encode())
+            digest.update(json.dumps([client.name, split, [e.content for e in client.split(split)]]).encode())
     return digest.hexdigest()
 
 

@@ -175,7 +175,7 @@ def open_session(
         prefix = False
     on_top = Layout(()) if isinstance(adapter, SeedsAdapter) else layout  # seeds are in the weights
     common = partial(
-        dict[str, Any], model=base.model, pad=base.tokenizer.pad_token_id, end=base.tokenizer.eos_token_id,
+        dict[str, Any], model=base.model, pad=base.tokenizer.pad_token_id, stops=frozenset([base.tokenizer.eos_token_id]),
         decode=partial(_decode, base.tokenizer), layout=on_top, dropout=dropout, corpus=corpus,
         training=training, seed=experiment.seed, kept=kept, progress=progress,
         checkpointing=experiment.engine.checkpointing,

@@ -80,7 +80,8 @@ def make_engine(
 ) -> BatchedEngine | ReferenceEngine:
     layout = options.pop("layout", None) or layout_on(kind)
     shared: dict[str, Any] = {
-        "model": options.pop("model", None) or make_tiny(kind, dtype), "pad": VOCABULARY[PAD], "end": VOCABULARY[EOS],
+        "model": options.pop("model", None) or make_tiny(kind, dtype), "pad": VOCABULARY[PAD],
+        "stops": frozenset([VOCABULARY[EOS]]),
         "decode": lambda tokens: " ".join(map(str, tokens)), "layout": layout, "dropout": options.pop("dropout", 0.0),
         "corpus": corpus, "training": training, "seed": 0, "checkpointing": options.pop("checkpointing", False),
     }  # fmt: skip

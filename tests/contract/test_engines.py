@@ -157,7 +157,7 @@ def test_answers_that_end_early_are_left_out_of_later_steps(kind: str, monkeypat
     corpus, training = RandomCorpus((1, 1, 1)), Training(local_steps=1)
     made = make_engine("batched", kind, corpus, training, torch.float64)
     assert isinstance(made, BatchedEngine)
-    engine = replace(made, end=-1)  # no answer ends
+    engine = replace(made, stops=frozenset([10_000]))  # no answer ends
     rows = torch.stack([warm_row(engine.layout, seed) for seed in range(3)]).double()
     long = [[text.split() for text in job] for job in engine.generate(rows, torch.arange(3), "test", None, 24)]
     places = Counter(token for job in long for answer in job for token in set(answer[1:]))
@@ -170,7 +170,7 @@ def test_answers_that_end_early_are_left_out_of_later_steps(kind: str, monkeypat
     monkeypatch.setattr(
         Decode, "attend", lambda self, layer, q, *rest: [sizes.append(len(q)), attend(self, layer, q, *rest)][1]
     )
-    assert replace(engine, end=int(end)).generate(rows, torch.arange(3), "test", None, 24) == expected
+    assert replace(engine, stops=frozenset([int(end)])).generate(rows, torch.arange(3), "test", None, 24) == expected
     assert sizes[-1] < sizes[0] == len(lengths)
     assert sum(sizes) < 0.9 * len(lengths) * len(sizes)
 

@@ -42,7 +42,7 @@ def test_batched_equals_reference_on_smollm2(smollm2: Base) -> None:
 
     def shared(steps: int) -> dict[str, Any]:
         return {
-            "model": smollm2.model, "pad": smollm2.tokenizer.pad_token_id, "end": smollm2.tokenizer.eos_token_id,
+            "model": smollm2.model, "pad": smollm2.tokenizer.pad_token_id, "stops": frozenset([smollm2.tokenizer.eos_token_id]),
             "decode": smollm2.tokenizer.decode, "layout": layout, "dropout": 0.0,
             "corpus": Corpus(federation, Encoder(smollm2.tokenizer, "plain", 256), 2, steps, None),
             "training": Training(lr=lr, local_steps=steps, batch_size=2), "seed": 0,

@@ -179,9 +179,11 @@ def sliding(kind: str) -> PreTrainedModel:
     return model.requires_grad_(False).eval()
 
 
-def engine_on(model: PreTrainedModel, layout: Any, prefix: bool, end: int = 0, budget: int = 4096) -> BatchedEngine:
+def engine_on(
+    model: PreTrainedModel, layout: Any, prefix: bool, stops: frozenset[int] = frozenset([0]), budget: int = 4096
+) -> BatchedEngine:
     return BatchedEngine(
-        model, VOCABULARY[PAD], end, lambda tokens: " ".join(map(str, tokens)), layout, 0.0, CORPUS,
+        model, VOCABULARY[PAD], stops, lambda tokens: " ".join(map(str, tokens)), layout, 0.0, CORPUS,
         Training(local_steps=1), 0, budget, prefix,
     )  # fmt: skip
 
@@ -261,7 +263,9 @@ def test_answers_equal_transformers_own_over_several_growths_of_the_cache(kind: 
         oracle.append(out[0, len(prompt) :].tolist())
     never = 10_000  # no token of the vocabulary ends an answer
     layout = Lora(2, 4.0, targets=("q_proj",)).layout(model)
-    engine = engine_on(model, layout, prefix, end=never, budget=60)  # and the client is spread over passes
+    engine = engine_on(
+        model, layout, prefix, stops=frozenset([never]), budget=60
+    )  # and the client is spread over passes
     answers = engine.answer(start_row(layout, 0)[None], [prompts], 80)
     assert answers == [[" ".join(map(str, tokens)) for tokens in oracle]]
     assert len(set(answers[0])) == 3
@@ -272,8 +276,10 @@ def test_an_answer_ends_at_its_end_token() -> None:
     prompts = [list(s.tokens) for s in turns([1, 7, 25])]
     layout = Lora(2, 4.0, targets=("q_proj",)).layout(model)
     row = start_row(layout, 0)[None]
-    whole = [a.split() for a in engine_on(model, layout, True, end=10_000).answer(row, [prompts], 20)[0]]
+    whole = [a.split() for a in engine_on(model, layout, True, stops=frozenset([10_000])).answer(row, [prompts], 20)[0]]
     end = whole[1][4]  # some token that is said
-    ended = engine_on(make_tiny("llama", torch.float64), layout, True, end=int(end)).answer(row, [prompts], 20)[0]
+    ended = engine_on(make_tiny("llama", torch.float64), layout, True, stops=frozenset([int(end)])).answer(
+        row, [prompts], 20
+    )[0]
     assert [a.split() for a in ended] == [w[: w.index(end)] if end in w else w for w in whole]
     assert len(ended[1].split()) <= 4

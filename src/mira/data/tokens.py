@@ -50,11 +50,7 @@ def key(federation: Federation, encoder: Encoder) -> str | None:
     digest.update(b"".join(Path(str(module)).read_bytes() for module in (text.__file__, __file__)))
     for client in federation.clients:
         for split in SPLITS:
-            texts = [
-                [e.instruction, e.input, e.output, [[m.role, m.content] for m in e.messages]]
-                for e in client.split(split)
-            ]
-            digest.update(json.dumps(texts).encode())
+            digest.update(json.dumps([e.content for e in client.split(split)]).encode())
     return digest.hexdigest()
 
 

@@ -3,30 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
 class Message:
-    role: str  # "system", "user" or "assistant"
+    """One turn. ``learned``: false for an assistant turn that is context alone (``weight: 0``). ``more``: further keys of the
+    turn that chat templates read (tool_calls, tool_call_id, name, reasoning_content), as a JSON object in text; "" for none."""
+
+    role: str  # "system", "user", "assistant" or "tool"
     content: str
+    learned: bool = True
+    more: str = ""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One item. With ``messages`` (the last one the assistant's, repeated in ``output``) the other fields are empty."""
+    """One item. With ``messages`` (the last one the assistant's, repeated in ``output``) ``instruction`` and ``input`` are empty.
+
+    ``raw``: ``instruction`` is a prompt to be continued as it stands, without a template (prompt + completion). ``tools``: what
+    may be called, as a JSON list in text; "" for none. ``place``: where it was read, "file:line", for messages; it is no part
+    of what the example is.
+    """
 
     instruction: str
     input: str
     output: str
     messages: tuple[Message, ...] = ()
+    raw: bool = False
+    tools: str = ""
+    place: str = field(default="", compare=False)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """All that decides its tokens, for digests; what few examples have is left out where it is not there, so that the digest
+        of an older run is found again."""
+        turns = [_without(asdict(m), {"learned": True, "more": ""}) for m in self.messages]
+        given = {"instruction": self.instruction, "input": self.input, "output": self.output, "messages": turns}
+        return given | _without({"raw": self.raw, "tools": self.tools}, {"raw": False, "tools": ""})
 
     @property
     def key(self) -> tuple[str, ...]:
         """What makes two examples the same question: everything before the answer, blind to white space and case."""
         texts = [m.role + " " + m.content for m in self.messages[:-1]] or [self.instruction, self.input]
         return tuple(" ".join(text.split()).casefold() for text in texts)
+
+
+def _without(values: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in default or value != default[key]}
 
 
 def unique(examples: tuple[Example, ...]) -> tuple[Example, ...]:

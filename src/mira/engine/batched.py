@@ -46,12 +46,13 @@ _TOGETHER = 2
 @dataclass(frozen=True)
 class BatchedEngine:
     """``prefix``: compute once the tokens that all sequences of a client begin with. ``cuda_graphs``: record passes on a GPU.
+    ``stops``: the tokens that end an answer.
     ``kept``: the optimiser state kept under a number (``Work.kept_under``) in an earlier round, or None. ``progress``: called
     with the tokens done."""
 
     model: PreTrainedModel
     pad: int
-    end: int
+    stops: frozenset[int]
     decode: Callable[[Sequence[int]], str]
     layout: Layout
     dropout: float
@@ -169,7 +170,7 @@ class BatchedEngine:
 
     def answer(self, rows: Tensor, prompts: Sequence[Sequence[Sequence[int]]], max_new_tokens: int) -> list[list[str]]:
         """Greedy answers of row i [n,P] to each of prompts[i] (token ids), rows together in one batch."""
-        answers = self._measuring.answer(rows, prompts, self.end, max_new_tokens)
+        answers = self._measuring.answer(rows, prompts, self.stops, max_new_tokens)
         return [[self.decode(tokens) for tokens in row] for row in answers]
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from itertools import accumulate
 
 import torch
@@ -42,10 +42,16 @@ def kept_bytes(model: PreTrainedModel) -> float:
 
 @torch.no_grad()
 def greedy(
-    model: PreTrainedModel, head: nn.Module, packed: Pass, lane: Lane, per_job: Sequence[int], end: int, max_new: int
+    model: PreTrainedModel,
+    head: nn.Module,
+    packed: Pass,
+    lane: Lane,
+    per_job: Sequence[int],
+    stops: Set[int],
+    max_new: int,
 ) -> list[list[int]]:
-    """The answer tokens (without ``end``) of every packed prompt; an answer ends at the model's last position too.
-    ``per_job``: prompts of each range of ``lane``."""
+    """The answer tokens of every packed prompt, without the one of ``stops`` that ends them; an answer ends at the model's last
+    position too. ``per_job``: prompts of each range of ``lane``."""
     state, hidden = _read(model, packed, lane, max_new)
     limit = positions(model)
     job = [n for n, count in enumerate(per_job) for _ in range(count)]
@@ -60,7 +66,7 @@ def greedy(
         for b, value, at in zip(running, token.tolist(), position.tolist(), strict=True):
             if b in ended:
                 continue
-            if value == end:
+            if value in stops:
                 ended.add(b)
                 continue
             answers[b].append(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -58,10 +58,10 @@ class Measuring:
         return torch.cat(nll), torch.cat(tokens)
 
     def answer(
-        self, rows: Tensor, prompts: Sequence[Sequence[Sequence[int]]], end: int, max_new: int
+        self, rows: Tensor, prompts: Sequence[Sequence[Sequence[int]]], stops: Set[int], max_new: int
     ) -> list[list[list[int]]]:
-        """Greedy answers (token ids, without ``end``) of row i [n,P] to each of prompts[i] (token ids), rows together in one
-        batch."""
+        """Greedy answers (token ids, without the one of ``stops`` that ends them) of row i [n,P] to each of prompts[i] (token
+        ids), rows together in one batch."""
         sequences = [[Encoded(tuple(p), (False,) * len(p), False) for p in job] for job in prompts]
         answers: list[list[list[int]]] = [[] for _ in prompts]
         carrier, on_device = self.carrier, self.carrier.stretched(rows)
@@ -70,7 +70,7 @@ class Measuring:
             packed = carrier.pack(part)
             with torch.no_grad(), carrier.lane(Lane(on_device, packed.ranges)) as lane:
                 per_job = [len(job) for _, job in part]
-                return greedy(carrier.model, carrier.head, packed, lane, per_job, end, max_new)
+                return greedy(carrier.model, carrier.head, packed, lane, per_job, stops, max_new)
 
         for part, new in self._measured(sequences, new_tokens, max_new):
             owners = [row for row, job in part for _ in job]

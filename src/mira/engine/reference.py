@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -32,7 +33,7 @@ class ReferenceEngine:
 
     model: PreTrainedModel
     pad: int
-    end: int
+    stops: frozenset[int]
     decode: Callable[[Sequence[int]], str]
     layout: Layout
     dropout: float
@@ -179,10 +180,10 @@ class ReferenceEngine:
             warnings.filterwarnings("ignore", "Position ids are not supported")  # a prompt's: PEFT counts them anew
             out = self.peft.generate(  # type: ignore[no-untyped-call]
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(max_new_tokens, room),
-                do_sample=False, eos_token_id=self.end, pad_token_id=self.pad, repetition_penalty=1.0,
+                do_sample=False, eos_token_id=sorted(self.stops), pad_token_id=self.pad, repetition_penalty=1.0,
             )  # fmt: skip
         new = out[0, len(prompt) :].tolist()
-        return self.decode(new[: new.index(self.end)] if self.end in new else new)
+        return self.decode(list(takewhile(lambda token: token not in self.stops, new)))
 
     def _loss(self, batch: Sequence[Encoded], reduction: str) -> Tensor:
         """Cross-entropy over the label tokens of a right-padded batch."""
