@@ -42,6 +42,7 @@ def settings(model: Path, data: Path, /, **sections: Any) -> dict[str, Any]:
         "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"]},
         "data": {"source": "jsonl", "path": str(data), "client_column": "client", "group_column": "group"},
         "split": {"train": 4, "validation": 2, "test": 2},
+        "prompt": {"template": "alpaca"},
         "training": {"lr": 0.02, "local_steps": 2, "batch_size": 2},
         "engine": {"threads": 1},
         "evaluation": {"max_new_tokens": 3, "transfer_clients": 3, "transfer_examples": 1},

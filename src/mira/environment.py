@@ -15,13 +15,14 @@ from mira.core.commit import commit
 from mira.core.errors import UserError
 from mira.core.threads import usable_cores
 from mira.data.federation import Federation
+from mira.data.text import Encoder
 from mira.model import Base
 from mira.model.quantise import needed_for
 
 log = logging.getLogger(__name__)
 
 # Numbers depend on these; a resumed run must find them as they were.
-DECIDING = ("versions", "model", "data", "threads", "device", "prefix", "tokens_per_pass")
+DECIDING = ("versions", "model", "data", "prompt", "threads", "device", "prefix", "tokens_per_pass")
 _LIBRARIES = ("mira", "torch", "transformers", "peft", "tokenizers")
 
 
@@ -32,6 +33,7 @@ def environment_of(
     prefix: bool,
     tokens_per_pass: int | None,
     truncated: dict[str, int],
+    encoder: Encoder,
 ) -> dict[str, Any]:
     """What a run records. ``prefix``: whether shared prefixes are computed once; ``truncated``: how many inputs of which client
     were cut."""
@@ -48,6 +50,7 @@ def environment_of(
         "commit": commit(),
         "machine": _machine(),
         "truncated": truncated,
+        "prompt": {"template": encoder.template, "date": encoder.wording.date, "sha256": encoder.fingerprint},
     }  # fmt: skip
 
 
@@ -96,7 +99,7 @@ def check_environment(recorded: dict[str, Any], now: dict[str, Any], must: Seque
     """Refuse to go on where what ``must`` be the same differs, naming the difference; warn of what else differs."""
     for key in DECIDING:
         old, new = recorded.get(key), now[key]
-        if old != new:
+        if old != new and not (key == "prompt" and old is None):  # runs of before it was recorded
             difference = f"{key} was {_short(old, new)} when the run started and is {_short(new, old)} now"
             if key in must:
                 raise UserError(f"{difference}; restore it, or start a new run")

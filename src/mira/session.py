@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date as Date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,8 @@ from mira.core.layout import Layout
 from mira.core.threads import usable_threads
 from mira.core.training import Training
 from mira.core.types import Engine, Method, ServerState, Setting, Sites
-from mira.data.corpus import Corpus
+from mira.data.corpus import Corpus, without_overlong
 from mira.data.federation import Federation, make_federation
-from mira.data.text import Encoder
 from mira.engine.batched import BatchedEngine
 from mira.engine.checkpoint import decoder_layers
 from mira.engine.generate import positions
@@ -158,15 +158,21 @@ def open_session(
             f"adapter.virtual_tokens={layout.virtual_tokens}: the model has {positions(base.model)} positions, which leaves"
             " none for text; take fewer"
         )
-    length = min(prompt.max_length, room)
-    encoder = Encoder(base.tokenizer, prompt.template, length)
+    today = recorded.get("prompt", {}).get("date") or Date.today().isoformat()
+    encoder = prompt.encoder(base.tokenizer, room, base.stops, today)
+    experiment = experiment.model_copy(update={"prompt": replace(prompt, date=encoder.wording.date)})
+    log.info("%s", encoder.about)
+    for caution in encoder.cautions:
+        log.warning("%s", caution)
+    if prompt.overlong == "drop":
+        federation = without_overlong(federation, encoder)
     corpus = Corpus(federation, encoder, training.batch_size, training.local_steps, training.local_epochs, first)
     if folder is not None:
         corpus.recall(folder / TOKENS)
     truncated = {name: count for name, count in corpus.truncated().items() if count}
     if truncated:
         which = ", ".join(f"{name} ({count})" for name, count in truncated.items())
-        log.warning("prompts of at most %d tokens: inputs cut on the left for %s", length, which)
+        log.warning("at most %d tokens an example: prompts cut for %s", encoder.max_length, which)
     prefix = experiment.engine.prefix != "off"
     if prefix and dropout:
         log.warning(
@@ -175,8 +181,8 @@ def open_session(
         prefix = False
     on_top = Layout(()) if isinstance(adapter, SeedsAdapter) else layout  # seeds are in the weights
     common = partial(
-        dict[str, Any], model=base.model, pad=base.tokenizer.pad_token_id, stops=frozenset([base.tokenizer.eos_token_id]),
-        decode=partial(_decode, base.tokenizer), layout=on_top, dropout=dropout, corpus=corpus,
+        dict[str, Any], model=base.model, pad=base.tokenizer.pad_token_id, stops=encoder.stops,
+        decode=encoder.answer, layout=on_top, dropout=dropout, corpus=corpus,
         training=training, seed=experiment.seed, kept=kept, progress=progress,
         checkpointing=experiment.engine.checkpointing,
     )  # fmt: skip
@@ -194,7 +200,7 @@ def open_session(
     if isinstance(adapter, SeedsAdapter):
         _warn_ignored(training)
         engine = SeedsEngine(engine, adapter.directions, experiment.adapter.epsilon, corpus, experiment.seed)
-    now = environment_of(base, federation, threads, prefix, budget, truncated)
+    now = environment_of(base, federation, threads, prefix, budget, truncated, encoder)
     return Session(experiment, base, federation, corpus, adapter, engine, now)
 
 
@@ -227,7 +233,3 @@ def _warn_ignored(training: Training) -> None:
     given = [name for name in names if getattr(training, name) != getattr(Training, name)]
     if given:
         log.warning("adapter.kind=seeds has no optimiser; ignored: %s", ", ".join(f"training.{name}" for name in given))
-
-
-def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))

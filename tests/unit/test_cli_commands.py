@@ -184,7 +184,9 @@ def test_generate(base: Path) -> None:
 
 
 def test_answers_cannot_command_the_terminal(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mira.session._decode", lambda tokenizer, tokens: "[red]:smile:[/red]\x1b]0;owned\x07é😀")
+    monkeypatch.setattr(
+        "mira.data.text.Encoder.answer", lambda encoder, tokens: "[red]:smile:[/red]\x1b]0;owned\x07é😀"
+    )
     ended = mira("generate", base / "run", "--client", "bob", "--prompt", "x")
     assert ended.out == "[red]:smile:[/red]\\x1b]0;owned\\x07é😀\n"
 

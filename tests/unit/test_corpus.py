@@ -13,7 +13,8 @@ from mira import Experiment
 from mira.core.errors import UserError
 from mira.data.corpus import Corpus
 from mira.data.federation import SPLITS, Client, Federation
-from mira.data.text import Encoded, Encoder
+from mira.data.text import Encoded, Encoder, Wording
+from mira.data.tokenizing import Tokenizing
 from mira.data.types import Example, Message
 from small import begin, mira, settings, snapshot, write_clients
 from tiny import make_tokenizer
@@ -70,13 +71,14 @@ def test_the_prompt_is_what_comes_before_the_last_answer(said: list[str], adjace
     encoder = Encoder(tokenizer, "chat", 999)
     encoded = encoder.encode(example)
     answer = tokenizer(example.output, split_special_tokens=True)["input_ids"]
-    assert encoded.tokens == (*encoder.prompt(example), *answer, tokenizer.eos_token_id)
+    after = [] if adjacent else tokenizer("\n")["input_ids"]
+    assert encoded.tokens == (*encoder.prompt(example), *answer, tokenizer.eos_token_id, *after)
 
 
 def test_generation_tokenises_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = make_corpus("chat", 120)
     before = corpus.prompts(0, "test")
-    monkeypatch.setattr(Encoder, "_bare", None)
+    monkeypatch.setattr(Tokenizing, "_bare", None)
     assert corpus.prompts(0, "test", 3) == before[:3]
 
 
@@ -179,12 +181,16 @@ def test_a_file_under_anothers_name_is_not_used(tmp_path: Path) -> None:
     assert other._cache == {}
 
 
-def test_a_template_that_tells_the_date_is_not_kept(tmp_path: Path) -> None:
+def test_a_template_that_tells_the_date_is_kept_under_that_date_alone(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + str(tokenizer.chat_template)
     corpus = replace(make_corpus("chat", 140), encoder=Encoder(tokenizer, "chat", 140))
     corpus.keep(tmp_path)
     assert list(tmp_path.iterdir()) == []
+    dated = replace(corpus, encoder=Encoder(tokenizer, "chat", 140, Wording(date="2026-01-31")), _cache={})
+    assert tokenizer.decode(dated.encoded(0, "test")[0].tokens).startswith("31 Jan 2026")
+    dated.keep(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_where_nothing_can_be_written_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

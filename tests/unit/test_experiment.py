@@ -32,6 +32,7 @@ from small import settings, write_clients
 
 ENVIRONMENT: dict[str, Any] = {
     "versions": {"torch": "2.13.0", "peft": "0.21"}, "model": {"sha256": "a"}, "data": {"sha256": "b"}, "threads": 2,
+    "prompt": {"template": "chat", "date": None, "sha256": "c"},
     "device": "cpu", "prefix": True, "tokens_per_pass": 1024, "machine": {"cores": 2},
 }  # fmt: skip
 
@@ -41,6 +42,10 @@ def test_what_decides_numbers_must_not_change(key: str) -> None:
     check_environment(ENVIRONMENT, ENVIRONMENT)
     with pytest.raises(UserError, match=f"^{key} was .* when the run started and is .* now; restore it"):
         check_environment(ENVIRONMENT, ENVIRONMENT | {key: {"torch": "9"}})
+
+
+def test_a_run_of_before_prompts_were_recorded_goes_on() -> None:
+    check_environment({key: value for key, value in ENVIRONMENT.items() if key != "prompt"}, ENVIRONMENT)
 
 
 def test_the_difference_alone_is_named() -> None:

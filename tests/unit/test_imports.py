@@ -31,7 +31,7 @@ SIDEWAYS = {
     "report": {"store", "config"},
 }
 ONLY_IN = {
-    "transformers": ("model", "data/text", "adapters", "engine"),
+    "transformers": ("model", "data/tokenizing", "adapters", "engine"),
     "flwr": ("fleet/flower", "fleet/commands", "fleet/executor", "fleet/node"),
     "cryptography": ("fleet/certificates", "fleet/admission"),
     "h11": ("fleet/gate", "fleet/line", "fleet/rules"),

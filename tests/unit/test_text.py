@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from mira.core.errors import UserError
 from mira.data.corpus import Corpus
 from mira.data.federation import Client, Federation
-from mira.data.text import Encoded, Encoder
+from mira.data.text import Encoded, Encoder, Wording
 from mira.data.types import Example, Message
 from tiny import EOS, VOCABULARY, make_tokenizer
 
@@ -56,7 +56,7 @@ def test_plain_and_chat() -> None:
     )
     assert TOKENIZER.decode(Encoder(TOKENIZER, "plain", 99).prompt(Example("Sing.", "", "la"))) == "Sing.\n"
     chat = TOKENIZER.decode(Encoder(TOKENIZER, "chat", 99).encode(CITY).tokens)
-    assert chat == "<start>user\nName the capital.\n\nFrance<eos>\n<start>assistant\nParis<eos>"
+    assert chat == "<start>user\nName the capital.\n\nFrance<eos>\n<start>assistant\nParis<eos>\n"
 
 
 text = st.text(st.sampled_from([t for t in VOCABULARY if len(t) == 1]), min_size=1, max_size=40)
@@ -71,9 +71,11 @@ def test_the_loss_sees_the_response_and_eos_and_nothing_else(
     prompt = encoder.prompt(Example(instruction, given, output))
     assert labelled(encoded) == output + EOS
     assert encoded.tokens[: len(prompt)] == prompt
-    assert encoded.label == (False,) * len(prompt) + (True,) * (len(encoded.tokens) - len(prompt))
+    rest = len(encoded.tokens) - len(prompt)
+    after = int(name == "chat")  # the line break after the turn, which nobody is asked for
+    assert encoded.label == (False,) * len(prompt) + (True,) * (rest - after) + (False,) * after
     assert not encoded.truncated
-    assert TOKENIZER.decode(encoded.tokens) == TOKENIZER.decode(prompt) + output + EOS
+    assert TOKENIZER.decode(encoded.tokens) == TOKENIZER.decode(prompt) + output + EOS + "\n" * after
     assert given in TOKENIZER.decode(prompt) or name == "chat"
 
 
@@ -119,7 +121,7 @@ def test_the_loss_sees_every_assistant_turn_of_a_conversation() -> None:
     encoder = Encoder(TOKENIZER, "chat", 200)
     encoded = encoder.encode(TALK)
     whole = TOKENIZER.apply_chat_template([vars(m) for m in TALK.messages], tokenize=False)
-    assert TOKENIZER.decode(encoded.tokens) + "\n" == whole
+    assert TOKENIZER.decode(encoded.tokens) == whole
     assert labelled(encoded) == "Two.<eos>Four.<eos>"
     assert TOKENIZER.decode(encoder.prompt(TALK)) + "Four.<eos>\n" == whole
     assert encoder.reference(TALK) == "Four."
@@ -163,11 +165,43 @@ def test_what_a_template_refuses_is_told() -> None:
         Encoder(tokenizer, "chat", 200).encode(TALK, "it")
 
 
-def test_a_conversation_that_is_too_long_says_what_it_needs() -> None:
+def test_a_conversation_that_is_too_long_loses_its_oldest_exchange_or_says_what_it_needs() -> None:
     needed = len(Encoder(TOKENIZER, "chat", 200).encode(TALK).tokens)
     assert not Encoder(TOKENIZER, "chat", needed).encode(TALK).truncated
-    with pytest.raises(UserError, match=rf"client 'a' needs {needed} tokens.*oldest turns"):
-        Encoder(TOKENIZER, "chat", needed - 1).encode(TALK, "client 'a'")
+    cut = Encoder(TOKENIZER, "chat", needed - 1).encode(TALK)
+    assert cut.truncated
+    assert TOKENIZER.decode(cut.tokens) == (
+        "<start>system\nBe brief.<eos>\n<start>user\n2+2?<eos>\n<start>assistant\nFour.<eos>\n"
+    )
+    for overlong in ("error", "drop"):
+        encoder = Encoder(TOKENIZER, "chat", needed - 1, Wording(overlong=overlong))
+        assert encoder.fits([TALK, CITY], ["", ""]) == [False, True]
+        with pytest.raises(
+            UserError, match=rf"client 'a' needs {needed} tokens; set prompt.max_length to at least {needed}"
+        ):
+            encoder.encode(TALK, "client 'a'")
+    with pytest.raises(UserError, match=r"needs 49 tokens even .*drop"):
+        Encoder(TOKENIZER, "chat", 20).encode(TALK)
+
+
+def test_advice_on_length_stays_within_the_models_positions() -> None:
+    encoder = Encoder(TOKENIZER, "plain", 12, Wording(positions=12))
+    with pytest.raises(
+        UserError, match=r"needs 24 tokens even .* the model reads 12 at most: shorten it, or .*overlong=drop"
+    ):
+        encoder.encode(Example("What is asked of it", "", "all"))
+    raw = Example("a long prompt", "", "!", raw=True)
+    assert TOKENIZER.decode(encoder.encode(raw).tokens) == "ong prompt!<eos>"
+
+
+def test_prompt_and_completion_are_text_as_they_stand() -> None:
+    example = Example("The capital of France is", "", " Paris", raw=True)
+    for template in ("alpaca", "plain", "chat"):
+        encoded = Encoder(TOKENIZER, template, 200).encode(example)
+        assert TOKENIZER.decode(encoded.tokens) == "The capital of France is Paris<eos>"
+        assert labelled(encoded) == " Paris<eos>"
+    wrapped = Encoder(TOKENIZER, "plain", 200, Wording(wrapped=True)).encode(example)
+    assert TOKENIZER.decode(wrapped.tokens) == "The capital of France is\n Paris<eos>"
 
 
 def test_conversations_need_the_chat_template() -> None:

@@ -127,7 +127,8 @@ def _folder_to_resume(target: Path, overrides: list[str], out: Path | None) -> P
         raise UserError(f"--resume: name the run folder, as in 'mira run DIR --resume', or with --out beside {target}")
     asked = config.absolute(config.load(target, overrides))
     with Store.open(out, writable=False) as store:
-        differences = config.differences(config.parse_text(store.config()), asked)
+        there = config.parse_text(store.config())
+        differences = config.differences(there, config.dated(asked, there.prompt.date))
     if differences:
         raise UserError(
             f"--resume {out}: the configuration changed: {'; '.join(differences)} (here: the run folder, there: what "

@@ -17,6 +17,7 @@ from mira.compare.plan import Job, Plan
 from mira.compare.progress import Estimate, Progress, Say, by_finished, sizes
 from mira.compare.summary import entry_of, summary
 from mira.compare.tables import FILES
+from mira.config import Experiment
 from mira.core.errors import UserError
 from mira.environment import check_environment
 from mira.experiment import Nobody, Watcher, measured, state_of
@@ -82,7 +83,7 @@ def _run(job: Job, out: Path, same: _Same, progress: Progress, watcher: Watcher)
     if not finished and Store.exists(folder):
         experiment.resume(folder, watcher)
     elif not finished:
-        experiment.run(job.experiment, folder, watcher)
+        experiment.run(same.dated(job.experiment), folder, watcher)
     with Store.open(folder, writable=False) as store:
         same.check(job, store.environment())
         best = store.best_round
@@ -140,7 +141,9 @@ def _check_configurations(plan: Plan, out: Path) -> None:
                 continue
             with Store.open(folder, writable=False) as store:
                 there = config.parse_text(store.config())
-            if differences := config.differences(there, config.absolute(job.experiment)):
+            if differences := config.differences(
+                there, config.dated(config.absolute(job.experiment), there.prompt.date)
+            ):
                 raise UserError(
                     f"{folder}: was started with another configuration: {'; '.join(differences)} (here: the run folder,"
                     " there: what you ask for now); take it back, give another --out, or remove the folder"
@@ -153,6 +156,11 @@ class _Same:
 
     environment: dict[str, Any] = field(default_factory=dict)
     data: dict[int, Any] = field(default_factory=dict)
+
+    def dated(self, experiment: Experiment) -> Experiment:
+        """``experiment`` with the day that the first run wrote into its prompts."""
+        day = self.environment.get("prompt", {}).get("date")
+        return config.dated(experiment, day)
 
     def check(self, job: Job, environment: dict[str, Any]) -> None:
         self.environment = self.environment or environment

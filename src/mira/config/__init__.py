@@ -11,7 +11,7 @@ from mira.config.experiment import VARIANTS, Experiment
 from mira.config.overrides import override
 from mira.config.text import flat, mapping, read, write
 
-__all__ = ["Experiment", "absolute", "differences", "dump", "load", "parse", "parse_text", "schema"]
+__all__ = ["Experiment", "absolute", "dated", "differences", "dump", "load", "parse", "parse_text", "schema"]
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
@@ -42,8 +42,8 @@ def dump(experiment: Experiment) -> str:
 
 
 def absolute(experiment: Experiment) -> Experiment:
-    """The same experiment with absolute paths, so that its run folder can be used from any directory."""
-    update: dict[str, Any] = {}
+    """The same experiment with absolute paths and a chat template's text, so that its run folder can be used from anywhere."""
+    update: dict[str, Any] = {"prompt": experiment.prompt.read()}
     for section in ("data", "graph"):
         value: Any = getattr(experiment, section)
         paths = {f.name: p.absolute() for f in fields(value) if isinstance(p := getattr(value, f.name), Path)}
@@ -51,6 +51,12 @@ def absolute(experiment: Experiment) -> Experiment:
     if Path(experiment.model.name).is_dir():
         update["model"] = replace(experiment.model, name=str(Path(experiment.model.name).absolute()))
     return experiment.model_copy(update=update)
+
+
+def dated(experiment: Experiment, day: str | None) -> Experiment:
+    """``experiment`` with ``day`` in its prompts, unless it names one."""
+    day = experiment.prompt.date or day
+    return experiment.model_copy(update={"prompt": replace(experiment.prompt, date=day)})
 
 
 def schema() -> dict[str, Any]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from mira.core.errors import UserError
 from mira.data import tokens
 from mira.data.federation import SPLITS, Client, Federation, batches
 from mira.data.text import Encoded, Encoder
+from mira.data.types import Example
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Corpus:
         if (client, split) not in self._cache:
             owner = self._client(client)
             examples = owner.split(split)
-            places = [f"example {n} of the {split} split of client '{owner.name}'" for n in range(len(examples))]
+            places = [place_of(example, n, split, owner.name) for n, example in enumerate(examples)]
             self._cache[client, split] = tuple(self.encoder.encode_all(examples, places))
         return self._cache[client, split][:limit]
 
@@ -81,3 +86,35 @@ class Corpus:
 
     def _client(self, number: int) -> Client:
         return self.federation.clients[number - self.first]
+
+
+def without_overlong(federation: Federation, encoder: Encoder) -> Federation:
+    """``federation`` without the examples that are too long; how many of which client is logged. Raises UserError where a client
+    has none left in a split."""
+    clients, gone = [], {}
+    for client in federation.clients:
+        kept: dict[str, tuple[Example, ...]] = {}
+        for split in SPLITS:
+            examples = client.split(split)
+            places = [place_of(example, n, split, client.name) for n, example in enumerate(examples)]
+            fits = encoder.fits(examples, places)
+            kept[split] = tuple(example for example, fit in zip(examples, fits, strict=True) if fit)
+            if examples and not kept[split]:
+                raise UserError(
+                    f"prompt.overlong=drop: all {len(examples)} {split} examples of client '{client.name}' are longer than"
+                    f" {encoder.max_length} tokens; set prompt.overlong=cut, or leave the client out"
+                )
+        clients.append(replace(client, train=kept["train"], validation=kept["validation"], test=kept["test"]))
+        gone[client.name] = sum(len(client.split(split)) - len(kept[split]) for split in SPLITS)
+    if which := ", ".join(f"{name} ({count})" for name, count in gone.items() if count):
+        log.warning("examples of more than %d tokens left out: %s", encoder.max_length, which)
+    return replace(federation, clients=tuple(clients))
+
+
+def place_of(example: Example, number: int, split: str, client: str) -> str:
+    """Name an example in messages: by file and line, where it was read from one."""
+    return (
+        f"{example.place} (client '{client}')"
+        if example.place
+        else f"example {number} of the {split} split of client '{client}'"
+    )

@@ -1,94 +1,77 @@
-"""From an example to tokens: the prompt, the response, and which tokens the loss may see.
+"""From an example to tokens: what is trained, what a server is asked, and which tokens the loss may see.
 
-Prompt and response are tokenised apart and joined, so the boundary between them is exact on token level.
+A conversation is rendered whole by the model's chat template and tokenised whole, as ``apply_chat_template`` does; the answers
+are found in it by their characters. Without a chat template the prompt is tokenised as a server that is given text does it, and
+the answer as the text that goes on from there, closed by the tokenizer's end-of-text token.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import NoReturn
-
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Literal
 
 from mira.core.errors import UserError, did_you_mean
+from mira.data.chat import Answer, ChatTemplate, Conversation
+from mira.data.encoded import Encoded
+from mira.data.overlong import Limit, without_beginning, without_oldest
+from mira.data.templates import AUTO, CHAT, TEMPLATES, resolved
+from mira.data.tokenizing import Text, Tokenizing, Tokens
 from mira.data.types import Example, Message
 
-Turn = dict[str, str]
+if TYPE_CHECKING:
+    from mira.data.tokenizing import Tokenizer
 
+Overlong = Literal["error", "cut", "drop"]
 
-def alpaca(instruction: str, given: str) -> str:
-    """The wording of Stanford Alpaca (Taori et al. 2023), with or without an input."""
-    if not given:
-        return (
-            "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-            f"\n\n### Instruction:\n{instruction}\n\n### Response:"
-        )
-    return (
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a"
-        " response that appropriately completes the request."
-        f"\n\n### Instruction:\n{instruction}\n\n### Input:\n{given}\n\n### Response:"
-    )
-
-
-def plain(instruction: str, given: str) -> str:
-    return f"{instruction}\n{given}\n" if given else f"{instruction}\n"
-
-
-TEMPLATES = {"alpaca": alpaca, "plain": plain}
-CHAT = "chat"
+__all__ = ["Encoded", "Encoder", "Overlong", "Wording"]
 
 
 @dataclass(frozen=True)
-class Encoded:
-    tokens: tuple[int, ...]  # [T]
-    label: tuple[bool, ...]  # [T], True on response tokens and EOS alone
-    truncated: bool  # whether the input field lost tokens on its left
-    prompt: int = 0  # tokens before the (last) answer, as an encoder counts them
+class Wording:
+    """What else decides an example's tokens. ``system``: the system message of conversations that have none; ``own``,
+    ``values``, ``date``: of the chat template; ``wrapped``: whether prompt + completion go into the template; ``positions``: as
+    many as the model has; ``stops``: the tokens at which servers end an answer (of ``generation_config``)."""
 
-    @property
-    def asked(self) -> tuple[int, ...]:
-        """The tokens before the (last) answer."""
-        return self.tokens[: self.prompt]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of text that is tokenised by itself."""
-
-    text: str
-    special: bool = False  # a template's own text, in which special tokens are meant
-    answer: bool = False  # whether the loss sees it
-    closed: bool = False  # whether EOS follows it
+    system: str = ""
+    own: str | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+    date: str | None = None
+    wrapped: bool = False
+    overlong: Overlong = "cut"
+    positions: int | None = None
+    stops: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
 class Encoder:
     """One tokenizer, one template and one length. Raises UserError when the three do not fit together.
 
-    A single-turn response is the tokens of the output and EOS. What the tokenizer puts before a text (a BOS) is kept;
-    a chat template brings its own. ``messages`` need the chat template; the loss is on every assistant turn, closed by
-    EOS where the template closes turns with it. Contents are stripped of outer white space, as most templates do.
+    The loss is on every answer and on the token that ends it. Special tokens that the data spells stay text.
 
-    Too long: the input field loses tokens on its left until prompt and response fit. There is nothing to cut without
-    an input, and old turns are not forgotten silently: both are a UserError that says which length would do.
+    Too long: with ``overlong="cut"`` an input (or a prompt to be completed) loses tokens on its left, a conversation its oldest
+    turns after the system message, until it fits. What cannot be cut is a UserError that names the place and says which length
+    would do.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     template: str
     max_length: int  # tokens of prompt and response together
+    wording: Wording = field(default_factory=Wording)
 
     def __post_init__(self) -> None:
-        allowed = (*TEMPLATES, CHAT)
+        allowed = (AUTO, *TEMPLATES, CHAT)
         if self.template not in allowed:
             raise UserError(f"prompt.template='{self.template}': unknown{did_you_mean(self.template, allowed)}")
-        if self.template == CHAT and not self.tokenizer.chat_template:
+        object.__setattr__(self, "template", resolved(self.template, self.tokenizer, self.wording.own))
+        if self.template == CHAT:
+            self.chat.source()
+        elif self.wording.system:
             raise UserError(
-                "prompt.template='chat': this model's tokenizer has no chat template; use 'alpaca' or 'plain', or a"
-                " model tuned for chat"
+                f"prompt.system: prompt.template='{self.template}' has no place for it; use prompt.template=chat, or leave it out"
             )
         if self.tokenizer.eos_token_id is None:
             raise UserError(
@@ -101,127 +84,201 @@ class Encoder:
 
     def encode_all(self, examples: Sequence[Example], where: Sequence[str]) -> list[Encoded]:
         """``encode`` for each example, tokenised together: the same tokens, sooner."""
-        drafts = [self._pieces(example, 0, place) for example, place in zip(examples, where, strict=True)]
-        tokens = iter(self._tokens([piece for draft in drafts for piece in draft]))
-        whole = [self._join(draft, [next(tokens) for _ in draft]) for draft in drafts]
         return [
-            encoded if len(encoded.tokens) <= self.max_length else self._cut(example, place)
-            for encoded, example, place in zip(whole, examples, where, strict=True)
+            encoded if len(encoded.tokens) <= self.max_length else self._shorter(example, encoded, place)
+            for encoded, example, place in zip(self._drafts(examples, where), examples, where, strict=True)
         ]
 
+    def fits(self, examples: Sequence[Example], where: Sequence[str]) -> list[bool]:
+        """Whether each example is within the length as it is."""
+        return [len(encoded.tokens) <= self.max_length for encoded in self._drafts(examples, where)]
+
     def prompt(self, example: Example, where: str = "an example") -> tuple[int, ...]:
-        """The tokens before the (last) answer, cut as ``encode`` cuts them."""
+        """The tokens that a server is given for the (last) answer, cut as ``encode`` cuts them."""
         return self.encode(example, where).asked
 
     def reference(self, example: Example) -> str:
         """The text a generated answer is compared with."""
-        return example.output
+        if example.output.strip():
+            return self._after_marker(example.output)
+        encoded = self.encode(example)
+        return self.answer([t for t, seen in zip(encoded.tokens, encoded.label, strict=True) if seen])
 
-    def _cut(self, example: Example, where: str) -> Encoded:
-        """An example that is too long, without as much of its input as must go."""
+    def answer(self, tokens: Sequence[int]) -> str:
+        """The words of an answer of these tokens: without what the template has before them (an empty thought, a header)."""
+        if not self._marker:
+            return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+        text = str(self.tokenizer.decode(list(tokens), skip_special_tokens=False))
+        if self._marker not in text:
+            return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+        text = self._after_marker(text)
+        for special in self.tokenizing.special:
+            text = text.replace(special, "")
+        return text
 
-        def shortened(cut: int) -> Encoded:
-            pieces = self._pieces(example, cut, where)
-            return self._join(pieces, self._tokens(pieces))
+    @cached_property
+    def stops(self) -> frozenset[int]:
+        """Tokens that end a generated answer: those of ``generation_config``, of the template, and the tokenizer's own."""
+        found = {self.tokenizer.eos_token_id, *self.wording.stops}
+        return frozenset(found | ({self.ending} if self.ending is not None else set()))
 
-        if example.messages:
-            self._refuse(shortened(0), where, "drop its oldest turns or shorten it")
-        # Tokens are dropped in the text and the rest tokenised anew: what remains reads as if it had been given so.
-        cuts = [*self._starts(example.input)[1:], len(example.input)]
-
-        def fits(cut: int) -> bool:
-            return len(shortened(cut).tokens) <= self.max_length
-
-        encoded = shortened(cuts[bisect_left(cuts, True, hi=len(cuts) - 1, key=fits)])
-        if len(encoded.tokens) > self.max_length:
-            self._refuse(encoded, where, "shorten its instruction or response")
-        return replace(encoded, truncated=True)
-
-    def _refuse(self, shortest: Encoded, where: str, fix: str) -> NoReturn:
-        length = len(shortest.tokens)
-        raise UserError(
-            f"prompt.max_length={self.max_length}: {where} needs {length} tokens even with nothing left to cut;"
-            f" set prompt.max_length to at least {length} or {fix}"
+    @cached_property
+    def ending(self) -> int | None:
+        """The token with which the chat template ends a conversation's last answer; None where it writes none."""
+        if self.template != CHAT:
+            return None
+        lead, tail = self.chat.probe
+        tokens = self.tokenizing.whole([Text(f"{lead}a{tail}")])[0]
+        first = next(
+            (n for n, t in enumerate(tokens.ids) if t in self.tokenizing.added and tokens.spans[n][0] > len(lead)), None
         )
+        if first is None or f"{lead}a{tail}"[len(lead) + 1 : tokens.spans[first][0]].strip():
+            return None
+        return tokens.ids[first]
 
-    def _pieces(self, example: Example, cut: int, where: str) -> list[Piece]:
-        """The text of ``example``, its input field from character ``cut`` on; the last piece is the (last) answer."""
-        answer = Piece(example.output, answer=True, closed=True)
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the template and what it is given, the date aside."""
+        text = [self.chat.source(tools) for tools in (False, True)] if self.template == CHAT else self.template
+        wording = asdict(replace(self.wording, date=None, positions=None, stops=frozenset())) | {"stops": []}
+        return hashlib.sha256(json.dumps([text, wording], sort_keys=True).encode()).hexdigest()
+
+    @property
+    def about(self) -> str:
+        """The template and the end of its answers in one line."""
+        if self.template != CHAT:
+            return f"prompts: {self.template} (text), answers end with {self.tokenizer.eos_token}"
+        whose = "a template of one's own" if self.wording.own is not None else "the tokenizer's template"
+        dated = f", dated {self.wording.date}" if self.wording.date else ""
+        return f"prompts: chat ({whose}{dated}), answers end with {self._name(self.ending)}"
+
+    @property
+    def cautions(self) -> list[str]:
+        """Of what a server would do otherwise than training: one line each."""
+        said = []
+        if self.template == CHAT and self.ending is None:
+            said.append(
+                f"the chat template does not end answers; {self.tokenizer.eos_token} is added, so that the model learns to stop"
+            )
+        if self.wording.stops and self.ending is not None and self.ending not in self.wording.stops:
+            said.append(
+                f"answers end with {self._name(self.ending)}, where generation_config.json does not stop: give servers"
+                f" stop_token_ids: [{self.ending}]"
+            )
+        return said
+
+    def _name(self, token: int | None) -> str:
+        return str(self.tokenizer.eos_token if token is None else self.tokenizer.convert_ids_to_tokens(token))
+
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self.wording.own, self.wording.values, self.wording.date)
+
+    @cached_property
+    def tokenizing(self) -> Tokenizing:
+        return Tokenizing(self.tokenizer)
+
+    def turns(self, example: Example) -> tuple[Message, ...]:
+        """``example`` as a conversation, with the system message that it lacks."""
+        given = f"{example.instruction}\n\n{example.input}" if example.input else example.instruction
+        turns = example.messages or (Message("user", given), Message("assistant", example.output))
+        lacking = self.wording.system and turns[0].role != "system"
+        return (Message("system", self.wording.system), *turns) if lacking else turns
+
+    @cached_property
+    def _marker(self) -> str:
+        return self.chat.marker if self.template == CHAT else ""
+
+    def _after_marker(self, text: str) -> str:
+        return text.rpartition(self._marker)[2] if self._marker else text
+
+    def _is_chat(self, example: Example) -> bool:
+        return self.template == CHAT and not (example.raw and not self.wording.wrapped)
+
+    def _drafts(self, examples: Sequence[Example], where: Sequence[str]) -> list[Encoded]:
+        """Tokens and labels of each example, however long; all texts are tokenised together."""
+        talks = [self._talk(e, place) if self._is_chat(e) else None for e, place in zip(examples, where, strict=True)]
+        prompts = [None if talk else self._raw(e, place) for talk, e, place in zip(talks, examples, where, strict=True)]
+        texts: list[Text] = []
+        for talk, prompt, example in zip(talks, prompts, examples, strict=True):
+            if talk:
+                texts += [talk.asked, talk.whole]
+            else:
+                texts += [self.tokenizing.literal(str(prompt)), self.tokenizing.literal(f"{prompt}{example.output}")]
+        tokens = iter(self.tokenizing.whole(texts))
+        return [
+            self._labelled(talk, next(tokens).ids, next(tokens))
+            if talk
+            else self._joined(
+                self.tokenizing.lead + next(tokens).ids, self.tokenizing.lead + next(tokens).ids, example, place
+            )
+            for talk, example, place in zip(talks, examples, where, strict=True)
+        ]
+
+    def _talk(self, example: Example, where: str) -> Conversation:
+        return self.chat.conversation(self.turns(example), example.tools, where)
+
+    def _labelled(self, talk: Conversation, asked: tuple[int, ...], whole: Tokens) -> Encoded:
+        """The whole conversation, each answer labelled from where the prompt before it ends through the token that ends it."""
+        ids, label = list(whole.ids), [False] * len(whole.ids)
+        same = whole.ids[: len(asked)] == asked
+        prompt = len(asked) if same else whole.before(talk.answers[-1].start)
+        for answer in talk.answers:
+            last = answer is talk.answers[-1]
+            first = prompt if last else whole.before(answer.start)
+            stop = self._stop(talk, whole, answer)
+            # Without a token that ends the turn the loss sees its words alone; the last token of these may hold more than them.
+            end = (
+                next((n for n, (a, _) in enumerate(whole.spans) if a >= answer.text[1]), len(ids))
+                if stop is None
+                else stop + 1
+            )
+            label[first:end] = [True] * (end - first)
+            if last and stop is None:
+                ids, label = [*ids[:end], self.tokenizer.eos_token_id], [*label[:end], True]
+        return Encoded(tuple(ids), tuple(label), False, prompt, () if same else asked)
+
+    def _stop(self, talk: Conversation, whole: Tokens, answer: Answer) -> int | None:
+        """The number of the token that ends ``answer``: the first that stands for itself, after its words and white space."""
+        words_end = answer.text[1]
+        wanted = self.stops if answer.loose else self.tokenizing.added
+        after = (n for n in range(whole.before(words_end), len(whole.ids)) if whole.ids[n] in wanted)
+        stop = next(after, None)
+        if stop is None or whole.ids[stop] not in self.stops:
+            return None
+        return stop if answer.loose or not talk.whole.text[words_end : whole.spans[stop][0]].strip() else None
+
+    def _raw(self, example: Example, where: str) -> str:
+        """The prompt in a raw template, or as it stands."""
         if example.messages:
-            return [*self._turns(example.messages, where), answer]
-        given = example.input[cut:]
-        if self.template != CHAT:
-            return [Piece(TEMPLATES[self.template](example.instruction, given)), answer]
-        content = f"{example.instruction}\n\n{given}" if given else example.instruction
-        return [Piece(self._render([{"role": "user", "content": content.strip()}]), special=True), answer]
-
-    def _turns(self, messages: Sequence[Message], where: str) -> list[Piece]:
-        """Everything before the last answer: what the template writes, and the earlier answers inside it."""
-        if self.template != CHAT:
             raise UserError(
                 f"prompt.template='{self.template}': {where} is made of 'messages', which need prompt.template='chat'"
             )
-        turns = [{"role": m.role, "content": m.content.strip()} for m in messages]
-        *earlier, last = (n for n, turn in enumerate(turns) if turn["role"] == "assistant")
-        whole = self._render(turns[:last], where)
-        eos = str(self.tokenizer.eos_token)
-        pieces: list[Piece] = []
-        done = 0
-        for n in earlier:
-            head = self._render(turns[:n], where)
-            answer = turns[n]["content"]
-            end = len(head) + len(answer)
-            if not whole.startswith(head + answer) or len(head) < done:
-                raise UserError(
-                    f"prompt.template='chat': the template rewrites earlier turns (messages[{n}] of {where}), so which"
-                    " tokens are the assistant's is not certain; give one exchange per example or another chat template"
-                )
-            closed = whole.startswith(eos, end)
-            pieces += [Piece(whole[done : len(head)], special=True), Piece(answer, answer=True, closed=closed)]
-            done = end + len(eos) * closed
-        return [*pieces, Piece(whole[done:], special=True)]
+        if example.raw and not self.wording.wrapped:
+            return example.instruction
+        return TEMPLATES[self.template](example.instruction, example.input)
 
-    def _join(self, pieces: Sequence[Piece], tokens: Sequence[tuple[int, ...]]) -> Encoded:
-        lead = () if self.template == CHAT else self._lead
-        label = tuple(piece.answer for piece, part in zip(pieces, tokens, strict=True) for _ in part)
-        joined = lead + tuple(token for part in tokens for token in part)
-        return Encoded(joined, (False,) * len(lead) + label, False, len(joined) - len(tokens[-1]))
+    def _joined(self, prompt: tuple[int, ...], whole: tuple[int, ...], example: Example, where: str) -> Encoded:
+        """A prompt as a server reads it, the tokens that make the answer after it, and the end."""
+        if not prompt:
+            raise UserError(f"{where}: its prompt is empty, so nothing predicts the answer's first token; fill it in")
+        goes_on = whole[: len(prompt)] == prompt  # else a token reaches over the boundary, and no server is given that
+        answer = whole[len(prompt) :] if goes_on else self.tokenizing.continued(example.output).ids
+        tokens = (*prompt, *answer, self.tokenizer.eos_token_id)
+        return Encoded(tokens, (False,) * len(prompt) + (True,) * (len(answer) + 1), False, len(prompt))
 
-    def _render(self, turns: list[Turn], where: str = "an example") -> str:
-        try:
-            return str(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-        except TemplateError as error:
-            raise UserError(f"prompt.template='chat': the model's template refuses {where}: {error}") from error
+    def _shorter(self, example: Example, whole: Encoded, where: str) -> Encoded:
+        """An example that is too long, without as much of its prompt as must go."""
+        limit = Limit(self.max_length, self.wording.positions, where)
+        if self.wording.overlong != "cut":
+            limit.refuse(len(whole.tokens), cut=True)
 
-    def _tokens(self, pieces: Sequence[Piece]) -> list[tuple[int, ...]]:
-        """The tokens of each piece. Data that spells a special token ("<eos>") stays text; a template's own does not."""
-        tokens: dict[int, tuple[int, ...]] = {}
-        for special in (False, True):
-            chosen = [n for n, piece in enumerate(pieces) if piece.special == special]
-            tokens |= zip(chosen, self._bare([pieces[n].text for n in chosen], special), strict=True)
-        end = (self.tokenizer.eos_token_id,)
-        return [tokens[n] + end * piece.closed for n, piece in enumerate(pieces)]
+        def draft(shorter: Example) -> Encoded:
+            return self._drafts([shorter], [where])[0]
 
-    def _bare(self, texts: list[str], special: bool = False) -> list[tuple[int, ...]]:
-        """Tokens of each text and nothing around them."""
-        if not texts:
-            return []
-        ids = self.tokenizer(texts, add_special_tokens=False, verbose=False, split_special_tokens=not special)[
-            "input_ids"
-        ]
-        return [tuple(each) for each in ids]
-
-    @cached_property
-    def _lead(self) -> tuple[int, ...]:
-        """What the tokenizer adds in front of any text, e.g. (BOS,) or nothing."""
-        probe = alpaca("a", "")
-        bare = self._bare([probe])[0]
-        full = tuple(self.tokenizer(probe, verbose=False)["input_ids"])
-        return full[: next(i for i in range(len(full) + 1) if full[i : i + len(bare)] == bare)]
-
-    def _starts(self, text: str) -> list[int]:
-        """The character at which each token of ``text`` starts (each character, where the tokenizer cannot tell)."""
-        if not self.tokenizer.is_fast:
-            return list(range(len(text)))
-        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return [start for start, _ in offsets["offset_mapping"]]
+        if example.messages:
+            return without_oldest(example, draft, limit)
+        field = "instruction" if example.raw and not self.wording.wrapped else "input"
+        text = getattr(example, field)
+        starts = [start for start, _ in self.tokenizing.whole([self.tokenizing.literal(text)])[0].spans]
+        return without_beginning(example, field, starts, draft, limit)

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from itertools import accumulate, chain
 from pathlib import Path
@@ -19,13 +20,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mira.data import text
+from mira.data import chat, overlong, templates, text, tokenizing
 from mira.data.federation import SPLITS, Federation
-from mira.data.text import CHAT, Encoded, Encoder
+from mira.data.templates import CHAT
+from mira.data.text import Encoded, Encoder
 
 Encodings = Mapping[tuple[int, str], Sequence[Encoded]]  # by client and split
 
-PARTS = ("tokens", "label", "sizes")  # [T], [T], [examples,3]: tokens, those before the last answer, truncated or not
+# [T], [T], [Q], [examples,4]: tokens, those before the last answer, truncated or not, those of a question of its own
+PARTS = ("tokens", "label", "questions", "sizes")
+
+_CODE = (*(code.__file__ for code in (chat, overlong, templates, text, tokenizing)), __file__)
 
 log = logging.getLogger(__name__)
 
@@ -33,21 +38,24 @@ log = logging.getLogger(__name__)
 def key(federation: Federation, encoder: Encoder) -> str | None:
     """SHA-256 of all that decides the tokens: texts, tokenizer, template, length, and the code that makes and keeps them.
 
-    None where that cannot be told: tokenizers written in Python, and chat templates that tell the date.
+    None where that cannot be told: tokenizers written in Python, and chat templates that tell today's date.
     """
     tokenizer = encoder.tokenizer
-    chat = tokenizer.chat_template if encoder.template == CHAT else None
+    template = [encoder.chat.source(tools) for tools in (False, True)] if encoder.template == CHAT else None
     ours = type(tokenizer).__module__.startswith("transformers.")
-    if not (tokenizer.is_fast and ours) or "strftime_now" in str(chat):
+    undated = encoder.template == CHAT and encoder.wording.date is None and encoder.chat.tells_the_date
+    if undated or not (tokenizer.is_fast and ours):
         return None
     probe = list(
         tokenizer("a", verbose=False)["input_ids"]
     )  # first: a call may change what the tokenizer says of itself
-    settings = [encoder.template, encoder.max_length, chat, tokenizer.special_tokens_map, tokenizer.eos_token_id, probe]
+    about = [tokenizer.special_tokens_map, tokenizer.eos_token_id, probe]
+    wording = asdict(encoder.wording) | {"stops": sorted(encoder.wording.stops)}
+    settings = [encoder.template, encoder.max_length, template, about, wording]
     versions = [version(name) for name in ("transformers", "tokenizers", "jinja2")]
     digest = hashlib.sha256(json.dumps([settings, versions], default=str).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(b"".join(Path(str(module)).read_bytes() for module in (text.__file__, __file__)))
+    digest.update(b"".join(Path(str(module)).read_bytes() for module in _CODE))
     for client in federation.clients:
         for split in SPLITS:
             digest.update(json.dumps([e.content for e in client.split(split)]).encode())
@@ -62,12 +70,15 @@ def read(folder: Path, name: str, federation: Federation) -> Encodings:
     if (found := _intact(path, name)) is None:
         log.warning("%s: damaged; tokenising the examples again", path)
         return {}
-    tokens, label, sizes = (found[part].tolist() for part in PARTS)
-    ends = accumulate(length for length, _, _ in sizes)
+    tokens, label, questions, sizes = (found[part].tolist() for part in PARTS)
+    ends, asked = accumulate(size[0] for size in sizes), accumulate(size[3] for size in sizes)
     examples = (
-        Encoded(tuple(tokens[end - length : end]), tuple(label[end - length : end]), bool(truncated), prompt)
-        for end, (length, prompt, truncated) in zip(ends, sizes, strict=True)
-    )
+        Encoded(
+            tuple(tokens[end - length : end]), tuple(label[end - length : end]), bool(truncated), prompt,
+            tuple(questions[last - question : last]),
+        )
+        for end, last, (length, prompt, truncated, question) in zip(ends, asked, sizes, strict=True)
+    )  # fmt: skip
     places = [(number, split) for number in range(len(federation.clients)) for split in SPLITS]
     return {(k, split): tuple(next(examples) for _ in federation.clients[k].split(split)) for k, split in places}
 
@@ -81,7 +92,10 @@ def write(folder: Path, name: str, encodings: Encodings) -> None:
     tensors = {
         "tokens": torch.tensor([token for e in every for token in e.tokens], dtype=torch.int32),
         "label": torch.tensor([seen for e in every for seen in e.label], dtype=torch.bool),
-        "sizes": torch.tensor([[len(e.tokens), e.prompt, e.truncated] for e in every], dtype=torch.int32),
+        "questions": torch.tensor([token for e in every for token in e.question], dtype=torch.int32),
+        "sizes": torch.tensor(
+            [[len(e.tokens), e.prompt, e.truncated, len(e.question)] for e in every], dtype=torch.int32
+        ).view(-1, 4),
     }
     data = safetensors.torch.save(tensors, {"key": name, "sha256": _checksum(tensors)})
     temporary = path.with_name(f".{path.name}.tmp")

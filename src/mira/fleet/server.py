@@ -63,6 +63,7 @@ class Opener:
         session = open_session(
             experiment.model_copy(update={"data": replace(data, examples=known)}), recorded, folder=folder
         )
+        experiment = experiment.model_copy(update={"prompt": session.experiment.prompt})  # with the day it is dated
         terms = Terms(
             experiment.rounds, **asdict(experiment.server), privacy=experiment.privacy, training=experiment.training
         )

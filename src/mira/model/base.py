@@ -41,6 +41,13 @@ class Base:
     sha256: str
 
     @property
+    def stops(self) -> frozenset[int]:
+        """Tokens at which the model's own ``generation_config`` ends an answer."""
+        config = self.model.generation_config
+        stops = config.eos_token_id if config else None
+        return frozenset([] if stops is None else [stops] if isinstance(stops, int) else stops)
+
+    @property
     def quantization(self) -> Quantization:
         return quantization_of(self.model)
 

@@ -1,0 +1,71 @@
+"""Examples that are longer than a pass may be: what goes, and what is said where nothing can go."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+from mira.core.errors import UserError
+from mira.data.encoded import Encoded
+from mira.data.types import Example
+
+Draft = Callable[[Example], Encoded]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """``tokens``: of prompt and answer together; ``positions``: as many as the model has, where that is known; ``where``: names
+    the example."""
+
+    tokens: int
+    positions: int | None
+    where: str
+
+    def allows(self, encoded: Encoded) -> bool:
+        return len(encoded.tokens) <= self.tokens
+
+    def refuse(self, needed: int, cut: bool = False) -> NoReturn:
+        """Raise the UserError. ``cut``: whether cutting was not tried."""
+        so, way = ("", ", or cut it with prompt.overlong=cut") if cut else (" even with nothing left to cut", "")
+        fix = f"set prompt.max_length to at least {needed} or shorten it"
+        if self.positions is not None and needed > self.positions:
+            fix = f"the model reads {self.positions} at most: shorten it"
+        raise UserError(
+            f"prompt.max_length={self.tokens}: {self.where} needs {needed} tokens{so}; {fix}, or leave it out with"
+            f" prompt.overlong=drop{way}"
+        )
+
+
+def without_oldest(example: Example, draft: Draft, limit: Limit) -> Encoded:
+    """A conversation without as many of its oldest exchanges as must go. Raises UserError where the last one is too long."""
+    for shorter in _later_parts(example):
+        encoded = draft(shorter)
+        if limit.allows(encoded):
+            return replace(encoded, truncated=True)
+    limit.refuse(len(encoded.tokens))
+
+
+def without_beginning(example: Example, field: str, starts: Sequence[int], draft: Draft, limit: Limit) -> Encoded:
+    """An example whose ``field`` lost tokens on its left, which begin at the characters ``starts``. What remains is tokenised
+    anew: it reads as if it had been given so. Raises UserError where nothing of it left is still too long."""
+    text = getattr(example, field)
+    cuts = [*dict.fromkeys(starts[1:]), *([len(text)] if field == "input" else [])] or [0]
+
+    def shortened(cut: int) -> Encoded:
+        return draft(replace(example, **{field: text[cut:]}))
+
+    encoded = shortened(cuts[bisect_left(cuts, True, hi=len(cuts) - 1, key=lambda cut: limit.allows(shortened(cut)))])
+    if not limit.allows(encoded):
+        limit.refuse(len(encoded.tokens))
+    return replace(encoded, truncated=True)
+
+
+def _later_parts(example: Example) -> Iterator[Example]:
+    """``example`` whole, without its first exchange, without its first two, and so on; a system message stays."""
+    head = tuple(m for m in example.messages[:1] if m.role == "system")
+    rest = example.messages[len(head) :]
+    for n, message in enumerate(rest):
+        if not n or message.role == "user":
+            yield replace(example, messages=head + rest[n:])
