@@ -132,12 +132,13 @@ class ChatTemplate:
         return found.whole.text[found.answers[-1].start : start], found.whole.text[end:]
 
     @cached_property
-    def marker(self) -> str:
-        """The text after which the words of an answer begin, where the model itself writes something before them: the end of a
-        thought or a header; "" where it writes nothing."""
+    def marker(self) -> re.Pattern[str] | None:
+        """Matches the text after which the words of an answer begin, where the model itself writes something before them: the end
+        of a thought, or a header. White space in it is the tokenizer's."""
         lead = self.probe[0].strip()
         tag = _TAG.search(lead)
-        return tag[0].strip() if tag else lead
+        parts = re.findall(r"<[^<>]+>|[^<\s]+|<", tag[0] if tag else lead)
+        return re.compile(r"\s*".join(map(re.escape, parts))) if parts else None
 
     def _answer(
         self, messages: Sequence[Message], turns: list[Turn], n: int, whole: str, tools: Any, where: str

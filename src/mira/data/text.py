@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -109,7 +110,7 @@ class Encoder:
         if not self._marker:
             return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
         text = str(self.tokenizer.decode(list(tokens), skip_special_tokens=False))
-        if self._marker not in text:
+        if not self._marker.search(text):
             return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
         text = self._after_marker(text)
         for special in self.tokenizing.special:
@@ -186,11 +187,11 @@ class Encoder:
         return (Message("system", self.wording.system), *turns) if lacking else turns
 
     @cached_property
-    def _marker(self) -> str:
-        return self.chat.marker if self.template == CHAT else ""
+    def _marker(self) -> re.Pattern[str] | None:
+        return self.chat.marker if self.template == CHAT else None
 
     def _after_marker(self, text: str) -> str:
-        return text.rpartition(self._marker)[2] if self._marker else text
+        return self._marker.split(text)[-1] if self._marker else text
 
     def _is_chat(self, example: Example) -> bool:
         return self.template == CHAT and not (example.raw and not self.wording.wrapped)

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from mira.core.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+    Tokenizer = PreTrainedTokenizerBase
 
 Span = tuple[int, int]  # characters start:end
 _ANCHOR = "\n"  # nothing merges with it in the tokenizers that put a space before every text
