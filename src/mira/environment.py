@@ -8,6 +8,7 @@ import json
 import logging
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -65,6 +66,7 @@ def clients_told(federation: Federation) -> dict[str, Any]:
     return {
         "data": {"clients": len(federation.clients), "sha256": _fingerprint(federation)},
         "groups": [client.group for client in federation.clients],
+        "manner": {client.name: asdict(client.manner) for client in federation.clients if client.train},
     }
 
 

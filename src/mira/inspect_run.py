@@ -16,7 +16,6 @@ from mira import config
 from mira.core.errors import UserError
 from mira.core.types import Overlay, ServerState, stays
 from mira.data.sources.sites import Sites
-from mira.data.types import Example
 from mira.environment import check_environment, taken_over
 from mira.experiment import (
     ADAPTERS,
@@ -69,9 +68,16 @@ def evaluate(folder: Path, which: Which, watcher: Watcher) -> Result:
 
 
 def generate(
-    folder: Path, client: str, prompt: str | None, instruction: str | None, max_new_tokens: int, which: Which
+    folder: Path,
+    client: str,
+    prompt: str | None,
+    instruction: str | None,
+    max_new_tokens: int,
+    which: Which,
+    system: str | None = None,
 ) -> Iterator[str]:
-    """Answers of one client's adapter, to ``prompt`` or else to its first test inputs beside what was expected."""
+    """Answers of one client's adapter, to ``prompt`` or else to its first test inputs beside what was expected. A prompt is put
+    as the client's training examples are: under their instruction or after their system message, where all have the same."""
     session = _session(folder)
     k = session.number(client)
     with Store.open(folder, writable=False) as store:
@@ -79,7 +85,7 @@ def generate(
         row = session.method.serve(state_of(session, store, _round(store, which)), torch.tensor([k]))
     owner, encoder = session.federation.clients[k], session.corpus.encoder
     if prompt is not None:
-        example = _example(prompt, instruction, owner.description)
+        example = owner.manner.example(prompt, instruction, system)
         encoded = encoder.encode(example)
         if encoded.truncated:
             log.warning("--prompt: cut on the left to fit prompt.max_length=%d tokens", encoder.max_length)
@@ -149,12 +155,6 @@ def _round(store: Store, which: Which) -> int:
     if number is None:
         raise UserError(f"{store.folder}: no round is committed yet; go on with: mira run {store.folder} --resume")
     return number
-
-
-def _example(prompt: str, instruction: str | None, description: str) -> Example:
-    """The prompt as input under an instruction; as the instruction itself where the client has none."""
-    told = instruction or description
-    return Example(told, prompt, "") if told else Example(prompt, "", "")
 
 
 def _write_merged(session: Session, state: ServerState, k: int, folder: Path) -> None:

@@ -59,6 +59,7 @@ def summarise(
         "method": experiment.method.name,
         "seed": experiment.seed,
         "model": store.environment()["model"],
+        "template": store.environment().get("prompt", {}).get("template"),
         "rounds": last["round"],
         "clients": clients,
         "local_loss_start": start["local_loss"],
@@ -117,7 +118,8 @@ def table(result: Result) -> Group:
         privacy(result["privacy"]) if "privacy" in result else "",
         f"{result['seconds']:.0f} s, {result['tokens_per_second']:.0f} training tokens/s,"
         f" peak memory {data_size(result['peak_memory_bytes'])}",
-        f"model {model['name']} ({model['source']}, sha256 {model['sha256'][:12]})",
+        f"model {model['name']} ({model['source']}, sha256 {model['sha256'][:12]})"
+        + (f", {result['template']} prompts" if result.get("template") else ""),
         f"run folder {_relative(result['run'])}",
     ]
     return Group(grid, *[Text(line, overflow="fold") for line in lines if line])

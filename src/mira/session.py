@@ -28,6 +28,8 @@ from mira.core.training import Training
 from mira.core.types import Engine, Method, ServerState, Setting, Sites
 from mira.data.corpus import Corpus, without_overlong
 from mira.data.federation import Federation, make_federation
+from mira.data.proof import prove
+from mira.data.templates import CHAT
 from mira.engine.batched import BatchedEngine
 from mira.engine.checkpoint import decoder_layers
 from mira.engine.generate import positions
@@ -164,6 +166,8 @@ def open_session(
     log.info("%s", encoder.about)
     for caution in encoder.cautions:
         log.warning("%s", caution)
+    if encoder.template == CHAT:
+        prove(federation, encoder)
     if prompt.overlong == "drop":
         federation = without_overlong(federation, encoder)
     corpus = Corpus(federation, encoder, training.batch_size, training.local_steps, training.local_epochs, first)

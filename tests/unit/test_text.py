@@ -6,12 +6,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from chat_templates import FAMILIES, Kind, make
 from mira.core.errors import UserError
 from mira.data.corpus import Corpus
 from mira.data.federation import Client, Federation
 from mira.data.text import Encoded, Encoder, Wording
 from mira.data.types import Example, Message
-from tiny import EOS, VOCABULARY, make_tokenizer
+from tiny import CHAT_TEMPLATE, EOS, VOCABULARY, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 CITY = Example("Name the capital.", "France", "Paris")
@@ -271,3 +272,106 @@ def test_data_that_spells_a_special_token_stays_text(tiny_tokenizer: PreTrainedT
 
 def _parts(encoded: Encoded) -> tuple[tuple[int, ...], tuple[bool, ...]]:
     return encoded.tokens, encoded.label
+
+
+def test_a_prompt_that_comes_later_is_put_as_training_puts_it() -> None:
+    """After the system message that all of a client's conversations have, under its instruction, or as it stands."""
+    encoder = Encoder(TOKENIZER, "chat", 200)
+
+    def asked(*examples: Example, **given: str) -> str:
+        client = Client("a", "a", "a", "", "", examples, (), ())
+        return str(TOKENIZER.decode(encoder.encode(client.manner.example("2+2?", **given)).asked))
+
+    prompt = TOKENIZER.decode(encoder.encode(TALK).asked)
+    assert asked(TALK) == prompt.replace("<start>user\n1+1?<eos>\n<start>assistant\nTwo.<eos>\n", "")
+    assert asked(TALK, system="Sing.") == asked(TALK).replace("Be brief.", "Sing.")
+    assert asked(CITY, CITY) == "<start>user\nName the capital.\n\n2+2?<eos>\n<start>assistant\n"
+    assert asked(CITY, instruction="Add.") == "<start>user\nAdd.\n\n2+2?<eos>\n<start>assistant\n"
+    assert asked(Example("1+1=", "", "2", raw=True)) == "2+2?"
+
+
+def test_a_system_message_of_the_configuration_is_for_conversations_without_one() -> None:
+    encoder = Encoder(TOKENIZER, "chat", 200, Wording(system="Sing."))
+    assert TOKENIZER.decode(encoder.prompt(CITY)).startswith("<start>system\nSing.<eos>\n<start>user\nName")
+    assert TOKENIZER.decode(encoder.prompt(TALK)).startswith("<start>system\nBe brief.<eos>\n")
+    with pytest.raises(UserError, match=r"prompt\.system: prompt\.template='plain' has no place for it"):
+        Encoder(TOKENIZER, "plain", 200, Wording(system="Sing."))
+
+
+def test_an_unlearned_turn_is_context_alone() -> None:
+    turns = (
+        Message("user", "1?"),
+        Message("assistant", "bad", learned=False),
+        Message("user", "2?"),
+        Message("assistant", "good"),
+    )
+    encoded = Encoder(TOKENIZER, "chat", 200).encode(Example("", "", "good", turns))
+    assert "bad" in TOKENIZER.decode(encoded.tokens)
+    assert labelled(encoded) == "good<eos>"
+
+
+CALLING = (
+    "{% if tools %}<start>tools\n{{ tools | tojson }}<eos>\n{% endif %}{% for m in messages %}<start>{{ m['role'] }}\n"
+    "{{ m['content'] }}{% for c in m['tool_calls'] %}[call]{{ c['function']['name'] }}{% endfor %}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start>assistant\n{% endif %}"
+)
+
+
+def test_calls_of_tools_are_learned_through_the_templates_own_argument() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CALLING
+    call = '{"tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": "{}"}}]}'
+    turns = (
+        Message("user", "Rain?"), Message("assistant", "", more=call), Message("tool", "sunny", more='{"name": "weather"}'),
+        Message("assistant", "No."),
+    )  # fmt: skip
+    tools = '[{"type": "function", "function": {"name": "weather"}}]'
+    encoder = Encoder(tokenizer, "chat", 400)
+    encoded = encoder.encode(Example("", "", "No.", turns, tools=tools))
+    assert labelled(encoded) == "[call]weather<eos>No.<eos>"
+    assert '"weather"' in tokenizer.decode(encoded.asked)
+    last = Example("", "", "", turns[:2], tools=tools)
+    assert labelled(encoder.encode(last)) == "[call]weather<eos>" == encoder.reference(last) + EOS
+    assert encoder.chat.ignored(turns, tools, "it") == {"name"}
+
+
+def test_thoughts_are_learned_where_the_template_takes_them_and_refused_where_it_drops_them() -> None:
+    family, tokenizer = FAMILIES["thinking or not (Qwen3)"], make("thinking or not (Qwen3)")
+    encoder = Encoder(tokenizer, "chat", 200, Wording(values=family.values))
+    thought = Message("assistant", "fine", more='{"reasoning_content": "because"}')
+    once = encoder.encode(Example("", "", "fine", (Message("user", "a"), thought)))
+    said = tokenizer.decode([t for t, seen in zip(once.tokens, once.label, strict=True) if seen])
+    assert said == "<think>\nbecause\n</think>\n\nfine<|im_end|>"
+    assert encoder.answer(tokenizer(said)["input_ids"][:-1]).strip() == "fine"
+    twice = Example("", "", "ok", (Message("user", "a"), thought, Message("user", "b"), Message("assistant", "ok")))
+    with pytest.raises(UserError, match=r"drops the thoughts of earlier turns \(messages\[1\] of it\).*weight: 0"):
+        encoder.encode(twice, "it")
+    opening = FAMILIES["prompt opens a thought, rendering drops it (DeepSeek-R1)"]
+    r1 = Encoder(make(next(n for n, f in FAMILIES.items() if f is opening)), "chat", 200)
+    kept = r1.encode(
+        Example(
+            "",
+            "",
+            "<think>because</think>fine",
+            (Message("user", "a"), Message("assistant", "<think>because</think>fine")),
+        )
+    )
+    said = r1.tokenizer.decode([t for t, seen in zip(kept.tokens, kept.label, strict=True) if seen])
+    assert said == "because\n</think>\n\nfine<|end|>"
+
+
+def test_a_template_of_ones_own_and_variables_for_it() -> None:
+    own = CHAT_TEMPLATE.replace("<start>assistant\n{%", "<start>assistant\n{{ mood }}{%")
+    encoder = Encoder(words(), "auto", 200, Wording(own=own, values={"mood": "7"}))
+    assert encoder.template == "chat"
+    assert encoder.fingerprint != Encoder(words(), "auto", 200, Wording(own=own, values={"mood": "8"})).fingerprint
+
+
+@pytest.mark.parametrize("name", ["metaspace", "metaspace-legacy"])
+def test_an_answer_to_text_goes_on_from_it_without_a_space_of_the_tokenizers(name: Kind) -> None:
+    """What a server is given is the prompt's own tokens; SentencePiece would put a space before an answer by itself."""
+    tokenizer = make("a space before the answer (Mistral 7B, Mixtral)", name)
+    encoder = Encoder(tokenizer, "plain", 200)
+    encoded = encoder.encode(Example("1 and 2 make", "", "3"))
+    assert list(encoded.asked) == tokenizer("1 and 2 make\n")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(list(encoded.tokens))[len(encoded.asked) :] == ["3", "</s>"]

@@ -28,13 +28,16 @@ def generate(
     instruction: Annotated[
         str | None, typer.Option("--instruction", help="Default: the client's own task definition.")
     ] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", help="Default: the system message of the client's training examples.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     round: Which = "last",
 ) -> None:
     """Answer a prompt with one client's adapter."""
     from mira import inspect_run
 
-    for line in inspect_run.generate(run, client, prompt, instruction, max_new_tokens, round):
+    for line in inspect_run.generate(run, client, prompt, instruction, max_new_tokens, round, system):
         out_console.print(line, soft_wrap=True)
 
 

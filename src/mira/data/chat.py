@@ -119,9 +119,23 @@ class ChatTemplate:
         final = Answer(len(asked.text), (len(begun), end + moved), _calls(messages[-1]))
         return Conversation(Text(begun + whole.text[body:], tuple(literal)), asked, (*answers, final))
 
-    def prompt(self, messages: Sequence[Message], tools: str, where: str) -> Text:
-        """What a server is given for the answer that comes after ``messages``."""
-        return self._render([_turn(m) for m in messages], json.loads(tools) if tools else None, where, prompt=True)
+    def ignored(self, messages: Sequence[Message], tools: str, where: str) -> set[str]:
+        """The keys of ``messages`` (and ``tools``) that the template does not read: without them it writes the same."""
+        turns, called = [_turn(m) for m in messages], json.loads(tools) if tools else None
+        whole = self._render(turns, called, where).text
+        keys = {key for turn in turns for key in turn} - {"role", "content"}
+        without = {key: [{k: v for k, v in turn.items() if k != key} for turn in turns] for key in keys}
+        found = {key for key, others in without.items() if self._render(others, called, where).text == whole}
+        return found | ({"tools"} if called and self._render(turns, None, where).text == whole else set())
+
+    def tokens(self, messages: Sequence[Message], tools: str, prompt: bool) -> tuple[int, ...]:
+        """transformers' own tokens of the rendering, or of the prompt for the last of ``messages``."""
+        turns, called = [_turn(m) for m in messages], json.loads(tools) if tools else None
+        given: Any = self.tokenizer.apply_chat_template(
+            turns[:-1] if prompt else turns, tools=called, chat_template=self._text(bool(tools)), add_generation_prompt=prompt,
+            return_dict=False, **self.values,
+        )  # fmt: skip
+        return tuple(given)
 
     @cached_property
     def probe(self) -> tuple[str, str]:

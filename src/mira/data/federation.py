@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from mira.core.errors import UserError
 from mira.core.seeds import generator, stream
 from mira.core.strict import STRICT
-from mira.data.types import ClientData, Example, Source, unique
+from mira.data.types import ClientData, Example, Message, Source, unique
 
 SPLITS = ("train", "validation", "test")
 Size = Annotated[int, Field(strict=True, ge=1)] | Annotated[float, Field(strict=True, gt=0, lt=1)]
@@ -39,6 +39,28 @@ class SplitSizes:
 
 
 @dataclass(frozen=True)
+class Manner:
+    """How a client's examples ask, for prompts that come later. ``raw``: by text to be continued; ``talk``: in conversations,
+    after the ``system`` message that all of them have; else by an input under the ``instruction`` that all of them have."""
+
+    raw: bool = False
+    talk: bool = False
+    instruction: str = ""
+    system: str = ""
+
+    def example(self, prompt: str, instruction: str | None = None, system: str | None = None) -> Example:
+        """``prompt`` as an example that has no answer yet; ``instruction`` and ``system`` in place of the client's own."""
+        system = self.system if system is None else system
+        if instruction is None and self.raw:
+            return Example(prompt, "", "", raw=True)
+        told = self.instruction if instruction is None and not self.talk else instruction or ""
+        content = f"{told}\n\n{prompt}" if told else prompt
+        if system:
+            return Example("", "", "", (Message("system", system), Message("user", content), Message("assistant", "")))
+        return Example(told, prompt, "") if told else Example(prompt, "", "")
+
+
+@dataclass(frozen=True)
 class Client:
     name: str
     slug: str  # the name as a file name: a-z, 0-9, "_" and "-", at most 80 characters, unique
@@ -58,6 +80,18 @@ class Client:
     def about(self) -> str:
         """Its task in words: the description, or where it has none the prompts of its first training examples."""
         return self.description or "\n".join(text for example in self.train[:_SHOWN] for text in example.key)
+
+    @property
+    def manner(self) -> Manner:
+        """The way in which its training examples ask."""
+        instructions = {example.instruction for example in self.train}
+        systems = {example.messages[0].content if example.system else "" for example in self.train}
+        talks = all(example.messages for example in self.train) and bool(self.train)
+        shared = self.description or (instructions.pop() if len(instructions) == 1 and not talks else "")
+        return Manner(
+            raw=all(example.raw for example in self.train) and bool(self.train), talk=talks,
+            instruction=shared, system=systems.pop() if len(systems) == 1 else "",
+        )  # fmt: skip
 
     def split(self, name: str) -> tuple[Example, ...]:
         """The examples of a split, named as in SPLITS."""

@@ -193,12 +193,13 @@ class Encoder:
     def _after_marker(self, text: str) -> str:
         return self._marker.split(text)[-1] if self._marker else text
 
-    def _is_chat(self, example: Example) -> bool:
+    def is_chat(self, example: Example) -> bool:
+        """Whether the chat template writes ``example``: it does not write prompts that are continued as they stand."""
         return self.template == CHAT and not (example.raw and not self.wording.wrapped)
 
     def _drafts(self, examples: Sequence[Example], where: Sequence[str]) -> list[Encoded]:
         """Tokens and labels of each example, however long; all texts are tokenised together."""
-        talks = [self._talk(e, place) if self._is_chat(e) else None for e, place in zip(examples, where, strict=True)]
+        talks = [self._talk(e, place) if self.is_chat(e) else None for e, place in zip(examples, where, strict=True)]
         prompts = [None if talk else self._raw(e, place) for talk, e, place in zip(talks, examples, where, strict=True)]
         texts: list[Text] = []
         for talk, prompt, example in zip(talks, prompts, examples, strict=True):

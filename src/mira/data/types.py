@@ -36,6 +36,11 @@ class Example:
     place: str = field(default="", compare=False)
 
     @property
+    def system(self) -> bool:
+        """Whether it begins with a system message."""
+        return bool(self.messages) and self.messages[0].role == "system"
+
+    @property
     def content(self) -> dict[str, Any]:
         """All that decides its tokens, for digests; what few examples have is left out where it is not there, so that the digest
         of an older run is found again."""

@@ -44,6 +44,8 @@ def _of_run(run: Run, alone: bool) -> list[str]:
     done = len(run.records) - 1
     if run.result is None:
         found.append(f"{who} is not finished: {done} of {run.rounds} rounds.")
+    if template := run.environment.get("prompt", {}).get("template"):
+        found.append(f"{who} was trained and measured with {template} prompts.")
     lost = run.lost
     if lost:
         times = "once" if len(lost) == 1 else f"{len(lost)} times"
