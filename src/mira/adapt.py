@@ -19,7 +19,8 @@ from mira.core.errors import UserError, did_you_mean
 from mira.core.similarity import cosines
 from mira.core.types import MemoryRows, ServerState, Work
 from mira.data.federation import Client, make_federation
-from mira.data.records import read_jsonl, to_example
+from mira.data.reading import existing, read_records
+from mira.data.records import Tally
 from mira.data.types import ClientData, client_data
 from mira.environment import check_environment, taken_over
 from mira.experiment import export_adapters, state_of, without_nan
@@ -38,14 +39,16 @@ ADAPTED = "adapted"  # in the run folder: of each client that joined, a PEFT fol
 
 @dataclass(frozen=True)
 class _Newcomer:
-    """A source of one client, from its JSONL files."""
+    """A source of one client, from its data files."""
 
     name: str
     group: str
     files: tuple[Path, ...]
 
     def load(self, seed: int) -> list[ClientData]:
-        examples = [to_example(record, place) for file in self.files for place, record in read_jsonl(file)]
+        tally = Tally()
+        examples = [e for file in self.files for e in tally.examples(read_records(existing(file, "--data")))]
+        tally.tell()
         return [client_data(self.name, examples, self.group)]
 
 

@@ -13,7 +13,8 @@ from pydantic.dataclasses import dataclass
 from mira.core.errors import UserError, did_you_mean
 from mira.core.seeds import generator
 from mira.core.strict import STRICT
-from mira.data.records import existing, parse_json, read_text, text_field
+from mira.data.fields import text_field
+from mira.data.reading import existing, parse_json, read_text
 from mira.data.types import ClientData, Example
 
 MIN_INSTANCES = 20
@@ -93,4 +94,4 @@ def _example(instance: Any, definition: str, place: str) -> Example:
     output = _first(instance, "output", place)
     if not output.strip():
         raise UserError(f"{place}: field 'output' is empty; every instance needs a response: fill it in or remove it")
-    return Example(definition, text_field(instance, "input", place), output)
+    return Example(definition, text_field(instance, "input", place), output, place=place)
