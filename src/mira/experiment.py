@@ -19,6 +19,7 @@ from mira import config, measure
 from mira.config import Experiment
 from mira.core.errors import UserError
 from mira.core.loop import Record, Schedule, run_rounds
+from mira.core.strict import expanded
 from mira.core.tensors import from_tensors, in_use, to_tensors
 from mira.core.types import Change, Rows, ServerState, stays
 from mira.engine.memory import peak_memory
@@ -70,7 +71,7 @@ def run(
     """Run ``experiment`` in the new folder ``out`` (default runs/NAME-TIME) and return its result: what
     ``mira run --json`` prints (docs/cli.md). Raises UserError for anything the user can mend."""
     watcher = watcher or Nobody()
-    folder = Path(out) if out is not None else Path("runs") / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = expanded(Path(out)) if out is not None else Path("runs") / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     experiment = config.absolute(experiment)
     Store.check_vacant(folder)
     experiment.tracking.check()

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from mira.core.strict import STRICT
+from mira.core.strict import STRICT, UserPath
 from mira.data.partition import ByColumn, Partition, split_pool
 from mira.data.reading import existing, read_records
 from mira.data.records import Columns
@@ -23,7 +23,7 @@ _COLUMNS: Columns = {"instruction": "instruction", "input": "context", "output":
 class Dolly:
     """By default a client is a category."""
 
-    path: Path | None = None
+    path: UserPath | None = None
     """The file (JSONL, JSON, CSV or parquet); without one the data set is fetched from the hub."""
     partition: Partition = Field(default_factory=lambda: ByColumn("category"))
     """How the pool becomes clients."""

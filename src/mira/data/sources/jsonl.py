@@ -10,7 +10,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError
-from mira.core.strict import STRICT
+from mira.core.strict import STRICT, UserPath
 from mira.data.fields import Record, label_field
 from mira.data.reading import ENDINGS, client_files, existing, read_records, tell_left_out
 from mira.data.records import Columns, Tally
@@ -31,7 +31,7 @@ class Found:
 class Jsonl:
     """Files of examples (JSON, CSV, parquet; plain or gzipped) in the layouts that docs/data.md lists."""
 
-    path: Path
+    path: UserPath
     """A folder of data files, each one client named as the file (one in a sub folder as sub/file); or one such file, with
     client_column."""
     client_column: str | None = None

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError, did_you_mean
 from mira.core.seeds import generator
-from mira.core.strict import STRICT
+from mira.core.strict import STRICT, UserPath
 from mira.data.fields import text_field
 from mira.data.reading import existing, parse_json, read_text
 from mira.data.types import ClientData, Example
@@ -26,7 +26,7 @@ class NaturalInstructions:
     """First definition, first output; the group is the first category. Tasks with fewer than 20 usable instances are
     left out (and named in the log)."""
 
-    path: Path
+    path: UserPath
     """The folder that holds the task JSON files, or its parent with a tasks/ folder."""
     clients: Annotated[int, Field(ge=1)] | None = None
     """So many usable tasks, evenly spaced in the order of their names, so that they span the categories; null: all."""
