@@ -24,6 +24,7 @@ from mira.core.tensors import from_tensors, in_use, to_tensors
 from mira.core.types import Change, Rows, ServerState, stays
 from mira.engine.memory import peak_memory
 from mira.environment import check_environment
+from mira.labels import label_accuracy
 from mira.methods.warm import Warm
 from mira.report import summarise
 from mira.session import TOKENS, Session, enough_memory, open_session
@@ -75,6 +76,7 @@ def run(
     experiment = config.absolute(experiment)
     Store.check_vacant(folder)
     experiment.tracking.check()
+    measure.check_metrics(experiment.evaluation.metrics)
     if experiment.privacy is not None and open is open_session:
         raise UserError("privacy: noise is put on by sites (mira server), and one process has none; leave privacy out")
     watcher.stage("preparing")
@@ -101,6 +103,7 @@ def resume(folder: Path | str, watcher: Watcher | None = None, open: Open = open
             return located(finished, store.folder)
         watcher.stage("preparing")
         experiment = config.parse_text(store.config())
+        measure.check_metrics(experiment.evaluation.metrics)
         kept = _Kept(store)
         session = open(experiment, store.environment(), kept, watcher.tokens, store.folder)
         check_environment(store.environment(), session.environment)
@@ -294,7 +297,13 @@ def _answers(session: Session, state: ServerState) -> Record:
         grades = session.sites.grade(rows, everyone, plan.examples, plan.max_new_tokens, state.round)
     else:
         references = [session.corpus.references(k, "test", plan.examples) for k in range(len(session.names))]
-        grades = measure.grade(session.engine, rows, everyone, references, plan.examples, plan.max_new_tokens)
+        grades = measure.grade(
+            session.engine, rows, everyone, references, plan.examples, plan.max_new_tokens, plan.metrics
+        )
+        if measure.LABEL_ACCURACY in plan.metrics:
+            found = label_accuracy(session.engine, session.corpus, rows, plan.examples)
+            pairs = zip(grades, found, strict=True)
+            grades = [g if share is None else g | {measure.LABEL_ACCURACY: share} for g, share in pairs]
     return measure.answers(session.names, grades)
 
 

@@ -29,11 +29,13 @@ def check(file: Path, overrides: Set = None) -> None:
     from mira import look as page
     from mira.data.federation import make_federation
     from mira.data.sources.sites import Sites
+    from mira.measure import check_metrics
     from mira.methods import ALONG_GRAPH
     from mira.methods.ranked import check_names
     from mira.model.reader import open_reader
 
     experiment = config.load(file, overrides or [])
+    check_metrics(experiment.evaluation.metrics)
     about = f"{experiment.rounds} rounds of {experiment.method.name}"
     if isinstance(experiment.data, Sites) and not experiment.data.examples:
         # Who the clients are stands in the server's kit, what they have is known to them.
