@@ -93,8 +93,12 @@ def run(
         return _go_on(session, store, state, watcher)
 
 
-def resume(folder: Path | str, watcher: Watcher | None = None, open: Open = open_session) -> Result:
-    """Go on with the run in ``folder`` from its last committed round; what was not committed is done again."""
+def resume(
+    folder: Path | str, watcher: Watcher | None = None, open: Open = open_session,
+    data: Path | None = None, model: str | None = None,
+) -> Result:  # fmt: skip
+    """Go on with the run in ``folder`` from its last committed round; what was not committed is done again. ``data``, ``model``:
+    where they are now, if they were moved."""
     watcher = watcher or Nobody()
     with Store.open(Path(folder)) as store:
         finished = store.result()
@@ -102,7 +106,8 @@ def resume(folder: Path | str, watcher: Watcher | None = None, open: Open = open
             log.info("%s is finished; nothing to resume", folder)
             return located(finished, store.folder)
         watcher.stage("preparing")
-        experiment = config.parse_text(store.config())
+        experiment = config.moved(config.parse_text(store.config()), data, model)
+        config.check_there(experiment, store.folder)
         measure.check_metrics(experiment.evaluation.metrics)
         kept = _Kept(store)
         session = open(experiment, store.environment(), kept, watcher.tokens, store.folder)

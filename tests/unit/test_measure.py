@@ -146,7 +146,8 @@ def test_label_accuracy_is_the_share_whose_answer_is_the_likeliest(engine: str, 
         for label in ("yes", "no"):
             encoded = session.corpus.encoder.encode(replace(example, output=label))
             tokens = torch.tensor([encoded.tokens])
-            logits = plain(tokens).logits[0].log_softmax(-1)
+            with torch.no_grad():
+                logits = plain(tokens).logits[0].log_softmax(-1)
             tried[label] = sum(float(logits[n - 1, t]) for n, t in enumerate(encoded.tokens) if encoded.label[n])
         right += max(tried, key=tried.__getitem__) == example.output
     assert few == right / len(owner.test)

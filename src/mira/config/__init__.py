@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mira.config.experiment import VARIANTS, Experiment
+from mira.config.moved import check_there, moved
 from mira.config.overrides import override
 from mira.config.text import flat, mapping, read, write
 from mira.core.strict import expanded
 
-__all__ = ["Experiment", "absolute", "differences", "dump", "load", "override", "parse", "parse_text", "schema"]
+__all__ = [
+    "Experiment", "absolute", "check_there", "differences", "dump", "load", "moved", "override", "parse", "parse_text", "schema",
+]  # fmt: skip
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:

@@ -6,6 +6,7 @@ import logging
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, Literal
@@ -53,6 +54,7 @@ class Client:
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
     elsewhere: int | None = None  # training examples, where the client has its data on a machine of its own
+    system: str = ""  # the system message that all its training examples have in common
 
     @property
     def num_train(self) -> int:
@@ -110,7 +112,14 @@ def _client(data: ClientData, sizes: SplitSizes, seed: int) -> Client:
     # Test from the front, train from the back: the size of one does not change what is in the other.
     parts = {"train": order[::-1][:train], "validation": order[test : test + validation], "test": order[:test]}
     splits = {name: tuple(chain.from_iterable(part)) for name, part in parts.items()}
-    return Client(data.name, slug(data.name), data.task, data.group, data.description, **splits)
+    return Client(
+        data.name, slug(data.name), data.task, data.group, data.description, **splits, system=_system(splits["train"])
+    )
+
+
+def _system(train: Sequence[Example]) -> str:
+    told = {e.messages[0].content if e.messages and e.messages[0].role == "system" else "" for e in train}
+    return told.pop() if len(told) == 1 else ""
 
 
 def _questions(data: ClientData, sizes: SplitSizes) -> list[list[Example]]:
