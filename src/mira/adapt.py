@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +20,10 @@ from mira.core.errors import UserError, did_you_mean
 from mira.core.similarity import cosines
 from mira.core.types import MemoryRows, ServerState, Work
 from mira.data.federation import Client, make_federation
-from mira.data.records import read_jsonl, to_example
+from mira.data.reading import existing, read_records
+from mira.data.records import Tally
 from mira.data.types import ClientData, client_data
-from mira.environment import check_environment, taken_over
+from mira.environment import check_environment, clients_of, taken_over
 from mira.experiment import export_adapters, state_of, without_nan
 from mira.graphs.known import Complete
 from mira.methods.local import Local
@@ -29,6 +31,8 @@ from mira.methods.ranked import ranked
 from mira.model.embed import embed
 from mira.session import Session, open_session
 from mira.store import Store
+
+log = logging.getLogger(__name__)
 
 Result = dict[str, Any]
 # Sections and keys that may be other than the run's; a row read with another adapter or model would be noise.
@@ -38,14 +42,16 @@ ADAPTED = "adapted"  # in the run folder: of each client that joined, a PEFT fol
 
 @dataclass(frozen=True)
 class _Newcomer:
-    """A source of one client, from its JSONL files."""
+    """A source of one client, from its data files."""
 
     name: str
     group: str
     files: tuple[Path, ...]
 
     def load(self, seed: int) -> list[ClientData]:
-        examples = [to_example(record, place) for file in self.files for place, record in read_jsonl(file)]
+        tally = Tally()
+        examples = [e for file in self.files for e in tally.examples(read_records(existing(file, "--data")))]
+        tally.tell()
         return [client_data(self.name, examples, self.group)]
 
 
@@ -56,13 +62,13 @@ def adapt(
     """Train an adapter for the new client ``name`` and write it to ``folder``/adapted; the run itself is only read.
 
     It starts from Σ_l a_l·θ_l / Σ_l a_l over its neighbours l in the run: a_l = 1 for the clients of ``group``; without one
-    the ``neighbours`` clients whose task descriptions are most like its own, a_l their centred cosine. Then come ``rounds``
-    rounds of local training at the run's peak learning rate; beside it, for comparison, the same from the common start.
-    Raises UserError, also where nobody is related.
+    the ``neighbours`` clients whose task descriptions are most like its own, a_l their centred cosine; all clients alike where
+    descriptions or the lack of groups tell them apart no further. Then come ``rounds`` rounds of local training at the run's peak
+    learning rate; beside it, for comparison, the same from the common start. Raises UserError.
     """
     with Store.open(folder, writable=False) as store:
         experiment, environment = config.parse_text(store.config()), store.environment()
-        known = make_federation(experiment.data, experiment.split, experiment.seed).clients
+        known = _known(environment, experiment, by_group=group is not None)
         _check(name, group, known)
         own = _own(experiment, _Newcomer(name, group or "", tuple(files)), overrides)
         alike = (own.engine, own.model.device) == (experiment.engine, experiment.model.device)
@@ -117,6 +123,14 @@ def _own(experiment: Experiment, source: _Newcomer, overrides: Sequence[str]) ->
     )
 
 
+def _known(environment: dict[str, Any], experiment: Experiment, by_group: bool) -> tuple[Client, ...]:
+    """The run's clients; their data is read only where it says what a client without description does."""
+    recorded = clients_of(environment, experiment.seed)
+    if recorded is not None and (by_group or all(client.description for client in recorded.clients)):
+        return recorded.clients
+    return make_federation(experiment.data, experiment.split, experiment.seed).clients
+
+
 def _check(name: str, group: str | None, known: Sequence[Client]) -> None:
     if name in (client.name for client in known):
         raise UserError(f"--client {name}: is a client of this run; give the new one a name of its own")
@@ -132,13 +146,27 @@ def _of_group(group: str, known: Sequence[Client]) -> tuple[Tensor, Tensor]:
 
 
 def _of_description(session: Session, known: Sequence[Client], most: int) -> tuple[Tensor, Tensor]:
-    newcomer = session.federation.clients[0]
-    cosine = cosines(embed(session.base, [newcomer.about, *(client.about for client in known)]))[0, 1:]
-    weight, related = cosine.sort(descending=True, stable=True)
+    told = [session.federation.clients[0].about, *(client.about for client in known)]
+    if len(set(told)) == 1:
+        log.info("every client of the run describes this task: all of them count alike")
+        return _everyone(known)
+    weight, related = cosines(embed(session.base, told))[0, 1:].sort(descending=True, stable=True)
     alike = weight[:most] > 0
-    if not bool(alike.any()):
-        raise UserError("--client: no description in the run is like this client's; name its group with --group")
-    return related[:most][alike], weight[:most][alike]
+    if bool(alike.any()):
+        return related[:most][alike], weight[:most][alike]
+    groups = sorted({client.group for client in known if client.group})
+    if groups:
+        raise UserError(
+            f"--client: no description in the run is like this client's; name its group with --group ({', '.join(groups)})"
+        )
+    log.warning(
+        "no description in the run is like this client's, and its clients have no groups: all of them count alike"
+    )
+    return _everyone(known)
+
+
+def _everyone(known: Sequence[Client]) -> tuple[Tensor, Tensor]:
+    return torch.arange(len(known)), torch.ones(len(known), dtype=torch.float64)
 
 
 def _train(session: Session, rows: Tensor, round: int, rounds: int) -> tuple[list[Result], Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 from mira.core.commit import commit
 from mira.core.errors import UserError
 from mira.core.threads import usable_cores
-from mira.data.federation import Federation
+from mira.data.federation import Client, Federation, Manner, slug
 from mira.data.text import Encoder
 from mira.model import Base
 from mira.model.quantise import needed_for
@@ -63,11 +63,32 @@ def taken_over(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def clients_told(federation: Federation) -> dict[str, Any]:
     """What the environment says of the clients."""
+    told = ("name", "task", "group", "description")
     return {
         "data": {"clients": len(federation.clients), "sha256": _fingerprint(federation)},
         "groups": [client.group for client in federation.clients],
-        "manner": {client.name: asdict(client.manner) for client in federation.clients if client.train},
+        "clients": [
+            {key: getattr(c, key) for key in told} | {"examples": c.num_train, "manner": asdict(c.manner)}
+            for c in federation.clients
+        ],
     }
+
+
+def clients_of(recorded: Mapping[str, Any], seed: int) -> Federation | None:
+    """The clients as their run recorded them, without their examples; None where a run of an older version did not."""
+    if "clients" not in recorded:
+        return None
+    absent: dict[str, Any] = {"train": (), "validation": (), "test": ()}
+    return Federation(
+        tuple(
+            Client(
+                told["name"], slug(told["name"]), told["task"], told["group"], told["description"], **absent,
+                elsewhere=told["examples"], known=Manner(**told["manner"]),
+            )
+            for told in recorded["clients"]
+        ),
+        seed,
+    )  # fmt: skip
 
 
 def _machine() -> dict[str, Any]:
@@ -101,7 +122,7 @@ def check_environment(recorded: dict[str, Any], now: dict[str, Any], must: Seque
     """Refuse to go on where what ``must`` be the same differs, naming the difference; warn of what else differs."""
     for key in DECIDING:
         old, new = recorded.get(key), now[key]
-        if old != new and not (key == "prompt" and old is None):  # runs of before it was recorded
+        if _content(old) != _content(new) and not (key == "prompt" and old is None):  # runs of before it was recorded
             difference = f"{key} was {_short(old, new)} when the run started and is {_short(new, old)} now"
             if key in must:
                 raise UserError(f"{difference}; restore it, or start a new run")
@@ -110,6 +131,11 @@ def check_environment(recorded: dict[str, Any], now: dict[str, Any], must: Seque
         log.warning(
             "the run started on another machine; numbers are no longer promised to be identical to the last bit"
         )
+
+
+def _content(value: Any) -> Any:
+    """What decides numbers of it: of a model or data not what it is called and where it came from, which may change."""
+    return {k: v for k, v in value.items() if k not in ("name", "source")} if isinstance(value, dict) else value
 
 
 def _short(value: Any, other: Any) -> str:

@@ -19,10 +19,12 @@ from mira import config, measure
 from mira.config import Experiment
 from mira.core.errors import UserError
 from mira.core.loop import Record, Schedule, run_rounds
+from mira.core.strict import expanded
 from mira.core.tensors import from_tensors, in_use, to_tensors
 from mira.core.types import Change, Rows, ServerState, stays
 from mira.engine.memory import peak_memory
 from mira.environment import check_environment
+from mira.labels import label_accuracy
 from mira.methods.warm import Warm
 from mira.report import summarise
 from mira.session import TOKENS, Session, enough_memory, open_session
@@ -70,10 +72,13 @@ def run(
     """Run ``experiment`` in the new folder ``out`` (default runs/NAME-TIME) and return its result: what
     ``mira run --json`` prints (docs/cli.md). Raises UserError for anything the user can mend."""
     watcher = watcher or Nobody()
-    folder = Path(out) if out is not None else Path("runs") / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = (
+        expanded(Path(out)) if out is not None else Path("runs") / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    )
     experiment = config.absolute(experiment)
     Store.check_vacant(folder)
     experiment.tracking.check()
+    measure.check_metrics(experiment.evaluation.metrics)
     if experiment.privacy is not None and open is open_session:
         raise UserError("privacy: noise is put on by sites (mira server), and one process has none; leave privacy out")
     watcher.stage("preparing")
@@ -90,8 +95,12 @@ def run(
         return _go_on(session, store, state, watcher)
 
 
-def resume(folder: Path | str, watcher: Watcher | None = None, open: Open = open_session) -> Result:
-    """Go on with the run in ``folder`` from its last committed round; what was not committed is done again."""
+def resume(
+    folder: Path | str, watcher: Watcher | None = None, open: Open = open_session,
+    data: Path | None = None, model: str | None = None,
+) -> Result:  # fmt: skip
+    """Go on with the run in ``folder`` from its last committed round; what was not committed is done again. ``data``, ``model``:
+    where they are now, if they were moved."""
     watcher = watcher or Nobody()
     with Store.open(Path(folder)) as store:
         finished = store.result()
@@ -99,7 +108,9 @@ def resume(folder: Path | str, watcher: Watcher | None = None, open: Open = open
             log.info("%s is finished; nothing to resume", folder)
             return located(finished, store.folder)
         watcher.stage("preparing")
-        experiment = config.parse_text(store.config())
+        experiment = config.moved(config.parse_text(store.config()), data, model)
+        config.check_there(experiment, store.folder)
+        measure.check_metrics(experiment.evaluation.metrics)
         kept = _Kept(store)
         session = open(experiment, store.environment(), kept, watcher.tokens, store.folder)
         check_environment(store.environment(), session.environment)
@@ -293,7 +304,13 @@ def _answers(session: Session, state: ServerState) -> Record:
         grades = session.sites.grade(rows, everyone, plan.examples, plan.max_new_tokens, state.round)
     else:
         references = [session.corpus.references(k, "test", plan.examples) for k in range(len(session.names))]
-        grades = measure.grade(session.engine, rows, everyone, references, plan.examples, plan.max_new_tokens)
+        grades = measure.grade(
+            session.engine, rows, everyone, references, plan.examples, plan.max_new_tokens, plan.metrics
+        )
+        if measure.LABEL_ACCURACY in plan.metrics:
+            found = label_accuracy(session.engine, session.corpus, rows, plan.examples)
+            pairs = zip(grades, found, strict=True)
+            grades = [g if share is None else g | {measure.LABEL_ACCURACY: share} for g, share in pairs]
     return measure.answers(session.names, grades)
 
 

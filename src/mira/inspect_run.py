@@ -16,7 +16,7 @@ from mira import config
 from mira.core.errors import UserError
 from mira.core.types import Overlay, ServerState, stays
 from mira.data.sources.sites import Sites
-from mira.environment import check_environment, taken_over
+from mira.environment import check_environment, clients_of, taken_over
 from mira.experiment import (
     ADAPTERS,
     Result,
@@ -45,11 +45,13 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_NO_LORA = ("gpt2",)  # architectures vLLM serves without LoRA support
 
 
-def evaluate(folder: Path, which: Which, watcher: Watcher) -> Result:
+def evaluate(
+    folder: Path, which: Which, watcher: Watcher, data: Path | None = None, model: str | None = None
+) -> Result:
     """The result of the run (docs/cli.md), measured again under the rows of ``which`` round; where the data is at sites, what
     they measured after the last. Raises UserError where they have not, and for the best round of such a run."""
     watcher.stage("preparing")
-    session = _session(folder)
+    session = _session(folder, data, model)
     with Store.open(folder, writable=False) as store:
         if isinstance(session.experiment.data, Sites):
             if which == "best" or (result := store.result()) is None:
@@ -68,17 +70,12 @@ def evaluate(folder: Path, which: Which, watcher: Watcher) -> Result:
 
 
 def generate(
-    folder: Path,
-    client: str,
-    prompt: str | None,
-    instruction: str | None,
-    max_new_tokens: int,
-    which: Which,
-    system: str | None = None,
-) -> Iterator[str]:
+    folder: Path, client: str, prompt: str | None, instruction: str | None, max_new_tokens: int, which: Which,
+    system: str | None = None, data: Path | None = None, model: str | None = None,
+) -> Iterator[str]:  # fmt: skip
     """Answers of one client's adapter, to ``prompt`` or else to its first test inputs beside what was expected. A prompt is put
     as the client's training examples are: under their instruction or after their system message, where all have the same."""
-    session = _session(folder)
+    session = _session(folder, data, model, examples=prompt is None)
     k = session.number(client)
     with Store.open(folder, writable=False) as store:
         _check_here(session, store)
@@ -103,12 +100,15 @@ def generate(
         yield ""
 
 
-def export(folder: Path, clients: list[str] | None, merge: bool, format: Format, which: Which) -> Iterator[str]:
+def export(
+    folder: Path, clients: list[str] | None, merge: bool, format: Format, which: Which,
+    data: Path | None = None, model: str | None = None,
+) -> Iterator[str]:  # fmt: skip
     """Write adapters (or merged models) and say where; for vLLM, its command line too.
 
     A run that is under way is not disturbed: it is only read, as of its last committed round.
     """
-    session = _session(folder)
+    session = _session(folder, data, model, examples=False)
     numbers = [session.number(name) for name in clients] if clients else list(range(len(session.names)))
     if format == "vllm" and not merge:
         _check_vllm(session)
@@ -131,12 +131,17 @@ def export(folder: Path, clients: list[str] | None, merge: bool, format: Format,
         yield f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
 
 
-def _session(folder: Path) -> Session:
-    """The experiment of a run folder, built on the same weights and data; the folder is closed again meanwhile."""
+def _session(folder: Path, data: Path | None, model: str | None, examples: bool = True) -> Session:
+    """The experiment of a run folder, built on the same weights and data, which may lie at ``data`` and ``model`` now; the folder is
+    closed again meanwhile. Without ``examples`` its data need not be there: what the run recorded of its clients is enough."""
     with Store.open(folder, writable=False) as store:
         environment, experiment = store.environment(), config.parse_text(store.config())
-    session = open_session(experiment, taken_over(environment), folder=folder)
-    check_environment(environment, session.environment, must=("model", "data"))
+    clients = None if examples else clients_of(environment, experiment.seed)
+    experiment = config.moved(experiment, data, model)
+    config.check_there(experiment, folder, data=clients is None)
+    session = open_session(experiment, taken_over(environment), folder=folder, clients=clients)
+    now = session.environment if clients is None else session.environment | {"data": environment["data"]}
+    check_environment(environment, now, must=("model", "data"))
     return session
 
 

@@ -3,23 +3,50 @@
 Loss is token-weighted cross-entropy in nats; means over clients are unweighted, so that a client with long answers
 counts as much as any other. A client on a machine of its own may not answer: it then counts with its last known loss, since
 a mean over whoever answers would move with who they are. Where every client has a row of its own that is its loss still: the
-row of a client that is away stays as it is. ROUGE-L: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004, F1.
+row of a client that is away stays as it is. ROUGE-L: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004, F1,
+over the words of ``mira.core.likeness``, which are ROUGE's own where the text is ASCII.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import exp, isnan, nan
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mira.core.errors import UserError, did_you_mean
 from mira.core.layout import Layout
+from mira.core.likeness import chrf, words
 from mira.core.seeds import generator
 from mira.core.types import Engine, Grade, Method, ServerState
 
 Record = dict[str, Any]
+Metric = Callable[[Sequence[str], Sequence[str]], float]  # of a client's answers, and what was expected
+
+LABEL_ACCURACY = "label_accuracy"  # measured by likelihood, not of answers: mira.labels
+_ALWAYS = ("exact_match", "rouge_l")
+_more: dict[str, Metric] = {
+    "chrf": lambda given, references: _mean([chrf(g, r) for g, r in zip(given, references, strict=True)])
+}
+
+
+def register(name: str, metric: Metric) -> None:
+    """Let ``evaluation.metrics`` name ``metric``, a function of a client's answers and what was expected, in this process."""
+    if name in (*_ALWAYS, LABEL_ACCURACY):
+        raise UserError(f"metric '{name}': is measured already; register yours under another name")
+    _more[name] = metric
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """Raises UserError for a name in ``evaluation.metrics`` that nothing measures here."""
+    for name in names:
+        if name not in (*_more, LABEL_ACCURACY):
+            hint = did_you_mean(name, (*_more, LABEL_ACCURACY))
+            raise UserError(
+                f"evaluation.metrics: no metric is named '{name}' here (mira.measure.register adds yours){hint}"
+            )
 
 
 def losses(
@@ -62,9 +89,11 @@ def known_from(records: Iterable[Record]) -> dict[str, Record]:
 
 
 def answers(names: Sequence[str], grades: Sequence[Grade]) -> Record:
-    """Every client's exact match and ROUGE-L, and their means over those who answered; ``unmeasured`` are the others."""
+    """Every client's exact match, ROUGE-L and further metrics, and their means over those who have each; ``unmeasured`` are those
+    who did not answer."""
     came = [grade for grade in grades if not isnan(grade["exact_match"])]
-    means = {key: _mean([grade[key] for grade in came]) if came else nan for key in ("exact_match", "rouge_l")}
+    keys = dict.fromkeys((*_ALWAYS, *(key for grade in came for key in grade)))
+    means = {key: _mean(found) if (found := [g[key] for g in came if key in g]) else nan for key in keys}
     silent = [name for name, grade in zip(names, grades, strict=True) if isnan(grade["exact_match"])]
     clients = dict(zip(names, grades, strict=True))
     return {**means, **({"unmeasured": silent} if silent else {}), "clients": clients}
@@ -72,12 +101,14 @@ def answers(names: Sequence[str], grades: Sequence[Grade]) -> Record:
 
 def grade(
     engine: Engine, rows: Tensor, client: Tensor, references: Sequence[Sequence[str]], limit: int | None,
-    max_new_tokens: int,
+    max_new_tokens: int, metrics: Sequence[str] = (),
 ) -> list[Grade]:  # fmt: skip
-    """Exact match and ROUGE-L F1 of row i's greedy answers on the test split of client[i]."""
+    """Exact match, ROUGE-L F1 and ``metrics`` of row i's greedy answers on the test split of client[i]."""
     given = engine.generate(rows, client, "test", limit, max_new_tokens)
+    more = [name for name in metrics if name in _more]
     return [
-        {"exact_match": exact_match(g, r), "rouge_l": rouge_l(g, r)} for g, r in zip(given, references, strict=True)
+        {"exact_match": exact_match(g, r), "rouge_l": rouge_l(g, r)} | {name: float(_more[name](g, r)) for name in more}
+        for g, r in zip(given, references, strict=True)
     ]
 
 
@@ -113,12 +144,28 @@ def exact_match(given: Sequence[str], references: Sequence[str]) -> float:
 
 
 def rouge_l(given: Sequence[str], references: Sequence[str]) -> float:
-    """Mean ROUGE-L F1 with Porter stemming, as Natural Instructions scores it."""
+    """Mean ROUGE-L F1 with Porter stemming, as Natural Instructions scores it, over words in any script."""
     # Not above: SciPy and NLTK come with it, 2 s for who asks for no answers.
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     return _mean([float(scorer.score(r, g)["rougeL"].fmeasure) for g, r in zip(given, references, strict=True)])
+
+
+class _Words:
+    """The words that ROUGE-L compares, those of ASCII stemmed."""
+
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self._english = DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        return [self._stem(word) if word.isascii() and word.isalnum() else word for word in words(text)]
+
+    def _stem(self, word: str) -> str:
+        stem: list[str] = self._english.tokenize(word)
+        return stem[0]
 
 
 def _perplexity(loss: float) -> float | None:

@@ -48,6 +48,7 @@ def summarise(
                 "rouge_l_start": _answer(start.get("answers"), name, "rouge_l"),
                 "rouge_l": _answer(last.get("answers"), name, "rouge_l"),
                 "rouge_l_best": _answer(best_answers, name, "rouge_l"),
+                "metrics": _metrics(start, last, name),
                 "adapter": folder,
                 "bytes_up": sum(r.get("client_bytes", {}).get(name, _NONE)["up"] for r in records),
                 "bytes_down": sum(r.get("client_bytes", {}).get(name, _NONE)["down"] for r in records),
@@ -69,6 +70,7 @@ def summarise(
         "exact_match_start": start.get("answers", {}).get("exact_match"),
         "exact_match": last.get("answers", {}).get("exact_match"),
         "rouge_l": last.get("answers", {}).get("rouge_l"),
+        "metrics": _metrics(start, last),
         "best": {
             "round": best["round"],
             "validation_loss": best["validation_loss"],
@@ -113,6 +115,9 @@ def table(result: Result) -> Group:
         else "",
         f"best round {best['round']} by validation: test loss {number(best['local_loss'])}"
         + (f", exact match {number(best['exact_match'], 2)}" if best["exact_match"] is not None else ""),
+        ", ".join(
+            f"{name} {number(m['start'])} → {number(m['last'])}" for name, m in result.get("metrics", {}).items()
+        ),
         f"sent {data_size(result['bytes_up'])} up, {data_size(result['bytes_down'])} down"
         + (f"; clients lost from a round: {result['lost']}" if result["lost"] else ""),
         privacy(result["privacy"]) if "privacy" in result else "",
@@ -146,6 +151,18 @@ def _line(examples: str, values: dict[str, Any], answered: bool) -> list[str]:
 
 def _answer(answers: dict[str, Any] | None, name: str, key: str) -> float | None:
     return answers["clients"][name][key] if answers else None
+
+
+def _metrics(start: dict[str, Any], last: dict[str, Any], name: str | None = None) -> dict[str, Any]:
+    """Of ``evaluation.metrics`` what was measured at the start and last, of the client ``name`` or the mean over clients."""
+    before, after = (_of(record.get("answers", {}), name) for record in (start, last))
+    own = [key for key, value in after.items() if isinstance(value, float) and key not in ("exact_match", "rouge_l")]
+    return {key: {"start": before.get(key), "last": after[key]} for key in own}
+
+
+def _of(answers: dict[str, Any], name: str | None) -> dict[str, Any]:
+    found: dict[str, Any] = answers.get("clients", {}).get(name, {}) if name else answers
+    return found
 
 
 def _mean(clients: Sequence[dict[str, Any]], key: str) -> float | None:

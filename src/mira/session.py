@@ -138,14 +138,16 @@ def open_session(
     progress: Callable[[int], None] = lambda tokens: None,
     folder: Path | None = None,
     first: int = 0,
+    clients: Federation | None = None,
 ) -> Session:
     """Build all of ``experiment``. ``folder``: its run folder, where there is one; ``recorded``: the environment recorded
-    there, of which threads and the size of a pass are taken over; ``first``: the number of the first client."""
+    there, of which threads and the size of a pass are taken over; ``first``: the number of the first client; ``clients``: what is
+    known of them where their data need not be read."""
     recorded = recorded or {}
     threads = recorded.get("threads") or experiment.engine.threads or usable_threads()
     torch.set_num_threads(threads)
     share_heap()
-    federation = make_federation(experiment.data, experiment.split, experiment.seed)
+    federation = clients or make_federation(experiment.data, experiment.split, experiment.seed)
     base = load(
         experiment.model.name, experiment.model.source, experiment.model.dtype, experiment.model.device,
         experiment.model.trust_remote_code, experiment.model.quantization,

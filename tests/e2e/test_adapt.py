@@ -119,3 +119,55 @@ def test_a_human_sees_both_curves(finished: Path) -> None:
     out = adapt(finished, "--group", "even", "--rounds", 1).out
     assert "starts from ann (1.00), cleo (1.00)" in out
     assert "from the common start" in out
+
+
+@pytest.fixture(scope="module")
+def alike(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three clients without groups that all describe the same task."""
+    folder = tmp_path_factory.mktemp("alike")
+    for k in range(4):
+        lines = [{"instruction": "Add.", "input": f"{n} and {k}", "output": str(n + k)} for n in range(8)]
+        place = folder / ("eve.jsonl" if k == 3 else f"data/c{k}.jsonl")
+        place.parent.mkdir(exist_ok=True)
+        place.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = settings(
+        tiny_folder, folder, graph={"name": "complete"}, rounds=2, evaluation={"generate": False, "transfer_clients": 0}
+    )
+    run(Experiment(**values | {"data": {"source": "jsonl", "path": str(folder / "data")}}), folder / "run")
+    return folder
+
+
+def test_where_all_describe_the_same_task_all_are_neighbours(alike: Path) -> None:
+    ended = adapt(alike, "--rounds", 0)
+    assert ended.status == 0, ended
+    assert ended.out.startswith("starts from c0 (1.00), c1 (1.00), c2 (1.00)\n")
+    assert "every client of the run describes this task: all of them count alike" in ended.err
+    assert "its clients have no group, leave --group out" in adapt(alike, "--group", "any").error
+
+
+def test_another_task_than_theirs_starts_from_all_of_them(alike: Path) -> None:
+    other = alike / "other.jsonl"
+    other.write_text((alike / "eve.jsonl").read_text().replace("Add.", "Sing."))
+    ended = mira("adapt", alike / "run", "--client", "other", "--data", other, "--rounds", 0)
+    assert ended.out.startswith("starts from c0 (1.00), c1 (1.00), c2 (1.00)\n")
+    assert "no description in the run is like this client's, and its clients have no groups" in ended.err
+
+
+def test_data_of_the_run_need_not_be_there(alike: Path) -> None:
+    (alike / "data").rename(alike / "gone")
+    try:
+        assert adapt(alike, "--rounds", 0).status == 0
+    finally:
+        (alike / "gone").rename(alike / "data")
+
+
+@pytest.mark.parametrize("name", ["knn", "similarity"])
+def test_a_graph_of_descriptions_that_are_all_the_same_says_so(name: str, alike: Path, tiny_folder: Path) -> None:
+    config = alike / "config.yaml"
+    data = {"source": "jsonl", "path": str(alike / "data"), "client_column": None, "group_column": None}
+    config.write_text(json.dumps(settings(tiny_folder, alike, graph={"name": name}, data=data)))
+    for command in (["config", "check", config], ["run", config, "--out", alike / f"run-{name}"]):
+        refused = mira(*command).error
+        assert refused.startswith(f"graph.name={name}: all clients describe the same task, so none is nearer")
+    assert mira("config", "check", config, "--set", "graph.source=displacement").status == 0
+    assert mira("config", "check", config, "--set", "graph.name=complete").status == 0

@@ -94,7 +94,7 @@ def test_examples_too_long_are_cut_left_out_or_refused(
 
     def config(overlong: str) -> Path:
         prompt = {"template": "plain", "max_length": 60, "overlong": overlong}
-        sizes = {"train": 0.5, "validation": 0.2, "test": 0.2}
+        sizes = {"train": 5, "validation": 2, "test": 2}
         return write_config(tmp_path / "c.yaml", tiny_folder, data, prompt=prompt, split=sizes, rounds=1,
                             data={"client_column": None, "group_column": None}, graph={"name": "complete"})  # fmt: skip
 

@@ -196,3 +196,16 @@ def test_every_command_and_option_is_documented() -> None:
         for parameter in getattr(command, "params", []):
             for option in parameter.opts:
                 assert not option.startswith("--") or option == "--help" or option in text, f"mira {name} {option}"
+
+
+def test_bytes_that_are_not_utf8_are_one_line(file: Path) -> None:
+    refused = mira("generate", file, "--client", "a", "--prompt", "caf\udce9").error
+    assert refused == r"argument 'caf\udce9': is not UTF-8; give it in a terminal that is set to UTF-8"
+
+
+@pytest.mark.parametrize("weight", ["1e308", "1e101"])
+def test_weights_that_no_sum_can_hold_are_one_line(weight: str, file: Path, tmp_path: Path) -> None:
+    edges = tmp_path / "edges.csv"
+    edges.write_text(f"source,target,weight\nann,bob,{weight}\nann,cleo,{weight}\n")
+    refused = mira("config", "check", file, "--set", f"graph={{name: file, path: {edges}}}").error
+    assert refused.endswith(f"line 2: weight '{weight}' is above 1e+100; scale all weights down")

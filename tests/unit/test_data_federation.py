@@ -65,11 +65,33 @@ def test_a_split_size_is_a_count_or_a_share(size: object) -> None:
 
 def test_the_first_of_equal_questions_is_kept_and_the_rest_counted(caplog: pytest.LogCaptureFixture) -> None:
     examples = client("a").examples
-    twins = (replace(examples[3], input=" A\t3 ", output="other"), replace(examples[0], instruction="SAY  it."))
+    twins = (replace(examples[3], output="other"), examples[0])
     with caplog.at_level(logging.WARNING):
         owner = make(ClientData("a", "a", "", "", examples + twins), train=5).clients[0]
     assert sorted(owner.train + owner.validation + owner.test, key=lambda e: e.output) == list(examples)
+    assert caplog.messages == [
+        "dropped 2 duplicate examples: a (2); 1 of them answer otherwise, split.answers=all keeps those"
+    ]
+
+
+@pytest.mark.parametrize("change", [{"input": "A 3"}, {"input": "a  3"}, {"instruction": "say it."}, {"raw": True}])
+def test_case_and_indentation_make_another_question(change: dict[str, object]) -> None:
+    examples = client("a").examples
+    assert replace(examples[3], **change).key != examples[3].key  # type: ignore[arg-type]
+
+
+def test_all_answers_to_a_question_are_in_one_split(caplog: pytest.LogCaptureFixture) -> None:
+    examples = client("a").examples
+    others = tuple(replace(example, output=f"or {example.output}") for example in examples)
+    data = ClientData("a", "a", "", "", examples + others + examples[:2])
+    with caplog.at_level(logging.WARNING):
+        owner = make_federation(Given((data,)), SplitSizes(4, 2, 3, answers="all"), 0).clients[0]
     assert caplog.messages == ["dropped 2 duplicate examples: a (2)"]
+    assert [len(owner.split(name)) for name in ("train", "validation", "test")] == [8, 4, 6]
+    asked = [set(inputs(owner.split(name))) for name in ("train", "validation", "test")]
+    assert sum(map(len, asked)) == len(set.union(*asked)) == 9
+    once = make(client("a")).clients[0]  # the same questions in the same order as without the second answers
+    assert [inputs(owner.split(name))[::2] for name in ("train", "test")] == [inputs(once.train), inputs(once.test)]
 
 
 def test_conversations_are_equal_when_all_before_the_last_answer_is() -> None:
@@ -77,8 +99,14 @@ def test_conversations_are_equal_when_all_before_the_last_answer_is() -> None:
         roles = ("user", "assistant") * len(contents)
         return Example("", "", contents[-1], tuple(Message(r, c) for r, c in zip(roles, contents, strict=False)))
 
-    assert talk("Hi", "Yes").key == talk("hi ", "No").key
+    assert talk("Hi", "Yes").key == talk("Hi", "No").key
+    assert talk("Hi", "Yes").key != talk("hi", "Yes").key
     assert talk("Hi", "Yes", "And?", "1").key != talk("Hi", "No", "And?", "1").key
+
+
+def test_a_client_without_description_is_told_by_its_first_prompts() -> None:
+    owner = make(client("a")).clients[0]
+    assert owner.about.splitlines()[:2] == ["say it.", f"{owner.train[0].input}"]
 
 
 def test_a_client_with_too_few_examples_is_named_with_the_numbers() -> None:

@@ -89,13 +89,18 @@ def test_builtin_says_how_many_examples_it_can_make(examples: int) -> None:
 # jsonl
 
 
-def test_jsonl_folder_is_one_client_per_file(tmp_path: Path) -> None:
+def test_jsonl_folder_is_one_client_per_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path / "bo.jsonl", SAY, "", {"instruction": "Sing.", "output": "la", "place": 3})
     write(tmp_path / "al.jsonl", {"prompt": "Sing.", "completion": "la"})
     (tmp_path / "notes.txt").write_text("not data")
-    al, bo = Jsonl(tmp_path).load(0)
+    with caplog.at_level(logging.WARNING):
+        al, bo = Jsonl(tmp_path).load(0)
+    *files, fields = caplog.messages
+    assert [line.partition(" (data files")[0] for line in files] == [f"{tmp_path}: not read: notes.txt"]
+    assert fields == "not used: 'place' (in 1 of 3 examples)"
     assert (al.name, al.task, al.group, al.description) == ("al", "al", "", "Sing.")
-    assert al.examples == (Example("Sing.", "", "la"),)
+    assert al.examples == (Example("Sing.", "", "la", raw=True),)
+    assert [example.place for example in bo.examples] == [f"{tmp_path}/bo.jsonl:1", f"{tmp_path}/bo.jsonl:3"]
     assert bo.examples == (Example("Say it.", "7", "seven"), Example("Sing.", "", "la"))
 
 
@@ -131,17 +136,30 @@ BAD_LINES: list[tuple[Any, str]] = [
         r"no field 'output' \(found: input, instruction\); needed: instruction \+ output",
     ),
     ({"input": "y", "output": "z"}, "no field 'instruction'"),
-    ({"text": "y"}, "no field 'instruction'"),
+    ({"text": "y"}, "field 'text' is free text.*its beginning as 'prompt', the rest as 'completion'"),
     ({"prompt": "y"}, "no field 'completion'"),
     ({"completion": "y"}, "no field 'prompt'"),
     ({**SAY, "output": " \n"}, "field 'output' is empty.*needs a response"),
-    ({**SAY, "output": 7}, "field 'output' must be text, got int"),
-    ({**SAY, "output": None}, "field 'output' must be text, got NoneType"),
+    ({**SAY, "output": {"a": 7}}, "field 'output' must be text, got dict"),
+    ({**SAY, "output": None}, "field 'output' is null; fill it in"),
+    ({"instruction": None, "output": "x"}, "field 'instruction' is null; fill it in"),
+    ('{"instruction": "x", "output": "1", "output": "2"}', "key 'output' is given twice; remove one"),
+    ('{"instruction": "x", "output": Infinity}', "Infinity is no number of JSON"),
+    ('{"instruction": "x", "output": "y"} {}', "more text after its end"),
+    ({**SAY, "Output": "x"}, "has 'output' and 'Output'; remove one"),
+    ({**SAY, "prompt": "x", "completion": "y"}, r"has prompt \+ completion and instruction \+ input \+ output"),
+    ({**SAY, "messages": [{"role": "user", "content": "x"}]}, r"has messages and instruction"),
+    ({**SAY, "response": "x"}, "has two answers, 'output' and 'response'; remove one"),
+    ({**SAY, "question": "x"}, "has two questions, 'instruction' and 'question'; remove one"),
+    ({**SAY, "context": "x"}, "has two inputs, 'input' and 'context'; remove one"),
+    ({**SAY, "history": [["q"]]}, r"history\[0\] must be a pair"),
+    ({**SAY, "history": "[["}, "field 'history' is text that is not JSON"),
     ({**SAY, "input": ["7"]}, "field 'input' must be text, got list"),
     ({**SAY, "input": "\ud800"}, "field 'input' holds half a character"),
     ({"prompt": "x", "completion": ""}, "field 'completion' is empty"),
-    ({"messages": "hi"}, "field 'messages' must be a list"),
+    ({"messages": "hi"}, "field 'messages' is text that is not JSON"),
     ({"messages": []}, "field 'messages' must be a list"),
+    ({"messages": "[]"}, "field 'messages' must be a list"),
     ({"messages": ["hi"]}, "field 'messages' must be a list"),
     (user(("user", "hi")), "end with an assistant turn"),
     (user(("assistant", "hi")), "start with a system or user turn"),
@@ -178,10 +196,10 @@ def test_a_path_that_cannot_serve_is_refused(tmp_path: Path) -> None:
     (odd / "b.jsonl").mkdir(parents=True)
     cases: list[tuple[Jsonl, str]] = [
         (Jsonl(tmp_path / "nowhere"), r"data\.path='.*nowhere': no such file"),
-        (Jsonl(empty), r"no \*\.jsonl file"),
+        (Jsonl(empty), r"no data file in this folder"),
         (Jsonl(file), r"data\.client_column: missing"),
         (Jsonl(tmp_path, client_column="who"), r"data\.client_column: .* is a folder"),
-        (Jsonl(odd), r"b\.jsonl: cannot be read"),
+        (Jsonl(odd), r"no data file in this folder"),
         (Jsonl(file, client_column="who"), r"a\.jsonl:1: no field 'who'"),
         (Jsonl(tmp_path, group_column="team"), r"a\.jsonl:2: client 'a' is in group 'y' here and in 'x' above"),
     ]
@@ -306,7 +324,7 @@ def test_natural_instructions_names_what_it_cannot_give(tmp_path: Path) -> None:
         ({"Definition": ["x"]}, "no field 'Categories'"),
         (task(Definition="x"), "field 'Definition' must be a list"),
         (task(Definition=[]), "field 'Definition' must be a list"),
-        (task(Definition=[1]), "field 'Definition' must be text, got int"),
+        (task(Definition=[["x"]]), "field 'Definition' must be text, got list"),
         (task(Instances={}), "field 'Instances' must be a list"),
         (task(Instances=["x"]), r"Instances\[0\]: no field 'output'"),
         (task(Instances=[{"input": "x", "output": [""]}]), r"Instances\[0\]: field 'output' is empty"),

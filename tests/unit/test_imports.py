@@ -16,7 +16,7 @@ LEVELS = (
     {"adapters", "methods", "graphs", "trackers"},
     {"engine", "store", "report", "data", "model", "config", "measure", "progress"},
     {"environment"},
-    {"session", "page", "listing"},
+    {"session", "page", "listing", "look", "labels"},
     {"experiment"},
     {"adapt", "inspect_run", "mira", "compare"},
     {"fleet"},

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections import Counter
 from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
 
 from mira.core.errors import UserError
-from mira.data.partition import ByChance, ByColumn, ByDirichlet, split_pool
+from mira.data.partition import ByChance, ByColumn, ByDirichlet, Partition, split_pool
 from mira.data.sources.dolly import Dolly
 from mira.data.sources.hub import Hub
 
@@ -62,9 +64,34 @@ def test_a_cut_that_cannot_be_made_is_told() -> None:
         split_pool(pool(), {}, ByDirichlet("kind", clients=10, min_examples=20), 0)
 
 
-def test_a_question_in_a_pool_belongs_to_one_client() -> None:
-    again = [("g:0", {**pool()[0][1], "kind": "b"})]
-    assert [len(c.examples) for c in split_pool(pool() + again, {}, ByColumn("kind"), 0)] == [20, 20, 20]
+def test_a_question_under_two_values_belongs_to_both(caplog: pytest.LogCaptureFixture) -> None:
+    again = [("g:0", {**pool()[0][1], "kind": "b", "output": "another"})]
+    with caplog.at_level(logging.WARNING):
+        clients = split_pool(pool() + again, {}, ByColumn("kind"), 0)
+    assert [len(c.examples) for c in clients] == [20, 21, 20]
+    assert caplog.messages == ["1 questions stand under several values of 'kind': each has them"]
+
+
+@pytest.mark.parametrize(
+    "partition", [ByColumn("kind", clients_per_value=4), ByDirichlet("kind", 4, min_examples=5), ByChance(4)]
+)
+def test_all_answers_to_a_question_are_dealt_to_one_client(partition: Partition) -> None:
+    pytest.importorskip("flwr_datasets", reason="the extra 'datasets' is not installed")
+    others = [(f"g:{n}", {**record, "output": "another"}) for n, (_, record) in enumerate(pool())]
+    clients = split_pool(pool() + others, {}, partition, 0)
+    assert sum(len(c.examples) for c in clients) == 120
+    for client in clients:
+        answers = Counter(example.input for example in client.examples)
+        assert set(answers.values()) == {2}
+    alone = split_pool(pool(), {}, partition, 0)  # and without them nothing is dealt otherwise
+    assert [[e.input for e in c.examples] for c in alone] == [[e.input for e in c.examples[::2]] for c in clients]
+
+
+def test_fields_of_a_pool_that_nothing_reads_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    records = [(place, {**record, "id": place}) for place, record in pool()]
+    with caplog.at_level(logging.WARNING):
+        split_pool(records, {}, ByColumn("kind"), 0)
+    assert caplog.messages == ["not used: 'id' (in 60 of 60 examples)"]
 
 
 def test_a_pool_without_the_label_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from io import TextIOWrapper
 
 import click
@@ -12,6 +13,7 @@ import typer
 
 from mira.cli import fleet, runs, training
 from mira.cli.config import config_app
+from mira.cli.data import data_app
 from mira.cli.kit import kit_app
 from mira.cli.terminal import err_console, out_console
 from mira.core.errors import UserError
@@ -32,6 +34,7 @@ for command in (
 ):  # fmt: skip
     app.command()(command)
 app.command(name="runs")(runs.list_runs)
+app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
 app.add_typer(kit_app, name="kit")
 
@@ -49,6 +52,7 @@ def main() -> None:
     log.setLevel(logging.INFO)
     log.propagate = False  # a library that configures the root logger would print every line a second time
     try:
+        _check_utf8(sys.argv[1:])
         status = app(prog_name="mira", standalone_mode=False)
     except UserError as error:
         status = _refuse(str(error))
@@ -59,6 +63,16 @@ def main() -> None:
         where = f" (see: {context.command_path} --help)" if context else ""
         status = _refuse(error.format_message() + where)
     sys.exit(status)
+
+
+def _check_utf8(arguments: Sequence[str]) -> None:
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"argument {argument!a}: is not UTF-8; give it in a terminal that is set to UTF-8"
+            ) from None
 
 
 def _refuse(why: str) -> int:

@@ -26,24 +26,34 @@ def check(file: Path, overrides: Set = None) -> None:
     import torch
 
     from mira import config
+    from mira import look as page
     from mira.data.federation import make_federation
     from mira.data.sources.sites import Sites
+    from mira.measure import check_metrics
     from mira.methods import ALONG_GRAPH
     from mira.methods.ranked import check_names
+    from mira.model.reader import open_reader
 
     experiment = config.load(file, overrides or [])
+    check_metrics(experiment.evaluation.metrics)
     about = f"{experiment.rounds} rounds of {experiment.method.name}"
     if isinstance(experiment.data, Sites) and not experiment.data.examples:
         # Who the clients are stands in the server's kit, what they have is known to them.
         out_console.print(f"{file}: fine for mira server; {about}; each site checks its own data", soft_wrap=True)
         return
-    clients = make_federation(experiment.data, experiment.split, experiment.seed).clients
+    federation = make_federation(experiment.data, experiment.split, experiment.seed)
+    clients, model = federation.clients, experiment.model
     names, groups = [client.name for client in clients], [client.group for client in clients]
     check_names(experiment.clients.rank, names)
-    no_model = torch.zeros(len(names), 1)  # to embed descriptions with
     if experiment.method.name in ALONG_GRAPH:
+        told = sorted({client.about for client in clients})
+        no_model = torch.tensor([[float(told.index(client.about))] for client in clients])  # in the place of embeddings
         experiment.graph.build(names, groups, experiment.seed, lambda: no_model)
-    out_console.print(f"{file}: fine; {len(clients)} clients, {about}", soft_wrap=True)
+    reader = open_reader(model.name, model.source, model.trust_remote_code)
+    if reader is not None:
+        page.check(experiment, federation, reader)
+    unseen = "" if reader else f"; prompts are not checked, as {model.name} is not on this machine yet"
+    out_console.print(f"{file}: fine; {len(clients)} clients, {about}{unseen}", soft_wrap=True)
 
 
 @config_app.command()

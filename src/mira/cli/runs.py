@@ -7,16 +7,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from mira.cli.terminal import Json, Run, Which, err_console, out_console, print_json, print_result
+from mira.cli.terminal import Data, Json, Model, Run, Which, err_console, out_console, print_json, print_result
 from mira.core.errors import UserError
 from mira.progress import RunProgress
 
 
-def evaluate(run: Run, round: Which = "last", as_json: Json = False) -> None:
+def evaluate(run: Run, round: Which = "last", data: Data = None, model: Model = None, as_json: Json = False) -> None:
     """Measure every client of a run again: loss, exact match and ROUGE-L under the row it deploys."""
     from mira import inspect_run
 
-    print_result(inspect_run.evaluate(run, round, RunProgress(err_console)), as_json)
+    print_result(inspect_run.evaluate(run, round, RunProgress(err_console), data, model), as_json)
 
 
 def generate(
@@ -33,11 +33,13 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     round: Which = "last",
+    data: Data = None,
+    model: Model = None,
 ) -> None:
     """Answer a prompt with one client's adapter."""
     from mira import inspect_run
 
-    for line in inspect_run.generate(run, client, prompt, instruction, max_new_tokens, round, system):
+    for line in inspect_run.generate(run, client, prompt, instruction, max_new_tokens, round, system, data, model):
         out_console.print(line, soft_wrap=True)
 
 
@@ -52,13 +54,15 @@ def export(
         Literal["peft", "vllm"], typer.Option(help="vllm: check what vLLM cannot serve and print its command line.")
     ] = "peft",
     round: Which = "last",
+    data: Data = None,
+    model: Model = None,
 ) -> None:
     """Write adapters as PEFT folders, or merged models, under the run folder."""
     from mira import inspect_run
 
     if everyone == bool(client):
         raise UserError("export: name the clients with --client NAME (repeatable), or give --all")
-    for line in inspect_run.export(run, client, merge, format, round):
+    for line in inspect_run.export(run, client, merge, format, round, data, model):
         out_console.print(line, soft_wrap=True)
 
 

@@ -23,6 +23,13 @@ Set = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Print every command that is run.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Data = Annotated[
+    Path | None, typer.Option("--data", metavar="PATH", help="Where the run's data is now, if it was moved.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", metavar="NAME", help="Where its base model is now: a folder or a name on the hub."),
+]
 Which = Annotated[
     Literal["last", "best"], typer.Option("--round", help="last, or best: the round of the lowest validation loss.")
 ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mira.cli.terminal import Json, Run, Set, err_console, out_console, print_json, print_result, say
+from mira.cli.terminal import Data, Json, Model, Run, Set, err_console, out_console, print_json, print_result, say
 from mira.core.errors import UserError
 from mira.progress import RunProgress
 
@@ -26,6 +26,8 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in CONFIG (a run folder) or --out.")
     ] = False,
+    data: Data = None,
+    model: Model = None,
     as_json: Json = False,
 ) -> None:
     """Train one adapter per client, measure every client, and write a PEFT folder for each."""
@@ -34,9 +36,11 @@ def run(
     watcher = RunProgress(err_console)
     try:
         if not resume:
+            _only_to_resume(data, model)
             result = experiment.run(configuration(target, overrides or []), out, watcher)
         else:
-            result = experiment.resume(_folder_to_resume(target, overrides or [], out), watcher)
+            folder, data, model = _to_resume(target, overrides or [], out, data, model)
+            result = experiment.resume(folder, watcher, data=data, model=model)
     except KeyboardInterrupt:
         watcher.stop()
         err_console.print(f"interrupted; {watcher.advice}")
@@ -112,26 +116,39 @@ def configuration(target: Path, overrides: list[str]) -> Experiment:
     return config.load(target, overrides)
 
 
-def _folder_to_resume(target: Path, overrides: list[str], out: Path | None) -> Path:
-    """The run folder meant; a configuration given beside it must be the one the run was started with."""
+def _only_to_resume(data: Path | None, model: str | None) -> None:
+    for option, key, given in (("--data", "data.path", data), ("--model", "model.name", model)):
+        if given is not None:
+            raise UserError(f"{option} {given}: is for --resume; for a new run use --set {key}={given}")
+
+
+def _to_resume(
+    target: Path, overrides: list[str], out: Path | None, data: Path | None, model: str | None
+) -> tuple[Path, Path | None, str | None]:
+    """The run folder meant, and where its data and model are now; a configuration given beside it must be the one the run was
+    started with, these two places aside."""
     from mira import config
     from mira.store import Store
 
     if target.is_dir():
         if overrides or out:
             raise UserError(f"--resume {target}: goes on exactly as started; drop --set and --out, or start a new run")
-        return target
+        return target, data, model
     if not target.exists():
         raise UserError(f"--resume {target}: no such folder or file; name a run folder, one that 'mira run' made")
     if out is None:
         raise UserError(f"--resume: name the run folder, as in 'mira run DIR --resume', or with --out beside {target}")
-    asked = config.absolute(config.load(target, overrides))
+    asked = config.absolute(config.moved(config.load(target, overrides), data, model))
     with Store.open(out, writable=False) as store:
-        there = config.parse_text(store.config())
-        differences = config.differences(there, config.dated(asked, there.prompt.date))
+        started = config.parse_text(store.config())
+    there, here = (getattr(each.data, "path", None) for each in (started, asked))
+    data = here if isinstance(there, Path) and isinstance(here, Path) else None
+    differences = config.differences(
+        config.moved(started, data, asked.model.name), config.dated(asked, started.prompt.date)
+    )
     if differences:
         raise UserError(
             f"--resume {out}: the configuration changed: {'; '.join(differences)} (here: the run folder, there: what "
             "you ask for now); go on as started with 'mira run DIR --resume', or start a new run"
         )
-    return out
+    return out, data, asked.model.name

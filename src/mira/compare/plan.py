@@ -20,7 +20,7 @@ from mira.config.faults import explain
 from mira.config.overrides import override
 from mira.config.text import read
 from mira.core.errors import UserError, did_you_mean
-from mira.core.strict import STRICT
+from mira.core.strict import STRICT, UserPath
 
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Scalar = Annotated[bool, Field(strict=True)] | Annotated[int, Field(strict=True)] | float | str | None
@@ -37,7 +37,7 @@ class Comparison(BaseModel):
 
     model_config = ConfigDict(**STRICT, frozen=True)
 
-    base: Path | None = None
+    base: UserPath | None = None
     """The experiment all have in common: a YAML file, relative to this one. Give this or experiment."""
     experiment: dict[str, Any] | None = None
     """The same, written out here."""

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mira.config.experiment import VARIANTS, Experiment
+from mira.config.moved import check_there, moved
 from mira.config.overrides import override
 from mira.config.text import flat, mapping, read, write
+from mira.core.strict import expanded
 
-__all__ = ["Experiment", "absolute", "dated", "differences", "dump", "load", "parse", "parse_text", "schema"]
+__all__ = [
+    "Experiment", "absolute", "check_there", "dated", "differences", "dump", "load", "moved", "override", "parse", "parse_text", "schema",
+]  # fmt: skip
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
@@ -48,8 +52,8 @@ def absolute(experiment: Experiment) -> Experiment:
         value: Any = getattr(experiment, section)
         paths = {f.name: p.absolute() for f in fields(value) if isinstance(p := getattr(value, f.name), Path)}
         update[section] = replace(value, **paths)
-    if Path(experiment.model.name).is_dir():
-        update["model"] = replace(experiment.model, name=str(Path(experiment.model.name).absolute()))
+    if (folder := expanded(Path(experiment.model.name))).is_dir():
+        update["model"] = replace(experiment.model, name=str(folder.absolute()))
     return experiment.model_copy(update=update)
 
 

@@ -23,7 +23,7 @@ from mira.core.types import Method
 from mira.core.wire import Wire
 from mira.data import SOURCES
 from mira.data.federation import SplitSizes
-from mira.data.records import existing, read_text
+from mira.data.reading import existing, read_text
 from mira.data.templates import CHAT
 from mira.data.text import Encoder, Wording
 from mira.data.types import Source
@@ -168,6 +168,9 @@ class EvaluationSection:
     """Rounds from one evaluation to the next."""
     generate: bool = True
     """Exact match and ROUGE-L of generated answers, at the start and the end."""
+    metrics: tuple[str, ...] = ("chrf",)
+    """Of the answers beside exact match and ROUGE-L: chrf; label_accuracy (is the expected answer the likeliest of those the client
+    trains on, where they are few); and what mira.measure.register added. Not over machines."""
     max_new_tokens: Count = 128
     """Longest generated answer."""
     examples: Count | None = None

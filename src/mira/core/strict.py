@@ -1,5 +1,21 @@
-"""The one pydantic setting of every hyper-parameter class: unknown keys are errors, docstrings document the fields."""
+"""What every hyper-parameter class shares: unknown keys are errors, docstrings document the fields, "~" is one's home folder."""
 
-from pydantic import ConfigDict
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, ConfigDict
+
+from mira.core.errors import UserError
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def expanded(path: Path) -> Path:
+    """``path`` with the home folder in the place of a leading "~"."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise UserError(f"'{path}': there is no home folder of that name; write the path in full") from None
+
+
+UserPath = Annotated[Path, AfterValidator(expanded)]

@@ -7,7 +7,8 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
-from typing import Annotated
+from itertools import chain
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -16,7 +17,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from mira.core.errors import UserError
 from mira.core.seeds import generator, stream
 from mira.core.strict import STRICT
-from mira.data.types import ClientData, Example, Message, Source, unique
+from mira.data.types import ClientData, Example, Message, Source, by_question
 
 SPLITS = ("train", "validation", "test")
 Size = Annotated[int, Field(strict=True, ge=1)] | Annotated[float, Field(strict=True, gt=0, lt=1)]
@@ -36,6 +37,9 @@ class SplitSizes:
     """Examples that choose the best round."""
     test: Size
     """Examples behind every reported loss and generation metric."""
+    answers: Literal["first", "all"] = "first"
+    """Of several answers to one question a client keeps the first, or all that differ. The sizes count questions: all answers to
+    one are in the same split."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Client:
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
     elsewhere: int | None = None  # training examples, where the client has its data on a machine of its own
+    known: Manner | None = None  # how its examples ask, where they are not here
 
     @property
     def num_train(self) -> int:
@@ -79,11 +84,14 @@ class Client:
     @property
     def about(self) -> str:
         """Its task in words: the description, or where it has none the prompts of its first training examples."""
-        return self.description or "\n".join(text for example in self.train[:_SHOWN] for text in example.key)
+        shown = [text for example in self.train[:_SHOWN] for text in example.asked]
+        return self.description or "\n".join(" ".join(text.split()).casefold() for text in shown)
 
     @property
     def manner(self) -> Manner:
         """The way in which its training examples ask."""
+        if self.known is not None:
+            return self.known
         instructions = {example.instruction for example in self.train}
         systems = {example.messages[0].content if example.system else "" for example in self.train}
         talks = all(example.messages for example in self.train) and bool(self.train)
@@ -123,29 +131,35 @@ def _count(size: float, available: int) -> int:
 
 def _client(data: ClientData, sizes: SplitSizes, seed: int) -> Client:
     if data.elsewhere is not None:
-        absent = {"train": (), "validation": (), "test": ()}
         return Client(
-            data.name, slug(data.name), data.task, data.group, data.description, **absent, elsewhere=data.elsewhere
+            data.name, slug(data.name), data.task, data.group, data.description, (), (), (), elsewhere=data.elsewhere
         )
-    examples = unique(data.examples)
-    train, validation, test = (_count(size, len(examples)) for size in (sizes.train, sizes.validation, sizes.test))
-    if train + validation + test > len(examples):
+    questions = _questions(data, sizes)
+    train, validation, test = (_count(size, len(questions)) for size in (sizes.train, sizes.validation, sizes.test))
+    if train + validation + test > len(questions):
+        repeats = f" (of {len(data.examples)} read)" if len(questions) < len(data.examples) else ""
         raise UserError(
-            f"data: client '{data.name}' has {len(examples)} different examples, fewer than split.train +"
+            f"data: client '{data.name}' has {len(questions)} different examples{repeats}, fewer than split.train +"
             f" split.validation + split.test = {train} + {validation} + {test}; lower them or leave this client out"
         )
-    order = [examples[i] for i in _permutation(len(examples), generator("split", seed, data.name))]
+    order = [questions[i] for i in _permutation(len(questions), generator("split", seed, data.name))]
     # Test from the front, train from the back: the size of one does not change what is in the other.
-    return Client(
-        data.name, slug(data.name), data.task, data.group, data.description,
-        train=tuple(order[::-1][:train]), validation=tuple(order[test : test + validation]), test=tuple(order[:test]),
-    )  # fmt: skip
+    parts = (order[::-1][:train], order[test : test + validation], order[:test])
+    train_, validation_, test_ = (tuple(chain.from_iterable(part)) for part in parts)
+    return Client(data.name, slug(data.name), data.task, data.group, data.description, train_, validation_, test_)
+
+
+def _questions(data: ClientData, sizes: SplitSizes) -> list[list[Example]]:
+    """The client's examples, question by question, as many of each as are kept."""
+    most = 1 if sizes.answers == "first" else None
+    return [answers[:most] for answers in by_question(data.examples)]
 
 
 def make_federation(source: Source, sizes: SplitSizes, seed: int) -> Federation:
     """Every client of ``source`` with its splits, drawn by (seed, client name) alone and disjoint by content.
 
-    Of examples that ask the same (white space and case aside) a client keeps the first; how many went is logged.
+    Of examples that ask the same, to the letter, a client keeps the first, or all that answer otherwise (``sizes.answers``); how
+    many went is logged.
     Raises UserError when the source cannot be read, two clients share a name or a client has too few examples.
     """
     data = source.load(seed)
@@ -161,10 +175,13 @@ def make_federation(source: Source, sizes: SplitSizes, seed: int) -> Federation:
     place, times = Counter(client.slug for client in clients).most_common(1)[0]
     if times > 1:
         raise UserError(f"data: {times} client names become the file name '{place}'; rename one of them")
-    dropped = {c.name: n for c in data if (n := len(c.examples) - len(unique(c.examples)))}
+    kept = {c.name: sum(map(len, _questions(c, sizes))) for c in data}
+    dropped = {c.name: n for c in data if (n := len(c.examples) - kept[c.name])}
     if dropped:
         which = ", ".join(f"{name} ({count})" for name, count in dropped.items())
-        _log.warning("dropped %d duplicate examples: %s", sum(dropped.values()), which)
+        others = sum(map(len, (a for c in data for a in by_question(c.examples)))) - sum(kept.values())
+        more = f"; {others} of them answer otherwise, split.answers=all keeps those" if others else ""
+        _log.warning("dropped %d duplicate examples: %s%s", sum(dropped.values()), which, more)
     return Federation(clients, seed)
 
 

@@ -5,8 +5,10 @@ The two random cuts are Flower Datasets' partitioners, imported when used; they 
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
@@ -16,8 +18,11 @@ from pydantic.dataclasses import dataclass
 from mira.core.errors import UserError
 from mira.core.seeds import generator, stream
 from mira.core.strict import STRICT
-from mira.data.records import Columns, Record, label_field, mapped, to_example
+from mira.data.fields import Record, label_field
+from mira.data.records import Columns, Tally
 from mira.data.types import ClientData, Example, client_data
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
@@ -60,35 +65,50 @@ Partition = Annotated[ByColumn | ByDirichlet | ByChance, Field(discriminator="by
 def split_pool(
     pool: Iterable[tuple[str, Record]], columns: Columns, partition: Partition, seed: int
 ) -> list[ClientData]:
-    """Clients from ``pool``, (place for error messages, record). A question asked twice is kept once, so that no two
-    clients hold it. Raises UserError on a bad record, a missing label or a partition that cannot be made."""
-    asked: dict[tuple[str, ...], tuple[Example, str]] = {}
+    """Clients from ``pool``, (place for error messages, record). What is dealt is dealt by the question, with all its answers, so
+    that no two clients hold it by chance; one that stands under two values of a column belongs to both.
+    Raises UserError on a bad record, a missing label or a partition that cannot be made."""
+    label = None if isinstance(partition, ByChance) else partition.column
+    tally = Tally(also={label} if label else (), columns=columns)
+    asked: dict[tuple[str, ...], dict[str, list[Example]]] = {}
     for place, record in pool:
-        example = to_example(mapped(record, columns, place), place)
-        label = "" if isinstance(partition, ByChance) else label_field(record, partition.column, place)
-        asked.setdefault(example.key, (example, label))
-    examples, labels = [example for example, _ in asked.values()], [label for _, label in asked.values()]
+        example = tally.example(place, record)
+        value = label_field(record, label, place) if label else ""
+        asked.setdefault(example.key, {}).setdefault(value, []).append(example)
+    tally.tell()
     if isinstance(partition, ByColumn):
-        groups: dict[str, list[Example]] = {}
-        for example, label in asked.values():
-            groups.setdefault(label, []).append(example)
-        among = partition.clients_per_value
-        return [client for value, group in sorted(groups.items()) for client in _dealt(value, group, among, seed)]
-    parts = _deal(labels, partition, seed)
+        return _by_column(list(asked.values()), partition, seed)
+    parts = _deal([next(iter(labels)) for labels in asked.values()], partition, seed)
+    questions = [list(chain.from_iterable(labels.values())) for labels in asked.values()]
     width = len(str(len(parts) - 1))
-    return [client_data(f"client-{n:0{width}}", [examples[row] for row in part]) for n, part in enumerate(parts)]
+    return [client_data(f"client-{n:0{width}}", _taken(questions, part)) for n, part in enumerate(parts)]
 
 
-def _dealt(value: str, examples: Sequence[Example], clients: int, seed: int) -> list[ClientData]:
-    """``clients`` clients of the group ``value``, each with every ``clients``-th of its examples in a random order."""
+def _by_column(asked: Sequence[Mapping[str, list[Example]]], partition: ByColumn, seed: int) -> list[ClientData]:
+    groups: dict[str, list[list[Example]]] = {}
+    for labels in asked:
+        for label, examples in labels.items():
+            groups.setdefault(label, []).append(examples)
+    if shared := sum(len(labels) > 1 for labels in asked):
+        _log.warning("%d questions stand under several values of '%s': each has them", shared, partition.column)
+    among = partition.clients_per_value
+    return [client for value, group in sorted(groups.items()) for client in _dealt(value, group, among, seed)]
+
+
+def _dealt(value: str, questions: Sequence[list[Example]], clients: int, seed: int) -> list[ClientData]:
+    """``clients`` clients of the group ``value``, each with every ``clients``-th of its questions in a random order."""
     if clients == 1:
-        return [client_data(value, examples, value)]
-    order = torch.randperm(len(examples), generator=generator("partition", seed, value)).tolist()
+        return [client_data(value, list(chain.from_iterable(questions)), value)]
+    order = torch.randperm(len(questions), generator=generator("partition", seed, value)).tolist()
     width = len(str(clients - 1))
     return [
-        client_data(f"{value}-{n:0{width}}", [examples[row] for row in sorted(order[n::clients])], value)
+        client_data(f"{value}-{n:0{width}}", _taken(questions, sorted(order[n::clients])), value)
         for n in range(clients)
     ]
+
+
+def _taken(questions: Sequence[list[Example]], numbers: Iterable[int]) -> list[Example]:
+    return [example for number in numbers for example in questions[number]]
 
 
 def _deal(labels: Sequence[str], partition: ByDirichlet | ByChance, seed: int) -> list[list[int]]:

@@ -1,126 +1,70 @@
-"""Reading hostile files: every fault ends in one line that names the file, the line, the field and the fix."""
+"""Records as examples: which of the known layouts one has, what of it is used, and what is not.
+
+Names of fields may be of any case. A record with two layouts at once is refused, since which is meant is not certain.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, Literal
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 from mira.core.errors import UserError
+from mira.data.fields import Record, answer_field, is_given, names, text_field
+from mira.data.turns import conversation, pairs, turns, unused_in_turns
 from mira.data.types import Example, Message
 
-Record = Mapping[str, Any]
-Ours = Literal["instruction", "input", "output", "prompt", "completion", "messages"]
+Ours = Literal[
+    "instruction", "input", "output", "prompt", "completion", "messages", "conversations", "system", "history", "tools"
+]
 Columns = Mapping[Ours, str]  # our field -> theirs
-_ROLES = ("system", "user", "assistant")
+
+_QUESTIONS, _INPUTS, _ANSWERS = (
+    ("instruction", "question", "query"),
+    ("input", "context"),
+    ("output", "response", "answer"),
+)
+_NEEDED = (*_QUESTIONS, *_ANSWERS, "prompt", "completion")
+_TURNS = ("messages", "conversations", "conversation")
 _KNOWN = "instruction + output (input optional), prompt + completion, or messages"
 
-
-def existing(path: Path, key: str = "data.path") -> Path:
-    """``path`` itself. Raises UserError when there is nothing."""
-    if not path.exists():
-        raise UserError(
-            f"{key}='{path}': no such file or folder; give a path that exists (relative paths start at {Path.cwd()})"
-        )
-    return path
+_log = logging.getLogger(__name__)
 
 
-def read_text(path: Path) -> str:
-    """The whole file as UTF-8, without a byte-order mark. Raises UserError naming the line of the first bad byte."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check that it is a file you may read") from error
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8") from error
+@dataclass
+class Tally:
+    """The examples of one source, read one by one, and what was met on the way. ``also``: fields that serve for something else,
+    such as the client's name; ``columns``: our fields -> the source's, none means they are ours already."""
 
+    also: Collection[str] = ()
+    columns: Columns = field(default_factory=dict)
+    layouts: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
 
-def parse_json(text: str, path: Path, line: int = 1) -> Any:
-    """``text``, which begins at ``line`` of ``path``, as JSON."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"{path}:{line + error.lineno - 1}"
-        raise UserError(f"{place}: malformed JSON ({error.msg} at column {error.colno}); mend or remove it") from error
-    except (RecursionError, ValueError) as error:  # nested too deep, or a number of thousands of digits
-        raise UserError(f"{path}:{line}: malformed JSON ({error}); mend or remove it") from error
+    def example(self, place: str, record: Record) -> Example:
+        example, layout, unused = _read(mapped(record, self.columns, place), place)
+        taken = {*self.also, *self.columns.values()}
+        rest = {key for key in record if is_given(record[key])} - taken if self.columns else set()
+        self.layouts[layout] += 1
+        self.unused.update({*unused, *rest} - taken)
+        return example
 
+    def examples(self, records: Iterable[tuple[str, Record]]) -> list[Example]:
+        return [self.example(place, record) for place, record in records]
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
-    """(place "file:line", object) for every line that is not blank."""
-    # Not splitlines(): U+2028 and its kin may stand unescaped inside a JSON string.
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            record = parse_json(line, path, number)
-            if not isinstance(record, dict):
-                kind = type(record).__name__
-                raise UserError(
-                    f"{path}:{number}: a line must hold one JSON object, got {kind}; write one example a line"
-                )
-            yield f"{path}:{number}", record
-
-
-def text_field(record: Record, field: str, place: str, needed: str = "") -> str:
-    """``record[field]`` as text. Raises UserError when it is absent, of another type or cannot be written as UTF-8."""
-    if field not in record:
-        raise UserError(f"{place}: no field '{field}' (found: {_names(record)}); needed: {needed or field}")
-    value = record[field]
-    if not isinstance(value, str):
-        raise UserError(f"{place}: field '{field}' must be text, got {type(value).__name__}; put it in quotes")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{place}: field '{field}' holds half a character (unpaired surrogate); remove it") from error
-    return value
-
-
-def label_field(record: Record, field: str, place: str) -> str:
-    """``record[field]`` as a non-empty label; whole numbers count as text."""
-    value = record.get(field)
-    label = str(value) if isinstance(value, int) else text_field(record, field, place, f"the label column '{field}'")
-    if not label.strip():
-        raise UserError(f"{place}: field '{field}' is empty; every example needs a label there")
-    return label
-
-
-def _answer(record: Record, field: str, place: str) -> str:
-    answer = text_field(record, field, place, _KNOWN)
-    if not answer.strip():
-        raise UserError(
-            f"{place}: field '{field}' is empty; every example needs a response: fill it in or remove the example"
-        )
-    return answer
-
-
-def _messages(record: Record, place: str) -> Example:
-    turns = record["messages"]
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise UserError(f"{place}: field 'messages' must be a list of {{role, content}} objects")
-    messages = []
-    for number, turn in enumerate(turns):
-        where = f"{place}: messages[{number}]"
-        role = text_field(turn, "role", where)
-        if role not in _ROLES:
-            raise UserError(f"{where}: role '{role}' is unknown; allowed: {', '.join(_ROLES)}")
-        read = _answer if role == "assistant" else text_field
-        messages.append(Message(role, read(turn, "content", where)))
-    if messages[0].role == "assistant" or messages[-1].role != "assistant":
-        raise UserError(f"{place}: 'messages' must start with a system or user turn and end with an assistant turn")
-    return Example("", "", messages[-1].content, tuple(messages))
+    def tell(self) -> None:
+        """Name the fields that were not used, once for the whole source."""
+        if self.unused:
+            total = self.layouts.total()
+            which = ", ".join(f"'{key}' (in {count} of {total} examples)" for key, count in sorted(self.unused.items()))
+            _log.warning("not used: %s", which)
 
 
 def to_example(record: Record, place: str) -> Example:
-    """An example from whichever of the three known layouts the record has. Raises UserError naming ``place``."""
-    if "messages" in record:
-        return _messages(record, place)
-    if "prompt" in record or "completion" in record:
-        return Example(text_field(record, "prompt", place, _KNOWN), "", _answer(record, "completion", place))
-    given = text_field(record, "input", place) if record.get("input") is not None else ""
-    return Example(text_field(record, "instruction", place, _KNOWN), given, _answer(record, "output", place))
+    """An example from whichever of the known layouts the record has. Raises UserError naming ``place``."""
+    return _read(record, place)[0]
 
 
 def mapped(record: Record, columns: Columns, place: str) -> Record:
@@ -128,10 +72,105 @@ def mapped(record: Record, columns: Columns, place: str) -> Record:
     for ours, theirs in columns.items():
         if theirs not in record:
             raise UserError(
-                f"{place}: no column '{theirs}' for '{ours}' (found: {_names(record)}); mend the column mapping"
+                f"{place}: no column '{theirs}' for '{ours}' (found: {names(record)}); mend the column mapping"
             )
     return {ours: record[theirs] for ours, theirs in columns.items()} if columns else record
 
 
-def _names(record: Record) -> str:
-    return ", ".join(sorted(map(str, record))) or "nothing"
+def _read(record: Record, place: str) -> tuple[Example, str, list[str]]:
+    """The example, the name of its layout, and the fields that say something and are not used."""
+    given, spelt = _plain(record, place)
+    shown = [key for key in _TURNS if key in given][:1]
+    pair = _pair(given, place)
+    raw = ["prompt", "completion"] if {"prompt", "completion"} <= set(given) else []
+    found = [fields for fields in (shown, raw, pair) if fields]
+    if len(found) > 1:
+        one, other, *_ = (" + ".join(fields) for fields in found)
+        raise UserError(f"{place}: has {one} and {other}, and only one can be learned; remove one of the two")
+    if not found:
+        raise UserError(f"{place}: {_missing(given, record)}")
+    read = _messages if shown else _continued if raw else _answered
+    example, used = read(given, found[0], place)
+    unused = [spelt[key] for key in given if key not in {*found[0], *used}]
+    inside = [key for name in found[0] for key in unused_in_turns(given, name)]
+    return example, " + ".join(found[0]), [*unused, *dict.fromkeys(inside)]
+
+
+def _plain(record: Record, place: str) -> tuple[dict[str, object], dict[str, str]]:
+    """What the record says, by field names in lower case; and how each was spelt."""
+    given: dict[str, object] = {}
+    spelt: dict[str, str] = {}
+    for key, value in record.items():
+        name = str(key).strip().lower()
+        if name in spelt:
+            raise UserError(f"{place}: has '{spelt[name]}' and '{key}'; remove one of the two")
+        spelt[name] = key
+        if is_given(value):
+            given[name] = value
+    if "system" not in given and "system_prompt" in given:
+        given["system"], spelt["system"] = given.pop("system_prompt"), spelt["system_prompt"]
+    for name in (*_QUESTIONS, "prompt"):  # an empty one is one where there is no other: the input may say all
+        if name in spelt and record[spelt[name]] == "" and not {*_QUESTIONS, "prompt"} & set(given):
+            given[name] = ""
+    return given, spelt
+
+
+def _pair(given: Record, place: str) -> list[str]:
+    """The fields of a question, what it is about, and its answer; nothing where one of the first and last is missing."""
+    questions = [key for key in _QUESTIONS if key in given]
+    inputs, answers = ([key for key in keys if key in given] for keys in (_INPUTS, _ANSWERS))
+    if not questions and "prompt" in given and "completion" not in given:
+        questions = ["prompt"]
+    if not (questions and answers):
+        return []
+    for several, what in ((questions, "questions"), (inputs, "inputs"), (answers, "answers")):
+        if len(several) > 1:
+            raise UserError(f"{place}: has two {what}, '{several[0]}' and '{several[1]}'; remove one of the two")
+    return [*questions, *inputs, *answers]
+
+
+def _messages(given: Record, fields: list[str], place: str) -> tuple[Example, list[str]]:
+    return conversation(turns(given, fields[0], place), given, fields[0], place), ["system", "tools"]
+
+
+def _continued(given: Record, fields: list[str], place: str) -> tuple[Example, list[str]]:
+    """A prompt that is continued as it stands; lists of messages in it or in the completion are a conversation."""
+    if not any(isinstance(given[key], list) for key in fields):
+        prompt, completion = text_field(given, "prompt", place), answer_field(given, "completion", place)
+        return Example(prompt, "", completion, raw=True, place=place), []
+    asked, said = (
+        turns(given, key, place, learned=key == "completion")
+        if isinstance(given[key], list)
+        else [Message("user" if key == "prompt" else "assistant", text_field(given, key, place))]
+        for key in fields
+    )
+    return conversation([*asked, *said], given, "completion", place), ["system", "tools"]
+
+
+def _answered(given: Record, fields: list[str], place: str) -> tuple[Example, list[str]]:
+    """A question and its answer; with a system message, tools or earlier turns a conversation."""
+    question, answer = text_field(given, fields[0], place), answer_field(given, fields[-1], place)
+    about = text_field(given, fields[1], place) if len(fields) == 3 else ""
+    if not any(key in given for key in ("system", "history", "tools")):
+        return Example(question, about, answer, place=place), []
+    asked = Message("user", f"{question}\n\n{about}" if about else question)
+    messages = [*pairs(given.get("history", []), place), asked, Message("assistant", answer)]
+    return conversation(messages, given, "history", place), ["system", "history", "tools"]
+
+
+def _missing(given: Record, record: Record) -> str:
+    """What a record lacks, and what to do."""
+    if "text" in given and not {*_NEEDED} & set(given):
+        return "field 'text' is free text without question and answer; give its beginning as 'prompt', the rest as 'completion'"
+    for key in record:
+        name = str(key).strip().lower()
+        if name in _TURNS and record[key] is not None:
+            return f"field '{key}' must be a list of turns, and has none; fill it in or remove the example"
+        if name in _NEEDED and name not in given:
+            return f"field '{key}' is {'empty' if record[key] == '' else 'null'}; fill it in or remove the example"
+    asks = next((key for key in (*_QUESTIONS, "prompt") if key in given), None)
+    answers = next((key for key in (*_ANSWERS, "completion") if key in given), None)
+    lacks = {"prompt": "completion", "completion": "prompt"}.get(
+        asks or answers or "", "output" if asks else "instruction"
+    )
+    return f"no field '{lacks}' (found: {names(record)}); needed: {_KNOWN}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -50,18 +50,27 @@ class Example:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What makes two examples the same question: everything before the answer, blind to white space and case."""
-        texts = [m.role + " " + m.content for m in self.messages[:-1]] or [self.instruction, self.input]
-        return tuple(" ".join(text.split()).casefold() for text in texts)
+        """What makes two examples the same question: everything before the answer, to the letter."""
+        turns = [text for m in self.messages[:-1] for text in (m.role, m.content, m.more)]
+        return (*(turns or (self.instruction, self.input)), self.tools, *(("raw",) if self.raw else ()))
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Everything before the answer, in words."""
+        return tuple(m.role + " " + m.content for m in self.messages[:-1]) or (self.instruction, self.input)
 
 
 def _without(values: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in default or value != default[key]}
 
 
-def unique(examples: tuple[Example, ...]) -> tuple[Example, ...]:
-    """The first of every question, in the order given."""
-    return tuple({example.key: example for example in reversed(examples)}.values())[::-1]
+def by_question(examples: Iterable[Example]) -> list[list[Example]]:
+    """The examples of every question with those of another answer, each answer once, in the order given."""
+    asked: dict[tuple[str, ...], dict[object, Example]] = {}
+    for example in examples:
+        answer = (example.output, example.messages[-1:])
+        asked.setdefault(example.key, {}).setdefault(answer, example)
+    return [list(answers.values()) for answers in asked.values()]
 
 
 @dataclass(frozen=True)

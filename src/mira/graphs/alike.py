@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from mira.core.errors import UserError
 from mira.core.graph import Embed, Graph
 from mira.core.learned import Learned
 from mira.core.similarity import alike, undirected
@@ -29,7 +30,7 @@ class Knn:
     the first round on and anew in each."""
 
     def build(self, names: Sequence[str], groups: Sequence[str], seed: int, embed: Embed) -> Graph:
-        return _related(self.source, embed, len(names), most=self.neighbours, above=0.0)
+        return _related(self, embed, len(names), most=self.neighbours, above=0.0)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -43,7 +44,7 @@ class Similarity:
     """As in knn."""
 
     def build(self, names: Sequence[str], groups: Sequence[str], seed: int, embed: Embed) -> Graph:
-        return _related(self.source, embed, len(names), most=len(names), above=self.threshold)
+        return _related(self, embed, len(names), most=len(names), above=self.threshold)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -63,7 +64,13 @@ class LearnedGraph:
         return Learned.start(len(names), self.every, self.neighbours, self.threshold)
 
 
-def _related(source: str, embed: Embed, num_clients: int, most: int, above: float) -> Graph:
-    if source == "displacement":
+def _related(graph: Knn | Similarity, embed: Embed, num_clients: int, most: int, above: float) -> Graph:
+    if graph.source == "displacement":
         return Learned.start(num_clients, 1, most, above)
-    return undirected(alike(embed(), most, above), num_clients)
+    vectors = embed()
+    if num_clients > 1 and bool((vectors == vectors[0]).all()):
+        raise UserError(
+            f"graph.name={graph.name}: all clients describe the same task, so none is nearer to one than to another; use"
+            " graph.name=complete, or graph.source=displacement"
+        )
+    return undirected(alike(vectors, most, above), num_clients)

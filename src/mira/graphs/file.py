@@ -3,7 +3,6 @@
 import csv
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, TextIO
 
 import torch
@@ -11,8 +10,9 @@ from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError, did_you_mean
 from mira.core.graph import Edges, Embed, Graph
-from mira.core.strict import STRICT
+from mira.core.strict import STRICT, UserPath
 
+_LARGEST = 1e100  # sums and products of weights stay numbers
 _COLUMNS = ["source", "target", "weight"]
 
 
@@ -20,7 +20,7 @@ _COLUMNS = ["source", "target", "weight"]
 class File:
     """Edges from a CSV file with the columns source, target, weight: client names, each undirected edge once."""
 
-    path: Path
+    path: UserPath
     """The CSV file."""
     name: Literal["file"] = "file"
 
@@ -72,4 +72,6 @@ def _weight(text: str, where: str) -> float:
         weight = math.nan
     if not (math.isfinite(weight) and weight >= 0):
         raise UserError(f"{where}: weight {text!r} must be a finite number that is not negative")
+    if weight > _LARGEST:
+        raise UserError(f"{where}: weight {text!r} is above {_LARGEST:g}; scale all weights down")
     return weight

@@ -10,8 +10,9 @@ from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError
 from mira.core.strict import STRICT
+from mira.data.fields import Record
 from mira.data.partition import Partition, split_pool
-from mira.data.records import Columns, Record
+from mira.data.records import Columns
 from mira.data.types import ClientData
 
 

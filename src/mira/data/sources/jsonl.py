@@ -1,59 +1,84 @@
-"""A practitioner's own data: a folder with one JSONL file per client, or one file with a client column."""
+"""A practitioner's own data: a folder with one file per client, or one file with a client column."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass as plain_dataclass
 from typing import Literal
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError
-from mira.core.strict import STRICT
-from mira.data.records import Record, existing, label_field, read_jsonl, to_example
+from mira.core.strict import STRICT, UserPath
+from mira.data.fields import Record, label_field
+from mira.data.reading import ENDINGS, client_files, existing, read_records, tell_left_out
+from mira.data.records import Columns, Tally
 from mira.data.types import ClientData, client_data
+
+Records = list[tuple[str, Record]]
+
+
+@plain_dataclass(frozen=True)
+class Found:
+    """The clients of a source, and what was met in its records."""
+
+    clients: list[ClientData]
+    tally: Tally
 
 
 @dataclass(frozen=True, config=STRICT)
 class Jsonl:
-    """One JSON object a line: instruction, input and output; or prompt and completion; or messages (role, content)."""
+    """Files of examples (JSON, CSV, parquet; plain or gzipped) in the layouts that docs/data.md lists."""
 
-    path: Path
-    """A folder of *.jsonl files, each one client named as the file; or one such file, with client_column."""
+    path: UserPath
+    """A folder of data files, each one client named as the file (one in a sub folder as sub/file); or one such file, with
+    client_column."""
     client_column: str | None = None
     """In one file for all: the field that names the client."""
     group_column: str | None = None
-    """A field that names the client's group, the same in all of its lines."""
+    """A field that names the client's group, the same in all of its records."""
+    columns: Columns = Field(default_factory=dict)
+    """Our fields -> those of the files, e.g. {instruction: frage, output: antwort}; empty: found by their names."""
     source: Literal["jsonl"] = "jsonl"
 
     def load(self, seed: int) -> list[ClientData]:
-        clients: dict[str, list[tuple[str, Record]]] = {}
+        found = self.read()
+        found.tally.tell()
+        return found.clients
+
+    def read(self) -> Found:
+        """Every client; files that are not read are named in the log."""
+        tally = Tally({name for name in (self.client_column, self.group_column) if name}, self.columns)
+        return Found([self._client(name, records, tally) for name, records in sorted(self._records().items())], tally)
+
+    def _records(self) -> dict[str, Records]:
         if existing(self.path).is_dir():
             if self.client_column is not None:
                 raise UserError(
                     f"data.client_column: '{self.path}' is a folder, one client per file; remove client_column"
                 )
-            for file in sorted(self.path.glob("[!.]*.jsonl")):
-                clients[file.stem] = list(read_jsonl(file))
-            if not clients:
+            files, left_out = client_files(self.path)
+            if not files:
                 raise UserError(
-                    f"data.path='{self.path}': no *.jsonl file in this folder; put one file per client there"
+                    f"data.path='{self.path}': no data file in this folder; put one file per client there, ending with"
+                    f" {', '.join(ENDINGS)} (and .gz where gzipped)"
                 )
-        else:
-            if self.client_column is None:
-                raise UserError(
-                    f"data.client_column: missing; '{self.path}' is one file: name the field that holds the client, or"
-                    " give a folder with one file per client"
-                )
-            for place, record in read_jsonl(self.path):
-                clients.setdefault(label_field(record, self.client_column, place), []).append((place, record))
-        return [self._client(name, records) for name, records in sorted(clients.items())]
+            tell_left_out(self.path, left_out)
+            return {name: list(read_records(file)) for name, file in files.items()}
+        if self.client_column is None:
+            raise UserError(
+                f"data.client_column: missing; '{self.path}' is one file: name the field that holds the client, or"
+                " give a folder with one file per client"
+            )
+        clients: dict[str, Records] = {}
+        for place, record in read_records(self.path):
+            clients.setdefault(label_field(record, self.client_column, place), []).append((place, record))
+        return clients
 
-    def _client(self, name: str, records: list[tuple[str, Record]]) -> ClientData:
-        examples = tuple(to_example(record, place) for place, record in records)
-        group = self._group(name, records) if self.group_column else ""
-        return client_data(name, examples, group)
+    def _client(self, name: str, records: Records, tally: Tally) -> ClientData:
+        return client_data(name, tally.examples(records), self._group(name, records) if self.group_column else "")
 
-    def _group(self, name: str, records: list[tuple[str, Record]]) -> str:
+    def _group(self, name: str, records: Records) -> str:
         group = ""
         for place, record in records:
             here = label_field(record, str(self.group_column), place)

@@ -12,8 +12,9 @@ from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError, did_you_mean
 from mira.core.seeds import generator
-from mira.core.strict import STRICT
-from mira.data.records import existing, parse_json, read_text, text_field
+from mira.core.strict import STRICT, UserPath
+from mira.data.fields import text_field
+from mira.data.reading import existing, parse_json, read_text
 from mira.data.types import ClientData, Example
 
 MIN_INSTANCES = 20
@@ -25,7 +26,7 @@ class NaturalInstructions:
     """First definition, first output; the group is the first category. Tasks with fewer than 20 usable instances are
     left out (and named in the log)."""
 
-    path: Path
+    path: UserPath
     """The folder that holds the task JSON files, or its parent with a tasks/ folder."""
     clients: Annotated[int, Field(ge=1)] | None = None
     """So many usable tasks, evenly spaced in the order of their names, so that they span the categories; null: all."""
@@ -93,4 +94,4 @@ def _example(instance: Any, definition: str, place: str) -> Example:
     output = _first(instance, "output", place)
     if not output.strip():
         raise UserError(f"{place}: field 'output' is empty; every instance needs a response: fill it in or remove it")
-    return Example(definition, text_field(instance, "input", place), output)
+    return Example(definition, text_field(instance, "input", place), output, place=place)

