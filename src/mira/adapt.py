@@ -159,7 +159,9 @@ def _of_description(session: Session, known: Sequence[Client], most: int) -> tup
         raise UserError(
             f"--client: no description in the run is like this client's; name its group with --group ({', '.join(groups)})"
         )
-    log.warning("no description in the run is like this client's, and its clients have no groups: all of them count alike")
+    log.warning(
+        "no description in the run is like this client's, and its clients have no groups: all of them count alike"
+    )
     return _everyone(known)
 
 

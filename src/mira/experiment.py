@@ -72,7 +72,9 @@ def run(
     """Run ``experiment`` in the new folder ``out`` (default runs/NAME-TIME) and return its result: what
     ``mira run --json`` prints (docs/cli.md). Raises UserError for anything the user can mend."""
     watcher = watcher or Nobody()
-    folder = expanded(Path(out)) if out is not None else Path("runs") / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = (
+        expanded(Path(out)) if out is not None else Path("runs") / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    )
     experiment = config.absolute(experiment)
     Store.check_vacant(folder)
     experiment.tracking.check()

@@ -27,7 +27,9 @@ Metric = Callable[[Sequence[str], Sequence[str]], float]  # of a client's answer
 
 LABEL_ACCURACY = "label_accuracy"  # measured by likelihood, not of answers: mira.labels
 _ALWAYS = ("exact_match", "rouge_l")
-_more: dict[str, Metric] = {"chrf": lambda given, references: _mean([chrf(g, r) for g, r in zip(given, references, strict=True)])}
+_more: dict[str, Metric] = {
+    "chrf": lambda given, references: _mean([chrf(g, r) for g, r in zip(given, references, strict=True)])
+}
 
 
 def register(name: str, metric: Metric) -> None:
@@ -42,7 +44,9 @@ def check_metrics(names: Sequence[str]) -> None:
     for name in names:
         if name not in (*_more, LABEL_ACCURACY):
             hint = did_you_mean(name, (*_more, LABEL_ACCURACY))
-            raise UserError(f"evaluation.metrics: no metric is named '{name}' here (mira.measure.register adds yours){hint}")
+            raise UserError(
+                f"evaluation.metrics: no metric is named '{name}' here (mira.measure.register adds yours){hint}"
+            )
 
 
 def losses(

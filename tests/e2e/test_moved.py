@@ -28,9 +28,15 @@ def places(tmp_path: Path) -> Path:
 
 def test_export_and_prompts_need_no_data(places: Path) -> None:
     run, model = places / "run", ("--model", places / "moved-model")
-    for command in (["export", run, "--all"], ["export", run, "--client", "ann", "--merge"], ["generate", run, "--client", "ann", "--prompt", "1 and 2"]):
+    for command in (
+        ["export", run, "--all"],
+        ["export", run, "--client", "ann", "--merge"],
+        ["generate", run, "--client", "ann", "--prompt", "1 and 2"],
+    ):
         refused = mira(*command).error
-        assert refused == f"{run}: its base model is not at {places}/model any more; say where it is now with --model NAME"
+        assert (
+            refused == f"{run}: its base model is not at {places}/model any more; say where it is now with --model NAME"
+        )
         ended = mira(*command, *model)
         assert ended.status == 0, ended
     card = json.loads((run / "adapters" / "ann" / "adapter_config.json").read_text())
@@ -49,7 +55,9 @@ def test_evaluate_and_resume_are_told_the_new_places(places: Path) -> None:
     run, where = places / "run", ("--data", places / "moved.jsonl", "--model", places / "moved-model")
     for command in (["evaluate", run], ["run", run, "--resume"], ["generate", run, "--client", "ann"]):
         refused = mira(*command, "--model", places / "moved-model").error
-        assert refused == f"{run}: its data is not at {places}/data.jsonl any more; say where it is now with --data PATH"
+        assert (
+            refused == f"{run}: its data is not at {places}/data.jsonl any more; say where it is now with --data PATH"
+        )
     assert mira("evaluate", run, *where).status == 0
     assert mira("generate", run, "--client", "ann", *where).status == 0
     ended = mira("run", run, "--resume", *where)
@@ -62,7 +70,10 @@ def test_evaluate_and_resume_are_told_the_new_places(places: Path) -> None:
 
 def test_a_configuration_that_names_the_new_places_resumes_too(places: Path) -> None:
     config = write_config(places / "config.yaml", places / "moved-model", places / "moved.jsonl")
-    assert mira("run", config, "--out", places / "run", "--resume", "--set", "training.lr=1").error.count("training.lr") == 1
+    assert (
+        mira("run", config, "--out", places / "run", "--resume", "--set", "training.lr=1").error.count("training.lr")
+        == 1
+    )
     assert mira("run", config, "--out", places / "run", "--resume").status == 0
     assert outcome(places / "run")["metrics"] == outcome(places / "whole")["metrics"]
 
@@ -93,7 +104,10 @@ def test_a_run_of_an_older_version_still_needs_its_data(places: Path) -> None:
 
 def test_where_there_is_nothing_to_move(tiny_folder: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "config.yaml", tiny_folder, write_clients(tmp_path / "data.jsonl"))
-    assert mira("run", config, "--data", tmp_path).error == f"--data {tmp_path}: is for --resume; for a new run use --set data.path={tmp_path}"
+    assert (
+        mira("run", config, "--data", tmp_path).error
+        == f"--data {tmp_path}: is for --resume; for a new run use --set data.path={tmp_path}"
+    )
     builtin = load(config, ["data={source: builtin, examples: 8}", "rounds=2"])
     begin(builtin, tmp_path / "run", rounds=1)
     refused = mira("evaluate", tmp_path / "run", "--data", tmp_path).error

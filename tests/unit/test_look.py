@@ -25,7 +25,10 @@ def write(path: Path, *records: object) -> Path:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two clients: conversations; and pairs, one of them asked twice and one shared with nobody."""
-    write(tmp_path / "data/a.jsonl", *({"messages": [{**TALK[0], "content": f"Hi {n}"}, TALK[1]], "id": n} for n in range(3)))
+    write(
+        tmp_path / "data/a.jsonl",
+        *({"messages": [{**TALK[0], "content": f"Hi {n}"}, TALK[1]], "id": n} for n in range(3)),
+    )
     pairs = [{"messages": [TALK[0], TALK[1]]}, {"messages": [TALK[0], {**TALK[1], "content": "No"}]}]
     write(tmp_path / "data/b.jsonl", *pairs, pairs[0])
     return tmp_path / "data"
@@ -42,7 +45,9 @@ def test_without_a_model_what_is_recognised(folder: Path) -> None:
 
 
 def test_with_a_model_lengths_and_what_is_learned(folder: Path, tiny_folder: Path) -> None:
-    ended = mira("data", "look", folder, "--model", tiny_folder, "--set", "prompt.template=chat", "--set", "prompt.max_length=30")
+    ended = mira(
+        "data", "look", folder, "--model", tiny_folder, "--set", "prompt.template=chat", "--set", "prompt.max_length=30"
+    )
     assert ended.status == 0, ended
     lines = ended.out.splitlines()
     assert all(cell_len(line) <= 80 for line in lines)
@@ -65,7 +70,7 @@ def test_the_same_as_one_json_object(folder: Path, tiny_folder: Path) -> None:
     assert b["longest"] == f"{folder}/b.jsonl:1"
     text = "".join(part["text"] for part in found["first"]["parts"])
     assert text.startswith("<start>user\nHi 0<eos>\n<start>assistant\nHo<eos>")
-    assert [part["text"] for part in found["first"]["parts"] if part["learned"]][0].startswith("Ho<eos>")
+    assert next(part["text"] for part in found["first"]["parts"] if part["learned"]).startswith("Ho<eos>")
 
 
 def test_wide_letters_stay_within_the_columns(tiny_folder: Path, tmp_path: Path) -> None:
@@ -127,7 +132,9 @@ def test_home_is_expanded_everywhere(
     monkeypatch.setenv("HOME", str(tmp_path))
     data = write_clients(tmp_path / "data.jsonl")
     (tmp_path / "graph.csv").write_text("source,target,weight\nann,bob,1\n")
-    config = write_config(tmp_path / "config.yaml", tiny_folder, Path("~") / data.name, graph={"name": "file", "path": "~/graph.csv"})
+    config = write_config(
+        tmp_path / "config.yaml", tiny_folder, Path("~") / data.name, graph={"name": "file", "path": "~/graph.csv"}
+    )
     with caplog.at_level(logging.ERROR):
         assert mira("config", "check", config).status == 0
     refused = mira("config", "check", config, "--set", "data.path=~nobody-here/data.jsonl").error

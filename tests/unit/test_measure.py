@@ -21,7 +21,8 @@ from mira.session import open_session
 from small import mira, settings, write_config
 
 EQUAL = [
-    "你好，世界", "Привет мир", "مرحبا", "हिन्दी", "สวัสดี", "안녕 세계", "שלום", "Ελλάδα", "ファイル名", "=>", "✓", "{}", "😀", "é", "½",
+    "你好，世界", "Привет мир", "مرحبا", "हिन्दी", "สวัสดี", "안녕 세계",
+    "שלום", "Ελλάδα", "ファイル名", "=>", "✓", "{}", "😀", "é", "½",
 ]  # fmt: skip
 
 
@@ -102,7 +103,10 @@ class Says:
 
 def test_ones_own_metric_stands_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_more", dict(measure._more))
-    register("brief", lambda given, expected: sum(len(g) <= len(e) for g, e in zip(given, expected, strict=True)) / len(given))
+    register(
+        "brief",
+        lambda given, expected: sum(len(g) <= len(e) for g, e in zip(given, expected, strict=True)) / len(given),
+    )
     check_metrics(["brief", "chrf", "label_accuracy"])
     one = torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64)
     (found,) = grade(Says(["aa", "b"]), *one, [["a", "b"]], None, 9, ["brief", "chrf"])  # type: ignore[arg-type]
@@ -126,8 +130,12 @@ def test_an_unknown_metric_is_refused_before_anything_runs(tiny_folder: Path, tm
 
 
 @pytest.mark.parametrize("engine", ["batched", "reference"])
-def test_label_accuracy_is_the_share_whose_answer_is_the_likeliest(engine: str, tiny_folder: Path, tmp_path: Path) -> None:
-    lines = [{"instruction": "Odd?", "input": str(n), "output": "yes" if n % 2 else "no", "who": "few"} for n in range(12)]
+def test_label_accuracy_is_the_share_whose_answer_is_the_likeliest(
+    engine: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    lines = [
+        {"instruction": "Odd?", "input": str(n), "output": "yes" if n % 2 else "no", "who": "few"} for n in range(12)
+    ]
     lines += [{"instruction": "Say", "input": str(n), "output": str(n), "who": "many"} for n in range(12)]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -72,7 +72,9 @@ def test_a_question_under_two_values_belongs_to_both(caplog: pytest.LogCaptureFi
     assert caplog.messages == ["1 questions stand under several values of 'kind': each has them"]
 
 
-@pytest.mark.parametrize("partition", [ByColumn("kind", clients_per_value=4), ByDirichlet("kind", 4, min_examples=5), ByChance(4)])
+@pytest.mark.parametrize(
+    "partition", [ByColumn("kind", clients_per_value=4), ByDirichlet("kind", 4, min_examples=5), ByChance(4)]
+)
 def test_all_answers_to_a_question_are_dealt_to_one_client(partition: Partition) -> None:
     pytest.importorskip("flwr_datasets", reason="the extra 'datasets' is not installed")
     others = [(f"g:{n}", {**record, "output": "another"}) for n, (_, record) in enumerate(pool())]

@@ -32,7 +32,9 @@ def parquet(rows: list[dict[str, Any]]) -> bytes:
 
 def table(comma: str, quoted: bool = True) -> str:
     mark = '"' if quoted else ""
-    return "".join(comma.join(f"{mark}{cell}{mark}" for cell in row) + "\r\n" for row in [ROWS[0], *(r.values() for r in ROWS)])
+    return "".join(
+        comma.join(f"{mark}{cell}{mark}" for cell in row) + "\r\n" for row in [ROWS[0], *(r.values() for r in ROWS)]
+    )
 
 
 LAYOUTS: dict[str, Callable[[], str | bytes]] = {
@@ -89,7 +91,9 @@ def test_a_folder_gives_a_client_a_file_and_names_the_rest(tmp_path: Path, caplo
         clients = Jsonl(tmp_path).load(0)
     assert [client.name for client in clients] == ["a.b", "h1", "h2", "h3", "h4", "h5", "sub/h6"]
     (told,) = caplog.messages
-    assert told.startswith(f"{tmp_path}: not read: .hidden.jsonl, README.md, elsewhere, old.jsonl.bak, sub/notes.txt (data")
+    assert told.startswith(
+        f"{tmp_path}: not read: .hidden.jsonl, README.md, elsewhere, old.jsonl.bak, sub/notes.txt (data"
+    )
     names = [client.slug for client in make_federation(Jsonl(tmp_path), SplitSizes(1, 1, 1), 0).clients]
     assert all("/" not in name for name in names)
 

@@ -38,7 +38,12 @@ def calls(*turns: dict[str, Any], **more: Any) -> dict[str, Any]:
         {"messages": [{"role": "human", "content": "Hi"}, {"role": "model", "content": "Ho"}]},
         {"messages": json.dumps(TURNS)},
         {"Messages": [{**turn, "weight": 1, "name": None} for turn in TURNS], "tools": [], "system": ""},
-        {"messages": [{**TURNS[0], "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}, TURNS[1]]},
+        {
+            "messages": [
+                {**TURNS[0], "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
+                TURNS[1],
+            ]
+        },
         {"messages": TURNS, "prompt": None, "completion": ""},
     ],
 )
@@ -133,7 +138,10 @@ def test_what_else_templates_read_of_a_turn_is_kept() -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"messages": [{**TURNS[0], "content": [{"type": "image_url"}]}, TURNS[1]]}, r"\[0\]: part 0 .* is 'image_url'"),
+        (
+            {"messages": [{**TURNS[0], "content": [{"type": "image_url"}]}, TURNS[1]]},
+            r"\[0\]: part 0 .* is 'image_url'",
+        ),
         ({"messages": [TURNS[0], {**TURNS[1], "weight": 0.5}]}, r"messages\[1\]: weight 0\.5 is not 0"),
         ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}, "every assistant turn of 'messages' has weight 0"),
         ({"messages": [{"role": "system", "content": "s"}, *TURNS], "system": "s"}, "field 'system' and a system turn"),

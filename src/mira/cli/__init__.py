@@ -70,7 +70,9 @@ def _check_utf8(arguments: Sequence[str]) -> None:
         try:
             argument.encode()
         except UnicodeEncodeError:
-            raise UserError(f"argument {ascii(argument)}: is not UTF-8; give it in a terminal that is set to UTF-8") from None
+            raise UserError(
+                f"argument {argument!a}: is not UTF-8; give it in a terminal that is set to UTF-8"
+            ) from None
 
 
 def _refuse(why: str) -> int:

@@ -22,9 +22,12 @@ def _group() -> None:
 
 @data_app.command()
 def look(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder of data files, one such file, or a YAML file.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A folder of data files, one such file, or a YAML file.")
+    ],
     model: Annotated[
-        str | None, typer.Option("--model", metavar="NAME", help="Whose tokens to count; a folder or a name on the hub.")
+        str | None,
+        typer.Option("--model", metavar="NAME", help="Whose tokens to count; a folder or a name on the hub."),
     ] = None,
     overrides: Set = None,
     as_json: Json = False,
@@ -37,7 +40,9 @@ def look(
 
     experiment = _experiment(path, model, overrides or [])
     named = experiment.model
-    fetched = open_reader(named.name, named.source, named.trust_remote_code, fetch=True) if named.name != _NONE else None
+    fetched = (
+        open_reader(named.name, named.source, named.trust_remote_code, fetch=True) if named.name != _NONE else None
+    )
     source = experiment.data
     if isinstance(source, Jsonl) and source.path.is_file() and source.client_column is None:
         source = page.OneFile(source.path)

@@ -12,9 +12,7 @@ from mira.core.errors import UserError
 from mira.progress import RunProgress
 
 
-def evaluate(
-    run: Run, round: Which = "last", data: Data = None, model: Model = None, as_json: Json = False
-) -> None:
+def evaluate(run: Run, round: Which = "last", data: Data = None, model: Model = None, as_json: Json = False) -> None:
     """Measure every client of a run again: loss, exact match and ROUGE-L under the row it deploys."""
     from mira import inspect_run
 

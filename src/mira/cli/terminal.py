@@ -27,7 +27,8 @@ Data = Annotated[
     Path | None, typer.Option("--data", metavar="PATH", help="Where the run's data is now, if it was moved.")
 ]
 Model = Annotated[
-    str | None, typer.Option("--model", metavar="NAME", help="Where its base model is now: a folder or a name on the hub.")
+    str | None,
+    typer.Option("--model", metavar="NAME", help="Where its base model is now: a folder or a name on the hub."),
 ]
 Which = Annotated[
     Literal["last", "best"], typer.Option("--round", help="last, or best: the round of the lowest validation loss.")

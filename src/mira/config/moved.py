@@ -1,4 +1,4 @@
-"""The data and the model of a run that lie elsewhere now: what they hold decides whether they are the same, not where they are."""
+"""The data and the model of a run that lie elsewhere now: what they hold decides whether they are the same."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def moved(experiment: Experiment, data: Path | None = None, model: str | None = 
     if model is not None:
         folder = expanded(Path(model))
         name = str(folder.absolute()) if folder.is_dir() else model
-        update["model"] = replace(experiment.model, name=name, source="auto" if folder.is_dir() else experiment.model.source)
+        update["model"] = replace(
+            experiment.model, name=name, source="auto" if folder.is_dir() else experiment.model.source
+        )
     return experiment.model_copy(update=update)
 
 

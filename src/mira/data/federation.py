@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -96,7 +96,7 @@ def _count(size: float, available: int) -> int:
 
 def _client(data: ClientData, sizes: SplitSizes, seed: int) -> Client:
     if data.elsewhere is not None:
-        absent = {"train": (), "validation": (), "test": ()}
+        absent: dict[str, Any] = {"train": (), "validation": (), "test": ()}
         return Client(
             data.name, slug(data.name), data.task, data.group, data.description, **absent, elsewhere=data.elsewhere
         )
@@ -111,7 +111,7 @@ def _client(data: ClientData, sizes: SplitSizes, seed: int) -> Client:
     order = [questions[i] for i in _permutation(len(questions), generator("split", seed, data.name))]
     # Test from the front, train from the back: the size of one does not change what is in the other.
     parts = {"train": order[::-1][:train], "validation": order[test : test + validation], "test": order[:test]}
-    splits = {name: tuple(chain.from_iterable(part)) for name, part in parts.items()}
+    splits: dict[str, Any] = {name: tuple(chain.from_iterable(part)) for name, part in parts.items()}
     return Client(
         data.name, slug(data.name), data.task, data.group, data.description, **splits, system=_system(splits["train"])
     )

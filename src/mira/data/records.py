@@ -21,7 +21,11 @@ Ours = Literal[
 ]
 Columns = Mapping[Ours, str]  # our field -> theirs
 
-_QUESTIONS, _INPUTS, _ANSWERS = ("instruction", "question", "query"), ("input", "context"), ("output", "response", "answer")
+_QUESTIONS, _INPUTS, _ANSWERS = (
+    ("instruction", "question", "query"),
+    ("input", "context"),
+    ("output", "response", "answer"),
+)
 _NEEDED = (*_QUESTIONS, *_ANSWERS, "prompt", "completion")
 _TURNS = ("messages", "conversations", "conversation")
 _KNOWN = "instruction + output (input optional), prompt + completion, or messages"
@@ -166,5 +170,7 @@ def _missing(given: Record, record: Record) -> str:
             return f"field '{key}' is {'empty' if record[key] == '' else 'null'}; fill it in or remove the example"
     asks = next((key for key in (*_QUESTIONS, "prompt") if key in given), None)
     answers = next((key for key in (*_ANSWERS, "completion") if key in given), None)
-    lacks = {"prompt": "completion", "completion": "prompt"}.get(asks or answers or "", "output" if asks else "instruction")
+    lacks = {"prompt": "completion", "completion": "prompt"}.get(
+        asks or answers or "", "output" if asks else "instruction"
+    )
     return f"no field '{lacks}' (found: {names(record)}); needed: {_KNOWN}"

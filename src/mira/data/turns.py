@@ -42,7 +42,9 @@ def conversation(messages: Sequence[Message], record: Record, field: str, place:
         )
     learned = [n for n, message in enumerate(messages) if message.role == "assistant" and message.learned]
     if not learned:
-        raise UserError(f"{place}: every assistant turn of '{field}' has weight 0, so there is nothing to learn; remove it")
+        raise UserError(
+            f"{place}: every assistant turn of '{field}' has weight 0, so there is nothing to learn; remove it"
+        )
     kept = tuple(messages[: learned[-1] + 1])
     return Example("", "", kept[-1].content, kept, tools=_tools(record.get("tools"), place), place=place)
 
@@ -84,14 +86,16 @@ def _said(answer: str) -> Message:
 def _each(found: Sequence[Record], field: str, place: str) -> Iterator[Message]:
     for number, turn in enumerate(found):
         where = f"{place}: {field}[{number}]"
-        speaker, said = (("from", "value") if "from" in turn and "role" not in turn else ("role", "content"))
+        speaker, said = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
         spelt = text_field(turn, speaker, where)
         role = ROLES.get(spelt := spelt.strip().lower())
         if role is None:
             raise UserError(f"{where}: role '{turn[speaker]}' is unknown; allowed: system, user, assistant, tool")
         more = _more(turn, spelt, said, where)
         calls = "tool_calls" in more
-        content = "" if calls and (spelt == "function_call" or not is_given(turn.get(said))) else _content(turn, said, where)
+        content = (
+            "" if calls and (spelt == "function_call" or not is_given(turn.get(said))) else _content(turn, said, where)
+        )
         if role == "assistant" and not content.strip() and not calls:
             answer_field({said: content}, said, where)
         yield Message(role, content, _learned(turn, where), json.dumps(more, ensure_ascii=False) if more else "")
@@ -106,7 +110,9 @@ def _content(turn: Record, said: str, where: str) -> str:
     for number, part in enumerate(value):
         kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
         if kind not in ("text", "input_text", "output_text"):
-            raise UserError(f"{where}: part {number} of its {said} is '{kind}'; a text model learns from text parts alone")
+            raise UserError(
+                f"{where}: part {number} of its {said} is '{kind}'; a text model learns from text parts alone"
+            )
         texts.append(text_field(part, "text", f"{where}: part {number}"))
     return "".join(texts)
 
@@ -145,5 +151,7 @@ def _tools(given: Any, place: str) -> str:
     found = parsed(given, "tools", place) if is_given(given) else []
     if not isinstance(found, list) or not all(isinstance(tool, Mapping) for tool in found):
         raise UserError(f"{place}: field 'tools' must be a list of {{type, function}} objects")
-    bare = [tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool} for tool in found]
+    bare = [
+        tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool} for tool in found
+    ]
     return json.dumps(bare, ensure_ascii=False) if bare else ""

@@ -3,7 +3,6 @@
 import csv
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, TextIO
 
 import torch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass as plain_dataclass
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
