@@ -132,8 +132,8 @@ def export(
 
 
 def _session(folder: Path, data: Path | None, model: str | None, examples: bool = True) -> Session:
-    """The experiment of a run folder, built on the same weights and data, which may lie at ``data`` and ``model`` now; the folder is
-    closed again meanwhile. Without ``examples`` its data need not be there: what the run recorded of its clients is enough."""
+    """The experiment of a run folder, built on the same weights and data, which may lie at ``data`` and ``model`` now; the
+    folder is closed again meanwhile. Without ``examples`` its data need not be there: what the run recorded is enough."""
     with Store.open(folder, writable=False) as store:
         environment, experiment = store.environment(), config.parse_text(store.config())
     clients = None if examples else clients_of(environment, experiment.seed)

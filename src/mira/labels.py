@@ -1,6 +1,6 @@
 """Accuracy of tasks with few answers by likelihood: of all the answers a client knows, is the expected one the likeliest?
 
-It needs no generation, and no answer is wrong for its spelling. The likelihood is of the whole answer with the token that ends it.
+It needs no generation, and no answer is wrong for its spelling. The likelihood is of the whole answer with what ends it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def _accuracy(
     places = [f"an answer of client '{owner.name}'"] * len(tried)
     nll, _ = engine.score(row[None], [corpus.encoder.encode_all(tried, places)])
     chosen = nll.view(len(asked), len(labels)).argmin(1).tolist()
-    return sum(labels[n] == example.output for n, example in zip(chosen, asked, strict=True)) / len(asked)
+    right: int = sum(labels[n] == example.output for n, example in zip(chosen, asked, strict=True))
+    return right / len(asked)
 
 
 def _answered(example: Example, label: str) -> Example:

@@ -16,7 +16,7 @@ from rich.text import Text
 from mira.config.text import mapping
 from mira.core.errors import UserError
 from mira.methods import ALONG_GRAPH
-from mira.report import data_size, number
+from mira.report import Fitting, data_size, number
 from mira.store import Store
 from mira.store.files import LOCK, TESTED, is_locked, read_json
 
@@ -46,23 +46,34 @@ def runs(root: Path) -> tuple[list[Summary], list[Summary]]:
 
 
 def table(root: Path, good: Sequence[Summary], broken: Sequence[Summary]) -> Group:
-    """One line a run, oldest first, then what could not be read."""
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"runs in {root}", title_justify="left")
+    """A line a run, two where the console is narrow, oldest first, then what could not be read."""
+    runs = sorted(good, key=lambda each: str(each["date"]))
+    failed = [Text(f"{each['run']}: {_reason(each)}", style="yellow", overflow="fold") for each in broken]
+    grids = [_grid(root, runs, stacked) for stacked in (False, True)]
+    return Group(*([Fitting(grids, bare=("what",))] if good else []), *failed)
+
+
+def _grid(root: Path, runs: Sequence[Summary], stacked: bool) -> Table:
+    """``stacked``: what a run is stands below its name."""
+    title = f"runs in {root}"
+    grid = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, title=title, title_justify="left"
+    )
     grid.add_column("run", overflow="fold")
-    grid.add_column("what", overflow="fold")
+    if not stacked:
+        grid.add_column("what", overflow="fold")
     for name in ("clients", "round", "loss", "match", "sent", "s"):
         grid.add_column(name, justify="right", no_wrap=True)
     grid.add_column("started", no_wrap=True)
-    for run in sorted(good, key=lambda each: str(each["date"])):
+    for run in runs:
         state = "" if run["state"] == "finished" else f" {run['state']}"
+        name, what = os.path.relpath(run["run"], root), f"{run['method']}, {run['adapter']}, {run['graph']}"
         grid.add_row(
-            Text(os.path.relpath(run["run"], root)),
-            Text(f"{run['method']}, {run['adapter']}, {run['graph']}"), str(run["clients"]),
+            *([Text(f"{name}\n {what}")] if stacked else [Text(name), Text(what)]), str(run["clients"]),
             f"{run['round']}/{run['rounds']}{state}", number(run["best_loss"]), number(run["exact_match"], 2),
             data_size(run["bytes"]), f"{run['seconds']:.0f}", run["date"][5:16].replace("T", " "),
         )  # fmt: skip
-    failed = [Text(f"{each['run']}: {_reason(each)}", style="yellow", overflow="fold") for each in broken]
-    return Group(*([grid] if good else []), *failed)
+    return grid
 
 
 def _folders(root: Path) -> Iterator[Path]:

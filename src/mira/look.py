@@ -47,10 +47,7 @@ class OneFile:
 
 def look(source: Source, experiment: Experiment, reader: Reader | None) -> Result:
     """What there is to see of ``source``, as docs/cli.md says. Without a ``reader`` nothing is told of tokens."""
-    if isinstance(source, Jsonl | OneFile):
-        found = source.read()
-    else:
-        found = Found(source.load(experiment.seed), Tally())
+    found = source.read() if isinstance(source, Jsonl | OneFile) else Found(source.load(experiment.seed), Tally())
     clients = [client for client in found.clients if client.examples]
     if not clients:
         raise UserError("data: the source holds no example; check data.path")
@@ -181,7 +178,7 @@ def _labelled(encoded: Encoded) -> list[tuple[int, bool]]:
 
 
 def _text(encoder: Encoder, tokens: Sequence[int]) -> str:
-    return str(encoder.tokenizer.decode(tokens, skip_special_tokens=False))
+    return str(encoder.tokenizer.decode(list(tokens), skip_special_tokens=False))
 
 
 def _shared(clients: Sequence[ClientData]) -> int:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Group
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +19,8 @@ from mira.config import parse_text
 from mira.store import Store
 
 Result = dict[str, Any]
+
+_ENDLESS = 10_000  # columns
 
 _NONE = {"up": 0, "down": 0}  # of a client that was not in the cohort
 
@@ -92,6 +98,42 @@ def summarise(
     }
 
 
+@dataclass(frozen=True)
+class Fitting:
+    """The first of ``grids`` whose lines fit the console whole; where none does, a block of lines for each row of the first one:
+    its first cell, and below it what each column says. ``bare``: headers that are not repeated there."""
+
+    grids: Sequence[Table]
+    bare: Collection[str] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for grid in self.grids:
+            if Measurement.get(console, options.update(max_width=_ENDLESS), grid).maximum <= options.max_width:
+                yield grid
+                return
+        grid = self.grids[0]
+        yield Text(f"{grid.title or ''}", overflow="fold")
+        heads = [str(column.header) for column in grid.columns]
+        for name, *cells in zip(*(column.cells for column in grid.columns), strict=True):
+            yield Text(str(name), overflow="fold")
+            said = zip(heads[1:], map(str, cells), strict=True)
+            items = [cell if head in self.bare else f"{head} {cell}" for head, cell in said if cell]
+            for line in _filled(items, options.max_width - 2):
+                yield Padding(Text(line, overflow="fold"), (0, 0, 0, 2))
+
+
+def _filled(items: Sequence[str], width: int) -> list[str]:
+    """Lines of at most ``width``, each as many ``items`` as it holds."""
+    lines: list[str] = []
+    for item in items:
+        longer = f"{lines[-1]}, {item}" if lines else item
+        if lines and cell_len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(item)
+    return lines
+
+
 def table(result: Result) -> Group:
     """One line a client, before and after, the mean, and what the run cost."""
     grid = Table(box=box.SIMPLE_HEAD, title=f"{result['method']}, {result['rounds']} rounds", title_justify="left")
@@ -127,7 +169,7 @@ def table(result: Result) -> Group:
         + (f", {result['template']} prompts" if result.get("template") else ""),
         f"run folder {_relative(result['run'])}",
     ]
-    return Group(grid, *[Text(line, overflow="fold") for line in lines if line])
+    return Group(Fitting([grid]), *[Text(line, overflow="fold") for line in lines if line])
 
 
 _SHOWN = ("loss_start", "loss", "exact_match_start", "exact_match", "rouge_l_start", "rouge_l")

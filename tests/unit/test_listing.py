@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from mira import listing
 from mira.store import Store
 from mira.store.files import is_locked
 from small import mira, snapshot
@@ -80,3 +83,18 @@ def test_where_there_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "runs").mkdir()
     assert mira("runs").out == "runs: no runs here\n"
     assert json.loads(mira("runs", "--json").out) == {"runs": [], "broken": []}
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_every_name_and_figure_is_whole_at_any_width(width: int, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, broken = listing.runs(root)
+    stream = StringIO()
+    Console(file=stream, width=width).print(listing.table(root, good, broken))
+    lines = [line.rstrip() for line in stream.getvalue().splitlines()]
+    assert all(len(line) <= width for line in lines if str(root) not in line)
+    text = " ".join(stream.getvalue().split())
+    for part in ("deep/below/done", "fedit, lora r8, none", "mira, lora r8,", "3/3", "2/3 interrupted", "kB"):
+        assert part in text
+    lengths = {40: 4, 60: 3}  # lines a run
+    if width in lengths:
+        assert sum(line.startswith("  ") for line in lines) <= len(good) * lengths[width]

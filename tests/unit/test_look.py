@@ -70,7 +70,7 @@ def test_the_same_as_one_json_object(folder: Path, tiny_folder: Path) -> None:
     assert b["longest"] == f"{folder}/b.jsonl:1"
     text = "".join(part["text"] for part in found["first"]["parts"])
     assert text.startswith("<start>user\nHi 0<eos>\n<start>assistant\nHo<eos>")
-    assert [part["text"] for part in found["first"]["parts"] if part["learned"]][0].startswith("Ho<eos>")
+    assert next(part["text"] for part in found["first"]["parts"] if part["learned"]).startswith("Ho<eos>")
 
 
 def test_wide_letters_stay_within_the_columns(tiny_folder: Path, tmp_path: Path) -> None:

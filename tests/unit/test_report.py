@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from mira.progress import RunProgress
@@ -29,9 +30,9 @@ def result(*clients: dict[str, Any], **changes: Any) -> dict[str, Any]:
     } | changes  # fmt: skip
 
 
-def shown(renderable: Any) -> str:
+def shown(renderable: Any, width: int = 100) -> str:
     stream = StringIO()
-    Console(file=stream, width=100).print(renderable)  # a console that does read markup
+    Console(file=stream, width=width).print(renderable)  # a console that does read markup
     return stream.getvalue()
 
 
@@ -115,3 +116,24 @@ def test_a_bar_ends_with_its_run() -> None:
     watcher.tokens(5)
     watcher.stop()
     assert stream.getvalue() == end
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80])
+def test_a_narrow_console_shows_every_figure_whole(width: int) -> None:
+    metrics = {"chrf": {"start": 0.25, "last": 0.5}}
+    name = "a-hospital-in-the-north"
+    text = shown(table(result(client(name), client("病院", loss=0.5), metrics=metrics)), width)
+    assert all(cell_len(line.rstrip()) <= width for line in text.splitlines())
+    assert name in text
+    whole = " ".join(text.split())
+    for figure in (
+        "2.000 → 1.000",
+        "2.000 → 0.500",
+        "0.00 → 0.50",
+        "0.25 → 0.75",
+        "2.000 → 0.750",
+        "chrf 0.250 → 0.500",
+    ):
+        assert figure in whole
+    if width < 60:
+        assert "test loss 2.000 → 1.000" in whole

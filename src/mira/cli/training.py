@@ -86,7 +86,7 @@ def compare(
 def adapt(
     run: Run,
     client: Annotated[str, typer.Option("--client", help="Name of the new client.")],
-    data: Annotated[list[Path], typer.Option("--data", metavar="FILE", help="Its JSONL file; repeatable.")],
+    data: Annotated[list[Path], typer.Option("--data", metavar="FILE", help="Its data file; repeatable.")],
     group: Annotated[str | None, typer.Option("--group", help="Start from the clients of this group.")] = None,
     neighbours: Annotated[
         int, typer.Option(min=1, help="Without --group: how many clients of the most similar description.")

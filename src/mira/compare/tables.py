@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mira.compare.summary import MEASURES
-from mira.report import number, probability
+from mira.report import Fitting, number, probability
 
 Value = dict[str, Any]  # what compare.json holds
 Rows = list[list[str]]  # the first is the head
@@ -153,7 +153,7 @@ def _list(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _rich(value: Value) -> list[Table]:
+def _rich(value: Value) -> list[Fitting]:
     tables = []
     for n, (head, *rows) in enumerate(_tables(value)):
         grid = Table(box=box.SIMPLE_HEAD, title=None if n else value["name"], title_justify="left")
@@ -161,7 +161,7 @@ def _rich(value: Value) -> list[Table]:
             grid.add_column(Text(text), justify="right" if text else "left")
         for row in rows:
             grid.add_row(*map(Text, row))
-        tables.append(grid)
+        tables.append(Fitting([grid]))
     return tables
 
 

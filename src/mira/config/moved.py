@@ -1,4 +1,4 @@
-"""The data and the model of a run that lie elsewhere now: what they hold decides whether they are the same, not where they are."""
+"""The data and the model of a run that lie elsewhere now: what they hold decides whether they are the same."""
 
 from __future__ import annotations
 

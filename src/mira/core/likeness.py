@@ -1,7 +1,7 @@
 """How alike two texts are in any script: the words that ROUGE-L compares, and chrF.
 
-chrF: Popović, "chrF: character n-gram F-score for automatic MT evaluation", 2015; here with n up to 6, β = 2 and without white space,
-as most report it (chrF2).
+chrF: Popović, "chrF: character n-gram F-score for automatic MT evaluation", 2015; here with n up to 6, β = 2 and without white
+space, as most report it (chrF2).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _UNSPACED = (
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters and digits in lower case, marks with the letter they stand on; of scripts without spaces each letter. A text
-    that has none is its signs, one by one, so that equal ones are alike. Of ASCII this is what ROUGE counts as words."""
+    """Runs of letters and digits in lower case, marks with the letter they stand on; of scripts without spaces each letter. A
+    text that has none is its signs, one by one, so that equal ones are alike. Of ASCII this is what ROUGE counts as words."""
     found: list[str] = []
     open = False  # whether the next letter goes on with the last word
     for sign in normalize("NFKC", text).lower():

@@ -61,7 +61,7 @@ def parsed(value: Any, field: str, place: str) -> Any:
 
 def is_given(value: Any) -> bool:
     """Whether an optional field says something: no null, no empty text, no empty list."""
-    return value is not None and value != "" and value != [] and value == value
+    return value is not None and value != "" and value != [] and value == value  # NaN, in a table, is not itself
 
 
 def names(record: Record) -> str:

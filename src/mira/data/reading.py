@@ -1,6 +1,6 @@
 """Files as people have them, as records: JSON in any layout, CSV and parquet, plain or gzipped, one file or a folder of them.
 
-What a file is shows in its content; the ending alone tells CSV. Every fault is one line that names the file, the line and the fix.
+What a file is shows in its content; the ending alone tells CSV. Every fault is one line that names file, line and fix.
 """
 
 from __future__ import annotations
@@ -100,15 +100,16 @@ def decoded(raw: bytes, path: Path) -> str:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8") from error
     if (at := text.find("\0")) >= 0:
+        place = f"{path}:{text.count(chr(10), 0, at) + 1}"
         raise UserError(
-            f"{path}:{text.count(chr(10), 0, at) + 1}: holds {text.count(chr(0))} zero bytes, as files cut off by a crash or a full"
-            " disk do; make it again, or remove them: tr -d '\\000' < OLD > NEW"
+            f"{place}: holds {text.count(chr(0))} zero bytes, as files cut off by a crash or a full disk do; make it again, or"
+            " remove them: tr -d '\\000' < OLD > NEW"
         )
     return text
 
 
 def parse_json(text: str, path: Path, line: int = 1) -> Any:
-    """``text``, which begins at ``line`` of ``path``, as JSON; NaN counts as null. Raises UserError, also for a key given twice."""
+    """``text``, which begins at ``line`` of ``path``, as JSON, NaN as null. Raises UserError, also where a key is given twice."""
     start = _skip(text, 0)
     value, end = _value(text, start, path, line)
     if _skip(text, end) < len(text):

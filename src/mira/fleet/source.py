@@ -10,7 +10,7 @@ from mira.data.types import Source
 
 
 def source_of(data: Path) -> Source:
-    """What ``--data`` names: a folder of JSONL files, or a YAML file that holds the ``data`` section of a configuration.
+    """What ``--data`` names: a folder of data files, or a YAML file that holds the ``data`` section of a configuration.
     Raises UserError."""
     section: object = {"source": "jsonl", "path": str(data.absolute())}
     if data.suffix in (".yaml", ".yml"):

@@ -16,8 +16,10 @@ from mira.model.files import TOKENIZER_FILES, first_line
 from mira.model.find import Source, find
 from mira.model.wheel import WHEELS, is_made, quiet
 
-_FILES = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-          "*.jinja", "*.model"]  # fmt: skip
+_FILES = [
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+    "merges.txt", "*.jinja", "*.model",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,9 @@ def _fetched(name: str, source: Source, remote_code: bool) -> Path:
 
 def _snapshot(name: str, local_files_only: bool) -> Path | None:
     try:
-        folder = Path(
-            huggingface_hub.snapshot_download(
-                name, allow_patterns=_FILES, ignore_patterns=["*/*"], local_files_only=local_files_only
-            )
+        place = huggingface_hub.snapshot_download(
+            name, allow_patterns=_FILES, ignore_patterns=["*/*"], local_files_only=local_files_only
         )
     except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError):
         return None
-    return folder if any((folder / file).is_file() for file in TOKENIZER_FILES) else None
+    return Path(place) if any((Path(place) / file).is_file() for file in TOKENIZER_FILES) else None
