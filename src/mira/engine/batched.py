@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property
 from threading import Lock
 
 import torch
@@ -35,6 +35,7 @@ from mira.engine.measuring import FORWARD, Measuring
 from mira.engine.memory import HALVING, OUT_OF_MEMORY, unless_out_of_memory
 from mira.engine.optim import RowOptimizer, pull
 from mira.engine.packing import Jobs, halves, plan
+from mira.engine.reference import ReferenceEngine
 from mira.engine.replays import Replays
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ _TOGETHER = 2
 @dataclass(frozen=True)
 class BatchedEngine:
     """``prefix``: compute once the tokens that all sequences of a client begin with. ``cuda_graphs``: record passes on a GPU.
-    ``stops``: the tokens that end an answer.
+    ``stops``: the tokens that end an answer. ``longest``: tokens of the run's longest sequence.
     ``kept``: the optimiser state kept under a number (``Work.kept_under``) in an earlier round, or None. ``progress``: called
     with the tokens done."""
 
@@ -61,6 +62,7 @@ class BatchedEngine:
     seed: int
     tokens_per_pass: int | None
     prefix: bool
+    longest: int = 64
     checkpointing: bool = False
     cuda_graphs: bool = True
     kept: Callable[[int], Tensor | None] = lambda client: None
@@ -71,7 +73,8 @@ class BatchedEngine:
     reporting: Lock = field(init=False, default_factory=Lock)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "carrier", Carrier.of(self.model, self.layout, self.dropout, self.prefix))
+        carrier = Carrier.of(self.model, self.layout, self.dropout, self.prefix, self.longest)
+        object.__setattr__(self, "carrier", carrier)
         object.__setattr__(self, "replays", Replays(self.carrier) if self._recordable else None)
         object.__setattr__(self, "budget", self.tokens_per_pass or self._fitting())
 
@@ -79,7 +82,7 @@ class BatchedEngine:
     def _recordable(self) -> bool:
         """Where masks are drawn, layers computed again or placeholders looked for, a pass is not the same each time, nor where
         attention goes in tiles."""
-        same = not (self.dropout or self.checkpointing or self.layout.virtual_tokens)
+        same = not (self.dropout or self.checkpointing or self.layout.virtual_tokens) and self.carrier.way.kind == "packed"
         there = self.model.device.type in cuda_graphs.DEVICES and in_one_kernel(self.model.device, self.model.dtype)
         return self.cuda_graphs and same and there
 
@@ -170,8 +173,17 @@ class BatchedEngine:
 
     def answer(self, rows: Tensor, prompts: Sequence[Sequence[Sequence[int]]], max_new_tokens: int) -> list[list[str]]:
         """Greedy answers of row i [n,P] to each of prompts[i] (token ids), rows together in one batch."""
+        if not self.carrier.way.decodes:
+            return self._plain.answer(rows, prompts, max_new_tokens)
         answers = self._measuring.answer(rows, prompts, self.stops, max_new_tokens)
         return [[self.decode(tokens) for tokens in row] for row in answers]
+
+    @cached_property
+    def _plain(self) -> ReferenceEngine:
+        """What answers where a pass keeps too little to go on from: transformers, with its own cache."""
+        return ReferenceEngine(
+            self.model, self.pad, self.stops, self.decode, self.layout, self.dropout, self.corpus, self.training, self.seed
+        )
 
     @property
     def _measuring(self) -> Measuring:
@@ -216,11 +228,11 @@ class BatchedEngine:
         if not self.checkpointing:
             return nullcontext()
         base = self.carrier
-        return recomputed(self.model, lambda: base.own_lane.dropout or (), lambda: partial(base.lane, base.own_lane))
+        return recomputed(self.model, lambda: base.own_lane.dropout or (), base.again)
 
     def _fitting(self) -> int:
         if not self.layout.entries:  # the base alone has no backward pass to measure
-            each = FORWARD * kept_bytes(self.model)
+            each = FORWARD * kept_bytes(self.carrier.body)
             return tokens_per_pass(self.model.device, self.model.dtype, each, torch.get_num_threads())
         rows = self.carrier.rows(torch.zeros(1, self.layout.size))
         tensors = (*self.model.parameters(), *self.model.buffers(), rows)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from mira.adapters.attach import Attached, attach
@@ -15,10 +16,12 @@ from mira.adapters.lowrank import Lane
 from mira.core.device import sent
 from mira.core.layout import Layout
 from mira.data.text import Encoded
-from mira.engine.attention import Packed
-from mira.engine.exchange import exchange, find_last
+from mira.engine.attention import Attention, Packed
+from mira.engine.body import Body, Head
+from mira.engine.exchange import Way, exchange, find_last
 from mira.engine.loss import LabelLoss
 from mira.engine.packing import Jobs, Pass, pack, packed_tokens, plan
+from mira.engine.seam import CannotPackError, attending, in_this_thread
 
 
 @dataclass(frozen=True)
@@ -53,24 +56,32 @@ class Carrier:
     model: PreTrainedModel
     layout: Layout
     attached: Attached
+    way: Way
     prefix: bool
 
     @staticmethod
-    def of(model: PreTrainedModel, layout: Layout, dropout: float, prefix: bool) -> Carrier:
-        """Raises UserError where the architecture cannot be packed."""
-        exchange(model)
+    def of(model: PreTrainedModel, layout: Layout, dropout: float, prefix: bool, longest: int) -> Carrier:
+        """``longest``: tokens of the run's longest sequence. Raises CannotPackError where the architecture cannot be packed."""
         attached = attach(model, layout, dropout)
-        find_last(model, attached, layout.size)
-        return Carrier(model, layout, attached, prefix)
+        try:
+            way = exchange(model, attached, longest)
+        except CannotPackError:
+            attached.detach()
+            raise
+        find_last(way.body, attached, layout.size)
+        return Carrier(model, layout, attached, way, prefix)
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
     @property
-    def head(self) -> nn.Module:
-        head: nn.Module = self.model.get_output_embeddings()
-        return head
+    def body(self) -> Body:
+        return self.way.body
+
+    @property
+    def head(self) -> Head:
+        return self.way.head
 
     def rows(self, rows: Tensor) -> Tensor:
         """Rows on the device in the adapters' precision: fp32, or fp64 on an fp64 base."""
@@ -88,17 +99,25 @@ class Carrier:
 
     @contextmanager
     def lane(self, lane: Lane) -> Iterator[Lane]:
-        before, self.attached.lane = self.attached.lane, lane
         try:
-            yield lane
+            with self.attached.on(lane):
+                yield lane
         finally:
-            self.attached.lane = before
             lane.ready.clear()  # of a pass that failed; its graph holds the lane
 
     @property
     def own_lane(self) -> Lane:
         assert self.attached.lane is not None, "within a pass"
         return self.attached.lane
+
+    @contextmanager
+    def _again(self, lane: Lane, how: Attention | None) -> Iterator[None]:
+        with self.attached.on(lane), attending(how):
+            yield
+
+    def again(self) -> Callable[[], AbstractContextManager[None]]:
+        """What this thread's pass is computed inside of, for where its layers are computed again."""
+        return partial(self._again, self.own_lane, in_this_thread())
 
     def pack(self, jobs: Jobs) -> Pass:
         return pack(jobs, self.prefix, self.layout.virtual_tokens)
@@ -113,10 +132,7 @@ class Carrier:
 
     def hidden(self, tokens: Tensor, positions: Tensor, packed: Packed) -> Tensor:
         """Last hidden states [T,d] of ``tokens`` and ``positions`` [T], on the device."""
-        out = self.model.base_model(
-            input_ids=tokens[None], position_ids=positions[None], use_cache=False, packed=packed
-        )
-        return out.last_hidden_state[0]  # type: ignore[no-any-return]
+        return self.body(tokens[None], positions[None], packed)[0]
 
     def read(self, packed: Pass) -> Tensor:
         """Last hidden states [T,d] of a pass."""

@@ -70,7 +70,7 @@ class Measuring:
             packed = carrier.pack(part)
             with torch.no_grad(), carrier.lane(Lane(on_device, packed.ranges)) as lane:
                 per_job = [len(job) for _, job in part]
-                return greedy(carrier.model, carrier.head, packed, lane, per_job, stops, max_new)
+                return greedy(carrier.body, carrier.head, packed, lane, per_job, stops, max_new)
 
         for part, new in self._measured(sequences, new_tokens, max_new):
             owners = [row for row, job in part for _ in job]
