@@ -188,7 +188,8 @@ def _attach_norm(attached: Attached, module: nn.Module) -> None:
 
     def exchanged(plain: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            alone = attached.lane is not None and len(args) == 1 and not kwargs  # others take a gate or a residual too
+            # Others take a gate or a residual too, or an input of another width.
+            alone = attached.lane is not None and len(args) == 1 and not kwargs and args[0].shape[-1] == len(weight)
             return fused(*args) if alone else plain(*args, **kwargs)
 
         return forward

@@ -22,7 +22,7 @@ _UNLIKE = 2  # times the shortest of a batch that its longest may have
 @dataclass(frozen=True)
 class Group:
     """B sequences as one batch. ``index`` [B·L]: which of the pass's tokens is where, in padding the sequence's last; ``real``
-    [B,L]: false in padding. ``taken`` [n]: the places among B·L of the tokens whose outputs are theirs. ``lane``: of the batch."""
+    [B,L]: false in padding. ``taken`` [n]: the places among B·L of tokens whose outputs are theirs. ``lane``: of the batch."""
 
     index: Tensor
     real: Tensor
@@ -47,12 +47,14 @@ class Apart:
         groups, taken = [], []
         for part in _alike(together, alone=lane is not None and lane.dropout is not None):
             width = max(len(one.tokens) for one in part)
-            index = torch.stack([torch.cat([one.tokens, one.tokens[-1:].expand(width - len(one.tokens))]) for one in part])
+            index = torch.stack(
+                [torch.cat([one.tokens, one.tokens[-1:].expand(width - len(one.tokens))]) for one in part]
+            )
             real = torch.stack([torch.arange(width) < len(one.tokens) for one in part])
             places = torch.cat([n * width + torch.arange(one.own, len(one.tokens)) for n, one in enumerate(part)])
             taken.append(index.flatten()[places])
             of_group = None if lane is None else _lane(lane, [int(one.tokens[0]) for one in part], width)
-            groups.append(Group(*(sent(x, device) for x in (index.flatten(), real, places)), of_group))
+            groups.append(Group(sent(index.flatten(), device), sent(real, device), sent(places, device), of_group))
         return Apart(groups, sent(torch.cat(taken).argsort(), device))
 
     def joined(self, outs: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from threading import Lock
 
 import torch
@@ -27,7 +26,7 @@ from mira.data.corpus import Corpus
 from mira.data.text import Encoded
 from mira.engine import cuda_graphs
 from mira.engine.attention import in_one_kernel
-from mira.engine.budget import Shares, bytes_a_token, tokens_per_pass
+from mira.engine.budget import bytes_a_token, tokens_per_pass
 from mira.engine.carrier import Carrier
 from mira.engine.checkpoint import recomputed
 from mira.engine.generate import kept_bytes
@@ -69,12 +68,14 @@ class BatchedEngine:
     progress: Callable[[int], None] = lambda tokens: None
     carrier: Carrier = field(init=False)
     replays: Replays | None = field(init=False)
+    plain: ReferenceEngine | None = field(init=False)
     budget: int = field(init=False)  # tokens of all training passes at a time
     reporting: Lock = field(init=False, default_factory=Lock)
 
     def __post_init__(self) -> None:
         carrier = Carrier.of(self.model, self.layout, self.dropout, self.prefix, self.longest)
         object.__setattr__(self, "carrier", carrier)
+        object.__setattr__(self, "plain", None if carrier.way.decodes else self._by_transformers())
         object.__setattr__(self, "replays", Replays(self.carrier) if self._recordable else None)
         object.__setattr__(self, "budget", self.tokens_per_pass or self._fitting())
 
@@ -82,7 +83,9 @@ class BatchedEngine:
     def _recordable(self) -> bool:
         """Where masks are drawn, layers computed again or placeholders looked for, a pass is not the same each time, nor where
         attention goes in tiles."""
-        same = not (self.dropout or self.checkpointing or self.layout.virtual_tokens) and self.carrier.way.kind == "packed"
+        same = (
+            not (self.dropout or self.checkpointing or self.layout.virtual_tokens) and self.carrier.way.kind == "packed"
+        )
         there = self.model.device.type in cuda_graphs.DEVICES and in_one_kernel(self.model.device, self.model.dtype)
         return self.cuda_graphs and same and there
 
@@ -91,7 +94,7 @@ class BatchedEngine:
         # Longest first: who is still active in a step are then the first.
         order = sorted(range(len(batches)), key=lambda j: -len(batches[j]))
         sizes = [[self.carrier.tokens(step) for step in batches[j]] for j in order]
-        shares = Shares.of(self.model, [max(size) for size in sizes], self.budget)
+        shares = self.carrier.shares([max(size) for size in sizes], self.budget)
         planned = plan(sizes, _TOGETHER * shares.tokens, shares.workers)
         groups = [[order[n] for n in group] for group in planned]
         tokens = [sum(sum(sizes[n]) for n in group) for group in planned]
@@ -173,16 +176,23 @@ class BatchedEngine:
 
     def answer(self, rows: Tensor, prompts: Sequence[Sequence[Sequence[int]]], max_new_tokens: int) -> list[list[str]]:
         """Greedy answers of row i [n,P] to each of prompts[i] (token ids), rows together in one batch."""
-        if not self.carrier.way.decodes:
-            return self._plain.answer(rows, prompts, max_new_tokens)
+        if self.plain is not None:
+            return self.plain.answer(rows, prompts, max_new_tokens)
         answers = self._measuring.answer(rows, prompts, self.stops, max_new_tokens)
         return [[self.decode(tokens) for tokens in row] for row in answers]
 
-    @cached_property
-    def _plain(self) -> ReferenceEngine:
-        """What answers where a pass keeps too little to go on from: transformers, with its own cache."""
+    def _by_transformers(self) -> ReferenceEngine:
+        """Who answers where a pass keeps too little to go on from: transformers, with its own cache."""
         return ReferenceEngine(
-            self.model, self.pad, self.stops, self.decode, self.layout, self.dropout, self.corpus, self.training, self.seed
+            self.model,
+            self.pad,
+            self.stops,
+            self.decode,
+            self.layout,
+            self.dropout,
+            self.corpus,
+            self.training,
+            self.seed,
         )
 
     @property
@@ -232,7 +242,7 @@ class BatchedEngine:
 
     def _fitting(self) -> int:
         if not self.layout.entries:  # the base alone has no backward pass to measure
-            each = FORWARD * kept_bytes(self.carrier.body)
+            each = FORWARD * max(1.0, kept_bytes(self.carrier.body))
             return tokens_per_pass(self.model.device, self.model.dtype, each, torch.get_num_threads())
         rows = self.carrier.rows(torch.zeros(1, self.layout.size))
         tensors = (*self.model.parameters(), *self.model.buffers(), rows)

@@ -18,6 +18,7 @@ from mira.core.layout import Layout
 from mira.data.text import Encoded
 from mira.engine.attention import Attention, Packed
 from mira.engine.body import Body, Head
+from mira.engine.budget import Shares
 from mira.engine.exchange import Way, exchange, find_last
 from mira.engine.loss import LabelLoss
 from mira.engine.packing import Jobs, Pass, pack, packed_tokens, plan
@@ -125,6 +126,9 @@ class Carrier:
     def tokens(self, sequences: Sequence[Encoded], more: int = 0) -> int:
         """Of one client in a pass, each sequence with so many ``more``."""
         return packed_tokens(sequences, self.prefix, self.layout.virtual_tokens) + more * len(sequences)
+
+    def shares(self, sizes: Sequence[int], most: int, times: int = 1) -> Shares:
+        return Shares.of(self.model, sizes, most, times, self.way.in_turn)
 
     def passes(self, jobs: Jobs, budget: int, multiple: int = 1, more: int = 0) -> Iterator[Jobs]:
         for chosen in plan([[self.tokens(sequences, more)] for _, sequences in jobs], budget, multiple):

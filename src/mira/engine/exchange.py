@@ -20,9 +20,11 @@ from mira.engine.generate import positions
 from mira.engine.memory import is_out_of_memory
 from mira.engine.mixers import mixers
 from mira.engine.seam import CannotPackError
+from mira.engine.watch import Seen, watch
 
 _LONGEST = 1024  # tokens of a probe's first sequence
 _SHORT = 6  # of those beside it
+_FEW, _MIDDLE = 4, 96  # sequences, and tokens of each, that show whether a token sees those behind it
 _LENGTH = 4  # of the probe for the last MLP; short, so that what leaks from the token before weighs
 # Of one token's hidden state, relative. bf16 rounds at 2⁻⁸ in every layer (0.02 on SmolLM2); a leak or a missing term moves some
 # token by tenths or more. Of the same pass with one sequence changed nothing but another's rounding may differ.
@@ -37,13 +39,15 @@ _Made = TypeVar("_Made")
 
 @dataclass(frozen=True)
 class Way:
-    """``kind``: 'packed'; 'packed, mixers apart', whose sequences come to some of its modules one by one; or 'apart', where all of
-    the model is computed so. ``decodes``: packed prompts can be answered too."""
+    """``kind``: 'packed'; 'packed, mixers apart', whose sequences come to some of its modules one by one; or 'apart', where all
+    of the model is computed so. ``decodes``: packed prompts can be answered too. ``in_turn``: passes come one after another,
+    since modules keep what they computed."""
 
     body: Body
     head: Head
     kind: str
     decodes: bool
+    in_turn: bool
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,8 @@ class _Probe:
 
 @torch.no_grad()
 def exchange(model: PreTrainedModel, attached: Attached, longest: int) -> Way:
-    """The first way that gives what the model gives by itself, of sequences of ``longest`` tokens. Raises CannotPackError, and leaves
-    the model's attention as it was, where there is none."""
+    """The first way that gives what the model gives by itself, of sequences of ``longest`` tokens. Raises CannotPackError, and
+    leaves the model's attention as it was, where there is none."""
     usual = model.config._attn_implementation
     try:
         return _exchange(model, attached, longest)
@@ -102,11 +106,13 @@ def _exchange(model: PreTrainedModel, attached: Attached, longest: int) -> Way:
         raise CannotPackError("has an encoder, which the engine does not feed")
     _attend(model, "eager")  # which every architecture has; also where this is not the first engine
     body = _tried(lambda: Body.of(model, attached))
+    seen = _tried(lambda: watch(replace(body, apart=True)))
+    _tried(lambda: _check_order(body, longest))
     probe = _tried(lambda: _Probe.of(body, longest))
     seam.register()
     _attend(model, seam.NAME)
     try:
-        kind = _packed(body, probe, longest)
+        kind = _packed(body, probe, longest, seen)
     except CannotPackError:
         _attend(model, "eager" if usual == seam.NAME else usual)
         body, kind = replace(body, apart=True), "apart"
@@ -114,11 +120,25 @@ def _exchange(model: PreTrainedModel, attached: Attached, longest: int) -> Way:
     head = body.head(probe.alone[-1])
     if _difference(head(probe.read(body)[0][-len(probe.logits) + 1 :]), probe.logits[:-1]) > _limit(model, _SAME):
         raise CannotPackError("makes other logits of the same hidden states")
-    return Way(body, head, kind, kind == "packed" and _decodes(body, probe))
+    return Way(body, head, kind, kind == "packed" and _decodes(body, probe), seen.keeping)
 
 
-def _packed(body: Body, probe: _Probe, longest: int) -> str:
+def _check_order(body: Body, longest: int) -> None:
+    """Raises CannotPackError where what a token becomes changes with those behind it, as in a choice among all tokens."""
+    draw = torch.Generator().manual_seed(1)
+    usual = _usual(body.model)
+    some = usual[torch.randint(len(usual), (_FEW, min(longest, _MIDDLE)), generator=draw)].to(body.model.device)
+    whole, part = (
+        body.module(input_ids=ids, use_cache=False).last_hidden_state for ids in (some, some[:, : some.shape[1] // 2])
+    )
+    if not _difference(whole[:, : part.shape[1]], part) <= _limit(body.model, _SAME):
+        raise CannotPackError("lets a token see those behind it")
+
+
+def _packed(body: Body, probe: _Probe, longest: int, seen: Seen) -> str:
     """How sequences are packed that is right."""
+    if seen.numbering:
+        raise CannotPackError("numbers the tokens of a pass itself")
     chunk = getattr(body.model.config.get_text_config(), "attention_chunk_size", None)
     if chunk is not None and longest > chunk:  # which a short probe does not show
         raise CannotPackError(f"attends within chunks of {chunk} tokens")
@@ -136,15 +156,15 @@ def _packed(body: Body, probe: _Probe, longest: int) -> str:
 
 
 def _check(probe: _Probe, body: Body) -> None:
-    """Raises CannotPackError where a pass gives other hidden states than the model by itself, or one of its sequences changes with
-    another."""
+    """Raises CannotPackError where a pass gives other hidden states than the model by itself, or one of its sequences changes
+    with another."""
     together, packed = _tried(lambda: probe.read(body))
     if not (packed.calls or packed.apart):
         raise CannotPackError("has no attention that can be exchanged")
     error = _difference(together, probe.wanted())
     if not error <= _limit(body.model, _SAME):
         raise CannotPackError(
-            f"computes other hidden states when sequences are packed (relative difference {error:.2g})"
+            f"computes other hidden states when sequences share a pass (relative difference {error:.2g})"
         )
     if body.model.dtype in _LEAK:
         changed, own = probe.read(body, changed=True)[0], slice(probe.shared, len(probe.sequences[0]) - 1)
@@ -172,12 +192,8 @@ def _decodes(body: Body, probe: _Probe) -> bool:
 
 
 def _sequences(model: PreTrainedModel, longest: int) -> tuple[tuple[Tensor, ...], int]:
-    """Of tokens that mean nothing special, and how many the first two share."""
-    config = model.config
-    named = [value for one in (config, config.get_text_config()) for name, value in vars(one).items() if "token_id" in name]
-    special = {token for value in named for token in (value if isinstance(value, list) else [value])}
-    size = min(config.get_text_config().vocab_size, model.get_input_embeddings().weight.shape[0])
-    usual = torch.tensor([token for token in range(min(size, 1024)) if token not in special])
+    """The probe's, and how many tokens the first two share."""
+    usual = _usual(model)
     length = max(2, min(longest, positions(model) - 1, _LONGEST))
     short = min(_SHORT, length)
     draw = torch.Generator().manual_seed(0)
@@ -185,6 +201,17 @@ def _sequences(model: PreTrainedModel, longest: int) -> tuple[tuple[Tensor, ...]
     shared = length // 2
     b = torch.cat([a[:shared], b[: length + 1 - shared]])
     return tuple(one.to(model.device) for one in (a, b, c)), shared
+
+
+def _usual(model: PreTrainedModel) -> Tensor:
+    """Tokens that mean nothing special."""
+    config = model.config
+    named = [
+        value for one in (config, config.get_text_config()) for name, value in vars(one).items() if "token_id" in name
+    ]
+    special = {token for value in named for token in (value if isinstance(value, list) else [value])}
+    size = int(config.get_text_config().vocab_size)
+    return torch.tensor([token for token in range(min(size, 1024)) if token not in special])
 
 
 def _attend(model: PreTrainedModel, way: str) -> None:
@@ -200,7 +227,9 @@ def _tried(compute: Callable[[], _Made]) -> _Made:
         if isinstance(error, CannotPackError) or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
             raise
         reason = str(error).strip().splitlines()[:1] or [""]
-        raise CannotPackError(f"cannot be called as the engine calls it ({type(error).__name__}: {reason[0]})") from None
+        raise CannotPackError(
+            f"cannot be called as the engine calls it ({type(error).__name__}: {reason[0]})"
+        ) from None
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ class Measuring:
         each sequence meanwhile."""
         carrier = self.carrier
         # A new token takes memory alone, of which a pass that is as large as is of use may need but a share.
-        more = ceil(new * Shares.of(carrier.model, [1], self.budget).tokens / self.budget)
+        more = ceil(new * carrier.shares([1], self.budget).tokens / self.budget)
         jobs = [(row, part) for row, job in enumerate(sequences) for part in self.cut(job, more)]
         assert jobs, "something to measure"
         shares = self._shares([carrier.tokens(part, more) for _, part in jobs])
@@ -119,4 +119,4 @@ class Measuring:
         return [one for piece in pieces for one in self._measure(compute, piece)]
 
     def _shares(self, sizes: Sequence[int]) -> Shares:
-        return Shares.of(self.carrier.model, sizes, self.most, FORWARD)
+        return self.carrier.shares(sizes, self.most, FORWARD)

@@ -32,9 +32,7 @@ def mixers(body: Body, ids: Tensor) -> list[nn.Module]:
     """The innermost modules [1,T,d] → [1,T,e] whose output for the second of two packed sequences changes with the first."""
     calls = _calls(body, ids)
     leaking = {call.name: call.module for call in calls if _leaks(call)}
-    return [
-        module for name, module in leaking.items() if not any(other.startswith(f"{name}.") for other in leaking)
-    ]
+    return [module for name, module in leaking.items() if not any(other.startswith(f"{name}.") for other in leaking)]
 
 
 def _calls(body: Body, ids: Tensor) -> Sequence[_Call]:
