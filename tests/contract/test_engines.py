@@ -167,9 +167,7 @@ def test_answers_that_end_early_are_left_out_of_later_steps(kind: str, monkeypat
     assert len(set(lengths)) > 2
     sizes: list[int] = []
     attend = Decode.attend
-    monkeypatch.setattr(
-        Decode, "attend", lambda self, layer, q, *rest: [sizes.append(len(q)), attend(self, layer, q, *rest)][1]
-    )
+    monkeypatch.setattr(Decode, "attend", lambda self, q, *rest: [sizes.append(len(q)), attend(self, q, *rest)][1])
     assert replace(engine, stops=frozenset([int(end)])).generate(rows, torch.arange(3), "test", None, 24) == expected
     assert sizes[-1] < sizes[0] == len(lengths)
     assert sum(sizes) < 0.9 * len(lengths) * len(sizes)

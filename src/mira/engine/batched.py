@@ -7,7 +7,7 @@ trains as if it were alone. On a CPU groups of clients train side by side, each 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from threading import Lock
@@ -26,14 +26,14 @@ from mira.data.corpus import Corpus
 from mira.data.text import Encoded
 from mira.engine import cuda_graphs
 from mira.engine.attention import in_one_kernel
-from mira.engine.budget import bytes_a_token, tokens_per_pass
+from mira.engine.budget import bytes_a_token, of_use, tokens_per_pass
 from mira.engine.carrier import Carrier
 from mira.engine.checkpoint import recomputed
 from mira.engine.generate import kept_bytes
 from mira.engine.measuring import FORWARD, Measuring
 from mira.engine.memory import HALVING, OUT_OF_MEMORY, unless_out_of_memory
 from mira.engine.optim import RowOptimizer, pull
-from mira.engine.packing import Jobs, halves, plan
+from mira.engine.packing import Jobs, halves, labels_of, plan
 from mira.engine.reference import ReferenceEngine
 from mira.engine.replays import Replays
 
@@ -41,6 +41,33 @@ log = logging.getLogger(__name__)
 
 # Passes whose clients have their rows, gradients and moments in memory together. The fewer, the more of them are half empty.
 _TOGETHER = 2
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step of many jobs: ``rows`` [J,P], their ``grad`` [J,P] and ``loss`` [J] so far, what masks are drawn from, who is
+    ``lost``, each row's ``whole`` batch, and the rows that have gradients of a part of theirs."""
+
+    rows: Tensor
+    grad: Tensor
+    loss: Tensor
+    dropout: Sequence[torch.Generator] | None
+    lost: dict[int, str]
+    whole: Mapping[int, Sequence[Encoded]]
+    begun: set[int] = field(default_factory=set)
+
+    def undo(self, index: Sequence[int]) -> Callable[[], None]:
+        """What brings the gradients of these rows, and what draws their masks, back to where they are now."""
+        before = self.grad[index] if self.begun.intersection(index) else 0
+        states = {n: self.dropout[n].get_state() for n in index} if self.dropout else {}
+
+        def undo() -> None:
+            self.grad[index] = before
+            for n, state in states.items():
+                assert self.dropout is not None
+                self.dropout[n].set_state(state)
+
+        return undo
 
 
 @dataclass(frozen=True)
@@ -128,11 +155,11 @@ class BatchedEngine:
         stretch = self.layout.stretch(rows)
         for step in range(len(batches[0])):
             active = sum(len(steps) > step for steps in batches)
-            now = [(n, batches[n][step]) for n in range(active) if n not in lost]
+            whole = {n: batches[n][step] for n in range(active) if n not in lost}
             grad[:active].zero_()
-            seen = rows if stretch is None else rows * stretch
-            for part in self.carrier.passes(now, budget):
-                self._accumulate(part, seen, grad, loss, dropout, lost)
+            now = _Step(rows if stretch is None else rows * stretch, grad, loss, dropout, lost, whole)
+            for part in self.carrier.passes(self._pieces(whole), budget):
+                self._accumulate(part, now)
             if stretch is not None:
                 grad[:active].mul_(stretch[:active])
             if anchor is not None and prox is not None:  # before clipping: part of the objective
@@ -201,33 +228,41 @@ class BatchedEngine:
         most = self.budget if self.checkpointing else FORWARD * self.budget
         return Measuring(self.carrier, self.budget, most, self._report, self._released)
 
-    def _accumulate(
-        self, part: Jobs, rows: Tensor, grad: Tensor, loss: Tensor,
-        dropout: Sequence[torch.Generator] | None, lost: dict[int, str],
-    ) -> None:  # fmt: skip
-        """Add the gradient and the loss of one pass. Out of memory: without recordings, then halve the pass; a client that does
-        not fit alone is lost."""
+    def _pieces(self, batches: Mapping[int, Sequence[Encoded]]) -> Jobs:
+        """Jobs of at most the budget, where a batch has more than is of use in a pass."""
+        room = max(self.budget, of_use(self.model.dtype))
+        return [(row, piece) for row, batch in batches.items() for piece in self.carrier.cut(batch, room)]
+
+    def _accumulate(self, part: Jobs, now: _Step) -> None:
+        """Add the gradient and the loss of one pass. Out of memory: without recordings, then halve the pass; a client of whom one
+        sequence does not fit alone is lost."""
         index = [row for row, _ in part]
-        each = unless_out_of_memory(lambda: self._backward(part, rows, grad, dropout))
+        undo = now.undo(index)
+        each = unless_out_of_memory(lambda: self._backward(part, now))
         if each is not None:
-            loss.index_add_(0, self.carrier.sent(torch.tensor(index)), each)
+            now.loss.index_add_(0, self.carrier.sent(torch.tensor(index)), each)
+            now.begun.update(index)
             self._report(part)
             return
-        grad[index] = 0
+        undo()
         if self._released():
-            self._accumulate(part, rows, grad, loss, dropout, lost)
+            self._accumulate(part, now)
             return
-        if len(part) == 1:
-            lost[index[0]] = OUT_OF_MEMORY
+        if not halves(part):
+            now.lost[index[0]] = OUT_OF_MEMORY
             return
         log.warning(HALVING, f"training {len(part)} clients", self.budget)
         for half in halves(part):
-            self._accumulate(half, rows, grad, loss, dropout, lost)
+            kept = [(row, sequences) for row, sequences in half if row not in now.lost]
+            if kept:
+                self._accumulate(kept, now)
 
-    def _backward(self, part: Jobs, rows: Tensor, grad: Tensor, dropout: Sequence[torch.Generator] | None) -> Tensor:
-        """One pass forward and back; the mean label loss of each job (float64)."""
-        packed = self.carrier.pack(part)
-        return (self.replays or self.carrier).learn(packed, Lane(rows, packed.ranges, grad, dropout, packed.predict))
+    def _backward(self, part: Jobs, now: _Step) -> Tensor:
+        """One pass forward and back; what each job adds to the mean label loss of its batch (float64)."""
+        packed = self.carrier.pack(part, {row: sum(map(labels_of, batch)) for row, batch in now.whole.items()})
+        lane = Lane(now.rows, packed.ranges, now.grad, now.dropout, packed.predict)
+        complete = all(len(sequences) == len(now.whole[row]) for row, sequences in part)
+        return (self.replays if self.replays and complete else self.carrier).learn(packed, lane)
 
     def _released(self) -> bool:
         """Whether recordings held memory until now."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,15 +21,15 @@ from mira.engine.body import Body, Head
 from mira.engine.budget import Shares
 from mira.engine.exchange import Way, exchange, find_last
 from mira.engine.loss import LabelLoss
-from mira.engine.packing import Jobs, Pass, pack, packed_tokens, plan
+from mira.engine.packing import Jobs, Pass, common_prefix, pack, packed_tokens, plan, prepended, read_tokens
 from mira.engine.seam import CannotPackError, attending, in_this_thread
 
 
 @dataclass(frozen=True)
 class Inputs:
     """What a training pass of T tokens, N labels and J jobs reads: ``tokens`` and ``positions`` [T]; of each label the place
-    that predicts it, the ``target`` and its ``job`` [N]; ``weight`` [J] (float64): one over a job's labels, or 0 where its loss
-    does not count."""
+    that predicts it, the ``target`` and its ``job`` [N]; ``weight`` [J] (float64): one over the labels of a job's whole batch, or
+    0 where its loss does not count."""
 
     tokens: Tensor
     positions: Tensor
@@ -42,7 +42,7 @@ class Inputs:
     def of(packed: Pass, jobs: int | None = None) -> Inputs:
         """On the CPU. ``jobs``: of so many the loss counts; None: of all."""
         job = packed.job[packed.owner]
-        weight = job.bincount(minlength=len(packed.ranges)).double().reciprocal()
+        weight = packed.labels.double().reciprocal()
         weight[len(weight) if jobs is None else jobs :] = 0
         return Inputs(packed.tokens, packed.positions, packed.predict, packed.target, job, weight)
 
@@ -70,7 +70,8 @@ class Carrier:
             attached.detach()
             raise
         find_last(way.body, attached, layout.size)
-        return Carrier(model, layout, attached, way, prefix)
+        # What is computed apart computes a prefix for each of its readers.
+        return Carrier(model, layout, attached, way, prefix and not way.body.apart)
 
     @property
     def device(self) -> torch.device:
@@ -120,8 +121,17 @@ class Carrier:
         """What this thread's pass is computed inside of, for where its layers are computed again."""
         return partial(self._again, self.own_lane, in_this_thread())
 
-    def pack(self, jobs: Jobs) -> Pass:
-        return pack(jobs, self.prefix, self.layout.virtual_tokens)
+    def pack(self, jobs: Jobs, labels: Mapping[int, int] | None = None) -> Pass:
+        """``labels``: of each row's whole batch, where a job may be a part of it."""
+        return pack(jobs, self.prefix, self.layout.virtual_tokens, labels)
+
+    def cut(self, sequences: Sequence[Encoded], room: int, more: int = 0) -> Iterator[Sequence[Encoded]]:
+        """Pieces of one client's sequences of at most ``room`` tokens, of a single sequence at least. ``more``: tokens that come
+        to each meanwhile."""
+        whole = prepended(sequences, self.layout.virtual_tokens)
+        shared = common_prefix(whole) if self.prefix else 0  # once in each piece
+        for chosen in plan([[read_tokens(s) - shared + more] for s in whole], room - shared):
+            yield [sequences[n] for n in chosen]
 
     def tokens(self, sequences: Sequence[Encoded], more: int = 0) -> int:
         """Of one client in a pass, each sequence with so many ``more``."""
@@ -143,7 +153,8 @@ class Carrier:
         return self.hidden(self.sent(packed.tokens), self.sent(packed.positions), Packed(packed.segments))
 
     def learn(self, packed: Pass, lane: Lane) -> Tensor:
-        """One pass forward and back, gradients into ``lane.grad``; the mean label loss of each job [J] (float64)."""
+        """One pass forward and back, gradients into ``lane.grad``; what each job [J] adds to the mean label loss of its batch
+        (float64)."""
         return self.learn_from(Inputs.of(packed).sent(self.device), Packed(packed.segments), lane)
 
     def learn_from(self, given: Inputs, packed: Packed, lane: Lane) -> Tensor:

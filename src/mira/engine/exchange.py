@@ -96,8 +96,7 @@ def exchange(model: PreTrainedModel, attached: Attached, longest: int) -> Way:
         return _exchange(model, attached, longest)
     except CannotPackError as error:
         _attend(model, usual)
-        where = f"engine.name=batched: architecture '{model.config.model_type}'"
-        raise CannotPackError(f"{where} {error}; use engine.name=reference") from None
+        raise CannotPackError(f"architecture '{model.config.model_type}' {error.reason}") from None
 
 
 def _exchange(model: PreTrainedModel, attached: Attached, longest: int) -> Way:

@@ -21,7 +21,7 @@ from mira.engine.carrier import Carrier
 from mira.engine.generate import greedy
 from mira.engine.loss import label_nll
 from mira.engine.memory import HALVING, unless_out_of_memory
-from mira.engine.packing import Jobs, common_prefix, halves, plan, prepended, read_tokens
+from mira.engine.packing import Jobs, halves
 
 log = logging.getLogger(__name__)
 
@@ -79,15 +79,11 @@ class Measuring:
         return answers
 
     def cut(self, sequences: Sequence[Encoded], more: int = 0) -> Iterator[Sequence[Encoded]]:
-        """Pieces of one client's sequences that fit a pass; without gradients a client may be spread over passes. ``more``:
-        tokens that come to each sequence meanwhile."""
-        whole = prepended(sequences, self.carrier.layout.virtual_tokens)
-        shared = common_prefix(whole) if self.carrier.prefix else 0  # once in each piece
+        """Pieces of one client's sequences that fit a pass. ``more``: tokens that come to each sequence meanwhile."""
         spread = self._shares([1] * torch.get_num_threads()).tokens
         # Smaller pieces would not pay for their prefix.
         room = max(spread, min(self.budget, of_use(self.carrier.model.dtype)))
-        for chosen in plan([[read_tokens(s) - shared + more] for s in whole], room - shared):
-            yield [sequences[n] for n in chosen]
+        return self.carrier.cut(sequences, room, more)
 
     def _measured(
         self, sequences: Sequence[Sequence[Encoded]], compute: Callable[[Jobs], _Found], new: int = 0

@@ -24,7 +24,11 @@ _here = threading.local()
 
 
 class CannotPackError(UserError):
-    """Raised where the batched engine cannot compute an architecture; the reference engine can."""
+    """Raised where the batched engine cannot compute a model, for the ``reason`` given; the reference engine can."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"engine.name=batched: {reason}; use engine.name=reference")
+        self.reason = reason
 
 
 @contextmanager
