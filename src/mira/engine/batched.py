@@ -251,7 +251,8 @@ class BatchedEngine:
         if not halves(part):
             now.lost[index[0]] = OUT_OF_MEMORY
             return
-        log.warning(HALVING, f"training {len(part)} clients", self.budget)
+        clients = len(set(index))
+        log.warning(HALVING, "training one client" if clients == 1 else f"training {clients} clients", self.budget)
         for half in halves(part):
             kept = [(row, sequences) for row, sequences in half if row not in now.lost]
             if kept:

@@ -14,15 +14,16 @@ from transformers import PreTrainedModel
 from mira.adapters.attach import Attached, attach
 from mira.adapters.lowrank import Lane
 from mira.core.device import sent
+from mira.core.errors import UserError
 from mira.core.layout import Layout
 from mira.data.text import Encoded
 from mira.engine.attention import Attention, Packed
 from mira.engine.body import Body, Head
 from mira.engine.budget import Shares
-from mira.engine.exchange import Way, exchange, find_last
+from mira.engine.exchange import Way, exchange, find_last, try_adapters
 from mira.engine.loss import LabelLoss
 from mira.engine.packing import Jobs, Pass, common_prefix, pack, packed_tokens, plan, prepended, read_tokens
-from mira.engine.seam import CannotPackError, attending, in_this_thread
+from mira.engine.seam import attending, in_this_thread
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Carrier:
         attached = attach(model, layout, dropout)
         try:
             way = exchange(model, attached, longest)
-        except CannotPackError:
+            try_adapters(way.body, attached, layout.size)
+        except UserError:
             attached.detach()
             raise
         find_last(way.body, attached, layout.size)

@@ -16,8 +16,8 @@ from mira.engine import seam
 from mira.engine.attention import Packed, Segment
 from mira.engine.body import Body, Head
 from mira.engine.decode import after
+from mira.engine.faults import FAULTS, cannot_carry, is_no_fault, told
 from mira.engine.generate import positions
-from mira.engine.memory import is_out_of_memory
 from mira.engine.mixers import mixers
 from mira.engine.seam import CannotPackError
 from mira.engine.watch import Seen, watch
@@ -30,10 +30,6 @@ _LENGTH = 4  # of the probe for the last MLP; short, so that what leaks from the
 # token by tenths or more. Of the same pass with one sequence changed nothing but another's rounding may differ.
 _SAME = {torch.bfloat16: 0.2, torch.float16: 0.2}
 _LEAK = {torch.bfloat16: 0.01, torch.float16: 0.01}
-# What a model that is called otherwise than it foresees ends in.
-_FAULTS = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
-
-
 _Made = TypeVar("_Made")
 
 
@@ -182,8 +178,8 @@ def _decodes(body: Body, probe: _Probe) -> bool:
     places = torch.tensor([[len(one) - 1] for one in probe.sequences], device=tokens.device)
     try:
         found = body(tokens, places, state)[:, 0]
-    except _FAULTS as error:
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+    except FAULTS as error:
+        if is_no_fault(error):
             raise
         return False
     wanted = torch.stack([one[-1] for one in probe.alone])
@@ -220,15 +216,17 @@ def _attend(model: PreTrainedModel, way: str) -> None:
 
 def _tried(compute: Callable[[], _Made]) -> _Made:
     """What it gives, or CannotPackError with the reason."""
-    try:
+    with told(lambda reason: CannotPackError(f"cannot be called as the engine calls it ({reason})")):
         return compute()
-    except _FAULTS as error:
-        if isinstance(error, CannotPackError) or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
-            raise
-        reason = str(error).strip().splitlines()[:1] or [""]
-        raise CannotPackError(
-            f"cannot be called as the engine calls it ({type(error).__name__}: {reason[0]})"
-        ) from None
+
+
+@torch.no_grad()
+def try_adapters(body: Body, attached: Attached, width: int) -> None:
+    """Raises UserError where a layer cannot carry an adapter."""
+    device = body.model.device
+    ids = torch.ones(1, _LENGTH, dtype=torch.int64, device=device)
+    with attached.on(Lane(torch.zeros(1, width, device=device), [(0, 0, _LENGTH)])), told(cannot_carry):
+        body(ids, torch.arange(_LENGTH, device=device)[None], Packed([Segment(0, _LENGTH)]))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mira.engine.attention import Packed, Segment
 from mira.engine.body import Body
-from mira.engine.memory import is_out_of_memory
+from mira.engine.faults import FAULTS, is_no_fault
 
 _LENGTH = 23  # tokens of each of two sequences; no width of a layer is twice that
 
@@ -76,8 +76,8 @@ def _leaks(call: _Call) -> bool:
     args, kwargs = others[: len(call.args)], dict(zip(call.kwargs, others[len(call.args) :], strict=True))
     try:
         out = call.module.forward(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+    except FAULTS as error:
+        if is_no_fault(error):
             raise
         return False
     first = out[0] if isinstance(out, tuple) else out

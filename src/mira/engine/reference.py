@@ -24,8 +24,11 @@ from mira.data.corpus import Corpus
 from mira.data.text import Encoded
 from mira.engine import seam
 from mira.engine.checkpoint import recomputed
+from mira.engine.faults import cannot_carry, told
 from mira.engine.generate import positions
 from mira.engine.memory import OUT_OF_MEMORY, is_out_of_memory
+
+_TRIAL = Encoded((1, 1, 1), (False, False, True), False)
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,13 @@ class ReferenceEngine:
         else:
             config = lora.peft_config(self.layout, self.model, None, self.dropout)
             config.inference_mode = False
-        object.__setattr__(self, "peft", get_peft_model(model, config))
+        with told(cannot_carry):
+            object.__setattr__(self, "peft", get_peft_model(model, config))
+            self._named()
         if self.layout.virtual_tokens and self.model.dtype == torch.float64:
             self.peft.prompt_encoder.double()  # PEFT makes it in fp32 on any base
+        with told(cannot_carry), torch.no_grad():
+            self._loss([_TRIAL], "mean")
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
         done: list[Trained] = []
@@ -98,6 +105,8 @@ class ReferenceEngine:
                 with recomputed(self.peft, _drawn_from) if self.checkpointing else nullcontext():
                     loss = self._loss(batch, "mean")
                 (loss + self._proximal(work, job, parameters)).backward()
+                for p in parameters:  # in layers that text does not reach
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 self._freeze(work, parameters)
                 if self.training.clip is not None:
                     torch.nn.utils.clip_grad_norm_(parameters, self.training.clip)
