@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 
 import torch
@@ -24,7 +25,7 @@ from mira.data.corpus import Corpus
 from mira.data.text import Encoded
 from mira.engine import seam
 from mira.engine.checkpoint import recomputed
-from mira.engine.faults import cannot_carry, told
+from mira.engine.faults import FAULTS, cannot_carry, is_no_fault, told
 from mira.engine.generate import positions
 from mira.engine.memory import OUT_OF_MEMORY, is_out_of_memory
 
@@ -190,10 +191,17 @@ class ReferenceEngine:
         room = positions(self.model) - taken
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Position ids are not supported")  # a prompt's: PEFT counts them anew
-            out = self.peft.generate(  # type: ignore[no-untyped-call]
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(max_new_tokens, room),
-                do_sample=False, eos_token_id=sorted(self.stops), pad_token_id=self.pad, repetition_penalty=1.0,
+            generate = partial(
+                self.peft.generate, input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                max_new_tokens=min(max_new_tokens, room), eos_token_id=sorted(self.stops), pad_token_id=self.pad,
+                repetition_penalty=1.0,
             )  # fmt: skip
+            try:
+                out = generate()
+            except FAULTS as error:  # an architecture whose cache does not do what its layers ask for
+                if is_no_fault(error):
+                    raise
+                out = generate(use_cache=False)
         new = out[0, len(prompt) :].tolist()
         return self.decode(list(takewhile(lambda token: token not in self.stops, new)))
 
