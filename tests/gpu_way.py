@@ -153,7 +153,7 @@ def take(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(attention, "_ONE_KERNEL", {"cpu": (torch.float64, torch.float32, torch.bfloat16)})
     patch.setattr("mira.adapters.lowrank._AT_ONCE", ("cpu",))
     patch.setattr(
-        "mira.engine.budget.Shares.of", lambda model, sizes, most, times=1: Shares(1, most)
+        "mira.engine.budget.Shares.of", lambda model, sizes, most, *rest: Shares(1, most)
     )  # one pass at a time
     patch.setattr(cuda_graphs, "DEVICES", ("cpu",))
     patch.setattr(cuda_graphs, "Graphs", Graphs)

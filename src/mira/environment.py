@@ -23,7 +23,7 @@ from mira.model.quantise import needed_for
 log = logging.getLogger(__name__)
 
 # Numbers depend on these; a resumed run must find them as they were.
-DECIDING = ("versions", "model", "data", "prompt", "threads", "device", "prefix", "tokens_per_pass")
+DECIDING = ("versions", "model", "data", "prompt", "threads", "device", "engine", "prefix", "tokens_per_pass")
 _LIBRARIES = ("mira", "torch", "transformers", "peft", "tokenizers")
 
 
@@ -31,13 +31,14 @@ def environment_of(
     base: Base,
     federation: Federation,
     threads: int,
+    engine: str,
     prefix: bool,
     tokens_per_pass: int | None,
     truncated: dict[str, int],
     encoder: Encoder,
 ) -> dict[str, Any]:
-    """What a run records. ``prefix``: whether shared prefixes are computed once; ``truncated``: how many inputs of which client
-    were cut."""
+    """What a run records. ``engine``: which was taken; ``prefix``: whether shared prefixes are computed once; ``truncated``: how
+    many inputs of which client were cut."""
     return {
         "versions": {name: version(name) for name in (*_LIBRARIES, *needed_for(base.quantization))},
         "model": {
@@ -46,6 +47,7 @@ def environment_of(
         **clients_told(federation),
         "threads": threads,
         "device": base.model.device.type,
+        "engine": engine,
         "prefix": prefix,
         "tokens_per_pass": tokens_per_pass,
         "commit": commit(),
@@ -56,8 +58,8 @@ def environment_of(
 
 
 def taken_over(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
-    """For who reads a run and does not go on with it: what was ``recorded`` where this is the machine; elsewhere threads and the
-    size of a pass are this machine's own."""
+    """For who reads a run and does not go on with it: what was ``recorded`` where this is the machine; elsewhere threads, the
+    engine and the size of a pass are this machine's own."""
     return recorded if recorded.get("machine") == _machine() else {}
 
 
@@ -121,8 +123,9 @@ def processor() -> str:
 def check_environment(recorded: dict[str, Any], now: dict[str, Any], must: Sequence[str] = DECIDING) -> None:
     """Refuse to go on where what ``must`` be the same differs, naming the difference; warn of what else differs."""
     for key in DECIDING:
-        old, new = recorded.get(key), now[key]
-        if _content(old) != _content(new) and not (key == "prompt" and old is None):  # runs of before it was recorded
+        new = now[key]
+        old = recorded.get(key, new)  # of a run that began before it was recorded nothing is known
+        if _content(old) != _content(new):
             difference = f"{key} was {_short(old, new)} when the run started and is {_short(new, old)} now"
             if key in must:
                 raise UserError(f"{difference}; restore it, or start a new run")

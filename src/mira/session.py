@@ -27,7 +27,7 @@ from mira.core.threads import usable_threads
 from mira.core.training import Training
 from mira.core.types import Engine, Method, ServerState, Setting, Sites
 from mira.data.corpus import Corpus, without_overlong
-from mira.data.federation import Federation, make_federation
+from mira.data.federation import SPLITS, Federation, make_federation
 from mira.data.proof import prove
 from mira.data.templates import CHAT
 from mira.engine.batched import BatchedEngine
@@ -35,6 +35,7 @@ from mira.engine.checkpoint import decoder_layers
 from mira.engine.generate import positions
 from mira.engine.memory import is_out_of_memory, share_heap
 from mira.engine.reference import ReferenceEngine
+from mira.engine.seam import CannotPackError
 from mira.engine.seeds import SeedsEngine
 from mira.environment import environment_of
 from mira.methods import ALONG_GRAPH
@@ -141,8 +142,8 @@ def open_session(
     clients: Federation | None = None,
 ) -> Session:
     """Build all of ``experiment``. ``folder``: its run folder, where there is one; ``recorded``: the environment recorded
-    there, of which threads and the size of a pass are taken over; ``first``: the number of the first client; ``clients``: what is
-    known of them where their data need not be read."""
+    there, of which threads, the engine and the size of a pass are taken over; ``first``: the number of the first client;
+    ``clients``: what is known of them where their data need not be read."""
     recorded = recorded or {}
     threads = recorded.get("threads") or experiment.engine.threads or usable_threads()
     torch.set_num_threads(threads)
@@ -194,20 +195,43 @@ def open_session(
     )  # fmt: skip
     if experiment.engine.checkpointing:
         decoder_layers(base.model)  # refuses before the run begins
+    batched = partial(
+        BatchedEngine, tokens_per_pass=recorded.get("tokens_per_pass") or experiment.engine.tokens_per_pass, prefix=prefix,
+        longest=_longest(corpus) + layout.virtual_tokens + experiment.evaluation.max_new_tokens,
+        cuda_graphs=experiment.engine.cuda_graphs == "auto",
+    )  # fmt: skip
     engine: BatchedEngine | ReferenceEngine | SeedsEngine
-    if experiment.engine.name == "reference":
-        engine = ReferenceEngine(**common())
-    else:
-        budget = recorded.get("tokens_per_pass") or experiment.engine.tokens_per_pass
-        engine = BatchedEngine(
-            **common(), tokens_per_pass=budget, prefix=prefix, cuda_graphs=experiment.engine.cuda_graphs == "auto"
-        )
-    budget = engine.budget if isinstance(engine, BatchedEngine) else None
+    engine = _engine(recorded.get("engine") or experiment.engine.name, batched, common)
+    name, budget = ("batched", engine.budget) if isinstance(engine, BatchedEngine) else ("reference", None)
     if isinstance(adapter, SeedsAdapter):
         _warn_ignored(training)
         engine = SeedsEngine(engine, adapter.directions, experiment.adapter.epsilon, corpus, experiment.seed)
-    now = environment_of(base, federation, threads, prefix, budget, truncated, encoder)
+    now = environment_of(base, federation, threads, name, prefix, budget, truncated, encoder)
     return Session(experiment, base, federation, corpus, adapter, engine, now)
+
+
+def _engine(
+    name: str, batched: Callable[..., BatchedEngine], common: Callable[[], dict[str, Any]]
+) -> BatchedEngine | ReferenceEngine:  # fmt: skip
+    """The engine called ``name``; under "auto" the batched one, where that can compute the model."""
+    if name == "reference":
+        return ReferenceEngine(**common())
+    try:
+        engine = batched(**common())
+    except CannotPackError as error:
+        if name != "auto":
+            raise
+        log.warning("engine.name=auto takes reference, one client at a time: %s", error.reason)
+        return ReferenceEngine(**common())
+    log.info("engine.name=batched: sequences are %s", engine.carrier.way.kind)
+    return engine
+
+
+def _longest(corpus: Corpus) -> int:
+    """Tokens of the longest sequence."""
+    clients = range(corpus.first, corpus.first + corpus.num_clients)
+    encoded = (item for number in clients for split in SPLITS for item in corpus.encoded(number, split))
+    return max((len(item.tokens) for item in encoded), default=1)
 
 
 @contextmanager

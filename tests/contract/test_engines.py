@@ -165,12 +165,11 @@ def test_answers_that_end_early_are_left_out_of_later_steps(kind: str, monkeypat
     expected = [[" ".join(takewhile(lambda token: token != end, answer)) for answer in job] for job in long]
     lengths = [len(answer.split()) for job in expected for answer in job]
     assert len(set(lengths)) > 2
+    ending = replace(engine, stops=frozenset([int(end)]))
     sizes: list[int] = []
     attend = Decode.attend
-    monkeypatch.setattr(
-        Decode, "attend", lambda self, layer, q, *rest: [sizes.append(len(q)), attend(self, layer, q, *rest)][1]
-    )
-    assert replace(engine, stops=frozenset([int(end)])).generate(rows, torch.arange(3), "test", None, 24) == expected
+    monkeypatch.setattr(Decode, "attend", lambda self, q, *rest: [sizes.append(len(q)), attend(self, q, *rest)][1])
+    assert ending.generate(rows, torch.arange(3), "test", None, 24) == expected
     assert sizes[-1] < sizes[0] == len(lengths)
     assert sum(sizes) < 0.9 * len(lengths) * len(sizes)
 

@@ -161,10 +161,10 @@ def test_side_by_side_only_who_does_not_fit_is_lost(several_threads: None, monke
     start = warm_row(engine.layout).expand(4, -1).double()
     good = engine.train(Work(torch.arange(4), start), 0, 1e-3)
     draw, real = RandomCorpus((2, 2, 2, 2)), type(engine)._backward
-    crowded = [list(step) for step in draw.batches(0, 2)]
+    crowded = [sequence for step in draw.batches(0, 2) for sequence in step]
 
     def scarce(self: Any, part: Any, *args: Any) -> Tensor:
-        if any(list(job) in crowded for _, job in part):
+        if any(sequence in crowded for _, job in part for sequence in job):
             raise torch.OutOfMemoryError("pretend")
         return real(self, part, *args)
 

@@ -180,10 +180,10 @@ def test_outputs_of_a_group_are_never_stale() -> None:
 def test_the_last_mlp_computes_only_what_is_read() -> None:
     """The same hidden states where they are read, and the same gradients of adapters on all of an MLP's layers."""
     model = make_tiny("llama", torch.float64)
-    exchange(model)
     layout = Lora(2, 4.0, targets=("q_proj", "gate_proj", "up_proj", "down_proj")).layout(model)
     attached = attach(model, layout, 0.0)
-    find_last(model, attached, layout.size)
+    way = exchange(model, attached, 8)
+    find_last(way.body, attached, layout.size)
     last = model.model.layers[-1].mlp
     assert attached.last is last
     rows, needed = draw(3, layout.size), torch.tensor([1, 2, 6])  # nothing of the second row's is read
@@ -193,10 +193,7 @@ def test_the_last_mlp_computes_only_what_is_read() -> None:
         attached.last, grad = module, torch.zeros_like(rows)
         ranges = [(n, s.start, s.end) for n, s in enumerate(segments)]
         attached.lane = Lane(rows, ranges, grad, needed=needed)
-        out = model.model(
-            input_ids=torch.arange(T)[None] + 1, position_ids=torch.arange(T)[None], use_cache=False,
-            packed=Packed(segments),
-        ).last_hidden_state[0]  # fmt: skip
+        out = way.body(torch.arange(T)[None] + 1, torch.arange(T)[None], Packed(segments))[0]
         out[needed].square().sum().backward()
         return out.detach(), grad
 
@@ -216,10 +213,9 @@ def test_an_mlp_that_later_layers_read_computes_everything() -> None:
     assert len(layers) > 1
     first, second = layers[0].forward, layers[1].forward
     layers[0].forward, layers[1].forward = second, first
-    exchange(model)
     layout = Lora(2, 4.0).layout(model)
     attached = attach(model, layout, 0.0)
-    find_last(model, attached, layout.size)
+    find_last(exchange(model, attached, 8).body, attached, layout.size)
     assert len(attached.mlps) == len(layers)
     assert attached.last is None
 
@@ -228,10 +224,9 @@ def test_a_token_whose_embedding_is_zero_is_no_difference() -> None:
     """That of padding may be 0: without biases it stays 0 in every layer, packed or not."""
     model = make_tiny("llama", torch.float64)
     model.get_input_embeddings().weight[0] = 0
-    exchange(model)
     layout = Lora(2, 4.0).layout(model)
     attached = attach(model, layout, 0.0)
-    find_last(model, attached, layout.size)
+    find_last(exchange(model, attached, 8).body, attached, layout.size)
     assert attached.last is model.model.layers[-1].mlp
 
 

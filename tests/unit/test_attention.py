@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mira.engine import attention
-from mira.engine.attention import Packed, Segment, Tile, tiles
+from mira.engine.attention import Form, Packed, Segment, Tile, tiles
 from mira.engine.decode import after
 from packings import layouts, visible
 from tiny import draw
@@ -40,8 +41,21 @@ def test_tiles_show_every_query_what_it_may_see(
         assert torch.equal(torch.cat([seen_by(tile, heads, total) for tile in cut]), visible(segments, window))
 
 
+FORMS = [Form(0.7, cap=cap, sinks=draw(4, seed=9) if sinks else None) for cap in (None, 1.5) for sinks in (False, True)]
+
+
+def expected_of(scores: Tensor, form: Form, mask: Tensor, values: Tensor) -> Tensor:
+    """softmax over scores [H,T,S] and the sinks [H]; heads of ``values`` as of the scores."""
+    scaled = form.scale * scores
+    capped = scaled if form.cap is None else form.cap * (scaled / form.cap).tanh()
+    sinks = torch.full((len(scores),), -torch.inf, dtype=scores.dtype) if form.sinks is None else form.sinks
+    column = sinks[:, None, None].expand(-1, scores.shape[1], 1)
+    return torch.cat([capped + mask, column], -1).softmax(-1)[..., :-1] @ values
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("window", [None, 3])
-def test_attention(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention(window: int | None, form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
     """Query heads that share key heads, values of another size, a prefix longer than the window, pieces of 4 tokens."""
     monkeypatch.setattr(attention, "_TILE", 4)
     segments = [Segment(0, 5), Segment(5, 6, 0, 5), Segment(6, 8, 0, 5), Segment(8, 14, 0, 5), Segment(14, 17)]
@@ -50,9 +64,10 @@ def test_attention(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     mask = torch.zeros(17, 17).double().masked_fill(~visible(segments, window), -torch.inf)
     wide = [x.repeat_interleave(2, dim=1) for x in (k, v)]
-    expected = ((q @ wide[0].transpose(-1, -2) * 0.7 + mask).softmax(-1) @ wide[1]).transpose(1, 2)
-    torch.testing.assert_close(Packed(segments).attend(0, q, k, v, 0.7, window), expected)
-    assert torch.autograd.gradcheck(lambda *x: Packed(segments).attend(0, *x, 0.7, window), (q, k, v), fast_mode=True)
+    form = replace(form, window=window)
+    expected = expected_of((q @ wide[0].transpose(-1, -2))[0], form, mask, wide[1][0])[None].transpose(1, 2)
+    torch.testing.assert_close(Packed(segments).attend(q, k, v, form), expected)
+    assert torch.autograd.gradcheck(lambda *x: Packed(segments).attend(*x, form), (q, k, v), fast_mode=True)
 
 
 @st.composite
@@ -69,8 +84,8 @@ def decodings(drawing: st.DrawFn) -> list[Segment]:
 
 
 @settings(deadline=None)
-@given(decodings(), st.sampled_from([None, 1, 3, 12]), st.integers(0, 1000))
-def test_decoding(segments: list[Segment], window: int | None, seed: int) -> None:
+@given(decodings(), st.sampled_from([None, 1, 3, 12]), st.sampled_from(FORMS), st.integers(0, 1000))
+def test_decoding(segments: list[Segment], window: int | None, form: Form, seed: int) -> None:
     """Each new token against its own past alone, one sequence at a time, over a growth of the cache; 2 query heads a key
     head, values of another size. Padding of keys would show: its scores are 0, those of real keys are not."""
     draw = torch.Generator().manual_seed(seed)
@@ -79,12 +94,12 @@ def test_decoding(segments: list[Segment], window: int | None, seed: int) -> Non
         return torch.randn(*shape, generator=draw, dtype=torch.float64)
 
     total = segments[-1].end
-    past = {7: (random(1, 2, total, 4), random(1, 2, total, 3))}
+    past = {n: (random(1, 2, total, 4), random(1, 2, total, 3)) for n in range(2)}
     shared = {s.prefix_start for s in segments if s.prefix}
     prompts = [s for s in segments if s.start not in shared]
     state = after(prompts, past, 3)
     pasts = [
-        [torch.cat([x[0, :, s.prefix_start : s.prefix_end], x[0, :, s.start : s.end]], 1) for x in past[7]]
+        [torch.cat([x[0, :, s.prefix_start : s.prefix_end], x[0, :, s.start : s.end]], 1) for x in past[1]]
         for s in prompts
     ]
     for _ in range(5):
@@ -95,12 +110,13 @@ def test_decoding(segments: list[Segment], window: int | None, seed: int) -> Non
             assert len(state.sitting) <= len(prompts), "no prefix is left that nobody reads"
         state.advance()
         q, k, v = random(len(prompts), 4, 1, 4), random(len(prompts), 2, 1, 4), random(len(prompts), 2, 1, 3)
-        found = state.attend(7, q, k, v, 0.7, window)
+        state.attend(q, v[..., :1].expand(k.shape), v, Form(0.7))  # another call of the same step
+        found = state.attend(q, k, v, replace(form, window=window))
         for b, kept in enumerate(pasts):
             pasts[b] = kept = [torch.cat([old, new], 1) for old, new in zip(kept, (k[b], v[b]), strict=True)]
             keys, values = (x[:, -window if window else 0 :].repeat_interleave(2, 0) for x in kept)
-            weight = (0.7 * q[b] @ keys.transpose(1, 2)).softmax(-1)
-            torch.testing.assert_close(found[b, 0], (weight @ values)[:, 0], rtol=0, atol=1e-12)
+            wanted = expected_of(q[b] @ keys.transpose(1, 2), form, torch.zeros(()), values)
+            torch.testing.assert_close(found[b, 0], wanted[:, 0], rtol=0, atol=1e-12)
 
 
 def test_seats_grow_with_the_sequences_not_with_the_largest_client() -> None:

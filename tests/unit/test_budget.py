@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from mira.adapters.attach import Attached
 from mira.engine import budget
 from mira.engine.budget import Shares, bytes_a_token, tokens_per_pass
 from mira.engine.exchange import exchange
@@ -83,5 +84,4 @@ def test_what_an_answer_keeps_of_a_token(kind: Kind) -> None:
     model = make_tiny(kind)
     cache = model(input_ids=torch.tensor([[3, 4, 5]]), use_cache=True).past_key_values
     expected = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values)) / 3
-    exchange(model)
-    assert kept_bytes(model) == expected
+    assert kept_bytes(exchange(model, Attached(0.0), 8).body) == expected

@@ -52,7 +52,7 @@ def test_defaults() -> None:
     experiment = parse(MINIMAL)
     assert experiment.method == METHODS["mira"]()
     assert experiment.graph.name == "groups"
-    assert (experiment.seed, experiment.cohort, experiment.engine.name) == (0, 1.0, "batched")
+    assert (experiment.seed, experiment.cohort, experiment.engine.name) == (0, 1.0, "auto")
 
 
 def test_from_python_with_mappings_or_objects() -> None:

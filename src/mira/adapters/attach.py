@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -45,6 +46,15 @@ class Attached:
     @lane.setter
     def lane(self, lane: Lane | None) -> None:
         self.here.lane = lane
+
+    @contextmanager
+    def on(self, lane: Lane) -> Iterator[None]:
+        """``lane`` is this thread's meanwhile."""
+        before, self.lane = self.lane, lane
+        try:
+            yield
+        finally:
+            self.lane = before
 
     def detach(self) -> None:
         while self.before:
@@ -178,7 +188,8 @@ def _attach_norm(attached: Attached, module: nn.Module) -> None:
 
     def exchanged(plain: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            alone = attached.lane is not None and len(args) == 1 and not kwargs  # others take a gate or a residual too
+            # Others take a gate or a residual too, or an input of another width.
+            alone = attached.lane is not None and len(args) == 1 and not kwargs and args[0].shape[-1] == len(weight)
             return fused(*args) if alone else plain(*args, **kwargs)
 
         return forward
@@ -224,12 +235,13 @@ def _attach_mlp(attached: Attached, module: nn.Module, factors: Sequence[Factors
 
 
 def _scattered(function: Callable[[Tensor, Lane], Tensor], x: Tensor, lane: Lane) -> Tensor:
-    """``function`` of the needed tokens of x [1,T,k], and 0 for all others."""
+    """``function`` of the needed tokens of x [1,T,k] or [T,k], and 0 for all others."""
     assert lane.needed is not None
     if not len(lane.needed):
         return torch.zeros_like(x)
     places = sent(lane.needed, x.device)
-    return torch.zeros_like(x).index_copy(1, places, function(x[:, places], lane.only(lane.needed)))
+    needed = function(x.index_select(-2, places), lane.only(lane.needed))
+    return torch.zeros_like(x).index_copy(-2, places, needed)
 
 
 def _random(like: Tensor) -> Tensor:
@@ -242,7 +254,8 @@ def _computes(module: nn.Module, guess: Forward, x: Tensor) -> bool:
     """Whether ``module`` computes ``guess`` on every row of x: names alone do not tell what a layer does with them."""
     try:
         given = module(x)
-    except (TypeError, IndexError, RuntimeError, ValueError):  # it wants more than one input, or another shape
+    # It wants more than one input, or another shape.
+    except (TypeError, AttributeError, IndexError, RuntimeError, ValueError, AssertionError, KeyError):
         return False
     if not isinstance(given, Tensor) or given.shape != x.shape:
         return False

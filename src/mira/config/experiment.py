@@ -136,14 +136,16 @@ class PromptSection:
 class EngineSection:
     """How training and evaluation are computed. It decides speed, and results up to rounding."""
 
-    name: Literal["batched", "reference"] = "batched"
-    """batched: many clients in one pass. reference: one client at a time with PEFT; slow."""
+    name: Literal["auto", "batched", "reference"] = "auto"
+    """batched: many clients in one pass; it refuses a model that it cannot compute as the model does. reference: one client
+    at a time with PEFT; slow. auto: batched where it can, else reference."""
     tokens_per_pass: Count | None = None
     """Tokens of all clients together in the training passes of the base model that are computed at a time, on a CPU one for each
     thread, on a GPU one; less takes less memory. Passes without gradients may have four times as many. null: as many as half of
     the free memory holds (0.3 of it where passes are recorded), by what a token is measured to keep, down to a power of two.
-    Whatever this is, a client's batch stays in one pass, and on a CPU clients are not put together beyond 512 tokens for each
-    thread (1 024 where the base has 16 bits; four times as many without gradients): more are of no use."""
+    A client's batch of more tokens is spread over passes, whose gradients add up to that of the whole batch; one of at most 512
+    (1 024 where the base has 16 bits) stays in one, whatever this is. On a CPU clients are not put together beyond as many for
+    each thread (four times as many without gradients): more are of no use."""
     prefix: Literal["auto", "on", "off"] = "auto"
     """Compute a prompt that a client's sequences have in common once. auto: on where there is no dropout."""
     checkpointing: bool = False

@@ -1,4 +1,4 @@
-"""Attention of a pass over packed sequences, registered with transformers under ``NAME``.
+"""Attention of a pass over packed sequences; ``seam`` hands it to transformers.
 
 All tokens lie end to end in one row [1,T]; each sequence sees only itself and, when it has one, its client's shared
 prefix, whose keys and values are computed once. Gradients of all its readers add up in the prefix: that is exact.
@@ -11,18 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from math import ceil
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import Tensor
 
 from mira.core.device import sent
 from mira.engine import varlen
 
+if TYPE_CHECKING:
+    from mira.engine.apart import Apart
+
 log = logging.getLogger(__name__)
 
-NAME = "mira_packed"
 _TILE = 160  # queries of one product: enough to fill it, few enough to skip most of what causality hides
 _ONE_KERNEL = {"cuda": (torch.bfloat16, torch.float16)}  # where there is one for all sequences of a pass
 
@@ -42,34 +43,70 @@ class Segment:
         return self.prefix_end - self.prefix_start
 
 
+@dataclass(frozen=True)
+class Form:
+    """How scores become weights: ``scale``·QKᵀ of the last ``window`` keys, as ``cap``·tanh(·/``cap``); ``sinks`` [H]: one more
+    score for each query head, whose weight goes to no value."""
+
+    scale: float
+    window: int | None = None
+    cap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        return self.cap is None and self.sinks is None
+
+    def weights(self, scaled: Tensor, hidden: Tensor) -> Tensor:
+        """softmax over keys of ``scaled`` scores, which it changes, with ``hidden`` added: [h, H/h·queries, keys], the queries of
+        a head one after another, or [B,h,H/h,keys]."""
+        if self.cap is not None:
+            scaled.div_(self.cap).tanh_().mul_(self.cap)
+        scores = scaled.add_(hidden)
+        if self.sinks is None:
+            return scores.softmax(-1)
+        heads = self.sinks.to(scores.dtype).view(scores.shape[-3], -1, 1)
+        sinks = heads.expand(-1, -1, scores.shape[-2] // heads.shape[1]).reshape(*heads.shape[:1], -1, 1)
+        return torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
+
+
 @dataclass
 class Packed:
-    """Segments in token order, covering all T tokens. With ``keep``, keys and values of each layer stay in ``cache``."""
+    """Segments in token order, covering all T tokens. With ``keep``, keys and values of each call stay in ``cache``, numbered
+    in order: a layer may attend more than once."""
 
     segments: Sequence[Segment]
     keep: bool = False
     cache: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    tiles: dict[int | None, list[Tile]] = field(default_factory=dict)  # by window: the same in every layer
+    # By window and query heads of a key head: the same in many layers.
+    tiles: dict[tuple[int | None, int], list[Tile]] = field(default_factory=dict)
     spans: varlen.Spans | None = None
+    apart: Apart | None = None
+    calls: int = 0
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:
         """q [1,H,T,d], k and v [1,h,T,d] -> [1,T,H,d]."""
         if self.keep:
-            self.cache[layer] = (k, v)
-        if _one_kernel(q, k, v):
+            self.cache[self.calls] = (k, v)
+        self.calls += 1
+        if form.plain and _one_kernel(q, k, v):
             if self.spans is None:
                 self.spans = varlen.Spans.of(self.segments, q.device)
-            return varlen.attend(q[0], k[0], v[0], scale, window, self.spans)[None]
-        if window not in self.tiles:
-            self.tiles[window] = tiles(self.segments, window, q.shape[1] // k.shape[1], wide(q[:, :, :0]))
-        out: Tensor = _Tiled.apply(q[0], k[0], v[0], scale, self.tiles[window])  # type: ignore[no-untyped-call]
+            return varlen.attend(q[0], k[0], v[0], form.scale, form.window, self.spans)[None]
+        heads = q.shape[1] // k.shape[1]
+        key = (form.window, heads)
+        if key not in self.tiles:
+            self.tiles[key] = tiles(self.segments, form.window, heads, wide(q[:, :, :0]))
+        out: Tensor = _Tiled.apply(q[0], k[0], v[0], form, self.tiles[key])  # type: ignore[no-untyped-call]
         return out[None]
 
 
 class Attention(Protocol):
     """What a pass does with the queries, keys and values of a layer."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor: ...
+    calls: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -138,18 +175,18 @@ class _Tiled(torch.autograd.Function):
     """softmax(s·QKᵀ + hidden)·V tile by tile; scores and softmax at least in fp32, all other products in the model's
     precision. Probabilities are made again in the backward pass: they grow with the square of the length.
 
-    With probabilities P and g = ∂F/∂O:  ∂F/∂V = Pᵀg,  ∂F/∂(s·QKᵀ) = P ⊙ (gVᵀ − rowsum(P ⊙ gVᵀ)).
-    Query heads that share a key head are rows of one product.
+    With probabilities P and g = ∂F/∂O:  ∂F/∂V = Pᵀg,  ∂F/∂(s·QKᵀ) = P ⊙ (gVᵀ − rowsum(P ⊙ gVᵀ)), and 1 − tanh² times that
+    where scores are capped. Query heads that share a key head are rows of one product.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, tiling: Sequence[Tile]) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, form: Form, tiling: Sequence[Tile]) -> Tensor:
         """q [H,T,d], k [h,T,d], v [h,T,e] -> [T,H,e]."""
-        ctx.scale, ctx.tiling = scale, tiling
+        ctx.form, ctx.tiling = form, tiling
         wide_k = wide(k)
         out = q.new_empty(q.shape[1], q.shape[0], v.shape[-1])
         for tile in tiling:
-            p = _probabilities(_queries(q, tile, len(k)), tile.keys(wide_k), tile, scale)
+            p, _ = _probabilities(_queries(q, tile, len(k)), tile.keys(wide_k), tile, form)
             o = torch.bmm(p, tile.keys(v))
             out[tile.start : tile.end] = o.view(len(q), -1, o.shape[-1]).transpose(0, 1)
         ctx.save_for_backward(q, k, v)
@@ -164,10 +201,12 @@ class _Tiled(torch.autograd.Function):
         by_head = grad.transpose(0, 1)  # [H,T,e]
         for tile in ctx.tiling:
             queries, keys, g = _queries(q, tile, len(k)), tile.keys(k), _queries(by_head, tile, len(k))
-            p = _probabilities(queries, tile.keys(wide_k), tile, ctx.scale)
+            p, slope = _probabilities(queries, tile.keys(wide_k), tile, ctx.form)
             grad_p = torch.bmm(g, tile.keys(v).transpose(1, 2))
             tile.add_to_keys(grad_v, torch.bmm(p.transpose(1, 2), g))
-            grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype).mul_(ctx.scale)
+            grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype).mul_(ctx.form.scale)
+            if slope is not None:
+                grad_s.mul_(slope)
             tile.add_to_keys(grad_k, torch.bmm(grad_s.transpose(1, 2), queries))
             grad_q[:, tile.start : tile.end] = torch.bmm(grad_s, keys).view(len(q), -1, q.shape[-1])
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
@@ -182,10 +221,14 @@ def _queries(x: Tensor, tile: Tile, key_heads: int) -> Tensor:
     return x[:, tile.start : tile.end].reshape(key_heads, -1, x.shape[-1])
 
 
-def _probabilities(queries: Tensor, wide_keys: Tensor, tile: Tile, scale: float) -> Tensor:
-    """[h, H/h·queries, keys] in the model's precision."""
-    scores = torch.baddbmm(tile.hidden, wide(queries), wide_keys.transpose(1, 2), alpha=scale)
-    return scores.softmax(-1).to(queries.dtype)
+def _probabilities(queries: Tensor, wide_keys: Tensor, tile: Tile, form: Form) -> tuple[Tensor, Tensor | None]:
+    """[h, H/h·queries, keys] in the model's precision, and the slope of the cap, where there is one."""
+    if form.plain:
+        scores = torch.baddbmm(tile.hidden, wide(queries), wide_keys.transpose(1, 2), alpha=form.scale)
+        return scores.softmax(-1).to(queries.dtype), None
+    scaled = torch.bmm(wide(queries), wide_keys.transpose(1, 2)).mul_(form.scale)
+    slope = None if form.cap is None else (1 - (scaled / form.cap).tanh_().square_()).to(queries.dtype)
+    return form.weights(scaled, tile.hidden).to(queries.dtype), slope
 
 
 def in_one_kernel(device: torch.device, dtype: torch.dtype) -> bool:
@@ -213,7 +256,7 @@ def _agrees(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int
 
     def tiled(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         cut = tiles(segments, window, heads // key_heads, wide(q[:, :0]))
-        return _Tiled.apply(q, k, v, scale, cut)  # type: ignore[no-any-return, no-untyped-call]
+        return _Tiled.apply(q, k, v, Form(scale, window), cut)  # type: ignore[no-any-return, no-untyped-call]
 
     def one(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         return varlen.attend(q, k, v, scale, window, spans)
@@ -234,18 +277,3 @@ def _agrees(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int
         log.warning("attention goes in tiles, since the kernel for all sequences does not do here: %s", error)
         return False
     return True
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-    packed: Attention | None = None, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    assert packed is not None, "the batched engine hands over the pass in the keyword 'packed'"
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return packed.attend(int(module.layer_idx), query, key, value, scale, sliding_window), None  # type: ignore[arg-type]
-
-
-def register() -> None:
-    """No mask is registered under the name: then transformers makes none, and asks the device for nothing about it."""
-    AttentionInterface.register(NAME, _attention)

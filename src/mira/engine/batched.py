@@ -7,10 +7,9 @@ trains as if it were alone. On a CPU groups of clients train side by side, each 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from threading import Lock
 
 import torch
@@ -27,14 +26,15 @@ from mira.data.corpus import Corpus
 from mira.data.text import Encoded
 from mira.engine import cuda_graphs
 from mira.engine.attention import in_one_kernel
-from mira.engine.budget import Shares, bytes_a_token, tokens_per_pass
+from mira.engine.budget import bytes_a_token, of_use, tokens_per_pass
 from mira.engine.carrier import Carrier
 from mira.engine.checkpoint import recomputed
 from mira.engine.generate import kept_bytes
 from mira.engine.measuring import FORWARD, Measuring
 from mira.engine.memory import HALVING, OUT_OF_MEMORY, unless_out_of_memory
 from mira.engine.optim import RowOptimizer, pull
-from mira.engine.packing import Jobs, halves, plan
+from mira.engine.packing import Jobs, halves, labels_of, plan
+from mira.engine.reference import ReferenceEngine
 from mira.engine.replays import Replays
 
 log = logging.getLogger(__name__)
@@ -44,9 +44,36 @@ _TOGETHER = 2
 
 
 @dataclass(frozen=True)
+class _Step:
+    """One step of many jobs: ``rows`` [J,P], their ``grad`` [J,P] and ``loss`` [J] so far, what masks are drawn from, who is
+    ``lost``, each row's ``whole`` batch, and the rows that have gradients of a part of theirs."""
+
+    rows: Tensor
+    grad: Tensor
+    loss: Tensor
+    dropout: Sequence[torch.Generator] | None
+    lost: dict[int, str]
+    whole: Mapping[int, Sequence[Encoded]]
+    begun: set[int] = field(default_factory=set)
+
+    def undo(self, index: Sequence[int]) -> Callable[[], None]:
+        """What brings the gradients of these rows, and what draws their masks, back to where they are now."""
+        before = self.grad[index] if self.begun.intersection(index) else 0
+        states = {n: self.dropout[n].get_state() for n in index} if self.dropout else {}
+
+        def undo() -> None:
+            self.grad[index] = before
+            for n, state in states.items():
+                assert self.dropout is not None
+                self.dropout[n].set_state(state)
+
+        return undo
+
+
+@dataclass(frozen=True)
 class BatchedEngine:
     """``prefix``: compute once the tokens that all sequences of a client begin with. ``cuda_graphs``: record passes on a GPU.
-    ``stops``: the tokens that end an answer.
+    ``stops``: the tokens that end an answer. ``longest``: tokens of the run's longest sequence.
     ``kept``: the optimiser state kept under a number (``Work.kept_under``) in an earlier round, or None. ``progress``: called
     with the tokens done."""
 
@@ -61,17 +88,21 @@ class BatchedEngine:
     seed: int
     tokens_per_pass: int | None
     prefix: bool
+    longest: int = 64
     checkpointing: bool = False
     cuda_graphs: bool = True
     kept: Callable[[int], Tensor | None] = lambda client: None
     progress: Callable[[int], None] = lambda tokens: None
     carrier: Carrier = field(init=False)
     replays: Replays | None = field(init=False)
+    plain: ReferenceEngine | None = field(init=False)
     budget: int = field(init=False)  # tokens of all training passes at a time
     reporting: Lock = field(init=False, default_factory=Lock)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "carrier", Carrier.of(self.model, self.layout, self.dropout, self.prefix))
+        carrier = Carrier.of(self.model, self.layout, self.dropout, self.prefix, self.longest)
+        object.__setattr__(self, "carrier", carrier)
+        object.__setattr__(self, "plain", None if carrier.way.decodes else self._by_transformers())
         object.__setattr__(self, "replays", Replays(self.carrier) if self._recordable else None)
         object.__setattr__(self, "budget", self.tokens_per_pass or self._fitting())
 
@@ -79,7 +110,9 @@ class BatchedEngine:
     def _recordable(self) -> bool:
         """Where masks are drawn, layers computed again or placeholders looked for, a pass is not the same each time, nor where
         attention goes in tiles."""
-        same = not (self.dropout or self.checkpointing or self.layout.virtual_tokens)
+        same = (
+            not (self.dropout or self.checkpointing or self.layout.virtual_tokens) and self.carrier.way.kind == "packed"
+        )
         there = self.model.device.type in cuda_graphs.DEVICES and in_one_kernel(self.model.device, self.model.dtype)
         return self.cuda_graphs and same and there
 
@@ -88,7 +121,7 @@ class BatchedEngine:
         # Longest first: who is still active in a step are then the first.
         order = sorted(range(len(batches)), key=lambda j: -len(batches[j]))
         sizes = [[self.carrier.tokens(step) for step in batches[j]] for j in order]
-        shares = Shares.of(self.model, [max(size) for size in sizes], self.budget)
+        shares = self.carrier.shares([max(size) for size in sizes], self.budget)
         planned = plan(sizes, _TOGETHER * shares.tokens, shares.workers)
         groups = [[order[n] for n in group] for group in planned]
         tokens = [sum(sum(sizes[n]) for n in group) for group in planned]
@@ -122,11 +155,11 @@ class BatchedEngine:
         stretch = self.layout.stretch(rows)
         for step in range(len(batches[0])):
             active = sum(len(steps) > step for steps in batches)
-            now = [(n, batches[n][step]) for n in range(active) if n not in lost]
+            whole = {n: batches[n][step] for n in range(active) if n not in lost}
             grad[:active].zero_()
-            seen = rows if stretch is None else rows * stretch
-            for part in self.carrier.passes(now, budget):
-                self._accumulate(part, seen, grad, loss, dropout, lost)
+            now = _Step(rows if stretch is None else rows * stretch, grad, loss, dropout, lost, whole)
+            for part in self.carrier.passes(self._pieces(whole), budget):
+                self._accumulate(part, now)
             if stretch is not None:
                 grad[:active].mul_(stretch[:active])
             if anchor is not None and prox is not None:  # before clipping: part of the objective
@@ -170,8 +203,24 @@ class BatchedEngine:
 
     def answer(self, rows: Tensor, prompts: Sequence[Sequence[Sequence[int]]], max_new_tokens: int) -> list[list[str]]:
         """Greedy answers of row i [n,P] to each of prompts[i] (token ids), rows together in one batch."""
+        if self.plain is not None:
+            return self.plain.answer(rows, prompts, max_new_tokens)
         answers = self._measuring.answer(rows, prompts, self.stops, max_new_tokens)
         return [[self.decode(tokens) for tokens in row] for row in answers]
+
+    def _by_transformers(self) -> ReferenceEngine:
+        """Who answers where a pass keeps too little to go on from: transformers, with its own cache."""
+        return ReferenceEngine(
+            self.model,
+            self.pad,
+            self.stops,
+            self.decode,
+            self.layout,
+            self.dropout,
+            self.corpus,
+            self.training,
+            self.seed,
+        )
 
     @property
     def _measuring(self) -> Measuring:
@@ -179,33 +228,42 @@ class BatchedEngine:
         most = self.budget if self.checkpointing else FORWARD * self.budget
         return Measuring(self.carrier, self.budget, most, self._report, self._released)
 
-    def _accumulate(
-        self, part: Jobs, rows: Tensor, grad: Tensor, loss: Tensor,
-        dropout: Sequence[torch.Generator] | None, lost: dict[int, str],
-    ) -> None:  # fmt: skip
-        """Add the gradient and the loss of one pass. Out of memory: without recordings, then halve the pass; a client that does
-        not fit alone is lost."""
+    def _pieces(self, batches: Mapping[int, Sequence[Encoded]]) -> Jobs:
+        """Jobs of at most the budget, where a batch has more than is of use in a pass."""
+        room = max(self.budget, of_use(self.model.dtype))
+        return [(row, piece) for row, batch in batches.items() for piece in self.carrier.cut(batch, room)]
+
+    def _accumulate(self, part: Jobs, now: _Step) -> None:
+        """Add the gradient and the loss of one pass. Out of memory: without recordings, then halve the pass; a client of whom one
+        sequence does not fit alone is lost."""
         index = [row for row, _ in part]
-        each = unless_out_of_memory(lambda: self._backward(part, rows, grad, dropout))
+        undo = now.undo(index)
+        each = unless_out_of_memory(lambda: self._backward(part, now))
         if each is not None:
-            loss.index_add_(0, self.carrier.sent(torch.tensor(index)), each)
+            now.loss.index_add_(0, self.carrier.sent(torch.tensor(index)), each)
+            now.begun.update(index)
             self._report(part)
             return
-        grad[index] = 0
+        undo()
         if self._released():
-            self._accumulate(part, rows, grad, loss, dropout, lost)
+            self._accumulate(part, now)
             return
-        if len(part) == 1:
-            lost[index[0]] = OUT_OF_MEMORY
+        if not halves(part):
+            now.lost[index[0]] = OUT_OF_MEMORY
             return
-        log.warning(HALVING, f"training {len(part)} clients", self.budget)
+        clients = len(set(index))
+        log.warning(HALVING, "training one client" if clients == 1 else f"training {clients} clients", self.budget)
         for half in halves(part):
-            self._accumulate(half, rows, grad, loss, dropout, lost)
+            kept = [(row, sequences) for row, sequences in half if row not in now.lost]
+            if kept:
+                self._accumulate(kept, now)
 
-    def _backward(self, part: Jobs, rows: Tensor, grad: Tensor, dropout: Sequence[torch.Generator] | None) -> Tensor:
-        """One pass forward and back; the mean label loss of each job (float64)."""
-        packed = self.carrier.pack(part)
-        return (self.replays or self.carrier).learn(packed, Lane(rows, packed.ranges, grad, dropout, packed.predict))
+    def _backward(self, part: Jobs, now: _Step) -> Tensor:
+        """One pass forward and back; what each job adds to the mean label loss of its batch (float64)."""
+        packed = self.carrier.pack(part, {row: sum(map(labels_of, batch)) for row, batch in now.whole.items()})
+        lane = Lane(now.rows, packed.ranges, now.grad, now.dropout, packed.predict)
+        complete = all(len(sequences) == len(now.whole[row]) for row, sequences in part)
+        return (self.replays if self.replays and complete else self.carrier).learn(packed, lane)
 
     def _released(self) -> bool:
         """Whether recordings held memory until now."""
@@ -216,11 +274,11 @@ class BatchedEngine:
         if not self.checkpointing:
             return nullcontext()
         base = self.carrier
-        return recomputed(self.model, lambda: base.own_lane.dropout or (), lambda: partial(base.lane, base.own_lane))
+        return recomputed(self.model, lambda: base.own_lane.dropout or (), base.again)
 
     def _fitting(self) -> int:
         if not self.layout.entries:  # the base alone has no backward pass to measure
-            each = FORWARD * kept_bytes(self.model)
+            each = FORWARD * max(1.0, kept_bytes(self.carrier.body))
             return tokens_per_pass(self.model.device, self.model.dtype, each, torch.get_num_threads())
         rows = self.carrier.rows(torch.zeros(1, self.layout.size))
         tensors = (*self.model.parameters(), *self.model.buffers(), rows)

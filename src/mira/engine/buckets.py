@@ -68,7 +68,8 @@ class Bucket:
             positions=torch.cat([packed.positions, packed.positions.new_zeros(sum(sizes))]),
             ranges=tuple(ranges), segments=(*packed.segments, *segments), predict=torch.cat([packed.predict, places]),
             target=torch.cat([packed.target, torch.zeros_like(places)]), owner=torch.cat([packed.owner, owner]),
-            job=torch.cat([packed.job, self.jobs + torch.arange(self.filler)]), prompts=(*packed.prompts, *segments),
+            job=torch.cat([packed.job, self.jobs + torch.arange(self.filler)]),
+            labels=torch.cat([packed.labels, torch.ones(self.filler, dtype=torch.int64)]), prompts=(*packed.prompts, *segments),
         )  # fmt: skip
 
     def spans(self, filled: Pass) -> Spans:

@@ -92,10 +92,12 @@ class Shares:
     tokens: int
 
     @staticmethod
-    def of(model: PreTrainedModel, sizes: Sequence[int], most: int, times: int = 1) -> Shares:
+    def of(
+        model: PreTrainedModel, sizes: Sequence[int], most: int, times: int = 1, in_turn: bool = False
+    ) -> Shares:  # fmt: skip
         """For jobs of ``sizes`` tokens, of which ``most`` may be in memory at a time. ``times``: what is of use, in terms of
-        training."""
-        if model.device.type != "cpu":
+        training. ``in_turn``: one pass after another."""
+        if model.device.type != "cpu" or in_turn:
             return Shares(1, most)
         threads = torch.get_num_threads()
         workers = max(1, min(threads, len(sizes), most // max([1, *sizes])))

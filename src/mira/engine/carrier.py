@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from mira.adapters.attach import Attached, attach
 from mira.adapters.lowrank import Lane
 from mira.core.device import sent
+from mira.core.errors import UserError
 from mira.core.layout import Layout
 from mira.data.text import Encoded
-from mira.engine.attention import Packed
-from mira.engine.exchange import exchange, find_last
+from mira.engine.attention import Attention, Packed
+from mira.engine.body import Body, Head
+from mira.engine.budget import Shares
+from mira.engine.exchange import Way, exchange, find_last, try_adapters
 from mira.engine.loss import LabelLoss
-from mira.engine.packing import Jobs, Pass, pack, packed_tokens, plan
+from mira.engine.packing import Jobs, Pass, common_prefix, pack, packed_tokens, plan, prepended, read_tokens
+from mira.engine.seam import attending, in_this_thread
 
 
 @dataclass(frozen=True)
 class Inputs:
     """What a training pass of T tokens, N labels and J jobs reads: ``tokens`` and ``positions`` [T]; of each label the place
-    that predicts it, the ``target`` and its ``job`` [N]; ``weight`` [J] (float64): one over a job's labels, or 0 where its loss
-    does not count."""
+    that predicts it, the ``target`` and its ``job`` [N]; ``weight`` [J] (float64): one over the labels of a job's whole batch, or
+    0 where its loss does not count."""
 
     tokens: Tensor
     positions: Tensor
@@ -38,7 +43,7 @@ class Inputs:
     def of(packed: Pass, jobs: int | None = None) -> Inputs:
         """On the CPU. ``jobs``: of so many the loss counts; None: of all."""
         job = packed.job[packed.owner]
-        weight = job.bincount(minlength=len(packed.ranges)).double().reciprocal()
+        weight = packed.labels.double().reciprocal()
         weight[len(weight) if jobs is None else jobs :] = 0
         return Inputs(packed.tokens, packed.positions, packed.predict, packed.target, job, weight)
 
@@ -53,24 +58,34 @@ class Carrier:
     model: PreTrainedModel
     layout: Layout
     attached: Attached
+    way: Way
     prefix: bool
 
     @staticmethod
-    def of(model: PreTrainedModel, layout: Layout, dropout: float, prefix: bool) -> Carrier:
-        """Raises UserError where the architecture cannot be packed."""
-        exchange(model)
+    def of(model: PreTrainedModel, layout: Layout, dropout: float, prefix: bool, longest: int) -> Carrier:
+        """``longest``: tokens of the run's longest sequence. Raises CannotPackError where the architecture cannot be packed."""
         attached = attach(model, layout, dropout)
-        find_last(model, attached, layout.size)
-        return Carrier(model, layout, attached, prefix)
+        try:
+            way = exchange(model, attached, longest)
+            try_adapters(way.body, attached, layout.size)
+        except UserError:
+            attached.detach()
+            raise
+        find_last(way.body, attached, layout.size)
+        # What is computed apart computes a prefix for each of its readers.
+        return Carrier(model, layout, attached, way, prefix and not way.body.apart)
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
     @property
-    def head(self) -> nn.Module:
-        head: nn.Module = self.model.get_output_embeddings()
-        return head
+    def body(self) -> Body:
+        return self.way.body
+
+    @property
+    def head(self) -> Head:
+        return self.way.head
 
     def rows(self, rows: Tensor) -> Tensor:
         """Rows on the device in the adapters' precision: fp32, or fp64 on an fp64 base."""
@@ -88,11 +103,10 @@ class Carrier:
 
     @contextmanager
     def lane(self, lane: Lane) -> Iterator[Lane]:
-        before, self.attached.lane = self.attached.lane, lane
         try:
-            yield lane
+            with self.attached.on(lane):
+                yield lane
         finally:
-            self.attached.lane = before
             lane.ready.clear()  # of a pass that failed; its graph holds the lane
 
     @property
@@ -100,12 +114,33 @@ class Carrier:
         assert self.attached.lane is not None, "within a pass"
         return self.attached.lane
 
-    def pack(self, jobs: Jobs) -> Pass:
-        return pack(jobs, self.prefix, self.layout.virtual_tokens)
+    @contextmanager
+    def _again(self, lane: Lane, how: Attention | None) -> Iterator[None]:
+        with self.attached.on(lane), attending(how):
+            yield
+
+    def again(self) -> Callable[[], AbstractContextManager[None]]:
+        """What this thread's pass is computed inside of, for where its layers are computed again."""
+        return partial(self._again, self.own_lane, in_this_thread())
+
+    def pack(self, jobs: Jobs, labels: Mapping[int, int] | None = None) -> Pass:
+        """``labels``: of each row's whole batch, where a job may be a part of it."""
+        return pack(jobs, self.prefix, self.layout.virtual_tokens, labels)
+
+    def cut(self, sequences: Sequence[Encoded], room: int, more: int = 0) -> Iterator[Sequence[Encoded]]:
+        """Pieces of one client's sequences of at most ``room`` tokens, of a single sequence at least. ``more``: tokens that come
+        to each meanwhile."""
+        whole = prepended(sequences, self.layout.virtual_tokens)
+        shared = common_prefix(whole) if self.prefix else 0  # once in each piece
+        for chosen in plan([[read_tokens(s) - shared + more] for s in whole], room - shared):
+            yield [sequences[n] for n in chosen]
 
     def tokens(self, sequences: Sequence[Encoded], more: int = 0) -> int:
         """Of one client in a pass, each sequence with so many ``more``."""
         return packed_tokens(sequences, self.prefix, self.layout.virtual_tokens) + more * len(sequences)
+
+    def shares(self, sizes: Sequence[int], most: int, times: int = 1) -> Shares:
+        return Shares.of(self.model, sizes, most, times, self.way.in_turn)
 
     def passes(self, jobs: Jobs, budget: int, multiple: int = 1, more: int = 0) -> Iterator[Jobs]:
         for chosen in plan([[self.tokens(sequences, more)] for _, sequences in jobs], budget, multiple):
@@ -113,17 +148,15 @@ class Carrier:
 
     def hidden(self, tokens: Tensor, positions: Tensor, packed: Packed) -> Tensor:
         """Last hidden states [T,d] of ``tokens`` and ``positions`` [T], on the device."""
-        out = self.model.base_model(
-            input_ids=tokens[None], position_ids=positions[None], use_cache=False, packed=packed
-        )
-        return out.last_hidden_state[0]  # type: ignore[no-any-return]
+        return self.body(tokens[None], positions[None], packed)[0]
 
     def read(self, packed: Pass) -> Tensor:
         """Last hidden states [T,d] of a pass."""
         return self.hidden(self.sent(packed.tokens), self.sent(packed.positions), Packed(packed.segments))
 
     def learn(self, packed: Pass, lane: Lane) -> Tensor:
-        """One pass forward and back, gradients into ``lane.grad``; the mean label loss of each job [J] (float64)."""
+        """One pass forward and back, gradients into ``lane.grad``; what each job [J] adds to the mean label loss of its batch
+        (float64)."""
         return self.learn_from(Inputs.of(packed).sent(self.device), Packed(packed.segments), lane)
 
     def learn_from(self, given: Inputs, packed: Packed, lane: Lane) -> Tensor:

@@ -8,14 +8,15 @@ by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -62,22 +63,53 @@ def _call(
     forward: Callable[..., Any], generators: Callable[[], Sequence[torch.Generator]],
     again: Callable[[], Surroundings], *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
-    flat, shape = tree_flatten((args, kwargs))
+    top, shape = tree_flatten((args, tuple(kwargs.values())), is_leaf=_is_shared)
+    flat, inner = tree_flatten([dict(leaf) if _is_shared(leaf) else leaf for leaf in top])
     places = [n for n, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
-
-    def run(*tensors: Tensor) -> Any:
-        again = list(flat)
-        for place, tensor in zip(places, tensors, strict=True):
-            again[place] = tensor
-        new_args, new_kwargs = tree_unflatten(again, shape)
-        return forward(*new_args, **new_kwargs)
-
-    tensors = [flat[place] for place in places]
+    tensors, names = [flat[place] for place in places], tuple(kwargs)
     for place in places:
         flat[place] = None  # kept by autograd alone, which lets go of them after the backward pass
+    shared = [leaf if _is_shared(leaf) else None for leaf in top]
+    top.clear()
+    made: list[TreeSpec] = []
+
+    def run(*tensors: Tensor) -> tuple[Any, ...]:
+        filled = list(flat)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        before = tree_unflatten(filled, inner)
+        now = [x if one is None else _with(one, x) for one, x in zip(shared, before, strict=True)]
+        new_args, values = tree_unflatten(now, shape)
+        out = forward(*new_args, **dict(zip(names, values, strict=True)))
+        written = [
+            {} if one is None else {key: value for key, value in after.items() if value is not x.get(key)}
+            for one, x, after in zip(shared, before, now, strict=True)
+        ]
+        leaves, spec = tree_flatten((out, written))
+        made[:] = [spec]
+        return tuple(leaves)
+
     # Without a tensor that asks for gradients the first layer would not be recorded: its input is frozen.
     probe = torch.empty(0, requires_grad=True)
-    return _Recomputed.apply(run, generators(), again(), probe, *tensors)  # type: ignore[no-untyped-call]
+    leaves = _Recomputed.apply(run, generators(), again(), probe, *tensors)  # type: ignore[no-untyped-call]
+    out, written = tree_unflatten(leaves, made[0])
+    for one, new in zip(shared, written, strict=True):
+        if one is not None:
+            one.update(new)
+    return out
+
+
+def _is_shared(x: Any) -> bool:
+    """Whether a layer may leave something in it for later layers, such as keys and values."""
+    return isinstance(x, MutableMapping)
+
+
+def _with(shared: MutableMapping[Any, Any], content: dict[Any, Any]) -> MutableMapping[Any, Any]:
+    """One of the same kind with other content."""
+    made = copy(shared)
+    made.clear()
+    made.update(content)
+    return made
 
 
 class _Recomputed(torch.autograd.Function):
@@ -95,8 +127,7 @@ class _Recomputed(torch.autograd.Function):
         asks = ctx.needs_input_grad[4:]
         inputs = [t.detach().requires_grad_(ask) for t, ask in zip(ctx.saved_tensors, asks, strict=True)]
         with torch.enable_grad(), _rewound(ctx.generators, ctx.states), ctx.again():
-            out = ctx.run(*inputs)
-        outs = out if isinstance(out, tuple) else (out,)
+            outs = ctx.run(*inputs)
         # None below the first adapter.
         asking = [n for n, tensor in enumerate(outs) if isinstance(tensor, Tensor) and tensor.requires_grad]
         # Not torch.autograd.grad: the adapters' gradients go where they go without recomputing.

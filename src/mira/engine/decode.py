@@ -12,11 +12,11 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from mira.engine.attention import Segment, wide
+from mira.engine.attention import Form, Segment, wide
 
 _ROOM = 32  # the cache grows by this many tokens at a time
 
-Cache = dict[int, tuple[Tensor, Tensor]]  # layer -> keys, values
+Cache = dict[int, tuple[Tensor, Tensor]]  # number of the call of attention in a pass -> keys, values
 
 
 @dataclass
@@ -37,10 +37,12 @@ class Decode:
     seat: Tensor
     length: int
     hidden: dict[int | None, Tensor] = field(default_factory=dict)  # by window: the same in every layer
+    calls: int = 0  # of this step
 
     def advance(self) -> None:
         """Make a place for one more token."""
         self.length += 1
+        self.calls = 0
         self.hidden.clear()
         for layer, (keys, values) in self.own.items():
             if self.length > keys.shape[2]:
@@ -60,8 +62,10 @@ class Decode:
         self.sitting.view(-1)[self.seat] = torch.arange(len(places), device=places.device)
         self.hidden.clear()
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:
         """q [B,H,1,d], k and v [B,h,1,d] -> [B,1,H,d]. Scores and softmax at least in fp32."""
+        layer, window = self.calls, form.window
+        self.calls += 1
         for cache, new in zip(self.own[layer], (k, v), strict=True):
             cache[:, :, self.length - 1] = new[:, :, 0]
         keys, values = (cache[:, :, : self.length] for cache in self.own[layer])
@@ -73,7 +77,7 @@ class Decode:
         scores = torch.cat([with_prefix, queries @ wide(keys).transpose(2, 3)], -1)
         if window not in self.hidden:
             self.hidden[window] = self._hidden(shared, window).to(scores.dtype)
-        p = scores.mul_(scale).add_(self.hidden[window]).softmax(-1).to(v.dtype)
+        p = form.weights(scores.mul_(form.scale), self.hidden[window]).to(v.dtype)
         out = p[..., shared:] @ values + self._stand(self._sit(p[..., :shared]) @ shared_values)
         return out.reshape(len(q), 1, q.shape[1], -1)
 
@@ -118,8 +122,8 @@ def after(prompts: Sequence[Segment], cache: Cache, new: int) -> Decode:
         return torch.tensor(values, device=some.device)
 
     return Decode(
-        {layer: (_laid(k, spans, 0), _laid(v, spans, 0)) for layer, (k, v) in cache.items()},
-        {layer: (_laid(k, own, room), _laid(v, own, room)) for layer, (k, v) in cache.items()},
+        {call: (_laid(k, spans, 0), _laid(v, spans, 0)) for call, (k, v) in cache.items()},
+        {call: (_laid(k, own, room), _laid(v, own, room)) for call, (k, v) in cache.items()},
         pad=numbers([[length - (s.end - s.start)] for s in prompts]),
         read=numbers([[s.prefix] for s in prompts]),
         sitting=numbers([[*group, *[0] * (seats - len(group))] for group in groups]),

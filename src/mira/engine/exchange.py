@@ -1,6 +1,10 @@
-"""Giving a model the packed attention, and proof on the spot that it still computes what it did."""
+"""How the passes of a model are computed, and proof on the spot that they give what it gave."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -8,77 +12,253 @@ from transformers import PreTrainedModel
 
 from mira.adapters.attach import Attached
 from mira.adapters.lowrank import Lane
-from mira.core.errors import UserError
-from mira.engine import attention
+from mira.engine import seam
 from mira.engine.attention import Packed, Segment
+from mira.engine.body import Body, Head
+from mira.engine.decode import after
+from mira.engine.faults import FAULTS, cannot_carry, is_no_fault, told
+from mira.engine.generate import positions
+from mira.engine.mixers import mixers
+from mira.engine.seam import CannotPackError
+from mira.engine.watch import Seen, watch
 
-# What changes logits or attention scores too little to show on every probe.
-_UNSUPPORTED = ("final_logit_softcapping", "attn_logit_softcapping", "logits_scaling", "logit_scale")
-_LENGTH = 4  # tokens of a probe; short, so that what leaks from the sequence before it weighs
+_LONGEST = 1024  # tokens of a probe's first sequence
+_SHORT = 6  # of those beside it
+_FEW, _MIDDLE = 4, 96  # sequences, and tokens of each, that show whether a token sees those behind it
+_LENGTH = 4  # of the probe for the last MLP; short, so that what leaks from the token before weighs
+# Of one token's hidden state, relative. bf16 rounds at 2⁻⁸ in every layer (0.02 on SmolLM2); a leak or a missing term moves some
+# token by tenths or more. Of the same pass with one sequence changed nothing but another's rounding may differ.
+_SAME = {torch.bfloat16: 0.2, torch.float16: 0.2}
+_LEAK = {torch.bfloat16: 0.01, torch.float16: 0.01}
+_Made = TypeVar("_Made")
+
+
+@dataclass(frozen=True)
+class Way:
+    """``kind``: 'packed'; 'packed, mixers apart', whose sequences come to some of its modules one by one; or 'apart', where all
+    of the model is computed so. ``decodes``: packed prompts can be answered too. ``in_turn``: passes come one after another,
+    since modules keep what they computed."""
+
+    body: Body
+    head: Head
+    kind: str
+    decodes: bool
+    in_turn: bool
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Three sequences, two of which share a prefix, as the model gives them by itself: hidden states ``alone`` of each, with one
+    more token than a pass has of it, and the ``logits`` [n,V] of the last."""
+
+    sequences: tuple[Tensor, ...]
+    shared: int
+    alone: tuple[Tensor, ...]
+    logits: Tensor
+
+    @staticmethod
+    def of(body: Body, longest: int) -> _Probe:
+        sequences, shared = _sequences(body.model, longest)
+        alone = tuple(body.module(input_ids=one[None], use_cache=False).last_hidden_state[0] for one in sequences)
+        return _Probe(sequences, shared, alone, body.model(input_ids=sequences[-1][None], use_cache=False).logits[0])
+
+    @property
+    def segments(self) -> list[Segment]:
+        a, b, c = (len(one) - 1 for one in self.sequences)
+        p = self.shared
+        ends = [p, a, a + b - p, a + b - p + c]
+        return [Segment(0, p), Segment(p, ends[1], 0, p), Segment(ends[1], ends[2], 0, p), Segment(ends[2], ends[3])]
+
+    def read(self, body: Body, keep: bool = False, changed: bool = False) -> tuple[Tensor, Packed]:
+        """Hidden states [T,d] of the pass. ``changed``: with other tokens of the first sequence behind the prefix."""
+        a, b, c = (one[:-1] for one in self.sequences)
+        own = a[self.shared :].flip(0) if changed else a[self.shared :]
+        tokens = torch.cat([a[: self.shared], own, b[self.shared :], c])
+        places = [torch.arange(s.prefix, s.prefix + s.end - s.start) for s in self.segments]
+        packed = Packed(self.segments, keep=keep)
+        return body(tokens[None], torch.cat(places).to(tokens.device)[None], packed)[0], packed
+
+    def wanted(self) -> Tensor:
+        a, b, c = (one[:-1] for one in self.alone)
+        return torch.cat([a, b[self.shared :], c])
 
 
 @torch.no_grad()
-def exchange(model: PreTrainedModel) -> None:
-    """Two short sequences, alone and packed, must get the same logits. They do not where an architecture mixes tokens
-    outside its attention (convolutions, recurrences), adds to it (sinks) or changes logits after the head: raises
-    UserError then, rather than train on wrong numbers."""
-    config = model.config.get_text_config()
-    where, instead = f"engine.name=batched: architecture '{model.config.model_type}'", "use engine.name=reference"
-    for name in _UNSUPPORTED:
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise UserError(f"{where} uses {name}, which is not supported; {instead}")
-    exchangeable = model._supports_attention_backend and model.base_model is not model
-    if not exchangeable or getattr(model.config, "is_encoder_decoder", False):
-        raise UserError(f"{where} cannot exchange its attention; {instead}")
-    ids = torch.arange(2 * _LENGTH, device=model.device).view(2, _LENGTH) * 7 % config.vocab_size
-    model.set_attn_implementation("eager")  # which every architecture has; also where this is not the first engine
-    alone = torch.cat([model(input_ids=one[None], use_cache=False).logits[0] for one in ids])
-    attention.register()
-    model.set_attn_implementation(attention.NAME)
-    segments = [Segment(n * _LENGTH, (n + 1) * _LENGTH) for n in range(2)]
-    out = model.base_model(
-        input_ids=ids.view(1, -1), position_ids=torch.arange(_LENGTH, device=model.device).repeat(2)[None],
-        use_cache=False, packed=Packed(segments),
-    )  # fmt: skip
-    packed = model.get_output_embeddings()(out.last_hidden_state[0])
-    # bf16 rounds at 2⁻⁸ in every layer (0.02 on SmolLM2); a leak or a missing term moves some token by tenths or more.
-    limit = 0.2 if model.dtype in (torch.bfloat16, torch.float16) else 1e-3
-    error = _difference(packed, alone)
-    if not error <= limit:
-        raise UserError(
-            f"{where} computes other logits when sequences are packed (relative difference {error:.2g}); {instead}"
+def exchange(model: PreTrainedModel, attached: Attached, longest: int) -> Way:
+    """The first way that gives what the model gives by itself, of sequences of ``longest`` tokens. Raises CannotPackError, and
+    leaves the model's attention as it was, where there is none."""
+    usual = model.config._attn_implementation
+    try:
+        return _exchange(model, attached, longest)
+    except CannotPackError as error:
+        _attend(model, usual)
+        raise CannotPackError(f"architecture '{model.config.model_type}' {error.reason}") from None
+
+
+def _exchange(model: PreTrainedModel, attached: Attached, longest: int) -> Way:
+    usual = model.config._attn_implementation
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise CannotPackError("has an encoder, which the engine does not feed")
+    _attend(model, "eager")  # which every architecture has; also where this is not the first engine
+    body = _tried(lambda: Body.of(model, attached))
+    seen = _tried(lambda: watch(replace(body, apart=True)))
+    _tried(lambda: _check_order(body, longest))
+    probe = _tried(lambda: _Probe.of(body, longest))
+    seam.register()
+    _attend(model, seam.NAME)
+    try:
+        kind = _packed(body, probe, longest, seen)
+    except CannotPackError:
+        _attend(model, "eager" if usual == seam.NAME else usual)
+        body, kind = replace(body, apart=True), "apart"
+        _check(probe, body)
+    head = body.head(probe.alone[-1])
+    if _difference(head(probe.read(body)[0][-len(probe.logits) + 1 :]), probe.logits[:-1]) > _limit(model, _SAME):
+        raise CannotPackError("makes other logits of the same hidden states")
+    return Way(body, head, kind, kind == "packed" and _decodes(body, probe), seen.keeping)
+
+
+def _check_order(body: Body, longest: int) -> None:
+    """Raises CannotPackError where what a token becomes changes with those behind it, as in a choice among all tokens."""
+    draw = torch.Generator().manual_seed(1)
+    usual = _usual(body.model)
+    some = usual[torch.randint(len(usual), (_FEW, min(longest, _MIDDLE)), generator=draw)].to(body.model.device)
+    whole, part = (
+        body.module(input_ids=ids, use_cache=False).last_hidden_state for ids in (some, some[:, : some.shape[1] // 2])
+    )
+    if not _difference(whole[:, : part.shape[1]], part) <= _limit(body.model, _SAME):
+        raise CannotPackError("lets a token see those behind it")
+
+
+def _packed(body: Body, probe: _Probe, longest: int, seen: Seen) -> str:
+    """How sequences are packed that is right."""
+    if seen.numbering:
+        raise CannotPackError("numbers the tokens of a pass itself")
+    chunk = getattr(body.model.config.get_text_config(), "attention_chunk_size", None)
+    if chunk is not None and longest > chunk:  # which a short probe does not show
+        raise CannotPackError(f"attends within chunks of {chunk} tokens")
+    try:
+        _check(probe, body)
+    except CannotPackError:
+        found = _tried(lambda: mixers(body, probe.sequences[0]))
+        if not found:
+            raise
+        for mixer in found:
+            body.alone(mixer)
+        _check(probe, body)
+        return "packed, mixers apart"
+    return "packed"
+
+
+def _check(probe: _Probe, body: Body) -> None:
+    """Raises CannotPackError where a pass gives other hidden states than the model by itself, or one of its sequences changes
+    with another."""
+    together, packed = _tried(lambda: probe.read(body))
+    if not (packed.calls or packed.apart):
+        raise CannotPackError("has no attention that can be exchanged")
+    error = _difference(together, probe.wanted())
+    if not error <= _limit(body.model, _SAME):
+        raise CannotPackError(
+            f"computes other hidden states when sequences share a pass (relative difference {error:.2g})"
         )
+    if body.model.dtype in _LEAK:
+        changed, own = probe.read(body, changed=True)[0], slice(probe.shared, len(probe.sequences[0]) - 1)
+        leak = max(_difference(x[: own.start], y[: own.start]) for x, y in [(changed, together)])
+        leak = max(leak, _difference(changed[own.stop :], together[own.stop :]))
+        if not leak <= _LEAK[body.model.dtype]:
+            raise CannotPackError(f"lets packed sequences see each other (relative difference {leak:.2g})")
+
+
+def _decodes(body: Body, probe: _Probe) -> bool:
+    """Whether one more token of each sequence is what it is alone, after the keys and values that a pass left."""
+    _, packed = probe.read(body, keep=True)
+    state = after([s for s in packed.segments[1:]], packed.cache, 1)
+    state.advance()
+    tokens = torch.stack([one[-1:] for one in probe.sequences])
+    places = torch.tensor([[len(one) - 1] for one in probe.sequences], device=tokens.device)
+    try:
+        found = body(tokens, places, state)[:, 0]
+    except FAULTS as error:
+        if is_no_fault(error):
+            raise
+        return False
+    wanted = torch.stack([one[-1] for one in probe.alone])
+    return _difference(found, wanted) <= _limit(body.model, _SAME)
+
+
+def _sequences(model: PreTrainedModel, longest: int) -> tuple[tuple[Tensor, ...], int]:
+    """The probe's, and how many tokens the first two share."""
+    usual = _usual(model)
+    length = max(2, min(longest, positions(model) - 1, _LONGEST))
+    short = min(_SHORT, length)
+    draw = torch.Generator().manual_seed(0)
+    a, b, c = (usual[torch.randint(len(usual), (n,), generator=draw)] for n in (length + 1, short + 1, short + 1))
+    shared = length // 2
+    b = torch.cat([a[:shared], b[: length + 1 - shared]])
+    return tuple(one.to(model.device) for one in (a, b, c)), shared
+
+
+def _usual(model: PreTrainedModel) -> Tensor:
+    """Tokens that mean nothing special."""
+    config = model.config
+    named = [
+        value for one in (config, config.get_text_config()) for name, value in vars(one).items() if "token_id" in name
+    ]
+    special = {token for value in named for token in (value if isinstance(value, list) else [value])}
+    size = int(config.get_text_config().vocab_size)
+    return torch.tensor([token for token in range(min(size, 1024)) if token not in special])
+
+
+def _attend(model: PreTrainedModel, way: str) -> None:
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(way)
+
+
+def _tried(compute: Callable[[], _Made]) -> _Made:
+    """What it gives, or CannotPackError with the reason."""
+    with told(lambda reason: CannotPackError(f"cannot be called as the engine calls it ({reason})")):
+        return compute()
 
 
 @torch.no_grad()
-def find_last(model: PreTrainedModel, attached: Attached, width: int) -> None:
+def try_adapters(body: Body, attached: Attached, width: int) -> None:
+    """Raises UserError where a layer cannot carry an adapter."""
+    device = body.model.device
+    ids = torch.ones(1, _LENGTH, dtype=torch.int64, device=device)
+    with attached.on(Lane(torch.zeros(1, width, device=device), [(0, 0, _LENGTH)])), told(cannot_carry):
+        body(ids, torch.arange(_LENGTH, device=device)[None], Packed([Segment(0, _LENGTH)]))
+
+
+@torch.no_grad()
+def find_last(body: Body, attached: Attached, width: int) -> None:
     """Which MLP of ``attached`` may leave out the tokens that nobody reads: one after which no token sees another. The
     order of modules is no proof that the last one is; that a needed token's hidden state stays as it was, is."""
-    if not attached.mlps:
+    if not attached.mlps or body.apart:
         return
-    row = torch.zeros(1, width, device=model.device)
-    needed = torch.tensor([_LENGTH - 1])
+    device = body.model.device
+    row, needed = torch.zeros(1, width, device=device), torch.tensor([_LENGTH - 1])
 
     def hidden(last: nn.Module | None) -> Tensor:
-        attached.last, attached.lane = last, Lane(row, [(0, 0, _LENGTH)], needed=needed)
+        attached.last = last
+        ids = torch.arange(_LENGTH, device=device)[None]
         try:
-            ids = torch.arange(_LENGTH, device=model.device)[None]
-            packed = Packed([Segment(0, _LENGTH)])
-            out: Tensor = model.base_model(
-                input_ids=ids + 1, position_ids=ids, use_cache=False, packed=packed
-            ).last_hidden_state[0]
-            return out
+            with attached.on(Lane(row, [(0, 0, _LENGTH)], needed=needed)):
+                return body(ids + 1, ids, Packed([Segment(0, _LENGTH)]))[0]
         finally:
-            attached.last, attached.lane = None, None
+            attached.last = None
 
     whole, part = hidden(None), hidden(attached.mlps[-1])
-    limit = 0.05 if model.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    limit = 0.05 if body.model.dtype in (torch.bfloat16, torch.float16) else 1e-4
     if _difference(part[needed], whole[needed]) <= limit:
         attached.last = attached.mlps[-1]
+
+
+def _limit(model: PreTrainedModel, limits: dict[torch.dtype, float]) -> float:
+    return limits.get(model.dtype, 1e-3)
 
 
 def _difference(x: Tensor, y: Tensor) -> float:
     """Largest relative difference over tokens; none where they are equal, also to 0, as a padding token's may be."""
     x, y = x.double(), y.double()
     error = (x - y).norm(dim=-1)
-    return float(torch.where(error == 0, error, error / y.norm(dim=-1)).max())
+    return float(torch.where(error == 0, error, error / y.norm(dim=-1)).max()) if len(x) else 0.0

@@ -7,12 +7,13 @@ from collections.abc import Sequence, Set
 from itertools import accumulate
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from mira.adapters.lowrank import Lane
 from mira.core.threads import still_wanted
 from mira.engine.attention import Packed, Segment
+from mira.engine.body import Body, Head
 from mira.engine.decode import Decode, after
 from mira.engine.packing import Pass
 
@@ -32,18 +33,18 @@ def positions(model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
-def kept_bytes(model: PreTrainedModel) -> float:
+def kept_bytes(body: Body) -> float:
     """Keys and values that decoding keeps of each token. Measured: architectures count their heads and widths in many ways."""
-    tokens = torch.arange(2, device=model.device)[None]
+    tokens = torch.arange(2, device=body.model.device)[None]
     read = Packed([Segment(0, 2)], keep=True)
-    model.base_model(input_ids=tokens, position_ids=tokens, use_cache=False, packed=read)
+    body(tokens, tokens, read)
     return sum(k.nbytes + v.nbytes for k, v in read.cache.values()) / 2
 
 
 @torch.no_grad()
 def greedy(
-    model: PreTrainedModel,
-    head: nn.Module,
+    body: Body,
+    head: Head,
     packed: Pass,
     lane: Lane,
     per_job: Sequence[int],
@@ -52,14 +53,14 @@ def greedy(
 ) -> list[list[int]]:
     """The answer tokens of every packed prompt, without the one of ``stops`` that ends them; an answer ends at the model's last
     position too. ``per_job``: prompts of each range of ``lane``."""
-    state, hidden = _read(model, packed, lane, max_new)
-    limit = positions(model)
+    state, hidden = _read(body, packed, lane, max_new)
+    limit, device = positions(body.model), body.model.device
     job = [n for n, count in enumerate(per_job) for _ in range(count)]
     running = list(range(len(job)))  # whose token is in each place; some may have ended
     rows = [row for row, _, _ in packed.ranges]
     lane.turn_to(_ranges(rows, job))
     token = head(hidden).argmax(-1)
-    position = torch.tensor([s.prefix + s.end - s.start for s in packed.prompts], device=model.device)
+    position = torch.tensor([s.prefix + s.end - s.start for s in packed.prompts], device=device)
     answers: list[list[int]] = [[] for _ in job]
     ended: set[int] = set()
     for step in range(max_new):
@@ -82,22 +83,17 @@ def greedy(
             lane.turn_to(_ranges(rows, [job[b] for b in running]))
         still_wanted()
         state.advance()
-        hidden = model.base_model(
-            input_ids=token[:, None], position_ids=position.clamp(max=limit - 1)[:, None], use_cache=False, packed=state
-        ).last_hidden_state[:, 0]
+        hidden = body(token[:, None], position.clamp(max=limit - 1)[:, None], state)[:, 0]
         token = head(hidden).argmax(-1)
         position = position + 1
     return answers
 
 
-def _read(model: PreTrainedModel, packed: Pass, lane: Lane, max_new: int) -> tuple[Decode, Tensor]:
+def _read(body: Body, packed: Pass, lane: Lane, max_new: int) -> tuple[Decode, Tensor]:
     """One pass over the prompts: what decoding goes on from, and the last hidden state of each prompt."""
-    device, all_read = model.device, Packed(packed.segments, keep=True)
+    device, all_read = body.model.device, Packed(packed.segments, keep=True)
     lane.needed = torch.tensor([s.end - 1 for s in packed.prompts])
-    hidden = model.base_model(
-        input_ids=packed.tokens[None].to(device), position_ids=packed.positions[None].to(device),
-        use_cache=False, packed=all_read,
-    ).last_hidden_state[0]  # fmt: skip
+    hidden = body(packed.tokens[None].to(device), packed.positions[None].to(device), all_read)[0]
     state = after(packed.prompts, all_read.cache, max_new)
     all_read.cache.clear()
     return state, hidden[lane.needed.to(device)]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
+
+from mira.engine.body import Head
 
 _CHUNK = 256  # label tokens at a time: 50 MB of logits with a vocabulary of 49 152 in fp32
 
@@ -19,7 +21,7 @@ class LabelLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: nn.Module, target: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Head, target: Tensor) -> Tensor:
         losses, grads = [], []
         for h, t in zip(hidden.split(_CHUNK), target.split(_CHUNK), strict=True):
             with torch.enable_grad():
@@ -41,7 +43,7 @@ class LabelLoss(torch.autograd.Function):
 
 
 @torch.no_grad()
-def label_nll(hidden: Tensor, head: nn.Module, target: Tensor) -> Tensor:
+def label_nll(hidden: Tensor, head: Head, target: Tensor) -> Tensor:
     """The same losses [N] without gradients."""
     parts = [_nll(head(h), t) for h, t in zip(hidden.split(_CHUNK), target.split(_CHUNK), strict=True)]
     return torch.cat(parts)

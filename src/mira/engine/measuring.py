@@ -21,7 +21,7 @@ from mira.engine.carrier import Carrier
 from mira.engine.generate import greedy
 from mira.engine.loss import label_nll
 from mira.engine.memory import HALVING, unless_out_of_memory
-from mira.engine.packing import Jobs, common_prefix, halves, plan, prepended, read_tokens
+from mira.engine.packing import Jobs, halves
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Measuring:
             packed = carrier.pack(part)
             with torch.no_grad(), carrier.lane(Lane(on_device, packed.ranges)) as lane:
                 per_job = [len(job) for _, job in part]
-                return greedy(carrier.model, carrier.head, packed, lane, per_job, stops, max_new)
+                return greedy(carrier.body, carrier.head, packed, lane, per_job, stops, max_new)
 
         for part, new in self._measured(sequences, new_tokens, max_new):
             owners = [row for row, job in part for _ in job]
@@ -79,15 +79,11 @@ class Measuring:
         return answers
 
     def cut(self, sequences: Sequence[Encoded], more: int = 0) -> Iterator[Sequence[Encoded]]:
-        """Pieces of one client's sequences that fit a pass; without gradients a client may be spread over passes. ``more``:
-        tokens that come to each sequence meanwhile."""
-        whole = prepended(sequences, self.carrier.layout.virtual_tokens)
-        shared = common_prefix(whole) if self.carrier.prefix else 0  # once in each piece
+        """Pieces of one client's sequences that fit a pass. ``more``: tokens that come to each sequence meanwhile."""
         spread = self._shares([1] * torch.get_num_threads()).tokens
         # Smaller pieces would not pay for their prefix.
         room = max(spread, min(self.budget, of_use(self.carrier.model.dtype)))
-        for chosen in plan([[read_tokens(s) - shared + more] for s in whole], room - shared):
-            yield [sequences[n] for n in chosen]
+        return self.carrier.cut(sequences, room, more)
 
     def _measured(
         self, sequences: Sequence[Sequence[Encoded]], compute: Callable[[Jobs], _Found], new: int = 0
@@ -96,7 +92,7 @@ class Measuring:
         each sequence meanwhile."""
         carrier = self.carrier
         # A new token takes memory alone, of which a pass that is as large as is of use may need but a share.
-        more = ceil(new * Shares.of(carrier.model, [1], self.budget).tokens / self.budget)
+        more = ceil(new * carrier.shares([1], self.budget).tokens / self.budget)
         jobs = [(row, part) for row, job in enumerate(sequences) for part in self.cut(job, more)]
         assert jobs, "something to measure"
         shares = self._shares([carrier.tokens(part, more) for _, part in jobs])
@@ -119,4 +115,4 @@ class Measuring:
         return [one for piece in pieces for one in self._measure(compute, piece)]
 
     def _shares(self, sizes: Sequence[int]) -> Shares:
-        return Shares.of(self.carrier.model, sizes, self.most, FORWARD)
+        return self.carrier.shares(sizes, self.most, FORWARD)

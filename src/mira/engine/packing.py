@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
@@ -20,7 +20,8 @@ class Pass:
     """One forward pass: T tokens, each range of them under one row.
 
     ``predict`` [N]: places whose hidden state predicts a label; ``target`` [N]: that label; ``owner`` [N]: which
-    sequence it belongs to, numbered in the order given to ``pack``; ``job`` [S]: which range each of these is in.
+    sequence it belongs to, numbered in the order given to ``pack``; ``job`` [S]: which range each of these is in; ``labels`` [J]:
+    of each range's whole batch, of which a pass may have a part.
     ``prompts``: the segment of each sequence, without those of the shared prefixes.
     """
 
@@ -32,17 +33,18 @@ class Pass:
     target: Tensor
     owner: Tensor
     job: Tensor
+    labels: Tensor
     prompts: tuple[Segment, ...]
 
 
 Jobs = Sequence[tuple[int, Sequence[Encoded]]]  # a row and its sequences, each
 
 
-def pack(jobs: Jobs, share_prefix: bool, virtual: int = 0) -> Pass:
+def pack(jobs: Jobs, share_prefix: bool, virtual: int = 0, labels: Mapping[int, int] | None = None) -> Pass:
     """Lay out the sequences of each (row, sequences) job, each behind ``virtual`` placeholders. The prefix that a job's
     sequences have in common, found on token ids, is laid once; it ends before the token that predicts the first label of
-    any of them. What comes after the token that predicts the last label is left out: nothing reads it. Raises ValueError where
-    a label is a sequence's first token."""
+    any of them. What comes after the token that predicts the last label is left out: nothing reads it. ``labels``: of each
+    row's whole batch; None: of its job. Raises ValueError where a label is a sequence's first token."""
     tokens: list[int] = []
     positions: list[int] = []
     ranges: list[tuple[int, int, int]] = []
@@ -75,12 +77,18 @@ def pack(jobs: Jobs, share_prefix: bool, virtual: int = 0) -> Pass:
                     target.append(sequence.tokens[i])
                     owner.append(len(own_segments) - 1)
         ranges.append((row, begin, len(tokens)))
+    counts = [sum(map(labels_of, given)) if labels is None else labels[row] for row, given in jobs]
     return Pass(
         torch.tensor(tokens), torch.tensor(positions), tuple(ranges), tuple(segments),
         torch.tensor(predict, dtype=torch.int64), torch.tensor(target, dtype=torch.int64),
         torch.tensor(owner, dtype=torch.int64),
-        torch.repeat_interleave(torch.arange(len(jobs)), torch.tensor([len(job) for _, job in jobs])), tuple(own_segments),
+        torch.repeat_interleave(torch.arange(len(jobs)), torch.tensor([len(job) for _, job in jobs])),
+        torch.tensor(counts), tuple(own_segments),
     )  # fmt: skip
+
+
+def labels_of(sequence: Encoded) -> int:
+    return sum(sequence.label)
 
 
 def read_tokens(sequence: Encoded) -> int:

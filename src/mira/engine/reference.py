@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 
 import torch
@@ -22,9 +23,13 @@ from mira.core.training import Training
 from mira.core.types import Failure, Scores, Trained, Work
 from mira.data.corpus import Corpus
 from mira.data.text import Encoded
+from mira.engine import seam
 from mira.engine.checkpoint import recomputed
+from mira.engine.faults import FAULTS, cannot_carry, is_no_fault, told
 from mira.engine.generate import positions
 from mira.engine.memory import OUT_OF_MEMORY, is_out_of_memory
+
+_TRIAL = Encoded((1, 1, 1), (False, False, True), False)
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class ReferenceEngine:
         # PEFT changes the model it is given; the weights are shared, the modules are not.
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         model = deepcopy(self.model, shared)
+        if model.config._attn_implementation == seam.NAME:  # its weights are a batched engine's too
+            model.set_attn_implementation("eager")
         config: PeftConfig
         if not self.layout.entries:  # the base alone
             object.__setattr__(self, "peft", model)
@@ -58,9 +65,13 @@ class ReferenceEngine:
         else:
             config = lora.peft_config(self.layout, self.model, None, self.dropout)
             config.inference_mode = False
-        object.__setattr__(self, "peft", get_peft_model(model, config))
+        with told(cannot_carry):
+            object.__setattr__(self, "peft", get_peft_model(model, config))
+            self._named()
         if self.layout.virtual_tokens and self.model.dtype == torch.float64:
             self.peft.prompt_encoder.double()  # PEFT makes it in fp32 on any base
+        with told(cannot_carry), torch.no_grad():
+            self._loss([_TRIAL], "mean")
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
         done: list[Trained] = []
@@ -95,6 +106,8 @@ class ReferenceEngine:
                 with recomputed(self.peft, _drawn_from) if self.checkpointing else nullcontext():
                     loss = self._loss(batch, "mean")
                 (loss + self._proximal(work, job, parameters)).backward()
+                for p in parameters:  # in layers that text does not reach
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 self._freeze(work, parameters)
                 if self.training.clip is not None:
                     torch.nn.utils.clip_grad_norm_(parameters, self.training.clip)
@@ -178,10 +191,17 @@ class ReferenceEngine:
         room = positions(self.model) - taken
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Position ids are not supported")  # a prompt's: PEFT counts them anew
-            out = self.peft.generate(  # type: ignore[no-untyped-call]
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(max_new_tokens, room),
-                do_sample=False, eos_token_id=sorted(self.stops), pad_token_id=self.pad, repetition_penalty=1.0,
+            generate = partial(
+                self.peft.generate, input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                max_new_tokens=min(max_new_tokens, room), eos_token_id=sorted(self.stops), pad_token_id=self.pad,
+                repetition_penalty=1.0,
             )  # fmt: skip
+            try:
+                out = generate()
+            except FAULTS as error:  # an architecture whose cache does not do what its layers ask for
+                if is_no_fault(error):
+                    raise
+                out = generate(use_cache=False)
         new = out[0, len(prompt) :].tolist()
         return self.decode(list(takewhile(lambda token: token not in self.stops, new)))
 

@@ -1,0 +1,139 @@
+"""A model as its body, which makes hidden states, and its head, which makes logits of them: both as the model calls them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from mira.adapters.attach import Attached, Forward
+from mira.engine.apart import Apart
+from mira.engine.attention import Attention, Packed
+from mira.engine.seam import attending, in_this_thread
+
+Head = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Body:
+    """``module`` makes the hidden states. ``apart``: its sequences are computed one by one, with the model's own attention, as
+    nothing else gives what the model does."""
+
+    model: PreTrainedModel
+    module: nn.Module
+    output: type[ModelOutput]
+    attached: Attached
+    apart: bool = False
+    here: threading.local = field(default_factory=threading.local)
+
+    @staticmethod
+    @torch.no_grad()
+    def of(model: PreTrainedModel, attached: Attached) -> Body:
+        """Found by calling the model: the outermost module within it that gives hidden states."""
+        found: list[tuple[nn.Module, type[ModelOutput]]] = []
+
+        def note(module: nn.Module, args: Any, out: Any) -> None:
+            if isinstance(out, ModelOutput) and isinstance(getattr(out, "last_hidden_state", None), Tensor):
+                found.append((module, type(out)))
+
+        hooks = [module.register_forward_hook(note) for module in model.modules() if module is not model]
+        try:
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        module, output = found[-1]
+        body = Body(model, module, output, attached)
+        attached.exchange(module, body._given)
+        return body
+
+    def __call__(self, ids: Tensor, positions: Tensor, how: Attention) -> Tensor:
+        """Last hidden states [B,L,d] of ``ids`` and ``positions`` [B,L]."""
+        if self.apart and isinstance(how, Packed):
+            return self._apart(ids, how)
+        with attending(how):
+            out = self.module(input_ids=ids, position_ids=positions, use_cache=False)
+        return out.last_hidden_state  # type: ignore[no-any-return]
+
+    def _apart(self, ids: Tensor, packed: Packed) -> Tensor:
+        groups = self.groups(packed, ids.device)
+        outs = []
+        for group in groups.groups:
+            mask = group.real.long()
+            with self.laned(group.lane):
+                out = self.module(input_ids=group.split(ids), attention_mask=mask, use_cache=False)
+            outs.append(out.last_hidden_state)
+        return groups.joined(outs)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N,V] of hidden states [N,d]: the model's own forward, whose body answers with these."""
+        self.here.given = hidden[None]
+        try:
+            return self.model(input_ids=torch.zeros_like(hidden[:1, :1], dtype=torch.int64), use_cache=False).logits[0]  # type: ignore[no-any-return]
+        finally:
+            self.here.given = None
+
+    def head(self, hidden: Tensor) -> Head:
+        """The embeddings' layer alone where it gives the same of ``hidden`` [N,d], which is faster: also where its logits
+        are so large that a cap would show."""
+        plain = self.model.get_output_embeddings()
+        if plain is None:
+            return self.logits
+        size = plain(hidden).abs().amax().clamp(min=1e-6)
+        same = all(torch.equal(plain(x), self.logits(x)) for x in (hidden, hidden / size, hidden * (100 / size)))
+        return plain if same else self.logits
+
+    def alone(self, mixer: nn.Module) -> None:
+        """From here on the sequences of a pass come to ``mixer`` one by one."""
+
+        def exchanged(plain: Forward) -> Forward:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                packed = in_this_thread()
+                if not isinstance(packed, Packed):
+                    return plain(*args, **kwargs)
+                return self._one_by_one(plain, packed, args, kwargs)
+
+            return forward
+
+        self.attached.exchange(mixer, exchanged)
+
+    def _one_by_one(self, plain: Forward, packed: Packed, args: Any, kwargs: Any) -> Any:
+        total = packed.segments[-1].end
+        groups = self.groups(packed, self.model.device)
+        outs = []
+        for group in groups.groups:
+
+            def split(x: Any, group: Any = group) -> Any:
+                return group.split(x) if isinstance(x, Tensor) and x.shape[:2] == (1, total) else x
+
+            with self.laned(group.lane):
+                outs.append(plain(*tree_map(split, args), **tree_map(split, kwargs)))
+        if isinstance(outs[0], Tensor):
+            return groups.joined(outs)
+        return (groups.joined([out[0] for out in outs]), *(None for _ in outs[0][1:]))
+
+    def groups(self, packed: Packed, device: torch.device) -> Apart:
+        """The sequences of a pass, laid out once for all its layers."""
+        if packed.apart is None:
+            packed.apart = Apart.of(packed.segments, self.attached.lane, device)
+        return packed.apart
+
+    @contextmanager
+    def laned(self, lane: Any) -> Iterator[None]:
+        with nullcontext() if lane is None else self.attached.on(lane):
+            yield
+
+    def _given(self, plain: Forward) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = getattr(self.here, "given", None)
+            return plain(*args, **kwargs) if given is None else self.output(last_hidden_state=given)
+
+        return forward

@@ -1,0 +1,31 @@
+"""What a model that is called otherwise than it foresees ends in, told in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from mira.core.errors import UserError
+from mira.engine.memory import is_out_of_memory
+
+FAULTS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+
+
+@contextmanager
+def told(tell: Callable[[str], UserError]) -> Iterator[None]:
+    """Any fault within as what ``tell`` makes of its first line; running out of memory, and what is told already, as it is."""
+    try:
+        yield
+    except FAULTS as error:
+        if is_no_fault(error):
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise tell(f"{type(error).__name__}: {first}") from None
+
+
+def is_no_fault(error: Exception) -> bool:
+    return isinstance(error, UserError) or (isinstance(error, RuntimeError) and is_out_of_memory(error))
+
+
+def cannot_carry(reason: str) -> UserError:
+    return UserError(f"adapter.targets: a layer among them cannot carry an adapter ({reason}); name other layers")
