@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mira.adapters.lora import target_layers
+from mira.adapters.targets import target_layers
 from mira.core.layout import Entry, Layout
 from mira.core.seeds import generator
 
