@@ -62,7 +62,7 @@ def our_logits(kind: str, layout: Layout, row: Tensor, prefix: bool) -> list[Ten
     engine = BatchedEngine(
         engine.model,
         engine.pad,
-        engine.end,
+        engine.stops,
         engine.decode,
         layout,
         0.0,

@@ -19,12 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mira.adapters.targets import ends, target_layers
+from mira.adapters.targets import PREFIX, ends, target_layers
 from mira.core.errors import UserError
 from mira.core.layout import Entry, Layout
 from mira.core.seeds import generator
-
-PREFIX = "base_model.model."  # how PEFT names a module of the wrapped model
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def _taken_for_experts(leaf: str, model: PreTrainedModel) -> bool:
         convert_peft_config_for_transformers(config, model, None)
     except ValueError:  # it wants the other names of the same experts as well
         return True
-    return config.target_modules != {leaf}
+    return set(config.target_modules or ()) != {leaf}
 
 
 def peft_tensors(row: Tensor, layout: Layout, rank: int) -> dict[str, Tensor]:

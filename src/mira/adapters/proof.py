@@ -18,8 +18,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mira.adapters.lora import PREFIX, peft_tensors, to_peft
+from mira.adapters.lora import peft_tensors, to_peft
 from mira.adapters.reach import text
+from mira.adapters.targets import PREFIX
 from mira.core.errors import UserError
 from mira.core.layout import Layout
 from mira.core.seeds import generator
@@ -31,13 +32,14 @@ _STRENGTH = 0.3  # of the trial adapter's part beside a layer's own output, roug
 # weight in 16 bits, the sum is rounded to 2⁻⁹ of it. An adapter left out, on another layer or in another scale is all of it.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
 _COARSE = 0.1
+_LENGTH = 8  # tokens of the text
 
 
 @torch.no_grad()
 def prove(model: PreTrainedModel, layout: Layout) -> None:
     """A trial row written as a PEFT folder and read back by PEFT gives the logits of W + s·B·A. Raises UserError where it
     does not, or PEFT reads something else."""
-    row, ids = _trial(layout), text(model)
+    row, ids = _trial(layout), text(model)[:, :_LENGTH]
     plain = _logits(model, ids)
     with beside(model, row, layout):
         ours = _logits(model, ids)
@@ -84,7 +86,8 @@ def _read(model: PreTrainedModel, folder: Path) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is missing is looked for below
-            return PeftModel.from_pretrained(deepcopy(model, shared), folder, torch_device=str(model.device))
+            peft: PeftModel = PeftModel.from_pretrained(deepcopy(model, shared), folder, torch_device=str(model.device))
+            return peft
     except Exception as error:  # whatever PEFT trips over
         raise UserError(
             f"adapter.targets: PEFT cannot read the adapter of this run back ({type(error).__name__}:"
@@ -106,4 +109,5 @@ def _same_tensors(peft: PeftModel, row: Tensor, layout: Layout) -> None:
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
-    return model(input_ids=ids, use_cache=False).logits.double()  # type: ignore[no-any-return]
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.double()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,46 +16,38 @@ from mira.core.errors import UserError
 _LENGTH = 32  # tokens of the text: more than what sparse attention takes together in one block
 
 
-@dataclass(frozen=True)
-class Reach:
-    """``reached``: the layers whose output the model's depends on. ``mixers``: the innermost modules around such layers in which
-    a token sees an earlier one: attention, or what stands in its place."""
+@torch.enable_grad()
+def reached(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> set[str]:
+    """Of ``layers`` those whose output the model's output for a text depends on. Raises UserError where it takes no text."""
+    outs: list[tuple[str, Tensor]] = []
 
-    reached: frozenset[str]
-    mixers: frozenset[str]
+    def seen(name: str, layer: nn.Module, args: Any, out: Any) -> None:
+        outs.extend((name, given) for given in _tensors([out])[:1] if given.requires_grad)
+
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.callback(layer.register_forward_hook(partial(seen, name)).remove)
+        logits = _logits(model, text(model))
+    grads = torch.autograd.grad(logits.float().sum(), [out for _, out in outs], allow_unused=True)
+    return {name for (name, _), grad in zip(outs, grads, strict=True) if grad is not None}
 
 
 @torch.enable_grad()
-def reach(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> Reach:
-    """Passes a short text through ``model`` and its gradients back. Raises UserError where the model cannot take a text."""
-    outs: dict[str, list[Tensor]] = {name: [] for name in layers}
+def mixers(model: PreTrainedModel, layers: Iterable[str]) -> set[str]:
+    """The innermost modules around some of ``layers`` in which a token sees an earlier one: attention, or what stands in its
+    place."""
     mixing: set[str] = set()
-    around = {
-        parent: model.get_submodule(parent) for name in layers for parent in _parents(name) if parent not in layers
-    }
-
-    def unfrozen(embedding: nn.Module, args: Any, out: Tensor) -> Tensor:
-        return out.detach().requires_grad_().clone()  # a copy, as some models scale them in place
-
-    def seen(name: str, layer: nn.Module, args: Any, out: Any) -> None:
-        outs[name] += _tensors([out])[:1]
 
     def tried(name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         if _mixes(args, kwargs, out):
             mixing.add(name)
 
     with ExitStack() as hooks:
-        hooks.callback(model.get_input_embeddings().register_forward_hook(unfrozen).remove)  # the weights stay frozen
-        for name, layer in layers.items():
-            hooks.callback(layer.register_forward_hook(partial(seen, name)).remove)
-        for name, module in around.items():
+        for name in {parent for layer in layers for parent in _parents(layer)}:
+            module = model.get_submodule(name)
             hooks.callback(module.register_forward_hook(partial(tried, name), with_kwargs=True).remove)
-        logits = _logits(model, text(model))
-    flat = [(name, out) for name, given in outs.items() for out in given if out.requires_grad]
-    grads = torch.autograd.grad(logits.float().sum(), [out for _, out in flat], allow_unused=True)
-    reached = {name for (name, _), grad in zip(flat, grads, strict=True) if grad is not None}
-    inner = {name for name in mixing if not any(other.startswith(name + ".") for other in mixing)}
-    return Reach(frozenset(reached), frozenset(inner))
+        _logits(model, text(model))
+    return {name for name in mixing if not any(other.startswith(name + ".") for other in mixing)}
 
 
 def text(model: PreTrainedModel) -> Tensor:
@@ -70,6 +61,12 @@ def text(model: PreTrainedModel) -> Tensor:
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The logits of ``ids`` [1,T], whose gradients reach back to the embeddings: the weights stay frozen."""
+
+    def unfrozen(embedding: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return out.detach().requires_grad_().clone()  # a copy, as some models scale them in place
+
+    hook = model.get_input_embeddings().register_forward_hook(unfrozen)
     try:
         logits = model(input_ids=ids, use_cache=False).logits
     except Exception as error:  # whatever the code of the architecture trips over
@@ -77,6 +74,8 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
             f"model.name={model.config.name_or_path}: architecture '{model.config.model_type}' cannot compute a text of"
             f" {ids.shape[1]} tokens ({type(error).__name__}: {' '.join(str(error).split())[:200]}); take another model"
         ) from error
+    finally:
+        hook.remove()
     assert isinstance(logits, Tensor)
     return logits
 

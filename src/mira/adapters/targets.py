@@ -11,25 +11,27 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mira.adapters.reach import reach
+from mira.adapters.reach import mixers, reached
 from mira.core.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
+
+PREFIX = "base_model.model."  # how PEFT names a module of the wrapped model
 
 
 @dataclass(frozen=True)
 class Layers:
     """The linear layers of a model without its head. ``usable``: those that can carry an adapter; ``why``: of the others, why
-    not. ``mixers``: the modules in which tokens meet."""
+    not."""
 
     usable: Mapping[str, nn.Module]
     why: Mapping[str, str]
-    mixers: frozenset[str]
 
     @property
     def names(self) -> list[str]:
@@ -41,7 +43,9 @@ def target_layers(model: PreTrainedModel, targets: str | Sequence[str]) -> dict[
     """The layers that ``targets`` choose: "auto", "all-linear", a pattern for whole names, or ends of names."""
     layers = layers_of(model)
     if not layers.usable:
-        raise UserError(f"adapter.targets={targets}: architecture '{model.config.model_type}' has no linear layer to adapt")
+        raise UserError(
+            f"adapter.targets={targets}: architecture '{model.config.model_type}' has no linear layer to adapt"
+        )
     if targets == "all-linear":
         return _told(layers, list(layers.usable) + list(layers.why))
     if targets == "auto":
@@ -59,25 +63,43 @@ def layers_of(model: PreTrainedModel) -> Layers:
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
     linear_layers = {name: module for name, module in every.items() if _is_linear(module)}
-    found = reach(model, linear_layers)
-    passed = {_starred(name) for name in found.reached}  # an expert that this text did not meet is one that others do
-    why = {name: reason for name in every if (reason := _fault(model, name, name in linear_layers, passed))}
-    return Layers({name: module for name, module in every.items() if name not in why}, why, found.mixers)
+    passed = {
+        _starred(name) for name in reached(model, linear_layers)
+    }  # an expert that this text did not meet is one that others do
+    why = {
+        name: "computes something else than a product with its weight" for name in every if name not in linear_layers
+    }
+    why |= {name: f"is left out by PEFT in architecture '{model.config.model_type}'" for name in _refused(model, every)}
+    why |= {name: "is not on the way of a text through the model" for name in every if _starred(name) not in passed}
+    why |= {name: "is read by PEFT under another name" for name in _renamed(model, every)}
+    return Layers({name: module for name, module in every.items() if name not in why}, why)
 
 
 def ends(name: str, targets: Iterable[str]) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
-def _fault(model: PreTrainedModel, name: str, is_linear: bool, passed: set[str]) -> str:
-    """Why the layer ``name`` can carry no adapter; empty where it can."""
-    if not is_linear:
-        return "computes something else than a product with its weight"
-    try:
-        _check_lora_target_modules_mamba(LoraConfig(), model, name.rsplit(".", 1)[-1])
-    except ValueError:
-        return f"is left out by PEFT in architecture '{model.config.model_type}'"
-    return "" if _starred(name) in passed else "is not on the way of a text through the model"
+def _refused(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Of the layers ``names`` those to which PEFT attaches nothing."""
+
+    def is_refused(leaf: str) -> bool:
+        try:
+            _check_lora_target_modules_mamba(LoraConfig(), model, leaf)
+        except ValueError:
+            return True
+        return False
+
+    return [name for name in names if is_refused(name.rsplit(".", 1)[-1])]
+
+
+def _renamed(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Of the layers ``names`` those whose tensors PEFT looks for elsewhere when it reads a folder: it does to their names
+    what transformers does to those in the checkpoint."""
+    keys = {name: f"{PREFIX}{name}.lora_A.weight" for name in names}
+    read = convert_peft_adapter_state_dict_for_transformers(
+        model, LoraConfig(), {key: torch.zeros(1, 1) for key in keys.values()}
+    )
+    return [name for name, key in keys.items() if key not in read]
 
 
 @torch.no_grad()
@@ -91,7 +113,9 @@ def _is_linear(module: nn.Module) -> bool:
         given, expected = module(x), linear(x, weight, bias)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return False
-    return isinstance(given, torch.Tensor) and given.shape == expected.shape and torch.allclose(given, expected, rtol=0.02)
+    return (
+        isinstance(given, torch.Tensor) and given.shape == expected.shape and torch.allclose(given, expected, rtol=0.02)
+    )
 
 
 def _defaults(model: PreTrainedModel, layers: Layers) -> list[str]:
@@ -104,7 +128,8 @@ def _defaults(model: PreTrainedModel, layers: Layers) -> list[str]:
             chosen = [name for name in layers.usable if ends(name, choice)]
         if chosen:
             return chosen
-    mixing = [name for name in layers.usable if any(name.startswith(mixer + ".") for mixer in layers.mixers)]
+    around = tuple(f"{mixer}." for mixer in mixers(model, layers.usable))
+    mixing = [name for name in layers.usable if name.startswith(around)]
     return mixing or list(layers.usable)
 
 
@@ -129,7 +154,9 @@ def _named(targets: Sequence[str], layers: Layers) -> list[str]:
             raise UserError(f"adapter.targets: no linear layer is named '{target}'{did_you_mean(target, layers.names)}")
         if not any(ends(name, [target]) for name in chosen if name in layers.usable):
             wrong = next(name for name in chosen if ends(name, [target]))
-            raise UserError(f"adapter.targets: '{target}': {wrong} {layers.why[wrong]}; name others, among {_list(layers)}")
+            raise UserError(
+                f"adapter.targets: '{target}': {wrong} {layers.why[wrong]}; name others, among {_list(layers)}"
+            )
     if not chosen:
         raise UserError(f"adapter.targets={list(targets)}: matches no linear layer; allowed: {_list(layers)}")
     return chosen
