@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,8 +23,6 @@ from mira.adapters.targets import PREFIX
 from mira.core.errors import UserError
 from mira.core.layout import Layout
 from mira.core.seeds import generator
-
-log = logging.getLogger(__name__)
 
 _STRENGTH = 0.3  # of the trial adapter's part beside a layer's own output, roughly
 # Of what the adapter changes. Either side does the same operations once more, in another order at most; where PEFT adds to a
@@ -72,7 +69,8 @@ def beside(model: PreTrainedModel, row: Tensor, layout: Layout) -> Iterator[None
 
     def add(name: str, module: nn.Module, args: Any, out: Tensor) -> Tensor:
         a, b = (factors[name, factor].to(torch.promote_types(out.dtype, torch.float32)) for factor in ("A", "B"))
-        return (out + layout.scale * (args[0].to(a.dtype) @ a.T @ b.T)).to(out.dtype)
+        product: Tensor = args[0].to(a.dtype) @ a.T @ b.T
+        return (out + layout.scale * product).to(out.dtype)
 
     with ExitStack() as hooks:
         for name in layout.modules:
@@ -80,22 +78,22 @@ def beside(model: PreTrainedModel, row: Tensor, layout: Layout) -> Iterator[None
         yield
 
 
-def _read(model: PreTrainedModel, folder: Path) -> PeftModel:
+def _read(model: PreTrainedModel, folder: Path) -> nn.Module:
     """What PEFT makes of ``folder`` on a model of the same weights; the modules are its own."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is missing is looked for below
-            peft: PeftModel = PeftModel.from_pretrained(deepcopy(model, shared), folder, torch_device=str(model.device))
-            return peft
+            peft: nn.Module = PeftModel.from_pretrained(deepcopy(model, shared), folder, torch_device=str(model.device))
     except Exception as error:  # whatever PEFT trips over
         raise UserError(
             f"adapter.targets: PEFT cannot read the adapter of this run back ({type(error).__name__}:"
             f" {' '.join(str(error).split())[:200]}); name other layers"
         ) from error
+    return peft
 
 
-def _same_tensors(peft: PeftModel, row: Tensor, layout: Layout) -> None:
+def _same_tensors(peft: nn.Module, row: Tensor, layout: Layout) -> None:
     """Every tensor of ``row`` is where it belongs, and there are no others."""
     there = {name.replace(".default.", "."): p for name, p in peft.named_parameters() if ".lora_" in name}
     written = peft_tensors(row, layout, layout.rank)
@@ -108,6 +106,6 @@ def _same_tensors(peft: PeftModel, row: Tensor, layout: Layout) -> None:
             )
 
 
-def _logits(model: Any, ids: Tensor) -> Tensor:
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits.double()

@@ -66,12 +66,10 @@ def layers_of(model: PreTrainedModel) -> Layers:
     passed = {
         _starred(name) for name in reached(model, linear_layers)
     }  # an expert that this text did not meet is one that others do
-    why = {
-        name: "computes something else than a product with its weight" for name in every if name not in linear_layers
-    }
-    why |= {name: f"is left out by PEFT in architecture '{model.config.model_type}'" for name in _refused(model, every)}
-    why |= {name: "is not on the way of a text through the model" for name in every if _starred(name) not in passed}
+    why = {name: "is not on the way of a text through the model" for name in every if _starred(name) not in passed}
     why |= {name: "is read by PEFT under another name" for name in _renamed(model, every)}
+    why |= {name: f"is left out by PEFT in architecture '{model.config.model_type}'" for name in _refused(model, every)}
+    why |= {name: "computes something else than a product with its weight" for name in every.keys() - linear_layers}
     return Layers({name: module for name, module in every.items() if name not in why}, why)
 
 
