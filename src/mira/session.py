@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from mira.methods import ALONG_GRAPH
 from mira.methods.ranked import ranked
 from mira.model import Base, load
 from mira.model.embed import embed
+from mira.model.whole import unquantised
 
 log = logging.getLogger(__name__)
 
@@ -218,11 +219,12 @@ def _adapter(experiment: Experiment, base: Base) -> Adapter:
     if isinstance(section, VirtualPromptSection):
         return PromptAdapter(model, Prompt(section.virtual_tokens, section.encoder_hidden).layout(model))
     if isinstance(section, SeedsSection):
-        return SeedsAdapter(directions(model, section.targets, experiment.seed), section.count)
+        return SeedsAdapter(model, directions(model, section.targets, experiment.seed), section.count)
     lora = Lora(section.rank, section.alpha, section.dropout, section.rslora, section.targets)
     layout = lora.layout(model)
     prove(model, layout)
-    return LoraAdapter(model, layout)
+    whole = cache(partial(unquantised, base, experiment.model.trust_remote_code)) if base.path else None
+    return LoraAdapter(model, layout, whole, base.revision)
 
 
 def _warn_ignored(training: Training) -> None:

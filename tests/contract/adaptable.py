@@ -73,6 +73,8 @@ def _frozen(kind: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
         torch.manual_seed(0)
         model: PreTrainedModel = kind.from_config(config)
         for parameter in model.parameters():
-            if not bool(torch.isfinite(parameter).all()) or (parameter.ndim > 1 and float(parameter.detach().std()) < 0.05):
+            if not bool(torch.isfinite(parameter).all()) or (
+                parameter.ndim > 1 and float(parameter.detach().std()) < 0.05
+            ):
                 parameter.data.normal_(std=0.1)
     return model.to(dtype).requires_grad_(False).eval()

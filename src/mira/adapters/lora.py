@@ -5,7 +5,7 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022: y = 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
@@ -44,26 +44,30 @@ class Lora:
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """LoRA on ``model``."""
+    """LoRA on ``model``. ``whole``: where this is quantised, the model of the same name that is not. ``revision``: the hub's
+    commit of both, where one was asked for."""
 
     model: PreTrainedModel
     layout: Layout
+    whole: Callable[[], PreTrainedModel] | None = None
+    revision: str | None = None
 
     def start(self, seed: int) -> Tensor:
         return start_row(self.layout, seed)
 
     def save(self, folder: Path, row: Tensor, base_name: str) -> None:
-        to_peft(folder, row, self.layout, self.model, base_name)
+        to_peft(folder, row, self.layout, self.model, base_name, self.revision)
 
     @contextmanager
-    def merged(self, row: Tensor) -> Iterator[None]:
-        original = {name: self.model.get_parameter(f"{name}.weight").detach().clone() for name in self.layout.modules}
-        merge(self.model, row, self.layout)
+    def merged(self, row: Tensor) -> Iterator[PreTrainedModel]:
+        model = self.whole() if self.whole and getattr(self.model, "is_quantized", False) else self.model
+        original = {name: model.get_parameter(f"{name}.weight").detach().clone() for name in self.layout.modules}
+        merge(model, row, self.layout)
         try:
-            yield
+            yield model
         finally:
             for name, weight in original.items():
-                self.model.get_parameter(f"{name}.weight").data.copy_(weight)
+                model.get_parameter(f"{name}.weight").data.copy_(weight)
 
 
 def start_row(layout: Layout, seed: int) -> Tensor:
@@ -116,12 +120,16 @@ def peft_tensors(row: Tensor, layout: Layout, rank: int) -> dict[str, Tensor]:
     }
 
 
-def to_peft(folder: Path, row: Tensor, layout: Layout, model: PreTrainedModel, base_name: str) -> None:
+def to_peft(
+    folder: Path, row: Tensor, layout: Layout, model: PreTrainedModel, base_name: str, revision: str | None = None
+) -> None:
     """Write ``row`` [P] as a PEFT folder, of the rank it uses: adapter_config.json and adapter_model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     rank = layout.ranks(row[None])[0]
     save_file(peft_tensors(row, layout, rank), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    peft_config(layout, model, base_name, rank=rank).save_pretrained(str(folder))
+    config = peft_config(layout, model, base_name, rank=rank)
+    config.revision = revision
+    config.save_pretrained(str(folder))
 
 
 def from_peft(folder: Path, layout: Layout) -> Tensor:

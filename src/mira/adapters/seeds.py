@@ -61,8 +61,9 @@ def directions(model: PreTrainedModel, targets: str | tuple[str, ...], seed: int
 
 @dataclass(frozen=True)
 class SeedsAdapter:
-    """``count`` coefficients of ``directions``."""
+    """``count`` coefficients of ``directions`` in ``model``."""
 
+    model: PreTrainedModel
     directions: Directions
     count: int
 
@@ -92,6 +93,6 @@ class SeedsAdapter:
         (folder / "coefficients.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     @contextmanager
-    def merged(self, row: Tensor) -> Iterator[None]:
+    def merged(self, row: Tensor) -> Iterator[PreTrainedModel]:
         with self.directions.applied(row):
-            yield
+            yield self.model
