@@ -43,7 +43,7 @@ def environment_of(
         "versions": {name: version(name) for name in (*_LIBRARIES, *needed_for(base.quantization))},
         "model": {
             "name": base.name, "source": base.source, "sha256": base.sha256, "quantization": base.quantization,
-        },
+        } | ({} if base.revision is None else {"revision": base.revision}),
         **clients_told(federation),
         "threads": threads,
         "device": base.model.device.type,

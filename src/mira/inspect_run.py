@@ -29,7 +29,7 @@ from mira.experiment import (
     state_of,
     summary,
 )
-from mira.model.wheel import quiet
+from mira.model.whole import save_whole
 from mira.progress import visible
 from mira.session import Session, open_session
 from mira.store import Store
@@ -165,9 +165,8 @@ def _round(store: Store, which: Which) -> int:
 def _write_merged(session: Session, state: ServerState, k: int, folder: Path) -> None:
     """The whole model with client ``k``'s adapter in its weights; the base is put back afterwards."""
     row = session.method.serve(state, torch.tensor([k]))[0]
-    with session.adapter.merged(row), quiet():
-        session.base.model.save_pretrained(folder)
-        session.base.tokenizer.save_pretrained(folder)
+    with session.adapter.merged(row) as model:
+        save_whole(session.base, model, folder)
 
 
 def _check_vllm(session: Session) -> None:

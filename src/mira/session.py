@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date as Date
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mira.adapters.lora import Lora, LoraAdapter
 from mira.adapters.prompt import Prompt, PromptAdapter
+from mira.adapters.proof import prove
 from mira.adapters.seeds import SeedsAdapter, directions
 from mira.adapters.types import Adapter
 from mira.config import Experiment
@@ -42,6 +43,7 @@ from mira.methods import ALONG_GRAPH
 from mira.methods.ranked import ranked
 from mira.model import Base, load
 from mira.model.embed import embed
+from mira.model.whole import unquantised
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +110,7 @@ class Session:
         """What each client sends before the first round: its task description as a vector in fp32, where the graph is made of
         them. Of sites the server's operator has them."""
         asked = self._along_graph and getattr(self.experiment.graph, "source", None) == "description"
-        return 4 * int(self.base.model.config.hidden_size) if asked and not self.sites else 0
+        return 4 * embed(self.base, ["."]).shape[1] if asked and not self.sites else 0
 
     @property
     def _along_graph(self) -> bool:
@@ -151,7 +153,7 @@ def open_session(
     federation = clients or make_federation(experiment.data, experiment.split, experiment.seed)
     base = load(
         experiment.model.name, experiment.model.source, experiment.model.dtype, experiment.model.device,
-        experiment.model.trust_remote_code, experiment.model.quantization,
+        experiment.model.trust_remote_code, experiment.model.quantization, experiment.model.revision,
     )  # fmt: skip
     training, prompt = experiment.training, experiment.prompt
     adapter = _adapter(experiment, base)
@@ -253,9 +255,12 @@ def _adapter(experiment: Experiment, base: Base) -> Adapter:
     if isinstance(section, VirtualPromptSection):
         return PromptAdapter(model, Prompt(section.virtual_tokens, section.encoder_hidden).layout(model))
     if isinstance(section, SeedsSection):
-        return SeedsAdapter(directions(model, section.targets, experiment.seed), section.count)
+        return SeedsAdapter(model, directions(model, section.targets, experiment.seed), section.count)
     lora = Lora(section.rank, section.alpha, section.dropout, section.rslora, section.targets)
-    return LoraAdapter(model, lora.layout(model))
+    layout = lora.layout(model)
+    prove(model, layout)
+    whole = cache(partial(unquantised, base, experiment.model.trust_remote_code)) if base.path else None
+    return LoraAdapter(model, layout, whole, base.revision)
 
 
 def _warn_ignored(training: Training) -> None:

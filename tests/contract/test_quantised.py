@@ -178,8 +178,13 @@ def test_a_run_on_a_quantised_base(tiny_folder: Path, tmp_path: Path, bits: str)
     named = dict(loaded.named_parameters())
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
         assert torch.equal(named[name.replace(".weight", ".default.weight")], tensor)
-    assert mira("export", folder, "--client", "ann", "--merge").error.startswith("--merge: not into a quantised base")
-    assert not any((folder / "merged").rglob("*"))
+    merged = mira("export", folder, "--client", "ann", "--merge")
+    assert merged.out == f"{folder}/merged/ann\n"
+    assert "--merge: into the unquantised weights of" in merged.err
+    plain = PeftModel.from_pretrained(load(str(tiny_folder)).model, str(adapter))
+    ids = torch.arange(20, 40)[None]
+    of_merged = load(f"{folder}/merged/ann").model(input_ids=ids).logits
+    torch.testing.assert_close(of_merged, plain(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
     assert mira("export", folder, "--client", "ann").out == f"{folder}/{ADAPTERS}/ann\n"
     values["model"]["quantization"] = "none"
     assert differences(Experiment(**values), Experiment.from_yaml(folder / "config.yaml")) == [

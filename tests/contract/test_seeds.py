@@ -183,7 +183,8 @@ def test_evaluation_and_answers_are_those_of_the_summed_weights() -> None:
 
 
 def test_a_row_starts_at_the_base_and_is_small() -> None:
-    adapter = SeedsAdapter(directions(make_tiny(), "auto", 0), 4096)
+    model = make_tiny()
+    adapter = SeedsAdapter(model, directions(model, "auto", 0), 4096)
     assert adapter.layout.size * 4 < 20_000  # bytes of a round, each way
     assert not bool(adapter.start(0).any())
 

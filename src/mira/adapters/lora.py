@@ -5,8 +5,7 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022: y = 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
@@ -14,17 +13,16 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mira.core.errors import UserError, did_you_mean
+from mira.adapters.targets import PREFIX, ends, target_layers
+from mira.core.errors import UserError
 from mira.core.layout import Entry, Layout
 from mira.core.seeds import generator
-
-_PREFIX = "base_model.model."  # how PEFT names a module of the wrapped model
 
 
 @dataclass(frozen=True)
@@ -46,26 +44,30 @@ class Lora:
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """LoRA on ``model``."""
+    """LoRA on ``model``. ``whole``: where this is quantised, the model of the same name that is not. ``revision``: the hub's
+    commit of both, where one was asked for."""
 
     model: PreTrainedModel
     layout: Layout
+    whole: Callable[[], PreTrainedModel] | None = None
+    revision: str | None = None
 
     def start(self, seed: int) -> Tensor:
         return start_row(self.layout, seed)
 
     def save(self, folder: Path, row: Tensor, base_name: str) -> None:
-        to_peft(folder, row, self.layout, self.model, base_name)
+        to_peft(folder, row, self.layout, self.model, base_name, self.revision)
 
     @contextmanager
-    def merged(self, row: Tensor) -> Iterator[None]:
-        original = {name: self.model.get_parameter(f"{name}.weight").detach().clone() for name in self.layout.modules}
-        merge(self.model, row, self.layout)
+    def merged(self, row: Tensor) -> Iterator[PreTrainedModel]:
+        model = self.whole() if self.whole and getattr(self.model, "is_quantized", False) else self.model
+        original = {name: model.get_parameter(f"{name}.weight").detach().clone() for name in self.layout.modules}
+        merge(model, row, self.layout)
         try:
-            yield
+            yield model
         finally:
             for name, weight in original.items():
-                self.model.get_parameter(f"{name}.weight").data.copy_(weight)
+                model.get_parameter(f"{name}.weight").data.copy_(weight)
 
 
 def start_row(layout: Layout, seed: int) -> Tensor:
@@ -84,23 +86,50 @@ def peft_config(
 ) -> LoraConfig:
     """The PEFT config that attaches ``layout`` to ``model`` and to nothing else in it; ``rank``: the layout's."""
     conv = any(isinstance(model.get_submodule(name), Conv1D) for name in layout.modules)
+    own, weights = by_weight(layout.modules, model)
     return LoraConfig(
         r=rank or layout.rank, lora_alpha=layout.alpha, lora_dropout=dropout, use_rslora=layout.rslora,  # type: ignore[arg-type]
-        target_modules=_names(layout.modules, model), fan_in_fan_out=conv, bias="none", task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name, inference_mode=True,
+        target_modules=_names(own, model), target_parameters=weights or None, fan_in_fan_out=conv, bias="none",
+        task_type="CAUSAL_LM", base_model_name_or_path=base_name, inference_mode=True,
     )  # fmt: skip
 
 
-def to_peft(folder: Path, row: Tensor, layout: Layout, model: PreTrainedModel, base_name: str) -> None:
+def by_weight(modules: Sequence[str], model: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """The ``modules`` that a PEFT config of ``model`` may name, and the weights of the others. PEFT takes the names of
+    linear layers for those of experts where an architecture has had experts of such names; a weight it takes for what it is."""
+    taken = {leaf for leaf in {name.rsplit(".", 1)[-1] for name in modules} if _taken_for_experts(leaf, model)}
+    own = [name for name in modules if name.rsplit(".", 1)[-1] not in taken]
+    return own, [f"{name}.weight" for name in modules if name.rsplit(".", 1)[-1] in taken]
+
+
+def _taken_for_experts(leaf: str, model: PreTrainedModel) -> bool:
+    """Whether PEFT makes something else of the target ``leaf``."""
+    config = LoraConfig(target_modules=[leaf])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # it wants the other names of the same experts as well
+        return True
+    return set(config.target_modules or ()) != {leaf}
+
+
+def peft_tensors(row: Tensor, layout: Layout, rank: int) -> dict[str, Tensor]:
+    """The tensors of ``row`` [P] as a PEFT folder names them, of the first ``rank`` ranks."""
+    return {
+        f"{PREFIX}{entry.module}.lora_{entry.factor}.weight": _first(entry, row, rank).float().contiguous().cpu()
+        for entry in layout.entries
+    }
+
+
+def to_peft(
+    folder: Path, row: Tensor, layout: Layout, model: PreTrainedModel, base_name: str, revision: str | None = None
+) -> None:
     """Write ``row`` [P] as a PEFT folder, of the rank it uses: adapter_config.json and adapter_model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     rank = layout.ranks(row[None])[0]
-    tensors = {
-        f"{_PREFIX}{entry.module}.lora_{entry.factor}.weight": _first(entry, row, rank).float().contiguous().cpu()
-        for entry in layout.entries
-    }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    peft_config(layout, model, base_name, rank=rank).save_pretrained(str(folder))
+    save_file(peft_tensors(row, layout, rank), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = peft_config(layout, model, base_name, rank=rank)
+    config.revision = revision
+    config.save_pretrained(str(folder))
 
 
 def from_peft(folder: Path, layout: Layout) -> Tensor:
@@ -108,7 +137,7 @@ def from_peft(folder: Path, layout: Layout) -> Tensor:
     tensors = load_file(folder / "adapter_model.safetensors")
     row = torch.empty(layout.size)
     for entry in layout.entries:
-        name = f"{_PREFIX}{entry.module}.lora_{entry.factor}.weight"
+        name = f"{PREFIX}{entry.module}.lora_{entry.factor}.weight"
         if name not in tensors or tuple(tensors[name].shape) != entry.shape:
             given = tuple(tensors[name].shape) if name in tensors else "nothing"
             raise UserError(
@@ -153,55 +182,8 @@ def _features(module: nn.Module) -> tuple[int, int]:
     return int(module.nx), int(module.nf)
 
 
-def target_layers(model: PreTrainedModel, targets: str | Sequence[str]) -> dict[str, nn.Module]:
-    """Linear layers whose name ends in one of ``targets``, or matches it as a pattern when it is one string."""
-    linear: dict[str, nn.Module] = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings()
-    }
-    if targets == "auto":
-        targets = _defaults(model, linear)
-    if isinstance(targets, str):
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise UserError(
-                f"adapter.targets={targets}: not a valid pattern ({error}); give names as a list instead"
-            ) from None
-        found = {name: module for name, module in linear.items() if pattern.fullmatch(name)}
-    else:
-        found = {name: module for name, module in linear.items() if _ends(name, targets)}
-        for target in targets:
-            if not any(_ends(name, [target]) for name in found):
-                raise UserError(
-                    f"adapter.targets: no linear layer is named '{target}'{did_you_mean(target, _short(linear))}"
-                )
-    if not found:
-        hint = f"; as a list: [{targets}]" if targets in _short(linear) else f"; allowed: {', '.join(_short(linear))}"
-        raise UserError(f"adapter.targets={targets}: matches no linear layer{hint}")
-    return found
-
-
-def _defaults(model: PreTrainedModel, linear: dict[str, nn.Module]) -> list[str]:
-    kind = model.config.model_type
-    if kind not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
-        raise UserError(
-            f"adapter.targets=auto: no default for architecture '{kind}'; name the layers, among {', '.join(_short(linear))}"
-        )
-    return list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[kind])
-
-
-def _short(linear: dict[str, nn.Module]) -> list[str]:
-    return sorted({name.rsplit(".", 1)[-1] for name in linear})
-
-
-def _ends(name: str, targets: Sequence[str]) -> bool:
-    return any(name == target or name.endswith("." + target) for target in targets)
-
-
 def _names(modules: Sequence[str], model: PreTrainedModel) -> list[str]:
     """Short names, which people and serving engines expect, when they match no other layer; else the full names."""
     short = sorted({name.rsplit(".", 1)[-1] for name in modules})
-    matched = {name for name, _ in model.named_modules() if _ends(name, short)}
+    matched = {name for name, _ in model.named_modules() if ends(name, short)}
     return short if matched == set(modules) else list(modules)

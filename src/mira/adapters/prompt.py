@@ -59,9 +59,9 @@ class PromptAdapter:
         to_peft(folder, row, self.layout, base_name)
 
     @contextmanager
-    def merged(self, row: Tensor) -> Iterator[None]:
+    def merged(self, row: Tensor) -> Iterator[PreTrainedModel]:
         raise UserError("--merge: a prompt is input, no change of the weights; export the adapter alone")
-        yield
+        yield self.model
 
 
 def start_row(layout: Layout, seed: int) -> Tensor:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mira.adapters.lora import target_layers
+from mira.adapters.targets import target_layers
 from mira.core.layout import Entry, Layout
 from mira.core.seeds import generator
 
@@ -61,8 +61,9 @@ def directions(model: PreTrainedModel, targets: str | tuple[str, ...], seed: int
 
 @dataclass(frozen=True)
 class SeedsAdapter:
-    """``count`` coefficients of ``directions``."""
+    """``count`` coefficients of ``directions`` in ``model``."""
 
+    model: PreTrainedModel
     directions: Directions
     count: int
 
@@ -92,6 +93,6 @@ class SeedsAdapter:
         (folder / "coefficients.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     @contextmanager
-    def merged(self, row: Tensor) -> Iterator[None]:
+    def merged(self, row: Tensor) -> Iterator[PreTrainedModel]:
         with self.directions.applied(row):
-            yield
+            yield self.model

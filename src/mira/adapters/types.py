@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mira.core.layout import Layout
 
@@ -23,6 +24,7 @@ class Adapter(Protocol):
         """Write ``row`` [P] into ``folder``: as PEFT loads it, where PEFT has the kind."""
         ...
 
-    def merged(self, row: Tensor) -> AbstractContextManager[None]:
-        """The base model with ``row`` [P] in its weights meanwhile. Raises UserError where that cannot be."""
+    def merged(self, row: Tensor) -> AbstractContextManager[PreTrainedModel]:
+        """The base model with ``row`` [P] in its weights meanwhile; of a quantised one the model it was made of. Raises
+        UserError where that cannot be."""
         ...

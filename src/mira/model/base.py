@@ -11,7 +11,16 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from mira.core.errors import UserError
 from mira.model.files import first_line, sha256, weight_files
@@ -21,7 +30,7 @@ from mira.model.wheel import quiet, recorded_sha256
 
 log = logging.getLogger(__name__)
 
-Dtype = Literal["float32", "bfloat16", "float64"]
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -31,6 +40,7 @@ class Base:
 
     ``sha256`` is over the bytes of the weight files in name order, so of a single file it is the file's own; of a model
     from memory it is over the state dict. ``path``: the folder the weights lie in, None for a model from memory.
+    ``revision``: the hub's commit, where one was asked for.
     """
 
     model: PreTrainedModel
@@ -39,6 +49,7 @@ class Base:
     source: Origin
     path: Path | None
     sha256: str
+    revision: str | None = None
 
     @property
     def stops(self) -> frozenset[int]:
@@ -69,8 +80,10 @@ def load(
     device: Device = "auto",
     trust_remote_code: bool = False,
     quantization: Quantization = "none",
+    revision: str | None = None,
 ) -> Base:
     """The base model ``name``: a folder or a name on the model hub; ``find`` has the order of places and the fallback.
+    ``revision``: the hub's commit, tag or branch.
 
     Raises UserError when the name leads nowhere, the model is incomplete or not in safetensors, its hash is not the
     recorded one, the device is absent, or what quantises is not installed. The network is used only when no local copy
@@ -78,7 +91,7 @@ def load(
     """
     target = _device(device)
     options = loading(quantization, getattr(torch, dtype), target)
-    origin, folder = find(name, source, trust_remote_code)
+    origin, folder = find(name, source, trust_remote_code, revision)
     digest = sha256(weight_files(folder))
     if origin == "wheel" and digest != recorded_sha256(folder):
         raise UserError(f"model.name={name}: the weights in {folder} are damaged; delete this folder and run again")
@@ -96,7 +109,7 @@ def load(
             "model.dtype=bfloat16: this processor has no instructions for it, and its products take many times as long as those"
             " in float32 (seventy times, where measured); use float32"
         )
-    return Base(model, tokenizer, name, origin, folder, digest)
+    return Base(model, tokenizer, name, origin, folder, digest, revision and folder.name)
 
 
 def has_fast_bfloat16() -> bool:
@@ -118,7 +131,7 @@ def _open(
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = _class(folder, local).from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **local
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
@@ -128,6 +141,19 @@ def _open(
     if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers
         raise UserError(f"model.name={name}: the weights in {folder} lack {len(missing)} tensors, such as {missing[0]}")
     return model, tokenizer
+
+
+def _class(folder: Path, local: Mapping[str, Any]) -> type[_BaseAutoModelClass]:
+    """What loads the model in ``folder``: of one for images and text its text is used alone, where there is no class for that."""
+    config = AutoConfig.from_pretrained(folder, **local)
+    causal = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
+        config, "auto_map", {}
+    )
+    return (
+        AutoModelForImageTextToText
+        if not causal and type(config) in AutoModelForImageTextToText._model_mapping
+        else (AutoModelForCausalLM)
+    )
 
 
 def _settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

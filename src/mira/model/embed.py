@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mira.model.base import Base
 
@@ -22,8 +23,16 @@ def embed(base: Base, texts: Sequence[str]) -> Tensor:
         rows = []
         for text in texts:
             ids = tokenizer(text, truncation=True, max_length=_LONGEST, verbose=False)["input_ids"]
-            tokens = torch.tensor([ids or [tokenizer.eos_token_id]], device=model.device)
-            rows.append(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0].float().mean(0).cpu())
+            rows.append(
+                _last(model, torch.tensor([ids or [tokenizer.eos_token_id]], device=model.device)).mean(0).cpu()
+            )
         return torch.stack(rows)
     finally:
         model.set_attn_implementation(attention)
+
+
+def _last(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """The last hidden state of ``tokens`` [1,T]: [T,d] float32. Some models do not tell where their body without a head is."""
+    if model.base_model is not model:
+        return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0].float()  # type: ignore[no-any-return]
+    return model(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states[-1][0].float()  # type: ignore[no-any-return]

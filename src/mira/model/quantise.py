@@ -31,7 +31,9 @@ def loading(quantization: Quantization, dtype: torch.dtype, device: torch.device
     if quantization == "none":
         return {}
     if dtype == torch.float64:
-        raise UserError(f"model.quantization={quantization}: computes in float32 or bfloat16; set model.dtype to one")
+        raise UserError(
+            f"model.quantization={quantization}: computes in float32, bfloat16 or float16; set model.dtype to one"
+        )
     if find_spec("bitsandbytes") is None:
         raise UserError(f"model.quantization={quantization}: bitsandbytes is missing; pip install 'mira[quantized]'")
     # When imported it warns of kernels that it does not find on the hub.

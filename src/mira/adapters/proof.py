@@ -1,0 +1,111 @@
+"""Before a run trains: what PEFT will read from its adapter folders is what the run computes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from functools import partial
+from math import sqrt
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mira.adapters.lora import peft_tensors, to_peft
+from mira.adapters.reach import text
+from mira.adapters.targets import PREFIX
+from mira.core.errors import UserError
+from mira.core.layout import Layout
+from mira.core.seeds import generator
+
+_STRENGTH = 0.3  # of the trial adapter's part beside a layer's own output, roughly
+# Of what the adapter changes. Either side does the same operations once more, in another order at most; where PEFT adds to a
+# weight in 16 bits, the sum is rounded to 2⁻⁹ of it. An adapter left out, on another layer or in another scale is all of it.
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
+_COARSE = 0.1
+_LENGTH = 8  # tokens of the text
+
+
+@torch.no_grad()
+def prove(model: PreTrainedModel, layout: Layout) -> None:
+    """A trial row written as a PEFT folder and read back by PEFT gives the logits of W + s·B·A. Raises UserError where it
+    does not, or PEFT reads something else."""
+    row, ids = _trial(layout), text(model)[:, :_LENGTH]
+    plain = _logits(model, ids)
+    with beside(model, row, layout):
+        ours = _logits(model, ids)
+    with TemporaryDirectory(prefix="mira-proof-") as folder:
+        to_peft(Path(folder), row, layout, model, "base")
+        peft = _read(model, Path(folder))
+    _same_tensors(peft, row, layout)
+    theirs = _logits(peft, ids)
+    effect, error = (float(torch.linalg.vector_norm(x - ours)) for x in (plain, theirs))
+    if not error <= _TOLERANCE.get(model.dtype, _COARSE) * effect:  # not a number is no proof either
+        raise UserError(
+            f"adapter.targets: the adapter of this run would be another one in PEFT (of what it changes in the logits"
+            f" {error / effect:.1%} differs); name other layers"
+        )
+
+
+def _trial(layout: Layout) -> Tensor:
+    """A row [P] whose every product shows: A·x about as large as x, s·B·A·x a good part of it."""
+    row, draw = torch.empty(layout.size), generator("proof")
+    for entry in layout.entries:
+        size = 1 / sqrt(entry.shape[-1]) if entry.factor == "A" else _STRENGTH / (layout.scale * sqrt(layout.rank))
+        entry.view(row).normal_(std=size, generator=draw)
+    return row
+
+
+@contextmanager
+def beside(model: PreTrainedModel, row: Tensor, layout: Layout) -> Iterator[None]:
+    """s·B·A·x of ``row`` [P] added to what each layer gives, meanwhile."""
+    factors = {(entry.module, entry.factor): entry.view(row).to(model.device) for entry in layout.entries}
+
+    def add(name: str, module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        a, b = (factors[name, factor].to(torch.promote_types(out.dtype, torch.float32)) for factor in ("A", "B"))
+        product: Tensor = args[0].to(a.dtype) @ a.T @ b.T
+        return (out + layout.scale * product).to(out.dtype)
+
+    with ExitStack() as hooks:
+        for name in layout.modules:
+            hooks.callback(model.get_submodule(name).register_forward_hook(partial(add, name)).remove)
+        yield
+
+
+def _read(model: PreTrainedModel, folder: Path) -> nn.Module:
+    """What PEFT makes of ``folder`` on a model of the same weights; the modules are its own."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is missing is looked for below
+            peft: nn.Module = PeftModel.from_pretrained(deepcopy(model, shared), folder, torch_device=str(model.device))
+    except Exception as error:  # whatever PEFT trips over
+        raise UserError(
+            f"adapter.targets: PEFT cannot read the adapter of this run back ({type(error).__name__}:"
+            f" {' '.join(str(error).split())[:200]}); name other layers"
+        ) from error
+    return peft
+
+
+def _same_tensors(peft: nn.Module, row: Tensor, layout: Layout) -> None:
+    """Every tensor of ``row`` is where it belongs, and there are no others."""
+    there = {name.replace(".default.", "."): p for name, p in peft.named_parameters() if ".lora_" in name}
+    written = peft_tensors(row, layout, layout.rank)
+    for name in (*written, *there):
+        one, other = written.get(name), there.get(name)
+        if one is None or other is None or not torch.equal(one.to(other), other):
+            layer = name.removeprefix(PREFIX).split(".lora_")[0]
+            raise UserError(
+                f"adapter.targets: PEFT reads something else for '{layer}' from the adapter of this run; leave it out"
+            )
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.double()

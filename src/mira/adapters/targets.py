@@ -1,0 +1,181 @@
+"""Which layers of a model carry an adapter: by name, by pattern, by default."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+from torch import nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from mira.adapters.reach import mixers, reached
+from mira.core.errors import UserError, did_you_mean
+
+log = logging.getLogger(__name__)
+
+PREFIX = "base_model.model."  # how PEFT names a module of the wrapped model
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The linear layers of a model without its head. ``usable``: those that can carry an adapter; ``why``: of the others, why
+    not."""
+
+    usable: Mapping[str, nn.Module]
+    why: Mapping[str, str]
+
+    @property
+    def names(self) -> list[str]:
+        """The last parts of the names of usable layers."""
+        return sorted({name.rsplit(".", 1)[-1] for name in self.usable})
+
+
+def target_layers(model: PreTrainedModel, targets: str | Sequence[str]) -> dict[str, nn.Module]:
+    """The layers that ``targets`` choose: "auto", "all-linear", a pattern for whole names, or ends of names."""
+    layers = layers_of(model)
+    if not layers.usable:
+        raise UserError(
+            f"adapter.targets={targets}: architecture '{model.config.model_type}' has no linear layer to adapt"
+        )
+    if targets == "all-linear":
+        return _told(layers, list(layers.usable) + list(layers.why))
+    if targets == "auto":
+        return {name: layers.usable[name] for name in _defaults(model, layers)}
+    chosen = _matching(targets, layers) if isinstance(targets, str) else _named(targets, layers)
+    return _told(layers, chosen)
+
+
+def layers_of(model: PreTrainedModel) -> Layers:
+    """Every linear layer of ``model``, its head aside, found usable or not."""
+    head = model.get_output_embeddings()
+    every: dict[str, nn.Module] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    linear_layers = {name: module for name, module in every.items() if _is_linear(module)}
+    passed = {
+        _starred(name) for name in reached(model, linear_layers)
+    }  # an expert that this text did not meet is one that others do
+    why = {name: "is not on the way of a text through the model" for name in every if _starred(name) not in passed}
+    why |= {name: "is read by PEFT under another name" for name in _renamed(model, every)}
+    why |= {name: f"is left out by PEFT in architecture '{model.config.model_type}'" for name in _refused(model, every)}
+    why |= {name: "computes something else than a product with its weight" for name in every.keys() - linear_layers}
+    return Layers({name: module for name, module in every.items() if name not in why}, why)
+
+
+def ends(name: str, targets: Iterable[str]) -> bool:
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def _refused(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Of the layers ``names`` those to which PEFT attaches nothing."""
+
+    def is_refused(leaf: str) -> bool:
+        try:
+            _check_lora_target_modules_mamba(LoraConfig(), model, leaf)
+        except ValueError:
+            return True
+        return False
+
+    return [name for name in names if is_refused(name.rsplit(".", 1)[-1])]
+
+
+def _renamed(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Of the layers ``names`` those whose tensors PEFT looks for elsewhere when it reads a folder: it does to their names
+    what transformers does to those in the checkpoint."""
+    keys = {name: f"{PREFIX}{name}.lora_A.weight" for name in names}
+    read = convert_peft_adapter_state_dict_for_transformers(
+        model, LoraConfig(), {key: torch.zeros(1, 1) for key in keys.values()}
+    )
+    return [name for name, key in keys.items() if key not in read]
+
+
+@torch.no_grad()
+def _is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` computes W·x + b. Subclasses are tried: some are routers or work in groups."""
+    if type(module) in (nn.Linear, Conv1D) or type(module).__module__.startswith("bitsandbytes"):
+        return True
+    weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+    x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    try:
+        given, expected = module(x), linear(x, weight, bias)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        return False
+    return (
+        isinstance(given, torch.Tensor) and given.shape == expected.shape and torch.allclose(given, expected, rtol=0.02)
+    )
+
+
+def _defaults(model: PreTrainedModel, layers: Layers) -> list[str]:
+    """PEFT's choice for the architecture or that of its text model; else the layers in which tokens meet, else all."""
+    for kind in (model.config.model_type, model.config.get_text_config().model_type):
+        choice = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, ())
+        if isinstance(choice, str):
+            chosen = [name for name in layers.usable if re.fullmatch(choice, name)]
+        else:
+            chosen = [name for name in layers.usable if ends(name, choice)]
+        if chosen:
+            return chosen
+    around = tuple(f"{mixer}." for mixer in mixers(model, layers.usable))
+    mixing = [name for name in layers.usable if name.startswith(around)]
+    return mixing or list(layers.usable)
+
+
+def _matching(targets: str, layers: Layers) -> list[str]:
+    try:
+        pattern = re.compile(targets)
+    except re.error as error:
+        raise UserError(
+            f"adapter.targets={targets}: not a valid pattern ({error}); give names as a list instead"
+        ) from None
+    chosen = [name for name in (*layers.usable, *layers.why) if pattern.fullmatch(name)]
+    if not chosen:
+        hint = f"; as a list: [{targets}]" if targets in layers.names else f"; allowed: {', '.join(layers.names)}"
+        raise UserError(f"adapter.targets={targets}: matches no linear layer{hint}")
+    return chosen
+
+
+def _named(targets: Sequence[str], layers: Layers) -> list[str]:
+    chosen = [name for name in (*layers.usable, *layers.why) if ends(name, targets)]
+    for target in targets:
+        if not any(ends(name, [target]) for name in chosen):
+            raise UserError(f"adapter.targets: no linear layer is named '{target}'{did_you_mean(target, layers.names)}")
+        if not any(ends(name, [target]) for name in chosen if name in layers.usable):
+            wrong = next(name for name in chosen if ends(name, [target]))
+            raise UserError(
+                f"adapter.targets: '{target}': {wrong} {layers.why[wrong]}; name others, among {_list(layers)}"
+            )
+    if not chosen:
+        raise UserError(f"adapter.targets={list(targets)}: matches no linear layer; allowed: {_list(layers)}")
+    return chosen
+
+
+def _told(layers: Layers, chosen: Sequence[str]) -> dict[str, nn.Module]:
+    """The usable ones of ``chosen``, in the model's order; what is left out is said."""
+    left = {_starred(name): layers.why[name] for name in chosen if name in layers.why}
+    for name, reason in left.items():
+        log.info("adapter.targets: %s is left out, as it %s", name, reason)
+    found = {name: module for name, module in layers.usable.items() if name in set(chosen)}
+    if not found:
+        name, reason = next(iter(left.items()))
+        raise UserError(f"adapter.targets: {name} {reason}; name others, among {_list(layers)}")
+    return found
+
+
+def _list(layers: Layers) -> str:
+    return ", ".join(layers.names)
+
+
+def _starred(name: str) -> str:
+    """The name without the numbers of layers and experts."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
