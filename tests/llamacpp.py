@@ -67,7 +67,7 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     config: Any = model.config
     turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
     for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings or "act_fn" in name:
+        if (name == "lm_head.weight" and config.tie_word_embeddings) or "act_fn" in name:
             continue
         name = name.removeprefix("transformer.") if config.model_type == "bloom" else name
         if "mlp.experts" in name:
@@ -149,7 +149,14 @@ class LlamaCpp:
         """The greedy answer to ``prompt`` with ``adapter`` alone, or with none."""
         scales = [{"id": n, "scale": float(n == adapter)} for n in range(self.adapters)]
         asked = prompt if isinstance(prompt, str) else list(prompt)
-        request = {"prompt": asked, "n_predict": tokens, "temperature": 0, "cache_prompt": False, "lora": scales, **more}
+        request = {
+            "prompt": asked,
+            "n_predict": tokens,
+            "temperature": 0,
+            "cache_prompt": False,
+            "lora": scales,
+            **more,
+        }
         answer: dict[str, Any] = self.server.handle_completions(request)["choices"][0]
         return answer
 

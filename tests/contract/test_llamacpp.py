@@ -34,7 +34,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": EVEN,
     "gpt_neox": EVEN,
     "gpt_oss": {**WINDOW, **EXPERTS, "moe_intermediate_size": 64, "rope_parameters": PLAIN},
-    "granite": {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 0.5},
+    "granite": {
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 0.5,
+    },
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "ministral3": {"rope_parameters": {**PLAIN, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 512}},
     "mixtral": EXPERTS,

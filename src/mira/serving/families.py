@@ -32,8 +32,8 @@ def thirds(out: int, config: Any) -> Tensor:
     return torch.arange(out).view(config.num_attention_heads, 3, -1).transpose(0, 1).reshape(-1)
 
 
-_TURNED = {"attn_q": pairs("num_attention_heads"), "attn_k": pairs("num_key_value_heads")}
-_FUSED = {"attn_qkv": thirds}
+_TURNED: dict[str, Rows] = {"attn_q": pairs("num_attention_heads"), "attn_k": pairs("num_key_value_heads")}
+_FUSED: dict[str, Rows] = {"attn_qkv": thirds}
 
 
 @dataclass(frozen=True)

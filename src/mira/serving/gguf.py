@@ -14,7 +14,6 @@ from typing import Any
 import gguf
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from mira.core.errors import UserError
 from mira.serving.families import FAMILIES, TENSORS, Family
@@ -24,7 +23,7 @@ _FACTOR = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 _WAY_OUT = "--merge writes the whole model, which llama.cpp's convert_hf_to_gguf.py converts"
 
 
-def check(config: PreTrainedConfig) -> Family:
+def check(config: Any) -> Family:
     """The family of a base model. Raises UserError where llama.cpp was not seen to serve its adapters."""
     kind = config.get_text_config().model_type
     if kind not in FAMILIES:
@@ -35,7 +34,7 @@ def check(config: PreTrainedConfig) -> Family:
     return FAMILIES[kind]
 
 
-def write(peft: Path, config: PreTrainedConfig, out: Path, name: str) -> None:
+def write(peft: Path, config: Any, out: Path, name: str) -> None:
     """Write the adapter in the folder ``peft`` on a base of ``config`` as the file ``out``, called ``name`` in it.
 
     Raises UserError for what llama.cpp cannot add to a model.
