@@ -41,13 +41,12 @@ class Hub:
             )
         if self.name.count("/") != 1:
             raise UserError(f"--push {self.name}: give OWNER/NAME, the user or organisation and the repository")
-        for client in clients:
+        named = [("--push", self.repository(client)) for client in clients]
+        for option, name in [*named, ("--base", self.base)]:
             try:
-                validate_repo_id(self.repository(client))
+                validate_repo_id(name or "given/elsewhere")
             except HFValidationError as error:
-                raise UserError(
-                    f"--push {self.repository(client)}: no name of a repository ({first_line(error)})"
-                ) from None
+                raise UserError(f"{option} {name}: no name of a repository ({first_line(error)})") from None
         if huggingface_hub.is_offline_mode():
             raise UserError("--push: HF_HUB_OFFLINE is set, so the hub is not asked; unset it")
 
@@ -68,6 +67,8 @@ class Hub:
             api.create_commit(name, added, commit_message="Adapter trained with MIRA")
         except LocalTokenNotFoundError:
             raise UserError(f"--push {name}: no token for the hub is here; log in first: hf auth login") from None
+        except ValueError as error:  # the hub read the card and does not take it
+            raise UserError(f"--push {name}: the hub refuses it ({' '.join(str(error).split())})") from None
         except HfHubHTTPError as error:
             raise UserError(f"--push {name}: {_reason(error)}") from None
         except (httpx.HTTPError, OSError) as error:
