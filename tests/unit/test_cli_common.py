@@ -34,7 +34,10 @@ from small import mira, snapshot, write_clients, write_config
         (["generate", "RUN"], "Missing option '--client'"),
         (["generate", "RUN", "--client", "a", "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
         (["evaluate", "RUN", "--round", "7"], "'7' is not one of 'last', 'best'"),
-        (["export", "RUN", "--all", "--format", "onnx"], "'onnx' is not one of 'peft', 'vllm', 'sglang', 'lorax', 'gguf'"),
+        (
+            ["export", "RUN", "--all", "--format", "onnx"],
+            "'onnx' is not one of 'peft', 'vllm', 'sglang', 'lorax', 'gguf'",
+        ),
         (["export", "RUN"], "export: name the clients with --client NAME (repeatable), or give --all"),
         (["export", "RUN", "--all", "--client", "ann"], "export: name the clients with --client NAME"),
         (["run", "nonexistent.yaml"], "nonexistent.yaml: cannot be read (No such file or directory)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from mira.core.errors import UserError
 from mira.data.text import Encoder
 from mira.data.types import Example
 from mira.serving import card
+from mira.serving.families import FAMILIES
 from mira.serving.gguf import write
 from small import ADAPTERS, NAMES, begin, mira, write_clients, write_config
 from tiny import make_tiny, make_tokenizer, save_tiny
@@ -314,3 +316,9 @@ def test_servers_take_no_other_kind_of_adapter(tiny_folder: Path, tmp_path: Path
         error = mira("export", run, "--all", "--format", format).error
         assert error == f"--format {format}: {name} serves LoRA adapters, not adapter.kind=prompt"
     assert mira("export", run, "--client", "ann").status == 0
+
+
+def test_the_documentation_names_the_families() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    listed = text.split("Architectures whose adapters gave")[1].split("## vLLM")[0]
+    assert re.findall(r"`([^`]+)`", listed) == sorted(FAMILIES)

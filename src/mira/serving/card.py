@@ -74,7 +74,7 @@ def card(session: Session, origin: Origin, use: Use, base: str | None) -> str:
         "base model": base or session.base.name,
         "adapter": _adapter(session, client.name),
         "method": f"{session.experiment.method.name}, {origin.round} rounds",
-        "examples": f"{client.num_train} train, {len(client.validation)} validation, {len(client.test)} test",
+        "examples": _examples(client),
         "prompts": f"{encoder.template}, as in `{template(encoder)[0]}`",
         **_losses(origin),
     }
@@ -119,6 +119,12 @@ def _adapter(session: Session, client: str) -> str:
         return str(experiment.adapter.kind)
     ends = sorted({name.rsplit(".", 1)[-1] for name in layout.modules})
     return f"{experiment.adapter.kind} of rank {experiment.clients.rank.get(client, layout.rank)} on {', '.join(ends)}"
+
+
+def _examples(client: Client) -> str:
+    if client.elsewhere is not None:
+        return f"{client.elsewhere} train, on a machine of its own"
+    return f"{len(client.train)} train, {len(client.validation)} validation, {len(client.test)} test"
 
 
 def _losses(origin: Origin) -> Mapping[str, str]:
