@@ -24,11 +24,12 @@ from mira.data.reading import existing, read_records
 from mira.data.records import Tally
 from mira.data.types import ClientData, client_data
 from mira.environment import check_environment, clients_of, taken_over
-from mira.experiment import export_adapters, state_of, without_nan
+from mira.experiment import state_of, without_nan
 from mira.graphs.known import Complete
 from mira.methods.local import Local
 from mira.methods.ranked import ranked
 from mira.model.embed import embed
+from mira.serving.folders import export_adapters
 from mira.session import Session, open_session
 from mira.store import Store
 
@@ -80,7 +81,8 @@ def adapt(
         warm = session.layout.mean(method.serve(state, related), weight)
     rows = torch.stack([warm, store.start])
     curve, rows = _train(session, rows, state.round, rounds)
-    place = export_adapters(session, folder / ADAPTED, _alone(session, rows[0]), [0])[0]
+    told = [{"round": n, "clients": {name: point["warm"]}} for n, point in ((0, curve[0]), (rounds, curve[-1]))]
+    place = export_adapters(session, folder / ADAPTED, _alone(session, rows[0], rounds), [0], told)[0]
     chosen = [{"name": known[k].name, "weight": w} for k, w in zip(related.tolist(), weight.tolist(), strict=True)]
     found = {"client": name, "neighbours": chosen, "rounds": curve}
     kept = found | {"adapter": place.name}  # relative, so that the folder can be moved
@@ -189,5 +191,5 @@ def _losses(session: Session, rows: Tensor, steps: int) -> Result:
     return clean
 
 
-def _alone(session: Session, row: Tensor) -> ServerState:
-    return ServerState(MemoryRows(row, 1, {}), session.initial_state().graph, {})
+def _alone(session: Session, row: Tensor, round: int) -> ServerState:
+    return ServerState(MemoryRows(row, 1, {}), session.initial_state().graph, {}, round)

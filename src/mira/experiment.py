@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,9 +26,9 @@ from mira.environment import check_environment
 from mira.labels import label_accuracy
 from mira.methods.warm import Warm
 from mira.report import summarise
+from mira.serving.folders import export_adapters
 from mira.session import TOKENS, Session, enough_memory, open_session
 from mira.store import Store
-from mira.store.folders import replace_folder
 from mira.trackers import Followers
 
 log = logging.getLogger(__name__)
@@ -207,7 +206,7 @@ def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher)
             everyone = torch.arange(len(names))
             sites.finish(method.serve(last, everyone), everyone)
         if not sites or not held_there:
-            export_adapters(session, store.folder / ADAPTERS, last, range(len(names)))
+            export_adapters(session, store.folder / ADAPTERS, last, range(len(names)), store.metrics())
         result = summary(session, store, store.metrics()[-1], best)
         store.finish(result)
         shown.finish(result)
@@ -324,23 +323,3 @@ def best_answers(session: Session, store: Store) -> Record:
         return dict(record["answers"])
     with enough_memory(session.experiment):
         return without_nan(_answers(session, state_of(session, store, store.best_round)))  # type: ignore[no-any-return]
-
-
-def base_name(session: Session) -> str:
-    """What an adapter names as its base: the hub's name only if those are the weights it was trained on."""
-    base = session.base
-    return base.name if base.source == "hub" or base.path is None else str(base.path.resolve())
-
-
-def export_adapters(session: Session, folder: Path, state: ServerState, clients: Sequence[int]) -> list[Path]:
-    """In ``folder``, a folder for each client (PEFT's, where PEFT has the kind), of the row it deploys in ``state``."""
-    places = []
-    for k in clients:
-        place = folder / session.federation.clients[k].slug
-        export_row(session, place, session.method.serve(state, torch.tensor([k]))[0])
-        places.append(place)
-    return places
-
-
-def export_row(session: Session, folder: Path, row: Tensor) -> None:
-    replace_folder(folder, partial(session.adapter.save, row=row, base_name=base_name(session)))

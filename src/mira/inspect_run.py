@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,35 +12,31 @@ import torch
 
 from mira import config
 from mira.core.errors import UserError
-from mira.core.types import Overlay, ServerState, stays
+from mira.core.types import Overlay, stays
 from mira.data.sources.sites import Sites
 from mira.environment import check_environment, clients_of, taken_over
 from mira.experiment import (
     ADAPTERS,
     Result,
     Watcher,
-    base_name,
     best_answers,
-    export_adapters,
     located,
     measured,
     state_of,
     summary,
 )
-from mira.model.whole import save_whole
 from mira.progress import visible
+from mira.serving import lines, push
+from mira.serving.card import Use, card, origin
+from mira.serving.folders import deployed, export_adapters, export_gguf, export_merged
+from mira.serving.lines import Format
+from mira.serving.push import Hub
 from mira.session import Session, open_session
 from mira.store import Store
-from mira.store.folders import replace_folder
 
 log = logging.getLogger(__name__)
 
 Which = Literal["last", "best"]
-Format = Literal["peft", "vllm"]
-
-_VLLM_MAX_RANK = 512  # the largest --max-lora-rank vLLM 0.11 takes
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-_VLLM_NO_LORA = ("gpt2",)  # architectures vLLM serves without LoRA support
 
 
 def evaluate(
@@ -101,34 +95,42 @@ def generate(
 
 
 def export(
-    folder: Path, clients: list[str] | None, merge: bool, format: Format, which: Which,
+    folder: Path, clients: list[str] | None, merge: bool, format: Format, which: Which, hub: Hub | None = None,
     data: Path | None = None, model: str | None = None,
 ) -> Iterator[str]:  # fmt: skip
-    """Write adapters (or merged models) and say where; for vLLM, its command line too.
+    """Write adapters (or merged models) and say where; for a server, its command line too; with ``hub`` push them there.
 
     A run that is under way is not disturbed: it is only read, as of its last committed round.
     """
     session = _session(folder, data, model, examples=False)
     numbers = [session.number(name) for name in clients] if clients else list(range(len(session.names)))
-    if format == "vllm" and not merge:
-        _check_vllm(session)
+    lines.check(format, session, merge)
+    base = push.base(hub, session) if hub else None
+    if hub:
+        hub.check([session.federation.clients[k].slug for k in numbers])
     with Store.open(folder, writable=False) as store:
         _check_here(session, store)
-        state = state_of(session, store, _round(store, which))
-        suffix = "" if which == "last" else f"-{which}"  # what a finished run reports stays as of its last round
-        if merge:
-            for k in numbers:
-                place = folder / f"merged{suffix}" / session.federation.clients[k].slug
-                replace_folder(place, partial(_write_merged, session, state, k))
-                yield f"vllm serve {shlex.quote(str(place.resolve()))}" if format == "vllm" else str(place)
-            return
-        folders = export_adapters(session, folder / f"{ADAPTERS}{suffix}", state, numbers)
-    yield from map(str, folders)
-    if format == "vllm":
-        modules = " ".join(shlex.quote(f"{path.name}={path.resolve()}") for path in folders)
-        rank = next(r for r in _VLLM_RANKS if r >= session.layout.rank)
-        base = shlex.quote(base_name(session))
-        yield f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
+        state, metrics = state_of(session, store, _round(store, which)), store.metrics()
+    suffix = "" if which == "last" else f"-{which}"  # what a finished run reports stays as of its last round
+    use: Use = "merged" if merge else "gguf" if format == "gguf" else "peft"
+    kept = folder / f"{ADAPTERS if use == 'peft' else use}{suffix}"
+    origins = [origin(session.federation.clients[k], state.round, metrics) for k in numbers]
+    places = [kept / each.client.slug for each in origins]
+    if merge:
+        for k, place, each in zip(numbers, places, origins, strict=True):
+            export_merged(session, place, deployed(session, state, k), each)
+            yield lines.merged(format, place)
+    else:
+        adapters = export_adapters(session, folder / f"{ADAPTERS}{suffix}", state, numbers, metrics)
+        lines.check_folder(format, adapters[0])
+        for adapter, place, each in zip(adapters, places, origins, strict=True):
+            if use == "gguf":
+                export_gguf(session, place, adapter, each)
+        yield from map(str, places)
+        yield from lines.served(format, session, places)
+    if hub and base:
+        for place, each in zip(places, origins, strict=True):
+            yield push.push(hub, place, card(session, each, use, base), base)
 
 
 def _session(folder: Path, data: Path | None, model: str | None, examples: bool = True) -> Session:
@@ -160,25 +162,3 @@ def _round(store: Store, which: Which) -> int:
     if number is None:
         raise UserError(f"{store.folder}: no round is committed yet; go on with: mira run {store.folder} --resume")
     return number
-
-
-def _write_merged(session: Session, state: ServerState, k: int, folder: Path) -> None:
-    """The whole model with client ``k``'s adapter in its weights; the base is put back afterwards."""
-    row = session.method.serve(state, torch.tensor([k]))[0]
-    with session.adapter.merged(row) as model:
-        save_whole(session.base, model, folder)
-
-
-def _check_vllm(session: Session) -> None:
-    adapter = session.experiment.adapter.kind
-    if adapter != "lora":
-        raise UserError(f"--format vllm: vLLM serves LoRA adapters, not adapter.kind={adapter}")
-    kind, rank = session.base.model.config.model_type, session.layout.rank
-    if kind in _VLLM_NO_LORA:
-        raise UserError(
-            f"--format vllm: vLLM serves no LoRA on architecture '{kind}'; use --merge and serve the whole model"
-        )
-    if rank > _VLLM_MAX_RANK:
-        raise UserError(
-            f"--format vllm: adapter.rank={rank} is above {_VLLM_MAX_RANK}, the largest vLLM serves; use --merge"
-        )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from itertools import groupby
 from pathlib import Path
 from textwrap import wrap
@@ -14,11 +15,13 @@ from rich.cells import cell_len, chop_cells, set_cell_size
 from mira.config import Experiment
 from mira.config.adapter import VirtualPromptSection
 from mira.core.errors import UserError
-from mira.data.corpus import Corpus
+from mira.data.corpus import Corpus, without_overlong
 from mira.data.federation import Federation
+from mira.data.proof import prove
 from mira.data.reading import read_records
 from mira.data.records import Tally
 from mira.data.sources.jsonl import Found, Jsonl
+from mira.data.templates import CHAT
 from mira.data.text import Encoded, Encoder
 from mira.data.types import ClientData, Example, Source, by_question, client_data
 from mira.engine.generate import positions
@@ -52,7 +55,7 @@ def look(source: Source, experiment: Experiment, reader: Reader | None) -> Resul
     if not clients:
         raise UserError("data: the source holds no example; check data.path")
     encoder = encoder_of(experiment, reader, endless=True) if reader else None
-    limit = length_of(experiment, reader) if reader else experiment.prompt.max_length
+    limit = encoder_of(experiment, reader).max_length if reader else experiment.prompt.max_length
     first = clients[0].examples[0]
     return {
         "layouts": dict(found.tally.layouts),
@@ -66,22 +69,23 @@ def look(source: Source, experiment: Experiment, reader: Reader | None) -> Resul
     }
 
 
-def check(experiment: Experiment, federation: Federation, reader: Reader) -> None:
-    """Raises UserError where a run would refuse the examples: they do not fit the template or the length."""
-    encoder = encoder_of(experiment, reader)
-    training = experiment.training
+def check(experiment: Experiment, federation: Federation, reader: Reader) -> Encoder:
+    """The encoder of a run. Raises UserError where the run would refuse the examples: they do not fit the template or the
+    length."""
+    encoder, training = encoder_of(experiment, reader), experiment.training
+    if encoder.template == CHAT:
+        prove(federation, encoder)
+    if encoder.wording.overlong == "drop":
+        federation = without_overlong(federation, encoder)
     Corpus(federation, encoder, training.batch_size, training.local_steps, training.local_epochs).truncated()
+    return encoder
 
 
 def encoder_of(experiment: Experiment, reader: Reader, endless: bool = False) -> Encoder:
-    length = _ENDLESS if endless else length_of(experiment, reader)
-    return Encoder(reader.tokenizer, experiment.prompt.template, length)
-
-
-def length_of(experiment: Experiment, reader: Reader) -> int:
-    """The longest example in tokens: as configured, and no longer than the model can read."""
     virtual = experiment.adapter.virtual_tokens if isinstance(experiment.adapter, VirtualPromptSection) else 0
-    return min(experiment.prompt.max_length, positions(reader) - virtual)  # type: ignore[arg-type]  # its config is enough
+    room = positions(reader) - virtual  # type: ignore[arg-type]  # its config is enough
+    encoder = experiment.prompt.encoder(reader.tokenizer, room, reader.stops, date.today().isoformat())
+    return replace(encoder, max_length=_ENDLESS) if endless else encoder
 
 
 def lines(result: Result, path: Path) -> Iterator[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mira.adapters.lora import Lora, LoraAdapter
 from mira.adapters.prompt import Prompt, PromptAdapter
-from mira.adapters.proof import prove
+from mira.adapters.proof import prove as prove_adapter
 from mira.adapters.seeds import SeedsAdapter, directions
 from mira.adapters.types import Adapter
 from mira.config import Experiment
@@ -29,7 +29,7 @@ from mira.core.training import Training
 from mira.core.types import Engine, Method, ServerState, Setting, Sites
 from mira.data.corpus import Corpus, without_overlong
 from mira.data.federation import SPLITS, Federation, make_federation
-from mira.data.proof import prove
+from mira.data.proof import prove as prove_prompts
 from mira.data.templates import CHAT
 from mira.engine.batched import BatchedEngine
 from mira.engine.checkpoint import decoder_layers
@@ -172,7 +172,7 @@ def open_session(
     for caution in encoder.cautions:
         log.warning("%s", caution)
     if encoder.template == CHAT:
-        prove(federation, encoder)
+        prove_prompts(federation, encoder)
     if prompt.overlong == "drop":
         federation = without_overlong(federation, encoder)
     corpus = Corpus(federation, encoder, training.batch_size, training.local_steps, training.local_epochs, first)
@@ -258,7 +258,7 @@ def _adapter(experiment: Experiment, base: Base) -> Adapter:
         return SeedsAdapter(model, directions(model, section.targets, experiment.seed), section.count)
     lora = Lora(section.rank, section.alpha, section.dropout, section.rslora, section.targets)
     layout = lora.layout(model)
-    prove(model, layout)
+    prove_adapter(model, layout)
     whole = cache(partial(unquantised, base, experiment.model.trust_remote_code)) if base.path else None
     return LoraAdapter(model, layout, whole, base.revision)
 

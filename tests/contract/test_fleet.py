@@ -38,6 +38,8 @@ def test_rows_and_scores_are_those_of_one_process_to_the_last_bit(world: World, 
     for client in together["clients"]:
         own = world.folder / "sites" / client["name"] / "adapter" / "adapter_model.safetensors"
         assert own.read_bytes() == (Path(client["adapter"]) / "adapter_model.safetensors").read_bytes()
+        assert f"| client | {client['name']} |" in (own.parent / "README.md").read_text(encoding="utf-8")
+        assert (own.parent / "prompt_template.jinja").is_file()
 
 
 def test_every_rounds_rows_on_the_server_are_those_of_one_process(world: World) -> None:

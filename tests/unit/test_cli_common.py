@@ -10,6 +10,7 @@ import re
 import resource
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,10 @@ from small import mira, snapshot, write_clients, write_config
         (["generate", "RUN"], "Missing option '--client'"),
         (["generate", "RUN", "--client", "a", "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
         (["evaluate", "RUN", "--round", "7"], "'7' is not one of 'last', 'best'"),
-        (["export", "RUN", "--all", "--format", "onnx"], "'onnx' is not one of 'peft', 'vllm'"),
+        (
+            ["export", "RUN", "--all", "--format", "onnx"],
+            "'onnx' is not one of 'peft', 'vllm', 'sglang', 'lorax', 'gguf'",
+        ),
         (["export", "RUN"], "export: name the clients with --client NAME (repeatable), or give --all"),
         (["export", "RUN", "--all", "--client", "ann"], "export: name the clients with --client NAME"),
         (["run", "nonexistent.yaml"], "nonexistent.yaml: cannot be read (No such file or directory)"),
@@ -114,6 +118,11 @@ def test_without_a_command_the_help(command: list[str]) -> None:
     assert ended.status == 2
     assert "Usage: mira" in ended.out + ended.err
     assert "error:" not in ended.err
+
+
+def test_the_version() -> None:
+    ended = mira("--version")
+    assert (ended.status, ended.out) == (0, f"mira {version('mira')}\n")
 
 
 def test_an_interrupted_run_says_how_to_go_on(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

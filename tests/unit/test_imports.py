@@ -17,6 +17,7 @@ LEVELS = (
     {"engine", "store", "report", "data", "model", "config", "measure", "progress"},
     {"environment"},
     {"session", "page", "listing", "look", "labels"},
+    {"serving"},
     {"experiment"},
     {"adapt", "inspect_run", "mira", "compare"},
     {"fleet"},

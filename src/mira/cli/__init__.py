@@ -6,7 +6,9 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version as installed
 from io import TextIOWrapper
+from typing import Annotated
 
 import click
 import typer
@@ -33,6 +35,17 @@ for command in (
     training.adapt,
 ):  # fmt: skip
     app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def about(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"mira {installed('mira')}")
+        raise typer.Exit
+
+
 app.command(name="runs")(runs.list_runs)
 app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")

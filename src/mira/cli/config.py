@@ -51,7 +51,9 @@ def check(file: Path, overrides: Set = None) -> None:
         experiment.graph.build(names, groups, experiment.seed, lambda: no_model)
     reader = open_reader(model.name, model.source, model.trust_remote_code)
     if reader is not None:
-        page.check(experiment, federation, reader)
+        encoder = page.check(experiment, federation, reader)
+        for line in (encoder.about, *encoder.cautions):
+            out_console.print(line, soft_wrap=True)
     unseen = "" if reader else f"; prompts are not checked, as {model.name} is not on this machine yet"
     out_console.print(f"{file}: fine; {len(clients)} clients, {about}{unseen}", soft_wrap=True)
 

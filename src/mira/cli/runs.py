@@ -51,18 +51,35 @@ def export(
         bool, typer.Option("--merge", help="Write the whole model with the adapter merged into it.")
     ] = False,
     format: Annotated[
-        Literal["peft", "vllm"], typer.Option(help="vllm: check what vLLM cannot serve and print its command line.")
+        Literal["peft", "vllm", "sglang", "lorax", "gguf"],
+        typer.Option(
+            help="For which server: check what it cannot serve, print its command line; gguf: llama.cpp's files."
+        ),
     ] = "peft",
+    push: Annotated[
+        str | None,
+        typer.Option(
+            "--push", metavar="OWNER/NAME", help="Push to the model hub; {client} stands for a client's name."
+        ),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody read what is pushed.")] = False,
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="OWNER/NAME", help="The base model's name on the hub, for --push.")
+    ] = None,
     round: Which = "last",
     data: Data = None,
     model: Model = None,
 ) -> None:
-    """Write adapters as PEFT folders, or merged models, under the run folder."""
+    """Write adapters for PEFT or a server, or merged models, under the run folder, and push them to the model hub."""
     from mira import inspect_run
+    from mira.serving.push import Hub
 
     if everyone == bool(client):
         raise UserError("export: name the clients with --client NAME (repeatable), or give --all")
-    for line in inspect_run.export(run, client, merge, format, round, data, model):
+    if push is None and (public or base):
+        raise UserError(f"export: {'--public' if public else '--base'} is of use with --push OWNER/NAME alone")
+    hub = Hub(push, public, base) if push is not None else None
+    for line in inspect_run.export(run, client, merge, format, round, hub, data, model):
         out_console.print(line, soft_wrap=True)
 
 

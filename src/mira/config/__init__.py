@@ -14,7 +14,8 @@ from mira.config.text import flat, mapping, read, write
 from mira.core.strict import expanded
 
 __all__ = [
-    "Experiment", "absolute", "check_there", "dated", "differences", "dump", "load", "moved", "override", "parse", "parse_text", "schema",
+    "Experiment", "absolute", "check_there", "dated", "differences", "dump", "load", "moved", "override", "parse", "parse_text",
+    "schema",
 ]  # fmt: skip
 
 

@@ -21,10 +21,11 @@ from mira.core.types import Work
 from mira.core.wire import Wire, compress, decode, decode_mask, down, encode
 from mira.data.sources.sites import Own
 from mira.data.types import Source
-from mira.experiment import export_row
 from mira.fleet.privacy import describe, epsilon, release
 from mira.fleet.seam import Message, pack, unpack
 from mira.fleet.shelf import Shelf
+from mira.serving.card import Origin
+from mira.serving.folders import export_row
 from mira.session import Session, open_session
 
 log = logging.getLogger(__name__)
@@ -221,7 +222,8 @@ class Site:
     def _finish(self, message: Message) -> tuple[Values, dict[str, Tensor]]:
         here = self._run(message.head.run)
         place = self.state / "adapter"
-        export_row(here.session, place, self._deployed(here, message, "row"))
+        origin = Origin(here.session.federation.clients[0], here.session.experiment.rounds)
+        export_row(here.session, place, self._deployed(here, message, "row"), origin)
         log.info("adapter written to %s", place)
         if (asked := here.session.experiment.privacy) is not None:
             log.info("privacy: %s", describe(asked.clip, asked.noise, asked.delta, here.releases))

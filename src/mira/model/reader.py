@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mira.model.files import TOKENIZER_FILES, first_line
 from mira.model.find import Source, find
 from mira.model.wheel import WHEELS, is_made, quiet
 
+_TOLD = ("generation_config.json", "config.json")
 _FILES = [
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
     "merges.txt", "*.jinja", "*.model",
@@ -27,6 +29,7 @@ class Reader:
     name: str
     tokenizer: PreTrainedTokenizerBase
     config: Any
+    stops: frozenset[int] = frozenset()  # tokens at which servers end an answer
 
 
 def open_reader(name: str, source: Source = "auto", remote_code: bool = False, fetch: bool = False) -> Reader | None:
@@ -42,10 +45,20 @@ def open_reader(name: str, source: Source = "auto", remote_code: bool = False, f
                 name,
                 AutoTokenizer.from_pretrained(folder, **local),
                 AutoConfig.from_pretrained(folder, **local),
+                _stops(folder),
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         hint = "; model.trust_remote_code=true would run it" if "custom code" in str(error) else ""
         raise UserError(f"model.name={name}: {folder} cannot be loaded ({first_line(error)}){hint}") from error
+
+
+def _stops(folder: Path) -> frozenset[int]:
+    """Those of generation_config.json, or else of config.json."""
+    files = [json.loads(file.read_text(encoding="utf-8")) for name in _TOLD if (file := folder / name).is_file()]
+    stops: int | list[int] = next(
+        (found["eos_token_id"] for found in files if found.get("eos_token_id") is not None), []
+    )
+    return frozenset([stops] if isinstance(stops, int) else stops)
 
 
 def _local(name: str, source: Source) -> Path | None:

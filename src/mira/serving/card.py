@@ -1,0 +1,140 @@
+"""What lies beside an adapter for who serves it: the template of its prompts, and a model card."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mira.core.loop import Record
+from mira.data.federation import Client
+from mira.data.templates import CHAT, TEMPLATES
+from mira.data.text import Encoder
+from mira.session import Session
+
+CHAT_TEMPLATE = "chat_template.jinja"
+PROMPT_TEMPLATE = "prompt_template.jinja"
+Use = Literal["peft", "gguf", "merged", "seeds"]
+_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an adapter came from: of which client, after which round of which run. ``losses``: on the client's test split,
+    before training and after; None where not measured."""
+
+    client: Client
+    round: int
+    losses: tuple[float | None, float | None] = (None, None)
+
+
+def origin(client: Client, round: int, metrics: Sequence[Record]) -> Origin:
+    """The origin of the adapter of ``client`` after ``round``, with the losses that are among the ``metrics`` of the rounds."""
+    of = {record["round"]: record.get("clients", {}).get(client.name, {}).get("test_loss") for record in metrics}
+    return Origin(client, round, (of.get(0), of.get(round)))
+
+
+def base_name(session: Session) -> str:
+    """What an adapter names as its base: the hub's name only if those are the weights it was trained on."""
+    base = session.base
+    return base.name if base.source == "hub" or base.path is None else str(base.path.resolve())
+
+
+def hub_name(session: Session) -> str | None:
+    """The base's name on the model hub, where the run gives one."""
+    base = session.base
+    return base.name if base.source in ("hub", "wheel") and _ON_HUB.fullmatch(base.name) else None
+
+
+def write(folder: Path, session: Session, origin: Origin, use: Use = "peft") -> None:
+    """Write the template of the prompts and the card into the folder of an adapter."""
+    name, text = template(session.corpus.encoder)
+    (folder / name).write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(card(session, origin, use, hub_name(session)), encoding="utf-8")
+
+
+def template(encoder: Encoder) -> tuple[str, str]:
+    """The Jinja template that prompts were rendered with, and the name of its file: of ``messages`` for a server's chat
+    interface, or of ``instruction`` and ``input`` for one that is given text."""
+    if encoder.template == CHAT:
+        return CHAT_TEMPLATE, encoder.chat.source()
+    wording = TEMPLATES[encoder.template]
+    with_input, without = wording("{{ instruction }}", "{{ input }}"), wording("{{ instruction }}", "")
+    return PROMPT_TEMPLATE, f"{{% if input %}}{with_input}{{% else %}}{without}{{% endif %}}"
+
+
+def card(session: Session, origin: Origin, use: Use, base: str | None) -> str:
+    """The text of the card: what the hub reads, then what people read. ``base``: the base's name on the hub."""
+    client, encoder = origin.client, session.corpus.encoder
+    use = "seeds" if use == "peft" and session.experiment.adapter.kind == "seeds" else use
+    rows = {
+        "client": client.name,
+        "base model": base or session.base.name,
+        "adapter": _adapter(session, client.name),
+        "method": f"{session.experiment.method.name}, {origin.round} rounds",
+        "examples": _examples(client),
+        "prompts": f"{encoder.template}, as in `{template(encoder)[0]}`",
+        **_losses(origin),
+    }
+    told = {"run": session.experiment.name, **{key: _cell(value) for key, value in rows.items()}}
+    table = "\n".join(f"| {key} | {value} |" for key, value in told.items())
+    title, using = " ".join(client.name.split()), _USE[use].replace("BASE", json.dumps(base or session.base.name))
+    return (
+        f"{_metadata(session, use, base)}\n# {title}\n\n{_WHAT}\n\n| | |\n|---|---|\n{table}\n\n{using}\n{_PROMPTS}\n"
+    )
+
+
+_WHAT = "An adapter of one client, trained together with those of others by MIRA."
+_PROMPTS = "Prompts have to be rendered with the template beside this file: the adapter was trained on them."
+_USE: dict[Use, str] = {
+    "peft": """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained(BASE)
+model = PeftModel.from_pretrained(base, "this folder")
+```
+""",
+    "gguf": "An adapter file of llama.cpp, for a GGUF file of the base: `llama-server -m base.gguf --lora FILE.gguf`\n",
+    "merged": "The whole model with the adapter in its weights: `AutoModelForCausalLM.from_pretrained` loads this folder.\n",
+    "seeds": "`coefficients.safetensors` holds the coefficients of seeds; `mira export --merge` writes the whole model.\n",
+}
+_LIBRARY = {"peft": "peft", "gguf": "gguf", "merged": "transformers"}
+
+
+def _metadata(session: Session, use: Use, base: str | None) -> str:
+    """The head of the card, in YAML, of which JSON is a part."""
+    values: dict[str, Any] = {} if base is None else {"base_model": base}
+    values |= {"library_name": _LIBRARY[use]} if use in _LIBRARY else {}
+    lora = ["lora"] if session.experiment.adapter.kind == "lora" and use != "merged" else []
+    values |= {"pipeline_tag": "text-generation", "tags": ["federated-learning", "mira", *lora]}
+    return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items()) + "---\n"
+
+
+def _adapter(session: Session, client: str) -> str:
+    experiment, layout = session.experiment, session.layout
+    if not layout.modules:
+        return str(experiment.adapter.kind)
+    ends = sorted({name.rsplit(".", 1)[-1] for name in layout.modules})
+    return f"{experiment.adapter.kind} of rank {experiment.clients.rank.get(client, layout.rank)} on {', '.join(ends)}"
+
+
+def _examples(client: Client) -> str:
+    if client.elsewhere is not None:
+        return f"{client.elsewhere} train, on a machine of its own"
+    return f"{len(client.train)} train, {len(client.validation)} validation, {len(client.test)} test"
+
+
+def _losses(origin: Origin) -> Mapping[str, str]:
+    before, after = origin.losses
+    if before is None or after is None:
+        return {}
+    return {"test loss": f"{before:.3f} before, {after:.3f} after"}
+
+
+def _cell(value: str) -> str:
+    """A text as the cell of a table."""
+    return " ".join(value.split()).replace("|", "\\|")

