@@ -106,7 +106,8 @@ FAMILIES = (
     }, kind=MIXERS),
     Family("phi", "Phi 1–2", targets=("q_proj", "dense")),
     Family("phi3", "Phi-3, Phi-4", {}, ("qkv_proj", "o_proj"), quick=True),
-    Family("phimoe", "Phi-3.5-MoE"),
+    Family("phimoe", "Phi-3.5-MoE", {"sliding_window": None}),
+    Family("phimoe", "Phi-3.5-MoE", kind=APART, variant="sequences beyond its window"),
     Family("gpt2", "GPT-2", {}, ("c_attn",), quick=True),
     Family("gpt_neo", "GPT-Neo", {
         "num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 4, "window_size": 12,
@@ -209,7 +210,7 @@ FAMILIES = (
     Family("roberta", "RoBERTa as a decoder", {"is_decoder": True}, ("query", "value"), APART),
     Family("ctrl", "CTRL", {"dff": 48}, ("Wq", "Wv")),
     Family("aria_text", "Aria (text)", {"moe_num_shared_experts": 1}),
-    Family("bailing_hybrid", "Ring, Ling", _LINEAR | _LATENT | _SPARSE | {"layer_group_size": 2}, ("q_b_proj",), MIXERS),
+    Family("bailing_hybrid", "Ring, Ling", _LINEAR | _LATENT | _SPARSE | {"layer_group_size": 2}, ("kv_b_proj",), MIXERS),
     Family("cwm", "CWM", _SLIDING | {"bos_token_id": 2}),
     Family("doge", "Doge", kind=APART),
     Family("hrm_text", "HRM-Text", {

@@ -1,27 +1,36 @@
-"""Which architectures the batched engine takes, and that it refuses those it would compute wrongly."""
+"""How the batched engine finds out what an architecture needs, and who computes it instead where it cannot."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from engines import RandomCorpus
+from families import APART, FAMILIES, MIXERS, PACKED, Family, build
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from mira.adapters.attach import Attached
 from mira.adapters.lora import Lora, start_row
+from mira.config import Experiment
 from mira.core.errors import UserError
 from mira.core.training import Training
 from mira.engine.batched import BatchedEngine
+from mira.engine.exchange import Way, exchange
+from mira.engine.reference import ReferenceEngine
+from mira.session import Session, open_session
+from small import settings, write_clients
+from tiny import make_tokenizer
 
 SHAPE = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.1, "bos_token_id": None,
     "eos_token_id": 0, "pad_token_id": 1,
 }  # fmt: skip
-FULL = ["full_attention", "full_attention"]
 
 
 def model_of(name: str, **more: Any) -> PreTrainedModel:
@@ -37,7 +46,9 @@ def model_of(name: str, **more: Any) -> PreTrainedModel:
 
 def engine_on(model: PreTrainedModel) -> BatchedEngine:
     layout = Lora(2, 4.0, targets=".*(q_proj|qkv_proj|query_key_value|in_proj)").layout(model)
-    return BatchedEngine(model, 1, 0, str, layout, 0.0, RandomCorpus((1,)), Training(local_steps=1), 0, 4096, True)
+    return BatchedEngine(
+        model, 1, frozenset([0]), str, layout, 0.0, RandomCorpus((1,)), Training(local_steps=1), 0, 4096, True
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,19 +80,96 @@ def test_packed_losses_equal_the_models_own(name: str, more: dict[str, Any]) -> 
     torch.testing.assert_close(ours.float(), torch.stack(oracle), rtol=1e-5, atol=0)
 
 
+def family(name: str) -> Family:
+    return next(one for one in FAMILIES if one.name == name)
+
+
+def way_of(name: str, dtype: torch.dtype = torch.float32) -> Way:
+    return exchange(build(family(name), dtype), Attached(0.0), 48)
+
+
 @pytest.mark.filterwarnings("ignore")  # optional kernels that are not installed
 @pytest.mark.parametrize(
-    ("name", "more", "why"),
+    ("name", "kind"),
     [
-        # Attention sinks; a convolution over tokens; logits scaled after the head; soft caps; no exchangeable attention.
-        ("GptOss", {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": FULL},
-         r"'gpt_oss' computes other logits when sequences are packed"),
-        ("Lfm2", {"layer_types": ["conv", "full_attention"]}, r"'lfm2' computes other logits when sequences are packed"),
-        ("Granite", {"logits_scaling": 8.0}, r"'granite' uses logits_scaling"),
-        ("Gemma2", {"head_dim": 8}, r"'gemma2' uses final_logit_softcapping"),
-        ("Mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}, r"'mamba2' cannot exchange"),
+        ("recurrent_gemma", MIXERS),  # a recurrence and a convolution, which 16 bits nearly drown
+        ("lfm2_moe", MIXERS),
+        ("llama", PACKED),
+        ("gpt_oss", PACKED),
+        ("gemma2", PACKED),
+        ("gptj", APART),  # an attention of its own
+        ("minimax_m3_vl_text", APART),  # attention to chosen blocks
+        ("llama4_text", APART),  # layers that number the tokens of a pass themselves
     ],
-)  # fmt: skip
-def test_what_would_be_computed_wrongly_is_refused(name: str, more: dict[str, Any], why: str) -> None:
-    with pytest.raises(UserError, match=why + r".*; use engine\.name=reference$"):
-        engine_on(model_of(name, **more))
+)
+def test_in_16_bits_models_are_told_apart_as_in_32(name: str, kind: str) -> None:
+    assert way_of(name, torch.bfloat16).kind == kind
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["recurrent_gemma", "llama"])
+def test_passes_over_a_model_that_keeps_what_it_computed_come_in_turn(name: str) -> None:
+    assert way_of(name).in_turn is (name == "recurrent_gemma")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_call_of_attention_has_keys_and_values_of_its_own() -> None:
+    """Two calls a layer, and layers that run again and again."""
+    for name in ("diffllama", "hrm_text"):
+        assert way_of(name).decodes
+
+
+def test_a_chunk_shorter_than_a_sequence_is_seen_without_a_long_probe() -> None:
+    model = build(replace(family("llama4_text"), more={"num_hidden_layers": 2, "attention_chunk_size": 2000}))
+    for longest, kind in ((1999, PACKED), (2001, APART)):
+        attached = Attached(0.0)
+        assert exchange(model, attached, longest).kind == kind
+        attached.detach()
+
+
+def test_a_refused_model_is_left_as_it_was() -> None:
+    model = build(family("deepseek_v32"))
+    ids = torch.arange(60)[None] % 100 + 3
+    before = model(input_ids=ids).logits
+    layout = Lora(2, 4.0, targets=family("deepseek_v32").targets).layout(model)
+    with pytest.raises(
+        UserError, match=r"^engine\.name=batched: architecture 'deepseek_v32' lets a token see those behind it; use"
+    ):
+        BatchedEngine(
+            model, 1, frozenset([0]), str, layout, 0.0, RandomCorpus((1,)), Training(local_steps=1), 0, 4096, True, 48
+        )
+    assert not [module for module in model.modules() if "forward" in vars(module)]
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def folder_of(name: str, place: Path) -> Path:
+    build(family(name)).save_pretrained(place)
+    make_tokenizer().save_pretrained(place)
+    return place
+
+
+def test_auto_takes_reference_where_batched_cannot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Said in one line, recorded, and taken again by who goes on with the run."""
+    folder, data = folder_of("deepseek_v32", tmp_path / "model"), write_clients(tmp_path / "data.jsonl")
+
+    def opened(name: str, recorded: dict[str, Any] | None = None) -> Session:
+        values = settings(
+            folder, data, engine={"name": name}, prompt={"template": "plain"}, adapter={"targets": ["q_b_proj"]}
+        )
+        return open_session(Experiment(**values), recorded)
+
+    session = opened("auto")
+    assert isinstance(session.engine, ReferenceEngine)
+    assert session.environment["engine"] == "reference"
+    line = "engine.name=auto takes reference, one client at a time: architecture 'deepseek_v32' lets a token see those behind it"
+    assert [record.getMessage() for record in caplog.records].count(line) == 1
+    with pytest.raises(UserError, match=r"use engine\.name=reference"):
+        opened("batched")
+    with pytest.raises(UserError, match=r"use engine\.name=reference"):
+        opened("auto", {"engine": "batched"})
+
+
+def test_auto_takes_batched_where_it_can(tiny_folder: Path, tmp_path: Path) -> None:
+    values = settings(tiny_folder, write_clients(tmp_path / "data.jsonl"))
+    for recorded, kind in ((None, BatchedEngine), ({"engine": "reference"}, ReferenceEngine)):
+        assert isinstance(open_session(Experiment(**values), recorded).engine, kind)

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from engines import RandomCorpus, make_engine, warm_row
+from families import FAMILIES, Family, build
 from torch import Tensor, nn
 
+from mira.adapters.lora import Lora
 from mira.core.errors import UserError
 from mira.core.training import Training
 from mira.core.types import Trained, Work
@@ -35,6 +37,25 @@ def test_rows_are_the_same_to_the_last_bit(kind: str, name: str, dtype: torch.dt
     kept, again = (train(name, kind, dtype, checkpointing=on) for on in (False, True))
     assert torch.equal(kept.rows, again.rows)
     assert torch.equal(kept.loss, again.loss)
+
+
+@pytest.mark.filterwarnings("ignore")  # optional kernels that are not installed
+@pytest.mark.parametrize("name", ["batched", "reference"])
+@pytest.mark.parametrize(
+    "family", [one for one in FAMILIES if one.name in ("gemma3n_text", "gemma4_text")], ids=lambda one: one.name
+)
+def test_layers_that_share_keys_and_values_send_their_gradients_back(family: Family, name: str) -> None:
+    """A layer leaves them for later ones in what it was given; adapters on k and v learn from all of these."""
+    rows = []
+    for on in (False, True):
+        model = build(family)
+        layout = Lora(2, 4.0, targets=("k_proj", "v_proj")).layout(model)
+        corpus, training = RandomCorpus((1, 1)), Training(optimizer="sgd", local_steps=1)
+        engine = make_engine(name, "llama", corpus, training, model=model, layout=layout, checkpointing=on)
+        start = warm_row(layout).expand(2, -1)
+        rows.append(engine.train(Work(torch.arange(2), start), 0, 1e-2).rows)
+    assert torch.equal(*rows)
+    assert not torch.equal(rows[0][0], rows[0][1])
 
 
 @pytest.mark.parametrize("name", ["batched", "reference"])

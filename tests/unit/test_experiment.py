@@ -33,7 +33,7 @@ from small import settings, write_clients
 ENVIRONMENT: dict[str, Any] = {
     "versions": {"torch": "2.13.0", "peft": "0.21"}, "model": {"sha256": "a"}, "data": {"sha256": "b"}, "threads": 2,
     "prompt": {"template": "chat", "date": None, "sha256": "c"},
-    "device": "cpu", "prefix": True, "tokens_per_pass": 1024, "machine": {"cores": 2},
+    "device": "cpu", "engine": "batched", "prefix": True, "tokens_per_pass": 1024, "machine": {"cores": 2},
 }  # fmt: skip
 
 

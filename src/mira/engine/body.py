@@ -22,15 +22,27 @@ from mira.engine.seam import attending, in_this_thread
 Head = Callable[[Tensor], Tensor]
 
 
+def usual_tokens(model: PreTrainedModel) -> Tensor:
+    """Tokens that mean nothing special."""
+    config = model.config
+    named = [
+        value for one in (config, config.get_text_config()) for name, value in vars(one).items() if "token_id" in name
+    ]
+    special = {token for value in named for token in (value if isinstance(value, list) else [value])}
+    size = int(config.get_text_config().vocab_size)
+    return torch.tensor([token for token in range(min(size, 1024)) if token not in special])
+
+
 @dataclass(frozen=True)
 class Body:
     """``module`` makes the hidden states. ``apart``: its sequences are computed one by one, with the model's own attention, as
-    nothing else gives what the model does."""
+    nothing else gives what the model does. ``token`` []: one that means nothing special."""
 
     model: PreTrainedModel
     module: nn.Module
     output: type[ModelOutput]
     attached: Attached
+    token: Tensor
     apart: bool = False
     here: threading.local = field(default_factory=threading.local)
 
@@ -46,12 +58,13 @@ class Body:
 
         hooks = [module.register_forward_hook(note) for module in model.modules() if module is not model]
         try:
-            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+            token = usual_tokens(model)[0].to(model.device)
+            model(input_ids=token.expand(1, 2), use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
         module, output = found[-1]
-        body = Body(model, module, output, attached)
+        body = Body(model, module, output, attached, token)
         attached.exchange(module, body._given)
         return body
 
@@ -77,7 +90,7 @@ class Body:
         """[N,V] of hidden states [N,d]: the model's own forward, whose body answers with these."""
         self.here.given = hidden[None]
         try:
-            return self.model(input_ids=torch.zeros_like(hidden[:1, :1], dtype=torch.int64), use_cache=False).logits[0]  # type: ignore[no-any-return]
+            return self.model(input_ids=self.token.expand(1, 1), use_cache=False).logits[0]  # type: ignore[no-any-return]
         finally:
             self.here.given = None
 

@@ -14,12 +14,12 @@ from mira.adapters.attach import Attached
 from mira.adapters.lowrank import Lane
 from mira.engine import seam
 from mira.engine.attention import Packed, Segment
-from mira.engine.body import Body, Head
+from mira.engine.body import Body, Head, usual_tokens
 from mira.engine.decode import after
 from mira.engine.faults import FAULTS, cannot_carry, is_no_fault, told
 from mira.engine.generate import positions
 from mira.engine.mixers import mixers
-from mira.engine.seam import CannotPackError
+from mira.engine.seam import CannotPackError, set_attention
 from mira.engine.watch import Seen, watch
 
 _LONGEST = 1024  # tokens of a probe's first sequence
@@ -91,7 +91,7 @@ def exchange(model: PreTrainedModel, attached: Attached, longest: int) -> Way:
     try:
         return _exchange(model, attached, longest)
     except CannotPackError as error:
-        _attend(model, usual)
+        set_attention(model, usual)
         raise CannotPackError(f"architecture '{model.config.model_type}' {error.reason}") from None
 
 
@@ -99,17 +99,17 @@ def _exchange(model: PreTrainedModel, attached: Attached, longest: int) -> Way:
     usual = model.config._attn_implementation
     if getattr(model.config, "is_encoder_decoder", False):
         raise CannotPackError("has an encoder, which the engine does not feed")
-    _attend(model, "eager")  # which every architecture has; also where this is not the first engine
+    set_attention(model, "eager")  # which every architecture has; also where this is not the first engine
     body = _tried(lambda: Body.of(model, attached))
-    seen = _tried(lambda: watch(replace(body, apart=True)))
+    seen = _tried(lambda: watch(body, longest))
     _tried(lambda: _check_order(body, longest))
     probe = _tried(lambda: _Probe.of(body, longest))
     seam.register()
-    _attend(model, seam.NAME)
+    set_attention(model, seam.NAME)
     try:
-        kind = _packed(body, probe, longest, seen)
+        kind = _packed(body, probe, seen)
     except CannotPackError:
-        _attend(model, "eager" if usual == seam.NAME else usual)
+        set_attention(model, "eager" if usual == seam.NAME else usual)
         body, kind = replace(body, apart=True), "apart"
         _check(probe, body)
     head = body.head(probe.alone[-1])
@@ -121,7 +121,7 @@ def _exchange(model: PreTrainedModel, attached: Attached, longest: int) -> Way:
 def _check_order(body: Body, longest: int) -> None:
     """Raises CannotPackError where what a token becomes changes with those behind it, as in a choice among all tokens."""
     draw = torch.Generator().manual_seed(1)
-    usual = _usual(body.model)
+    usual = usual_tokens(body.model)
     some = usual[torch.randint(len(usual), (_FEW, min(longest, _MIDDLE)), generator=draw)].to(body.model.device)
     whole, part = (
         body.module(input_ids=ids, use_cache=False).last_hidden_state for ids in (some, some[:, : some.shape[1] // 2])
@@ -130,13 +130,12 @@ def _check_order(body: Body, longest: int) -> None:
         raise CannotPackError("lets a token see those behind it")
 
 
-def _packed(body: Body, probe: _Probe, longest: int, seen: Seen) -> str:
+def _packed(body: Body, probe: _Probe, seen: Seen) -> str:
     """How sequences are packed that is right."""
     if seen.numbering:
         raise CannotPackError("numbers the tokens of a pass itself")
-    chunk = getattr(body.model.config.get_text_config(), "attention_chunk_size", None)
-    if chunk is not None and longest > chunk:  # which a short probe does not show
-        raise CannotPackError(f"attends within chunks of {chunk} tokens")
+    if seen.hiding:
+        raise CannotPackError("hides other tokens than its attention is told")
     try:
         _check(probe, body)
     except CannotPackError:
@@ -188,7 +187,7 @@ def _decodes(body: Body, probe: _Probe) -> bool:
 
 def _sequences(model: PreTrainedModel, longest: int) -> tuple[tuple[Tensor, ...], int]:
     """The probe's, and how many tokens the first two share."""
-    usual = _usual(model)
+    usual = usual_tokens(model)
     length = max(2, min(longest, positions(model) - 1, _LONGEST))
     short = min(_SHORT, length)
     draw = torch.Generator().manual_seed(0)
@@ -196,22 +195,6 @@ def _sequences(model: PreTrainedModel, longest: int) -> tuple[tuple[Tensor, ...]
     shared = length // 2
     b = torch.cat([a[:shared], b[: length + 1 - shared]])
     return tuple(one.to(model.device) for one in (a, b, c)), shared
-
-
-def _usual(model: PreTrainedModel) -> Tensor:
-    """Tokens that mean nothing special."""
-    config = model.config
-    named = [
-        value for one in (config, config.get_text_config()) for name, value in vars(one).items() if "token_id" in name
-    ]
-    special = {token for value in named for token in (value if isinstance(value, list) else [value])}
-    size = int(config.get_text_config().vocab_size)
-    return torch.tensor([token for token in range(min(size, 1024)) if token not in special])
-
-
-def _attend(model: PreTrainedModel, way: str) -> None:
-    if model._can_set_attn_implementation():
-        model.set_attn_implementation(way)
 
 
 def _tried(compute: Callable[[], _Made]) -> _Made:
@@ -224,7 +207,7 @@ def _tried(compute: Callable[[], _Made]) -> _Made:
 def try_adapters(body: Body, attached: Attached, width: int) -> None:
     """Raises UserError where a layer cannot carry an adapter."""
     device = body.model.device
-    ids = torch.ones(1, _LENGTH, dtype=torch.int64, device=device)
+    ids = body.token.expand(1, _LENGTH)
     with attached.on(Lane(torch.zeros(1, width, device=device), [(0, 0, _LENGTH)])), told(cannot_carry):
         body(ids, torch.arange(_LENGTH, device=device)[None], Packed([Segment(0, _LENGTH)]))
 

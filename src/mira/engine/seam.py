@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from mira.core.errors import UserError
 from mira.engine.attention import Attention, Form
@@ -57,6 +57,23 @@ def _attention(
         raise CannotPackError(f"attention is given {', '.join(unknown) or 'a mask'}, which is not supported")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     return how.attend(query, key, value, Form(scale, sliding_window, softcap, s_aux)), None
+
+
+@contextmanager
+def attend_by(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """``model`` attends by what is registered under ``name`` meanwhile."""
+    before = model.config._attn_implementation
+    set_attention(model, name)
+    try:
+        yield
+    finally:
+        set_attention(model, before)
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Where the architecture lets others attend for it."""
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(name)
 
 
 def register() -> None:

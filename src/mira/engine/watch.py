@@ -2,53 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mira.engine.attention import Packed, Segment
 from mira.engine.body import Body
+from mira.engine.seam import attend_by
 
+_NAME = "mira_watched"
 _TOKENS = 97  # no layer has such a width
 
 
 @dataclass(frozen=True)
 class Seen:
-    """``numbering``: a layer numbers a pass's tokens itself, whatever positions it is given. ``keeping``: a module keeps what it
+    """``numbering``: a layer numbers a pass's tokens itself, whatever positions it is given. ``hiding``: masks hide other keys from
+    the last token of the longest sequence than the windows that attention is told of. ``keeping``: a module keeps what it
     computed until the next pass."""
 
     numbering: bool
+    hiding: bool
     keeping: bool
 
 
 @torch.no_grad()
-def watch(body: Body) -> Seen:
-    """One pass of ``body`` over a single sequence."""
-    ids = torch.ones(1, _TOKENS, dtype=torch.int64, device=body.model.device)
+def watch(body: Body, longest: int) -> Seen:
+    """One pass of ``body`` over a single sequence, whose masks are those of one of ``longest`` tokens."""
     layers = [module for module in body.module.modules() if isinstance(module, GradientCheckpointingLayer)]
-    seeing = _Seeing()
-    hooks = [layer.register_forward_pre_hook(seeing.enter) for layer in layers]
-    hooks += [layer.register_forward_hook(seeing.leave) for layer in layers]
+    numbering, masks = _Numbering(), _Masks(max(longest, _TOKENS))
+    AttentionInterface.register(_NAME, masks.attend)
+    AttentionMaskInterface.register(_NAME, masks.mask)
+    hooks = [layer.register_forward_pre_hook(numbering.enter) for layer in layers]
+    hooks += [layer.register_forward_hook(numbering.leave) for layer in layers]
     before = _kept(body.module)
     try:
-        with seeing:
-            body(ids, torch.arange(_TOKENS, device=ids.device)[None], Packed([Segment(0, _TOKENS)]))
+        with numbering, attend_by(body.model, _NAME):
+            body.module(input_ids=body.token.expand(1, _TOKENS), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return Seen(seeing.numbered, _kept(body.module) != before)
+    return Seen(numbering.found, masks.hiding, _kept(body.module) != before)
 
 
-class _Seeing(TorchDispatchMode):
+class _Numbering(TorchDispatchMode):
     """Whether the pass's tokens are numbered within a layer."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.within, self.numbered = 0, False
+        self.within, self.found = 0, False
 
     def enter(self, *_: Any) -> None:
         self.within += 1
@@ -58,8 +64,30 @@ class _Seeing(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.within and func in (torch.ops.aten.arange.default, torch.ops.aten.arange.start):
-            self.numbered |= args[-1] == _TOKENS
+            self.found |= args[-1] == _TOKENS
         return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class _Masks:
+    """In the place of a mask, what its last query of ``longest`` sees; in the place of attention, nothing."""
+
+    longest: int
+    hiding: bool = False
+
+    def mask(self, *, mask_function: Callable[..., Tensor], device: torch.device, **_: Any) -> Tensor:
+        keys, first = torch.arange(self.longest, device=device), torch.zeros((), dtype=torch.int64, device=device)
+        return mask_function(first, first, keys[-1], keys).expand(1, 1, 1, -1)
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+        sliding_window: int | None = None, **_: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        if attention_mask is not None and attention_mask.dtype == torch.bool and attention_mask.shape[:3] == (1, 1, 1):
+            back = torch.arange(self.longest - 1, -1, -1, device=query.device)[: attention_mask.shape[3]]
+            told = back < (self.longest if sliding_window is None else sliding_window)
+            self.hiding |= not torch.equal(attention_mask.flatten(), told)
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
 
 
 def _kept(module: nn.Module) -> set[tuple[str, str, int]]:

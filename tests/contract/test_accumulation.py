@@ -1,0 +1,102 @@
+"""A client's batch that does not fit a pass is spread over several, and trains as in one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from engines import RandomCorpus, make_engine, warm_row
+from torch import Tensor
+
+from mira.core.training import Training
+from mira.core.types import Trained, Work
+from mira.engine import batched, budget
+from mira.engine.batched import BatchedEngine
+from tiny import KINDS
+
+STEPS = (3, 2)
+TRAINING = Training(lr=1e-2, local_steps=3, clip=0.5)
+
+
+def train(engine: Any) -> Trained:
+    start = warm_row(engine.layout).expand(len(STEPS), -1).double()
+    trained: Trained = engine.train(Work(torch.arange(len(STEPS)), start), 0, 1e-2)
+    return trained
+
+
+def engine_of(kind: str, tokens: int = 4096, **options: Any) -> Any:
+    return make_engine(
+        "batched", kind, RandomCorpus(STEPS, batch=6), TRAINING, torch.float64, tokens_per_pass=tokens, **options
+    )
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The tokens of each training pass, job by job; small ones are of use already."""
+    seen: list[list[int]] = []
+    real = BatchedEngine._backward
+
+    def counted(self: Any, part: Any, now: Any) -> Tensor:
+        seen.append([sum(len(s.tokens) for s in sequences) for _, sequences in part])
+        return real(self, part, now)
+
+    monkeypatch.setattr(BatchedEngine, "_backward", counted)
+    monkeypatch.setattr(budget, "_OF_USE", {4: 40})
+    return seen
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_spread_batch_gives_the_gradient_of_the_whole(kind: str, prefix: bool, passes: list[list[int]]) -> None:
+    """Mean over the label tokens of the batch, which its pieces have unlike numbers of; clipping sees the sum."""
+    whole = train(engine_of(kind, prefix=prefix))
+    before = len(passes)
+    spread = train(engine_of(kind, 40, prefix=prefix))
+    assert len(passes) - before > 2 * before
+    torch.testing.assert_close(spread.rows, whole.rows, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(spread.loss, whole.loss, rtol=1e-12, atol=0)
+    assert torch.equal(spread.tokens, whole.tokens)
+
+
+def test_a_batch_of_few_tokens_stays_in_one_pass(passes: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "_OF_USE", {4: 512})
+    train(engine_of("llama", 1))
+    assert len(passes) == sum(STEPS)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("spread", [False, True])
+def test_memory_that_runs_out_spreads_a_batch(
+    spread: bool, passes: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a pass that failed had added to the gradient is taken back, also where another piece is in it already."""
+    whole, real, failed = train(engine_of("llama")), BatchedEngine._backward, []
+
+    def scarce(self: Any, part: Any, now: Any) -> Tensor:
+        out = real(self, part, now)  # gradients are written when memory runs out
+        if sum(len(sequences) for _, sequences in part) > 1:
+            failed.append(part)
+            raise torch.OutOfMemoryError("pretend")
+        return out
+
+    monkeypatch.setattr(BatchedEngine, "_backward", scarce)
+    found = train(engine_of("llama", 80 if spread else 4096))
+    assert failed
+    assert not found.failed
+    torch.testing.assert_close(found.rows, whole.rows, rtol=1e-9, atol=1e-12)
+
+
+def test_a_client_of_whom_one_sequence_does_not_fit_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, real = train(engine_of("llama")), BatchedEngine._backward
+    crowded = RandomCorpus(STEPS, batch=6).batches(0, 1)[1][4]
+
+    def scarce(self: Any, part: Any, now: Any) -> Tensor:
+        if any(crowded == sequence for _, sequences in part for sequence in sequences):
+            raise torch.OutOfMemoryError("pretend")
+        return real(self, part, now)
+
+    monkeypatch.setattr(batched.BatchedEngine, "_backward", scarce)
+    found = train(engine_of("llama"))
+    assert [failure.client for failure in found.failed] == [1]
+    torch.testing.assert_close(found.rows, whole.rows[:1], rtol=1e-9, atol=1e-12)
