@@ -82,7 +82,7 @@ def test_without_a_description_training_prompts_speak(data: Path, tmp_path: Path
     e = Experiment(**settings(tiny_folder, data))
     client = make_federation(e.data, e.split, e.seed).clients[0]
     assert client.description == ""
-    assert all(part in client.about for example in client.train for part in example.key)
+    assert all(text.casefold() in client.about for example in client.train for text in example.asked)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -65,8 +65,8 @@ def unlike_scores(reply: Message) -> str | None:
 
 
 def grade_of(reply: Message | Lost) -> Grade:
-    """NaN for both where there is no answer, or it is none a measurement gives."""
+    """NaN for both where there is no answer, or it is none a measurement gives; chrF where the site measured it."""
     given, keys = reply.values.get("grade") if isinstance(reply, Message) else None, ("exact_match", "rouge_l")
-    if not isinstance(given, dict) or not all(isinstance(given.get(k), float) and 0 <= given[k] <= 1 for k in keys):
-        return dict.fromkeys(keys, nan)
-    return {key: given[key] for key in keys}
+    found = {key: given[key] for key in (*keys, "chrf") if key in given} if isinstance(given, dict) else {}
+    whole = all(isinstance(share, float) and 0 <= share <= 1 for share in found.values())
+    return found if whole and set(keys) <= set(found) else dict.fromkeys(keys, nan)

@@ -217,7 +217,8 @@ class Site:
         references = [here.session.corpus.references(here.number, "test", limit)]
         client = torch.tensor([here.number])
         most = message.values["max_new_tokens"]
-        return {"grade": measure.grade(here.session.engine, row[None], client, references, limit, most)[0]}, {}
+        metrics = here.session.experiment.evaluation.metrics
+        return {"grade": measure.grade(here.session.engine, row[None], client, references, limit, most, metrics)[0]}, {}
 
     def _finish(self, message: Message) -> tuple[Values, dict[str, Tensor]]:
         here = self._run(message.head.run)
