@@ -51,8 +51,11 @@ def write(peft: Path, config: Any, out: Path, name: str) -> None:
     writer.add_name(name)
     for module, (a, b) in factors.items():
         tensor = _tensor(module, names)
-        order = family.rows.get(tensor.rsplit(".", 1)[-1])
-        b = b if order is None else b[order(len(b), text)]
+        end = tensor.rsplit(".", 1)[-1]
+        if end in family.columns:
+            a = a[:, family.columns[end](a.shape[1], text)]
+        if end in family.rows:
+            b = b[family.rows[end](len(b), text)]
         b = b.double() * (_scale(module, len(a), settings) * len(a) / alpha)
         writer.add_tensor(f"{tensor}.weight.lora_a", a.float().contiguous().numpy())
         writer.add_tensor(f"{tensor}.weight.lora_b", b.float().contiguous().numpy())
