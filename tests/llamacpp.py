@@ -15,7 +15,14 @@ from transformers.pytorch_utils import Conv1D
 from mira.serving.families import FAMILIES, tiled
 
 _ADDS_ONE = ("gemma", "gemma2", "gemma3_text", "nemotron", "qwen3_5_text")  # norms that multiply by 1 + weight
-_WIDTHS = ("down_proj", "mlp.c_proj", "w2", "fc2", "4h_to_h")  # layers that read the inner width of an MLP
+_WIDTHS = (
+    "down_proj",
+    "output_linear",
+    "mlp.c_proj",
+    "w2",
+    "fc2",
+    "4h_to_h",
+)  # layers that read the inner width of an MLP
 _NORMS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps", "norm_epsilon")
 _SETTINGS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
@@ -75,6 +82,10 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         name = name.removeprefix("transformer.") if config.model_type == "bloom" else name
         if "mlp.experts" in name:
             yield from _experts(name, tensor, config.model_type == "gpt_oss")
+        elif name.endswith("shared_mlp.input_linear.weight"):
+            gate, up = tensor.chunk(2)
+            yield name.replace("shared_mlp.input_linear", "mlp.gate_proj"), gate
+            yield name.replace("shared_mlp.input_linear", "mlp.up_proj"), up
         elif name in turned:
             yield name, tensor.T
         elif "linear_attn" in name:
@@ -84,6 +95,7 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         elif name.endswith("conv.conv.weight"):
             yield name, tensor.squeeze(1)
         else:
+            name = name.replace("shared_mlp.output_linear", "mlp.down_proj")
             yield f"{name}.weight" if name.endswith(("sinks", "layer_scalar")) else name, tensor
     if config.model_type == "gemma4_text":  # of the frequencies of global attention, the few that turn
         last = config.per_layer_config[config.num_hidden_layers - 1]

@@ -17,7 +17,15 @@ from huggingface_hub import ModelCard
 from jinja2 import Template
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GraniteMoeConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    GraniteMoeConfig,
+    GraniteMoeHybridConfig,
+    Mistral3Config,
+    PreTrainedModel,
+)
 
 from mira.adapters.lora import Lora, to_peft
 from mira.config import load
@@ -136,6 +144,23 @@ def test_a_layer_of_another_rank_and_alpha_has_its_scale_in_b(tmp_path: Path) ->
         assert torch.allclose(added(tmp_path / "a.gguf", f"blk.{layer}.attn_v", x), y, atol=1e-5)
 
 
+def test_the_text_layers_of_a_model_that_sees_have_the_names_of_text(tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "head_dim": 8}
+    folder = adapter_of(make_tiny("qwen2"), tmp_path / "a", ["q_proj"])
+    module = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+    one = {"A": torch.randn(4, 32), "B": torch.randn(32, 4)}
+    save_file({f"{module}.lora_{f}.weight": one[f] for f in "AB"}, folder / "adapter_model.safetensors")
+    for config, arch in (
+        (Gemma3Config(text_config=shape), "gemma3"),
+        (Mistral3Config(text_config=shape | {"model_type": "mistral", "num_key_value_heads": 4}), "mistral3"),
+    ):
+        write(folder, config, tmp_path / "a.gguf", "ann")
+        fields, tensors = read_back(tmp_path / "a.gguf")
+        assert fields["general.architecture"] == arch
+        assert sorted(tensors) == ["blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b"]
+        assert torch.equal(tensors["blk.0.attn_q.weight.lora_b"], one["B"].double()) == (arch == "gemma3")
+
+
 def test_what_llamacpp_cannot_add_is_refused(tmp_path: Path) -> None:
     model = make_tiny("qwen2")
     folder = adapter_of(model, tmp_path / "a", ["v_proj"])
@@ -143,6 +168,8 @@ def test_what_llamacpp_cannot_add_is_refused(tmp_path: Path) -> None:
         UserError, match=r"architecture 'granitemoe' were not proven .*; --merge writes the whole model"
     ):
         write(folder, GraniteMoeConfig(), tmp_path / "a.gguf", "ann")
+    with pytest.raises(UserError, match=r"architecture 'granitemoehybrid' were not proven"):
+        write(folder, GraniteMoeHybridConfig(), tmp_path / "a.gguf", "ann")
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
     one = next(iter(tensors.values())).clone()
@@ -320,5 +347,5 @@ def test_servers_take_no_other_kind_of_adapter(tiny_folder: Path, tmp_path: Path
 
 def test_the_documentation_names_the_families() -> None:
     text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
-    listed = text.split("Architectures whose adapters gave")[1].split("## vLLM")[0]
+    listed = text.split("Architectures whose adapters gave")[1].split("; of `")[0]
     assert re.findall(r"`([^`]+)`", listed) == sorted(FAMILIES)

@@ -55,11 +55,19 @@ _DELTA: dict[str, Rows] = {"attn_qkv": tiled("linear_value_head_dim", "linear_ke
 
 @dataclass(frozen=True)
 class Family:
-    """``rows``: by the end of a tensor's name, where rows are kept in another order; ``columns``: where columns are."""
+    """``rows``: by the end of a tensor's name, where rows are kept in another order; ``columns``: where columns are.
+    ``parts``: by the end of a layer's name, the tensors that it is cut into. ``proven``: for which configurations."""
 
     arch: MODEL_ARCH
     rows: dict[str, Rows]
     columns: dict[str, Rows] = field(default_factory=dict)
+    parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    proven: Callable[[Any], bool] = lambda config: True
+
+
+def _dense(config: Any) -> bool:
+    """Whether every layer has attention and one MLP."""
+    return set(config.layer_types) == {"full_attention"} and not config.num_local_experts
 
 
 FAMILIES = {
@@ -79,6 +87,12 @@ FAMILIES = {
     "gpt_neox": Family(MODEL_ARCH.GPTNEOX, _FUSED),
     "gpt_oss": Family(MODEL_ARCH.GPT_OSS, {}),
     "granite": Family(MODEL_ARCH.GRANITE, _TURNED),
+    "granitemoehybrid": Family(
+        MODEL_ARCH.GRANITE,
+        _TURNED,
+        parts={"input_linear": ("ffn_gate", "ffn_up"), "output_linear": ("ffn_down",)},
+        proven=_dense,
+    ),
     "hunyuan_v1_dense": Family(MODEL_ARCH.HUNYUAN_DENSE, {}),
     "lfm2": Family(MODEL_ARCH.LFM2, {}),
     "llama": Family(MODEL_ARCH.LLAMA, _TURNED),

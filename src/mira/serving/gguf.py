@@ -20,15 +20,18 @@ from mira.serving.families import FAMILIES, TENSORS, Family
 
 _PREFIX = "base_model.model."
 _FACTOR = {".lora_A.weight": "A", ".lora_B.weight": "B"}
-_WAY_OUT = "--merge writes the whole model, which llama.cpp's convert_hf_to_gguf.py converts"
+_WAY_OUT = "--merge writes the whole model, for llama.cpp's convert_hf_to_gguf.py"
 
 
 def check(config: Any) -> Family:
     """The family of a base model. Raises UserError where llama.cpp was not seen to serve its adapters."""
-    kind = config.get_text_config().model_type
-    if kind not in FAMILIES:
+    text = config.get_text_config()
+    kind = (
+        "ministral3" if config.model_type == "mistral3" else text.model_type
+    )  # llama.cpp's name for what it has inside
+    if kind not in FAMILIES or not FAMILIES[kind].proven(text):
         raise UserError(
-            f"--format gguf: adapters on architecture '{kind}' were not proven on llama.cpp (proven: {', '.join(FAMILIES)});"
+            f"--format gguf: adapters on architecture '{kind}' were not proven on llama.cpp (docs/serving.md names those that were);"
             f" {_WAY_OUT}"
         )
     return FAMILIES[kind]
@@ -50,15 +53,15 @@ def write(peft: Path, config: Any, out: Path, name: str) -> None:
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     writer.add_name(name)
     for module, (a, b) in factors.items():
-        tensor = _tensor(module, names)
-        end = tensor.rsplit(".", 1)[-1]
-        if end in family.columns:
-            a = a[:, family.columns[end](a.shape[1], text)]
-        if end in family.rows:
-            b = b[family.rows[end](len(b), text)]
         b = b.double() * (_scale(module, len(a), settings) * len(a) / alpha)
-        writer.add_tensor(f"{tensor}.weight.lora_a", a.float().contiguous().numpy())
-        writer.add_tensor(f"{tensor}.weight.lora_b", b.float().contiguous().numpy())
+        tensors = _tensors(module, names, family)
+        for tensor, part in zip(tensors, b.chunk(len(tensors)), strict=True):
+            end = tensor.rsplit(".", 1)[-1]
+            columns, rows = family.columns.get(end), family.rows.get(end)
+            kept_a = a if columns is None else a[:, columns(a.shape[1], text)]
+            kept_b = part if rows is None else part[rows(len(part), text)]
+            writer.add_tensor(f"{tensor}.weight.lora_a", kept_a.float().contiguous().numpy())
+            writer.add_tensor(f"{tensor}.weight.lora_b", kept_b.float().contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -76,15 +79,19 @@ def _factors(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     return {module: (pair["A"], pair["B"]) for module, pair in found.items()}
 
 
-def _tensor(module: str, names: gguf.TensorNameMap) -> str:
-    """The name llama.cpp has for the weight of ``module``, without its end."""
+def _tensors(module: str, names: gguf.TensorNameMap, family: Family) -> list[str]:
+    """The names llama.cpp has for the weight of ``module``, or for the parts it is cut into, without their ends."""
+    *path, end = module.split(".")
+    if end in family.parts:
+        layer = next(part for part in path if part.isdigit())
+        return [f"blk.{layer}.{name}" for name in family.parts[end]]
     name: str | None = names.get_name(module.replace("language_model.", "", 1))
     if name is None or name.rsplit(".", 1)[-1] not in TENSORS:
         raise UserError(
             f"--format gguf: no way was proven to add an adapter to layer {module} in llama.cpp; name other layers in"
             f" adapter.targets, or {_WAY_OUT}"
         )
-    return name
+    return [name]
 
 
 def _scale(module: str, rank: int, settings: dict[str, Any]) -> float:
