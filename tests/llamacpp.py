@@ -183,7 +183,7 @@ def _settings(writer: gguf.GGUFWriter, config: Any, model: PreTrainedModel) -> N
 class LlamaCpp:
     """llama.cpp's server in this process, with adapters that are chosen a request."""
 
-    def __init__(self, base: Path, adapters: Sequence[Path] = ()) -> None:
+    def __init__(self, base: Path, adapters: Sequence[Path] = (), chat_template: str = "") -> None:
         import xllamacpp
 
         settings = xllamacpp.CommonParams()
@@ -191,6 +191,7 @@ class LlamaCpp:
         settings.n_ctx, settings.n_parallel, settings.warmup, settings.verbosity = 1024, 1, False, -1
         settings.cpuparams.n_threads = 1
         settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        settings.chat_template, settings.use_jinja = chat_template, True
         settings.lora_init_without_apply = True
         settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), 1.0) for path in adapters]
         self.server = xllamacpp.Server(settings)
@@ -198,18 +199,19 @@ class LlamaCpp:
 
     def complete(self, prompt: str | Sequence[int], adapter: int | None, tokens: int, **more: Any) -> dict[str, Any]:
         """The greedy answer to ``prompt`` with ``adapter`` alone, or with none."""
-        scales = [{"id": n, "scale": float(n == adapter)} for n in range(self.adapters)]
-        asked = prompt if isinstance(prompt, str) else list(prompt)
-        request = {
-            "prompt": asked,
-            "n_predict": tokens,
-            "temperature": 0,
-            "cache_prompt": False,
-            "lora": scales,
-            **more,
-        }
-        answer: dict[str, Any] = self.server.handle_completions(request)["choices"][0]
+        asked = {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
+        answer: dict[str, Any] = self.server.handle_completions(asked | self._how(adapter, tokens) | more)["choices"][0]
         return answer
+
+    def chat(self, content: str, adapter: int | None, tokens: int) -> str:
+        """The greedy answer to a message of the user."""
+        asked = {"messages": [{"role": "user", "content": content}]}
+        answer = self.server.handle_chat_completions(asked | self._how(adapter, tokens))
+        return str(answer["choices"][0]["message"]["content"])
+
+    def _how(self, adapter: int | None, tokens: int) -> dict[str, Any]:
+        scales = [{"id": n, "scale": float(n == adapter)} for n in range(self.adapters)]
+        return {"n_predict": tokens, "temperature": 0, "cache_prompt": False, "lora": scales}
 
     def next(self, prompt: Sequence[int], vocabulary: int, adapter: int | None) -> Tensor:
         """The logarithm of the probability of each token to come next [V]."""
