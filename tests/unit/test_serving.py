@@ -32,7 +32,7 @@ from mira.config import load
 from mira.core.errors import UserError
 from mira.data.text import Encoder
 from mira.data.types import Example
-from mira.serving import card
+from mira.serving import card, lines
 from mira.serving.families import FAMILIES
 from mira.serving.gguf import write
 from small import ADAPTERS, NAMES, begin, mira, write_clients, write_config
@@ -330,6 +330,20 @@ def test_what_a_server_cannot_serve_is_refused(runs: Any, kind: str, adapter: An
     assert mira("export", run, "--all", "--format", format).error.startswith(error)
     assert "--merge" in mira("export", run, "--all", "--format", format).error
     assert mira("export", run, "--client", "ann", "--merge", "--format", format).status == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [({"use_dora": True}, ("vllm", "sglang", "lorax")), ({"target_parameters": ["experts.down_proj"]}, ("sglang",))],
+)
+def test_what_peft_has_and_servers_do_not(settings: dict[str, Any], refused: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "use_rslora": False, **settings}))
+    for format in ("peft", "vllm", "sglang", "lorax"):
+        if format not in refused:
+            lines.check_folder(format, tmp_path)
+            continue
+        with pytest.raises(UserError, match=f"--format {format}: .*; use --merge and serve the whole model"):
+            lines.check_folder(format, tmp_path)
 
 
 def test_servers_take_no_other_kind_of_adapter(tiny_folder: Path, tmp_path: Path) -> None:
