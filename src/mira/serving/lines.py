@@ -69,8 +69,8 @@ def check_folder(format: Format, place: Path) -> None:
         raise UserError(f"--format {format}: {_NAMES[format]} serves no DoRA; use --merge and serve the whole model")
     if format == "sglang" and settings.get("target_parameters"):
         raise UserError(
-            "--format sglang: SGLang adds adapters to layers, not to tensors of experts (target_parameters); use --merge and serve"
-            " the whole model"
+            "--format sglang: SGLang adds adapters to layers, not to tensors of experts (target_parameters); use --merge and"
+            " serve the whole model"
         )
     if format == "sglang" and settings.get("use_rslora") and settings["r"] > 1:
         raise UserError(
