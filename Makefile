@@ -57,7 +57,7 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	@echo 'installing pinned developer tools, data set readers, bitsandbytes, Flower and trackers (about 300 MB) ...'
+	@echo 'installing pinned developer tools, data set readers, bitsandbytes, Flower and trackers (about 330 MB) ...'
 	@$(INSTALL) --editable '.[dev,datasets,flower,privacy,quantized,wandb,mlflow]'
 	@touch $@
 

@@ -31,6 +31,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
     "gemma2": {**WINDOW, "query_pre_attn_scalar": 8},
     "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 16},
+    "gemma4_text": {
+        **WINDOW,
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 128,
+        "global_head_dim": 16,
+    },
     "gpt2": EVEN,
     "gpt_neox": EVEN,
     "gpt_oss": {**WINDOW, **EXPERTS, "moe_intermediate_size": 64, "rope_parameters": PLAIN},
@@ -40,6 +47,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.3,
         "logits_scaling": 0.5,
     },
+    "granitemoehybrid": {
+        "layer_types": ["full_attention"] * 2,
+        "shared_intermediate_size": 64,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "position_embedding_type": "rope",
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "logits_scaling": 2.0,
+    },
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "ministral3": {"rope_parameters": {**PLAIN, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 512}},
     "mixtral": EXPERTS,
@@ -47,12 +64,20 @@ SHAPES: dict[str, dict[str, Any]] = {
     "olmoe": {**EXPERTS, **EVEN},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16},
     "qwen3_moe": {**EXPERTS, "norm_topk_prob": True},
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "head_dim": 16,
+    },
     "smollm3": {"num_hidden_layers": 4},
 }
 TOKENS = [5, 9, 20, 33, 7, 70, 3, 88, 90, 11, 12, 55, 66, 77, 101, 120, 4, 8, 15, 16, 23, 42]
 ENDS = (
     "q_proj|k_proj|v_proj|o_proj|qkv_proj|c_attn|query_key_value|self_attn.dense|self_attention.dense|attention.dense|self_attn.out_proj"
-    "|gate_proj|up_proj|down_proj|gate_up_proj|c_fc|c_proj|dense_h_to_4h|dense_4h_to_h|fc1|fc2|feed_forward.w[123]"
+    "|gate_proj|up_proj|down_proj|gate_up_proj|c_fc|c_proj|dense_h_to_4h|dense_4h_to_h|fc1|fc2|feed_forward.w[123]|input_linear|output_linear|in_proj_qkv|in_proj_z|linear_attn.out_proj"
 )
 
 

@@ -27,13 +27,13 @@ from small import mira, settings
 pytestmark = pytest.mark.slow
 pytest.importorskip("xllamacpp")
 
-TASKS = ("units-length", "dates-day-first", "tags-all")
+TASKS = ("units-length", "dates-day-first")
 NEW = 24
 
 
 def write_tasks(file: Path) -> Path:
     with file.open("w", encoding="utf-8") as lines:
-        for client in Builtin(examples=16).load(0):
+        for client in Builtin(examples=15).load(0):
             for one in client.examples if client.name in TASKS else ():
                 asked = {"instruction": one.instruction, "input": one.input, "output": one.output}
                 lines.write(json.dumps({"client": client.name, "group": client.group, **asked}) + "\n")
@@ -53,46 +53,51 @@ def margin(base: Path, adapter: Path, prompt: Sequence[int], ours: str, theirs: 
     return float(probable[a[n]] - probable[b[n]])
 
 
-def test_answers_of_llamacpp_are_ours(tmp_path: Path) -> None:
-    """The base there has 4 bits and is multiplied with 8-bit activations, here it is de-quantised: where an answer differs, the
-    two tokens at which it parts are about equally probable here, and that is seldom."""
-    file = tmp_path / "config.yaml"
-    training = {"lr": 3e-3, "local_steps": 8, "batch_size": 4}
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_answers_of_llamacpp_are_ours(template: str, tmp_path: Path) -> None:
+    """Text goes to the completion interface, a message to the chat interface. The base there has 4 bits and is multiplied with
+    8-bit activations, here it is de-quantised: where an answer differs, the two tokens at which it parts are about equally
+    probable here, and that is seldom."""
+    training = {"lr": 5e-3, "local_steps": 10, "batch_size": 4}
     values = settings(
-        Path("HuggingFaceTB/SmolLM2-135M-Instruct"), write_tasks(tmp_path / "data.jsonl"), rounds=2, training=training,
-        adapter={"rank": 4}, prompt={"template": "plain", "max_length": 192}, split={"train": 8, "validation": 2, "test": 6},
-        evaluation={"generate": False, "transfer_clients": 0},
+        Path("HuggingFaceTB/SmolLM2-135M-Instruct"), write_tasks(tmp_path / "data.jsonl"), rounds=1, training=training,
+        adapter={"rank": 4}, prompt={"template": template, "max_length": 192}, split={"train": 8, "validation": 1, "test": 6},
+        evaluation={"test": False, "transfer_clients": 0},
     )  # fmt: skip
     values["model"]["source"] = "wheel"
-    file.write_text(json.dumps(values), encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(json.dumps(values), encoding="utf-8")
     run = tmp_path / "run"
-    assert mira("run", file, "--out", run).status == 0
+    assert mira("run", tmp_path / "config.yaml", "--out", run).status == 0
     *folders, fetch, serve = mira("export", run, "--all", "--format", "gguf").out.splitlines()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     subprocess.run(fetch, shell=True, check=True, cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True)
     words = shlex.split(serve)
     assert words[0] == "llama-server"
-    base, files = (
-        tmp_path / words[words.index("-m") + 1],
-        [Path(b) for a, b in itertools.pairwise(words) if a == "--lora"],
-    )
+    given = list(itertools.pairwise(words))
+    base = tmp_path / next(value for option, value in given if option == "-m")
+    files = [Path(value) for option, value in given if option == "--lora"]
     assert [file.parent for file in files] == [Path(folder).resolve() for folder in folders]
+    chat = [Path(value).read_text(encoding="utf-8") for option, value in given if option == "--chat-template-file"]
+    assert len(chat) == (template == "chat")
 
-    served, session, parted = LlamaCpp(base, files), inspect_run._session(run), 0
+    served, session, parted = LlamaCpp(base, files, *chat), inspect_run._session(run), 0
     with Store.open(run, writable=False) as store:
         state = state_of(session, store)
+    assert session.base.path is not None
     for k, client in enumerate(session.federation.clients):
-        row = session.method.serve(state, torch.tensor([k]))
         prompts = session.corpus.prompts(k, "test", 6)
-        template = Template((files[k].parent / "prompt_template.jinja").read_text(encoding="utf-8"))
-        ours = session.engine.answer(row, [prompts], NEW)[0]
+        ours = session.engine.answer(session.method.serve(state, torch.tensor([k])), [prompts], NEW)[0]
         for example, prompt, answer in zip(client.test, prompts, ours, strict=True):
-            text = template.render(instruction=example.instruction, input=example.input)
-            theirs = served.complete(text, k, NEW)["text"]
-            assert served.complete(text, None, NEW)["text"] != theirs  # the base alone says something else
+            if template == "chat":
+                asked = f"{example.instruction}\n\n{example.input}"
+                theirs, alone = (served.chat(asked, adapter, NEW) for adapter in (k, None))
+            else:
+                raw = Template((files[k].parent / "prompt_template.jinja").read_text(encoding="utf-8"))
+                asked = raw.render(instruction=example.instruction, input=example.input)
+                theirs, alone = (served.complete(asked, adapter, NEW)["text"] for adapter in (k, None))
+            assert theirs != alone
             if theirs != answer:
                 parted += 1
-                assert session.base.path is not None
                 adapter = run / "adapters" / client.slug
                 assert abs(margin(session.base.path, adapter, prompt, answer, theirs)) < 0.5, (answer, theirs)
-    assert parted <= 2  # of 18
+    assert parted <= 2  # of 12

@@ -17,14 +17,22 @@ from huggingface_hub import ModelCard
 from jinja2 import Template
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GraniteMoeConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    GraniteMoeConfig,
+    GraniteMoeHybridConfig,
+    Mistral3Config,
+    PreTrainedModel,
+)
 
 from mira.adapters.lora import Lora, to_peft
 from mira.config import load
 from mira.core.errors import UserError
 from mira.data.text import Encoder
 from mira.data.types import Example
-from mira.serving import card
+from mira.serving import card, lines
 from mira.serving.families import FAMILIES
 from mira.serving.gguf import write
 from small import ADAPTERS, NAMES, begin, mira, write_clients, write_config
@@ -136,6 +144,23 @@ def test_a_layer_of_another_rank_and_alpha_has_its_scale_in_b(tmp_path: Path) ->
         assert torch.allclose(added(tmp_path / "a.gguf", f"blk.{layer}.attn_v", x), y, atol=1e-5)
 
 
+def test_the_text_layers_of_a_model_that_sees_have_the_names_of_text(tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "head_dim": 8}
+    folder = adapter_of(make_tiny("qwen2"), tmp_path / "a", ["q_proj"])
+    module = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+    one = {"A": torch.randn(4, 32), "B": torch.randn(32, 4)}
+    save_file({f"{module}.lora_{f}.weight": one[f] for f in "AB"}, folder / "adapter_model.safetensors")
+    for config, arch in (
+        (Gemma3Config(text_config=shape), "gemma3"),
+        (Mistral3Config(text_config=shape | {"model_type": "mistral", "num_key_value_heads": 4}), "mistral3"),
+    ):
+        write(folder, config, tmp_path / "a.gguf", "ann")
+        fields, tensors = read_back(tmp_path / "a.gguf")
+        assert fields["general.architecture"] == arch
+        assert sorted(tensors) == ["blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b"]
+        assert torch.equal(tensors["blk.0.attn_q.weight.lora_b"], one["B"].double()) == (arch == "gemma3")
+
+
 def test_what_llamacpp_cannot_add_is_refused(tmp_path: Path) -> None:
     model = make_tiny("qwen2")
     folder = adapter_of(model, tmp_path / "a", ["v_proj"])
@@ -143,6 +168,8 @@ def test_what_llamacpp_cannot_add_is_refused(tmp_path: Path) -> None:
         UserError, match=r"architecture 'granitemoe' were not proven .*; --merge writes the whole model"
     ):
         write(folder, GraniteMoeConfig(), tmp_path / "a.gguf", "ann")
+    with pytest.raises(UserError, match=r"architecture 'granitemoehybrid' were not proven"):
+        write(folder, GraniteMoeHybridConfig(), tmp_path / "a.gguf", "ann")
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
     one = next(iter(tensors.values())).clone()
@@ -305,6 +332,20 @@ def test_what_a_server_cannot_serve_is_refused(runs: Any, kind: str, adapter: An
     assert mira("export", run, "--client", "ann", "--merge", "--format", format).status == 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [({"use_dora": True}, ("vllm", "sglang", "lorax")), ({"target_parameters": ["experts.down_proj"]}, ("sglang",))],
+)
+def test_what_peft_has_and_servers_do_not(settings: dict[str, Any], refused: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "use_rslora": False, **settings}))
+    for format in ("peft", "vllm", "sglang", "lorax"):
+        if format not in refused:
+            lines.check_folder(format, tmp_path)
+            continue
+        with pytest.raises(UserError, match=f"--format {format}: .*; use --merge and serve the whole model"):
+            lines.check_folder(format, tmp_path)
+
+
 def test_servers_take_no_other_kind_of_adapter(tiny_folder: Path, tmp_path: Path) -> None:
     data = write_clients(tmp_path / "data.jsonl")
     values = {"adapter": {"kind": "prompt", "virtual_tokens": 2, "encoder_hidden": 4}, "evaluation": {"test": False}}
@@ -320,5 +361,5 @@ def test_servers_take_no_other_kind_of_adapter(tiny_folder: Path, tmp_path: Path
 
 def test_the_documentation_names_the_families() -> None:
     text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
-    listed = text.split("Architectures whose adapters gave")[1].split("## vLLM")[0]
+    listed = text.split("Architectures whose adapters gave")[1].split("; of `")[0]
     assert re.findall(r"`([^`]+)`", listed) == sorted(FAMILIES)

@@ -123,8 +123,8 @@ def _adapter(session: Session, client: str) -> str:
 
 
 def _examples(client: Client) -> str:
-    if client.elsewhere is not None:
-        return f"{client.elsewhere} train, on a machine of its own"
+    if client.elsewhere is not None:  # the others are not here
+        return f"{client.elsewhere} train"
     return f"{len(client.train)} train, {len(client.validation)} validation, {len(client.test)} test"
 
 

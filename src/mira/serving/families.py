@@ -7,7 +7,7 @@ test of the formats proves every one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,16 +32,42 @@ def thirds(out: int, config: Any) -> Tensor:
     return torch.arange(out).view(config.num_attention_heads, 3, -1).transpose(0, 1).reshape(-1)
 
 
+def tiled(head: str | None, fixed: str | None = None) -> Rows:
+    """The values of linear attention: those that share a key stand one by one, not side by side. ``head``: the configuration's
+    key of a head's width, None where it is 1; ``fixed``: that of a key's, where queries and keys come first."""
+
+    def order(out: int, config: Any) -> Tensor:
+        keys, width = config.linear_num_key_heads, getattr(config, head) if head else 1
+        first = 2 * keys * getattr(config, fixed) if fixed else 0
+        rest = torch.arange(first, out).view(keys, -1, width).transpose(0, 1).reshape(-1)
+        return torch.cat([torch.arange(first), rest])
+
+    return order
+
+
 _TURNED: dict[str, Rows] = {"attn_q": pairs("num_attention_heads"), "attn_k": pairs("num_key_value_heads")}
 _FUSED: dict[str, Rows] = {"attn_qkv": thirds}
 
 
+_VALUES = tiled("linear_value_head_dim")
+_DELTA: dict[str, Rows] = {"attn_qkv": tiled("linear_value_head_dim", "linear_key_head_dim"), "attn_gate": _VALUES}
+
+
 @dataclass(frozen=True)
 class Family:
-    """``rows``: by the end of a tensor's name, where rows are kept in another order."""
+    """``rows``: by the end of a tensor's name, where rows are kept in another order; ``columns``: where columns are.
+    ``parts``: by the end of a layer's name, the tensors that it is cut into. ``proven``: for which configurations."""
 
     arch: MODEL_ARCH
     rows: dict[str, Rows]
+    columns: dict[str, Rows] = field(default_factory=dict)
+    parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    proven: Callable[[Any], bool] = lambda config: True
+
+
+def _dense(config: Any) -> bool:
+    """Whether every layer has attention and one MLP."""
+    return set(config.layer_types) == {"full_attention"} and not config.num_local_experts
 
 
 FAMILIES = {
@@ -55,11 +81,18 @@ FAMILIES = {
     "gemma": Family(MODEL_ARCH.GEMMA, {}),
     "gemma2": Family(MODEL_ARCH.GEMMA2, {}),
     "gemma3_text": Family(MODEL_ARCH.GEMMA3, {}),
+    "gemma4_text": Family(MODEL_ARCH.GEMMA4, {}),
     "glm4": Family(MODEL_ARCH.GLM4, {}),
     "gpt2": Family(MODEL_ARCH.GPT2, {}),
     "gpt_neox": Family(MODEL_ARCH.GPTNEOX, _FUSED),
     "gpt_oss": Family(MODEL_ARCH.GPT_OSS, {}),
     "granite": Family(MODEL_ARCH.GRANITE, _TURNED),
+    "granitemoehybrid": Family(
+        MODEL_ARCH.GRANITE,
+        _TURNED,
+        parts={"input_linear": ("ffn_gate", "ffn_up"), "output_linear": ("ffn_down",)},
+        proven=_dense,
+    ),
     "hunyuan_v1_dense": Family(MODEL_ARCH.HUNYUAN_DENSE, {}),
     "lfm2": Family(MODEL_ARCH.LFM2, {}),
     "llama": Family(MODEL_ARCH.LLAMA, _TURNED),
@@ -77,6 +110,7 @@ FAMILIES = {
     "qwen2_moe": Family(MODEL_ARCH.QWEN2MOE, {}),
     "qwen3": Family(MODEL_ARCH.QWEN3, {}),
     "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, {}),
+    "qwen3_5_text": Family(MODEL_ARCH.QWEN35, _DELTA, {"ssm_out": _VALUES}),
     "seed_oss": Family(MODEL_ARCH.SEED_OSS, {}),
     "smollm3": Family(MODEL_ARCH.SMOLLM3, _TURNED),
     "stablelm": Family(MODEL_ARCH.STABLELM, {}),
@@ -86,6 +120,6 @@ FAMILIES = {
 
 TENSORS = (
     "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down",
-    "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp",
+    "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp", "attn_gate", "ssm_out",
 )  # fmt: skip
 """The ends of names of the tensors that llama.cpp adds adapters to in these families."""

@@ -20,16 +20,18 @@ from mira.serving.families import FAMILIES, TENSORS, Family
 
 _PREFIX = "base_model.model."
 _FACTOR = {".lora_A.weight": "A", ".lora_B.weight": "B"}
-_WAY_OUT = "--merge writes the whole model, which llama.cpp's convert_hf_to_gguf.py converts"
+_INSIDE = {("mistral3", "mistral"): "ministral3"}  # a text model that has another name in llama.cpp inside of this one
+_WAY_OUT = "--merge writes the whole model, for llama.cpp's convert_hf_to_gguf.py"
 
 
 def check(config: Any) -> Family:
     """The family of a base model. Raises UserError where llama.cpp was not seen to serve its adapters."""
-    kind = config.get_text_config().model_type
-    if kind not in FAMILIES:
+    text = config.get_text_config()
+    kind = _INSIDE.get((config.model_type, text.model_type), text.model_type)
+    if kind not in FAMILIES or not FAMILIES[kind].proven(text):
         raise UserError(
-            f"--format gguf: adapters on architecture '{kind}' were not proven on llama.cpp (proven: {', '.join(FAMILIES)});"
-            f" {_WAY_OUT}"
+            f"--format gguf: adapters on architecture '{kind}' were not proven on llama.cpp (docs/serving.md names those that"
+            f" were); {_WAY_OUT}"
         )
     return FAMILIES[kind]
 
@@ -39,27 +41,36 @@ def write(peft: Path, config: Any, out: Path, name: str) -> None:
 
     Raises UserError for what llama.cpp cannot add to a model.
     """
-    family, text = check(config), config.get_text_config()
+    family = check(config)
     settings = json.loads((peft / "adapter_config.json").read_text(encoding="utf-8"))
-    factors = _factors(load_file(peft / "adapter_model.safetensors"))
-    names = gguf.get_tensor_name_map(family.arch, text.num_hidden_layers)
-    alpha = float(settings["lora_alpha"])
+    tensors = _converted(load_file(peft / "adapter_model.safetensors"), settings, family, config.get_text_config())
     writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[family.arch])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, settings["lora_alpha"])
     writer.add_name(name)
-    for module, (a, b) in factors.items():
-        tensor = _tensor(module, names)
-        order = family.rows.get(tensor.rsplit(".", 1)[-1])
-        b = b if order is None else b[order(len(b), text)]
-        b = b.double() * (_scale(module, len(a), settings) * len(a) / alpha)
-        writer.add_tensor(f"{tensor}.weight.lora_a", a.float().contiguous().numpy())
-        writer.add_tensor(f"{tensor}.weight.lora_b", b.float().contiguous().numpy())
+    for tensor, value in tensors:
+        writer.add_tensor(tensor, value.float().contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _converted(
+    tensors: dict[str, Tensor], settings: dict[str, Any], family: Family, config: Any
+) -> list[tuple[str, Tensor]]:
+    """A and B of PEFT under the names, and in the order of rows and columns, of llama.cpp."""
+    names, converted = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers), []
+    for module, (a, b) in _factors(tensors).items():
+        b = b.double() * (_scale(module, len(a), settings) * len(a) / settings["lora_alpha"])
+        found = _names(module, names, family)
+        for name, part in zip(found, b.chunk(len(found)), strict=True):
+            end = name.rsplit(".", 1)[-1]
+            columns, rows = family.columns.get(end), family.rows.get(end)
+            converted.append((f"{name}.weight.lora_a", a if columns is None else a[:, columns(a.shape[1], config)]))
+            converted.append((f"{name}.weight.lora_b", part if rows is None else part[rows(len(part), config)]))
+    return converted
 
 
 def _factors(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -73,15 +84,19 @@ def _factors(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     return {module: (pair["A"], pair["B"]) for module, pair in found.items()}
 
 
-def _tensor(module: str, names: gguf.TensorNameMap) -> str:
-    """The name llama.cpp has for the weight of ``module``, without its end."""
+def _names(module: str, names: gguf.TensorNameMap, family: Family) -> list[str]:
+    """The names llama.cpp has for the weight of ``module``, or for the parts it is cut into, without their ends."""
+    *path, end = module.split(".")
+    if end in family.parts:
+        layer = next(part for part in path if part.isdigit())
+        return [f"blk.{layer}.{name}" for name in family.parts[end]]
     name: str | None = names.get_name(module.replace("language_model.", "", 1))
     if name is None or name.rsplit(".", 1)[-1] not in TENSORS:
         raise UserError(
             f"--format gguf: no way was proven to add an adapter to layer {module} in llama.cpp; name other layers in"
             f" adapter.targets, or {_WAY_OUT}"
         )
-    return name
+    return [name]
 
 
 def _scale(module: str, rank: int, settings: dict[str, Any]) -> float:

@@ -67,6 +67,11 @@ def check_folder(format: Format, place: Path) -> None:
     settings = json.loads(file.read_text(encoding="utf-8")) if format != "peft" and file.is_file() else {}
     if settings.get("use_dora"):
         raise UserError(f"--format {format}: {_NAMES[format]} serves no DoRA; use --merge and serve the whole model")
+    if format == "sglang" and settings.get("target_parameters"):
+        raise UserError(
+            "--format sglang: SGLang adds adapters to layers, not to tensors of experts (target_parameters); use --merge and"
+            " serve the whole model"
+        )
     if format == "sglang" and settings.get("use_rslora") and settings["r"] > 1:
         raise UserError(
             "--format sglang: SGLang scales by alpha/rank and takes no notice of adapter.rslora; use --merge and serve the whole"
