@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mira.adapters.lora import deltas, peft_tensors, to_peft
-from mira.adapters.reach import text
+from mira.adapters.reach import plainly, text
 from mira.adapters.targets import PREFIX
 from mira.core.errors import UserError
 from mira.core.layout import Layout
@@ -37,14 +37,14 @@ def prove(model: PreTrainedModel, layout: Layout) -> None:
     """A trial row written as a PEFT folder and read back by PEFT gives the logits of W + s·B·A. Raises UserError where it
     does not, or PEFT reads something else."""
     row, ids = _trial(layout), text(model)[:, :_LENGTH]
-    plain = _logits(model, ids)
-    with beside(model, row, layout):
-        ours = _logits(model, ids)
-    with TemporaryDirectory(prefix="mira-proof-") as folder:
+    with plainly(model), TemporaryDirectory(prefix="mira-proof-") as folder:
+        plain = _logits(model, ids)
+        with beside(model, row, layout):
+            ours = _logits(model, ids)
         to_peft(Path(folder), row, layout, model, "base")
         peft = _read(model, Path(folder))
-    _same_tensors(peft, row, layout)
-    theirs = _logits(peft, ids)
+        _same_tensors(peft, row, layout)
+        theirs = _logits(peft, ids)
     effect, error = (float(torch.linalg.vector_norm(x - ours)) for x in (plain, theirs))
     if not error <= _TOLERANCE.get(model.dtype, _COARSE) * effect:  # not a number is no proof either
         raise UserError(
