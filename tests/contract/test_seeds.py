@@ -141,10 +141,11 @@ def test_memory_is_that_of_inference(name: str) -> None:
 
     corpus, client = RandomCorpus((3, 5)), torch.tensor([0])
     lora = make_engine(name, "llama", corpus, Training(local_steps=1), torch.float64)
+    seeds, row = make_seeds(name), warm_row(layout_on("llama"))[None].double()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        make_seeds(name).train(Work(client, torch.zeros(1, COUNT).double()), 0, LR)
+        seeds.train(Work(client, torch.zeros(1, COUNT).double()), 0, LR)
         assert not kept
-        lora.train(Work(client, warm_row(layout_on("llama"))[None].double()), 0, LR)
+        lora.train(Work(client, row), 0, LR)
     assert kept
 
 

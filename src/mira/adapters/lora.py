@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 from pathlib import Path
 
@@ -37,8 +38,16 @@ class Lora:
 
     def layout(self, model: PreTrainedModel) -> Layout:
         """The row layout on ``model``. Raises UserError when the targets name no linear layer."""
-        found = target_layers(model, self.targets)
-        features = {name: _features(module) for name, module in found.items()}
+        layers, experts = target_layers(model, self.targets)
+        if experts and self.dropout:
+            raise UserError(
+                f"adapter.dropout={self.dropout:g}: there is none for experts, whose tensors PEFT changes as a whole; set"
+                f" dropout=0, or leave {next(iter(experts)).rsplit('.', 1)[-1]} out of targets"
+            )
+        features: dict[str, tuple[int, ...]] = {name: _features(layer) for name, layer in layers.items()}
+        for name, tensor in experts.items():
+            count, first, second = tensor.shape
+            features[name] = (first, second, count) if _is_transposed(model, name) else (second, first, count)
         return Layout.of(features, self.rank, self.alpha, self.rslora)
 
 
@@ -61,13 +70,13 @@ class LoraAdapter:
     @contextmanager
     def merged(self, row: Tensor) -> Iterator[PreTrainedModel]:
         model = self.whole() if self.whole and getattr(self.model, "is_quantized", False) else self.model
-        original = {name: model.get_parameter(f"{name}.weight").detach().clone() for name in self.layout.modules}
+        original = [(weight, weight.detach().clone()) for weight in weights_of(model, self.layout).values()]
         merge(model, row, self.layout)
         try:
             yield model
         finally:
-            for name, weight in original.items():
-                model.get_parameter(f"{name}.weight").data.copy_(weight)
+            for weight, before in original:
+                weight.data.copy_(before)
 
 
 def start_row(layout: Layout, seed: int) -> Tensor:
@@ -85,11 +94,18 @@ def peft_config(
     layout: Layout, model: PreTrainedModel, base_name: str | None, dropout: float = 0.0, rank: int | None = None
 ) -> LoraConfig:
     """The PEFT config that attaches ``layout`` to ``model`` and to nothing else in it; ``rank``: the layout's."""
-    conv = any(isinstance(model.get_submodule(name), Conv1D) for name in layout.modules)
-    own, weights = by_weight(layout.modules, model)
+    experts = [entry.module for entry in layout.entries if entry.experts and entry.factor == "A"]
+    layers = [name for name in layout.modules if name not in set(experts)]
+    conv = any(isinstance(model.get_submodule(name), Conv1D) for name in layers)
+    own, weights = by_weight(layers, model)
+    if dropout and weights:
+        raise UserError(
+            f"adapter.dropout={dropout:g}: PEFT has none for '{weights[0].removesuffix('.weight')}', whose name it takes for that"
+            " of experts; set dropout=0"
+        )
     return LoraConfig(
         r=rank or layout.rank, lora_alpha=layout.alpha, lora_dropout=dropout, use_rslora=layout.rslora,  # type: ignore[arg-type]
-        target_modules=_names(own, model), target_parameters=weights or None, fan_in_fan_out=conv, bias="none",
+        target_modules=_names(own, model), target_parameters=weights + experts or None, fan_in_fan_out=conv, bias="none",
         task_type="CAUSAL_LM", base_model_name_or_path=base_name, inference_mode=True,
     )  # fmt: skip
 
@@ -112,11 +128,29 @@ def _taken_for_experts(leaf: str, model: PreTrainedModel) -> bool:
     return set(config.target_modules or ()) != {leaf}
 
 
+def peft_names(layout: Layout) -> dict[Entry, str]:
+    """What PEFT calls each tensor of ``layout``, "lora_A" and what follows left out. It wraps a module once for each of its
+    tensors that has an adapter, one around the other."""
+    owned: dict[str, list[str]] = {}
+    for entry in layout.entries:
+        if entry.experts and entry.factor == "A":
+            owned.setdefault(entry.module.rpartition(".")[0], []).append(entry.module)
+
+    def place(entry: Entry) -> str:
+        if not entry.experts:
+            return f"{PREFIX}{entry.module}"
+        owner = entry.module.rpartition(".")[0]
+        inside = len(owned[owner]) - 1 - owned[owner].index(entry.module)
+        return f"{PREFIX}{owner}{'.base_layer' * inside}"
+
+    return {entry: place(entry) for entry in layout.entries}
+
+
 def peft_tensors(row: Tensor, layout: Layout, rank: int) -> dict[str, Tensor]:
     """The tensors of ``row`` [P] as a PEFT folder names them, of the first ``rank`` ranks."""
     return {
-        f"{PREFIX}{entry.module}.lora_{entry.factor}.weight": _first(entry, row, rank).float().contiguous().cpu()
-        for entry in layout.entries
+        f"{name}.lora_{entry.factor}.weight": _first(entry, row, rank).float().contiguous().cpu()
+        for entry, name in peft_names(layout).items()
     }
 
 
@@ -136,8 +170,8 @@ def from_peft(folder: Path, layout: Layout) -> Tensor:
     """Read a PEFT folder back into a row [P]. Raises UserError when its tensors do not fit ``layout``."""
     tensors = load_file(folder / "adapter_model.safetensors")
     row = torch.empty(layout.size)
-    for entry in layout.entries:
-        name = f"{PREFIX}{entry.module}.lora_{entry.factor}.weight"
+    for entry, place in peft_names(layout).items():
+        name = f"{place}.lora_{entry.factor}.weight"
         if name not in tensors or tuple(tensors[name].shape) != entry.shape:
             given = tuple(tensors[name].shape) if name in tensors else "nothing"
             raise UserError(
@@ -152,9 +186,33 @@ def from_peft(folder: Path, layout: Layout) -> Tensor:
 
 
 def _first(entry: Entry, row: Tensor, rank: int) -> Tensor:
-    """The first ``rank`` rows of A, or columns of B."""
-    factor = entry.view(row)
-    return factor[:rank] if entry.factor == "A" else factor[:, :rank]
+    """The first ``rank`` rows of A, or columns of B; of every expert."""
+    factor, count = entry.view(row), max(entry.experts, 1)
+    if entry.factor == "A":
+        return factor.view(count, -1, factor.shape[1])[:, :rank].flatten(0, 1)
+    return factor.view(len(factor), -1, count)[:, :rank].flatten(1)
+
+
+def weights_of(model: PreTrainedModel, layout: Layout) -> dict[str, nn.Parameter]:
+    """The weights that ``layout`` changes, by the names of its modules."""
+    a = [entry for entry in layout.entries if entry.factor == "A"]
+    return {e.module: model.get_parameter(e.module if e.experts else f"{e.module}.weight") for e in a}
+
+
+def deltas(model: PreTrainedModel, row: Tensor, layout: Layout) -> dict[str, Callable[[], Tensor]]:
+    """What makes s·B·A of ``row`` [P], in float64 as the weight lies, by the names of modules."""
+    factors = {(entry.module, entry.factor): entry for entry in layout.entries}
+    scale = layout.scale_at(layout.ranks(row[None])[0])
+
+    def delta(name: str) -> Tensor:
+        a, b, count = *(factors[name, f].view(row).double() for f in ("A", "B")), factors[name, "A"].experts
+        if count:
+            product = torch.einsum("ore,eri->eoi", b.view(len(b), -1, count), a.view(count, -1, a.shape[1]))
+            return scale * (product.transpose(1, 2) if _is_transposed(model, name) else product)
+        turned = isinstance(model.get_submodule(name), Conv1D)  # it keeps its weight as [in, out]
+        return scale * ((b @ a).T if turned else b @ a)
+
+    return {name: partial(delta, name) for name in layout.modules}
 
 
 def merge(model: PreTrainedModel, row: Tensor, layout: Layout) -> None:
@@ -164,15 +222,15 @@ def merge(model: PreTrainedModel, row: Tensor, layout: Layout) -> None:
             "--merge: not into a quantised base (model.quantization), where rounding the sum would lose much of the adapter; "
             "export the adapter alone"
         )
-    factors = {(entry.module, entry.factor): entry.view(row) for entry in layout.entries}
-    scale = layout.scale_at(layout.ranks(row[None])[0])
-    for name in layout.modules:
-        module = model.get_submodule(name)
-        delta = scale * (factors[name, "B"].double() @ factors[name, "A"].double())
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        turned = delta.T if isinstance(module, Conv1D) else delta  # Conv1D keeps its weight as [in, out]
-        weight.data = (weight.data.double() + turned.to(weight.device)).to(weight.dtype)
+    weights = weights_of(model, layout)
+    for name, delta in deltas(model, row, layout).items():
+        weight = weights[name]
+        weight.data = (weight.data.double() + delta().to(weight.device)).to(weight.dtype)
+
+
+def _is_transposed(model: PreTrainedModel, name: str) -> bool:
+    """Whether a tensor of experts lies as [E,in,out], as PEFT asks."""
+    return bool(getattr(model.get_submodule(name.rpartition(".")[0]), "is_transposed", False))
 
 
 def _features(module: nn.Module) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import partial
@@ -17,8 +17,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mira.adapters.lora import peft_tensors, to_peft
-from mira.adapters.reach import text
+from mira.adapters.lora import deltas, peft_tensors, to_peft
+from mira.adapters.reach import plainly, text
 from mira.adapters.targets import PREFIX
 from mira.core.errors import UserError
 from mira.core.layout import Layout
@@ -37,14 +37,14 @@ def prove(model: PreTrainedModel, layout: Layout) -> None:
     """A trial row written as a PEFT folder and read back by PEFT gives the logits of W + s·B·A. Raises UserError where it
     does not, or PEFT reads something else."""
     row, ids = _trial(layout), text(model)[:, :_LENGTH]
-    plain = _logits(model, ids)
-    with beside(model, row, layout):
-        ours = _logits(model, ids)
-    with TemporaryDirectory(prefix="mira-proof-") as folder:
+    with plainly(model), TemporaryDirectory(prefix="mira-proof-") as folder:
+        plain = _logits(model, ids)
+        with beside(model, row, layout):
+            ours = _logits(model, ids)
         to_peft(Path(folder), row, layout, model, "base")
         peft = _read(model, Path(folder))
-    _same_tensors(peft, row, layout)
-    theirs = _logits(peft, ids)
+        _same_tensors(peft, row, layout)
+        theirs = _logits(peft, ids)
     effect, error = (float(torch.linalg.vector_norm(x - ours)) for x in (plain, theirs))
     if not error <= _TOLERANCE.get(model.dtype, _COARSE) * effect:  # not a number is no proof either
         raise UserError(
@@ -64,17 +64,32 @@ def _trial(layout: Layout) -> Tensor:
 
 @contextmanager
 def beside(model: PreTrainedModel, row: Tensor, layout: Layout) -> Iterator[None]:
-    """s·B·A·x of ``row`` [P] added to what each layer gives, meanwhile."""
+    """s·B·A·x of ``row`` [P] added to what each layer gives, and s·B·A to the tensors of experts while they are used,
+    meanwhile."""
     factors = {(entry.module, entry.factor): entry.view(row).to(model.device) for entry in layout.entries}
+    experts = {entry.module for entry in layout.entries if entry.experts}
 
     def add(name: str, module: nn.Module, args: Any, out: Tensor) -> Tensor:
         a, b = (factors[name, factor].to(torch.promote_types(out.dtype, torch.float32)) for factor in ("A", "B"))
         product: Tensor = args[0].to(a.dtype) @ a.T @ b.T
         return (out + layout.scale * product).to(out.dtype)
 
+    def change(weight: Tensor, kept: list[Tensor], delta: Callable[[], Tensor], *_: Any) -> None:
+        kept.append(weight.data)
+        weight.data = (weight.data.double() + delta().to(weight.device)).to(weight.dtype)
+
+    def restore(weight: Tensor, kept: list[Tensor], *_: Any) -> None:
+        weight.data = kept.pop()
+
     with ExitStack() as hooks:
-        for name in layout.modules:
-            hooks.callback(model.get_submodule(name).register_forward_hook(partial(add, name)).remove)
+        for name, delta in deltas(model, row, layout).items():
+            if name not in experts:
+                hooks.callback(model.get_submodule(name).register_forward_hook(partial(add, name)).remove)
+                continue
+            kept: list[Tensor] = []
+            owner, weight = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
+            hooks.callback(owner.register_forward_pre_hook(partial(change, weight, kept, delta)).remove)
+            hooks.callback(owner.register_forward_hook(partial(restore, weight, kept)).remove)
         yield
 
 

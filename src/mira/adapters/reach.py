@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -50,6 +50,17 @@ def mixers(model: PreTrainedModel, layers: Iterable[str]) -> set[str]:
     return {name for name in mixing if not any(other.startswith(name + ".") for other in mixing)}
 
 
+@contextmanager
+def plainly(model: PreTrainedModel) -> Iterator[None]:
+    """``model`` attends meanwhile in the way that every architecture has; an engine may have put its own in place."""
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attention)
+
+
 def text(model: PreTrainedModel) -> Tensor:
     """Token ids [1,T] that mean nothing special to ``model``, T at most what it has positions for."""
     special = {value for key, value in _settings(model.config.to_dict()) if key.endswith(("token_id", "token_index"))}
@@ -68,7 +79,8 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
     hook = model.get_input_embeddings().register_forward_hook(unfrozen)
     try:
-        logits = model(input_ids=ids, use_cache=False).logits
+        with plainly(model):
+            logits = model(input_ids=ids, use_cache=False).logits
     except Exception as error:  # whatever the code of the architecture trips over
         raise UserError(
             f"model.name={model.config.name_or_path}: architecture '{model.config.model_type}' cannot compute a text of"

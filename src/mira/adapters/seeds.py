@@ -55,8 +55,9 @@ def directions(model: PreTrainedModel, targets: str | tuple[str, ...], seed: int
     """Over the weights of LoRA's target layers, or over "all" of the model's, as published."""
     if targets == "all":
         return Directions(dict(model.named_parameters()), seed)
-    found = target_layers(model, targets)
-    return Directions({f"{name}.weight": module.get_parameter("weight") for name, module in found.items()}, seed)
+    layers, experts = target_layers(model, targets)
+    weights = {f"{name}.weight": module.get_parameter("weight") for name, module in layers.items()}
+    return Directions(weights | experts, seed)
 
 
 @dataclass(frozen=True)

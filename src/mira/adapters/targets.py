@@ -39,8 +39,17 @@ class Layers:
         return sorted({name.rsplit(".", 1)[-1] for name in self.usable})
 
 
-def target_layers(model: PreTrainedModel, targets: str | Sequence[str]) -> dict[str, nn.Module]:
-    """The layers that ``targets`` choose: "auto", "all-linear", a pattern for whole names, or ends of names."""
+def target_layers(
+    model: PreTrainedModel, targets: str | Sequence[str]
+) -> tuple[dict[str, nn.Module], dict[str, nn.Parameter]]:
+    """The layers that ``targets`` choose: "auto", "all-linear", a pattern for whole names, or ends of names; and the tensors
+    of experts [E,…,…] that have such a name, where no layer has."""
+    if not isinstance(targets, str):
+        return _by_name(model, targets)
+    return _layers(model, targets), {}
+
+
+def _layers(model: PreTrainedModel, targets: str) -> dict[str, nn.Module]:
     layers = layers_of(model)
     if not layers.usable:
         raise UserError(
@@ -50,8 +59,33 @@ def target_layers(model: PreTrainedModel, targets: str | Sequence[str]) -> dict[
         return _told(layers, list(layers.usable) + list(layers.why))
     if targets == "auto":
         return {name: layers.usable[name] for name in _defaults(model, layers)}
-    chosen = _matching(targets, layers) if isinstance(targets, str) else _named(targets, layers)
-    return _told(layers, chosen)
+    return _told(layers, _matching(targets, layers))
+
+
+def _by_name(model: PreTrainedModel, targets: Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, nn.Parameter]]:
+    layers, tensors = layers_of(model), experts_of(model)
+    of_layers = [target for target in targets if not _names_experts(target, layers, tensors)]
+    found = {name: tensor for name, tensor in tensors.items() if ends(name, set(targets) - set(of_layers))}
+    if found and not of_layers:
+        return {}, found
+    return _told(layers, _named(model, of_layers, layers, tensors)), found
+
+
+def experts_of(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The tensors of ``model`` that hold a matrix of each of several experts [E,…,…]."""
+    return {
+        f"{name}.{key}": tensor
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for key, tensor in module.named_parameters(recurse=False)
+        if tensor.ndim == 3 and len(tensor) > 1 and tensor.is_floating_point()
+    }
+
+
+def _names_experts(target: str, layers: Layers, tensors: Iterable[str]) -> bool:
+    return any(ends(name, [target]) for name in tensors) and not any(
+        ends(name, [target]) for name in (*layers.usable, *layers.why)
+    )
 
 
 def layers_of(model: PreTrainedModel) -> Layers:
@@ -145,19 +179,32 @@ def _matching(targets: str, layers: Layers) -> list[str]:
     return chosen
 
 
-def _named(targets: Sequence[str], layers: Layers) -> list[str]:
+def _named(
+    model: PreTrainedModel, targets: Sequence[str], layers: Layers, tensors: Mapping[str, nn.Parameter]
+) -> list[str]:
     chosen = [name for name in (*layers.usable, *layers.why) if ends(name, targets)]
     for target in targets:
-        if not any(ends(name, [target]) for name in chosen):
-            raise UserError(f"adapter.targets: no linear layer is named '{target}'{did_you_mean(target, layers.names)}")
-        if not any(ends(name, [target]) for name in chosen if name in layers.usable):
-            wrong = next(name for name in chosen if ends(name, [target]))
+        of_target = [name for name in chosen if ends(name, [target])]
+        if not of_target:
+            hint = _experts_hint(model, target, tensors) or did_you_mean(target, layers.names)
+            raise UserError(f"adapter.targets: no linear layer is named '{target}'{hint}")
+        if not layers.usable.keys() & of_target:
+            wrong = of_target[0]
             raise UserError(
                 f"adapter.targets: '{target}': {wrong} {layers.why[wrong]}; name others, among {_list(layers)}"
             )
     if not chosen:
         raise UserError(f"adapter.targets={list(targets)}: matches no linear layer; allowed: {_list(layers)}")
     return chosen
+
+
+def _experts_hint(model: PreTrainedModel, target: str, tensors: Iterable[str]) -> str:
+    """Where experts had a layer ``target`` and have one tensor for all now, its name."""
+    names = sorted({".".join(name.rsplit(".", 2)[1:]) for name in tensors})
+    part = target.rsplit(".", 1)[-1].removesuffix("_proj")
+    if not names or not any(part in name.rsplit(".", 1)[-1].split("_") for name in names):
+        return ""
+    return f"; the experts of '{model.config.model_type}' have theirs in one tensor for all: name {' or '.join(names)}"
 
 
 def _told(layers: Layers, chosen: Sequence[str]) -> dict[str, nn.Module]:

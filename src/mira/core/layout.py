@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod, sqrt
 from typing import Literal
@@ -18,7 +18,8 @@ Factor = Literal["A", "B", "prompt", "encoder", "seed"]
 class Entry:
     """One tensor inside a row: ``row[offset : offset + size].view(shape)``.
 
-    LoRA: A [r, in] and B [out, r] of a layer. Prompt: the virtual tokens "prompt" [V, d] and the weights of the "encoder"
+    LoRA: A [r, in] and B [out, r] of a layer; of a tensor of E ``experts`` A [E·r, in], expert by expert, and B [out, r·E],
+    rank by rank, as PEFT has them. Prompt: the virtual tokens "prompt" [V, d] and the weights of the "encoder"
     they pass. Seeds: the coefficients "seed" [N].
     """
 
@@ -26,6 +27,7 @@ class Entry:
     factor: Factor
     shape: tuple[int, ...]
     offset: int
+    experts: int = 0  # in its tensor; 0 of a layer without
 
     @property
     def size(self) -> int:
@@ -67,7 +69,11 @@ class Layout:
         """Which of the ranks each number of a LoRA row belongs to: [P] int64 from 0 on."""
         level, ranks = torch.zeros(self.size, dtype=torch.int64), torch.arange(self.rank)
         for entry in self.entries:
-            entry.view(level).copy_(ranks[:, None] if entry.factor == "A" else ranks)
+            count = max(entry.experts, 1)
+            if entry.factor == "A":
+                entry.view(level).copy_(ranks.repeat(count)[:, None])
+            elif entry.factor == "B":
+                entry.view(level).copy_(ranks.repeat_interleave(count))
         return level
 
     def share(self, rank: Tensor, weight: Tensor) -> Tensor:
@@ -80,7 +86,7 @@ class Layout:
         """How many ranks each of ``rows`` [n,P] uses: all, but for the last rows of A that are zero."""
         if not self.modules:
             return [self.rank] * len(rows)
-        used = (self.entries[0].view(rows) != 0).any(2)  # [n,r]
+        used = (self.entries[0].view(rows) != 0).any(2).view(len(rows), -1, self.rank).any(1)  # [n,r]
         last = (used * torch.arange(1, self.rank + 1, device=rows.device)).amax(1)
         return [rank or self.rank for rank in last.tolist()]
 
@@ -122,13 +128,23 @@ class Layout:
         """The layers that carry a LoRA product."""
         return tuple(entry.module for entry in self.entries if entry.factor == "A")
 
+    @property
+    def alone(self) -> str:
+        """Why rows can be computed for one client at a time only; empty where they can be in one pass."""
+        return "has no adapters of experts" if any(entry.experts for entry in self.entries) else ""
+
     @staticmethod
-    def of(modules: dict[str, tuple[int, int]], rank: int, alpha: float, rslora: bool = False) -> Layout:
-        """The LoRA layout for target modules {name: (in_features, out_features)}, in the given order: A then B of each."""
+    def of(modules: Mapping[str, tuple[int, ...]], rank: int, alpha: float, rslora: bool = False) -> Layout:
+        """The LoRA layout for target modules {name: (in_features, out_features)} or {name: (…, experts)}, in the given order:
+        A then B of each."""
         tensors: list[tuple[str, Factor, tuple[int, ...]]] = []
-        for module, (fan_in, fan_out) in modules.items():
-            tensors += [(module, "A", (rank, fan_in)), (module, "B", (fan_out, rank))]
-        return Layout(end_to_end(tensors), rank, alpha, rslora)
+        experts: dict[str, int] = {}
+        for module, (fan_in, fan_out, *count) in modules.items():
+            experts[module] = count[0] if count else 0
+            wide = rank * max(experts[module], 1)
+            tensors += [(module, "A", (wide, fan_in)), (module, "B", (fan_out, wide))]
+        entries = tuple(replace(entry, experts=experts[entry.module]) for entry in end_to_end(tensors))
+        return Layout(entries, rank, alpha, rslora)
 
 
 def end_to_end(tensors: Iterable[tuple[str, Factor, tuple[int, ...]]]) -> tuple[Entry, ...]:

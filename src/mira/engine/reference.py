@@ -227,7 +227,8 @@ class ReferenceEngine:
         named = dict(self.peft.named_parameters())
         if self.layout.virtual_tokens:
             return [named[f"prompt_encoder.default.{e.module}"] for e in self.layout.entries]
-        return [named[f"base_model.model.{e.module}.lora_{e.factor}.default.weight"] for e in self.layout.entries]
+        names = lora.peft_names(self.layout)
+        return [named[f"{names[e]}.lora_{e.factor}.default.weight"] for e in self.layout.entries]
 
     def _views(self, row: Tensor) -> list[Tensor]:
         return [entry.view(row) for entry in self.layout.entries]
@@ -239,8 +240,8 @@ class ReferenceEngine:
                 parameter.copy_(entry.view(row))
         if self.layout.modules:
             scale = self.layout.scale_at(self.layout.ranks(row[None])[0])
-            for name in self.layout.modules:
-                vars(self.peft.get_submodule(f"base_model.model.{name}"))["scaling"]["default"] = scale
+            for name in set(lora.peft_names(self.layout).values()):
+                vars(self.peft.get_submodule(name))["scaling"]["default"] = scale
         return parameters
 
     def _row(self) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mira.core.product import best_factors
 from mira.core.strict import STRICT
 from mira.core.types import Change, ServerState, Setting, Trained, Work
+from mira.methods.layers import refuse_experts
 from mira.methods.rows import FIRST, common, factor_pairs, one_row
 
 _PLACES = "flexlora.factors"  # in extra: where A and B of each layer begin in a row, and in, out, r: [layers,5] int64
@@ -28,6 +29,7 @@ class FlexLoRA:
 
     def init(self, setting: Setting) -> ServerState:
         pairs = factor_pairs(setting, self.name)
+        refuse_experts(setting.layout, "method.name=flexlora", "set name=fedit")
         places = [[a.offset, b.offset, a.shape[1], b.shape[0], a.shape[0]] for a, b in pairs]
         return one_row(setting, {_PLACES: torch.tensor(places)})
 

@@ -39,9 +39,20 @@ def pairs(layout: Layout) -> Tensor:
             "method.space=product: multiplies the factors A and B of LoRA, and this adapter has "
             f"'{layout.entries[0].factor}'; use space=factors or adapter.kind=lora"
         )
+    refuse_experts(layout, "method.space=product", "set space=factors")
     return torch.tensor([
         [x.offset, b[module].offset, x.shape[1], b[module].shape[0], x.shape[0]] for module, x in a.items()
     ])  # fmt: skip
+
+
+def refuse_experts(layout: Layout, what: str, instead: str) -> None:
+    """Raises UserError for ``what`` where the two factors of a tensor hold many pairs, one of each expert."""
+    found = next((entry.module for entry in layout.entries if entry.experts), None)
+    if found is not None:
+        raise UserError(
+            f"{what}: multiplies factors layer by layer, and those of '{found}' are many experts' in one; {instead}, or"
+            " leave experts out of adapter.targets"
+        )
 
 
 def _depths(layout: Layout) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mira.adapters.reach import plainly
 from mira.model.base import Base
 
 _LONGEST = 512  # tokens of a text that are read
@@ -16,19 +17,14 @@ _LONGEST = 512  # tokens of a text that are read
 @torch.no_grad()
 def embed(base: Base, texts: Sequence[str]) -> Tensor:
     """Mean over tokens of the last hidden state, [n,d] float32. The plain model: no adapter, its own attention."""
-    model, tokenizer = base.model, base.tokenizer
-    attention = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # which every architecture has; an engine may have put its own in place
-    try:
-        rows = []
+    model, tokenizer, rows = base.model, base.tokenizer, []
+    with plainly(model):
         for text in texts:
             ids = tokenizer(text, truncation=True, max_length=_LONGEST, verbose=False)["input_ids"]
             rows.append(
                 _last(model, torch.tensor([ids or [tokenizer.eos_token_id]], device=model.device)).mean(0).cpu()
             )
-        return torch.stack(rows)
-    finally:
-        model.set_attn_implementation(attention)
+    return torch.stack(rows)
 
 
 def _last(model: PreTrainedModel, tokens: Tensor) -> Tensor:
