@@ -148,7 +148,9 @@ def test_config_show_is_a_configuration_again(file: Path) -> None:
 
 def test_config_check(file: Path) -> None:
     ended = mira("config", "check", file)
-    assert (ended.status, ended.out) == (0, f"{file}: fine; 4 clients, 3 rounds of mira\n")
+    assert (ended.status, ended.out) == (
+        0, f"prompts: alpaca (text), answers end with <eos>\n{file}: fine; 4 clients, 3 rounds of mira\n"
+    )  # fmt: skip
     assert "no such file or folder" in mira("config", "check", file, "--set", "data.path=absent").error
     assert "have no group" in mira("config", "check", file, "--set", "data.group_column=null").error
     unknown = mira("config", "check", file, "--set", "clients={rank: {bop: 1}}").error

@@ -60,6 +60,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a name that the terminal cannot show must not end a run
             stream.reconfigure(errors="backslashreplace")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels it does not find, at every start
     log = logging.getLogger("mira")
     log.handlers = [_ConsoleHandler()]
     log.setLevel(logging.INFO)
