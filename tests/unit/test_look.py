@@ -148,5 +148,8 @@ def test_home_is_expanded_everywhere(
     )
     with caplog.at_level(logging.ERROR):
         assert mira("config", "check", config).status == 0
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.content }}<eos>{% endfor %}")
+    template = ("--set", "prompt.template=chat", "--set", "prompt.template_file=~/own.jinja")
+    assert mira("config", "check", config, *template).status == 0
     refused = mira("config", "check", config, "--set", "data.path=~nobody-here/data.jsonl").error
     assert "there is no home folder of that name" in refused

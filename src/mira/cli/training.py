@@ -11,6 +11,7 @@ import typer
 
 from mira.cli.terminal import Data, Json, Model, Run, Set, err_console, out_console, print_json, print_result, say
 from mira.core.errors import UserError
+from mira.core.strict import expanded
 from mira.progress import RunProgress
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def compare(
     plan = comparison.load(target, overrides or [])
     try:
         value = comparison.compare(
-            plan, out or Path("runs") / plan.name, shlex.join(["mira", *sys.argv[1:]]), results, say
+            plan, expanded(out) if out else Path("runs") / plan.name, shlex.join(["mira", *sys.argv[1:]]), results, say
         )
     except KeyboardInterrupt:
         err_console.print("interrupted; finished runs and committed rounds are kept, go on with the same command")

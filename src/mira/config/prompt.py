@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from mira.config.adapter import Count
-from mira.core.strict import STRICT
+from mira.core.strict import STRICT, UserPath
 from mira.data.reading import existing, read_text
 from mira.data.templates import CHAT
 from mira.data.text import Encoder, Wording
@@ -26,7 +25,7 @@ class PromptSection:
     template: Literal["auto", "alpaca", "chat", "plain"] = "auto"
     """auto: chat where the tokenizer has a chat template, else alpaca. chat: the tokenizer's, or template_file. alpaca and
     plain: text, for base models."""
-    template_file: Path | None = None
+    template_file: UserPath | None = None
     """A Jinja file to use in place of the tokenizer's chat template; when a run begins it is read into chat_template."""
     chat_template: str | None = None
     """The text of such a template."""

@@ -143,7 +143,11 @@ class Store:
 
     def config(self) -> str:
         """The resolved configuration, YAML."""
-        return files.read(self.folder / "config.yaml", self._manifest.files["config.yaml"]).decode()
+        path, digest = self.folder / "config.yaml", self._manifest.files["config.yaml"]
+        if path.is_file() and files.digest(path.read_bytes()) != digest:
+            why = "it is not as the run wrote it: where data or model are now is said with --data and --model"
+            raise files.corrupt(path, why)
+        return files.read(path, digest).decode()
 
     def environment(self) -> dict[str, Any]:
         name = "environment.json"
