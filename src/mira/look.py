@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date
 from itertools import groupby
 from pathlib import Path
@@ -18,12 +19,11 @@ from mira.core.errors import UserError
 from mira.data.corpus import Corpus, without_overlong
 from mira.data.federation import Federation
 from mira.data.proof import prove
-from mira.data.reading import read_records
 from mira.data.records import Tally
-from mira.data.sources.jsonl import Found, Jsonl
+from mira.data.sources.jsonl import Found, Jsonl, OneFile
 from mira.data.templates import CHAT
 from mira.data.text import Encoded, Encoder
-from mira.data.types import ClientData, Example, Source, by_question, client_data
+from mira.data.types import ClientData, Example, Source, by_question
 from mira.engine.generate import positions
 from mira.model.reader import Reader
 
@@ -32,20 +32,6 @@ Result = dict[str, Any]
 _ENDLESS = 2**31  # tokens: nothing is cut
 _WIDTH = 78
 _CLIENTS, _LINES = 20, 30  # shown to people
-
-
-@dataclass(frozen=True)
-class OneFile:
-    """A single file without a client column, as one client."""
-
-    path: Path
-
-    def read(self) -> Found:
-        tally = Tally()
-        return Found([client_data(self.path.stem, tally.examples(read_records(self.path)))], tally)
-
-    def load(self, seed: int) -> list[ClientData]:
-        return self.read().clients
 
 
 def look(source: Source, experiment: Experiment, reader: Reader | None) -> Result:
@@ -63,6 +49,8 @@ def look(source: Source, experiment: Experiment, reader: Reader | None) -> Resul
         "model": reader.name if reader else None,
         "template": encoder.template if encoder else None,
         "max_length": limit if reader else None,
+        "prompts": [encoder.about, *encoder.cautions] if encoder else [],
+        "ignored": _ignored(clients, encoder) if encoder else {},
         "shared": _shared(clients),
         "clients": [_client(client, encoder, limit) for client in clients],
         "first": {"place": first.place, "parts": _parts(first, encoder)} if encoder else None,
@@ -111,6 +99,11 @@ def lines(result: Result, path: Path) -> Iterator[str]:
         )
     else:
         yield from _row("tokens", "give --model NAME to see lengths and the first example as it is learned")
+    for n, line in enumerate(result["prompts"]):
+        yield from _row("" if n else "prompts", line.removeprefix("prompts: "))
+    if result["ignored"]:
+        ignored = ", ".join(f"{key} ({count})" for key, count in sorted(result["ignored"].items()))
+        yield from _row("left out", f"by the chat template: {ignored}")
     yield ""
     yield f"{'client':32}{'examples':>9}{'repeats':>9}" + (f"{'mean':>9}{'longest':>9}{'over':>6}" if measured else "")
     for client in clients[:_CLIENTS]:
@@ -166,6 +159,15 @@ def _client(client: ClientData, encoder: Encoder | None, limit: int) -> Result:
         "longest": client.examples[longest].place,
         "over": sum(length > limit for length in lengths),
     }
+
+
+def _ignored(clients: Sequence[ClientData], encoder: Encoder) -> dict[str, int]:
+    """Keys of conversations that the chat template does not read, and in how many examples."""
+    found: Counter[str] = Counter()
+    for example in (example for client in clients for example in client.examples):
+        if encoder.is_chat(example) and (example.tools or any(m.more for m in example.messages)):
+            found.update(encoder.chat.ignored(encoder.turns(example), example.tools, example.place))
+    return dict(found)
 
 
 def _parts(example: Example, encoder: Encoder) -> list[Result]:

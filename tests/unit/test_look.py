@@ -73,6 +73,17 @@ def test_the_same_as_one_json_object(folder: Path, tiny_folder: Path) -> None:
     assert next(part["text"] for part in found["first"]["parts"] if part["learned"]).startswith("Ho<eos>")
 
 
+def test_what_the_chat_template_does_not_read_is_named(tiny_folder: Path, tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "weather"}}
+    called = {"role": "assistant", "content": "", "tool_calls": [tool]}
+    record = {"messages": [TALK[0], called, {"role": "tool", "content": "sunny"}, TALK[1]], "tools": [tool]}
+    file = write(tmp_path / "a.jsonl", record)
+    assert (
+        "left out  by the chat template: tool_calls (1), tools (1)"
+        in mira("data", "look", file, "--model", tiny_folder).out
+    )
+
+
 def test_wide_letters_stay_within_the_columns(tiny_folder: Path, tmp_path: Path) -> None:
     write(tmp_path / "data" / f"{'病院' * 20}.jsonl", {"instruction": "質問" * 100, "output": "答え"})
     ended = mira("data", "look", tmp_path / "data", "--model", tiny_folder)

@@ -16,6 +16,7 @@ from mira.core.errors import UserError
 from mira.data.federation import SplitSizes, make_federation
 from mira.data.reading import client_files, parse_json, read_records
 from mira.data.sources.jsonl import Jsonl
+from mira.fleet.source import source_of
 
 ROWS = [{"instruction": f"Say {n}.", "output": f"{n} – {'é' * n}"} for n in range(3)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -162,6 +163,24 @@ def test_a_parquet_row_lacks_what_other_rows_have(tmp_path: Path) -> None:
     (_, first), (_, second) = read_records(write(tmp_path / "a.parquet", parquet(rows)))
     assert first == rows[0]
     assert second == {"messages": [{"role": "user", "content": "a"}]}
+
+
+def test_joined_files_keep_a_byte_order_mark_each(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", f"\ufeff{LINES}\ufeff{LINES}")
+    assert [record for _, record in read_records(path)] == [*ROWS, *ROWS]
+
+
+def test_a_preference_set_is_learned_as_the_refusal_says(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}))
+    with pytest.raises(UserError, match="holds preferences"):
+        Jsonl(tmp_path).load(0)
+    (client,) = Jsonl(tmp_path, columns={"prompt": "prompt", "completion": "chosen"}).load(0)
+    assert [(e.instruction, e.output) for e in client.examples] == [("p", "a")]
+
+
+def test_one_file_of_a_site_is_one_client(tmp_path: Path) -> None:
+    (client,) = source_of(write(tmp_path / "north.jsonl.gz", gzip.compress(LINES.encode()))).load(0)
+    assert (client.name, len(client.examples)) == ("north", 3)
 
 
 def test_nan_counts_as_null() -> None:

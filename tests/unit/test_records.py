@@ -125,8 +125,9 @@ def test_calls_of_tools_keep_their_arguments_as_objects(turn: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("tools", [[WEATHER], json.dumps([WEATHER]), [WEATHER["function"]]])
-def test_tools_are_in_one_layout_with_their_keys_in_the_order_given(tools: object) -> None:
-    assert to_example({"messages": TURNS, "tools": tools}, "f:1").tools == json.dumps([WEATHER])
+@pytest.mark.parametrize("name", ["tools", "functions"])
+def test_tools_are_in_one_layout_with_their_keys_in_the_order_given(name: str, tools: object) -> None:
+    assert to_example({"messages": TURNS, name: tools}, "f:1").tools == json.dumps([WEATHER])
 
 
 def test_what_else_templates_read_of_a_turn_is_kept() -> None:
@@ -149,7 +150,8 @@ def test_what_else_templates_read_of_a_turn_is_kept() -> None:
         (calls({"role": "assistant", "tool_calls": [{"type": "function"}]}), "needs a function with its name"),
         (calls({"role": "assistant", "tool_calls": [call("{")]}), "field 'arguments' is text that is not JSON"),
         ({"messages": TURNS, "tools": {"name": "w"}}, "field 'tools' must be a list"),
-        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "no field 'completion'"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "data.columns={prompt: prompt, completion: chosen}"),
+        ({"version": 1, "data": [{"question": "q", "answer": "a"}]}, "the list in field 'data'; write that list alone"),
     ],
 )
 def test_what_cannot_be_learned_is_one_line(record: dict[str, Any], message: str) -> None:

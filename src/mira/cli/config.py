@@ -49,7 +49,7 @@ def check(file: Path, overrides: Set = None) -> None:
         told = sorted({client.about for client in clients})
         no_model = torch.tensor([[float(told.index(client.about))] for client in clients])  # in the place of embeddings
         experiment.graph.build(names, groups, experiment.seed, lambda: no_model)
-    reader = open_reader(model.name, model.source, model.trust_remote_code)
+    reader = open_reader(model.name, model.source, model.trust_remote_code, model.revision)
     if reader is not None:
         encoder = page.check(experiment, federation, reader)
         for line in (encoder.about, *encoder.cautions):

@@ -34,19 +34,19 @@ def look(
 ) -> None:
     """Say what is recognised, what each client has, how long it is in tokens, and show the first example as it is learned."""
     from mira import look as page
-    from mira.data.sources.jsonl import Jsonl
+    from mira.data.sources.jsonl import Jsonl, OneFile
     from mira.model.reader import open_reader
     from mira.progress import visible
 
     experiment = _experiment(path, model, overrides or [])
-    named = experiment.model
-    fetched = (
-        open_reader(named.name, named.source, named.trust_remote_code, fetch=True) if named.name != _NONE else None
-    )
+    of = experiment.model
+    reader = None
+    if of.name != _NONE:
+        reader = open_reader(of.name, of.source, of.trust_remote_code, of.revision, fetch=True)
     source = experiment.data
     if isinstance(source, Jsonl) and source.path.is_file() and source.client_column is None:
-        source = page.OneFile(source.path)
-    result = page.look(source, experiment, fetched)
+        source = OneFile(source.path)
+    result = page.look(source, experiment, reader)
     if as_json:
         print_json(result)
     else:

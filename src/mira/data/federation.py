@@ -6,6 +6,7 @@ import logging
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, Literal
@@ -129,12 +130,14 @@ def _count(size: float, available: int) -> int:
     return size if isinstance(size, int) else max(1, int(size * available + 1e-9))  # 0.7 · 10 is just below 7 in floats
 
 
-def _client(data: ClientData, sizes: SplitSizes, seed: int) -> Client:
+Questions = list[list[Example]]  # the answers to each
+
+
+def _client(data: ClientData, questions: Questions, sizes: SplitSizes, seed: int) -> Client:
     if data.elsewhere is not None:
         return Client(
             data.name, slug(data.name), data.task, data.group, data.description, (), (), (), elsewhere=data.elsewhere
         )
-    questions = _questions(data, sizes)
     train, validation, test = (_count(size, len(questions)) for size in (sizes.train, sizes.validation, sizes.test))
     if train + validation + test > len(questions):
         repeats = f" (of {len(data.examples)} read)" if len(questions) < len(data.examples) else ""
@@ -147,12 +150,6 @@ def _client(data: ClientData, sizes: SplitSizes, seed: int) -> Client:
     parts = (order[::-1][:train], order[test : test + validation], order[:test])
     train_, validation_, test_ = (tuple(chain.from_iterable(part)) for part in parts)
     return Client(data.name, slug(data.name), data.task, data.group, data.description, train_, validation_, test_)
-
-
-def _questions(data: ClientData, sizes: SplitSizes) -> list[list[Example]]:
-    """The client's examples, question by question, as many of each as are kept."""
-    most = 1 if sizes.answers == "first" else None
-    return [answers[:most] for answers in by_question(data.examples)]
 
 
 def make_federation(source: Source, sizes: SplitSizes, seed: int) -> Federation:
@@ -171,18 +168,28 @@ def make_federation(source: Source, sizes: SplitSizes, seed: int) -> Federation:
     name, times = Counter(client.name for client in data).most_common(1)[0]
     if times > 1:
         raise UserError(f"data: {times} clients are named '{name}'; client names must be unique: rename or merge them")
-    clients = tuple(_client(client, sizes, seed) for client in data)
+    asked = [by_question(client.examples) for client in data]
+    most = 1 if sizes.answers == "first" else None
+    kept = [[answers[:most] for answers in questions] for questions in asked]
+    clients = tuple(_client(client, questions, sizes, seed) for client, questions in zip(data, kept, strict=True))
     place, times = Counter(client.slug for client in clients).most_common(1)[0]
     if times > 1:
         raise UserError(f"data: {times} client names become the file name '{place}'; rename one of them")
-    kept = {c.name: sum(map(len, _questions(c, sizes))) for c in data}
-    dropped = {c.name: n for c in data if (n := len(c.examples) - kept[c.name])}
+    _tell_dropped(data, kept, others=sum(map(_size, asked)) - sum(map(_size, kept)))
+    return Federation(clients, seed)
+
+
+def _tell_dropped(data: Sequence[ClientData], kept: Sequence[Questions], others: int) -> None:
+    """How many examples of which client repeat a question; ``others``: those of all clients with an answer of their own."""
+    dropped = {c.name: n for c, questions in zip(data, kept, strict=True) if (n := len(c.examples) - _size(questions))}
     if dropped:
         which = ", ".join(f"{name} ({count})" for name, count in dropped.items())
-        others = sum(map(len, (a for c in data for a in by_question(c.examples)))) - sum(kept.values())
         more = f"; {others} of them answer otherwise, split.answers=all keeps those" if others else ""
         _log.warning("dropped %d duplicate examples: %s%s", sum(dropped.values()), which, more)
-    return Federation(clients, seed)
+
+
+def _size(questions: Questions) -> int:
+    return sum(map(len, questions))
 
 
 def batches(

