@@ -106,7 +106,7 @@ class Session:
         """What each client sends before the first round: its task description as a vector in fp32, where the graph is made of
         them. Of sites the server's operator has them."""
         asked = self._along_graph and getattr(self.experiment.graph, "source", None) == "description"
-        return 4 * int(self.base.model.config.hidden_size) if asked and not self.sites else 0
+        return 4 * int(self.base.model.config.get_text_config().hidden_size) if asked and not self.sites else 0
 
     @property
     def _along_graph(self) -> bool:

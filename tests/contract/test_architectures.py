@@ -97,6 +97,10 @@ def way_of(name: str, dtype: torch.dtype = torch.float32) -> Way:
         ("llama", PACKED),
         ("gpt_oss", PACKED),
         ("gemma2", PACKED),
+        ("qwen3_moe", PACKED),  # experts
+        ("deepseek_v3", PACKED),
+        ("qwen3_5_moe_text", MIXERS),
+        ("zaya", APART),  # a convolution within attention
         ("gptj", APART),  # an attention of its own
         ("minimax_m3_vl_text", APART),  # attention to chosen blocks
         ("llama4_text", APART),  # layers that number the tokens of a pass themselves
