@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from mira.adapters.attach import Attached
 from mira.adapters.lowrank import Lane
+from mira.core.layout import Layout
 from mira.engine import seam
 from mira.engine.attention import Packed, Segment
 from mira.engine.body import Body, Head, usual_tokens
@@ -19,7 +20,7 @@ from mira.engine.decode import after
 from mira.engine.faults import FAULTS, cannot_carry, is_no_fault, told
 from mira.engine.generate import positions
 from mira.engine.mixers import mixers
-from mira.engine.seam import CannotPackError, set_attention
+from mira.engine.seam import CannotPackError, attend_by, set_attention
 from mira.engine.watch import Seen, watch
 
 _LONGEST = 1024  # tokens of a probe's first sequence
@@ -209,12 +210,30 @@ def _tried(compute: Callable[[], _Made]) -> _Made:
 
 
 @torch.no_grad()
-def try_adapters(body: Body, attached: Attached, width: int) -> None:
-    """Raises UserError where a layer cannot carry an adapter."""
+def try_adapters(body: Body, attached: Attached, layout: Layout) -> None:
+    """Raises UserError where a layer cannot carry an adapter, or virtual tokens would lack what real ones have."""
     device = body.model.device
     ids = body.token.expand(1, _LENGTH)
-    with attached.on(Lane(torch.zeros(1, width, device=device), [(0, 0, _LENGTH)])), told(cannot_carry):
+    with attached.on(Lane(torch.zeros(1, layout.size, device=device), [(0, 0, _LENGTH)])), told(cannot_carry(layout)):
         body(ids, torch.arange(_LENGTH, device=device)[None], Packed([Segment(0, _LENGTH)]))
+    if layout.virtual_tokens:
+        with told(cannot_carry(layout)):
+            _check_embeddings(body, ids)
+
+
+def _check_embeddings(body: Body, ids: Tensor) -> None:
+    """Raises CannotPackError where a token is more to the model than its embedding, which is all that a virtual one has."""
+    embeddings = body.model.get_input_embeddings()
+    with attend_by(body.model, "eager"):
+        found = body.module(inputs_embeds=2 * embeddings(ids), use_cache=False).last_hidden_state[0]
+        hook = embeddings.register_forward_hook(lambda module, given, out: 2 * out)
+        try:
+            known = body.module(input_ids=ids, use_cache=False).last_hidden_state[0]
+        finally:
+            hook.remove()
+    if not _difference(found, known) <= _limit(body.model, _SAME):
+        where = f"architecture '{body.model.config.model_type}'"
+        raise CannotPackError(f"{where} reads more of a token than its embedding, which virtual tokens do not have")
 
 
 @torch.no_grad()
