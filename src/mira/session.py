@@ -225,7 +225,10 @@ def _engine(
             raise
         log.warning("engine.name=auto takes reference, one client at a time: %s", error.reason)
         return ReferenceEngine(**common())
-    log.info("engine.name=batched: sequences are %s", engine.carrier.way.kind)
+    if not engine.carrier.way.decodes:
+        log.info(
+            "engine.name=batched: passes are %s; transformers answers, one prompt at a time", engine.carrier.way.kind
+        )
     return engine
 
 

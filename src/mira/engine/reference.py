@@ -65,12 +65,12 @@ class ReferenceEngine:
         else:
             config = lora.peft_config(self.layout, self.model, None, self.dropout)
             config.inference_mode = False
-        with told(cannot_carry):
+        with told(cannot_carry(self.layout)):
             object.__setattr__(self, "peft", get_peft_model(model, config))
             self._named()
         if self.layout.virtual_tokens and self.model.dtype == torch.float64:
             self.peft.prompt_encoder.double()  # PEFT makes it in fp32 on any base
-        with told(cannot_carry), torch.no_grad():
+        with told(cannot_carry(self.layout)), torch.no_grad():
             self._loss([_TRIAL], "mean")
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
