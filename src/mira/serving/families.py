@@ -50,7 +50,12 @@ _FUSED: dict[str, Rows] = {"attn_qkv": thirds}
 
 
 _VALUES = tiled("linear_value_head_dim")
-_DELTA: dict[str, Rows] = {"attn_qkv": tiled("linear_value_head_dim", "linear_key_head_dim"), "attn_gate": _VALUES}
+_DELTA: dict[str, Rows] = {
+    "attn_qkv": tiled("linear_value_head_dim", "linear_key_head_dim"),
+    "attn_gate": _VALUES,
+    "ssm_alpha": tiled(None),
+    "ssm_beta": tiled(None),
+}
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,7 @@ FAMILIES = {
 
 TENSORS = (
     "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down",
-    "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp", "attn_gate", "ssm_out",
+    "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp", "attn_gate", "ssm_alpha", "ssm_beta", "ssm_out",
+    "shortconv.in_proj", "shortconv.out_proj",
 )  # fmt: skip
 """The ends of names of the tensors that llama.cpp adds adapters to in these families."""

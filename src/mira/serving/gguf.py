@@ -91,7 +91,7 @@ def _names(module: str, names: gguf.TensorNameMap, family: Family) -> list[str]:
         layer = next(part for part in path if part.isdigit())
         return [f"blk.{layer}.{name}" for name in family.parts[end]]
     name: str | None = names.get_name(module.replace("language_model.", "", 1))
-    if name is None or name.rsplit(".", 1)[-1] not in TENSORS:
+    if name is None or not name.endswith(tuple(f".{tensor}" for tensor in TENSORS)):
         raise UserError(
             f"--format gguf: no way was proven to add an adapter to layer {module} in llama.cpp; name other layers in"
             f" adapter.targets, or {_WAY_OUT}"
