@@ -77,7 +77,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 TOKENS = [5, 9, 20, 33, 7, 70, 3, 88, 90, 11, 12, 55, 66, 77, 101, 120, 4, 8, 15, 16, 23, 42]
 ENDS = (
     "q_proj|k_proj|v_proj|o_proj|qkv_proj|c_attn|query_key_value|self_attn.dense|self_attention.dense|attention.dense|self_attn.out_proj"
-    "|gate_proj|up_proj|down_proj|gate_up_proj|c_fc|c_proj|dense_h_to_4h|dense_4h_to_h|fc1|fc2|feed_forward.w[123]|input_linear|output_linear|in_proj_(qkv|[abz])|linear_attn.out_proj|conv.in_proj|conv.out_proj"
+    "|gate_proj|up_proj|down_proj|gate_up_proj|c_fc|c_proj|dense_h_to_4h|dense_4h_to_h|fc1|fc2|feed_forward.w[123]|input_linear|output_linear|in_proj_(qkv|[abz])|linear_attn.out_proj|conv.in_proj|conv.out_proj|shared_expert_gate"
 )
 
 

@@ -125,7 +125,7 @@ FAMILIES = {
 
 TENSORS = (
     "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down",
-    "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp", "attn_gate", "ssm_alpha", "ssm_beta", "ssm_out",
+    "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp", "ffn_gate_inp_shexp", "attn_gate", "ssm_alpha", "ssm_beta", "ssm_out",
     "shortconv.in_proj", "shortconv.out_proj",
 )  # fmt: skip
 """The ends of names of the tensors that llama.cpp adds adapters to in these families."""
