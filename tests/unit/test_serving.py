@@ -240,7 +240,7 @@ def test_the_card_of_the_best_round_tells_its_losses(base: Path) -> None:
     before, after = (metrics[n]["clients"]["ann"]["test_loss"] for n in (0, best))
     text = (base / "run" / "adapters-best" / "ann" / "README.md").read_text(encoding="utf-8")
     assert f"{before:.3f} before, {after:.3f} after" in text
-    assert f"| method | mira, {best} rounds |" in text
+    assert f"| method | mira, {best} round" in text
 
 
 def test_a_client_that_joins_later_has_a_card(base: Path, tmp_path: Path) -> None:
