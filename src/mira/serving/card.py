@@ -74,7 +74,7 @@ def card(session: Session, origin: Origin, use: Use, base: str | None) -> str:
         "client": client.name,
         "base model": base or session.base.name,
         "adapter": _adapter(session, client.name),
-        "method": f"{session.experiment.method.name}, {origin.round} rounds",
+        "method": f"{session.experiment.method.name}, {origin.round} round{'s' * (origin.round != 1)}",
         "examples": _examples(client),
         "prompts": f"{encoder.template}, as in `{template(encoder)[0]}`",
         **_losses(origin),
