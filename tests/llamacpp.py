@@ -109,8 +109,6 @@ def _linear(name: str, tensor: Tensor, config: Any) -> tuple[str, Tensor]:
         return name, -tensor.exp()[tiled(None)(len(tensor), config)]
     if name.endswith("dt_bias"):
         return name.replace("dt_bias", "dt_proj.bias"), tensor[tiled(None)(len(tensor), config)]
-    if name.endswith(("in_proj_a.weight", "in_proj_b.weight")):
-        return name, tensor[tiled(None)(len(tensor), config)]
     if name.endswith("conv1d.weight"):
         return name, tensor.squeeze(1)[FAMILIES[config.model_type].rows["attn_qkv"](len(tensor), config)]
     return name, tensor

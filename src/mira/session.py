@@ -225,7 +225,10 @@ def _engine(
             raise
         log.warning("engine.name=auto takes reference, one client at a time: %s", error.reason)
         return ReferenceEngine(**common())
-    log.info("engine.name=batched: sequences are %s", engine.carrier.way.kind)
+    if not engine.carrier.way.decodes:
+        log.info(
+            "engine.name=batched: passes are %s; transformers answers, one prompt at a time", engine.carrier.way.kind
+        )
     return engine
 
 
@@ -256,11 +259,19 @@ def _adapter(experiment: Experiment, base: Base) -> Adapter:
         return PromptAdapter(model, Prompt(section.virtual_tokens, section.encoder_hidden).layout(model))
     if isinstance(section, SeedsSection):
         return SeedsAdapter(model, directions(model, section.targets, experiment.seed), section.count)
-    lora = Lora(section.rank, section.alpha, section.dropout, section.rslora, section.targets)
+    lora = Lora(
+        section.rank,
+        section.alpha,
+        section.dropout,
+        section.rslora,
+        section.targets,
+        section.dora,
+        section.lora_plus_ratio,
+    )
     layout = lora.layout(model)
     prove_adapter(model, layout)
     whole = cache(partial(unquantised, base, experiment.model.trust_remote_code)) if base.path else None
-    return LoraAdapter(model, layout, whole, base.revision)
+    return LoraAdapter(model, layout, whole, base.revision, section.init)
 
 
 def _warn_ignored(training: Training) -> None:

@@ -9,22 +9,25 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from engines import RandomCorpus
+from engines import RandomCorpus, make_engine, warm_row
 from families import APART, FAMILIES, MIXERS, PACKED, Family, build
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mira.adapters.attach import Attached
 from mira.adapters.lora import Lora, start_row
+from mira.adapters.prompt import Prompt
 from mira.config import Experiment
 from mira.core.errors import UserError
 from mira.core.training import Training
+from mira.core.types import Work
 from mira.engine.batched import BatchedEngine
 from mira.engine.exchange import Way, exchange
 from mira.engine.reference import ReferenceEngine
 from mira.session import Session, open_session
 from small import settings, write_clients
-from tiny import make_tokenizer
+from tiny import make_tiny, make_tokenizer
 
 SHAPE = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -97,6 +100,10 @@ def way_of(name: str, dtype: torch.dtype = torch.float32) -> Way:
         ("llama", PACKED),
         ("gpt_oss", PACKED),
         ("gemma2", PACKED),
+        ("qwen3_moe", PACKED),  # experts
+        ("deepseek_v3", PACKED),
+        ("qwen3_5_moe_text", MIXERS),
+        ("zaya", APART),  # a convolution within attention
         ("gptj", APART),  # an attention of its own
         ("minimax_m3_vl_text", APART),  # attention to chosen blocks
         ("llama4_text", APART),  # layers that number the tokens of a pass themselves
@@ -173,3 +180,69 @@ def test_auto_takes_batched_where_it_can(tiny_folder: Path, tmp_path: Path) -> N
     values = settings(tiny_folder, write_clients(tmp_path / "data.jsonl"))
     for recorded, kind in ((None, BatchedEngine), ({"engine": "reference"}, ReferenceEngine)):
         assert isinstance(open_session(Experiment(**values), recorded).engine, kind)
+
+
+class Router(nn.Linear):
+    """A linear layer by its class alone."""
+
+    def forward(self, x: Tensor) -> Any:
+        scores = super().forward(x)
+        return scores, scores.argmax(-1)
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = Router(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.router(x)[0]
+        return scores
+
+
+@pytest.mark.parametrize("name", ["batched", "reference"])
+def test_a_layer_that_cannot_carry_an_adapter_is_told_before_training(name: str) -> None:
+    model = make_tiny("llama")
+    model.model.layers[0].mlp = Routed().requires_grad_(False)
+    layout = Lora(2, 4.0, targets=("router",)).layout(model)
+    with pytest.raises(
+        UserError, match=r"^adapter\.targets: a layer among them cannot carry an adapter \(.*\); name other"
+    ):
+        make_engine(name, "llama", RandomCorpus((1,)), Training(local_steps=1), model=model, layout=layout)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_adapters_that_text_does_not_reach_train_alike(optimizer: Any) -> None:
+    """A tower for images, say: nothing is learnt there, by any engine, with a frozen factor and kept moments too."""
+    training = Training(optimizer=optimizer, momentum=0.9 * (optimizer == "sgd"), local_steps=2, keep_optimizer=True)
+    found = []
+    for name in ("batched", "reference"):
+        model = make_tiny("llama", torch.float64)
+        model.model.tower = nn.ModuleDict({"q_proj": nn.Linear(32, 32)}).double().requires_grad_(False)
+        layout = Lora(2, 4.0, targets=("q_proj",)).layout(model)
+        assert any("tower" in module for module in layout.modules)
+        trainable = torch.ones(layout.size, dtype=torch.bool)
+        layout.entries[0].view(trainable)[:] = False
+        engine = make_engine(name, "llama", RandomCorpus((2,)), training, torch.float64, model=model, layout=layout)
+        start = warm_row(layout)[None].double()
+        found.append(engine.train(Work(torch.arange(1), start, trainable=trainable), 0, 1e-2))
+    ours, theirs = found
+    torch.testing.assert_close(ours.rows, theirs.rows, rtol=1e-6, atol=1e-9)
+    assert ours.optimizer is not None
+    assert theirs.optimizer is not None
+    torch.testing.assert_close(ours.optimizer[:, 1:], theirs.optimizer[:, 1:], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("gemma3n_text", r"'gemma3n_text' reads more of a token than its embedding, .*; use engine\.name=reference$"),
+        ("gemma4_text", r"^adapter\.virtual_tokens=3: the model cannot read them \(.*\); use adapter\.kind=lora$"),
+    ],
+)
+def test_virtual_tokens_are_embeddings_alone(name: str, why: str) -> None:
+    model = build(family(name))
+    layout = Prompt(3, 8).layout(model)
+    with pytest.raises(UserError, match=why):
+        make_engine("batched", "llama", RandomCorpus((1,)), Training(local_steps=1), model=model, layout=layout)

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from mira.adapters.attach import attach
-from mira.adapters.lora import Lora, from_peft, merge, peft_config, peft_names, start_row, to_peft
+from mira.adapters.lora import Lora, from_peft, merge, peft_config, peft_parameters, start_row, to_peft
 from mira.adapters.proof import beside, prove
 from mira.core.errors import UserError
 from mira.core.graph import Groups
@@ -66,8 +66,8 @@ def test_a_step_of_training_is_peft_and_torch() -> None:
     config = peft_config(layout, make("qwen3_moe"), None)
     config.inference_mode = False
     model = get_peft_model(make("qwen3_moe"), config)
-    named, places = dict(model.named_parameters()), peft_names(layout)
-    own = [named[f"{places[entry]}.lora_{entry.factor}.default.weight"] for entry in layout.entries]
+    named = dict(model.named_parameters())
+    own = [named[name] for name in peft_parameters(layout).values()]
     for entry, parameter in zip(layout.entries, own, strict=True):
         parameter.data.copy_(entry.view(start))
     optimizer = torch.optim.SGD(own, lr=0.05)

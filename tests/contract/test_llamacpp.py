@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llamacpp import LlamaCpp, write_base
@@ -77,7 +77,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 TOKENS = [5, 9, 20, 33, 7, 70, 3, 88, 90, 11, 12, 55, 66, 77, 101, 120, 4, 8, 15, 16, 23, 42]
 ENDS = (
     "q_proj|k_proj|v_proj|o_proj|qkv_proj|c_attn|query_key_value|self_attn.dense|self_attention.dense|attention.dense|self_attn.out_proj"
-    "|gate_proj|up_proj|down_proj|gate_up_proj|c_fc|c_proj|dense_h_to_4h|dense_4h_to_h|fc1|fc2|feed_forward.w[123]|input_linear|output_linear|in_proj_qkv|in_proj_z|linear_attn.out_proj"
+    "|gate_proj|up_proj|down_proj|gate_up_proj|c_fc|c_proj|dense_h_to_4h|dense_4h_to_h|fc1|fc2|feed_forward.w[123]|input_linear|output_linear|in_proj_(qkv|[abz])|linear_attn.out_proj|conv.in_proj|conv.out_proj|shared_expert_gate"
 )
 
 
@@ -121,3 +121,23 @@ def test_probabilities_with_an_adapter_are_those_of_peft(kind: str, rslora: bool
         assert (served.next(TOKENS, 128, adapter) - wanted).abs().max() < 5e-3
     for n in (1, 2):
         assert (right[n] - right[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", sorted(kind for kind, family in FAMILIES.items() if family.experts))
+@pytest.mark.parametrize("leaves", [("gate_up_proj", "down_proj"), ("down_proj",), ("gate_up_proj",)])
+def test_experts_with_adapters_are_those_of_peft(kind: str, leaves: tuple[str, ...], tmp_path: Path) -> None:
+    model = tiny(kind)
+    base = write_base(model, tmp_path / "base.gguf")
+    names = [f"model.layers.{n}.mlp.experts.{leaf}" for n in range(2) for leaf in leaves]
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], target_parameters=names)
+    wrapped = get_peft_model(model, config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.3, generator=generator)
+    wrapped.save_pretrained(str(tmp_path / "adapter"))
+    wanted = expected(wrapped)
+    write(tmp_path / "adapter", model.config, tmp_path / "adapter.gguf", "ann")
+    served = LlamaCpp(base, [tmp_path / "adapter.gguf"])
+    assert (served.next(TOKENS, 128, 0) - wanted).abs().max() < 5e-3
+    assert (served.next(TOKENS, 128, None) - wanted).abs().max() > 0.1

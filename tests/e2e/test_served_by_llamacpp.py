@@ -80,7 +80,7 @@ def test_answers_of_llamacpp_are_ours(template: str, tmp_path: Path) -> None:
     chat = [Path(value).read_text(encoding="utf-8") for option, value in given if option == "--chat-template-file"]
     assert len(chat) == (template == "chat")
 
-    served, session, parted = LlamaCpp(base, files, *chat), inspect_run._session(run), 0
+    served, session, parted = LlamaCpp(base, files, *chat), inspect_run._session(run, None, None), 0
     with Store.open(run, writable=False) as store:
         state = state_of(session, store)
     assert session.base.path is not None

@@ -221,6 +221,27 @@ def test_an_incomplete_copy_in_the_hub_cache_is_not_used(tiny_folder: Path) -> N
         load(NAME)
 
 
+def test_a_revision_is_found_and_recorded(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot, exact = in_hub_cache(tiny_folder), "4567def0" * 5
+    (snapshot.parents[1] / "refs" / "v1").write_text(exact)
+    other = Path(shutil.copytree(tiny_folder, snapshot.parent / exact))
+    monkeypatch.setattr(socket.socket, "connect", None)
+    for revision, commit in (("v1", exact), (exact, exact), ("main", "0123abc")):
+        base = load(NAME, revision=revision)
+        assert (base.source, base.path, base.revision) == ("hub", other.parent / commit, commit)
+    assert load(NAME).revision is None
+
+
+def test_a_revision_that_is_nowhere_says_so(tiny_folder: Path) -> None:
+    in_hub_cache(tiny_folder)
+    with pytest.raises(UserError, match=r"of model\.revision='v2': not found .*; leave model\.revision out"):
+        load(NAME, revision="v2")
+    with pytest.raises(UserError, match=r"model\.revision=v2: the folder .* holds one revision, the one it is"):
+        load(str(tiny_folder), revision="v2")
+    with pytest.raises(UserError, match=r"model\.revision=v2: wheels have none; leave it out"):
+        load(NAME, source="wheel", revision="v2")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -46,12 +46,12 @@ LAYOUTS: dict[str, Callable[[], str | bytes]] = {
     "c.json": lambda: json.dumps(ROWS, indent=2),
     "d.json": lambda: "\n".join(json.dumps(row, indent=2) for row in ROWS),
     "e.JSONL": lambda: "\ufeff" + LINES.replace("\n", "\r\n"),
-    "f.jsonl.gz": lambda: gzip.compress(LINES.encode()),
-    "g.Json.GZ": lambda: gzip.compress(json.dumps(ROWS).encode()),
+    "f.jsonl.gz": lambda: gzip.compress(LINES.encode(), mtime=0),
+    "g.Json.GZ": lambda: gzip.compress(json.dumps(ROWS).encode(), mtime=0),
     "h.csv": lambda: table(","),
     "i.csv": lambda: table(";", quoted=False),
     "j.tsv": lambda: table("\t"),
-    "k.CSV.gz": lambda: gzip.compress(table(",").encode()),
+    "k.CSV.gz": lambda: gzip.compress(table(",").encode(), mtime=0),
     "l.parquet": lambda: parquet(ROWS),
 }
 
@@ -84,7 +84,7 @@ def test_places_are_lines_of_the_file(tmp_path: Path) -> None:
 
 def test_a_folder_gives_a_client_a_file_and_names_the_rest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("h1.jsonl", "h2.json", "h3.JSONL", "h4.jsonl.gz", "h5.ndjson", "sub/h6.jsonl", "a.b.jsonl"):
-        write(tmp_path / name, gzip.compress(LINES.encode()) if name.endswith("gz") else LINES)
+        write(tmp_path / name, gzip.compress(LINES.encode(), mtime=0) if name.endswith("gz") else LINES)
     for name in ("README.md", "sub/notes.txt", ".hidden.jsonl", ".DS_Store", "old.jsonl.bak", ".jsonl"):
         write(tmp_path / name, LINES)
     (tmp_path / "elsewhere").symlink_to(tmp_path / "sub")
@@ -125,7 +125,7 @@ def test_our_fields_may_have_other_names(tmp_path: Path, caplog: pytest.LogCaptu
         ("a.jsonl", LINES.encode() + bytes(64), r"a\.jsonl:4: holds 64 zero bytes, as files cut off"),
         ("a.jsonl", bytes(64), r"a\.jsonl:1: holds 64 zero bytes"),
         ("a.jsonl", LINES.encode("latin-1", "replace"), r"a\.jsonl:2: not UTF-8 \(byte 0xe9\); save"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-9], r"a\.jsonl\.gz: its gzip is damaged or cut off"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], r"a\.jsonl\.gz: its gzip is damaged or cut off"),
         ("a.csv", b"PK\x03\x04" + bytes(50), r"a\.csv: is a zip archive or an Excel workbook"),
         ("a.json", json.dumps(ROWS, indent=1)[:-3], r"a\.json:13: malformed JSON"),
         ("a.json", json.dumps(ROWS) + "\n{}", r"a\.json:2: text after the end of the JSON array"),
@@ -179,7 +179,7 @@ def test_a_preference_set_is_learned_as_the_refusal_says(tmp_path: Path) -> None
 
 
 def test_one_file_of_a_site_is_one_client(tmp_path: Path) -> None:
-    (client,) = source_of(write(tmp_path / "north.jsonl.gz", gzip.compress(LINES.encode()))).load(0)
+    (client,) = source_of(write(tmp_path / "north.jsonl.gz", gzip.compress(LINES.encode(), mtime=0))).load(0)
     assert (client.name, len(client.examples)) == ("north", 3)
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from math import sqrt
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import LoraConfig
@@ -21,9 +21,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mira.adapters.targets import PREFIX, ends, target_layers
+from mira.adapters.weights import is_transposed, lengths, merge, weights_of
 from mira.core.errors import UserError
 from mira.core.layout import Entry, Layout
 from mira.core.seeds import generator
+
+Init = Literal["kaiming", "orthogonal"]
 
 
 @dataclass(frozen=True)
@@ -35,20 +38,23 @@ class Lora:
     dropout: float = 0.0
     rslora: bool = False
     targets: str | tuple[str, ...] = "auto"
+    dora: bool = False
+    plus: float = 1.0
 
     def layout(self, model: PreTrainedModel) -> Layout:
         """The row layout on ``model``. Raises UserError when the targets name no linear layer."""
         layers, experts = target_layers(model, self.targets)
-        if experts and self.dropout:
+        if experts and (self.dropout or self.dora):
+            key, off = (f"dropout={self.dropout:g}", "dropout=0") if self.dropout else ("dora=true", "dora=false")
             raise UserError(
-                f"adapter.dropout={self.dropout:g}: there is none for experts, whose tensors PEFT changes as a whole; set"
-                f" dropout=0, or leave {next(iter(experts)).rsplit('.', 1)[-1]} out of targets"
+                f"adapter.{key}: there is none for experts, whose tensors PEFT changes as a whole; set {off}, or leave"
+                f" {next(iter(experts)).rsplit('.', 1)[-1]} out of targets"
             )
         features: dict[str, tuple[int, ...]] = {name: _features(layer) for name, layer in layers.items()}
         for name, tensor in experts.items():
             count, first, second = tensor.shape
-            features[name] = (first, second, count) if _is_transposed(model, name) else (second, first, count)
-        return Layout.of(features, self.rank, self.alpha, self.rslora)
+            features[name] = (first, second, count) if is_transposed(model, name) else (second, first, count)
+        return Layout.of(features, self.rank, self.alpha, self.rslora, self.dora, self.plus)
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,14 @@ class LoraAdapter:
     layout: Layout
     whole: Callable[[], PreTrainedModel] | None = None
     revision: str | None = None
+    init: Init = "kaiming"
 
     def start(self, seed: int) -> Tensor:
-        return start_row(self.layout, seed)
+        row = start_row(self.layout, seed, self.init)
+        for entry in self.layout.entries:
+            if entry.factor == "magnitude":
+                entry.view(row).copy_(lengths(self.model, entry.module))
+        return row
 
     def save(self, folder: Path, row: Tensor, base_name: str) -> None:
         to_peft(folder, row, self.layout, self.model, base_name, self.revision)
@@ -79,15 +90,30 @@ class LoraAdapter:
                 weight.data.copy_(before)
 
 
-def start_row(layout: Layout, seed: int) -> Tensor:
-    """The common start row [P], float32: B = 0 and A uniform in ±1/√in, as PEFT draws it (Kaiming with a = √5)."""
+def start_row(layout: Layout, seed: int, init: Init = "kaiming") -> Tensor:
+    """The common start row [P], float32: B = 0 and A uniform in ±1/√in, as PEFT draws it (Kaiming with a = √5). Orthogonal:
+    both factors drawn, of which the product is 0. Magnitudes are the model's, and 0 here."""
     row = torch.zeros(layout.size)
     draw = generator("start", seed)
     for entry in layout.entries:
-        if entry.factor == "A":
+        if entry.factor == "A" and init == "kaiming":
             bound = 1 / sqrt(entry.shape[1])
             entry.view(row).uniform_(-bound, bound, generator=draw)
+        elif entry.factor in ("A", "B") and init == "orthogonal":
+            entry.view(row).copy_(_orthogonal(entry, seed))
     return row
+
+
+def _orthogonal(entry: Entry, seed: int) -> Tensor:
+    """A or B of a layer as PEFT draws them: normal numbers/10 in one half of r orthogonal directions each, A in the one and B
+    in the other."""
+    if entry.experts:
+        raise UserError(f"adapter.init=orthogonal: there is none for experts ({entry.module}); set init=kaiming")
+    rank, features = entry.shape if entry.factor == "A" else entry.shape[::-1]
+    basis: Tensor = torch.linalg.qr(torch.randn(rank, rank, generator=generator("basis", seed, entry.module)))[0]
+    numbers = torch.randn(features, rank // 2, generator=generator("start", seed, entry.module, entry.factor))
+    drawn = numbers @ basis[0 if entry.factor == "A" else 1 :: 2] / 10
+    return drawn.T if entry.factor == "A" else drawn
 
 
 def peft_config(
@@ -98,13 +124,14 @@ def peft_config(
     layers = [name for name in layout.modules if name not in set(experts)]
     conv = any(isinstance(model.get_submodule(name), Conv1D) for name in layers)
     own, weights = by_weight(layers, model)
-    if dropout and weights:
+    if weights and (dropout or layout.dora):
+        key, off = (f"dropout={dropout:g}", "dropout=0") if dropout else ("dora=true", "dora=false")
         raise UserError(
-            f"adapter.dropout={dropout:g}: PEFT has none for '{weights[0].removesuffix('.weight')}', whose name it takes for that"
-            " of experts; set dropout=0"
+            f"adapter.{key}: PEFT has none for '{weights[0].removesuffix('.weight')}', whose name it takes for that of experts;"
+            f" set {off}, or leave it out of targets"
         )
     return LoraConfig(
-        r=rank or layout.rank, lora_alpha=layout.alpha, lora_dropout=dropout, use_rslora=layout.rslora,  # type: ignore[arg-type]
+        r=rank or layout.rank, lora_alpha=layout.alpha, lora_dropout=dropout, use_rslora=layout.rslora, use_dora=layout.dora,  # type: ignore[arg-type]
         target_modules=_names(own, model), target_parameters=weights + experts or None, fan_in_fan_out=conv, bias="none",
         task_type="CAUSAL_LM", base_model_name_or_path=base_name, inference_mode=True,
     )  # fmt: skip
@@ -128,9 +155,9 @@ def _taken_for_experts(leaf: str, model: PreTrainedModel) -> bool:
     return set(config.target_modules or ()) != {leaf}
 
 
-def peft_names(layout: Layout) -> dict[Entry, str]:
-    """What PEFT calls each tensor of ``layout``, "lora_A" and what follows left out. It wraps a module once for each of its
-    tensors that has an adapter, one around the other."""
+def peft_places(layout: Layout) -> dict[Entry, str]:
+    """The module in which PEFT keeps each tensor of ``layout``. It wraps a module once for each of its tensors that has an
+    adapter, one around the other."""
     owned: dict[str, list[str]] = {}
     for entry in layout.entries:
         if entry.experts and entry.factor == "A":
@@ -146,12 +173,26 @@ def peft_names(layout: Layout) -> dict[Entry, str]:
     return {entry: place(entry) for entry in layout.entries}
 
 
+def peft_parameters(layout: Layout) -> dict[Entry, str]:
+    """What PEFT calls each tensor of ``layout`` in a model."""
+    return {
+        entry: f"{place}.lora_magnitude_vector.default.weight" if entry.factor == "magnitude"
+        else f"{place}.lora_{entry.factor}.default.weight"
+        for entry, place in peft_places(layout).items()
+    }  # fmt: skip
+
+
+def peft_names(layout: Layout) -> dict[Entry, str]:
+    """What PEFT calls each tensor of ``layout`` in a folder."""
+    return {
+        entry: name.removesuffix(".default.weight") + (".weight" if entry.factor != "magnitude" else "")
+        for entry, name in peft_parameters(layout).items()
+    }
+
+
 def peft_tensors(row: Tensor, layout: Layout, rank: int) -> dict[str, Tensor]:
     """The tensors of ``row`` [P] as a PEFT folder names them, of the first ``rank`` ranks."""
-    return {
-        f"{name}.lora_{entry.factor}.weight": _first(entry, row, rank).float().contiguous().cpu()
-        for entry, name in peft_names(layout).items()
-    }
+    return {name: _first(entry, row, rank).float().contiguous().cpu() for entry, name in peft_names(layout).items()}
 
 
 def to_peft(
@@ -170,8 +211,7 @@ def from_peft(folder: Path, layout: Layout) -> Tensor:
     """Read a PEFT folder back into a row [P]. Raises UserError when its tensors do not fit ``layout``."""
     tensors = load_file(folder / "adapter_model.safetensors")
     row = torch.empty(layout.size)
-    for entry, place in peft_names(layout).items():
-        name = f"{place}.lora_{entry.factor}.weight"
+    for entry, name in peft_names(layout).items():
         if name not in tensors or tuple(tensors[name].shape) != entry.shape:
             given = tuple(tensors[name].shape) if name in tensors else "nothing"
             raise UserError(
@@ -190,47 +230,9 @@ def _first(entry: Entry, row: Tensor, rank: int) -> Tensor:
     factor, count = entry.view(row), max(entry.experts, 1)
     if entry.factor == "A":
         return factor.view(count, -1, factor.shape[1])[:, :rank].flatten(0, 1)
+    if entry.factor == "magnitude":
+        return factor
     return factor.view(len(factor), -1, count)[:, :rank].flatten(1)
-
-
-def weights_of(model: PreTrainedModel, layout: Layout) -> dict[str, nn.Parameter]:
-    """The weights that ``layout`` changes, by the names of its modules."""
-    a = [entry for entry in layout.entries if entry.factor == "A"]
-    return {e.module: model.get_parameter(e.module if e.experts else f"{e.module}.weight") for e in a}
-
-
-def deltas(model: PreTrainedModel, row: Tensor, layout: Layout) -> dict[str, Callable[[], Tensor]]:
-    """What makes s·B·A of ``row`` [P], in float64 as the weight lies, by the names of modules."""
-    factors = {(entry.module, entry.factor): entry for entry in layout.entries}
-    scale = layout.scale_at(layout.ranks(row[None])[0])
-
-    def delta(name: str) -> Tensor:
-        a, b, count = *(factors[name, f].view(row).double() for f in ("A", "B")), factors[name, "A"].experts
-        if count:
-            product = torch.einsum("ore,eri->eoi", b.view(len(b), -1, count), a.view(count, -1, a.shape[1]))
-            return scale * (product.transpose(1, 2) if _is_transposed(model, name) else product)
-        turned = isinstance(model.get_submodule(name), Conv1D)  # it keeps its weight as [in, out]
-        return scale * ((b @ a).T if turned else b @ a)
-
-    return {name: partial(delta, name) for name in layout.modules}
-
-
-def merge(model: PreTrainedModel, row: Tensor, layout: Layout) -> None:
-    """Add s·B·A of ``row`` [P] to the base weights, in place. Raises UserError where they are quantised."""
-    if getattr(model, "is_quantized", False):
-        raise UserError(
-            "--merge: not into a quantised base (model.quantization), where rounding the sum would lose much of the adapter; "
-            "export the adapter alone"
-        )
-    weights = weights_of(model, layout)
-    for name, delta in deltas(model, row, layout).items():
-        weight = weights[name]
-        weight.data = (weight.data.double() + delta().to(weight.device)).to(weight.dtype)
-
-
-def _is_transposed(model: PreTrainedModel, name: str) -> bool:
-    """Whether a tensor of experts lies as [E,in,out], as PEFT asks."""
-    return bool(getattr(model.get_submodule(name.rpartition(".")[0]), "is_transposed", False))
 
 
 def _features(module: nn.Module) -> tuple[int, int]:

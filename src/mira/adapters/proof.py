@@ -17,9 +17,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mira.adapters.lora import deltas, peft_tensors, to_peft
+from mira.adapters.lora import peft_parameters, peft_tensors, to_peft
 from mira.adapters.reach import plainly, text
 from mira.adapters.targets import PREFIX
+from mira.adapters.weights import changes, lengths, plain_weight
 from mira.core.errors import UserError
 from mira.core.layout import Layout
 from mira.core.seeds import generator
@@ -36,7 +37,7 @@ _LENGTH = 8  # tokens of the text
 def prove(model: PreTrainedModel, layout: Layout) -> None:
     """A trial row written as a PEFT folder and read back by PEFT gives the logits of W + s·B·A. Raises UserError where it
     does not, or PEFT reads something else."""
-    row, ids = _trial(layout), text(model)[:, :_LENGTH]
+    row, ids = _trial(model, layout), text(model)[:, :_LENGTH]
     with plainly(model), TemporaryDirectory(prefix="mira-proof-") as folder:
         plain = _logits(model, ids)
         with beside(model, row, layout):
@@ -53,42 +54,49 @@ def prove(model: PreTrainedModel, layout: Layout) -> None:
         )
 
 
-def _trial(layout: Layout) -> Tensor:
+def _trial(model: PreTrainedModel, layout: Layout) -> Tensor:
     """A row [P] whose every product shows: A·x about as large as x, s·B·A·x a good part of it."""
     row, draw = torch.empty(layout.size), generator("proof")
     for entry in layout.entries:
         size = 1 / sqrt(entry.shape[-1]) if entry.factor == "A" else _STRENGTH / (layout.scale * sqrt(layout.rank))
-        entry.view(row).normal_(std=size, generator=draw)
+        part = entry.view(row).normal_(std=size, generator=draw)
+        if entry.factor == "magnitude":
+            part.uniform_(0.5, 1.5, generator=draw).mul_(lengths(model, entry.module).to(part))
     return row
 
 
 @contextmanager
 def beside(model: PreTrainedModel, row: Tensor, layout: Layout) -> Iterator[None]:
-    """s·B·A·x of ``row`` [P] added to what each layer gives, and s·B·A to the tensors of experts while they are used,
-    meanwhile."""
+    """Layers give what they do with ``row`` [P] meanwhile: s·B·A·x beside their own; with magnitudes, and in experts, what their
+    weight gives when it is changed."""
     factors = {(entry.module, entry.factor): entry.view(row).to(model.device) for entry in layout.entries}
     experts = {entry.module for entry in layout.entries if entry.experts}
 
     def add(name: str, module: nn.Module, args: Any, out: Tensor) -> Tensor:
         a, b = (factors[name, factor].to(torch.promote_types(out.dtype, torch.float32)) for factor in ("A", "B"))
         product: Tensor = args[0].to(a.dtype) @ a.T @ b.T
-        return (out + layout.scale * product).to(out.dtype)
+        if (name, "magnitude") not in factors:
+            return (out + layout.scale * product).to(out.dtype)
+        weight = plain_weight(module).to(a.dtype)
+        length = factors[name, "magnitude"] / torch.linalg.vector_norm(weight + layout.scale * b @ a, dim=1)
+        given: Tensor = length * (args[0].to(a.dtype) @ weight.T + layout.scale * product)
+        return (given if module.bias is None else given + module.get_parameter("bias")).to(out.dtype)
 
-    def change(weight: Tensor, kept: list[Tensor], delta: Callable[[], Tensor], *_: Any) -> None:
+    def change(weight: Tensor, kept: list[Tensor], changed: Callable[[Tensor], Tensor], *_: Any) -> None:
         kept.append(weight.data)
-        weight.data = (weight.data.double() + delta().to(weight.device)).to(weight.dtype)
+        weight.data = changed(weight.data).to(weight.dtype)
 
     def restore(weight: Tensor, kept: list[Tensor], *_: Any) -> None:
         weight.data = kept.pop()
 
     with ExitStack() as hooks:
-        for name, delta in deltas(model, row, layout).items():
+        for name, changed in changes(model, row, layout).items():
             if name not in experts:
                 hooks.callback(model.get_submodule(name).register_forward_hook(partial(add, name)).remove)
                 continue
             kept: list[Tensor] = []
             owner, weight = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
-            hooks.callback(owner.register_forward_pre_hook(partial(change, weight, kept, delta)).remove)
+            hooks.callback(owner.register_forward_pre_hook(partial(change, weight, kept, changed)).remove)
             hooks.callback(owner.register_forward_hook(partial(restore, weight, kept)).remove)
         yield
 
@@ -110,10 +118,11 @@ def _read(model: PreTrainedModel, folder: Path) -> nn.Module:
 
 def _same_tensors(peft: nn.Module, row: Tensor, layout: Layout) -> None:
     """Every tensor of ``row`` is where it belongs, and there are no others."""
-    there = {name.replace(".default.", "."): p for name, p in peft.named_parameters() if ".lora_" in name}
-    written = peft_tensors(row, layout, layout.rank)
-    for name in (*written, *there):
-        one, other = written.get(name), there.get(name)
+    there = {name: p for name, p in peft.named_parameters() if ".lora_" in name}
+    names, written = peft_parameters(layout), list(peft_tensors(row, layout, layout.rank).values())
+    ours = dict(zip(names.values(), written, strict=True))
+    for name in (*ours, *there):
+        one, other = ours.get(name), there.get(name)
         if one is None or other is None or not torch.equal(one.to(other), other):
             layer = name.removeprefix(PREFIX).split(".lora_")[0]
             raise UserError(

@@ -249,7 +249,18 @@ class Experiment(BaseModel):
                 raise UserError(
                     f"clients.rank.{name}={rank}: must be at most adapter.rank={largest}; raise adapter.rank"
                 )
-        fit.check(self.method, self.adapter.kind, ranks_differ=bool(self.clients.rank))
+        if getattr(self.adapter, "init", "kaiming") == "orthogonal":
+            if self.adapter.rank % 2:
+                raise UserError(
+                    f"adapter.init=orthogonal: needs an even rank, not adapter.rank={self.adapter.rank}; take"
+                    f" rank={self.adapter.rank + 1}"
+                )
+            if self.clients.rank:
+                raise UserError(
+                    "adapter.init=orthogonal: cut to fewer ranks its product is not 0; leave clients.rank out"
+                )
+        kind = "dora" if getattr(self.adapter, "dora", False) else self.adapter.kind
+        fit.check(self.method, kind, ranks_differ=bool(self.clients.rank))
         if self.engine.prefix == "on" and dropout > 0:
             raise UserError(
                 f"engine.prefix=on: a shared prefix is computed once, but adapter.dropout={dropout:g} "

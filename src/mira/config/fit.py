@@ -11,6 +11,7 @@ from mira.core.types import Method, Setting
 
 _SMALLEST = {
     "lora": Layout.of({"layers.0.x": (1, 1), "layers.1.x": (1, 1)}, rank=1, alpha=1.0),
+    "dora": Layout.of({"layers.0.x": (1, 1), "layers.1.x": (1, 1)}, rank=1, alpha=1.0, dora=True),
     "prompt": Layout((Entry("embedding.weight", "prompt", (1, 1), 0),)),
     "seeds": Layout((Entry("coefficients", "seed", (1,), 0),)),
 }

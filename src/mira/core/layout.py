@@ -11,7 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Factor = Literal["A", "B", "prompt", "encoder", "seed"]
+Factor = Literal["A", "B", "magnitude", "prompt", "encoder", "seed"]
+
+
+PLUS = ("B", "magnitude")  # what LoRA+ gives another learning rate, as PEFT's optimiser does
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,8 @@ class Entry:
     """One tensor inside a row: ``row[offset : offset + size].view(shape)``.
 
     LoRA: A [r, in] and B [out, r] of a layer; of a tensor of E ``experts`` A [E·r, in], expert by expert, and B [out, r·E],
-    rank by rank, as PEFT has them. Prompt: the virtual tokens "prompt" [V, d] and the weights of the "encoder"
-    they pass. Seeds: the coefficients "seed" [N].
+    rank by rank, as PEFT has them; with DoRA the "magnitude" [out] of a layer. Prompt: the virtual tokens "prompt" [V, d] and
+    the weights of the "encoder" they pass. Seeds: the coefficients "seed" [N].
     """
 
     module: str  # dotted name in the base model, e.g. "model.layers.0.self_attn.q_proj"; elsewhere in the adapter
@@ -40,12 +43,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of a row, end to end. ``scale`` of a LoRA product is α/r, or α/√r with rsLoRA; other kinds have none."""
+    """The tensors of a row, end to end. ``scale`` of a LoRA product is α/r, or α/√r with rsLoRA; other kinds have none.
+    ``plus``: the learning rate of B and magnitudes over that of A."""
 
     entries: tuple[Entry, ...]
     rank: int = 0
     alpha: float = 0.0
     rslora: bool = False
+    plus: float = 1.0
 
     @property
     def size(self) -> int:
@@ -129,22 +134,47 @@ class Layout:
         return tuple(entry.module for entry in self.entries if entry.factor == "A")
 
     @property
+    def dora(self) -> bool:
+        """Whether layers have magnitudes."""
+        return any(entry.factor == "magnitude" for entry in self.entries)
+
+    @cached_property
+    def rate(self) -> Tensor | None:
+        """The learning rate of each number over that of the run [P]; None where all have the same."""
+        if self.plus == 1:
+            return None
+        rate = torch.ones(self.size, dtype=torch.float64)
+        for entry in self.entries:
+            if entry.factor in PLUS:
+                entry.view(rate).fill_(self.plus)
+        return rate
+
+    @property
     def alone(self) -> str:
         """Why rows can be computed for one client at a time only; empty where they can be in one pass."""
-        return "has no adapters of experts" if any(entry.experts for entry in self.entries) else ""
+        experts = any(entry.experts for entry in self.entries)
+        return "has no adapters of experts" if experts else "has no magnitudes (adapter.dora)" if self.dora else ""
 
     @staticmethod
-    def of(modules: Mapping[str, tuple[int, ...]], rank: int, alpha: float, rslora: bool = False) -> Layout:
+    def of(
+        modules: Mapping[str, tuple[int, ...]],
+        rank: int,
+        alpha: float,
+        rslora: bool = False,
+        dora: bool = False,
+        plus: float = 1.0,
+    ) -> Layout:
         """The LoRA layout for target modules {name: (in_features, out_features)} or {name: (…, experts)}, in the given order:
-        A then B of each."""
+        A then B of each, and with ``dora`` its magnitude."""
         tensors: list[tuple[str, Factor, tuple[int, ...]]] = []
         experts: dict[str, int] = {}
         for module, (fan_in, fan_out, *count) in modules.items():
             experts[module] = count[0] if count else 0
             wide = rank * max(experts[module], 1)
             tensors += [(module, "A", (wide, fan_in)), (module, "B", (fan_out, wide))]
+            tensors += [(module, "magnitude", (fan_out,))] if dora else []
         entries = tuple(replace(entry, experts=experts[entry.module]) for entry in end_to_end(tensors))
-        return Layout(entries, rank, alpha, rslora)
+        return Layout(entries, rank, alpha, rslora, plus)
 
 
 def end_to_end(tensors: Iterable[tuple[str, Factor, tuple[int, ...]]]) -> tuple[Entry, ...]:

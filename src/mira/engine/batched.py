@@ -145,7 +145,7 @@ class BatchedEngine:
         are in memory together. ``budget``: tokens of a pass."""
         client, rows = work.client[jobs], self.carrier.rows(work.start[jobs])
         kept = [self.kept(work.kept_under[j]) if self.training.keep_optimizer else None for j in jobs]
-        optimizer = RowOptimizer.start(self.training, rows, kept, work.trainable)
+        optimizer = RowOptimizer.start(self.training, rows, kept, work.trainable, self.layout.rate)
         anchor = None if work.anchor is None else self.carrier.rows(work.anchor[jobs])
         prox = None if work.prox is None else work.prox[jobs].to(self.model.device)
         grad = torch.zeros_like(rows)

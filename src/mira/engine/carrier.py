@@ -67,7 +67,7 @@ class Carrier:
         attached = attach(model, layout, dropout)
         try:
             way = exchange(model, attached, longest)
-            try_adapters(way.body, attached, layout.size)
+            try_adapters(way.body, attached, layout)
         except UserError:
             attached.detach()
             raise

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from mira.adapters.attach import Attached
 from mira.adapters.lowrank import Lane
+from mira.core.layout import Layout
 from mira.engine import seam
 from mira.engine.attention import Packed, Segment
 from mira.engine.body import Body, Head, usual_tokens
@@ -19,7 +20,7 @@ from mira.engine.decode import after
 from mira.engine.faults import FAULTS, cannot_carry, is_no_fault, told
 from mira.engine.generate import positions
 from mira.engine.mixers import mixers
-from mira.engine.seam import CannotPackError, set_attention
+from mira.engine.seam import CannotPackError, attend_by, set_attention
 from mira.engine.watch import Seen, watch
 
 _LONGEST = 1024  # tokens of a probe's first sequence
@@ -31,6 +32,10 @@ _LENGTH = 4  # of the probe for the last MLP; short, so that what leaks from the
 _SAME = {torch.bfloat16: 0.2, torch.float16: 0.2}
 _LEAK = {torch.bfloat16: 0.01, torch.float16: 0.01}
 _Made = TypeVar("_Made")
+
+
+class _Leak(CannotPackError):
+    """Raised where a sequence changes with another, which may be rounding."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,13 @@ class _Probe:
         ends = [p, a, a + b - p, a + b - p + c]
         return [Segment(0, p), Segment(p, ends[1], 0, p), Segment(ends[1], ends[2], 0, p), Segment(ends[2], ends[3])]
 
-    def read(self, body: Body, keep: bool = False, changed: bool = False) -> tuple[Tensor, Packed]:
+    def read(self, body: Body, changed: bool = False) -> tuple[Tensor, Packed]:
         """Hidden states [T,d] of the pass. ``changed``: with other tokens of the first sequence behind the prefix."""
         a, b, c = (one[:-1] for one in self.sequences)
         own = a[self.shared :].flip(0) if changed else a[self.shared :]
         tokens = torch.cat([a[: self.shared], own, b[self.shared :], c])
         places = [torch.arange(s.prefix, s.prefix + s.end - s.start) for s in self.segments]
-        packed = Packed(self.segments, keep=keep)
+        packed = Packed(self.segments, keep=True)
         return body(tokens[None], torch.cat(places).to(tokens.device)[None], packed)[0], packed
 
     def wanted(self) -> Tensor:
@@ -102,20 +107,20 @@ def _exchange(model: PreTrainedModel, attached: Attached, longest: int) -> Way:
     set_attention(model, "eager")  # which every architecture has; also where this is not the first engine
     body = _tried(lambda: Body.of(model, attached))
     seen = _tried(lambda: watch(body, longest))
-    _tried(lambda: _check_order(body, longest))
     probe = _tried(lambda: _Probe.of(body, longest))
     seam.register()
     set_attention(model, seam.NAME)
     try:
-        kind = _packed(body, probe, seen)
+        kind, hidden, packed = _packed(body, probe, seen)
     except CannotPackError:
         set_attention(model, "eager" if usual == seam.NAME else usual)
         body, kind = replace(body, apart=True), "apart"
-        _check(probe, body)
+        _tried(lambda: _check_order(body, longest))
+        hidden, packed = _check(probe, body)
     head = body.head(probe.alone[-1])
-    if _difference(head(probe.read(body)[0][-len(probe.logits) + 1 :]), probe.logits[:-1]) > _limit(model, _SAME):
+    if not _difference(head(hidden[-len(probe.logits) + 1 :]), probe.logits[:-1]) <= _limit(model, _SAME):
         raise CannotPackError("makes other logits of the same hidden states")
-    return Way(body, head, kind, kind == "packed" and _decodes(body, probe), seen.keeping)
+    return Way(body, head, kind, kind == "packed" and _decodes(body, probe, packed), seen.keeping)
 
 
 def _check_order(body: Body, longest: int) -> None:
@@ -130,28 +135,30 @@ def _check_order(body: Body, longest: int) -> None:
         raise CannotPackError("lets a token see those behind it")
 
 
-def _packed(body: Body, probe: _Probe, seen: Seen) -> str:
-    """How sequences are packed that is right."""
+def _packed(body: Body, probe: _Probe, seen: Seen) -> tuple[str, Tensor, Packed]:
+    """How sequences are packed that is right, and the probe's pass."""
     if seen.numbering:
         raise CannotPackError("numbers the tokens of a pass itself")
     if seen.hiding:
         raise CannotPackError("hides other tokens than its attention is told")
     try:
-        _check(probe, body)
-    except CannotPackError:
+        return "packed", *_check(probe, body)
+    except CannotPackError as error:
         found = _tried(lambda: mixers(body, probe.sequences[0]))
+        if not found and isinstance(error, _Leak):  # not one of its modules lets them: experts round by who is beside
+            return "packed", *_check(probe, body, leaks=False)
         if not found:
             raise
         for mixer in found:
             body.alone(mixer)
-        _check(probe, body)
-        return "packed, mixers apart"
-    return "packed"
+        if _tried(lambda: mixers(body, probe.sequences[0])):
+            raise
+        return "packed, mixers apart", *_check(probe, body, leaks=False)
 
 
-def _check(probe: _Probe, body: Body) -> None:
-    """Raises CannotPackError where a pass gives other hidden states than the model by itself, or one of its sequences changes
-    with another."""
+def _check(probe: _Probe, body: Body, leaks: bool = True) -> tuple[Tensor, Packed]:
+    """The hidden states [T,d] of the probe's pass. Raises CannotPackError where these are others than the model's by itself, or,
+    with ``leaks`` and in 16 bits, where one sequence changes with another."""
     together, packed = _tried(lambda: probe.read(body))
     if not (packed.calls or packed.apart):
         raise CannotPackError("has no attention that can be exchanged")
@@ -160,18 +167,17 @@ def _check(probe: _Probe, body: Body) -> None:
         raise CannotPackError(
             f"computes other hidden states when sequences share a pass (relative difference {error:.2g})"
         )
-    if body.model.dtype in _LEAK:
-        changed, own = probe.read(body, changed=True)[0], slice(probe.shared, len(probe.sequences[0]) - 1)
-        leak = max(_difference(x[: own.start], y[: own.start]) for x, y in [(changed, together)])
-        leak = max(leak, _difference(changed[own.stop :], together[own.stop :]))
+    if leaks and body.model.dtype in _LEAK:
+        a, b = probe.shared, len(probe.sequences[0]) - 1
+        leak = _difference(*(torch.cat([x[:a], x[b:]]) for x in (probe.read(body, changed=True)[0], together)))
         if not leak <= _LEAK[body.model.dtype]:
-            raise CannotPackError(f"lets packed sequences see each other (relative difference {leak:.2g})")
+            raise _Leak(f"lets sequences of a pass see each other (relative difference {leak:.2g})")
+    return together, packed
 
 
-def _decodes(body: Body, probe: _Probe) -> bool:
-    """Whether one more token of each sequence is what it is alone, after the keys and values that a pass left."""
-    _, packed = probe.read(body, keep=True)
-    state = after([s for s in packed.segments[1:]], packed.cache, 1)
+def _decodes(body: Body, probe: _Probe, packed: Packed) -> bool:
+    """Whether one more token of each sequence is what it is alone, after the keys and values that its pass left."""
+    state = after(packed.segments[1:], packed.cache, 1)
     state.advance()
     tokens = torch.stack([one[-1:] for one in probe.sequences])
     places = torch.tensor([[len(one) - 1] for one in probe.sequences], device=tokens.device)
@@ -204,12 +210,30 @@ def _tried(compute: Callable[[], _Made]) -> _Made:
 
 
 @torch.no_grad()
-def try_adapters(body: Body, attached: Attached, width: int) -> None:
-    """Raises UserError where a layer cannot carry an adapter."""
+def try_adapters(body: Body, attached: Attached, layout: Layout) -> None:
+    """Raises UserError where a layer cannot carry an adapter, or virtual tokens would lack what real ones have."""
     device = body.model.device
     ids = body.token.expand(1, _LENGTH)
-    with attached.on(Lane(torch.zeros(1, width, device=device), [(0, 0, _LENGTH)])), told(cannot_carry):
+    with attached.on(Lane(torch.zeros(1, layout.size, device=device), [(0, 0, _LENGTH)])), told(cannot_carry(layout)):
         body(ids, torch.arange(_LENGTH, device=device)[None], Packed([Segment(0, _LENGTH)]))
+    if layout.virtual_tokens:
+        with told(cannot_carry(layout)):
+            _check_embeddings(body, ids)
+
+
+def _check_embeddings(body: Body, ids: Tensor) -> None:
+    """Raises CannotPackError where a token is more to the model than its embedding, which is all that a virtual one has."""
+    embeddings = body.model.get_input_embeddings()
+    with attend_by(body.model, "eager"):
+        found = body.module(inputs_embeds=2 * embeddings(ids), use_cache=False).last_hidden_state[0]
+        hook = embeddings.register_forward_hook(lambda module, given, out: 2 * out)
+        try:
+            known = body.module(input_ids=ids, use_cache=False).last_hidden_state[0]
+        finally:
+            hook.remove()
+    if not _difference(found, known) <= _limit(body.model, _SAME):
+        where = f"architecture '{body.model.config.model_type}'"
+        raise CannotPackError(f"{where} reads more of a token than its embedding, which virtual tokens do not have")
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from mira.core.errors import UserError
+from mira.core.layout import Layout
 from mira.engine.memory import is_out_of_memory
 
 FAULTS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
@@ -27,5 +28,15 @@ def is_no_fault(error: Exception) -> bool:
     return isinstance(error, UserError) or (isinstance(error, RuntimeError) and is_out_of_memory(error))
 
 
-def cannot_carry(reason: str) -> UserError:
-    return UserError(f"adapter.targets: a layer among them cannot carry an adapter ({reason}); name other layers")
+def cannot_carry(layout: Layout) -> Callable[[str], UserError]:
+    """The error of a model that cannot be computed with adapters of ``layout``."""
+    if layout.virtual_tokens:
+        told, way = (
+            f"adapter.virtual_tokens={layout.virtual_tokens}: the model cannot read them",
+            "use adapter.kind=lora",
+        )
+    elif layout.entries:
+        told, way = "adapter.targets: a layer among them cannot carry an adapter", "name other layers"
+    else:
+        told, way = "model.name: the model cannot be computed", "use another"
+    return lambda reason: UserError(f"{told} ({reason}); {way}")

@@ -25,7 +25,8 @@ def positions(model: PreTrainedModel) -> int:
     """Tokens of the longest sequence ``model`` can read. Under LongRoPE only as far as its frequencies do not depend on the
     longest sequence of a pass, which may be another client's."""
     config = model.config.get_text_config()
-    limit = int(getattr(config, "max_position_embeddings", None) or _UNLIMITED)
+    given = int(getattr(config, "max_position_embeddings", None) or 0)
+    limit = given if given > 0 else _UNLIMITED  # some have −1 in its place
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # for all layers, or by their type
     ends = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]

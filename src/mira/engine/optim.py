@@ -20,7 +20,8 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 class RowOptimizer:
     """State of J rows: ``steps`` [J] done so far, first and second moments [J,P] (SGD: momentum and nothing).
 
-    ``frozen`` [n]: the places in a row that never move, neither by a gradient nor by weight decay.
+    ``frozen`` [n]: the places in a row that never move, neither by a gradient nor by weight decay. ``rate`` [P]: the learning
+    rate of each number over that of the step; None: all the same.
     """
 
     training: Training
@@ -28,18 +29,21 @@ class RowOptimizer:
     first: Tensor
     second: Tensor
     frozen: Tensor | None = None
+    rate: Tensor | None = None
 
     @staticmethod
     def start(
-        training: Training, rows: Tensor, kept: list[Tensor | None], trainable: Tensor | None = None
-    ) -> RowOptimizer:
+        training: Training, rows: Tensor, kept: list[Tensor | None], trainable: Tensor | None = None,
+        rate: Tensor | None = None,
+    ) -> RowOptimizer:  # fmt: skip
         """Fresh state for ``rows`` [J,P], or the state that was kept [1+2P] for a row where there is one.
 
-        ``trainable`` [P] bool: what of a row may move; None: all."""
+        ``trainable`` [P] bool: what of a row may move; None: all. ``rate`` [P]: as above."""
         optimizer = RowOptimizer(
             training, torch.zeros(len(rows), 1, dtype=rows.dtype, device=rows.device), torch.zeros_like(rows),
             torch.zeros_like(rows) if training.optimizer == "adamw" else rows.new_zeros(len(rows), 0),
             None if trainable is None else (~trainable).nonzero()[:, 0].to(rows.device),
+            None if rate is None else rate.to(rows),
         )  # fmt: skip
         width = rows.shape[1]
         for j, state in enumerate(kept):
@@ -76,17 +80,18 @@ class RowOptimizer:
             if self.training.momentum:
                 # The first step takes the gradient itself, as torch.optim.SGD does.
                 g = first.mul_(self.training.momentum).add_(g)
-            w.add_(g, alpha=-lr)
+            w.add_(g if self.rate is None else g * self.rate, alpha=-lr)
             return
         if decay:
-            w.mul_(1 - lr * decay)
+            w.mul_(1 - lr * decay if self.rate is None else 1 - lr * decay * self.rate)
         second = self.second[:active]
         first.lerp_(g, 1 - BETA1)
         second.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
         # In torch.optim.AdamW's order of operations, its scalars made in double: then even the rounding agrees.
         exact = count.double()
         root = second.sqrt().div_((1 - BETA2**exact).sqrt().to(w.dtype)).add_(EPSILON)
-        w.add_((first * (-lr / (1 - BETA1**exact)).to(w.dtype)).div_(root))
+        step = (first * (-lr / (1 - BETA1**exact)).to(w.dtype)).div_(root)
+        w.add_(step if self.rate is None else step.mul_(self.rate))
 
 
 def pull(grad: Tensor, rows: Tensor, anchor: Tensor, prox: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from mira.adapters import lora, prompt
-from mira.core.layout import Layout
+from mira.core.layout import PLUS, Layout
 from mira.core.seeds import stream
 from mira.core.training import Training
 from mira.core.types import Failure, Scores, Trained, Work
@@ -65,12 +65,12 @@ class ReferenceEngine:
         else:
             config = lora.peft_config(self.layout, self.model, None, self.dropout)
             config.inference_mode = False
-        with told(cannot_carry):
+        with told(cannot_carry(self.layout)):
             object.__setattr__(self, "peft", get_peft_model(model, config))
             self._named()
         if self.layout.virtual_tokens and self.model.dtype == torch.float64:
             self.peft.prompt_encoder.double()  # PEFT makes it in fp32 on any base
-        with told(cannot_carry), torch.no_grad():
+        with told(cannot_carry(self.layout)), torch.no_grad():
             self._loss([_TRIAL], "mean")
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
@@ -227,8 +227,7 @@ class ReferenceEngine:
         named = dict(self.peft.named_parameters())
         if self.layout.virtual_tokens:
             return [named[f"prompt_encoder.default.{e.module}"] for e in self.layout.entries]
-        names = lora.peft_names(self.layout)
-        return [named[f"{names[e]}.lora_{e.factor}.default.weight"] for e in self.layout.entries]
+        return [named[name] for name in lora.peft_parameters(self.layout).values()]
 
     def _views(self, row: Tensor) -> list[Tensor]:
         return [entry.view(row) for entry in self.layout.entries]
@@ -240,7 +239,7 @@ class ReferenceEngine:
                 parameter.copy_(entry.view(row))
         if self.layout.modules:
             scale = self.layout.scale_at(self.layout.ranks(row[None])[0])
-            for name in set(lora.peft_names(self.layout).values()):
+            for name in set(lora.peft_places(self.layout).values()):
                 vars(self.peft.get_submodule(name))["scaling"]["default"] = scale
         return parameters
 
@@ -260,10 +259,14 @@ class ReferenceEngine:
                 module.eval()
 
     def _optimizer(self, parameters: list[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        t = self.training
+        t, plus = self.training, self.layout.plus
+        groups = [
+            {"params": [p], "lr": lr * plus if entry.factor in PLUS else lr}
+            for entry, p in zip(self.layout.entries, parameters, strict=True)
+        ]
         if t.optimizer == "sgd":
-            return torch.optim.SGD(parameters, lr=lr, momentum=t.momentum, weight_decay=t.weight_decay)
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=t.weight_decay)
+            return torch.optim.SGD(groups, lr=lr, momentum=t.momentum, weight_decay=t.weight_decay)
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=t.weight_decay)
 
     def _packed(self, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]) -> Tensor:
         """Optimiser state as RowOptimizer keeps it: steps, first and (AdamW) second moments, end to end."""

@@ -21,8 +21,8 @@ _TOKENS = 97  # no layer has such a width
 
 @dataclass(frozen=True)
 class Seen:
-    """``numbering``: a layer numbers a pass's tokens itself, whatever positions it is given. ``hiding``: masks hide other keys from
-    the last token of the longest sequence than the windows that attention is told of. ``keeping``: a module keeps what it
+    """``numbering``: a layer numbers a pass's tokens itself, whatever positions it is given. ``hiding``: masks hide other keys
+    from the last token of the longest sequence than the windows attention is told of. ``keeping``: a module keeps what it
     computed until the next pass."""
 
     numbering: bool

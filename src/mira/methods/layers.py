@@ -34,6 +34,11 @@ def pairs(layout: Layout) -> Tensor:
     """Of every layer's A and B where they begin in a row, and in, out, r: [layers,5] int64. Raises UserError without them."""
     a = {entry.module: entry for entry in layout.entries if entry.factor == "A"}
     b = {entry.module: entry for entry in layout.entries if entry.factor == "B"}
+    if layout.dora:
+        raise UserError(
+            "method.space=product: multiplies the factors A and B, and DoRA has magnitudes too; set space=factors or"
+            " adapter.dora=false"
+        )
     if not a or len(a) + len(b) < len(layout.entries):
         raise UserError(
             "method.space=product: multiplies the factors A and B of LoRA, and this adapter has "
@@ -58,7 +63,7 @@ def refuse_experts(layout: Layout, what: str, instead: str) -> None:
 def _depths(layout: Layout) -> Tensor:
     """Of each entry how deep its layer is, from 0 at the lowest to 1 at the highest; 0 outside the numbered layers. A prompt's
     encoder has numbered layers too, but they are not the model's."""
-    on_layers = all(entry.factor in ("A", "B") for entry in layout.entries)
+    on_layers = all(entry.factor in ("A", "B", "magnitude") for entry in layout.entries)
     numbers = [re.search(r"\.(\d+)\.", f".{entry.module}.") if on_layers else None for entry in layout.entries]
     levels = sorted({int(found[1]) for found in numbers if found})
     if len(levels) < 2:

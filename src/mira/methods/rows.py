@@ -48,6 +48,11 @@ def factor_pairs(setting: Setting, method: str) -> list[tuple[Entry, Entry]]:
     """A and B of every layer. Raises UserError when the adapter is not made of them."""
     entries = setting.layout.entries
     foreign = [entry.factor for entry in entries if entry.factor not in ("A", "B")]
+    if "magnitude" in foreign:
+        raise UserError(
+            f"method.name={method}: works on the factors A and B alone, and DoRA has magnitudes too; set adapter.dora=false,"
+            " or method.name=fedit"
+        )
     if foreign:
         raise UserError(
             f"method.name={method}: works on the factors A and B of LoRA, but this adapter has '{foreign[0]}'; "

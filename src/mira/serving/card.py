@@ -68,15 +68,22 @@ def template(encoder: Encoder) -> tuple[str, str]:
 
 def card(session: Session, origin: Origin, use: Use, base: str | None) -> str:
     """The text of the card: what the hub reads, then what people read. ``base``: the base's name on the hub."""
-    client, encoder = origin.client, session.corpus.encoder
+    client, encoder, manner = origin.client, session.corpus.encoder, origin.client.manner
     use = "seeds" if use == "peft" and session.experiment.adapter.kind == "seeds" else use
     rows = {
         "client": client.name,
         "base model": base or session.base.name,
         "adapter": _adapter(session, client.name),
-        "method": f"{session.experiment.method.name}, {origin.round} rounds",
+        "method": f"{session.experiment.method.name}, {origin.round} round{'s' * (origin.round != 1)}",
         "examples": _examples(client),
-        "prompts": f"{encoder.template}, as in `{template(encoder)[0]}`",
+        "prompts": "text, continued as it stands"
+        if manner.raw
+        else f"{encoder.template}, as in `{template(encoder)[0]}`",
+        **(
+            {"system message": manner.system or encoder.wording.system}
+            if manner.system or encoder.wording.system
+            else {}
+        ),
         **_losses(origin),
     }
     told = {"run": session.experiment.name, **{key: _cell(value) for key, value in rows.items()}}

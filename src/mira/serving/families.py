@@ -50,18 +50,28 @@ _FUSED: dict[str, Rows] = {"attn_qkv": thirds}
 
 
 _VALUES = tiled("linear_value_head_dim")
-_DELTA: dict[str, Rows] = {"attn_qkv": tiled("linear_value_head_dim", "linear_key_head_dim"), "attn_gate": _VALUES}
+_DELTA: dict[str, Rows] = {
+    "attn_qkv": tiled("linear_value_head_dim", "linear_key_head_dim"),
+    "attn_gate": _VALUES,
+    "ssm_alpha": tiled(None),
+    "ssm_beta": tiled(None),
+}
+
+
+_EXPERTS = {"gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "down_proj": ("ffn_down_exps",)}
 
 
 @dataclass(frozen=True)
 class Family:
     """``rows``: by the end of a tensor's name, where rows are kept in another order; ``columns``: where columns are.
-    ``parts``: by the end of a layer's name, the tensors that it is cut into. ``proven``: for which configurations."""
+    ``parts``: by the end of a layer's name, the tensors that it is cut into; ``experts``: by that of a tensor of experts, which
+    lies as [E,out,in]; in the order of their module. ``proven``: for which configurations."""
 
     arch: MODEL_ARCH
     rows: dict[str, Rows]
     columns: dict[str, Rows] = field(default_factory=dict)
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    experts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     proven: Callable[[Any], bool] = lambda config: True
 
 
@@ -98,18 +108,18 @@ FAMILIES = {
     "llama": Family(MODEL_ARCH.LLAMA, _TURNED),
     "ministral3": Family(MODEL_ARCH.MISTRAL3, _TURNED),
     "mistral": Family(MODEL_ARCH.LLAMA, _TURNED),
-    "mixtral": Family(MODEL_ARCH.LLAMA, _TURNED),
+    "mixtral": Family(MODEL_ARCH.LLAMA, _TURNED, experts=_EXPERTS),
     "nemotron": Family(MODEL_ARCH.NEMOTRON, {}),
     "olmo": Family(MODEL_ARCH.OLMO, _TURNED),
     "olmo2": Family(MODEL_ARCH.OLMO2, {}),
     "olmo3": Family(MODEL_ARCH.OLMO2, {}),
-    "olmoe": Family(MODEL_ARCH.OLMOE, {}),
+    "olmoe": Family(MODEL_ARCH.OLMOE, {}, experts=_EXPERTS),
     "phi": Family(MODEL_ARCH.PHI2, {}),
     "phi3": Family(MODEL_ARCH.PHI3, {}),
     "qwen2": Family(MODEL_ARCH.QWEN2, {}),
-    "qwen2_moe": Family(MODEL_ARCH.QWEN2MOE, {}),
+    "qwen2_moe": Family(MODEL_ARCH.QWEN2MOE, {}, experts=_EXPERTS),
     "qwen3": Family(MODEL_ARCH.QWEN3, {}),
-    "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, {}),
+    "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, {}, experts=_EXPERTS),
     "qwen3_5_text": Family(MODEL_ARCH.QWEN35, _DELTA, {"ssm_out": _VALUES}),
     "seed_oss": Family(MODEL_ARCH.SEED_OSS, {}),
     "smollm3": Family(MODEL_ARCH.SMOLLM3, _TURNED),
@@ -120,6 +130,7 @@ FAMILIES = {
 
 TENSORS = (
     "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down",
-    "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp", "attn_gate", "ssm_out",
+    "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp", "ffn_gate_inp_shexp", "attn_gate", "ssm_alpha", "ssm_beta", "ssm_out",
+    "shortconv.in_proj", "shortconv.out_proj",
 )  # fmt: skip
 """The ends of names of the tensors that llama.cpp adds adapters to in these families."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -63,14 +64,32 @@ def _converted(
     """A and B of PEFT under the names, and in the order of rows and columns, of llama.cpp."""
     names, converted = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers), []
     for module, (a, b) in _factors(tensors).items():
-        b = b.double() * (_scale(module, len(a), settings) * len(a) / settings["lora_alpha"])
-        found = _names(module, names, family)
-        for name, part in zip(found, b.chunk(len(found)), strict=True):
+        if leaf := _expert_tensor(module, settings.get("target_parameters") or (), family):
+            count = getattr(config, "num_experts", None) or config.num_local_experts
+            a, b = a.view(count, -1, a.shape[1]), b.view(len(b), -1, count).permute(2, 0, 1)  # [E,r,in], [E,out,r]
+            found = _in_layer(module, family.experts[leaf])
+        else:
+            found = _names(module, names, family)
+        b = b.double() * (_scale(module, b.shape[-1], settings) * b.shape[-1] / settings["lora_alpha"])
+        for name, part in zip(found, b.chunk(len(found), -2), strict=True):
             end = name.rsplit(".", 1)[-1]
             columns, rows = family.columns.get(end), family.rows.get(end)
             converted.append((f"{name}.weight.lora_a", a if columns is None else a[:, columns(a.shape[1], config)]))
             converted.append((f"{name}.weight.lora_b", part if rows is None else part[rows(len(part), config)]))
     return converted
+
+
+def _expert_tensor(module: str, parameters: Sequence[str], family: Family) -> str | None:
+    """The tensor of experts that PEFT wraps as ``module``: a wrapper for each with an adapter, the first of them innermost."""
+    owner = re.sub(r"(\.base_layer)*$", "", module)
+    owned = [leaf for leaf in family.experts if any(f".{owner}.{leaf}".endswith(f".{name}") for name in parameters)]
+    depth = module.removeprefix(owner).count(".base_layer")
+    return owned[-1 - depth] if depth < len(owned) else None
+
+
+def _in_layer(module: str, names: Sequence[str]) -> list[str]:
+    """Tensors of the layer that ``module`` is in."""
+    return [f"blk.{next(part for part in module.split('.') if part.isdigit())}.{name}" for name in names]
 
 
 def _factors(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -86,12 +105,10 @@ def _factors(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
 
 def _names(module: str, names: gguf.TensorNameMap, family: Family) -> list[str]:
     """The names llama.cpp has for the weight of ``module``, or for the parts it is cut into, without their ends."""
-    *path, end = module.split(".")
-    if end in family.parts:
-        layer = next(part for part in path if part.isdigit())
-        return [f"blk.{layer}.{name}" for name in family.parts[end]]
+    if parts := family.parts.get(module.rsplit(".", 1)[-1]):
+        return _in_layer(module, parts)
     name: str | None = names.get_name(module.replace("language_model.", "", 1))
-    if name is None or name.rsplit(".", 1)[-1] not in TENSORS:
+    if name is None or not name.endswith(tuple(f".{tensor}" for tensor in TENSORS)):
         raise UserError(
             f"--format gguf: no way was proven to add an adapter to layer {module} in llama.cpp; name other layers in"
             f" adapter.targets, or {_WAY_OUT}"

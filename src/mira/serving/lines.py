@@ -123,7 +123,9 @@ def served(format: Format, session: Session, places: Sequence[Path]) -> Iterator
     named = " ".join(shlex.quote(f"{path.name}={path.resolve()}") for path in places)
     if format == "vllm":
         rank = next(r for r in _VLLM_RANKS if r >= session.layout.rank)
-        yield f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {named}"
+        own = session.corpus.encoder.wording.own is not None
+        template = f" --chat-template {shlex.quote(str((places[0] / CHAT_TEMPLATE).resolve()))}" if own else ""
+        yield f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {named}{template}"
     elif format == "sglang":
         yield f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {named}"
     elif format == "lorax":
