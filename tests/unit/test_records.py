@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from datetime import date
 from typing import Any
 
 import pytest
@@ -150,6 +151,12 @@ def test_what_else_templates_read_of_a_turn_is_kept() -> None:
         (calls({"role": "assistant", "tool_calls": [{"type": "function"}]}), "needs a function with its name"),
         (calls({"role": "assistant", "tool_calls": [call("{")]}), "field 'arguments' is text that is not JSON"),
         ({"messages": TURNS, "tools": {"name": "w"}}, "field 'tools' must be a list"),
+        ({"messages": TURNS, "tools": [{"name": "\ud800"}]}, "field 'tools' holds half a character"),
+        (
+            {"messages": [TURNS[0], {**TURNS[1], "name": date(2026, 1, 2)}]},
+            "field 'name' holds what JSON does not know",
+        ),
+        ({"instruction": "q", "output": "a", "history": 7}, "field 'history' must be a list of pairs"),
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, "data.columns={prompt: prompt, completion: chosen}"),
         ({"version": 1, "data": [{"question": "q", "answer": "a"}]}, "the list in field 'data'; write that list alone"),
     ],

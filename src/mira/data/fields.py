@@ -23,11 +23,16 @@ def text_field(record: Record, field: str, place: str, needed: str = "") -> str:
         return json.dumps(value)
     if not isinstance(value, str):
         raise UserError(f"{place}: field '{field}' must be text, got {type(value).__name__}; put it in quotes")
+    return whole(value, field, place)
+
+
+def whole(text: str, field: str, place: str) -> str:
+    """``text`` itself. Raises UserError where it cannot be written as UTF-8."""
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{place}: field '{field}' holds half a character (unpaired surrogate); remove it") from error
-    return value
+    return text
 
 
 def answer_field(record: Record, field: str, place: str) -> str:
@@ -57,6 +62,14 @@ def parsed(value: Any, field: str, place: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: field '{field}' is text that is not JSON ({error}); write it as a list") from None
+
+
+def written(value: Any, field: str, place: str) -> str:
+    """``value`` as JSON in text, its keys in the order given; "" for nothing."""
+    try:
+        return whole(json.dumps(value, ensure_ascii=False), field, place) if value else ""
+    except TypeError as error:
+        raise UserError(f"{place}: field '{field}' holds what JSON does not know ({error}); write it as text") from None
 
 
 def is_given(value: Any) -> bool:

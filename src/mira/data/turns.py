@@ -6,13 +6,12 @@ text, they are parsed, as servers do before they render a conversation.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from mira.core.errors import UserError
-from mira.data.fields import Record, answer_field, is_given, parsed, text_field
+from mira.data.fields import Record, answer_field, is_given, parsed, text_field, written
 from mira.data.types import Example, Message
 
 ROLES = {
@@ -70,7 +69,10 @@ def unused_in_turns(record: Record, field: str) -> Iterator[str]:
 def pairs(history: Any, place: str) -> list[Message]:
     """The turns of ``history``: earlier questions with their answers."""
     told = []
-    for number, pair in enumerate(parsed(history, "history", place)):
+    found = parsed(history, "history", place)
+    if not isinstance(found, list):
+        raise UserError(f"{place}: field 'history' must be a list of pairs [question, answer]")
+    for number, pair in enumerate(found):
         if not isinstance(pair, list) or len(pair) != 2:
             raise UserError(f"{place}: history[{number}] must be a pair [question, answer]")
         each = dict(zip(("question", "answer"), pair, strict=True))
@@ -98,7 +100,7 @@ def _each(found: Sequence[Record], field: str, place: str) -> Iterator[Message]:
         )
         if role == "assistant" and not content.strip() and not calls:
             answer_field({said: content}, said, where)
-        yield Message(role, content, _learned(turn, where), json.dumps(more, ensure_ascii=False) if more else "")
+        yield Message(role, content, _learned(turn, where), written(more, ", ".join(more), where))
 
 
 def _content(turn: Record, said: str, where: str) -> str:
@@ -139,7 +141,7 @@ def _more(turn: Record, spelt: str, said: str, where: str) -> dict[str, Any]:
 def _call(call: Mapping[str, Any], where: str) -> dict[str, Any]:
     inner = call.get("function", call)
     if not isinstance(inner, Mapping) or "name" not in inner:
-        raise UserError(f"{where}: a tool call needs a function with its name, got {json.dumps(dict(call))}")
+        raise UserError(f"{where}: a tool call needs a function with its name, got {dict(call)!r}")
     given = inner.get("arguments")
     arguments = parsed(given, "arguments", where) if is_given(given) else {}
     outer = dict(call) if "function" in call else {"type": "function"}
@@ -154,4 +156,4 @@ def _tools(given: Any, place: str) -> str:
     bare = [
         tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool} for tool in found
     ]
-    return json.dumps(bare, ensure_ascii=False) if bare else ""
+    return written(bare, "tools", place)
