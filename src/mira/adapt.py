@@ -130,6 +130,12 @@ def _known(environment: dict[str, Any], experiment: Experiment, by_group: bool) 
     recorded = clients_of(environment, experiment.seed)
     if recorded is not None and (by_group or all(client.description for client in recorded.clients)):
         return recorded.clients
+    path = getattr(experiment.data, "path", None)
+    if isinstance(path, Path) and not path.exists():
+        raise UserError(
+            f"--client: the run's clients have no descriptions and are compared by their data, which is not at {path} any more;"
+            " put it back, or name a group with --group"
+        )
     return make_federation(experiment.data, experiment.split, experiment.seed).clients
 
 

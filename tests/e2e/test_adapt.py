@@ -171,3 +171,24 @@ def test_a_graph_of_descriptions_that_are_all_the_same_says_so(name: str, alike:
         assert refused.startswith(f"graph.name={name}: all clients describe the same task, so none is nearer")
     assert mira("config", "check", config, "--set", "graph.source=displacement").status == 0
     assert mira("config", "check", config, "--set", "graph.name=complete").status == 0
+
+
+def test_data_that_is_needed_and_gone_is_named(tiny_folder: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        lines = [{"question": f"{n} of {name}?", "answer": str(n)} for n in range(8)]
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = settings(
+        tiny_folder,
+        tmp_path,
+        graph={"name": "complete"},
+        rounds=1,
+        evaluation={"generate": False, "transfer_clients": 0},
+    )
+    run(Experiment(**values | {"data": {"source": "jsonl", "path": str(tmp_path / "data")}}), tmp_path / "run")
+    (tmp_path / "data" / "a.jsonl").rename(tmp_path / "eve.jsonl")
+    (tmp_path / "data").rename(tmp_path / "gone")
+    refused = adapt(tmp_path, "--rounds", 0).error
+    assert refused.startswith(
+        "--client: the run's clients have no descriptions and are compared by their data, which is not at"
+    )
