@@ -71,7 +71,9 @@ def curves(name: str) -> Curves:
     method, training = METHODS[name](), Training(lr=2e-2, local_steps=3, schedule="cosine", warmup_rounds=1)
     model = make_tiny("llama", torch.float64)
     layout = Lora(4, 8.0, targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")).layout(model)
-    engine = BatchedEngine(model, VOCABULARY[PAD], frozenset([VOCABULARY[EOS]]), str, layout, 0.0, Tasks(), training, 0, 300, True)
+    engine = BatchedEngine(
+        model, VOCABULARY[PAD], frozenset([VOCABULARY[EOS]]), str, layout, 0.0, Tasks(), training, 0, 300, True
+    )
     setting = Setting(layout, start_row(layout, 0).double(), len(NAMES), Groups(FAMILY), training.lr, 3)
     state = method.init(setting)
 
