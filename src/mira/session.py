@@ -32,7 +32,7 @@ from mira.data.federation import SPLITS, Federation, make_federation
 from mira.data.proof import prove as prove_prompts
 from mira.data.templates import CHAT
 from mira.engine.batched import BatchedEngine
-from mira.engine.checkpoint import decoder_layers
+from mira.engine.checkpoint import check_gradients
 from mira.engine.generate import positions
 from mira.engine.memory import is_out_of_memory, share_heap
 from mira.engine.reference import ReferenceEngine
@@ -196,7 +196,7 @@ def open_session(
         checkpointing=experiment.engine.checkpointing,
     )  # fmt: skip
     if experiment.engine.checkpointing:
-        decoder_layers(base.model)  # refuses before the run begins
+        check_gradients(base.model)  # refuses before the run begins
     batched = partial(
         BatchedEngine, tokens_per_pass=recorded.get("tokens_per_pass") or experiment.engine.tokens_per_pass, prefix=prefix,
         longest=_longest(corpus) + layout.virtual_tokens + experiment.evaluation.max_new_tokens,

@@ -206,6 +206,7 @@ FAMILIES = (
     Family("xglm", "XGLM", {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4}, kind=APART),
     Family("codegen", "CodeGen", {"rotary_dim": 4}, ("qkv_proj",), APART),
     Family("biogpt", "BioGPT"),
+    Family("bart", "BART's decoder", {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4}, kind=APART, quick=True),
     Family("bert", "BERT as a decoder", {"is_decoder": True}, ("query", "value")),
     Family("roberta", "RoBERTa as a decoder", {"is_decoder": True}, ("query", "value"), APART),
     Family("ctrl", "CTRL", {"dff": 48}, ("Wq", "Wv")),

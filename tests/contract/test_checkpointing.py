@@ -18,7 +18,7 @@ from mira.core.errors import UserError
 from mira.core.training import Training
 from mira.core.types import Trained, Work
 from mira.engine.carrier import Carrier
-from mira.engine.checkpoint import decoder_layers, recomputed
+from mira.engine.checkpoint import check_gradients, decoder_layers, recomputed
 from tiny import KINDS, make_tiny
 
 STEPS = (4, 2, 3)
@@ -153,6 +153,29 @@ def test_the_model_is_left_as_it_was() -> None:
         with pytest.raises(ValueError, match="input_ids"):
             model(use_cache=False)
     assert [dict(vars(layer)) for layer in decoder_layers(model)] == before
+
+
+@pytest.mark.parametrize("leaving", [False, True])
+def test_layers_that_leave_something_where_nobody_looks_are_refused(leaving: bool) -> None:
+    model, left = make_tiny("llama"), list[Tensor]()
+    first, second = (layer.forward for layer in model.model.layers)
+
+    def leave(*given: Any, **options: Any) -> Any:
+        out = first(*given, **options)
+        left[:] = [out]
+        return out
+
+    def take(hidden: Tensor, *given: Any, **options: Any) -> Any:
+        return second(hidden + left.pop(), *given, **options) if left else second(hidden, *given, **options)
+
+    if not leaving:
+        check_gradients(model)
+        return
+    model.model.layers[0].forward, model.model.layers[1].forward = leave, take
+    with pytest.raises(
+        UserError, match=r"^engine\.checkpointing=true: architecture 'llama' does not let layers be computed again"
+    ):
+        check_gradients(model)
 
 
 def test_a_model_without_marked_layers_is_refused() -> None:

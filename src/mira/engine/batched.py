@@ -36,38 +36,12 @@ from mira.engine.optim import RowOptimizer, pull
 from mira.engine.packing import Jobs, halves, labels_of, plan
 from mira.engine.reference import ReferenceEngine
 from mira.engine.replays import Replays
+from mira.engine.step import Step
 
 log = logging.getLogger(__name__)
 
 # Passes whose clients have their rows, gradients and moments in memory together. The fewer, the more of them are half empty.
 _TOGETHER = 2
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One step of many jobs: ``rows`` [J,P], their ``grad`` [J,P] and ``loss`` [J] so far, what masks are drawn from, who is
-    ``lost``, each row's ``whole`` batch, and the rows that have gradients of a part of theirs."""
-
-    rows: Tensor
-    grad: Tensor
-    loss: Tensor
-    dropout: Sequence[torch.Generator] | None
-    lost: dict[int, str]
-    whole: Mapping[int, Sequence[Encoded]]
-    begun: set[int] = field(default_factory=set)
-
-    def undo(self, index: Sequence[int]) -> Callable[[], None]:
-        """What brings the gradients of these rows, and what draws their masks, back to where they are now."""
-        before = self.grad[index] if self.begun.intersection(index) else 0
-        states = {n: self.dropout[n].get_state() for n in index} if self.dropout else {}
-
-        def undo() -> None:
-            self.grad[index] = before
-            for n, state in states.items():
-                assert self.dropout is not None
-                self.dropout[n].set_state(state)
-
-        return undo
 
 
 @dataclass(frozen=True)
@@ -157,7 +131,7 @@ class BatchedEngine:
             active = sum(len(steps) > step for steps in batches)
             whole = {n: batches[n][step] for n in range(active) if n not in lost}
             grad[:active].zero_()
-            now = _Step(rows if stretch is None else rows * stretch, grad, loss, dropout, lost, whole)
+            now = Step(rows if stretch is None else rows * stretch, grad, loss, dropout, lost, whole)
             for part in self.carrier.passes(self._pieces(whole), budget):
                 self._accumulate(part, now)
             if stretch is not None:
@@ -233,7 +207,7 @@ class BatchedEngine:
         room = max(self.budget, of_use(self.model.dtype))
         return [(row, piece) for row, batch in batches.items() for piece in self.carrier.cut(batch, room)]
 
-    def _accumulate(self, part: Jobs, now: _Step) -> None:
+    def _accumulate(self, part: Jobs, now: Step) -> None:
         """Add the gradient and the loss of one pass. Out of memory: without recordings, then halve the pass; a client of whom one
         sequence does not fit alone is lost."""
         index = [row for row, _ in part]
@@ -258,7 +232,7 @@ class BatchedEngine:
             if kept:
                 self._accumulate(kept, now)
 
-    def _backward(self, part: Jobs, now: _Step) -> Tensor:
+    def _backward(self, part: Jobs, now: Step) -> Tensor:
         """One pass forward and back; what each job adds to the mean label loss of its batch (float64)."""
         packed = self.carrier.pack(part, {row: sum(map(labels_of, batch)) for row, batch in now.whole.items()})
         lane = Lane(now.rows, packed.ranges, now.grad, now.dropout, packed.predict)

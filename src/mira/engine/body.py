@@ -26,7 +26,7 @@ def usual_tokens(model: PreTrainedModel) -> Tensor:
     """Tokens that mean nothing special."""
     config = model.config
     named = [
-        value for one in (config, config.get_text_config()) for name, value in vars(one).items() if "token_id" in name
+        value for one in (config, config.get_text_config()) for name, value in vars(one).items() if "token_i" in name
     ]
     special = {token for value in named for token in (value if isinstance(value, list) else [value])}
     size = int(config.get_text_config().vocab_size)

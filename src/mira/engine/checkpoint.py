@@ -21,6 +21,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mira.core.errors import UserError
+from mira.engine.body import usual_tokens
+from mira.engine.faults import told
+
+_PROBE = 9  # tokens
 
 Surroundings = Callable[[], AbstractContextManager[Any]]
 
@@ -32,6 +36,43 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
         kind = model.config.model_type if isinstance(model, PreTrainedModel) else type(model).__name__
         raise UserError(f"engine.checkpointing=true: architecture '{kind}' marks no layers for it; set it to false")
     return layers
+
+
+def check_gradients(model: PreTrainedModel) -> None:
+    """Raises UserError where layers that are computed again send other gradients back: a layer may leave something for later ones
+    where nobody looks for it."""
+
+    def cannot(reason: str) -> UserError:
+        kind = model.config.model_type
+        return UserError(
+            f"engine.checkpointing=true: architecture '{kind}' does not let layers be computed again ({reason}); set it to false"
+        )
+
+    decoder_layers(model)
+    with told(cannot):
+        kept, again = _gradient(model, nullcontext()), _gradient(model, recomputed(model))
+        if not torch.allclose(kept, again, rtol=1e-3, atol=1e-3 * float(kept.abs().max())):
+            raise cannot("other gradients")
+
+
+def _gradient(model: PreTrainedModel, block: AbstractContextManager[None]) -> Tensor:
+    """Of a function of some tokens' logits with respect to their embeddings."""
+    leaves: list[Tensor] = []
+
+    def ask(module: nn.Module, given: Any, out: Tensor) -> Tensor:
+        leaves.append(out.detach().requires_grad_())
+        return leaves[-1].clone()  # some models change it in place
+
+    hook = model.get_input_embeddings().register_forward_hook(ask)
+    try:
+        with block:
+            tokens = usual_tokens(model)[:_PROBE].to(model.device)
+            loss = model(input_ids=tokens[None], use_cache=False).logits.float().square().mean()
+        loss.backward()
+    finally:
+        hook.remove()
+    assert leaves[-1].grad is not None
+    return leaves[-1].grad
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mira.engine.body import Body
+from mira.engine.faults import FAULTS, is_no_fault
 from mira.engine.seam import attend_by
 
 _NAME = "mira_watched"
@@ -32,21 +33,33 @@ class Seen:
 
 @torch.no_grad()
 def watch(body: Body, longest: int) -> Seen:
-    """One pass of ``body`` over a single sequence, whose masks are those of one of ``longest`` tokens."""
+    """Of a pass of ``body`` over a single sequence, with eager attention, and of the masks of one of ``longest`` tokens."""
     layers = [module for module in body.module.modules() if isinstance(module, GradientCheckpointingLayer)]
-    numbering, masks = _Numbering(), _Masks(max(longest, _TOKENS))
-    AttentionInterface.register(_NAME, masks.attend)
-    AttentionMaskInterface.register(_NAME, masks.mask)
+    numbering = _Numbering()
     hooks = [layer.register_forward_pre_hook(numbering.enter) for layer in layers]
     hooks += [layer.register_forward_hook(numbering.leave) for layer in layers]
     before = _kept(body.module)
     try:
-        with numbering, attend_by(body.model, _NAME):
+        with numbering, attend_by(body.model, "eager"):
             body.module(input_ids=body.token.expand(1, _TOKENS), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return Seen(numbering.found, masks.hiding, _kept(body.module) != before)
+    return Seen(numbering.found, _hides(body, max(longest, _TOKENS)), _kept(body.module) != before)
+
+
+def _hides(body: Body, longest: int) -> bool:
+    masks = _Masks(longest)
+    AttentionInterface.register(_NAME, masks.attend)
+    AttentionMaskInterface.register(_NAME, masks.mask)
+    try:
+        with attend_by(body.model, _NAME):
+            body.module(input_ids=body.token.expand(1, _TOKENS), use_cache=False)
+    except FAULTS as error:  # it does more with its masks than to hand them on
+        if is_no_fault(error):
+            raise
+        return True
+    return masks.hiding
 
 
 class _Numbering(TorchDispatchMode):
