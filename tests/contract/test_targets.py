@@ -187,3 +187,10 @@ def test_a_model_that_takes_no_text_is_refused(monkeypatch: pytest.MonkeyPatch) 
         UserError, match=r"architecture 'llama' cannot compute a text of 32 tokens \(AttributeError: no such thing\)"
     ):
         Lora(2, 4.0).layout(model)
+
+
+def test_dropout_where_peft_has_none_is_refused() -> None:
+    model = make("deepseek_v3")
+    layout = Lora(2, 4.0, dropout=0.1, targets=("gate_proj", "o_proj")).layout(model)
+    with pytest.raises(UserError, match=r"adapter\.dropout=0\.1: PEFT has none for 'model\.layers\.0\.mlp\.gate_proj'"):
+        peft_config(layout, model, None, 0.1)

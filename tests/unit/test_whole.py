@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from adaptable import make_seeing
+from adaptable import make, make_seeing
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 
 from mira.adapters.lora import Lora, LoraAdapter
 from mira.core.seeds import generator
-from mira.model import load
+from mira.model import Base, load
 from mira.model.embed import embed
 from mira.model.whole import save_whole
 from tiny import make_tokenizer, save_tiny
@@ -61,6 +61,11 @@ def test_a_base_without_generation_settings_gets_none(tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "base")
     (base / "generation_config.json").unlink()
     assert not (merged(base, tmp_path / "out") / "generation_config.json").exists()
+
+
+def test_texts_are_vectors_where_a_model_does_not_tell_its_body() -> None:
+    """Of Llama 4's text model transformers gives the prefix of the whole."""
+    assert embed(Base.of(make("llama4"), make_tokenizer()), ["some text"]).shape == (1, 32)
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "mistral3"])

@@ -97,9 +97,8 @@ def layers_of(model: PreTrainedModel) -> Layers:
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
     linear_layers = {name: module for name, module in every.items() if _is_linear(module)}
-    passed = {
-        _starred(name) for name in reached(model, linear_layers)
-    }  # an expert that this text did not meet is one that others do
+    # By name without numbers: an expert that this text did not meet is one that others do.
+    passed = {_starred(name) for name in reached(model, linear_layers)}
     why = {name: "is not on the way of a text through the model" for name in every if _starred(name) not in passed}
     why |= {name: "is read by PEFT under another name" for name in _renamed(model, every)}
     why |= {name: f"is left out by PEFT in architecture '{model.config.model_type}'" for name in _refused(model, every)}
