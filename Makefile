@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # -qq: pip warns about every index that lacks a package; errors are still shown.
 INSTALL := $(PIP) install -qq --constraint constraints.txt
+# Two processes side by side, a file of tests in each. A thread for each: more would wait for cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 EVERYTHING := --editable '.[dev,datasets,flower,privacy,quantized,wandb,mlflow]'
 
 .PHONY: help demo test quick format lock clean bench
@@ -30,10 +32,10 @@ bench: $(VENV)/.core
 	$(BIN)/python -m benchmarks
 
 test: lint $(VENV)/.resolves
-	$(BIN)/pytest
+	$(PYTEST)
 
 quick: lint
-	$(BIN)/pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 .PHONY: lint
 lint: $(VENV)/.dev

@@ -18,7 +18,6 @@ from mira.adapters.fused import Adapter, GatedMLP, Projection, Projections, RMSN
 from mira.adapters.lowrank import Factors, Lane, dropout_mask
 from mira.adapters.virtual import VirtualTokens
 from mira.core.device import sent
-from mira.core.errors import UserError
 from mira.core.layout import Entry, Layout
 from mira.core.threads import still_wanted
 
@@ -77,8 +76,6 @@ class Attached:
 
 def attach(model: PreTrainedModel, layout: Layout, dropout: float) -> Attached:
     """Exchange what can be: norms and gated MLPs that compute what they seem to, groups of projections, and every target."""
-    if layout.alone:
-        raise UserError(f"engine.name=batched: {layout.alone}; use engine.name=reference")
     attached = Attached(dropout)
     entries = {(entry.module, entry.factor): entry for entry in layout.entries}
     factors = {name: Factors(entries[name, "A"], entries[name, "B"], layout.scale) for name in layout.modules}

@@ -23,7 +23,7 @@ from mira.engine.budget import Shares
 from mira.engine.exchange import Way, exchange, find_last, try_adapters
 from mira.engine.loss import LabelLoss
 from mira.engine.packing import Jobs, Pass, common_prefix, pack, packed_tokens, plan, prepended, read_tokens
-from mira.engine.seam import attending, in_this_thread
+from mira.engine.seam import CannotPackError, attending, in_this_thread
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class Carrier:
     @staticmethod
     def of(model: PreTrainedModel, layout: Layout, dropout: float, prefix: bool, longest: int) -> Carrier:
         """``longest``: tokens of the run's longest sequence. Raises CannotPackError where the architecture cannot be packed."""
+        if layout.alone:
+            raise CannotPackError(layout.alone)
         attached = attach(model, layout, dropout)
         try:
             way = exchange(model, attached, longest)
