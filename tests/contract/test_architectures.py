@@ -20,6 +20,7 @@ from mira.adapters.lora import Lora, start_row
 from mira.adapters.prompt import Prompt
 from mira.config import Experiment
 from mira.core.errors import UserError
+from mira.core.layout import Layout
 from mira.core.training import Training
 from mira.core.types import Work
 from mira.engine.batched import BatchedEngine
@@ -204,7 +205,7 @@ class Routed(nn.Module):
 def test_a_layer_that_cannot_carry_an_adapter_is_told_before_training(name: str) -> None:
     model = make_tiny("llama")
     model.model.layers[0].mlp = Routed().requires_grad_(False)
-    layout = Lora(2, 4.0, targets=("router",)).layout(model)
+    layout = Layout.of({"model.layers.0.mlp.router": (32, 32)}, 2, 4.0)  # which adapter.targets would leave out
     with pytest.raises(
         UserError, match=r"^adapter\.targets: a layer among them cannot carry an adapter \(.*\); name other"
     ):
@@ -219,8 +220,9 @@ def test_adapters_that_text_does_not_reach_train_alike(optimizer: Any) -> None:
     for name in ("batched", "reference"):
         model = make_tiny("llama", torch.float64)
         model.model.tower = nn.ModuleDict({"q_proj": nn.Linear(32, 32)}).double().requires_grad_(False)
-        layout = Lora(2, 4.0, targets=("q_proj",)).layout(model)
-        assert any("tower" in module for module in layout.modules)
+        # adapter.targets would leave the tower out, where it can tell.
+        modules = {f"model.layers.{n}.self_attn.q_proj": (32, 32) for n in range(2)} | {"model.tower.q_proj": (32, 32)}
+        layout = Layout.of(modules, 2, 4.0)
         trainable = torch.ones(layout.size, dtype=torch.bool)
         layout.entries[0].view(trainable)[:] = False
         engine = make_engine(name, "llama", RandomCorpus((2,)), training, torch.float64, model=model, layout=layout)

@@ -11,7 +11,6 @@ from engines import RandomCorpus
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-from mira.adapters.attach import attach
 from mira.adapters.lora import Lora, from_peft, merge, peft_config, peft_parameters, start_row, to_peft
 from mira.adapters.proof import beside, prove
 from mira.core.errors import UserError
@@ -20,6 +19,7 @@ from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.training import Training
 from mira.core.types import Setting, Work
+from mira.engine.carrier import Carrier
 from mira.engine.reference import ReferenceEngine
 from mira.methods import METHODS
 
@@ -113,7 +113,7 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
     with pytest.raises(
         UserError, match=r"engine\.name=batched: has no adapters of experts; use engine\.name=reference"
     ):
-        attach(model, layout, 0.0)
+        Carrier.of(model, layout, 0.0, prefix=False, longest=64)
     with pytest.raises(UserError, match=r"adapter\.dropout=0\.1: there is none for experts"):
         Lora(4, 8.0, dropout=0.1, targets=EXPERTS).layout(model)
     with pytest.raises(

@@ -14,7 +14,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
 
-from mira.adapters.attach import attach
 from mira.adapters.lora import (
     Lora,
     LoraAdapter,
@@ -33,6 +32,7 @@ from mira.core.seeds import generator
 from mira.core.training import Training
 from mira.core.types import Work
 from mira.engine.batched import BatchedEngine
+from mira.engine.carrier import Carrier
 from mira.engine.reference import ReferenceEngine
 from tiny import EOS, VOCABULARY, make_tiny
 
@@ -154,7 +154,7 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
     with pytest.raises(
         UserError, match=r"engine\.name=batched: has no magnitudes \(adapter\.dora\); use engine\.name=ref"
     ):
-        attach(model, layout, 0.0)
+        Carrier.of(model, layout, 0.0, prefix=False, longest=64)
     beside_experts = Lora(4, 8.0, targets=("gate_proj",), dora=True).layout(make("deepseek_v3"))
     with pytest.raises(UserError, match=r"adapter\.dora=true: PEFT has none for 'model\.layers\.0\.mlp\.gate_proj'"):
         prove(make("deepseek_v3"), beside_experts)

@@ -11,7 +11,6 @@ import typer
 
 from mira.cli.terminal import Data, Json, Model, Run, Set, err_console, out_console, print_json, print_result, say
 from mira.core.errors import UserError
-from mira.core.strict import expanded
 from mira.progress import RunProgress
 
 if TYPE_CHECKING:
@@ -69,11 +68,13 @@ def compare(
     """
     from mira import compare as comparison
     from mira.compare.tables import rich_tables
+    from mira.core.strict import expanded
 
+    place = expanded(out) if out else None
     plan = comparison.load(target, overrides or [])
     try:
         value = comparison.compare(
-            plan, expanded(out) if out else Path("runs") / plan.name, shlex.join(["mira", *sys.argv[1:]]), results, say
+            plan, place or Path("runs") / plan.name, shlex.join(["mira", *sys.argv[1:]]), results, say
         )
     except KeyboardInterrupt:
         err_console.print("interrupted; finished runs and committed rounds are kept, go on with the same command")
