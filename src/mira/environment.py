@@ -53,7 +53,10 @@ def environment_of(
         "commit": commit(),
         "machine": _machine(),
         "truncated": truncated,
-        "prompt": {"template": encoder.template, "date": encoder.wording.date, "sha256": encoder.fingerprint},
+        "prompt": {
+            "template": encoder.template, "date": encoder.wording.date, "sha256": encoder.fingerprint,
+            "stops": sorted(encoder.wording.stops),
+        },
     }  # fmt: skip
 
 

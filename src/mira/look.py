@@ -21,7 +21,6 @@ from mira.data.federation import Federation
 from mira.data.proof import prove
 from mira.data.records import Tally
 from mira.data.sources.jsonl import Found, Jsonl, OneFile
-from mira.data.templates import CHAT
 from mira.data.text import Encoded, Encoder
 from mira.data.types import ClientData, Example, Source, by_question
 from mira.engine.generate import positions
@@ -61,10 +60,9 @@ def check(experiment: Experiment, federation: Federation, reader: Reader) -> Enc
     """The encoder of a run. Raises UserError where the run would refuse the examples: they do not fit the template or the
     length."""
     encoder, training = encoder_of(experiment, reader), experiment.training
-    if encoder.template == CHAT:
-        prove(federation, encoder)
     if encoder.wording.overlong == "drop":
         federation = without_overlong(federation, encoder)
+    prove(federation, encoder)
     Corpus(federation, encoder, training.batch_size, training.local_steps, training.local_epochs).truncated()
     return encoder
 

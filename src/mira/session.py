@@ -30,7 +30,6 @@ from mira.core.types import Engine, Method, ServerState, Setting, Sites
 from mira.data.corpus import Corpus, without_overlong
 from mira.data.federation import SPLITS, Federation, make_federation
 from mira.data.proof import prove as prove_prompts
-from mira.data.templates import CHAT
 from mira.engine.batched import BatchedEngine
 from mira.engine.checkpoint import check_gradients
 from mira.engine.generate import positions
@@ -171,10 +170,9 @@ def open_session(
     log.info("%s", encoder.about)
     for caution in encoder.cautions:
         log.warning("%s", caution)
-    if encoder.template == CHAT:
-        prove_prompts(federation, encoder)
     if prompt.overlong == "drop":
         federation = without_overlong(federation, encoder)
+    prove_prompts(federation, encoder)
     corpus = Corpus(federation, encoder, training.batch_size, training.local_steps, training.local_epochs, first)
     if folder is not None:
         corpus.recall(folder / TOKENS)

@@ -15,8 +15,6 @@ from datetime import date as Date
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from mira.core.errors import UserError
 from mira.data.tokenizing import Span, Text, Tokenizing
 from mira.data.types import Message
@@ -37,21 +35,25 @@ _TAG = re.compile(r"<[^<>]+>\s*$")
 
 @dataclass(frozen=True)
 class Answer:
-    """Characters of one answer: ``start``, where the model goes on from the prompt; ``text``, its own words; ``loose``: whether
-    more than white space may come between them and the end of the turn (calls of tools)."""
+    """Characters of one answer: ``start``, where the model goes on from the prompt; ``text``, its own words; ``limit``, the end of
+    what the template writes of the turn; ``loose``: whether more than white space may come between its words and the end of the
+    turn (calls of tools)."""
 
     start: int
     text: Span
+    limit: int
     loose: bool
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """``asked``: what a server is given before the last answer; ``answers``: those that are learned, the last one last."""
+    """``asked``: what a server is given before the last answer; ``answers``: those that are learned, the last one last;
+    ``rendered``: whether ``whole`` is the template's rendering of the finished conversation to the letter."""
 
     whole: Text
     asked: Text
     answers: tuple[Answer, ...]
+    rendered: bool = True
 
 
 @dataclass(frozen=True)
@@ -97,27 +99,40 @@ class ChatTemplate:
         """``messages``, the last of them an answer. Raises UserError, which names ``where``, where the template does not write
         the answers as they are."""
         turns, called = [_turn(m) for m in messages], json.loads(tools) if tools else None
-        last = len(turns) - 1
+        last, message = len(turns) - 1, messages[-1]
         whole, asked = self._render(turns, called, where), self._render(turns[:last], called, where, prompt=True)
-        answers = [
-            self._answer(messages, turns, n, whole.text, called, where)
-            for n, message in enumerate(messages[:last])
-            if message.role == "assistant" and message.learned
-        ]
-        opened = None if whole.text.startswith(asked.text) else _OPENED.search(asked.text)
-        if opened is None:
-            return Conversation(
-                whole, asked, (*answers, self._answer(messages, turns, last, whole.text, called, where))
-            )
-        # The rendering of a finished conversation lacks the thought that the prompt opens: it is closed, with what was thought.
-        body, end = self._body(turns, last, whole.text, called, where)
-        if _common(asked.text, whole.text) > body:
+        earlier = [n for n, m in enumerate(messages[:last]) if m.role == "assistant" and m.learned]
+        bodies = self._bodies(turns[:last], earlier, asked.text, called, where, prompt=True)
+        answers = [self._answer(messages, turns, n, asked.text, bodies[n], called, where) for n in earlier]
+        body, end = self._bodies(turns, [last], whole.text, called, where)[last]
+        if _words(message.content) not in whole.text[min(body, len(asked.text)) : end]:
             raise _rewritten(last, where)
-        begun = f"{asked.text}{_thought(messages[-1])}\n</{opened[1]}>\n\n"
+        if "tool_calls" in message.more and body == end and self._without(turns, last, called, where) == whole.text:
+            raise UserError(
+                f"prompt.template='chat': the template does not write the calls of messages[{last}] of {where}, and so nothing"
+                " would be learned there; set weight: 0, or give a template that writes calls with prompt.template_file"
+            )
+        if whole.text.startswith(asked.text):
+            start = min(len(asked.text), body)
+            final = Answer(start, (body, end), len(whole.text), _calls(message))
+            return Conversation(whole, asked, (*answers, final))
+        # A server's prompt ends otherwise than the finished conversation: what is trained goes on from the prompt.
+        opened, thought = _OPENED.search(asked.text), _thought(message)
+        if thought and opened is None:
+            raise UserError(
+                f"prompt.template='chat': the prompt leaves no room for the thought of messages[{last}] of {where}; let the template"
+                " think with prompt.template_kwargs, or remove the thoughts"
+            )
+        begun = asked.text + (f"{thought}\n</{opened[1]}>\n\n" if opened else "")
         moved = len(begun) - body
-        literal = [(a + moved * (a >= body), b + moved * (a >= body)) for a, b in whole.literal]
-        final = Answer(len(asked.text), (len(begun), end + moved), _calls(messages[-1]))
-        return Conversation(Text(begun + whole.text[body:], tuple(literal)), asked, (*answers, final))
+        literal = asked.literal + tuple((a + moved, b + moved) for a, b in whole.literal if a >= body)
+        text = Text(begun + whole.text[body:], literal)
+        final = Answer(len(asked.text), (len(begun), end + moved), len(text.text), _calls(message))
+        return Conversation(text, asked, (*answers, final), rendered=False)
+
+    def plain(self, messages: Sequence[Message], tools: str, prompt: bool) -> str:
+        """transformers' own rendering, or the prompt for the last of ``messages``."""
+        return str(self._applied(messages, tools, prompt, tokenize=False))
 
     def ignored(self, messages: Sequence[Message], tools: str, where: str) -> set[str]:
         """The keys of ``messages`` (and ``tools``) that the template does not read: without them it writes the same."""
@@ -130,12 +145,22 @@ class ChatTemplate:
 
     def tokens(self, messages: Sequence[Message], tools: str, prompt: bool) -> tuple[int, ...]:
         """transformers' own tokens of the rendering, or of the prompt for the last of ``messages``."""
+        return tuple(self._applied(messages, tools, prompt, return_dict=False))
+
+    def unwritten(self, messages: Sequence[Message], tools: str, where: str) -> set[str]:
+        """The roles of which the template leaves out what is said."""
+        turns = [_turn(m) for m in messages]
+        said = [n for n, turn in enumerate(turns) if turn["content"]]
+        marked = [turn | {"content": f"{_ANSWER}{n};"} if n in said else turn for n, turn in enumerate(turns)]
+        text = self._render(marked, json.loads(tools) if tools else None, where).text
+        return {str(turns[n]["role"]) for n in said if f"{_ANSWER}{n};" not in text}
+
+    def _applied(self, messages: Sequence[Message], tools: str, prompt: bool, **how: Any) -> Any:
         turns, called = [_turn(m) for m in messages], json.loads(tools) if tools else None
-        given: Any = self.tokenizer.apply_chat_template(
+        return self.tokenizer.apply_chat_template(
             turns[:-1] if prompt else turns, tools=called, chat_template=self._text(bool(tools)), add_generation_prompt=prompt,
-            return_dict=False, **self.values,
+            **self.values, **how,
         )  # fmt: skip
-        return tuple(given)
 
     @cached_property
     def probe(self) -> tuple[str, str]:
@@ -155,73 +180,124 @@ class ChatTemplate:
         return re.compile(r"\s*".join(map(re.escape, parts))) if parts else None
 
     def _answer(
-        self, messages: Sequence[Message], turns: list[Turn], n: int, whole: str, tools: Any, where: str
-    ) -> Answer:
-        body, end = self._body(turns, n, whole, tools, where)
-        start = self._start(turns, n, whole, body, tools, where)
-        message, written = messages[n], whole[start:end]
+        self, messages: Sequence[Message], turns: list[Turn], n: int, asked: str, body: Span, tools: Any, where: str
+    ) -> Answer:  # fmt: skip
+        """An earlier answer, in the prompt ``asked`` for the last one."""
+        start = self._start(turns, n, asked, body[0], tools, where)
+        message, written = messages[n], asked[start : body[1]]
         if _words(message.content) not in written:
             raise _rewritten(n, where)
-        thought = _thought(message)
-        # What the last turn thought may be a key that the template does not read; the caller counts those.
-        if thought and n < len(messages) - 1 and thought not in written:
+        if (thought := _thought(message)) and thought not in written:
             raise UserError(
                 f"prompt.template='chat': the template drops the thoughts of earlier turns (messages[{n}] of {where}), which"
                 " would be learned without them; give one exchange per example, or leave the turn unlearned with weight: 0"
             )
-        return Answer(start, (body, end), _calls(message))
+        limit = body[1]
+        if _calls(message):
+            limit = max(limit, _common(self._render(turns[: n + 1], tools, where).text, asked))
+        return Answer(start, body, limit, _calls(message))
 
-    def _body(self, turns: list[Turn], n: int, whole: str, tools: Any, where: str) -> Span:
-        """Characters of the words of turn ``n``: where the rendering changes when another text stands in their place."""
-        if not turns[n]["content"].strip():
-            asked = self._render(turns[:n], tools, where, prompt=True).text
-            return (_common(asked, whole),) * 2
-        other = self._render([*turns[:n], turns[n] | {"content": _ANSWER}, *turns[n + 1 :]], tools, where).text
+    def _bodies(
+        self, turns: list[Turn], numbers: Sequence[int], text: str, tools: Any, where: str, prompt: bool = False
+    ) -> dict[int, Span]:  # fmt: skip
+        """Characters of the words of the turns with these ``numbers`` in the rendering ``text``: where it changes when other
+        texts stand in their place. All in one rendering, where what stands between them is found again."""
+        wanted = [n for n in numbers if turns[n]["content"].strip()]
+        silent = {
+            n: (_common(self._render(turns[:n], tools, where, prompt=True).text, text),) * 2
+            for n in numbers
+            if n not in wanted
+        }
+        if not wanted:
+            return silent
+        marks = {n: f"{_ANSWER}{n};" for n in wanted}
+        other = [turn | {"content": marks[n]} if n in marks else turn for n, turn in enumerate(turns)]
+        parts = re.split(f"{_ANSWER}(\\d+);", self._render(other, tools, where, prompt).text)
+        between, found = parts[::2], [int(n) for n in parts[1::2]]
+        if found == wanted and text.startswith(between[0]):
+            at, spans = len(between[0]), dict[int, Span]()
+            for n, after in zip(wanted, between[1:], strict=True):
+                content = turns[n]["content"]
+                said = next((c for c in (content, content.strip()) if text.startswith(c + after, at)), None)
+                if said is None:
+                    break
+                spans[n] = (at, at + len(said))
+                at += len(said) + len(after)
+            if len(spans) == len(wanted) and at == len(text):
+                return spans | silent
+        return {n: self._body(turns, n, text, tools, where, prompt) for n in wanted} | silent
+
+    def _body(self, turns: list[Turn], n: int, text: str, tools: Any, where: str, prompt: bool) -> Span:
+        """As ``_bodies``, for one turn that the template may have changed."""
+        changed = [*turns[:n], turns[n] | {"content": _ANSWER}, *turns[n + 1 :]]
+        other = self._render(changed, tools, where, prompt).text
         if other.count(_ANSWER) != 1:
             raise _rewritten(n, where)
         head, tail = other.split(_ANSWER)
-        body = len(head) if whole.startswith(head) else _common(head, whole)
-        end = len(whole) - len(tail)
-        if not whole.endswith(tail) or end < body:
+        body, end = len(head) if text.startswith(head) else _common(head, text), len(text) - len(tail)
+        if not text.endswith(tail) or end < body:
             raise _rewritten(n, where)
         return body, end
 
-    def _start(self, turns: list[Turn], n: int, whole: str, body: int, tools: Any, where: str) -> int:
-        """Where the prompt before turn ``n`` ends in ``whole``."""
+    def _start(self, turns: list[Turn], n: int, text: str, body: int, tools: Any, where: str) -> int:
+        """The end of the prompt before turn ``n`` in ``text``."""
+        header, lead = self._header
+        for before in (header, header + lead):
+            if header and text.endswith(before, 0, body):
+                return body - len(before) + len(header)
         asked = self._render(turns[:n], tools, where, prompt=True).text
-        if whole.startswith(asked):
+        if text.startswith(asked):
             return min(len(asked), body)
         header = asked.removeprefix(self._render(turns[:n], tools, where).text)
         if header == asked or not header:
             raise _rewritten(n, where)
         # The template writes earlier turns otherwise once others follow: the prompt's last words are still there.
-        found = whole.rfind(header, 0, body)
+        found = text.rfind(header, 0, body)
         return found + len(header) if found >= 0 else body
+
+    @cached_property
+    def _header(self) -> tuple[str, str]:
+        """The end of a prompt that begins an answer, and what the model says before its words."""
+        turn: list[Turn] = [{"role": "user", "content": "a"}]
+        texts = [self._render(turn, None, "a conversation", prompt).text for prompt in (False, True)]
+        return (texts[1].removeprefix(texts[0]) if texts[1] != texts[0] else ""), self.probe[0]
+
+    def _without(self, turns: list[Turn], n: int, tools: Any, where: str) -> str:
+        """The rendering without the calls of turn ``n``."""
+        silent = {key: value for key, value in turns[n].items() if key != "tool_calls"}
+        return self._render([*turns[:n], silent, *turns[n + 1 :]], tools, where).text
 
     def _render(self, turns: Sequence[Turn], tools: Any, where: str, prompt: bool = False) -> Text:
         """The template's text, in which special tokens that the data spells are marked as text."""
-        pattern = self._special
-        marked: list[Turn] = _marked(list(turns), pattern) if pattern else list(turns)
-        called = _marked(tools, pattern) if pattern else tools
+        every, control = self._special
+        marked = [_marked(turn, control if turn["role"] == "assistant" else every) for turn in turns]
         try:
-            text = str(
-                self.tokenizer.apply_chat_template(
-                    marked,
-                    tools=called,
-                    chat_template=self._text(bool(tools)),
-                    add_generation_prompt=prompt,
-                    tokenize=False,
-                    **self.values,
-                )
-            )
-        except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+            text: Any = self.tokenizer.apply_chat_template(
+                marked, tools=_marked(tools, every), chat_template=self._text(bool(tools)), add_generation_prompt=prompt,
+                tokenize=False, **self.values,
+            )  # fmt: skip
+        except Exception as error:  # a template is a program: it may fail in any way
             reason = str(error) or type(error).__name__
             raise UserError(f"prompt.template='chat': the model's template refuses {where}: {reason}") from error
-        return _unmarked(text)
+        return _unmarked(str(text), where)
 
     @cached_property
-    def _special(self) -> re.Pattern[str] | None:
-        return Tokenizing(self.tokenizer).special_text
+    def _special(self) -> tuple[re.Pattern[str] | None, re.Pattern[str] | None]:
+        """Matches special tokens that are text in the data; and those in answers, where what a model says beside the template's
+        own turns (the tags of thoughts and calls) is meant."""
+        tokenizing = Tokenizing(self.tokenizer)
+        try:
+            whole, asked = (
+                self.plain((Message("user", "a"), Message("assistant", _ANSWER)), "", prompt)
+                for prompt in (False, True)
+            )
+        except Exception:  # said where examples are rendered
+            return tokenizing.special_text, tokenizing.special_text
+        lead = whole[len(asked) : whole.find(_ANSWER)] if whole.startswith(asked) else ""
+        turns = whole.replace(lead + _ANSWER, "") + asked
+        ends = (self.tokenizer.bos_token, self.tokenizer.eos_token)
+        control = [token for token in tokenizing.special if token in turns or token in ends]
+        return tokenizing.special_text, re.compile("|".join(map(re.escape, control))) if control else None
 
 
 def _turn(message: Message) -> Turn:
@@ -245,8 +321,10 @@ def _thought(message: Message) -> str:
     return str(more.get("reasoning_content") or (found[2] if found else "")).strip()
 
 
-def _marked(value: Any, special: re.Pattern[str]) -> Any:
+def _marked(value: Any, special: re.Pattern[str] | None) -> Any:
     """``value`` with marks around what spells a special token, in all of its texts."""
+    if special is None:
+        return value
     if isinstance(value, str):
         if not special.search(value):
             return value
@@ -261,18 +339,21 @@ def _common(a: str, b: str) -> int:
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _unmarked(text: str) -> Text:
+def _unmarked(text: str, where: str) -> Text:
     parts = re.split(f"([{_OPEN}{_CLOSE}])", text)
-    if len(parts) == 1:
-        return Text(text)
-    clean, literal, opened = "", [], 0
+    clean, literal, opened = "", list[Span](), -1
     for part in parts:
-        if part == _OPEN:
-            opened = len(clean)
-        elif part == _CLOSE:
-            literal.append((opened, len(clean)))
-        else:
+        if part not in (_OPEN, _CLOSE):
             clean += part
+        elif (part == _OPEN) != (opened < 0):
+            raise UserError(
+                f"prompt.template='chat': the template takes apart a text of {where} that spells a special token; remove it there"
+            )
+        elif part == _OPEN:
+            opened = len(clean)
+        else:
+            literal.append((opened, len(clean)))
+            opened = -1
     return Text(clean, tuple(literal))
 
 

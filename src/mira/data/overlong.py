@@ -40,11 +40,11 @@ class Limit:
 
 def without_oldest(example: Example, draft: Draft, limit: Limit) -> Encoded:
     """A conversation without as many of its oldest exchanges as must go. Raises UserError where the last one is too long."""
-    for shorter in _later_parts(example):
-        encoded = draft(shorter)
-        if limit.allows(encoded):
-            return replace(encoded, truncated=True)
-    limit.refuse(len(encoded.tokens))
+    parts = list(_later_parts(example))  # each shorter than the one before
+    encoded = draft(parts[bisect_left(parts, True, hi=len(parts) - 1, key=lambda part: limit.allows(draft(part)))])
+    if not limit.allows(encoded):
+        limit.refuse(len(encoded.tokens))
+    return replace(encoded, truncated=True)
 
 
 def without_beginning(example: Example, field: str, starts: Sequence[int], draft: Draft, limit: Limit) -> Encoded:

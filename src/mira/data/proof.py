@@ -15,31 +15,49 @@ log = logging.getLogger(__name__)
 
 
 def prove(federation: Federation, encoder: Encoder) -> None:
-    """Check the first examples against transformers' own tokens, and name the keys that the chat template does not read. Raises
-    UserError where training and serving would differ."""
+    """Check the first examples against transformers' own tokens, and name with counts the keys and roles that the chat template
+    does not read, and the special tokens that the data spells. Raises UserError where training and serving would differ."""
     ignored: Counter[str] = Counter()
+    spelled: Counter[str] = Counter()
     for client in federation.clients:
         for split in SPLITS:
             for n, example in enumerate(client.split(split)):
+                if not encoder.is_chat(example):
+                    continue
                 place = place_of(example, n, split, client.name)
                 if n == 0:
                     check(encoder, example, place)
-                if encoder.is_chat(example) and (example.tools or any(m.more for m in example.messages)):
+                if example.tools or any(m.more for m in example.messages):
                     ignored.update(encoder.chat.ignored(encoder.turns(example), example.tools, place))
+                if pattern := encoder.tokenizing.special_text:
+                    spelled.update({found for m in encoder.turns(example) for found in pattern.findall(m.content)})
     for key, count in ignored.items():
         log.warning("the chat template does not read '%s': ignored in %d examples", key, count)
+    for token, count in spelled.items():
+        log.info("%d examples spell the special token %s; outside of answers it stays text", count, token)
 
 
 def check(encoder: Encoder, example: Example, where: str) -> None:
-    """Compare what is asked and what is trained with transformers' own tokens. Raises UserError where they differ."""
-    turns, spelled = encoder.turns(example), encoder.tokenizing.special_text
-    texts = "".join([example.tools, *(m.content + m.more for m in turns)])
-    encoded = encoder.encode(example, where)
-    if not encoder.is_chat(example) or encoded.truncated or (spelled and spelled.search(texts)):
-        return
-    asked, whole = (encoder.chat.tokens(turns, example.tools, prompt) for prompt in (True, False))
-    opened = encoded.tokens[: len(asked)] == asked != whole[: len(asked)]  # a thought that is closed in training alone
-    if encoded.asked != asked or not (opened or encoder.ending is None or encoded.tokens == whole):
+    """Compare what is asked and what is trained with transformers' own rendering and tokens. Raises UserError where they differ,
+    or where the template leaves out what a user says."""
+    turns, chat = encoder.turns(example), encoder.chat
+    for role in chat.unwritten(turns, example.tools, where):
+        if role in ("user", "assistant"):
+            raise UserError(
+                f"prompt.template='chat': the template leaves out the {role} turns of {where}; give another one with"
+                " prompt.template_file"
+            )
+        log.warning("the chat template leaves out what '%s' turns say (%s)", role, where)
+    talk = chat.conversation(turns, example.tools, where)
+    texts = [(talk.asked, True), *([(talk.whole, False)] if talk.rendered else [])]
+    same = all(text.text == chat.plain(turns, example.tools, prompt) for text, prompt in texts)
+    if same and not any(text.literal for text, _ in texts):
+        encoded, expected = encoder.draft(example, where), chat.tokens(turns, example.tools, prompt=False)
+        ended = encoded.tokens[-1] == encoder.tokenizer.eos_token_id  # by us, where the template does not end answers
+        whole = encoded.tokens[:-1] if ended else encoded.tokens
+        trained = encoded.tokens == expected or (ended and whole == expected[: len(whole)])
+        same = encoded.asked == chat.tokens(turns, example.tools, prompt=True) and (trained or not talk.rendered)
+    if not same:
         raise UserError(
             f"prompt.template='chat': {where} becomes other tokens in training than transformers' apply_chat_template gives; give"
             " another template with prompt.template_file"

@@ -90,6 +90,10 @@ class Encoder:
             for encoded, example, place in zip(self._drafts(examples, where), examples, where, strict=True)
         ]
 
+    def draft(self, example: Example, where: str) -> Encoded:
+        """Tokens and labels, however long."""
+        return self._drafts([example], [where])[0]
+
     def fits(self, examples: Sequence[Example], where: Sequence[str]) -> list[bool]:
         """Whether each example is within the length as it is."""
         return [len(encoded.tokens) <= self.max_length for encoded in self._drafts(examples, where)]
@@ -100,10 +104,12 @@ class Encoder:
 
     def reference(self, example: Example) -> str:
         """The text a generated answer is compared with."""
-        if example.output.strip():
+        calls = bool(example.messages) and "tool_calls" in example.messages[-1].more
+        if example.output.strip() and not calls:
             return self._after_marker(example.output)
         encoded = self.encode(example)
-        return self.answer([t for t, seen in zip(encoded.tokens, encoded.label, strict=True) if seen])
+        said = zip(encoded.tokens[encoded.prompt :], encoded.label[encoded.prompt :], strict=True)
+        return self.answer([token for token, seen in said if seen])
 
     def answer(self, tokens: Sequence[int]) -> str:
         """The words of an answer of these tokens: without what the template has before them (an empty thought, a header)."""
@@ -206,7 +212,9 @@ class Encoder:
             if talk:
                 texts += [talk.asked, talk.whole]
             else:
-                texts += [self.tokenizing.literal(str(prompt)), self.tokenizing.literal(f"{prompt}{example.output}")]
+                raw = example.raw and not self.wording.wrapped  # a server reads special tokens that it is sent as such
+                as_data = Text if raw else self.tokenizing.literal
+                texts += [as_data(str(prompt)), as_data(f"{prompt}{example.output}")]
         tokens = iter(self.tokenizing.whole(texts))
         return [
             self._labelled(talk, next(tokens).ids, next(tokens))
@@ -229,26 +237,36 @@ class Encoder:
             last = answer is talk.answers[-1]
             first = prompt if last else whole.before(answer.start)
             stop = self._stop(talk, whole, answer)
-            # Without a token that ends the turn the loss sees its words alone; the last token of these may hold more than them.
-            end = (
-                next((n for n, (a, _) in enumerate(whole.spans) if a >= answer.text[1]), len(ids))
-                if stop is None
-                else stop + 1
-            )
+            end = self._unended(talk, whole, answer) if stop is None else stop + 1
             label[first:end] = [True] * (end - first)
             if last and stop is None:
                 ids, label = [*ids[:end], self.tokenizer.eos_token_id], [*label[:end], True]
         return Encoded(tuple(ids), tuple(label), False, prompt, () if same else asked)
 
     def _stop(self, talk: Conversation, whole: Tokens, answer: Answer) -> int | None:
-        """The number of the token that ends ``answer``: the first that stands for itself, after its words and white space."""
+        """The number of the token that ends ``answer``: the first that stands for itself, after its words and white space; where
+        calls follow its words, the first at which generation ends."""
         words_end = answer.text[1]
-        wanted = self.stops if answer.loose else self.tokenizing.added
-        after = (n for n in range(whole.before(words_end), len(whole.ids)) if whole.ids[n] in wanted)
+        if answer.loose:
+            turn = range(whole.before(words_end), whole.before(answer.limit))
+            return next((n for n in turn if whole.ids[n] in self.stops), None)
+        after = (n for n in range(whole.before(words_end), len(whole.ids)) if whole.ids[n] in self.tokenizing.added)
         stop = next(after, None)
         if stop is None or whole.ids[stop] not in self.stops:
             return None
-        return stop if answer.loose or not talk.whole.text[words_end : whole.spans[stop][0]].strip() else None
+        return None if talk.whole.text[words_end : whole.spans[stop][0]].strip() else stop
+
+    def _unended(self, talk: Conversation, whole: Tokens, answer: Answer) -> int:
+        """The number of the first token after an answer that no stop ends: after its words, or after its calls. The last token
+        of them may hold more than them."""
+        limit = answer.text[1]
+        if answer.loose:
+            limit = len(talk.whole.text[: answer.limit].rstrip())
+        end = next((n for n, (start, _) in enumerate(whole.spans) if start >= limit), len(whole.ids))
+        ends_turn = (
+            answer.loose and whole.ids[end - 1] in self.tokenizing.added and whole.ids[end - 1] not in self.stops
+        )
+        return end - 1 if ends_turn and whole.spans[end - 1][0] >= answer.text[1] else end
 
     def _raw(self, example: Example, where: str) -> str:
         """The prompt in a raw template, or as it stands."""
@@ -265,9 +283,10 @@ class Encoder:
         if not prompt:
             raise UserError(f"{where}: its prompt is empty, so nothing predicts the answer's first token; fill it in")
         goes_on = whole[: len(prompt)] == prompt  # else a token reaches over the boundary, and no server is given that
-        answer = whole[len(prompt) :] if goes_on else self.tokenizing.continued(example.output).ids
-        tokens = (*prompt, *answer, self.tokenizer.eos_token_id)
-        return Encoded(tokens, (False,) * len(prompt) + (True,) * (len(answer) + 1), False, len(prompt))
+        answer = whole[len(prompt) :] if goes_on else self.tokenizing.continued(example.output, example.raw).ids
+        ended = bool(answer) and example.raw and answer[-1] in self.stops  # a rendered chat brings its own end
+        tokens = (*prompt, *answer, *(() if ended else (self.tokenizer.eos_token_id,)))
+        return Encoded(tokens, (False,) * len(prompt) + (True,) * (len(tokens) - len(prompt)), False, len(prompt))
 
     def _shorter(self, example: Example, whole: Encoded, where: str) -> Encoded:
         """An example that is too long, without as much of its prompt as must go."""
@@ -276,7 +295,7 @@ class Encoder:
             limit.refuse(len(whole.tokens), cut=True)
 
         def draft(shorter: Example) -> Encoded:
-            return self._drafts([shorter], [where])[0]
+            return self.draft(shorter, where)
 
         if example.messages:
             return without_oldest(example, draft, limit)
