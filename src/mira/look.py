@@ -164,7 +164,7 @@ def _ignored(clients: Sequence[ClientData], encoder: Encoder) -> dict[str, int]:
     found: Counter[str] = Counter()
     for example in (example for client in clients for example in client.examples):
         if encoder.is_chat(example) and (example.tools or any(m.more for m in example.messages)):
-            found.update(encoder.chat.ignored(encoder.turns(example), example.tools, example.place))
+            found.update(encoder.rendering.ignored(encoder.turns(example), example.tools, example.place))
     return dict(found)
 
 

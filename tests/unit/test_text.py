@@ -332,7 +332,7 @@ def test_calls_of_tools_are_learned_through_the_templates_own_argument() -> None
     assert '"weather"' in tokenizer.decode(encoded.asked)
     last = Example("", "", "", turns[:2], tools=tools)
     assert labelled(encoder.encode(last)) == "[call]weather<eos>" == encoder.reference(last) + EOS
-    assert encoder.chat.ignored(turns, tools, "it") == {"name"}
+    assert encoder.rendering.ignored(turns, tools, "it") == {"name"}
 
 
 def test_thoughts_are_learned_where_the_template_takes_them_and_refused_where_it_drops_them() -> None:

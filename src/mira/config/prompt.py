@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import field, replace
+from datetime import date as Date
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from mira.config.adapter import Count
+from mira.core.errors import UserError
 from mira.core.strict import STRICT, UserPath
 from mira.data.reading import existing, read_text
 from mira.data.templates import CHAT
 from mira.data.text import Encoder, Wording
+
+_RESERVED = (
+    "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+    "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs",
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from mira.data.tokenizing import Tokenizer
@@ -44,6 +52,20 @@ class PromptSection:
     """Examples that are longer. cut: inputs and raw prompts lose their beginning, conversations their oldest exchanges. drop: the
     example is left out. error: it is refused. The log says how many of which client."""
 
+    @model_validator(mode="after")
+    def _fit(self) -> PromptSection:
+        for name in self.template_kwargs:
+            if name in _RESERVED:
+                raise UserError(
+                    f"prompt.template_kwargs.{name}: is a word of apply_chat_template's own, not a variable of a template; leave it out"
+                )
+        if self.date is not None:
+            try:
+                Date.fromisoformat(self.date)
+            except ValueError:
+                raise UserError(f"prompt.date={self.date}: there is no such day; write year-month-day") from None
+        return self
+
     def read(self) -> PromptSection:
         """The section with the text of ``template_file`` in it. Raises UserError where the file cannot be read."""
         if self.template_file is None:
@@ -59,6 +81,6 @@ class PromptSection:
             self.overlong, positions, stops,
         )  # fmt: skip
         encoder = Encoder(tokenizer, self.template, min(self.max_length, positions), wording)
-        if self.date is not None or encoder.template != CHAT or not encoder.chat.tells_the_date:
+        if self.date is not None or encoder.template != CHAT or not encoder.rendering.tells_the_date:
             return encoder
         return replace(encoder, wording=replace(wording, date=today))

@@ -28,7 +28,7 @@ def prove(federation: Federation, encoder: Encoder) -> None:
                 if n == 0:
                     check(encoder, example, place)
                 if example.tools or any(m.more for m in example.messages):
-                    ignored.update(encoder.chat.ignored(encoder.turns(example), example.tools, place))
+                    ignored.update(encoder.rendering.ignored(encoder.turns(example), example.tools, place))
                 if pattern := encoder.tokenizing.special_text:
                     spelled.update({found for m in encoder.turns(example) for found in pattern.findall(m.content)})
     for key, count in ignored.items():
@@ -40,23 +40,23 @@ def prove(federation: Federation, encoder: Encoder) -> None:
 def check(encoder: Encoder, example: Example, where: str) -> None:
     """Compare what is asked and what is trained with transformers' own rendering and tokens. Raises UserError where they differ,
     or where the template leaves out what a user says."""
-    turns, chat = encoder.turns(example), encoder.chat
-    for role in chat.unwritten(turns, example.tools, where):
+    turns, rendering = encoder.turns(example), encoder.rendering
+    for role in rendering.unwritten(turns, example.tools, where):
         if role in ("user", "assistant"):
             raise UserError(
                 f"prompt.template='chat': the template leaves out the {role} turns of {where}; give another one with"
                 " prompt.template_file"
             )
         log.warning("the chat template leaves out what '%s' turns say (%s)", role, where)
-    talk = chat.conversation(turns, example.tools, where)
+    talk = encoder.chat.conversation(turns, example.tools, where)
     texts = [(talk.asked, True), *([(talk.whole, False)] if talk.rendered else [])]
-    same = all(text.text == chat.plain(turns, example.tools, prompt) for text, prompt in texts)
+    same = all(text.text == rendering.plain(turns, example.tools, prompt) for text, prompt in texts)
     if same and not any(text.literal for text, _ in texts):
-        encoded, expected = encoder.draft(example, where), chat.tokens(turns, example.tools, prompt=False)
+        encoded, expected = encoder.draft(example, where), rendering.tokens(turns, example.tools, prompt=False)
         ended = encoded.tokens[-1] == encoder.tokenizer.eos_token_id  # by us, where the template does not end answers
         whole = encoded.tokens[:-1] if ended else encoded.tokens
         trained = encoded.tokens == expected or (ended and whole == expected[: len(whole)])
-        same = encoded.asked == chat.tokens(turns, example.tools, prompt=True) and (trained or not talk.rendered)
+        same = encoded.asked == rendering.tokens(turns, example.tools, prompt=True) and (trained or not talk.rendered)
     if not same:
         raise UserError(
             f"prompt.template='chat': {where} becomes other tokens in training than transformers' apply_chat_template gives; give"

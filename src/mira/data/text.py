@@ -16,35 +16,19 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from mira.core.errors import UserError, did_you_mean
-from mira.data.chat import Answer, ChatTemplate, Conversation
+from mira.data.chat import Answer, Chat, Conversation
 from mira.data.encoded import Encoded
 from mira.data.overlong import Limit, without_beginning, without_oldest
+from mira.data.rendering import Rendering
 from mira.data.templates import AUTO, CHAT, TEMPLATES, resolved
 from mira.data.tokenizing import Text, Tokenizing, Tokens
 from mira.data.types import Example, Message
+from mira.data.wording import Wording
 
 if TYPE_CHECKING:
     from mira.data.tokenizing import Tokenizer
 
-Overlong = Literal["error", "cut", "drop"]
-
-__all__ = ["Encoded", "Encoder", "Overlong", "Wording"]
-
-
-@dataclass(frozen=True)
-class Wording:
-    """What else decides an example's tokens. ``system``: the system message of conversations that have none; ``own``,
-    ``values``, ``date``: of the chat template; ``wrapped``: whether prompt + completion go into the template; ``positions``: as
-    many as the model has; ``stops``: the tokens at which servers end an answer (of ``generation_config``)."""
-
-    system: str = ""
-    own: str | None = None
-    values: dict[str, Any] = field(default_factory=dict)
-    date: str | None = None
-    wrapped: bool = False
-    overlong: Overlong = "cut"
-    positions: int | None = None
-    stops: frozenset[int] = frozenset()
+__all__ = ["Encoded", "Encoder", "Wording"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +53,7 @@ class Encoder:
             raise UserError(f"prompt.template='{self.template}': unknown{did_you_mean(self.template, allowed)}")
         object.__setattr__(self, "template", resolved(self.template, self.tokenizer, self.wording.own))
         if self.template == CHAT:
-            self.chat.source()
+            self.rendering.source()
         elif self.wording.system:
             raise UserError(
                 f"prompt.system: prompt.template='{self.template}' has no place for it; use prompt.template=chat, or leave it out"
@@ -146,7 +130,7 @@ class Encoder:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the template and what it is given, the date aside."""
-        text = [self.chat.source(tools) for tools in (False, True)] if self.template == CHAT else self.template
+        text = [self.rendering.source(tools) for tools in (False, True)] if self.template == CHAT else self.template
         wording = asdict(replace(self.wording, date=None, positions=None, stops=frozenset())) | {"stops": []}
         return hashlib.sha256(json.dumps([text, wording], sort_keys=True).encode()).hexdigest()
 
@@ -178,8 +162,12 @@ class Encoder:
         return str(self.tokenizer.eos_token if token is None else self.tokenizer.convert_ids_to_tokens(token))
 
     @cached_property
-    def chat(self) -> ChatTemplate:
-        return ChatTemplate(self.tokenizer, self.wording.own, self.wording.values, self.wording.date)
+    def rendering(self) -> Rendering:
+        return Rendering(self.tokenizer, self.wording.own, self.wording.values, self.wording.date)
+
+    @cached_property
+    def chat(self) -> Chat:
+        return Chat(self.rendering)
 
     @cached_property
     def tokenizing(self) -> Tokenizing:

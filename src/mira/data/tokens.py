@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mira.data import chat, overlong, templates, text, tokenizing
+from mira.data import chat, overlong, rendering, templates, text, tokenizing
 from mira.data.federation import SPLITS, Federation
 from mira.data.templates import CHAT
 from mira.data.text import Encoded, Encoder
@@ -30,7 +30,7 @@ Encodings = Mapping[tuple[int, str], Sequence[Encoded]]  # by client and split
 # [T], [T], [Q], [examples,4]: tokens, those before the last answer, truncated or not, those of a question of its own
 PARTS = ("tokens", "label", "questions", "sizes")
 
-_CODE = (*(code.__file__ for code in (chat, overlong, templates, text, tokenizing)), __file__)
+_CODE = (*(code.__file__ for code in (chat, overlong, rendering, templates, text, tokenizing)), __file__)
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +41,9 @@ def key(federation: Federation, encoder: Encoder) -> str | None:
     None where that cannot be told: tokenizers written in Python, and chat templates that tell today's date.
     """
     tokenizer = encoder.tokenizer
-    template = [encoder.chat.source(tools) for tools in (False, True)] if encoder.template == CHAT else None
+    template = [encoder.rendering.source(tools) for tools in (False, True)] if encoder.template == CHAT else None
     ours = type(tokenizer).__module__.startswith("transformers.")
-    undated = encoder.template == CHAT and encoder.wording.date is None and encoder.chat.tells_the_date
+    undated = encoder.template == CHAT and encoder.wording.date is None and encoder.rendering.tells_the_date
     if undated or not (tokenizer.is_fast and ours):
         return None
     probe = list(

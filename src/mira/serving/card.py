@@ -60,7 +60,7 @@ def template(encoder: Encoder) -> tuple[str, str]:
     """The Jinja template that prompts were rendered with, and the name of its file: of ``messages`` for a server's chat
     interface, or of ``instruction`` and ``input`` for one that is given text."""
     if encoder.template == CHAT:
-        return CHAT_TEMPLATE, encoder.chat.source()
+        return CHAT_TEMPLATE, encoder.rendering.source()
     wording = TEMPLATES[encoder.template]
     with_input, without = wording("{{ instruction }}", "{{ input }}"), wording("{{ instruction }}", "")
     return PROMPT_TEMPLATE, f"{{% if input %}}{with_input}{{% else %}}{without}{{% endif %}}"

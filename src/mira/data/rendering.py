@@ -1,0 +1,164 @@
+"""A chat template and what it writes: conversations and prompts, with the day of a run and with what the data spells marked."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date as Date
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from mira.core.errors import UserError
+from mira.data.tokenizing import Span, Text, Tokenizing
+from mira.data.types import Message
+
+if TYPE_CHECKING:
+    from mira.data.tokenizing import Tokenizer
+
+Turn = dict[str, Any]
+
+# Of Unicode's private use, which no text to learn from holds. The first stands for an answer, the others around what spells a
+# special token.
+ANSWER, _OPEN, _CLOSE = "\ue010answer\ue010", "\ue011", "\ue012"
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """``own``: a template's text in place of the tokenizer's; ``values``: further variables it is given; ``date``: the day that
+    it takes for today."""
+
+    tokenizer: Tokenizer
+    own: str | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+    date: str | None = None
+
+    def source(self, tools: bool = False) -> str:
+        """The template's text. Raises UserError where there is none."""
+        if self.own is not None:
+            return self.own
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                "prompt.template='chat': this model's tokenizer has no chat template; use 'alpaca' or 'plain', give a"
+                " template with prompt.template_file, or take a model tuned for chat"
+            )
+        return str(self.tokenizer.get_chat_template(None, [{}] if tools else None))
+
+    @property
+    def tells_the_date(self) -> bool:
+        return "strftime_now(" in self.source()
+
+    def _text(self, tools: bool) -> str:
+        """The template's text with ``date`` in the place of today's."""
+        source = self.source(tools)
+        if self.date is None:
+            return source
+        day = Date.fromisoformat(self.date)
+        dated = _TODAY.sub(lambda found: repr(day.strftime(found[2])), source)
+        if "strftime_now(" in dated:
+            raise UserError(
+                "prompt.template='chat': the template writes today's date in a form that is not spelled out in it, so the day of"
+                " a run cannot be kept; give one that does with prompt.template_file"
+            )
+        return dated
+
+    def text(self, turns: Sequence[Turn], tools: Any, where: str, prompt: bool = False) -> Text:
+        """The template's text, in which special tokens that the data spells are marked as text."""
+        every, control = self._special
+        marked = [_marked(turn, control if turn["role"] == "assistant" else every) for turn in turns]
+        try:
+            text: Any = self.tokenizer.apply_chat_template(
+                marked, tools=_marked(tools, every), chat_template=self._text(bool(tools)), add_generation_prompt=prompt,
+                tokenize=False, **self.values,
+            )  # fmt: skip
+        except Exception as error:  # a template is a program: it may fail in any way
+            reason = str(error) or type(error).__name__
+            raise UserError(f"prompt.template='chat': the model's template refuses {where}: {reason}") from error
+        return _unmarked(str(text), where)
+
+    def plain(self, messages: Sequence[Message], tools: str, prompt: bool) -> str:
+        """transformers' own rendering, or the prompt for the last of ``messages``."""
+        return str(self._applied(messages, tools, prompt, tokenize=False))
+
+    def ignored(self, messages: Sequence[Message], tools: str, where: str) -> set[str]:
+        """The keys of ``messages`` (and ``tools``) that the template does not read: without them it writes the same."""
+        turns, called = [turn_of(m) for m in messages], json.loads(tools) if tools else None
+        whole = self.text(turns, called, where).text
+        keys = {key for turn in turns for key in turn} - {"role", "content"}
+        without = {key: [{k: v for k, v in turn.items() if k != key} for turn in turns] for key in keys}
+        found = {key for key, others in without.items() if self.text(others, called, where).text == whole}
+        return found | ({"tools"} if called and self.text(turns, None, where).text == whole else set())
+
+    def tokens(self, messages: Sequence[Message], tools: str, prompt: bool) -> tuple[int, ...]:
+        """transformers' own tokens of the rendering, or of the prompt for the last of ``messages``."""
+        return tuple(self._applied(messages, tools, prompt, return_dict=False))
+
+    def unwritten(self, messages: Sequence[Message], tools: str, where: str) -> set[str]:
+        """The roles of which the template leaves out what is said."""
+        turns = [turn_of(m) for m in messages]
+        said = [n for n, turn in enumerate(turns) if turn["content"]]
+        marked = [turn | {"content": f"{ANSWER}{n};"} if n in said else turn for n, turn in enumerate(turns)]
+        text = self.text(marked, json.loads(tools) if tools else None, where).text
+        return {str(turns[n]["role"]) for n in said if f"{ANSWER}{n};" not in text}
+
+    def _applied(self, messages: Sequence[Message], tools: str, prompt: bool, **how: Any) -> Any:
+        turns, called = [turn_of(m) for m in messages], json.loads(tools) if tools else None
+        return self.tokenizer.apply_chat_template(
+            turns[:-1] if prompt else turns, tools=called, chat_template=self._text(bool(tools)), add_generation_prompt=prompt,
+            **self.values, **how,
+        )  # fmt: skip
+
+    @cached_property
+    def _special(self) -> tuple[re.Pattern[str] | None, re.Pattern[str] | None]:
+        """Matches special tokens that are text in the data; and those in answers, where what a model says beside the template's
+        own turns (the tags of thoughts and calls) is meant."""
+        tokenizing = Tokenizing(self.tokenizer)
+        try:
+            whole, asked = (
+                self.plain((Message("user", "a"), Message("assistant", ANSWER)), "", prompt) for prompt in (False, True)
+            )
+        except Exception:  # said where examples are rendered
+            return tokenizing.special_text, tokenizing.special_text
+        lead = whole[len(asked) : whole.find(ANSWER)] if whole.startswith(asked) else ""
+        turns = whole.replace(lead + ANSWER, "") + asked
+        ends = (self.tokenizer.bos_token, self.tokenizer.eos_token)
+        control = [token for token in tokenizing.special if token in turns or token in ends]
+        return tokenizing.special_text, re.compile("|".join(map(re.escape, control))) if control else None
+
+
+def turn_of(message: Message) -> Turn:
+    more: Turn = json.loads(message.more) if message.more else {}
+    return {"role": message.role, "content": message.content} | more
+
+
+def _marked(value: Any, special: re.Pattern[str] | None) -> Any:
+    """``value`` with marks around what spells a special token, in all of its texts."""
+    if special is None:
+        return value
+    if isinstance(value, str):
+        if not special.search(value):
+            return value
+        return special.sub(f"{_OPEN}\\g<0>{_CLOSE}", value.replace(_OPEN, "").replace(_CLOSE, ""))
+    if isinstance(value, dict):
+        return {key: _marked(item, special) for key, item in value.items()}
+    return [_marked(item, special) for item in value] if isinstance(value, list) else value
+
+
+def _unmarked(text: str, where: str) -> Text:
+    parts = re.split(f"([{_OPEN}{_CLOSE}])", text)
+    clean, literal, opened = "", list[Span](), -1
+    for part in parts:
+        if part not in (_OPEN, _CLOSE):
+            clean += part
+        elif (part == _OPEN) != (opened < 0):
+            raise UserError(
+                f"prompt.template='chat': the template takes apart a text of {where} that spells a special token; remove it there"
+            )
+        elif part == _OPEN:
+            opened = len(clean)
+        else:
+            literal.append((opened, len(clean)))
+            opened = -1
+    return Text(clean, tuple(literal))
