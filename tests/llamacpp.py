@@ -104,7 +104,7 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _linear(name: str, tensor: Tensor, config: Any) -> tuple[str, Tensor]:
-    """Of a layer of linear attention what llama.cpp keeps in another form."""
+    """A tensor of a layer of linear attention, converted where llama.cpp keeps it in another form."""
     if name.endswith("A_log"):
         return name, -tensor.exp()[tiled(None)(len(tensor), config)]
     if name.endswith("dt_bias"):

@@ -126,7 +126,7 @@ def _own(experiment: Experiment, source: _Newcomer, overrides: Sequence[str]) ->
 
 
 def _known(environment: dict[str, Any], experiment: Experiment, by_group: bool) -> tuple[Client, ...]:
-    """The run's clients; their data is read only where it says what a client without description does."""
+    """The run's clients. Their data is read only to describe clients that have no description."""
     recorded = clients_of(environment, experiment.seed)
     if recorded is not None and (by_group or all(client.description for client in recorded.clients)):
         return recorded.clients

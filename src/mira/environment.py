@@ -37,8 +37,8 @@ def environment_of(
     truncated: dict[str, int],
     encoder: Encoder,
 ) -> dict[str, Any]:
-    """What a run records. ``engine``: which was taken; ``prefix``: whether shared prefixes are computed once; ``truncated``: how
-    many inputs of which client were cut."""
+    """The environment that a run records. ``engine``: the one taken; ``prefix``: whether shared prefixes are computed once;
+    ``truncated``: the number of each client's inputs that were cut."""
     return {
         "versions": {name: version(name) for name in (*_LIBRARIES, *needed_for(base.quantization))},
         "model": {
@@ -61,7 +61,7 @@ def environment_of(
 
 
 def taken_over(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
-    """For who reads a run and does not go on with it: what was ``recorded`` where this is the machine; elsewhere threads, the
+    """Settings to read a run with and not go on with it: those ``recorded``, where this is the machine. Elsewhere threads, the
     engine and the size of a pass are this machine's own."""
     return recorded if recorded.get("machine") == _machine() else {}
 
@@ -140,7 +140,7 @@ def check_environment(recorded: dict[str, Any], now: dict[str, Any], must: Seque
 
 
 def _content(value: Any) -> Any:
-    """What decides numbers of it: of a model or data not what it is called and where it came from, which may change."""
+    """The part of ``value`` that decides numbers. The name and the source of a model or data do not, and may change."""
     return {k: v for k, v in value.items() if k not in ("name", "source")} if isinstance(value, dict) else value
 
 

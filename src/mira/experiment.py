@@ -98,7 +98,7 @@ def resume(
     folder: Path | str, watcher: Watcher | None = None, open: Open = open_session,
     data: Path | None = None, model: str | None = None,
 ) -> Result:  # fmt: skip
-    """Go on with the run in ``folder`` from its last committed round; what was not committed is done again. ``data``, ``model``:
+    """Go on with the run in ``folder`` from its last committed round; later rounds are done again. ``data``, ``model``:
     where they are now, if they were moved."""
     watcher = watcher or Nobody()
     with Store.open(Path(folder)) as store:

@@ -111,7 +111,7 @@ def export(
     with Store.open(folder, writable=False) as store:
         _check_here(session, store)
         state, metrics = state_of(session, store, _round(store, which)), store.metrics()
-    suffix = "" if which == "last" else f"-{which}"  # what a finished run reports stays as of its last round
+    suffix = "" if which == "last" else f"-{which}"  # a finished run's report stays that of its last round
     use: Use = "merged" if merge else "gguf" if format == "gguf" else "peft"
     kept = folder / f"{ADAPTERS if use == 'peft' else use}{suffix}"
     origins = [origin(session.federation.clients[k], state.round, metrics) for k in numbers]

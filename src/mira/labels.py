@@ -1,6 +1,6 @@
 """Accuracy of tasks with few answers by likelihood: of all the answers a client knows, is the expected one the likeliest?
 
-It needs no generation, and no answer is wrong for its spelling. The likelihood is of the whole answer with what ends it.
+It needs no generation, and no answer is wrong for its spelling. The likelihood is of the whole answer with its end.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ MOST = 20  # different answers; beyond that a task is no choice among few
 def label_accuracy(
     engine: BatchedEngine | ReferenceEngine | SeedsEngine, corpus: Corpus, rows: Tensor, limit: int | None
 ) -> list[float | None]:
-    """Of each client, under its row [K,P], the share of test examples whose answer is the likeliest of all its training answers;
-    None where the task is not one of few answers."""
+    """The share of each client's test examples whose answer is the likeliest of all its training answers, under its row of
+    ``rows`` [K,P]; None where the task is not one of few answers."""
     if isinstance(engine, SeedsEngine):
         raise UserError("evaluation.metrics: label_accuracy is not measured with adapter.kind=seeds; leave it out")
     return [_accuracy(engine, corpus, k, row, limit) for k, row in enumerate(rows)]

@@ -34,7 +34,7 @@ _CLIENTS, _LINES = 20, 30  # shown to people
 
 
 def look(source: Source, experiment: Experiment, reader: Reader | None) -> Result:
-    """What there is to see of ``source``, as docs/cli.md says. Without a ``reader`` nothing is told of tokens."""
+    """Everything to see of ``source``, as docs/cli.md says. Without a ``reader`` nothing is told of tokens."""
     found = source.read() if isinstance(source, Jsonl | OneFile) else Found(source.load(experiment.seed), Tally())
     clients = [client for client in found.clients if client.examples]
     if not clients:

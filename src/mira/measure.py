@@ -23,7 +23,7 @@ from mira.core.seeds import generator
 from mira.core.types import Engine, Grade, Method, ServerState
 
 Record = dict[str, Any]
-Metric = Callable[[Sequence[str], Sequence[str]], float]  # of a client's answers, and what was expected
+Metric = Callable[[Sequence[str], Sequence[str]], float]  # of a client's answers and the expected ones
 
 LABEL_ACCURACY = "label_accuracy"  # measured by likelihood, not of answers: mira.labels
 _ALWAYS = ("exact_match", "rouge_l")
@@ -33,7 +33,7 @@ _more: dict[str, Metric] = {
 
 
 def register(name: str, metric: Metric) -> None:
-    """Let ``evaluation.metrics`` name ``metric``, a function of a client's answers and what was expected, in this process."""
+    """Let ``evaluation.metrics`` name ``metric``, a function of a client's answers and the expected ones, in this process."""
     if name in (*_ALWAYS, LABEL_ACCURACY):
         raise UserError(f"metric '{name}': is measured already; register yours under another name")
     _more[name] = metric

@@ -196,7 +196,7 @@ def _answer(answers: dict[str, Any] | None, name: str, key: str) -> float | None
 
 
 def _metrics(start: dict[str, Any], last: dict[str, Any], name: str | None = None) -> dict[str, Any]:
-    """Of ``evaluation.metrics`` what was measured at the start and last, of the client ``name`` or the mean over clients."""
+    """The values of ``evaluation.metrics`` at the start and last, of the client ``name`` or as the mean over clients."""
     before, after = (_of(record.get("answers", {}), name) for record in (start, last))
     own = [key for key, value in after.items() if isinstance(value, float) and key not in ("exact_match", "rouge_l")]
     return {key: {"start": before.get(key), "last": after[key]} for key in own}

@@ -144,7 +144,7 @@ def open_session(
 ) -> Session:
     """Build all of ``experiment``. ``folder``: its run folder, where there is one; ``recorded``: the environment recorded
     there, of which threads, the engine and the size of a pass are taken over; ``first``: the number of the first client;
-    ``clients``: what is known of them where their data need not be read."""
+    ``clients``: those known, where their data need not be read."""
     recorded = recorded or {}
     threads = recorded.get("threads") or experiment.engine.threads or usable_threads()
     torch.set_num_threads(threads)

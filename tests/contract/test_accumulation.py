@@ -70,7 +70,7 @@ def test_a_batch_of_few_tokens_stays_in_one_pass(passes: list[list[int]], monkey
 def test_memory_that_runs_out_spreads_a_batch(
     spread: bool, passes: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a pass that failed had added to the gradient is taken back, also where another piece is in it already."""
+    """The share of a failed pass in the gradient is taken back, also where another piece is in it already."""
     whole, real, failed = train(engine_of("llama")), BatchedEngine._backward, []
 
     def scarce(self: Any, part: Any, now: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""How the batched engine finds out what an architecture needs, and who computes it instead where it cannot."""
+"""The batched engine finds out the needs of an architecture; another engine computes those that it cannot."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def folder_of(name: str, place: Path) -> Path:
 
 
 def test_auto_takes_reference_where_batched_cannot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Said in one line, recorded, and taken again by who goes on with the run."""
+    """The engine is told in one line, recorded, and taken again when the run goes on."""
     folder, data = folder_of("deepseek_v32", tmp_path / "model"), write_clients(tmp_path / "data.jsonl")
 
     def opened(name: str, recorded: dict[str, Any] | None = None) -> Session:

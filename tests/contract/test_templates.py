@@ -1,4 +1,4 @@
-"""What is trained, asked and stopped at is what transformers renders, for every shape of chat template and kind of tokenizer."""
+"""Tokens trained, asked and stopped at are what transformers renders, for every shape of chat template and kind of tokenizer."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_a_folder_has_the_loss_that_was_reported(
     experiment = Experiment(**values_on(name, adapter, engine, tmp_path))
     client = run(experiment, tmp_path / "run")["clients"][0]
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = PeftModel.from_pretrained(base, client["adapter"])  # what is missing would be a warning, and so an error
+    model = PeftModel.from_pretrained(base, client["adapter"])  # missing tensors would be a warning, and so an error
     total, tokens = 0.0, 0
     for example in open_session(experiment).corpus.encoded(0, "test"):
         ids, label = torch.tensor(example.tokens), torch.tensor(example.label)[1:]

@@ -41,8 +41,8 @@ def write_tasks(file: Path) -> Path:
 
 
 def margin(base: Path, adapter: Path, prompt: Sequence[int], ours: str, theirs: str) -> float:
-    """How much more probable our answer is where the two part, as a difference of logarithms. Below 0 where its text has other
-    tokens than were generated."""
+    """The logarithm of our answer's probability less that of theirs at the token where the two part. Below 0 where the text of
+    ours has other tokens than were generated."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     end = [tokenizer.eos_token_id]
     a, b = (tokenizer(text, add_special_tokens=False)["input_ids"] + end for text in (ours, theirs))

@@ -40,7 +40,7 @@ def read_back(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def added(file: Path, name: str, x: Tensor) -> Tensor:
-    """What llama.cpp adds to the product of the tensor ``name`` with ``x``: α/r·B·A·x."""
+    """The term that llama.cpp adds to the product of the tensor ``name`` with ``x``: α/r·B·A·x."""
     fields, tensors = read_back(file)
     a, b = tensors[f"{name}.weight.lora_a"], tensors[f"{name}.weight.lora_b"]
     return fields["adapter.lora.alpha"] / len(a) * (b @ (a @ x))
@@ -54,7 +54,7 @@ def expected(folder: Path, module: str, x: Tensor, scale: float) -> Tensor:
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 6 / 4), (True, 6 / 2)])
 def test_rows_of_q_and_k_go_by_pairs(rslora: bool, scale: float, tmp_path: Path) -> None:
-    """Of each head, row i and row i + d/2, which rotary embeddings turn together, come to stand side by side."""
+    """Rows i and i + d/2 of each head, which rotary embeddings turn together, come to stand side by side."""
     model = make_tiny("llama")
     folder = adapter_of(model, tmp_path / "a", ["q_proj", "k_proj", "v_proj", "down_proj"], rslora)
     write(folder, model.config, tmp_path / "a.gguf", "ann")

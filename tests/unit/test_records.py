@@ -154,7 +154,7 @@ def test_what_else_templates_read_of_a_turn_is_kept() -> None:
         ({"messages": TURNS, "tools": [{"name": "\ud800"}]}, "field 'tools' holds half a character"),
         (
             {"messages": [TURNS[0], {**TURNS[1], "name": date(2026, 1, 2)}]},
-            "field 'name' holds what JSON does not know",
+            "field 'name' holds no JSON value",
         ),
         ({"instruction": "q", "output": "a", "history": 7}, "field 'history' must be a list of pairs"),
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, "data.columns={prompt: prompt, completion: chosen}"),

@@ -1,4 +1,4 @@
-"""What lies beside an adapter, and what each server is given."""
+"""Files that lie beside an adapter, and the command line for each server."""
 
 from __future__ import annotations
 

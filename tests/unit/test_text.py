@@ -369,7 +369,7 @@ def test_a_template_of_ones_own_and_variables_for_it() -> None:
 
 @pytest.mark.parametrize("name", ["metaspace", "metaspace-legacy"])
 def test_an_answer_to_text_goes_on_from_it_without_a_space_of_the_tokenizers(name: Kind) -> None:
-    """What a server is given is the prompt's own tokens; SentencePiece would put a space before an answer by itself."""
+    """The tokens that a server is given are the prompt's own; SentencePiece would put a space before an answer by itself."""
     tokenizer = make("a space before the answer (Mistral 7B, Mixtral)", name)
     encoder = Encoder(tokenizer, "plain", 200)
     encoded = encoder.encode(Example("1 and 2 make", "", "3"))

@@ -64,7 +64,7 @@ def test_a_base_without_generation_settings_gets_none(tmp_path: Path) -> None:
 
 
 def test_texts_are_vectors_where_a_model_does_not_tell_its_body() -> None:
-    """Of Llama 4's text model transformers gives the prefix of the whole."""
+    """For the text model of Llama 4, transformers gives the prefix of the whole."""
     assert embed(Base.of(make("llama4"), make_tokenizer()), ["some text"]).shape == (1, 32)
 
 

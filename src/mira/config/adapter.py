@@ -29,7 +29,7 @@ class LoraSection:
     """Layers: the ends of their names as a list, a regular expression as text, all-linear, or auto: PEFT's choice for the model,
     else the layers in which tokens meet. A list may name tensors of experts, as experts.down_proj, for engine.name=reference."""
     init: Literal["kaiming", "orthogonal"] = "kaiming"
-    """Where rows start: B at 0, or both factors in orthogonal halves of an even rank, their product 0."""
+    """Start of rows: B at 0, or both factors in orthogonal halves of an even rank, their product 0."""
     dora: bool = False
     """A trained length for every row of W + s·B·A (DoRA, Liu et al. 2024), for engine.name=reference."""
     lora_plus_ratio: Annotated[float, Field(gt=0)] = 1.0

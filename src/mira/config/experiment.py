@@ -123,8 +123,8 @@ class EvaluationSection:
     generate: bool = True
     """Exact match and ROUGE-L of generated answers, at the start and the end."""
     metrics: tuple[str, ...] = ("chrf",)
-    """Of the answers beside exact match and ROUGE-L: chrf; label_accuracy (is the expected answer the likeliest of those the
-    client trains on, where they are few); and what mira.measure.register added. Over machines chrf alone."""
+    """Metrics of the answers beside exact match and ROUGE-L: chrf; label_accuracy (is the expected answer the likeliest of those
+    the client trains on, where they are few); and those that mira.measure.register added. Over machines chrf alone."""
     max_new_tokens: Count = 128
     """Longest generated answer."""
     examples: Count | None = None

@@ -14,7 +14,7 @@ from torch import Tensor
 Factor = Literal["A", "B", "magnitude", "prompt", "encoder", "seed"]
 
 
-PLUS = ("B", "magnitude")  # what LoRA+ gives another learning rate, as PEFT's optimiser does
+PLUS = ("B", "magnitude")  # factors that LoRA+ gives another learning rate, as PEFT's optimiser does
 
 
 @dataclass(frozen=True)

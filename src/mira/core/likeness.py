@@ -1,4 +1,4 @@
-"""How alike two texts are in any script: the words that ROUGE-L compares, and chrF.
+"""Likeness of two texts in any script: the words that ROUGE-L compares, and chrF.
 
 chrF: Popović, "chrF: character n-gram F-score for automatic MT evaluation", 2015; here with n up to 6, β = 2 and without white
 space, as most report it (chrF2).
@@ -20,7 +20,7 @@ _UNSPACED = (
 
 def words(text: str) -> list[str]:
     """Runs of letters and digits in lower case, marks with the letter they stand on; of scripts without spaces each letter. A
-    text that has none is its signs, one by one, so that equal ones are alike. Of ASCII this is what ROUGE counts as words."""
+    text that has none is its signs, one by one, so that equal ones are alike. For ASCII these are the words of ROUGE."""
     found: list[str] = []
     open = False  # whether the next letter goes on with the last word
     for sign in normalize("NFKC", text).lower():

@@ -1,4 +1,4 @@
-"""What every hyper-parameter class shares: unknown keys are errors, docstrings document the fields, "~" is one's home folder."""
+"""Rules of all hyper-parameter classes: unknown keys are errors, docstrings document the fields, "~" is one's home folder."""
 
 from pathlib import Path
 from typing import Annotated

@@ -11,7 +11,7 @@ class Encoded:
     label: tuple[bool, ...]  # [T], True on the tokens that the model is to say, each answer's end included
     truncated: bool  # whether it lost tokens of its prompt
     prompt: int = 0  # tokens before the (last) answer, as an encoder counts them
-    question: tuple[int, ...] = ()  # what a server is asked, where that is not the first ``prompt`` tokens
+    question: tuple[int, ...] = ()  # the tokens a server is asked, unless the first ``prompt`` ones
 
     @property
     def asked(self) -> tuple[int, ...]:

@@ -39,14 +39,15 @@ class SplitSizes:
     test: Size
     """Examples behind every reported loss and generation metric."""
     answers: Literal["first", "all"] = "first"
-    """Of several answers to one question a client keeps the first, or all that differ. The sizes count questions: all answers to
-    one are in the same split."""
+    """Answers that a client keeps of several to one question: the first, or all that differ. The sizes count questions: all
+    answers to one are in the same split."""
 
 
 @dataclass(frozen=True)
 class Manner:
-    """How a client's examples ask, for prompts that come later. ``raw``: by text to be continued; ``talk``: in conversations,
-    after the ``system`` message that all of them have; else by an input under the ``instruction`` that all of them have."""
+    """The way a client's examples ask, for prompts that come later. ``raw``: by text to be continued. ``talk``: in
+    conversations, after the ``system`` message that all of them have. Neither: by an input under the ``instruction`` that all
+    of them have."""
 
     raw: bool = False
     talk: bool = False
@@ -180,7 +181,8 @@ def make_federation(source: Source, sizes: SplitSizes, seed: int) -> Federation:
 
 
 def _tell_dropped(data: Sequence[ClientData], kept: Sequence[Questions], others: int) -> None:
-    """How many examples of which client repeat a question; ``others``: those of all clients with an answer of their own."""
+    """Warn how many examples of each client repeat a question. ``others``: the number over all clients of those that have an
+    answer of their own."""
     dropped = {c.name: n for c, questions in zip(data, kept, strict=True) if (n := len(c.examples) - _size(questions))}
     if dropped:
         which = ", ".join(f"{name} ({count})" for name, count in dropped.items())

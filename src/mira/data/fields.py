@@ -69,7 +69,7 @@ def written(value: Any, field: str, place: str) -> str:
     try:
         return whole(json.dumps(value, ensure_ascii=False), field, place) if value else ""
     except TypeError as error:
-        raise UserError(f"{place}: field '{field}' holds what JSON does not know ({error}); write it as text") from None
+        raise UserError(f"{place}: field '{field}' holds no JSON value ({error}); write it as text") from None
 
 
 def is_given(value: Any) -> bool:

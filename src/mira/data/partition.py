@@ -65,8 +65,8 @@ Partition = Annotated[ByColumn | ByDirichlet | ByChance, Field(discriminator="by
 def split_pool(
     pool: Iterable[tuple[str, Record]], columns: Columns, partition: Partition, seed: int
 ) -> list[ClientData]:
-    """Clients from ``pool``, (place for error messages, record). What is dealt is dealt by the question, with all its answers, so
-    that no two clients hold it by chance; one that stands under two values of a column belongs to both.
+    """Clients from ``pool``, (place for error messages, record). Each question is dealt with all its answers, so that no two
+    clients hold it by chance; one that stands under two values of a column belongs to both.
     Raises UserError on a bad record, a missing label or a partition that cannot be made."""
     label = None if isinstance(partition, ByChance) else partition.column
     tally = Tally(also={label} if label else (), columns=columns)

@@ -1,6 +1,6 @@
 """Files as people have them, as records: JSON in any layout, CSV and parquet, plain or gzipped, one file or a folder of them.
 
-What a file is shows in its content; the ending alone tells CSV. Every fault is one line that names file, line and fix.
+The content of a file shows its format; the ending alone tells CSV. Every fault is one line that names file, line and fix.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def existing(path: Path, key: str = "data.path") -> Path:
 
 
 def client_files(folder: Path) -> tuple[dict[str, Path], list[Path]]:
-    """The data files in and below ``folder`` by the client each one is (its path there, without the ending), and what is no data.
+    """The data files in and below ``folder`` by the client each one is (its path there, without the ending), and all other files.
 
     Hidden files without the ending of data are passed over. Raises UserError where two files are one client.
     """
@@ -61,7 +61,7 @@ def client_name(file: Path) -> str:
 
 
 def tell_left_out(folder: Path, paths: Sequence[Path]) -> None:
-    """Name in one line what of ``folder`` is not read."""
+    """Name in one line the files of ``folder`` that are not read."""
     if paths:
         names = ", ".join(str(path.relative_to(folder)) for path in paths[:_SHOWN])
         more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
@@ -226,7 +226,7 @@ def _skip(text: str, at: int) -> int:
 
 
 def _table(text: str, path: Path, ending: str) -> Iterator[tuple[str, Record]]:
-    """CSV with a header line; in its fields ',', ';' or a tab is what the header has most of."""
+    """CSV with a header line. Its separator is the one of ',', ';' and tab that the header has most of."""
     head = text.lstrip().partition("\n")[0]
     comma = "\t" if ending == ".tsv" else max(",;\t", key=head.count)
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
@@ -273,13 +273,13 @@ def _given(value: Any) -> Any:
 
 
 def _ending(path: Path) -> str:
-    """The ending of a file that says what is in it, in lower case: '.csv' of 'A.CSV.gz'."""
+    """The ending of a file that tells its format, in lower case: '.csv' of 'A.CSV.gz'."""
     name = path.name.lower().removesuffix(_GZIP)
     return next((ending for ending in ENDINGS if name.endswith(ending) and name != ending), "")
 
 
 def _without_ending(inside: Path) -> str | None:
-    """'sub/a' of 'sub/a.jsonl.gz'; None of what is no data file."""
+    """'sub/a' of 'sub/a.jsonl.gz'; None for a file that is no data."""
     ending, whole = _ending(inside), inside.as_posix()
     bare = whole[: -len(_GZIP)] if whole.lower().endswith(_GZIP) else whole
     return bare[: -len(ending)] if ending else None

@@ -1,4 +1,4 @@
-"""Records as examples: which of the known layouts one has, what of it is used, and what is not.
+"""Records as examples: the layout of each, and its fields that are used or not.
 
 Names of fields may be of any case. A record with two layouts at once is refused, since which is meant is not certain.
 """
@@ -98,7 +98,7 @@ def _read(record: Record, place: str) -> tuple[Example, str, list[str]]:
 
 
 def _plain(record: Record, place: str) -> tuple[dict[str, object], dict[str, str]]:
-    """What the record says, by field names in lower case; and how each was spelt."""
+    """The values of the record by field names in lower case, and the spelling of each name."""
     given: dict[str, object] = {}
     spelt: dict[str, str] = {}
     for key, value in record.items():
@@ -161,7 +161,7 @@ def _answered(given: Record, fields: list[str], place: str) -> tuple[Example, li
 
 
 def _missing(given: Record, record: Record) -> str:
-    """What a record lacks, and what to do."""
+    """A message that names the lack of a record and the way to mend it."""
     if "text" in given and not {*_NEEDED} & set(given):
         return "field 'text' is free text without question and answer; give its beginning as 'prompt', the rest as 'completion'"
     if {"chosen", "rejected"} <= set(given):

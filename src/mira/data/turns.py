@@ -20,13 +20,13 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "function_call": "assistant",
     "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool", "ipython": "tool",
 }  # fmt: skip
-MORE = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")  # what chat templates read of a turn
+MORE = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")  # keys that chat templates read
 _OWN = frozenset({"role", "from", "content", "value", "weight", "function_call", *MORE})
 _TURN = {"messages": ("role", "content"), "conversations": ("from", "value"), "conversation": ("from", "value")}
 
 
 def conversation(messages: Sequence[Message], record: Record, field: str, place: str) -> Example:
-    """An example that ends with the last turn that is learned. ``record``: whose ``system`` and ``tools`` go with it."""
+    """An example that ends with the last turn that is learned. ``record`` gives its ``system`` and ``tools``."""
     if is_given(record.get("system")):
         if messages and messages[0].role == "system":
             raise UserError(f"{place}: field 'system' and a system turn in '{field}'; remove one of the two")
@@ -149,7 +149,7 @@ def _call(call: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _tools(given: Any, place: str) -> str:
-    """What may be called as a JSON list, each in OpenAI's layout and with its keys in the order given; "" for none."""
+    """The tools that may be called, as a JSON list, each in OpenAI's layout and with its keys in the order given; "" for none."""
     found = parsed(given, "tools", place) if is_given(given) else []
     if not isinstance(found, list) or not all(isinstance(tool, Mapping) for tool in found):
         raise UserError(f"{place}: field 'tools' must be a list of {{type, function}} objects")

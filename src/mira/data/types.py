@@ -22,9 +22,9 @@ class Message:
 class Example:
     """One item. With ``messages`` (the last one the assistant's, repeated in ``output``) ``instruction`` and ``input`` are empty.
 
-    ``raw``: ``instruction`` is a prompt to be continued as it stands, without a template (prompt + completion). ``tools``: what
-    may be called, as a JSON list in text; "" for none. ``place``: where it was read, "file:line", for messages; it is no part
-    of what the example is.
+    ``raw``: ``instruction`` is a prompt to be continued as it stands, without a template (prompt + completion). ``tools``: those
+    that may be called, as a JSON list in text; "" for none. ``place``: where it was read, "file:line", for messages; it does
+    not count when examples are compared.
     """
 
     instruction: str
@@ -42,15 +42,15 @@ class Example:
 
     @property
     def content(self) -> dict[str, Any]:
-        """All that decides its tokens, for digests; what few examples have is left out where it is not there, so that the digest
-        of an older run is found again."""
+        """Everything that decides its tokens, for digests. Rare fields are left out where they are not set, so that the digest of
+        an older run is found again."""
         turns = [_without(asdict(m), {"learned": True, "more": ""}) for m in self.messages]
         given = {"instruction": self.instruction, "input": self.input, "output": self.output, "messages": turns}
         return given | _without({"raw": self.raw, "tools": self.tools}, {"raw": False, "tools": ""})
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What makes two examples the same question: everything before the answer, to the letter."""
+        """The parts that make two examples the same question: everything before the answer, to the letter."""
         turns = [text for m in self.messages[:-1] for text in (m.role, m.content, m.more)]
         return (*(turns or (self.instruction, self.input)), self.tools, *(("raw",) if self.raw else ()))
 

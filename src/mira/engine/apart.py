@@ -1,7 +1,7 @@
-"""Sequences of a pass one by one again, each with its prefix before it: for what mixes tokens otherwise than by attention.
+"""Sequences of a pass one by one again, each with its prefix before it: for layers that mix tokens otherwise than by attention.
 
-Sequences of like length are one batch, padded on the right, where no token sees it. What is computed of a shared prefix is
-computed for each of its readers; their gradients add up in it.
+Sequences of like length are one batch, padded on the right, where no token sees it. A shared prefix is computed for each of
+its readers; their gradients add up in it.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _alike(sequences: Sequence[_Sequence], alone: bool) -> Iterator[list[_Sequen
 
 
 def _lane(lane: Lane, firsts: Sequence[int], width: int) -> Lane:
-    """Of sequences of ``width`` tokens, which begin with these tokens of the pass."""
+    """The lane of sequences of ``width`` tokens that begin with the tokens ``firsts`` of the pass."""
     rows = [next(row for row, start, end in lane.ranges if start <= first < end) for first in firsts]
     ranges = [(row, n * width, (n + 1) * width) for n, row in enumerate(rows)]
     return replace(lane, ranges=ranges, needed=None, laid=None)

@@ -45,8 +45,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class Form:
-    """How scores become weights: ``scale``·QKᵀ of the last ``window`` keys, as ``cap``·tanh(·/``cap``); ``sinks`` [H]: one more
-    score for each query head, whose weight goes to no value."""
+    """The way from scores to weights: ``scale``·QKᵀ of the last ``window`` keys, as ``cap``·tanh(·/``cap``). ``sinks`` [H]: one
+    more score for each query head; its weight goes to no value."""
 
     scale: float
     window: int | None = None

@@ -183,7 +183,7 @@ class BatchedEngine:
         return [[self.decode(tokens) for tokens in row] for row in answers]
 
     def _by_transformers(self) -> ReferenceEngine:
-        """Who answers where a pass keeps too little to go on from: transformers, with its own cache."""
+        """The engine that answers where a pass keeps too little to go on from: transformers, with its own cache."""
         return ReferenceEngine(
             self.model,
             self.pad,

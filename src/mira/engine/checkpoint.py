@@ -56,7 +56,7 @@ def check_gradients(model: PreTrainedModel) -> None:
 
 
 def _gradient(model: PreTrainedModel, block: AbstractContextManager[None]) -> Tensor:
-    """Of a function of some tokens' logits with respect to their embeddings."""
+    """The gradient of a function of some tokens' logits with respect to their embeddings."""
     leaves: list[Tensor] = []
 
     def ask(module: nn.Module, given: Any, out: Tensor) -> Tensor:

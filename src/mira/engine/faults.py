@@ -1,4 +1,4 @@
-"""What a model that is called otherwise than it foresees ends in, told in one line."""
+"""Failures of a model that is called otherwise than it foresees, told in one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ FAULTS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, Asse
 
 @contextmanager
 def told(tell: Callable[[str], UserError]) -> Iterator[None]:
-    """Any fault within as what ``tell`` makes of its first line; running out of memory, and what is told already, as it is."""
+    """Raise for any fault within the error that ``tell`` makes of its first line. Running out of memory, and faults told
+    already, pass as they are."""
     try:
         yield
     except FAULTS as error:

@@ -38,7 +38,7 @@ class RowOptimizer:
     ) -> RowOptimizer:  # fmt: skip
         """Fresh state for ``rows`` [J,P], or the state that was kept [1+2P] for a row where there is one.
 
-        ``trainable`` [P] bool: what of a row may move; None: all. ``rate`` [P]: as above."""
+        ``trainable`` [P] bool: the entries of a row that may move; None: all. ``rate`` [P]: as above."""
         optimizer = RowOptimizer(
             training, torch.zeros(len(rows), 1, dtype=rows.dtype, device=rows.device), torch.zeros_like(rows),
             torch.zeros_like(rows) if training.optimizer == "adamw" else rows.new_zeros(len(rows), 0),

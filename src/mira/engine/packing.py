@@ -43,7 +43,7 @@ Jobs = Sequence[tuple[int, Sequence[Encoded]]]  # a row and its sequences, each
 def pack(jobs: Jobs, share_prefix: bool, virtual: int = 0, labels: Mapping[int, int] | None = None) -> Pass:
     """Lay out the sequences of each (row, sequences) job, each behind ``virtual`` placeholders. The prefix that a job's
     sequences have in common, found on token ids, is laid once; it ends before the token that predicts the first label of
-    any of them. What comes after the token that predicts the last label is left out: nothing reads it. ``labels``: of each
+    any of them. Tokens after the one that predicts the last label are left out: nothing reads them. ``labels``: of each
     row's whole batch; None: of its job. Raises ValueError where a label is a sequence's first token."""
     tokens: list[int] = []
     positions: list[int] = []

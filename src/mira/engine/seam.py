@@ -1,4 +1,4 @@
-"""What transformers calls for attention while a pass of packed sequences is computed, registered under ``NAME``.
+"""The attention that transformers calls while a pass of packed sequences is computed, registered under ``NAME``.
 
 The pass is the thread's, as the lane is: not every architecture hands keywords on to its attention.
 """
@@ -71,7 +71,7 @@ def attend_by(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Where the architecture lets others attend for it."""
+    """Let ``model`` attend by ``name``, where its architecture lets others attend for it."""
     if model._can_set_attn_implementation():
         model.set_attn_implementation(name)
 

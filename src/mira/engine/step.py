@@ -1,4 +1,4 @@
-"""What the passes of one training step add up to, and how what a pass added is taken back."""
+"""The sums over the passes of one training step, and a way to take back the share of one pass."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from mira.data.text import Encoded
 
 @dataclass(frozen=True)
 class Step:
-    """One step of many jobs: ``rows`` [J,P], their ``grad`` [J,P] and ``loss`` [J] so far, what masks are drawn from, who is
-    ``lost``, each row's ``whole`` batch, and the rows that have gradients of a part of theirs."""
+    """One step of many jobs: ``rows`` [J,P], their ``grad`` [J,P] and ``loss`` [J] so far. ``dropout``: the generators of
+    masks; ``lost``: the rows given up, each with the reason; ``whole``: each row's whole batch; ``begun``: the rows that have
+    gradients of a part of theirs."""
 
     rows: Tensor
     grad: Tensor
@@ -25,7 +26,7 @@ class Step:
     begun: set[int] = field(default_factory=set)
 
     def undo(self, index: Sequence[int]) -> Callable[[], None]:
-        """What brings the gradients of these rows, and what draws their masks, back to where they are now."""
+        """A function that puts the gradients of these rows, and the generators of their masks, back to their present state."""
         before = self.grad[index] if self.begun.intersection(index) else 0
         states = {n: self.dropout[n].get_state() for n in index} if self.dropout else {}
 

@@ -1,4 +1,4 @@
-"""What a model does with the tokens of a pass beyond its numbers: what a short probe would not show."""
+"""Behaviour of a model in a pass, beyond its numbers, that a short probe would not show."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _TOKENS = 97  # no layer has such a width
 @dataclass(frozen=True)
 class Seen:
     """``numbering``: a layer numbers a pass's tokens itself, whatever positions it is given. ``hiding``: masks hide other keys
-    from the last token of the longest sequence than the windows attention is told of. ``keeping``: a module keeps what it
-    computed until the next pass."""
+    from the last token of the longest sequence than the windows attention is told of. ``keeping``: a module keeps tensors
+    until the next pass."""
 
     numbering: bool
     hiding: bool
@@ -33,7 +33,7 @@ class Seen:
 
 @torch.no_grad()
 def watch(body: Body, longest: int) -> Seen:
-    """Of a pass of ``body`` over a single sequence, with eager attention, and of the masks of one of ``longest`` tokens."""
+    """Watch a pass of ``body`` over a single sequence, with eager attention, and the masks of one of ``longest`` tokens."""
     layers = [module for module in body.module.modules() if isinstance(module, GradientCheckpointingLayer)]
     numbering = _Numbering()
     hooks = [layer.register_forward_pre_hook(numbering.enter) for layer in layers]
@@ -63,7 +63,7 @@ def _hides(body: Body, longest: int) -> bool:
 
 
 class _Numbering(TorchDispatchMode):
-    """Whether the pass's tokens are numbered within a layer."""
+    """Record whether the pass's tokens are numbered within a layer."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -83,7 +83,7 @@ class _Numbering(TorchDispatchMode):
 
 @dataclass
 class _Masks:
-    """In the place of a mask, what its last query of ``longest`` sees; in the place of attention, nothing."""
+    """Stand-ins: for a mask, the keys that its last query of ``longest`` sees; for attention, zeros."""
 
     longest: int
     hiding: bool = False

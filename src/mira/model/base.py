@@ -144,7 +144,8 @@ def _open(
 
 
 def _class(folder: Path, local: Mapping[str, Any]) -> type[_BaseAutoModelClass]:
-    """What loads the model in ``folder``: of one for images and text its text is used alone, where there is no class for that."""
+    """The class that loads the model in ``folder``. A model for images and text of which no class loads the text alone is loaded
+    whole; only its text is used."""
     config = AutoConfig.from_pretrained(folder, **local)
     causal = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
         config, "auto_map", {}

@@ -1,4 +1,4 @@
-"""What reads for a base model, its tokenizer and its configuration: enough to see examples as tokens, without the weights."""
+"""The tokenizer and configuration of a base model: enough to see examples as tokens, without the weights."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _WEIGHTS = (
     ".h5",
     ".msgpack",
 )
-_OTHERS = ("config.json", "README.md")  # what save_pretrained writes, and what tells of the base alone
+_OTHERS = ("config.json", "README.md")  # the one save_pretrained writes, and the one about the base alone
 
 
 def unquantised(base: Base, trust_remote_code: bool) -> PreTrainedModel:
@@ -42,7 +42,7 @@ def unquantised(base: Base, trust_remote_code: bool) -> PreTrainedModel:
 
 
 def _told(folder: Path, key: str) -> Any:
-    """What the configuration in ``folder`` says, or that of its text model."""
+    """The value of ``key`` in the configuration in ``folder``, or in that of its text model."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return config.get(key) or config.get("text_config", {}).get(key)
 

@@ -1,1 +1,1 @@
-"""What a server needs of a finished run: adapters in its format, its command line, the card, the way to the hub."""
+"""Parts of a finished run that a server needs: adapters in its format, its command line, the card, the way to the hub."""

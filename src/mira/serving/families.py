@@ -1,4 +1,4 @@
-"""How llama.cpp keeps the weights of each family: the name of its architecture, and the order of rows it keeps.
+"""The form in which llama.cpp keeps the weights of each family: the name of its architecture, and the order of rows it keeps.
 
 The adapters of a family are listed here once llama.cpp gave the same probabilities with them as transformers with PEFT: the
 test of the formats proves every one.

@@ -40,7 +40,7 @@ def check(config: Any) -> Family:
 def write(peft: Path, config: Any, out: Path, name: str) -> None:
     """Write the adapter in the folder ``peft`` on a base of ``config`` as the file ``out``, called ``name`` in it.
 
-    Raises UserError for what llama.cpp cannot add to a model.
+    Raises UserError for an adapter that llama.cpp cannot add to a model.
     """
     family = check(config)
     settings = json.loads((peft / "adapter_config.json").read_text(encoding="utf-8"))
@@ -123,5 +123,5 @@ def _scale(module: str, rank: int, settings: dict[str, Any]) -> float:
 
 
 def _of(pattern: dict[str, float], module: str, default: float) -> float:
-    """What a pattern of PEFT's says for ``module``: its keys match the end of a name."""
+    """The value for ``module`` in a pattern of PEFT's: its keys match the end of a name."""
     return next((value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", module)), default)

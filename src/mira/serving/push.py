@@ -23,7 +23,7 @@ CLIENT = "{client}"
 
 @dataclass(frozen=True)
 class Hub:
-    """Where to push. ``name``: OWNER/NAME, in which {client} stands for a client's; ``base``: the base model's name there."""
+    """Target of a push. ``name``: OWNER/NAME, in which {client} stands for a client's; ``base``: the base model's name there."""
 
     name: str
     public: bool = False
