@@ -55,9 +55,13 @@ def environment_of(
         "truncated": truncated,
         "prompt": {
             "template": encoder.template, "date": encoder.wording.date, "sha256": encoder.fingerprint,
-            "stops": sorted(encoder.wording.stops),
+            "stops": sorted(encoder.wording.stops), "as_before": encoder.as_before and not _raw(federation),
         },
     }  # fmt: skip
+
+
+def _raw(federation: Federation) -> bool:
+    return any(client.manner.raw for client in federation.clients)
 
 
 def taken_over(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -125,6 +129,11 @@ def processor() -> str:
 
 def check_environment(recorded: dict[str, Any], now: dict[str, Any], must: Sequence[str] = DECIDING) -> None:
     """Refuse to go on where what ``must`` be the same differs, naming the difference; warn of what else differs."""
+    if "prompt" not in recorded and not now["prompt"]["as_before"]:
+        text = "this version makes other tokens of its examples than the one that started the run (docs/prompts.md)"
+        if set(must) == set(DECIDING):
+            raise UserError(f"{text}; go on with that version, or start a new run")
+        log.warning("%s; numbers differ from those of the run", text)
     for key in DECIDING:
         new = now[key]
         old = recorded.get(key, new)  # of a run that began before it was recorded nothing is known

@@ -14,6 +14,7 @@ from mira import config
 from mira.core.errors import UserError
 from mira.core.types import Overlay, stays
 from mira.data.sources.sites import Sites
+from mira.data.templates import CHAT
 from mira.environment import check_environment, clients_of, taken_over
 from mira.experiment import (
     ADAPTERS,
@@ -76,8 +77,12 @@ def generate(
         row = session.method.serve(state_of(session, store, _round(store, which)), torch.tensor([k]))
     owner, encoder = session.federation.clients[k], session.corpus.encoder
     if prompt is not None:
+        if owner.manner.raw and not encoder.wording.wrapped and (option := _given(instruction, system)):
+            raise UserError(f"{option}: the prompts of '{client}' are continued as they stand; put it into --prompt")
+        if system and encoder.template != CHAT:
+            raise UserError(f"--system: prompt.template={encoder.template} has no place for it; put it into --prompt")
         example = owner.manner.example(prompt, instruction, system)
-        encoded = encoder.encode(example)
+        encoded = encoder.encode(example, "--prompt")
         if encoded.truncated:
             log.warning("--prompt: cut on the left to fit prompt.max_length=%d tokens", encoder.max_length)
         yield visible(session.engine.answer(row, [[encoded.asked]], max_new_tokens)[0][0])
@@ -145,6 +150,11 @@ def _session(folder: Path, data: Path | None, model: str | None, examples: bool 
     now = session.environment if clients is None else session.environment | {"data": environment["data"]}
     check_environment(environment, now, must=("model", "data"))
     return session
+
+
+def _given(instruction: str | None, system: str | None) -> str:
+    """The option that says how a prompt is put; "" for none."""
+    return "--instruction" if instruction is not None else "--system" if system is not None else ""
 
 
 def _check_here(session: Session, store: Store) -> None:

@@ -363,6 +363,24 @@ def test_a_site_runs_no_code_that_a_model_brings(world: World) -> None:
     assert told == {"failed": "model.trust_remote_code=true: a site runs no code that a model brings"}
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("chat_template", "{{ messages }}"), ("template_file", "/etc/hostname"), ("template_kwargs", {"mood": "x"})],
+)
+def test_a_site_renders_no_template_that_a_server_sends(world: World, key: str, value: object) -> None:
+    """It could spell the site's texts in numbers of tokens, read its files, or never end."""
+    site = world.sites()["bob"]
+    given = world.experiment().model_dump(mode="json")
+    given["prompt"][key] = value
+    request = Message(
+        Head("open", "0" * 16, "s", 0, "bob"), {"experiment": given, "number": 1, "threads": 1, "rank": None}, {}
+    )
+    told = unpack(site.handle(pack(request))).values
+    assert told == {
+        "failed": f"prompt.{key}: a template is a program; a site renders its texts with its model's own alone"
+    }
+
+
 def test_data_of_a_site_is_its_own(world: World) -> None:
     """A file of its name among others, or all that is there as one client."""
     found = Own(Jsonl(world.data), "bob").load(0)

@@ -107,6 +107,72 @@ def test_examples_too_long_are_cut_left_out_or_refused(
     assert "examples of more than 60 tokens left out: a (1), b (1)" in ended.err
 
 
+def test_the_first_example_may_be_too_long_and_is_left_out(tiny_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("a", "b"):
+        lines = [{"instruction": f"Echo {n} " + "again " * (30 * (n < 6)), "output": str(n)} for n in range(40)]
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = write_config(
+        tmp_path / "c.yaml", tiny_folder, data, prompt={"template": "chat", "max_length": 90, "overlong": "drop"},
+        split={"train": 20, "validation": 10, "test": 10}, rounds=1, data={"client_column": None, "group_column": None},
+        graph={"name": "complete"},
+    )  # fmt: skip
+    assert command("config", "check", config).status == 0
+    assert command("run", config, "--out", tmp_path / "run").status == 0
+
+
+def test_what_a_template_was_given_goes_with_the_adapter(tiny_folder: Path, tmp_path: Path) -> None:
+    mood = CHAT_TEMPLATE.replace("<start>assistant\n{%", "<start>assistant\n{{ mood }}{%")
+    values = settings(tiny_folder, write_clients(tmp_path / "data.jsonl"), prompt={"template": "auto"}, rounds=1)
+    values["prompt"] |= {"chat_template": mood, "template_kwargs": {"mood": "calm", "thinking": False, "none": None}}
+    run(Experiment(**values), tmp_path / "run")
+    folder = tmp_path / "run" / "adapters" / "ann"
+    template = (folder / "chat_template.jinja").read_text()
+    assert template.startswith('{% set mood = "calm" %}{% set thinking = false %}{% set none = none %}')
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}], add_generation_prompt=True, tokenize=False
+    )
+    assert prompt.endswith("<start>assistant\ncalm")
+    assert '"mood": "calm"' in (folder / "README.md").read_text()
+    for server in ("vllm", "sglang"):
+        assert "--chat-template " in command("export", tmp_path / "run", "--all", "--format", server).out
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ({"template_kwargs": {"tokenize": True}}, r"prompt\.template_kwargs\.tokenize: belongs to apply_chat_template"),
+        ({"date": "2026-02-30"}, r"prompt\.date=2026-02-30: there is no such day"),
+    ],
+)
+def test_what_no_template_can_be_given_is_refused(prompt: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Experiment(**settings(Path("m"), Path("d"), prompt=prompt))
+
+
+def test_a_client_of_raw_prompts_has_no_template(tiny_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("a", "b"):
+        lines = [{"prompt": f"{n} and 1 make ", "completion": str(n + 1)} for n in range(8)]
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = write_config(
+        tmp_path / "c.yaml", tiny_folder, data, rounds=1, data={"client_column": None, "group_column": None},
+        graph={"name": "complete"},
+    )  # fmt: skip
+    assert command("run", config, "--out", tmp_path / "run").status == 0
+    assert {file.name for file in (tmp_path / "run" / "adapters" / "a").iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors"
+    }  # fmt: skip
+    assert "continued as it stands" in (tmp_path / "run" / "adapters" / "a" / "README.md").read_text()
+    for option in ("--system", "--instruction"):
+        said = command("generate", tmp_path / "run", "--client", "a", "--prompt", "1", option, "Sing.").error
+        assert said == f"{option}: the prompts of 'a' are continued as they stand; put it into --prompt"
+
+
 def test_runs_of_a_comparison_share_the_day(dated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_config(
         tmp_path / "base.yaml", dated, write_clients(tmp_path / "data.jsonl"), rounds=1, prompt={"template": "auto"}

@@ -32,7 +32,7 @@ from small import settings, write_clients
 
 ENVIRONMENT: dict[str, Any] = {
     "versions": {"torch": "2.13.0", "peft": "0.21"}, "model": {"sha256": "a"}, "data": {"sha256": "b"}, "threads": 2,
-    "prompt": {"template": "chat", "date": None, "sha256": "c"},
+    "prompt": {"template": "chat", "date": None, "sha256": "c", "as_before": True},
     "device": "cpu", "engine": "batched", "prefix": True, "tokens_per_pass": 1024, "machine": {"cores": 2},
 }  # fmt: skip
 
@@ -45,7 +45,12 @@ def test_what_decides_numbers_must_not_change(key: str) -> None:
 
 
 def test_a_run_of_before_prompts_were_recorded_goes_on() -> None:
-    check_environment({key: value for key, value in ENVIRONMENT.items() if key != "prompt"}, ENVIRONMENT)
+    before = {key: value for key, value in ENVIRONMENT.items() if key != "prompt"}
+    check_environment(before, ENVIRONMENT)
+    otherwise = ENVIRONMENT | {"prompt": ENVIRONMENT["prompt"] | {"as_before": False}}
+    with pytest.raises(UserError, match="makes other tokens of its examples than the one that started the run"):
+        check_environment(before, otherwise)
+    check_environment(before, otherwise, must=("model", "data"))
 
 
 def test_the_difference_alone_is_named() -> None:

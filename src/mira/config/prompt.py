@@ -16,9 +16,9 @@ from mira.data.reading import existing, read_text
 from mira.data.templates import CHAT
 from mira.data.text import Encoder, Wording
 
-_RESERVED = (
-    "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
-    "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+_RESERVED = (  # of apply_chat_template
+    "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message",
+    "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
     "return_assistant_tokens_mask", "tokenizer_kwargs",
 )  # fmt: skip
 
@@ -57,7 +57,7 @@ class PromptSection:
         for name in self.template_kwargs:
             if name in _RESERVED:
                 raise UserError(
-                    f"prompt.template_kwargs.{name}: is a word of apply_chat_template's own, not a variable of a template; leave it out"
+                    f"prompt.template_kwargs.{name}: belongs to apply_chat_template, not to a template; leave it out"
                 )
         if self.date is not None:
             try:

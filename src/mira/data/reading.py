@@ -71,7 +71,7 @@ def tell_left_out(folder: Path, paths: Sequence[Path]) -> None:
 def read_records(path: Path) -> Iterator[tuple[str, Record]]:
     """(place "file:line", object) for every record of one file."""
     raw = read_bytes(path)
-    if raw.startswith(b"PAR1"):
+    if raw.startswith(b"PAR1") or _ending(path) == ".parquet":
         return _parquet(raw, path)
     text, ending = decoded(raw, path), _ending(path)
     return _table(text, path, ending) if ending in (".csv", ".tsv") else _records(text, path)

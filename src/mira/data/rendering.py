@@ -147,18 +147,24 @@ def _marked(value: Any, special: re.Pattern[str] | None) -> Any:
 
 
 def _unmarked(text: str, where: str) -> Text:
-    parts = re.split(f"([{_OPEN}{_CLOSE}])", text)
+    """The text without its marks. Raises UserError where the template took a marked text apart."""
     clean, literal, opened = "", list[Span](), -1
-    for part in parts:
-        if part not in (_OPEN, _CLOSE):
-            clean += part
-        elif (part == _OPEN) != (opened < 0):
-            raise UserError(
-                f"prompt.template='chat': the template takes apart a text of {where} that spells a special token; remove it there"
-            )
-        elif part == _OPEN:
+    for part in re.split(f"([{_OPEN}{_CLOSE}])", text):
+        if part == _OPEN and opened < 0:
             opened = len(clean)
-        else:
+        elif part == _CLOSE and opened >= 0:
             literal.append((opened, len(clean)))
             opened = -1
+        elif part in (_OPEN, _CLOSE):
+            raise _taken_apart(where)
+        else:
+            clean += part
+    if opened >= 0:
+        raise _taken_apart(where)
     return Text(clean, tuple(literal))
+
+
+def _taken_apart(where: str) -> UserError:
+    return UserError(
+        f"prompt.template='chat': the template takes apart a text of {where} that spells a special token; remove it there"
+    )

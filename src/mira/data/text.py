@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from mira.core.errors import UserError, did_you_mean
 from mira.data.chat import Answer, Chat, Conversation
@@ -133,6 +133,11 @@ class Encoder:
         text = [self.rendering.source(tools) for tools in (False, True)] if self.template == CHAT else self.template
         wording = asdict(replace(self.wording, date=None, positions=None, stops=frozenset())) | {"stops": []}
         return hashlib.sha256(json.dumps([text, wording], sort_keys=True).encode()).hexdigest()
+
+    @property
+    def as_before(self) -> bool:
+        """Whether prompts and answers become the tokens that they did when they were tokenised apart."""
+        return self.template != CHAT and not self.tokenizing.alters_beginnings
 
     @property
     def about(self) -> str:
@@ -259,8 +264,10 @@ class Encoder:
     def _raw(self, example: Example, where: str) -> str:
         """The prompt in a raw template, or as it stands."""
         if example.messages:
+            more = "" if self.tokenizer.chat_template else " and a chat template, with prompt.template_file"
             raise UserError(
-                f"prompt.template='{self.template}': {where} is made of 'messages', which need prompt.template='chat'"
+                f"prompt.template='{self.template}': {where} is a conversation ('messages', or history and system), which needs"
+                f" prompt.template='chat'{more}"
             )
         if example.raw and not self.wording.wrapped:
             return example.instruction

@@ -62,7 +62,7 @@ class Tokenizing:
     def continued(self, text: str, special: bool = False) -> Tokens:
         """``text`` as the rest of a longer one: without the space that some tokenizers put before every text. ``special``:
         whether it may spell special tokens."""
-        if self._alters_beginnings:
+        if self.alters_beginnings:
             anchored = self._bare([_ANCHOR + text], special)[0]
             first = anchored.before(len(_ANCHOR))
             if anchored.ids[:first] == self._anchor and all(a >= len(_ANCHOR) for a, _ in anchored.spans[first:]):
@@ -138,7 +138,7 @@ class Tokenizing:
         return self._bare([_ANCHOR])[0].ids
 
     @cached_property
-    def _alters_beginnings(self) -> bool:
+    def alters_beginnings(self) -> bool:
         """Whether a text gets other tokens at the beginning than in the middle of a longer one."""
         alone, after = self._bare(["x", _ANCHOR + "x"])
         return after.ids[after.before(len(_ANCHOR)) :] != alone.ids

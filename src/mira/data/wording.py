@@ -10,9 +10,9 @@ Overlong = Literal["error", "cut", "drop"]
 
 @dataclass(frozen=True)
 class Wording:
-    """All that decides an example's tokens beside the template. ``system``: the system message of conversations that have none; ``own``,
-    ``values``, ``date``: of the chat template; ``wrapped``: whether prompt + completion go into the template; ``positions``: as
-    many as the model has; ``stops``: the tokens at which servers end an answer (of ``generation_config``)."""
+    """All that decides an example's tokens beside the template. ``system``: the system message of conversations that have none;
+    ``own``, ``values``, ``date``: of the chat template; ``wrapped``: whether prompt + completion go into the template;
+    ``positions``: as many as the model has; ``stops``: the tokens at which servers end an answer (of ``generation_config``)."""
 
     system: str = ""
     own: str | None = None

@@ -17,6 +17,7 @@ from transformers.utils.generic import ModelOutput
 from mira.adapters.attach import Attached, Forward
 from mira.engine.apart import Apart
 from mira.engine.attention import Attention, Packed
+from mira.engine.faults import FAULTS, is_no_fault
 from mira.engine.seam import attending, in_this_thread
 
 Head = Callable[[Tensor], Tensor]
@@ -100,7 +101,14 @@ class Body:
         plain = self.model.get_output_embeddings()
         if plain is None:
             return self.logits
-        size = plain(hidden).abs().amax().clamp(min=1e-6)
+        try:
+            size = plain(hidden).abs().amax().clamp(min=1e-6)
+        except (
+            FAULTS
+        ) as error:  # hidden states of another precision than its weights, which the model's own forward converts
+            if is_no_fault(error):
+                raise
+            return self.logits
         same = all(torch.equal(plain(x), self.logits(x)) for x in (hidden, hidden / size, hidden * (100 / size)))
         return plain if same else self.logits
 

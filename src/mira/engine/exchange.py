@@ -25,7 +25,10 @@ from mira.engine.watch import Seen, watch
 
 _LONGEST = 1024  # tokens of a probe's first sequence
 _SHORT = 6  # of those beside it
-_FEW, _MIDDLE = 4, 96  # sequences, and tokens of each, that show whether a token sees those behind it
+_FEW, _MIDDLE = (
+    4,
+    96,
+)  # sequences that show whether a token sees those behind it, of at most so many tokens; one of more
 _LENGTH = 4  # of the probe for the last MLP; short, so that what leaks from the token before weighs
 # Of one token's hidden state, relative. bf16 rounds at 2⁻⁸ in every layer (0.02 on SmolLM2); a leak or a missing term moves some
 # token by tenths or more. Of the same pass with one sequence changed nothing but another's rounding may differ.
@@ -62,8 +65,8 @@ class _Probe:
     logits: Tensor
 
     @staticmethod
-    def of(body: Body, longest: int) -> _Probe:
-        sequences, shared = _sequences(body.model, longest)
+    def of(body: Body, longest: int, most: int = _LONGEST) -> _Probe:
+        sequences, shared = _sequences(body.model, min(longest, most))
         alone = tuple(body.module(input_ids=one[None], use_cache=False).last_hidden_state[0] for one in sequences)
         return _Probe(sequences, shared, alone, body.model(input_ids=sequences[-1][None], use_cache=False).logits[0])
 
@@ -116,8 +119,10 @@ def _exchange(model: PreTrainedModel, attached: Attached, longest: int) -> Way:
         set_attention(model, "eager" if usual == seam.NAME else usual)
         body, kind = replace(body, apart=True), "apart"
         _tried(lambda: _check_order(body, longest))
+        if longest > _LONGEST:  # a choice among more tokens than the probe has would not show
+            probe = _tried(lambda: _Probe.of(body, longest, longest))
         hidden, packed = _check(probe, body)
-    head = body.head(probe.alone[-1])
+    head = _tried(lambda: body.head(probe.alone[-1]))
     if not _difference(head(hidden[-len(probe.logits) + 1 :]), probe.logits[:-1]) <= _limit(model, _SAME):
         raise CannotPackError("makes other logits of the same hidden states")
     return Way(body, head, kind, kind == "packed" and _decodes(body, probe, packed), seen.keeping)
@@ -127,7 +132,10 @@ def _check_order(body: Body, longest: int) -> None:
     """Raises CannotPackError where what a token becomes changes with those behind it, as in a choice among all tokens."""
     draw = torch.Generator().manual_seed(1)
     usual = usual_tokens(body.model)
-    some = usual[torch.randint(len(usual), (_FEW, min(longest, _MIDDLE)), generator=draw)].to(body.model.device)
+    length = max(2, min(longest, positions(body.model) - 1))
+    some = usual[torch.randint(len(usual), (_FEW if length <= _MIDDLE else 1, length), generator=draw)].to(
+        body.model.device
+    )
     whole, part = (
         body.module(input_ids=ids, use_cache=False).last_hidden_state for ids in (some, some[:, : some.shape[1] // 2])
     )
@@ -194,7 +202,7 @@ def _decodes(body: Body, probe: _Probe, packed: Packed) -> bool:
 def _sequences(model: PreTrainedModel, longest: int) -> tuple[tuple[Tensor, ...], int]:
     """The probe's, and how many tokens the first two share."""
     usual = usual_tokens(model)
-    length = max(2, min(longest, positions(model) - 1, _LONGEST))
+    length = max(2, min(longest, positions(model) - 1))
     short = min(_SHORT, length)
     draw = torch.Generator().manual_seed(0)
     a, b, c = (usual[torch.randint(len(usual), (n,), generator=draw)] for n in (length + 1, short + 1, short + 1))

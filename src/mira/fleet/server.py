@@ -55,6 +55,9 @@ class Opener:
     ) -> Session:
         if (asked := experiment.privacy) is not None:
             epsilon(asked.noise, asked.delta, 1)  # a missing accountant is found now
+        for key in ("template_file", "chat_template", "template_kwargs"):
+            if getattr(experiment.prompt, key):
+                raise UserError(f"prompt.{key}: sites render texts with their model's own template alone; leave it out")
         data = experiment.data if isinstance(experiment.data, Sites) else Sites()
         begin = sorted(data.examples or set(self.names()) - set(data.expected))
         if not begin:

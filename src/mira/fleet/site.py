@@ -116,7 +116,9 @@ class Site:
             raise Refused("model.trust_remote_code=true: a site runs no code that a model brings")
         for key in ("chat_template", "template_file", "template_kwargs"):
             if given["prompt"].get(key):
-                raise Refused(f"prompt.{key}: a template is a program; a site renders its texts with its model's own alone")
+                raise Refused(
+                    f"prompt.{key}: a template is a program; a site renders its texts with its model's own alone"
+                )
         if self.model is not None:
             given["model"] = given["model"] | {"name": self.model, "source": "auto", "revision": None}
         experiment = config.parse(given | {"data": {"source": "builtin"}})

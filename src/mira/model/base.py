@@ -169,6 +169,12 @@ def _settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: st
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     stops = model.generation_config.eos_token_id if model.generation_config else None
+    penalty = getattr(model.generation_config, "repetition_penalty", None)
+    if penalty not in (None, 1.0):
+        log.warning(
+            "generation_config.json asks for repetition_penalty=%g: answers are measured without it, servers apply it",
+            penalty,
+        )
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id if stops is None else stops,

@@ -50,9 +50,10 @@ def hub_name(session: Session) -> str | None:
 
 
 def write(folder: Path, session: Session, origin: Origin, use: Use = "peft") -> None:
-    """Write the template of the prompts and the card into the folder of an adapter."""
-    name, text = template(session.corpus.encoder)
-    (folder / name).write_text(text, encoding="utf-8")
+    """Write the template of the prompts, where there is one, and the card into the folder of an adapter."""
+    if not is_raw(session, origin.client):
+        name, text = template(session.corpus.encoder)
+        (folder / name).write_text(text, encoding="utf-8")
     (folder / "README.md").write_text(card(session, origin, use, hub_name(session)), encoding="utf-8")
 
 
@@ -60,15 +61,35 @@ def template(encoder: Encoder) -> tuple[str, str]:
     """The Jinja template that prompts were rendered with, and the name of its file: of ``messages`` for a server's chat
     interface, or of ``instruction`` and ``input`` for one that is given text."""
     if encoder.template == CHAT:
-        return CHAT_TEMPLATE, encoder.rendering.source()
+        given = "".join(f"{{% set {key} = {_jinja(value)} %}}" for key, value in encoder.wording.values.items())
+        return CHAT_TEMPLATE, given + encoder.rendering.source()
     wording = TEMPLATES[encoder.template]
     with_input, without = wording("{{ instruction }}", "{{ input }}"), wording("{{ instruction }}", "")
     return PROMPT_TEMPLATE, f"{{% if input %}}{with_input}{{% else %}}{without}{{% endif %}}"
 
 
+def _jinja(value: Any) -> str:
+    """A value of the configuration as Jinja writes it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)}: {_jinja(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_jinja, value))}]"
+    return "none" if value is None else json.dumps(value)
+
+
+def is_own(encoder: Encoder) -> bool:
+    """Whether servers have to be given the exported chat template, since it is not the tokenizer's as it stands."""
+    return encoder.template == CHAT and (encoder.wording.own is not None or bool(encoder.wording.values))
+
+
+def is_raw(session: Session, client: Client) -> bool:
+    """Whether the prompts of ``client`` are continued as they stand, without a template."""
+    return client.manner.raw and not session.corpus.encoder.wording.wrapped
+
+
 def card(session: Session, origin: Origin, use: Use, base: str | None) -> str:
     """The text of the card: what the hub reads, then what people read. ``base``: the base's name on the hub."""
-    client, encoder, manner = origin.client, session.corpus.encoder, origin.client.manner
+    client = origin.client
     use = "seeds" if use == "peft" and session.experiment.adapter.kind == "seeds" else use
     rows = {
         "client": client.name,
@@ -76,26 +97,21 @@ def card(session: Session, origin: Origin, use: Use, base: str | None) -> str:
         "adapter": _adapter(session, client.name),
         "method": f"{session.experiment.method.name}, {origin.round} round{'s' * (origin.round != 1)}",
         "examples": _examples(client),
-        "prompts": "text, continued as it stands"
-        if manner.raw
-        else f"{encoder.template}, as in `{template(encoder)[0]}`",
-        **(
-            {"system message": manner.system or encoder.wording.system}
-            if manner.system or encoder.wording.system
-            else {}
-        ),
+        **_prompts(session, client),
         **_losses(origin),
     }
     told = {"run": session.experiment.name, **{key: _cell(value) for key, value in rows.items()}}
     table = "\n".join(f"| {key} | {value} |" for key, value in told.items())
     title, using = " ".join(client.name.split()), _USE[use].replace("BASE", json.dumps(base or session.base.name))
     return (
-        f"{_metadata(session, use, base)}\n# {title}\n\n{_WHAT}\n\n| | |\n|---|---|\n{table}\n\n{using}\n{_PROMPTS}\n"
+        f"{_metadata(session, use, base)}\n# {title}\n\n{_WHAT}\n\n| | |\n|---|---|\n{table}\n\n{using}\n"
+        f"{_TEXT if is_raw(session, client) else _PROMPTS}\n"
     )
 
 
 _WHAT = "An adapter of one client, trained together with those of others by MIRA."
 _PROMPTS = "Prompts have to be rendered with the template beside this file: the adapter was trained on them."
+_TEXT = "Prompts are texts to be continued: they go to a server's completion interface, without a template."
 _USE: dict[Use, str] = {
     "peft": """```python
 from peft import PeftModel
@@ -119,6 +135,22 @@ def _metadata(session: Session, use: Use, base: str | None) -> str:
     lora = ["lora"] if session.experiment.adapter.kind == "lora" and use != "merged" else []
     values |= {"pipeline_tag": "text-generation", "tags": ["federated-learning", "mira", *lora]}
     return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items()) + "---\n"
+
+
+def _prompts(session: Session, client: Client) -> dict[str, str]:
+    """Rows on the prompts: their template and what it was given."""
+    if is_raw(session, client):
+        return {"prompts": "text, continued as it stands"}
+    encoder, wording = session.corpus.encoder, session.corpus.encoder.wording
+    rows = {"prompts": f"{encoder.template}, as in `{template(encoder)[0]}`"}
+    system = client.manner.system or wording.system
+    if system:
+        rows["system message"] = system
+    if wording.values:
+        rows["template is given"] = json.dumps(wording.values)
+    if wording.date:
+        rows["today's date in prompts"] = wording.date
+    return rows
 
 
 def _adapter(session: Session, client: str) -> str:

@@ -11,7 +11,7 @@ from typing import Literal
 from mira.core.errors import UserError
 from mira.model.wheel import WHEELS
 from mira.serving import gguf
-from mira.serving.card import CHAT_TEMPLATE, base_name
+from mira.serving.card import CHAT_TEMPLATE, base_name, is_own
 from mira.session import Session
 
 Format = Literal["peft", "vllm", "sglang", "lorax", "gguf"]
@@ -121,17 +121,22 @@ def served(format: Format, session: Session, places: Sequence[Path]) -> Iterator
     base."""
     base = shlex.quote(base_name(session))
     named = " ".join(shlex.quote(f"{path.name}={path.resolve()}") for path in places)
+    template = f" --chat-template {_template(places)}" if is_own(session.corpus.encoder) and _template(places) else ""
     if format == "vllm":
         rank = next(r for r in _VLLM_RANKS if r >= session.layout.rank)
-        own = session.corpus.encoder.wording.own is not None
-        template = f" --chat-template {shlex.quote(str((places[0] / CHAT_TEMPLATE).resolve()))}" if own else ""
         yield f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {named}{template}"
     elif format == "sglang":
-        yield f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {named}"
+        yield f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {named}{template}"
     elif format == "lorax":
         yield f"lorax-launcher --model-id {base} --adapter-source local"
     elif format == "gguf":
         yield from _llama_server(session, places)
+
+
+def _template(places: Sequence[Path]) -> str:
+    """The chat template in one of the folders; "" where none has one."""
+    found = next((file for place in places if (file := place / CHAT_TEMPLATE).is_file()), None)
+    return "" if found is None else shlex.quote(str(found.resolve()))
 
 
 def _llama_server(session: Session, places: Sequence[Path]) -> Iterator[str]:
@@ -143,6 +148,6 @@ def _llama_server(session: Session, places: Sequence[Path]) -> Iterator[str]:
     else:
         yield f"python convert_hf_to_gguf.py {shlex.quote(base_name(session))} --outfile {base}"
     files = " ".join(f"--lora {shlex.quote(str((path / f'{path.name}.gguf').resolve()))}" for path in places)
-    template = places[0] / CHAT_TEMPLATE
-    chat = f" --jinja --chat-template-file {shlex.quote(str(template.resolve()))}" if template.is_file() else ""
+    template = _template(places)
+    chat = f" --jinja --chat-template-file {template}" if template else ""
     yield f"llama-server -m {shlex.quote(base)} --lora-init-without-apply {files}{chat}"
