@@ -125,11 +125,11 @@ def test_the_first_example_may_be_too_long_and_is_left_out(tiny_folder: Path, tm
 def test_what_a_template_was_given_goes_with_the_adapter(tiny_folder: Path, tmp_path: Path) -> None:
     mood = CHAT_TEMPLATE.replace("<start>assistant\n{%", "<start>assistant\n{{ mood }}{%")
     values = settings(tiny_folder, write_clients(tmp_path / "data.jsonl"), prompt={"template": "auto"}, rounds=1)
-    values["prompt"] |= {"chat_template": mood, "template_kwargs": {"mood": "calm", "thinking": False, "none": None}}
+    values["prompt"] |= {"chat_template": mood, "template_kwargs": {"mood": "calm", "thinking": False, "nothing": None}}
     run(Experiment(**values), tmp_path / "run")
     folder = tmp_path / "run" / "adapters" / "ann"
     template = (folder / "chat_template.jinja").read_text()
-    assert template.startswith('{% set mood = "calm" %}{% set thinking = false %}{% set none = none %}')
+    assert template.startswith('{% set mood = "calm" %}{% set thinking = false %}{% set nothing = none %}')
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     prompt = tokenizer.apply_chat_template(
