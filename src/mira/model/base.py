@@ -23,7 +23,7 @@ from transformers import (
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from mira.core.errors import UserError
-from mira.model.files import first_line, sha256, weight_files
+from mira.model.files import first_line, sha256, way_out, weight_files
 from mira.model.find import Origin, Source, find
 from mira.model.quantise import Quantization, check, loading, quantization_of, settle
 from mira.model.wheel import quiet, recorded_sha256
@@ -135,8 +135,9 @@ def _open(
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **local
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        hint = "; model.trust_remote_code=true would run it" if "custom code" in str(error) else ""
-        raise UserError(f"model.name={name}: {folder} cannot be loaded ({first_line(error)}){hint}") from error
+        raise UserError(
+            f"model.name={name}: {folder} cannot be loaded ({first_line(error)}){way_out(error)}"
+        ) from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers
         raise UserError(f"model.name={name}: the weights in {folder} lack {len(missing)} tensors, such as {missing[0]}")

@@ -52,3 +52,12 @@ def _shards(index: Path) -> list[Path]:
     if not names or any(Path(name).name != name for name in names):
         raise UserError(f"model.name={index.parent}: {index.name} does not map tensors to files beside it")
     return [index.parent / name for name in names]
+
+
+def way_out(error: Exception) -> str:
+    """Advice for a model folder that transformers cannot load with ``error``; "" where there is none."""
+    if "custom code" in str(error):
+        return "; model.trust_remote_code=true would run it"
+    if "backend tokenizer" in str(error):
+        return "; its tokenizer is incomplete: copy tokenizer.json beside the weights"
+    return ""

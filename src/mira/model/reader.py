@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from mira.core.errors import UserError
-from mira.model.files import TOKENIZER_FILES, first_line
+from mira.model.files import TOKENIZER_FILES, first_line, way_out
 from mira.model.find import Source, find
 from mira.model.wheel import WHEELS, is_made, quiet
 
@@ -50,8 +50,9 @@ def open_reader(
                 _stops(folder),
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        hint = "; model.trust_remote_code=true would run it" if "custom code" in str(error) else ""
-        raise UserError(f"model.name={name}: {folder} cannot be loaded ({first_line(error)}){hint}") from error
+        raise UserError(
+            f"model.name={name}: {folder} cannot be loaded ({first_line(error)}){way_out(error)}"
+        ) from error
 
 
 def _stops(folder: Path) -> frozenset[int]:
