@@ -152,8 +152,7 @@ class Layout:
     @property
     def alone(self) -> str:
         """Why rows can be computed for one client at a time only; empty where they can be in one pass."""
-        experts = any(entry.experts for entry in self.entries)
-        return "has no adapters of experts" if experts else "has no magnitudes (adapter.dora)" if self.dora else ""
+        return "has no magnitudes (adapter.dora)" if self.dora else ""
 
     @staticmethod
     def of(

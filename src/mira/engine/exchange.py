@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from mira.adapters.attach import Attached
 from mira.adapters.lowrank import Lane
+from mira.adapters.proof import trial_row
 from mira.core.layout import Layout
 from mira.engine import seam
 from mira.engine.attention import Packed, Segment
@@ -219,6 +220,33 @@ def try_adapters(body: Body, attached: Attached, layout: Layout) -> None:
     if layout.virtual_tokens:
         with told(cannot_carry(layout)):
             _check_embeddings(body, ids)
+
+
+@torch.no_grad()
+def check_experts(body: Body, attached: Attached, layout: Layout) -> None:
+    """Raises CannotPackError where experts with adapters are not computed, in a pass of two clients, with each one's own."""
+    if not any(entry.experts for entry in layout.entries):
+        return
+    model = body.model
+    row = trial_row(model, layout).to(model.device, torch.promote_types(model.dtype, torch.float32))
+    rows = torch.stack([row, torch.zeros_like(row)])
+    ids = usual_tokens(model)[: 2 * _SHORT].to(model.device)
+    ids = ids[torch.arange(2 * _SHORT, device=ids.device) % len(ids)]
+    places = torch.arange(_SHORT, device=ids.device)
+
+    def hidden(*clients: int) -> Tensor:
+        spans = [(n * _SHORT, (n + 1) * _SHORT) for n in range(len(clients))]
+        lane = Lane(rows, [(row, *span) for row, span in zip(clients, spans, strict=True)])
+        own = torch.cat([ids[n * _SHORT : (n + 1) * _SHORT] for n in clients])
+        with attached.on(lane):
+            return body(own[None], places.repeat(len(clients))[None], Packed([Segment(*span) for span in spans]))[0]
+
+    together, first = _tried(lambda: hidden(0, 1)), _tried(lambda: hidden(0))
+    second = body(ids[None, _SHORT:], places[None], Packed([Segment(0, _SHORT)]))[0]
+    error = _difference(together, torch.cat([first, second]))
+    if not error <= _limit(model, _SAME):
+        where = f"architecture '{model.config.model_type}'"
+        raise CannotPackError(f"{where} gives its experts other tokens than the pass has (relative difference {error:.2g})")
 
 
 def _check_embeddings(body: Body, ids: Tensor) -> None:
