@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from mira.adapters.lowrank import Factors, Lane
+from mira.core.errors import UserError
 from mira.core.threads import still_wanted
 
 Span = tuple[int, int, int]  # row, first token, end
@@ -58,9 +59,16 @@ class Call:
             for (name, one), a, b in zip(self.factors.items(), pairs[::2], pairs[1::2], strict=True)
         }
         module = _with(self.module, changed)
+        before = dict(vars(module))
         own = replace(self.lane, ranges=[(row, 0, end - start)], needed=None, ready={}, laid=None)
         with self.within(own):
             out = type(module).forward(module, *args, **kwargs)
+        if any(before.get(key) is not kept for key, kept in vars(module).items()):
+            name = next(iter(self.factors.values())).a.module
+            raise UserError(
+                f"adapter.targets: '{name}' belongs to a module that keeps what it computed, which PEFT's wrapper hides"
+                " from the model; name other layers"
+            )
         if not isinstance(out, Tensor) or out.shape[:-1] != tensors[0].shape[: out.ndim - 1]:
             raise ValueError("experts give something else than a state of each token")
         return out
@@ -101,7 +109,8 @@ class _PerClient(torch.autograd.Function):
         still_wanted()
         call: Call = ctx.call
         grads = [
-            torch.zeros_like(x) if ask else None for x, ask in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
+            torch.zeros_like(x) if ask else None
+            for x, ask in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
         ]
         assert call.lane.grad is not None
         for span in call.spans:
@@ -135,7 +144,8 @@ def _changed(module: nn.Module, name: str, a: Tensor, b: Tensor, scale: float) -
     each_a, each_b = a.view(len(weight), -1, a.shape[1]), b.view(len(b), -1, len(weight)).permute(2, 0, 1)
     turned = getattr(module, "is_transposed", False)
     left, right = (each_a.mT, each_b.mT) if turned else (each_b, each_a)
-    return torch.baddbmm(weight, left.to(weight.dtype), right.to(weight.dtype), alpha=scale)
+    changed: Tensor = torch.baddbmm(weight, left.to(weight.dtype), right.to(weight.dtype), alpha=scale)
+    return changed
 
 
 def _with(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
