@@ -12,6 +12,7 @@ from families import FAMILIES, build
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+import gpu_way
 from mira.adapters.attach import Attached, attach
 from mira.adapters.experts import per_client
 from mira.adapters.lora import Lora
@@ -20,6 +21,7 @@ from mira.core.errors import UserError
 from mira.core.layout import Layout
 from mira.core.training import Training
 from mira.core.types import Work
+from mira.engine.batched import BatchedEngine
 from mira.engine.carrier import Carrier
 from mira.engine.seam import CannotPackError
 
@@ -106,6 +108,26 @@ def test_grouped_products_in_fp32_are_the_oracles() -> None:
     assert error(ours, oracle, start) <= 1e-4
 
 
+def test_a_gpu_does_not_record_where_each_client_s_tokens_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording would replay the ranges of another pass."""
+    gpu_way.take(monkeypatch)
+    layout, training = layout_of("qwen3_moe"), Training(local_steps=3, optimizer="sgd", clip=None)
+    start, corpus = starts(layout), RandomCorpus((3, 3, 3))
+    oracle, loss, _ = trained(
+        make_engine("reference", "", corpus, training, model=wide("qwen3_moe"), layout=layout), start
+    )
+    engine = make_engine("batched", "", corpus, training, model=wide("qwen3_moe"), layout=layout)
+    ours, own_loss, _ = trained(engine, start)
+    torch.testing.assert_close(own_loss, loss, rtol=0, atol=LOSS)
+    assert error(ours, oracle, start) <= ROWS
+    beside = Lora(4, 8.0, targets=("o_proj",)).layout(make("qwen3_moe"))
+    recorded = make_engine("batched", "", corpus, training, model=wide("qwen3_moe"), layout=beside)
+    assert isinstance(engine, BatchedEngine)
+    assert isinstance(recorded, BatchedEngine)
+    assert engine.replays is None
+    assert recorded.replays is not None
+
+
 def test_a_kept_optimiser_is_the_same_in_both_engines() -> None:
     layout = layout_of("qwen3_moe")
     training, start = Training(lr=1e-2, local_steps=3, keep_optimizer=True), starts(layout)
@@ -185,22 +207,28 @@ class _Toy(nn.Module):
         return torch.einsum("...i,...oi->...o", x, self.weight[expert]) * share[..., None]
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 3), (12,)])
-def test_tokens_are_cut_however_they_lie(shape: tuple[int, ...]) -> None:
-    """[T,…], [1,T,…], B sequences of L, and two copies of all; gradients are those of each client by itself."""
+def test_tokens_are_cut_however_they_lie(shape: tuple[int, ...], turned: bool) -> None:
+    """[T,…], [1,T,…], B sequences of L, and two copies of all, contiguous or not; gradients are each client's."""
     toy, layout = _Toy(), Layout.of({"weight": (3, 3, 2)}, 2, 4.0)
     entries = {entry.factor: entry for entry in layout.entries}
     factors = {"weight": Factors(entries["A"], entries["B"], layout.scale)}
     draw = torch.Generator().manual_seed(1)
     rows = torch.randn(2, layout.size, generator=draw)
-    x, share = torch.randn(*shape, 3, generator=draw), torch.rand(shape, generator=draw)
+    x = (
+        torch.randn(3, *shape[::-1], generator=draw).permute(*range(len(shape), -1, -1))
+        if turned
+        else torch.randn(*shape, 3, generator=draw)
+    )
+    share = torch.rand(shape, generator=draw)
     expert, owner = (
         (torch.arange(share.numel()) % 2).view(shape),
         (torch.arange(share.numel()) % 6 >= 2).long().view(shape),
     )
     found = []
     for ours in (True, False):
-        leaves = [x.clone().requires_grad_(), share.clone().requires_grad_(), rows.clone().requires_grad_()]
+        leaves = [x.detach().requires_grad_(), share.clone().requires_grad_(), rows.clone().requires_grad_()]
         grad = torch.zeros_like(rows)
         if ours:
             lane, probe = (

@@ -86,12 +86,12 @@ def attach(model: PreTrainedModel, layout: Layout, dropout: float) -> Attached:
             attached, module, [factors.get(f"{name}.{child}") for child in ("gate_proj", "up_proj", "down_proj")]
         )
     owned: dict[str, dict[str, Factors]] = {}
-    for name in (entry.module for entry in layout.entries if entry.experts and entry.factor == "A"):
+    for name in layout.experts:
         owner, _, leaf = name.rpartition(".")
         owned.setdefault(owner, {})[leaf] = factors[name]
     for owner, own in owned.items():
         attached.exchange(model.get_submodule(owner), _by_client(attached, model.get_submodule(owner), own))
-    done = {f"{owner}.{leaf}" for owner, own in owned.items() for leaf in own}
+    done = set(layout.experts)
     for name, parent in model.named_modules():
         for group in _GROUPS:
             paths = [f"{name}.{child}" for child in group]

@@ -108,9 +108,10 @@ class _PerClient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         still_wanted()
         call: Call = ctx.call
-        grads = [
-            torch.zeros_like(x) if ask else None
-            for x, ask in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
+        asks = ctx.needs_input_grad[2:]
+        grads = [  # contiguous, for views to be written into
+            torch.zeros_like(x, memory_format=torch.contiguous_format) if ask else None
+            for x, ask in zip(ctx.saved_tensors, asks, strict=True)
         ]
         assert call.lane.grad is not None
         for span in call.spans:
@@ -159,7 +160,7 @@ def _by_token(x: Tensor, tokens: int) -> Tensor:
     """A view [c,T,…] of x: [c·T,…], c times all tokens one after the other, or [B,L,…] of B·L = T. Raises ValueError for
     others."""
     if x.ndim and x.shape[0] and x.shape[0] % tokens == 0:
-        return x.unflatten(0, (-1, tokens))
+        return x.view(-1, tokens, *x.shape[1:])
     if x.ndim > 1 and x.shape[0] * x.shape[1] == tokens:
         return x.flatten(0, 1)[None]
     raise ValueError(f"experts are given {tuple(x.shape)} where the pass has {tokens} tokens")

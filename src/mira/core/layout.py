@@ -134,6 +134,11 @@ class Layout:
         return tuple(entry.module for entry in self.entries if entry.factor == "A")
 
     @property
+    def experts(self) -> tuple[str, ...]:
+        """Those of the modules that are tensors of experts."""
+        return tuple(entry.module for entry in self.entries if entry.factor == "A" and entry.experts)
+
+    @property
     def dora(self) -> bool:
         """Whether layers have magnitudes."""
         return any(entry.factor == "magnitude" for entry in self.entries)

@@ -33,7 +33,7 @@ def try_adapters(body: Body, attached: Attached, layout: Layout) -> None:
 
 def _check_experts(body: Body, attached: Attached, layout: Layout) -> None:
     """Raises CannotPackError where a pass of two clients does not compute the tokens of each with its own experts."""
-    if not any(entry.experts for entry in layout.entries):
+    if not layout.experts:
         return
     model = body.model
 
