@@ -96,6 +96,31 @@ def test_losses_and_answers_are_the_oracles(name: str) -> None:
     assert len({text for answers in found[0][1] for text in answers}) > 3
 
 
+@pytest.mark.filterwarnings("ignore")  # optional kernels that are not installed
+@pytest.mark.parametrize(
+    ("name", "leaves"),
+    [
+        ("qwen3_next", ("gate_up_proj", "down_proj")),  # mixers apart
+        ("nemotron_h", ("up_proj", "down_proj")),  # no gate
+        ("longcat_flash", ("gate_up_proj", "down_proj")),  # tokens that no expert sees
+        ("granitemoe", ("gate_up_proj", "down_proj")),
+        ("zaya", ("gate_up_proj", "down_proj")),  # all of it apart
+    ],
+)
+def test_awkward_families_train_and_answer_as_the_oracle(name: str, leaves: tuple[str, ...]) -> None:
+    """By the name of no architecture: what a module is given and gives decides."""
+    family = next(one for one in FAMILIES if one.name == name)
+    layout = Lora(2, 4.0, targets=tuple(f"experts.{leaf}" for leaf in leaves)).layout(build(family))
+    training, start, found = Training(local_steps=3, optimizer="sgd", clip=None), starts(layout, torch.float32), []
+    for kind in ("reference", "batched"):
+        engine = make_engine(kind, "", RandomCorpus(STEPS), training, model=build(family), layout=layout)
+        found.append((*trained(engine, start)[:2], engine.generate(start, torch.arange(3), "test", 2, 6)))
+    (oracle, loss, answers), (ours, own_loss, own_answers) = found
+    torch.testing.assert_close(own_loss, loss, rtol=1e-6, atol=0)
+    assert error(ours, oracle, start) <= 1e-4
+    assert own_answers == answers
+
+
 def test_grouped_products_in_fp32_are_the_oracles() -> None:
     """What transformers computes experts with by itself."""
     layout, training = layout_of("qwen3_moe"), Training(local_steps=3, optimizer="sgd", clip=None)
