@@ -125,7 +125,8 @@ class _PerClient(torch.autograd.Function):
             if out.requires_grad:
                 torch.autograd.backward(out, _cut(grad, span, call.tokens))
             for total, one in zip(call.pairs(call.lane.grad, span[0]), pairs, strict=True):
-                total += 0 if one.grad is None else one.grad
+                if one.grad is not None:
+                    total += one.grad
             for total_x, part in zip(grads, parts, strict=True):
                 if total_x is not None and part.grad is not None:
                     _put(total_x, span, call.tokens, part.grad)
