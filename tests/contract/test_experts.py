@@ -19,7 +19,6 @@ from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.training import Training
 from mira.core.types import Setting, Work
-from mira.engine.carrier import Carrier
 from mira.engine.reference import ReferenceEngine
 from mira.methods import METHODS
 
@@ -110,10 +109,6 @@ def test_every_expert_starts_where_peft_starts_it() -> None:
 
 def test_what_cannot_be_is_refused_in_one_line() -> None:
     model, layout = make("qwen3_moe"), layout_of("qwen3_moe")
-    with pytest.raises(
-        UserError, match=r"engine\.name=batched: has no adapters of experts; use engine\.name=reference"
-    ):
-        Carrier.of(model, layout, 0.0, prefix=False, longest=64)
     with pytest.raises(UserError, match=r"adapter\.dropout=0\.1: there is none for experts"):
         Lora(4, 8.0, dropout=0.1, targets=EXPERTS).layout(model)
     with pytest.raises(

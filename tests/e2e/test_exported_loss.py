@@ -35,6 +35,8 @@ def values_on(name: str, adapter: dict[str, Any], engine: str, folder: Path) -> 
         ("deepseek_v3", {"targets": ["gate_proj", "up_proj", "down_proj", "o_proj"]}, "batched"),
         ("glm4_moe", {"targets": ["gate_proj", "o_proj"]}, "reference"),
         ("qwen3_moe", {"targets": ["experts.gate_up_proj", "experts.down_proj"]}, "reference"),
+        ("qwen3_moe", {"targets": ["experts.gate_up_proj", "experts.down_proj"]}, "batched"),
+        ("gpt_oss", {"targets": ["o_proj", "experts.gate_up_proj", "experts.down_proj"]}, "batched"),
         ("phi3", {"dora": True}, "reference"),
     ],
 )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers import PreTrainedModel
 
+from mira.adapters.experts import per_client
 from mira.adapters.fused import Adapter, GatedMLP, Projection, Projections, RMSNorm, is_plain
 from mira.adapters.lowrank import Factors, Lane, dropout_mask
 from mira.adapters.virtual import VirtualTokens
@@ -84,7 +85,13 @@ def attach(model: PreTrainedModel, layout: Layout, dropout: float) -> Attached:
         _attach_mlp(
             attached, module, [factors.get(f"{name}.{child}") for child in ("gate_proj", "up_proj", "down_proj")]
         )
-    done: set[str] = set()
+    owned: dict[str, dict[str, Factors]] = {}
+    for name in layout.experts:
+        owner, _, leaf = name.rpartition(".")
+        owned.setdefault(owner, {})[leaf] = factors[name]
+    for owner, own in owned.items():
+        attached.exchange(model.get_submodule(owner), _by_client(attached, model.get_submodule(owner), own))
+    done = set(layout.experts)
     for name, parent in model.named_modules():
         for group in _GROUPS:
             paths = [f"{name}.{child}" for child in group]
@@ -93,9 +100,9 @@ def attach(model: PreTrainedModel, layout: Layout, dropout: float) -> Attached:
                 _attach_group(attached, [Projection(m, factors.get(p)) for m, p in zip(members, paths, strict=True)])
                 done.update(paths)
     for name in layout.modules:
-        module = model.get_submodule(name)
         if name in done:
             continue
+        module = model.get_submodule(name)
         if is_plain(module):
             _attach_group(attached, [Projection(module, factors[name])])
         else:
@@ -155,6 +162,21 @@ def _adapted(attached: Attached, factors: Factors | None) -> Callable[[Forward],
                 flat = x.reshape(-1, x.shape[-1])
                 seen = (flat * dropout_mask(flat, lane, attached.dropout)).view(x.shape)
             return Adapter.apply(out, seen, _probe(lane), factors, lane)  # type: ignore[no-any-return, no-untyped-call]
+
+        return forward
+
+    return exchanged
+
+
+def _by_client(attached: Attached, module: nn.Module, factors: dict[str, Factors]) -> Callable[[Forward], Forward]:
+    """A module whose own tensors of experts have adapters."""
+
+    def exchanged(plain: Forward) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            lane = attached.lane
+            if lane is None:
+                return plain(*args, **kwargs)
+            return per_client(module, factors, lane, attached.on, _probe(lane), args, kwargs)
 
         return forward
 

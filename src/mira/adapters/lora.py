@@ -120,7 +120,7 @@ def peft_config(
     layout: Layout, model: PreTrainedModel, base_name: str | None, dropout: float = 0.0, rank: int | None = None
 ) -> LoraConfig:
     """The PEFT config that attaches ``layout`` to ``model`` and to nothing else in it; ``rank``: the layout's."""
-    experts = [entry.module for entry in layout.entries if entry.experts and entry.factor == "A"]
+    experts = list(layout.experts)
     layers = [name for name in layout.modules if name not in set(experts)]
     conv = any(isinstance(model.get_submodule(name), Conv1D) for name in layers)
     own, weights = by_weight(layers, model)

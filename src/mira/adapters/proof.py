@@ -37,7 +37,7 @@ _LENGTH = 8  # tokens of the text
 def prove(model: PreTrainedModel, layout: Layout) -> None:
     """A trial row written as a PEFT folder and read back by PEFT gives the logits of W + s·B·A. Raises UserError where it
     does not, or PEFT reads something else."""
-    row, ids = _trial(model, layout), text(model)[:, :_LENGTH]
+    row, ids = trial_row(model, layout), text(model)[:, :_LENGTH]
     with plainly(model), TemporaryDirectory(prefix="mira-proof-") as folder:
         plain = _logits(model, ids)
         with beside(model, row, layout):
@@ -54,7 +54,7 @@ def prove(model: PreTrainedModel, layout: Layout) -> None:
         )
 
 
-def _trial(model: PreTrainedModel, layout: Layout) -> Tensor:
+def trial_row(model: PreTrainedModel, layout: Layout) -> Tensor:
     """A row [P] whose every product shows: A·x about as large as x, s·B·A·x a good part of it."""
     row, draw = torch.empty(layout.size), generator("proof")
     for entry in layout.entries:

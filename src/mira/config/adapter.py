@@ -27,7 +27,7 @@ class LoraSection:
     """Scale alpha / √rank instead (Kalajdzievski 2023)."""
     targets: str | tuple[str, ...] = "auto"
     """Layers: the ends of their names as a list, a regular expression as text, all-linear, or auto: PEFT's choice for the model,
-    else the layers in which tokens meet. A list may name tensors of experts, as experts.down_proj, for engine.name=reference."""
+    else the layers in which tokens meet. A list may name tensors of experts, as experts.down_proj."""
     init: Literal["kaiming", "orthogonal"] = "kaiming"
     """Start of rows: B at 0, or both factors in orthogonal halves of an even rank, their product 0."""
     dora: bool = False

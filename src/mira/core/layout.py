@@ -134,6 +134,11 @@ class Layout:
         return tuple(entry.module for entry in self.entries if entry.factor == "A")
 
     @property
+    def experts(self) -> tuple[str, ...]:
+        """Those of the modules that are tensors of experts."""
+        return tuple(entry.module for entry in self.entries if entry.factor == "A" and entry.experts)
+
+    @property
     def dora(self) -> bool:
         """Whether layers have magnitudes."""
         return any(entry.factor == "magnitude" for entry in self.entries)
@@ -152,8 +157,7 @@ class Layout:
     @property
     def alone(self) -> str:
         """Why rows can be computed for one client at a time only; empty where they can be in one pass."""
-        experts = any(entry.experts for entry in self.entries)
-        return "has no adapters of experts" if experts else "has no magnitudes (adapter.dora)" if self.dora else ""
+        return "has no magnitudes (adapter.dora)" if self.dora else ""
 
     @staticmethod
     def of(

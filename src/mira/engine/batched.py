@@ -82,11 +82,10 @@ class BatchedEngine:
 
     @property
     def _recordable(self) -> bool:
-        """Where masks are drawn, layers computed again or placeholders looked for, a pass is not the same each time, nor where
-        attention goes in tiles."""
-        same = (
-            not (self.dropout or self.checkpointing or self.layout.virtual_tokens) and self.carrier.way.kind == "packed"
-        )
+        """Where masks are drawn, layers computed again, placeholders looked for or experts computed client by client, a pass is
+        not the same each time, nor where attention goes in tiles."""
+        unlike = self.dropout or self.checkpointing or self.layout.virtual_tokens or self.layout.experts
+        same = not unlike and self.carrier.way.kind == "packed"
         there = self.model.device.type in cuda_graphs.DEVICES and in_one_kernel(self.model.device, self.model.dtype)
         return self.cuda_graphs and same and there
 

@@ -20,10 +20,11 @@ from mira.data.text import Encoded
 from mira.engine.attention import Attention, Packed
 from mira.engine.body import Body, Head
 from mira.engine.budget import Shares
-from mira.engine.exchange import Way, exchange, find_last, try_adapters
+from mira.engine.exchange import Way, exchange, find_last
 from mira.engine.loss import LabelLoss
 from mira.engine.packing import Jobs, Pass, common_prefix, pack, packed_tokens, plan, prepended, read_tokens
 from mira.engine.seam import CannotPackError, attending, in_this_thread
+from mira.engine.trial import try_adapters
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,14 @@ from transformers import PreTrainedModel
 
 from mira.adapters.attach import Attached
 from mira.adapters.lowrank import Lane
-from mira.core.layout import Layout
 from mira.engine import seam
 from mira.engine.attention import Packed, Segment
 from mira.engine.body import Body, Head, usual_tokens
 from mira.engine.decode import after
-from mira.engine.faults import FAULTS, cannot_carry, is_no_fault, told
+from mira.engine.faults import FAULTS, is_no_fault, told
 from mira.engine.generate import positions
 from mira.engine.mixers import mixers
-from mira.engine.seam import CannotPackError, attend_by, set_attention
+from mira.engine.seam import CannotPackError, set_attention
 from mira.engine.watch import Seen, watch
 
 _LONGEST = 1024  # tokens of a probe's first sequence
@@ -32,7 +31,7 @@ _FEW, _MIDDLE = (
 _LENGTH = 4  # of the probe for the last MLP; short, so that what leaks from the token before weighs
 # Of one token's hidden state, relative. bf16 rounds at 2⁻⁸ in every layer (0.02 on SmolLM2); a leak or a missing term moves some
 # token by tenths or more. Of the same pass with one sequence changed nothing but another's rounding may differ.
-_SAME = {torch.bfloat16: 0.2, torch.float16: 0.2}
+SAME = {torch.bfloat16: 0.2, torch.float16: 0.2}
 _LEAK = {torch.bfloat16: 0.01, torch.float16: 0.01}
 _Made = TypeVar("_Made")
 
@@ -123,7 +122,7 @@ def _exchange(model: PreTrainedModel, attached: Attached, longest: int) -> Way:
             probe = _tried(lambda: _Probe.of(body, longest, longest))
         hidden, packed = _check(probe, body)
     head = _tried(lambda: body.head(probe.alone[-1]))
-    if not _difference(head(hidden[-len(probe.logits) + 1 :]), probe.logits[:-1]) <= _limit(model, _SAME):
+    if not difference(head(hidden[-len(probe.logits) + 1 :]), probe.logits[:-1]) <= limit(model, SAME):
         raise CannotPackError("makes other logits of the same hidden states")
     return Way(body, head, kind, kind == "packed" and _decodes(body, probe, packed), seen.keeping)
 
@@ -139,7 +138,7 @@ def _check_order(body: Body, longest: int) -> None:
     whole, part = (
         body.module(input_ids=ids, use_cache=False).last_hidden_state for ids in (some, some[:, : some.shape[1] // 2])
     )
-    if not _difference(whole[:, : part.shape[1]], part) <= _limit(body.model, _SAME):
+    if not difference(whole[:, : part.shape[1]], part) <= limit(body.model, SAME):
         raise CannotPackError("lets a token see those behind it")
 
 
@@ -170,14 +169,14 @@ def _check(probe: _Probe, body: Body, leaks: bool = True) -> tuple[Tensor, Packe
     together, packed = _tried(lambda: probe.read(body))
     if not (packed.calls or packed.apart):
         raise CannotPackError("has no attention that can be exchanged")
-    error = _difference(together, probe.wanted())
-    if not error <= _limit(body.model, _SAME):
+    error = difference(together, probe.wanted())
+    if not error <= limit(body.model, SAME):
         raise CannotPackError(
             f"computes other hidden states when sequences share a pass (relative difference {error:.2g})"
         )
     if leaks and body.model.dtype in _LEAK:
         a, b = probe.shared, len(probe.sequences[0]) - 1
-        leak = _difference(*(torch.cat([x[:a], x[b:]]) for x in (probe.read(body, changed=True)[0], together)))
+        leak = difference(*(torch.cat([x[:a], x[b:]]) for x in (probe.read(body, changed=True)[0], together)))
         if not leak <= _LEAK[body.model.dtype]:
             raise _Leak(f"lets sequences of a pass see each other (relative difference {leak:.2g})")
     return together, packed
@@ -196,7 +195,7 @@ def _decodes(body: Body, probe: _Probe, packed: Packed) -> bool:
             raise
         return False
     wanted = torch.stack([one[-1] for one in probe.alone])
-    return _difference(found, wanted) <= _limit(body.model, _SAME)
+    return difference(found, wanted) <= limit(body.model, SAME)
 
 
 def _sequences(model: PreTrainedModel, longest: int) -> tuple[tuple[Tensor, ...], int]:
@@ -215,33 +214,6 @@ def _tried(compute: Callable[[], _Made]) -> _Made:
     """What it gives, or CannotPackError with the reason."""
     with told(lambda reason: CannotPackError(f"cannot be called as the engine calls it ({reason})")):
         return compute()
-
-
-@torch.no_grad()
-def try_adapters(body: Body, attached: Attached, layout: Layout) -> None:
-    """Raises UserError where a layer cannot carry an adapter, or virtual tokens would lack what real ones have."""
-    device = body.model.device
-    ids = body.token.expand(1, _LENGTH)
-    with attached.on(Lane(torch.zeros(1, layout.size, device=device), [(0, 0, _LENGTH)])), told(cannot_carry(layout)):
-        body(ids, torch.arange(_LENGTH, device=device)[None], Packed([Segment(0, _LENGTH)]))
-    if layout.virtual_tokens:
-        with told(cannot_carry(layout)):
-            _check_embeddings(body, ids)
-
-
-def _check_embeddings(body: Body, ids: Tensor) -> None:
-    """Raises CannotPackError where a token is more to the model than its embedding, which is all that a virtual one has."""
-    embeddings = body.model.get_input_embeddings()
-    with attend_by(body.model, "eager"):
-        found = body.module(inputs_embeds=2 * embeddings(ids), use_cache=False).last_hidden_state[0]
-        hook = embeddings.register_forward_hook(lambda module, given, out: 2 * out)
-        try:
-            known = body.module(input_ids=ids, use_cache=False).last_hidden_state[0]
-        finally:
-            hook.remove()
-    if not _difference(found, known) <= _limit(body.model, _SAME):
-        where = f"architecture '{body.model.config.model_type}'"
-        raise CannotPackError(f"{where} reads more of a token than its embedding, which virtual tokens do not have")
 
 
 @torch.no_grad()
@@ -264,15 +236,15 @@ def find_last(body: Body, attached: Attached, width: int) -> None:
 
     whole, part = hidden(None), hidden(attached.mlps[-1])
     limit = 0.05 if body.model.dtype in (torch.bfloat16, torch.float16) else 1e-4
-    if _difference(part[needed], whole[needed]) <= limit:
+    if difference(part[needed], whole[needed]) <= limit:
         attached.last = attached.mlps[-1]
 
 
-def _limit(model: PreTrainedModel, limits: dict[torch.dtype, float]) -> float:
+def limit(model: PreTrainedModel, limits: dict[torch.dtype, float]) -> float:
     return limits.get(model.dtype, 1e-3)
 
 
-def _difference(x: Tensor, y: Tensor) -> float:
+def difference(x: Tensor, y: Tensor) -> float:
     """Largest relative difference over tokens; none where they are equal, also to 0, as a padding token's may be."""
     x, y = x.double(), y.double()
     error = (x - y).norm(dim=-1)

@@ -1,0 +1,72 @@
+"""Before an engine computes a run: adapters in a pass of few tokens, and what of a model would not let them be right."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mira.adapters.attach import Attached
+from mira.adapters.lowrank import Lane
+from mira.adapters.proof import trial_row
+from mira.core.layout import Layout
+from mira.engine.attention import Packed, Segment
+from mira.engine.body import Body, usual_tokens
+from mira.engine.exchange import SAME, difference, limit
+from mira.engine.faults import cannot_carry, told
+from mira.engine.seam import CannotPackError, attend_by
+
+_LENGTH = 4  # tokens of a sequence
+
+
+@torch.no_grad()
+def try_adapters(body: Body, attached: Attached, layout: Layout) -> None:
+    """Raises UserError where a layer cannot carry an adapter, or virtual tokens would lack what real ones have."""
+    _check_experts(body, attached, layout)
+    device = body.model.device
+    ids = body.token.expand(1, _LENGTH)
+    with attached.on(Lane(torch.zeros(1, layout.size, device=device), [(0, 0, _LENGTH)])), told(cannot_carry(layout)):
+        body(ids, torch.arange(_LENGTH, device=device)[None], Packed([Segment(0, _LENGTH)]))
+    if layout.virtual_tokens:
+        with told(cannot_carry(layout)):
+            _check_embeddings(body, ids)
+
+
+def _check_experts(body: Body, attached: Attached, layout: Layout) -> None:
+    """Raises CannotPackError where a pass of two clients does not compute the tokens of each with its own experts."""
+    if not layout.experts:
+        return
+    model = body.model
+
+    def cannot(reason: str) -> CannotPackError:
+        return CannotPackError(f"architecture '{model.config.model_type}' gives its experts other tokens ({reason})")
+
+    row = trial_row(model, layout).to(model.device, torch.promote_types(model.dtype, torch.float32))
+    rows, usual = torch.stack([row, torch.zeros_like(row)]), usual_tokens(model)
+    ids = usual[torch.arange(2 * _LENGTH) % len(usual)].to(model.device)[None]
+    places = torch.arange(_LENGTH, device=ids.device).repeat(2)[None]
+    segments = [Segment(0, _LENGTH), Segment(_LENGTH, 2 * _LENGTH)]
+    ranges = [(client, s.start, s.end) for client, s in enumerate(segments)]
+    with told(cannot):
+        with attached.on(Lane(rows, ranges)):
+            together = body(ids, places, Packed(segments))[0]
+        with attached.on(Lane(rows, ranges[:1])):
+            first = body(ids[:, :_LENGTH], places[:, :_LENGTH], Packed(segments[:1]))[0]
+        second = body(ids[:, _LENGTH:], places[:, _LENGTH:], Packed(segments[:1]))[0]  # whose row is 0
+    error = difference(together, torch.cat([first, second]))
+    if not error <= limit(model, SAME):
+        raise cannot(f"relative difference {error:.2g}")
+
+
+def _check_embeddings(body: Body, ids: Tensor) -> None:
+    """Raises CannotPackError where a token is more to the model than its embedding, which is all that a virtual one has."""
+    embeddings = body.model.get_input_embeddings()
+    with attend_by(body.model, "eager"):
+        found = body.module(inputs_embeds=2 * embeddings(ids), use_cache=False).last_hidden_state[0]
+        hook = embeddings.register_forward_hook(lambda module, given, out: 2 * out)
+        try:
+            known = body.module(input_ids=ids, use_cache=False).last_hidden_state[0]
+        finally:
+            hook.remove()
+    if not difference(found, known) <= limit(body.model, SAME):
+        where = f"architecture '{body.model.config.model_type}'"
+        raise CannotPackError(f"{where} reads more of a token than its embedding, which virtual tokens do not have")
