@@ -122,7 +122,7 @@ def test_awkward_families_train_and_answer_as_the_oracle(name: str, leaves: tupl
 
 
 def test_grouped_products_in_fp32_are_the_oracles() -> None:
-    """What transformers computes experts with by itself."""
+    """The way in which transformers computes experts by itself."""
     layout, training = layout_of("qwen3_moe"), Training(local_steps=3, optimizer="sgd", clip=None)
     start = starts(layout, torch.float32)
     (oracle, loss, _), (ours, own_loss, _) = (

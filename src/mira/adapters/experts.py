@@ -48,7 +48,7 @@ class Call:
         return [entry.view(rows)[row] for one in self.factors.values() for entry in (one.a, one.b)]
 
     def of(self, span: Span, pairs: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
-        """Of one client's tokens, from A and B of each tensor and what of ``tensors`` is theirs."""
+        """The output for one client's tokens, from A and B of each tensor and the part of ``tensors`` that is theirs."""
         row, start, end = span
         leaves = list(self.leaves)
         for place, tensor in zip(self.places, tensors, strict=True):
@@ -78,7 +78,7 @@ def per_client(
     module: nn.Module, factors: Mapping[str, Factors], lane: Lane, within: Callable[[Lane], AbstractContextManager[None]],
     probe: Tensor, args: Any, kwargs: Any,
 ) -> Tensor:  # fmt: skip
-    """What ``module`` gives in the pass of ``lane``, each client's tokens with its own experts."""
+    """The output of ``module`` in the pass of ``lane``, each client's tokens with its own experts."""
     leaves, spec = tree_flatten((args, kwargs))
     places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[n] for n in places]
@@ -168,7 +168,7 @@ def _by_token(x: Tensor, tokens: int) -> Tensor:
 
 
 def _cut(x: Tensor, span: Span, tokens: int) -> Tensor:
-    """What of x belongs to the tokens of ``span``: [c·n,…], or [1,n,…]."""
+    """The part of x that belongs to the tokens of ``span``: [c·n,…], or [1,n,…]."""
     part = _by_token(x, tokens)[:, span[1] : span[2]]
     return part.flatten(0, 1) if x.shape[0] % tokens == 0 else part
 

@@ -174,7 +174,7 @@ def peft_places(layout: Layout) -> dict[Entry, str]:
 
 
 def peft_parameters(layout: Layout) -> dict[Entry, str]:
-    """What PEFT calls each tensor of ``layout`` in a model."""
+    """PEFT's name of each tensor of ``layout`` in a model."""
     return {
         entry: f"{place}.lora_magnitude_vector.default.weight" if entry.factor == "magnitude"
         else f"{place}.lora_{entry.factor}.default.weight"
@@ -183,7 +183,7 @@ def peft_parameters(layout: Layout) -> dict[Entry, str]:
 
 
 def peft_names(layout: Layout) -> dict[Entry, str]:
-    """What PEFT calls each tensor of ``layout`` in a folder."""
+    """PEFT's name of each tensor of ``layout`` in a folder."""
     return {
         entry: name.removesuffix(".default.weight") + (".weight" if entry.factor != "magnitude" else "")
         for entry, name in peft_parameters(layout).items()

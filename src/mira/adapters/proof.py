@@ -102,7 +102,7 @@ def beside(model: PreTrainedModel, row: Tensor, layout: Layout) -> Iterator[None
 
 
 def _read(model: PreTrainedModel, folder: Path) -> nn.Module:
-    """What PEFT makes of ``folder`` on a model of the same weights; the modules are its own."""
+    """PEFT's model of ``folder`` on the same weights; the modules are its own."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:
         with warnings.catch_warnings():

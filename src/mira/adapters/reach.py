@@ -18,7 +18,7 @@ _LENGTH = 32  # tokens of the text: more than what sparse attention takes togeth
 
 @torch.enable_grad()
 def reached(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> set[str]:
-    """Of ``layers`` those whose output the model's output for a text depends on. Raises UserError where it takes no text."""
+    """The ``layers`` whose output the model's output for a text depends on. Raises UserError where it takes no text."""
     outs: list[tuple[str, Tensor]] = []
 
     def seen(name: str, layer: nn.Module, args: Any, out: Any) -> None:

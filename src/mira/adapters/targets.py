@@ -111,7 +111,7 @@ def ends(name: str, targets: Iterable[str]) -> bool:
 
 
 def _refused(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """Of the layers ``names`` those to which PEFT attaches nothing."""
+    """Those of the layers ``names`` to which PEFT attaches nothing."""
 
     def is_refused(leaf: str) -> bool:
         try:
@@ -124,7 +124,7 @@ def _refused(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
 
 
 def _renamed(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """Of the layers ``names`` those whose tensors PEFT looks for elsewhere when it reads a folder: it does to their names
+    """Those of the layers ``names`` whose tensors PEFT looks for elsewhere when it reads a folder: it does to their names
     what transformers does to those in the checkpoint."""
     keys = {name: f"{PREFIX}{name}.lora_A.weight" for name in names}
     read = convert_peft_adapter_state_dict_for_transformers(
@@ -198,7 +198,7 @@ def _named(
 
 
 def _experts_hint(model: PreTrainedModel, target: str, tensors: Iterable[str]) -> str:
-    """Where experts had a layer ``target`` and have one tensor for all now, its name."""
+    """The name of the one tensor for all experts that took the place of their layers ``target``; none where there is none."""
     names = sorted({".".join(name.rsplit(".", 2)[1:]) for name in tensors})
     part = target.rsplit(".", 1)[-1].removesuffix("_proj")
     if not names or not any(part in name.rsplit(".", 1)[-1].split("_") for name in names):

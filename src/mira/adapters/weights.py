@@ -1,4 +1,4 @@
-"""What rows make of a model's own weights: W + s·B·A, of a layer or of every expert; with DoRA of another length."""
+"""Weights of a model with a row in them: W + s·B·A, of a layer or of every expert; with DoRA of another length."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def weights_of(model: PreTrainedModel, layout: Layout) -> dict[str, nn.Parameter
 
 
 def changes(model: PreTrainedModel, row: Tensor, layout: Layout) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What makes of a weight, as it lies, the one of ``row`` [P], in float64, by the names of modules."""
+    """Functions that make of a weight, as it lies, the one of ``row`` [P], in float64, by the names of modules."""
     entries = {(entry.module, entry.factor): entry for entry in layout.entries}
     scale = layout.scale_at(layout.ranks(row[None])[0])
 
@@ -55,7 +55,7 @@ def merge(model: PreTrainedModel, row: Tensor, layout: Layout) -> None:
 
 
 def lengths(model: PreTrainedModel, name: str) -> Tensor:
-    """Of each row of the layer's W [out,in] the Euclidean length [out]."""
+    """The Euclidean length [out] of each row of the layer's W [out,in]."""
     norms: Tensor = torch.linalg.vector_norm(plain_weight(model.get_submodule(name)).float(), dim=1)
     return norms
 

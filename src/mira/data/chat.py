@@ -93,7 +93,7 @@ class Chat:
 
     @cached_property
     def probe(self) -> tuple[str, str]:
-        """What the template writes before the words of an only answer, and after them: ("", "<|im_end|>\\n")."""
+        """The template's text before the words of an only answer, and after them: ("", "<|im_end|>\\n")."""
         messages = (Message("user", "a"), Message("assistant", ANSWER))
         found = self.conversation(messages, "", "a conversation")
         start, end = found.answers[-1].text

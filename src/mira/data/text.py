@@ -150,7 +150,7 @@ class Encoder:
 
     @property
     def cautions(self) -> list[str]:
-        """Of what a server would do otherwise than training: one line each."""
+        """Warnings of what a server would do otherwise than training, one line each."""
         said = []
         if self.template == CHAT and self.ending is None:
             said.append(

@@ -211,7 +211,7 @@ def _sequences(model: PreTrainedModel, longest: int) -> tuple[tuple[Tensor, ...]
 
 
 def _tried(compute: Callable[[], _Made]) -> _Made:
-    """What it gives, or CannotPackError with the reason."""
+    """Its result, or CannotPackError with the reason."""
     with told(lambda reason: CannotPackError(f"cannot be called as the engine calls it ({reason})")):
         return compute()
 

@@ -1,4 +1,4 @@
-"""What lies beside an adapter for who serves it: the template of its prompts, and a model card."""
+"""Files beside an adapter for serving: the template of its prompts, and a model card."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Origin:
-    """What an adapter came from: of which client, after which round of which run. ``losses``: on the client's test split,
+    """The origin of an adapter: of which client, after which round of which run. ``losses``: on the client's test split,
     before training and after; None where not measured."""
 
     client: Client
@@ -38,7 +38,7 @@ def origin(client: Client, round: int, metrics: Sequence[Record]) -> Origin:
 
 
 def base_name(session: Session) -> str:
-    """What an adapter names as its base: the hub's name only if those are the weights it was trained on."""
+    """The name of an adapter's base: the hub's name only if those are the weights it was trained on."""
     base = session.base
     return base.name if base.source == "hub" or base.path is None else str(base.path.resolve())
 

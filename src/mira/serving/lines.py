@@ -107,7 +107,7 @@ def _on_some_layers(session: Session) -> str | None:
 
 
 def merged(format: Format, place: Path) -> str:
-    """What to print for a merged model: its folder, or the line that serves it."""
+    """The line to print for a merged model: its folder, or the command that serves it."""
     path = shlex.quote(str(place.resolve()))
     return {
         "vllm": f"vllm serve {path}",
