@@ -190,7 +190,7 @@ def test_clients_side_by_side_do_not_meet(several_threads: None) -> None:
 
 
 def test_a_pass_is_one_but_for_its_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of three clients; the model's own tensors are never written."""
+    """Three clients take part; the model's own tensors are never written."""
     layout, model = layout_of("qwen3_moe"), wide("qwen3_moe")
     engine = make_engine("batched", "", RandomCorpus(STEPS), Training(local_steps=1), model=model, layout=layout)
     block, calls = model.model.layers[0].mlp, {"block": [], "experts": []}

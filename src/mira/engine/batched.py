@@ -82,8 +82,8 @@ class BatchedEngine:
 
     @property
     def _recordable(self) -> bool:
-        """Where masks are drawn, layers computed again, placeholders looked for or experts computed client by client, a pass is
-        not the same each time, nor where attention goes in tiles."""
+        """Whether a pass is the same each time. It is not where masks are drawn, layers are computed again, placeholders are
+        looked for, experts are computed client by client, or attention goes in tiles."""
         unlike = self.dropout or self.checkpointing or self.layout.virtual_tokens or self.layout.experts
         same = not unlike and self.carrier.way.kind == "packed"
         there = self.model.device.type in cuda_graphs.DEVICES and in_one_kernel(self.model.device, self.model.dtype)

@@ -123,7 +123,7 @@ class Carrier:
             yield
 
     def again(self) -> Callable[[], AbstractContextManager[None]]:
-        """What this thread's pass is computed inside of, for where its layers are computed again."""
+        """The surroundings of this thread's pass, for computing its layers again."""
         return partial(self._again, self.own_lane, in_this_thread())
 
     def pack(self, jobs: Jobs, labels: Mapping[int, int] | None = None) -> Pass:

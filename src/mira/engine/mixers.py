@@ -22,7 +22,7 @@ _LIMITS = {torch.bfloat16: 0.03, torch.float16: 0.03}
 
 @dataclass(frozen=True)
 class _Call:
-    """Of a module in a pass over two sequences. ``attends``: our attention was called within."""
+    """A module in a pass over two sequences. ``attends``: our attention was called within."""
 
     name: str
     module: nn.Module
