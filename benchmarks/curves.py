@@ -34,8 +34,8 @@ from mira.core.errors import UserError
 from mira.core.types import Work
 from mira.engine.batched import BatchedEngine
 from mira.engine.packing import packed_tokens
-from mira.environment import processor
 from mira.methods.mira import Mira
+from mira.setup.environment import processor
 
 SAMPLES = 3
 JSON = Path(__file__).parent / "out" / "curves.json"

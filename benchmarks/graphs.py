@@ -19,7 +19,7 @@ from torch import Tensor
 from mira.core.errors import UserError
 from mira.core.graph import Graph
 from mira.core.seeds import generator
-from mira.page.load import Run, read
+from mira.results.html.load import Run, read
 
 OUT = Path(__file__).parent / "out" / "graphs.json"
 _SHUFFLES = 200

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mira.environment import processor
+from mira.setup.environment import processor
 
 console = Console(width=None if os.isatty(1) else 130)
 

@@ -25,10 +25,10 @@ from rich.table import Table
 from torch import Tensor
 
 from mira.core.graph import Edges, Graph, Groups
+from mira.core.graph_io import from_tensors, to_tensors
 from mira.core.layout import Layout
 from mira.core.loop import Schedule, run_rounds, sample_cohort
 from mira.core.mixing import normalised_step, product
-from mira.core.tensors import from_tensors, to_tensors
 from mira.core.training import Training
 from mira.core.types import Change, Rows, ServerState, Setting, Trained, Work
 from mira.engine.memory import peak_memory

@@ -20,14 +20,15 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
-from mira import Experiment, experiment
-from mira.compare.stats import mean_and_interval
+from mira import Experiment
+from mira.comparison.stats import mean_and_interval
 from mira.core.wire import Wire
 from mira.data.federation import make_federation
 from mira.data.sources.sites import Sites
-from mira.fleet.seam import InProcess
-from mira.fleet.server import Opener
-from mira.fleet.site import Site
+from mira.fleet.messages.transport import InProcess
+from mira.fleet.server.session import Opener
+from mira.fleet.site.handler import Site
+from mira.runner import run as experiment
 
 OUT = Path(__file__).parent / "out" / "wire.json"
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"

@@ -18,8 +18,8 @@ from mira.core.seeds import generator
 from mira.core.types import Work
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
-from mira.engine.replays import Replays
-from mira.session import open_session
+from mira.engine.cuda.replay import Replays
+from mira.setup.session import open_session
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TASKS = Path(

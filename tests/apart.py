@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from mira import Experiment, experiment
+from mira import Experiment
 from mira.data.sources.jsonl import Jsonl
-from mira.fleet.seam import InProcess, Lost, Reply, Watch, unpack
-from mira.fleet.server import Opener
-from mira.fleet.site import Site
+from mira.fleet.messages.transport import InProcess, Lost, Reply, Watch, unpack
+from mira.fleet.server.session import Opener
+from mira.fleet.site.handler import Site
+from mira.runner import run as experiment
 from small import settings
 
 NAMES = ("ann", "bob", "cleo")

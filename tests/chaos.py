@@ -29,7 +29,7 @@ from pathlib import Path
 
 from chaos_evidence import SERVER, SITES, Kill, commits, different, evidence, incomplete, overdue, say, show
 from mira import Experiment
-from mira.fleet import kit
+from mira.fleet.identity import kit
 from small import settings
 from tiny import save_tiny
 
@@ -38,11 +38,11 @@ MARK = "MIRA_CHAOS"  # in the environment of every process of ours: the folder, 
 ROLES = {  # what a command line holds. The gate is a thread of mira server, and dies with it.
     "mira": "from mira.cli import main",
     "SuperLink": "flower-superlink",
-    "SuperNode": "mira.fleet.node",
+    "SuperNode": "mira.fleet.flower.supernode_process",
     "SuperExec": "flower-superexec",
-    "executor": "mira.fleet.executor",
+    "executor": "mira.fleet.flower.app_launcher",
     "ServerApp": "flwr-serverapp",
-    "worker": "mira.fleet.worker",
+    "worker": "mira.fleet.site.worker",
     "flwr": "/flwr ",
 }
 AGAIN = 3.0  # seconds until a command that ended is started again

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from mira import Experiment, experiment
+from mira import Experiment
 from mira.data.sources.jsonl import Jsonl
-from mira.fleet.seam import InProcess, Lost, Reply, Watch, unpack
-from mira.fleet.server import Opener
-from mira.fleet.site import Site
+from mira.fleet.messages.transport import InProcess, Lost, Reply, Watch, unpack
+from mira.fleet.server.session import Opener
+from mira.fleet.site.handler import Site
+from mira.runner import run as experiment
 from mira.store import Store
 
 SITES = ("hospital-1", "hospital-2", "hospital-3")

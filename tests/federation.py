@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from mira.fleet import kit
-from mira.fleet.superlink import free_port
+from mira.fleet.flower.superlink import free_port
+from mira.fleet.identity import kit
 from tiny import VOCABULARY
 from wiretap import secrets_in
 

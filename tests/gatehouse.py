@@ -14,8 +14,8 @@ from pathlib import Path
 
 import httpx
 
-from mira.fleet.admission import admission, signed
-from mira.fleet.gate import Limits, Upstream, opened, server_tls, upstream_tls
+from mira.fleet.gate.proxy import Limits, Upstream, opened, server_tls, upstream_tls
+from mira.fleet.identity.signatures import admission, signed
 
 LIMITS = Limits(body=1 << 20, head=5.0, stall=5.0)
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mira.engine import attention, cuda_graphs
+from mira.engine.attention import packed as attention
 from mira.engine.budget import Shares
+from mira.engine.cuda import graphs as cuda_graphs
 
 aten = torch.ops.aten
 

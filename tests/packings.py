@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mira.engine.attention import Segment
+from mira.engine.attention.packed import Segment
 
 
 @st.composite

@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 from mira import Experiment, cli, run
-from mira.experiment import Nobody
+from mira.runner.run import Nobody
 
 ADAPTERS = "adapters"
 NAMES = ("ann", "bob", "cleo", "dan")

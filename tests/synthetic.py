@@ -13,7 +13,7 @@ import torch
 
 from mira import config
 from mira.core.graph import Groups
-from mira.core.tensors import to_tensors
+from mira.core.graph_io import to_tensors
 from mira.store import Store
 
 ROW = 1000  # bytes a client sends a round, each way

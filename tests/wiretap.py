@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mira.fleet.gate import Address, server_tls, upstream_tls
+from mira.fleet.gate.proxy import Address, server_tls, upstream_tls
 
 _PACKED = re.compile(rb"\x78[\x01\x5e\x9c\xda]|\x1f\x8b\x08")  # how zlib and gzip begin
 _MOST = 1 << 24  # bytes unpacked of one place

@@ -15,8 +15,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mira.fleet import kit
-from mira.fleet.processes import Process
+from mira.fleet.flower.processes import Process
+from mira.fleet.identity import kit
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -102,11 +102,12 @@ class Federation:
                 port = probe.getsockname()[1]
             kits = self.folder / "kits" / name
             self.start(
-                f"node-{name}", sys.executable, "-P", "-m", "mira.fleet.node", "--superlink", self.address, "--root-certificates",
+                f"node-{name}", sys.executable, "-P", "-m", "mira.fleet.flower.supernode_process", "--superlink", self.address,
+            "--root-certificates",
                 kits / "ca.pem", "--auth-supernode-private-key", kits / "site.key", "--node-config", f'worker="{path}"',
                 "--host", "127.0.0.1", "--port", port, "--isolation", "process", home=f"{name}-home",
             )  # fmt: skip
-            executor = (sys.executable, "-m", "mira.fleet.executor", "--node", f"127.0.0.1:{port}")
+            executor = (sys.executable, "-m", "mira.fleet.flower.app_launcher", "--node", f"127.0.0.1:{port}")
             self.start(f"node-{name}-apps", *executor, home=f"{name}-home")
 
     @property

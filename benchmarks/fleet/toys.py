@@ -26,10 +26,10 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
 from flwr.supernode.fleet_http_connection import http_request_response
 
-from mira.fleet import frames
-from mira.fleet.flower import _bytes, _content
-from mira.fleet.kit import load_site
-from mira.fleet.seam import InProcess, Message, pack, unpack
+from mira.fleet.flower import frames
+from mira.fleet.flower.apps import _bytes, _content
+from mira.fleet.identity.kit import load_site
+from mira.fleet.messages.transport import InProcess, Message, pack, unpack
 
 STEP = 1e-3  # by which each number of a row moves
 ONE = threading.Lock()  # a row at a time: all sites of a benchmark share one machine's memory
@@ -129,9 +129,10 @@ def _node(folder: Path, toy: Toy) -> None:
 
 def together(plan: Path, out: Path, names: list[str]) -> None:
     """The rounds of ``plan`` in this process, with toys."""
-    from mira import config, experiment  # here: other toys do without them, and their memory
-    from mira.experiment import Nobody
-    from mira.fleet.server import Opener
+    from mira import config  # here: other toys do without them, and their memory
+    from mira.fleet.server.session import Opener
+    from mira.runner import run as experiment
+    from mira.runner.run import Nobody
 
     opener = Opener(InProcess({name: Toy().handle for name in names}), lambda: names, patience=0.0)
     experiment.run(config.load(plan), out, Nobody(), opener)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mira.config import Experiment, load
-    from mira.experiment import resume, run
+    from mira.runner.run import resume, run
 
 __all__ = ["Experiment", "load", "resume", "run"]
 
-_HOME = {"Experiment": "mira.config", "load": "mira.config", "resume": "mira.experiment", "run": "mira.experiment"}
+_HOME = {"Experiment": "mira.config", "load": "mira.config", "resume": "mira.runner.run", "run": "mira.runner.run"}
 
 
 def __getattr__(name: str) -> Any:

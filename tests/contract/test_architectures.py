@@ -23,10 +23,10 @@ from mira.core.errors import UserError
 from mira.core.layout import Layout
 from mira.core.training import Training
 from mira.core.types import Work
+from mira.engine.attention.patching import Way, exchange
 from mira.engine.batched import BatchedEngine
-from mira.engine.exchange import Way, exchange
 from mira.engine.reference import ReferenceEngine
-from mira.session import Session, open_session
+from mira.setup.session import Session, open_session
 from small import settings, write_clients
 from tiny import make_tiny, make_tokenizer
 

@@ -17,7 +17,7 @@ from mira.adapters.lora import Lora
 from mira.core.errors import UserError
 from mira.core.training import Training
 from mira.core.types import Trained, Work
-from mira.engine.carrier import Carrier
+from mira.engine.adapted_model import Carrier
 from mira.engine.checkpoint import check_gradients, decoder_layers, recomputed
 from tiny import KINDS, make_tiny
 

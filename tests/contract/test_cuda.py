@@ -16,8 +16,9 @@ import gpu_way
 from mira.adapters.lowrank import Lane
 from mira.core.training import Training
 from mira.core.types import Work
-from mira.engine import attention, cuda_graphs
+from mira.engine.attention import packed as attention
 from mira.engine.batched import BatchedEngine
+from mira.engine.cuda import graphs as cuda_graphs
 from mira.engine.packing import pack
 from tiny import KINDS, Kind, make_tiny
 

@@ -18,8 +18,8 @@ from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.training import Training
 from mira.core.types import Work
+from mira.engine.attention.decoding import Decode
 from mira.engine.batched import BatchedEngine
-from mira.engine.decode import Decode
 from mira.engine.optim import RowOptimizer
 from tiny import KINDS, make_tiny
 

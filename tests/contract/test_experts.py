@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from mira.adapters.lora import Lora, from_peft, merge, peft_config, peft_parameters, start_row, to_peft
-from mira.adapters.proof import beside, prove
+from mira.adapters.peft_check import beside, prove
 from mira.core.errors import UserError
 from mira.core.graph import Groups
 from mira.core.layout import Layout

@@ -21,9 +21,9 @@ from mira.core.errors import UserError
 from mira.core.layout import Layout
 from mira.core.training import Training
 from mira.core.types import Work
+from mira.engine.adapted_model import Carrier
+from mira.engine.attention.hook import CannotPackError
 from mira.engine.batched import BatchedEngine
-from mira.engine.carrier import Carrier
-from mira.engine.seam import CannotPackError
 
 EXPERTS = ("o_proj", "experts.gate_up_proj", "experts.down_proj")
 STEPS = (3, 2, 3)

@@ -18,9 +18,9 @@ from mira.adapters.lora import Lora, LoraAdapter
 from mira.core.layout import Layout
 from mira.core.training import Training
 from mira.core.types import Work
+from mira.engine.attention.hook import CannotPackError
 from mira.engine.batched import BatchedEngine
 from mira.engine.reference import ReferenceEngine
-from mira.engine.seam import CannotPackError
 
 CORPUS = RandomCorpus((1, 2), batch=2)
 LONGEST = 48

@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from apart import NAMES, SECRETS, Troubled, World, lost_and_away, metrics, names_of, rows
-from mira import experiment
 from mira.core.errors import UserError
 from mira.core.wire import Wire, decode
 from mira.data.sources.jsonl import Jsonl
 from mira.data.sources.sites import Own, Sites
-from mira.fleet.privacy import epsilon
-from mira.fleet.seam import Head, InProcess, Lost, Message, Reply, pack, unpack
-from mira.fleet.site import SEE_LOG
+from mira.fleet.messages.transport import Head, InProcess, Lost, Message, Reply, pack, unpack
+from mira.fleet.site.handler import SEE_LOG
+from mira.fleet.site.privacy import epsilon
 from mira.methods import METHODS
+from mira.runner import run as experiment
 from small import Interrupt, mira
 from tiny import save_tiny
 
@@ -95,7 +95,7 @@ def test_what_an_error_says_stays_at_its_site(world: World, caplog: pytest.LogCa
 def test_a_round_of_nobody_is_not_held(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """While nobody of the run is online (the network is away, or a SuperLink began anew) no round passes, up to its deadline;
     who has no place in it does not count."""
-    monkeypatch.setattr("mira.fleet.remote._PAUSE", 0.0)
+    monkeypatch.setattr("mira.fleet.server.engine._PAUSE", 0.0)
     looks: list[int] = []
 
     def away(trainings: int) -> set[str]:

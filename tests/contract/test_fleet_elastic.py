@@ -14,13 +14,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from apart import NAMES, Troubled, World, metrics, names_of, rows
-from mira import experiment
 from mira.core.errors import UserError
 from mira.core.wire import decode
 from mira.data.sources.sites import Sites
-from mira.fleet.seam import InProcess, Lost, Reply, pack, unpack
-from mira.fleet.server import Opener
-from mira.progress import RunProgress
+from mira.fleet.messages.transport import InProcess, Lost, Reply, pack, unpack
+from mira.fleet.server.session import Opener
+from mira.runner import run as experiment
+from mira.runner.progress import RunProgress
 from small import Interrupt, mira
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from apart import NAMES, World, lost_and_away, metrics, rows
 from mira.core.wire import Wire
-from mira.fleet.seam import Message, unpack
+from mira.fleet.messages.transport import Message, unpack
 
 HEAD = 2048  # bytes of a message beside its rows, at most: names, losses, masks
 

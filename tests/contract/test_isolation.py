@@ -14,9 +14,9 @@ import gpu_way
 from mira.core.training import Training
 from mira.core.types import Work
 from mira.engine import reference
-from mira.engine.attention import Packed
+from mira.engine.attention.hook import in_this_thread
+from mira.engine.attention.packed import Packed
 from mira.engine.generate import positions
-from mira.engine.seam import in_this_thread
 
 TRAINING = Training(local_steps=1)
 

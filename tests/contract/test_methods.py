@@ -13,10 +13,10 @@ from torch import Tensor
 from variants import BESIDE_ONE, ONE_ROW, ROW_OF_EACH, VARIANTS, used_by
 
 from mira.core.graph import Edges, Graph, Groups
+from mira.core.graph_io import in_use
 from mira.core.layout import Layout
 from mira.core.loop import Schedule, apply, describe, run_rounds, screen
 from mira.core.seeds import generator
-from mira.core.tensors import in_use
 from mira.core.training import Training
 from mira.core.types import Change, Method, Rows, ServerState, Setting, Trained
 from mira.methods import ALONG_GRAPH, METHODS

@@ -17,7 +17,7 @@ from mira.adapters.lora import from_peft, merge, to_peft
 from mira.core.errors import UserError
 from mira.core.graph import Groups
 from mira.core.layout import Layout
-from mira.core.learned import Learned
+from mira.core.learned_graph import Learned
 from mira.core.loop import Schedule, apply, describe, run_rounds
 from mira.core.training import Training
 from mira.core.types import Setting, Trained, Work

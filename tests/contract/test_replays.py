@@ -19,9 +19,11 @@ from mira.core.seeds import generator
 from mira.core.training import Training
 from mira.core.types import Work
 from mira.data.text import Encoded
-from mira.engine import attention, cuda_graphs, replays
+from mira.engine.adapted_model import Carrier, Inputs
+from mira.engine.attention import packed as attention
 from mira.engine.batched import BatchedEngine
-from mira.engine.carrier import Carrier, Inputs
+from mira.engine.cuda import graphs as cuda_graphs
+from mira.engine.cuda import replay as replays
 from tiny import make_tiny
 
 _CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: its graphs are not tested here")
@@ -211,7 +213,7 @@ def test_what_cannot_be_recorded_is_computed_as_it_is(
     assert found.closed
     assert not found.recordings
     assert found.memory is None
-    (line,) = [r.getMessage() for r in caplog.records if r.name == "mira.engine.replays"]
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "mira.engine.cuda.replay"]
     assert line.startswith(
         "training passes are not recorded any more (engine.cuda_graphs), but computed one operation at a time: "
     )

@@ -14,7 +14,8 @@ from torch import Tensor
 from mira.core.threads import side_by_side
 from mira.core.training import Training
 from mira.core.types import Work
-from mira.engine import batched, measuring
+from mira.engine import batched
+from mira.engine import forward_only as measuring
 from mira.engine.batched import BatchedEngine
 
 STEPS = (20, 7, 20, 13)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from mira.adapters import lora
 from mira.adapters.lora import Lora, from_peft, peft_config, to_peft
-from mira.adapters.proof import beside, prove
+from mira.adapters.peft_check import beside, prove
 from mira.core.errors import UserError
 from mira.core.layout import Layout
 from mira.core.seeds import generator

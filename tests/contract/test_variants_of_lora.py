@@ -24,15 +24,15 @@ from mira.adapters.lora import (
     start_row,
     to_peft,
 )
-from mira.adapters.proof import beside, prove
+from mira.adapters.peft_check import beside, prove
 from mira.config import Experiment
 from mira.core.errors import UserError
 from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.training import Training
 from mira.core.types import Work
+from mira.engine.adapted_model import Carrier
 from mira.engine.batched import BatchedEngine
-from mira.engine.carrier import Carrier
 from mira.engine.reference import ReferenceEngine
 from tiny import EOS, VOCABULARY, make_tiny
 

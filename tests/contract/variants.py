@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mira.core.graph import Graph
-from mira.core.learned import Learned
+from mira.core.learned_graph import Learned
 from mira.core.types import Method
 from mira.methods import METHODS
 

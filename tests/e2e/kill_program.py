@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mira import config, experiment
+from mira import config
+from mira.runner import run as experiment
 from mira.store import files
 
 POINTS = ("before-write", "before-fsync", "before-rename", "after-rename")

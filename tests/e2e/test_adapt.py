@@ -11,7 +11,7 @@ import torch
 from mira import Experiment, run
 from mira.adapters.lora import from_peft
 from mira.config import parse_text
-from mira.session import open_session
+from mira.setup.session import open_session
 from mira.store import Store
 from small import Ended, mira, settings, snapshot, write_clients
 

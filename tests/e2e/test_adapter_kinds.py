@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from mira import Experiment
 from mira.adapters.prompt import from_peft
-from mira.session import open_session
+from mira.setup.session import open_session
 from mira.store import Store
 from small import mira, settings, write_clients, write_config
 from tiny import save_tiny

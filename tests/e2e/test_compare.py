@@ -13,14 +13,14 @@ import yaml
 from torch import Tensor
 
 from documented import TYPES, documented, fields, one_object
-from mira import compare as comparison
-from mira import experiment
-from mira.compare import run as running
-from mira.core.commit import commit
+from mira import comparison
+from mira.comparison import run as running
 from mira.core.errors import UserError
 from mira.core.types import Scores
 from mira.engine.batched import BatchedEngine
-from mira.experiment import Watcher
+from mira.runner import run as experiment
+from mira.runner.run import Watcher
+from mira.setup.git_commit import commit
 from mira.store import Store
 from mira.store.folders import alone_in
 from small import NAMES, Interrupt, mira, settings, snapshot, write_clients

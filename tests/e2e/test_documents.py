@@ -17,7 +17,7 @@ import yaml
 import mira
 from mira import Experiment, config
 from mira.cli import app
-from mira.compare import plan as comparison
+from mira.comparison import plan as comparison
 from mira.config.experiment import VARIANTS
 from small import settings, write_clients
 

@@ -16,7 +16,7 @@ from mira import run
 from mira.adapters import lora
 from mira.config import Experiment
 from mira.core.errors import UserError
-from mira.session import open_session
+from mira.setup.session import open_session
 from small import settings, write_clients
 from tiny import make_tokenizer
 

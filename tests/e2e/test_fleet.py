@@ -26,8 +26,10 @@ from flwr.proto.message_pb2 import Message, Metadata
 from flwr.proto.node_pb2 import Node
 
 from federation import BESIDE, NAMES, PATIENCE, Federation, children_of, free_port, kept, write_data
-from mira.fleet import certificates, frames, gate, kit
-from mira.fleet.admission import signed
+from mira.fleet.flower import frames
+from mira.fleet.gate import proxy as gate
+from mira.fleet.identity import certificates, kit
+from mira.fleet.identity.signatures import signed
 from small import mira, settings
 from wiretap import wiretap
 
@@ -207,7 +209,7 @@ class Bomb:
 def worker_is_its_users_alone(federation: Federation) -> None:
     """Nobody else enters its socket or its folder, and a pickle is nothing to it."""
     name = NAMES[0]
-    [line] = [line for line in children_of(federation.folder) if f"mira.fleet.worker --name {name} " in line]
+    [line] = [line for line in children_of(federation.folder) if f"mira.fleet.site.worker --name {name} " in line]
     found = re.search(r"--socket (\S+)", line)
     assert found is not None
     path = Path(found[1])

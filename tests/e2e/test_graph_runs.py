@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from mira import Experiment, run
-from mira.core.tensors import from_tensors, in_use
+from mira.core.graph_io import from_tensors, in_use
 from mira.data.federation import make_federation
-from mira.experiment import resume, state_of
 from mira.model import Base
 from mira.model.embed import embed
-from mira.page.write import write
-from mira.session import open_session
+from mira.results.html.write import write
+from mira.runner.run import resume, state_of
+from mira.setup.session import open_session
 from mira.store import Store
 from small import begin, outcome, settings, write_clients
 from tiny import make_tiny, make_tokenizer
@@ -64,7 +64,7 @@ def test_descriptions_relate_clients_of_the_same_task(tiny_folder: Path, data: P
 def test_nobody_is_described_to_a_method_without_a_graph(
     tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("mira.session.embed")
+    monkeypatch.delattr("mira.setup.session.embed")
     values = settings(tiny_folder, data, graph={"name": "knn"}, method={"name": "fedit"}, rounds=1)
     result = run(Experiment(**values), tmp_path / "run")
     assert {client["bytes_up"] for client in result["clients"]} == {

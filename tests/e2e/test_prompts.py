@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-import mira.session
-from mira import Experiment, compare, resume, run
+import mira.setup.session
+from mira import Experiment, resume, run
+from mira import comparison as compare
 from mira.config import load
 from mira.core.errors import UserError
 from small import begin, settings, write_clients, write_config
@@ -36,7 +37,7 @@ def on(day: int, monkeypatch: pytest.MonkeyPatch) -> None:
         def today(cls) -> Day:
             return cls(2026, 1, day)
 
-    monkeypatch.setattr(mira.session, "Date", Day)
+    monkeypatch.setattr(mira.setup.session, "Date", Day)
 
 
 def test_a_run_keeps_the_day_that_its_template_writes(

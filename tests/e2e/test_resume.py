@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import mira.environment
+import mira.setup.environment
 from mira import Experiment, load, resume, run
 from mira.store import files
 from small import begin, outcome, snapshot, write_clients, write_config
@@ -93,8 +93,8 @@ def test_changed_data(begun: Path, tmp_path: Path) -> None:
 
 
 def test_another_version_of_torch(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = mira.environment.version
-    monkeypatch.setattr(mira.environment, "version", lambda name: "99.0" if name == "torch" else recorded(name))
+    recorded = mira.setup.environment.version
+    monkeypatch.setattr(mira.setup.environment, "version", lambda name: "99.0" if name == "torch" else recorded(name))
     error = refused(begun)
     assert (
         f'versions was {{"torch": "{recorded("torch")}"}} when the run started and is {{"torch": "99.0"}} now' in error
@@ -237,7 +237,7 @@ def test_the_threads_of_the_start_are_those_of_the_end(config: Path, tmp_path: P
 
 
 def test_another_machine_is_only_warned_about(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mira.environment, "processor", lambda: "Abacus 3000")
+    monkeypatch.setattr(mira.setup.environment, "processor", lambda: "Abacus 3000")
     ended = command("run", begun, "--resume")
     assert ended.status == 0
     assert "another machine" in ended.err

@@ -18,9 +18,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamacpp import LlamaCpp
-from mira import inspect_run
 from mira.data.sources.builtin import Builtin
-from mira.experiment import state_of
+from mira.results import run_folder as inspect_run
+from mira.runner.run import state_of
 from mira.store import Store
 from small import mira, settings
 

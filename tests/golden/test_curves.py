@@ -20,7 +20,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mira import measure
 from mira.adapters.lora import Lora, start_row
 from mira.core.graph import Groups
 from mira.core.loop import Record, Schedule, run_rounds
@@ -30,6 +29,7 @@ from mira.core.types import ServerState, Setting
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.methods import METHODS
+from mira.runner import evaluation as measure
 from recorder import MemoryRecorder
 from tiny import EOS, PAD, VOCABULARY, make_tiny
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from mira.core.errors import UserError
 from mira.core.graph import Edges, Graph, Groups
 from mira.core.layout import Layout
-from mira.core.learned import Learned
+from mira.core.learned_graph import Learned
 from mira.core.loop import apply
 from mira.core.types import MemoryRows, ServerState, Setting, Trained
 from mira.methods import mira

@@ -18,7 +18,7 @@ from torch import Tensor
 from mira.core.errors import UserError
 from mira.core.graph import Edges
 from mira.core.layout import Entry, Layout
-from mira.core.product import best_factors, turned
+from mira.core.product_mixing import best_factors, turned
 from mira.core.types import Change, MemoryRows, ServerState, Setting, Trained
 from mira.methods.mira import Mira
 

@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A server's kit and that of its site a. Read only: tests share it."""
-    from mira.fleet import kit  # needs the extra 'flower'
+    from mira.fleet.identity import kit
 
     base = tmp_path_factory.mktemp("kits")
     kit.make_server(base / "server", "127.0.0.1:9443", days=2)

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mira.fleet.answers import own_answer
+from mira.fleet.gate.push_request import own_answer
 
 MINE, THEIRS = 2**64 - 5, 7
 

@@ -19,8 +19,8 @@ from mira.adapters.lora import Lora
 from mira.adapters.lowrank import Lane
 from mira.core.layout import Layout
 from mira.core.threads import side_by_side, still_wanted
-from mira.engine.attention import Packed, Segment
-from mira.engine.exchange import exchange, find_last
+from mira.engine.attention.packed import Packed, Segment
+from mira.engine.attention.patching import exchange, find_last
 from tiny import draw, make_tiny
 
 T, K, M = 7, 5, 6  # tokens, hidden and inner size

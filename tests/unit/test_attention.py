@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mira.engine import attention
-from mira.engine.attention import Form, Packed, Segment, Tile, tiles
-from mira.engine.decode import after
+from mira.engine.attention import packed as attention
+from mira.engine.attention.decoding import after
+from mira.engine.attention.packed import Form, Packed, Segment, Tile, tiles
 from packings import layouts, visible
 from tiny import draw
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mira.core.best import UNMEASURED, standing
+from mira.core.best_round import UNMEASURED, standing
 
 
 def record(loss: float | None, clients: int = 3, **unmeasured: int | None) -> dict[str, Any]:

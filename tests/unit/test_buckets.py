@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mira.data.text import Encoded
-from mira.engine.buckets import Bucket
+from mira.engine.cuda.buckets import Bucket
+from mira.engine.cuda.replay import _Laid
 from mira.engine.packing import Jobs, pack
-from mira.engine.replays import _Laid
 
 
 @st.composite

@@ -8,8 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mira.adapters.attach import Attached
 from mira.engine import budget
+from mira.engine.attention.patching import exchange
 from mira.engine.budget import Shares, bytes_a_token, tokens_per_pass
-from mira.engine.exchange import exchange
 from mira.engine.generate import kept_bytes
 from tiny import Kind, make_tiny
 

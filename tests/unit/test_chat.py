@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from chat_templates import FAMILIES, make
 from mira.core.errors import UserError
 from mira.data.federation import Client, Federation
-from mira.data.proof import check, prove
+from mira.data.prompt_check import check, prove
 from mira.data.text import Encoded, Encoder, Wording
 from mira.data.types import Example, Message
 from tiny import CHAT_TEMPLATE, make_tokenizer

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from documented import DOCUMENT, TYPES, documented, fields, one_object
 from mira import config, load, run
-from mira.progress import RunProgress
+from mira.runner.progress import RunProgress
 from small import NAMES, begin, mira, snapshot, write_clients, write_config
 
 
@@ -272,7 +272,7 @@ def test_what_looks_at_a_run_needs_its_weights_but_not_its_versions(
     file = write_config(tmp_path / "config.yaml", model, write_clients(tmp_path / "data.jsonl"))
     folder = begin(load(file), tmp_path / "run", rounds=1)
     with monkeypatch.context() as patched:
-        patched.setattr("mira.environment.version", lambda name: "99.0")
+        patched.setattr("mira.setup.environment.version", lambda name: "99.0")
         ended = mira("export", folder, "--all")
         assert ended.status == 0
         assert "versions was" in ended.err

@@ -19,7 +19,7 @@ import torch
 
 from documented import DOCUMENT
 from mira.cli import app
-from mira.progress import RunProgress
+from mira.runner.progress import RunProgress
 from small import mira, snapshot, write_clients, write_config
 
 # Errors

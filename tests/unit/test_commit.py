@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mira.core.commit import commit
+from mira.setup.git_commit import commit
 
 
 def git(folder: Path, *arguments: str) -> str:

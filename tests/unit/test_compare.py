@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mira.compare import load
-from mira.compare.plan import parse, points, shown
-from mira.compare.progress import Estimate, of_a_run
-from mira.compare.stats import mean_and_interval, paired, t_quantile
-from mira.compare.summary import MEASURES
-from mira.compare.tables import csv_text, latex, markdown, rich_tables
+from mira.comparison import load
+from mira.comparison.plan import parse, points, shown
+from mira.comparison.progress import Estimate, of_a_run
+from mira.comparison.stats import mean_and_interval, paired, t_quantile
+from mira.comparison.summary import MEASURES
+from mira.comparison.tables import csv_text, latex, markdown, rich_tables
 from mira.core.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("compare-*.yaml"))
@@ -76,8 +76,8 @@ def test_every_job_of_a_plan(tmp_path: Path) -> None:
         e = job.experiment
         assert (e.seed, e.training.lr, e.rounds, e.cohort, e.evaluation.test) == (2, 0.2, 5, 0.5, False)
     assert local.experiment.method.name == "local"  # and the base's strength, which it does not have, is gone
-    assert mira.experiment.method.strength == 1.0  # type: ignore[attr-defined]
-    assert mira.experiment.graph.name == "complete"
+    assert mira.runner.run.method.strength == 1.0  # type: ignore[attr-defined]
+    assert mira.runner.run.graph.name == "complete"
     assert plan.base.method.strength == 0.25  # type: ignore[attr-defined]
 
 

@@ -14,10 +14,10 @@ from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from mira.config import Experiment, differences, dump, load, parse, parse_text, schema
-from mira.config import text as yaml_text
+from mira.config import yaml_io as yaml_text
 from mira.config.experiment import VARIANTS, Variants
 from mira.core.errors import UserError
-from mira.core.strict import STRICT
+from mira.core.pydantic_config import STRICT
 from mira.methods import METHODS
 
 MINIMAL: dict[str, Any] = {

@@ -18,7 +18,7 @@ from benchmarks.workload import Synthetic, Workload
 from mira import Experiment
 from mira.engine.batched import BatchedEngine
 from mira.engine.packing import packed_tokens
-from mira.session import open_session
+from mira.setup.session import open_session
 from small import settings, write_clients
 
 

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs Flower: pip install 'mira[flower]'")
 
-from mira.fleet import executor
+from mira.fleet.flower import app_launcher as executor
 
 
 def _exit(code: int | None) -> Callable[..., NoReturn]:

@@ -18,15 +18,15 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-import mira.environment
+import mira.setup.environment
 from mira import Experiment
 from mira.core import threads as core_threads
 from mira.core.errors import UserError
 from mira.engine import budget
 from mira.engine.memory import peak_memory
-from mira.environment import DECIDING, check_environment, taken_over
-from mira.experiment import located, without_nan
-from mira.session import enough_memory, open_session
+from mira.runner.run import located, without_nan
+from mira.setup.environment import DECIDING, check_environment, taken_over
+from mira.setup.session import enough_memory, open_session
 from mira.store.folders import replace_folder
 from small import settings, write_clients
 
@@ -109,7 +109,7 @@ def test_who_only_reads_a_run_takes_over_what_was_decided_on_this_machine(
     environment = open_session(Experiment(**settings(tiny_folder, write_clients(tmp_path / "data.jsonl")))).environment
     recorded = json.loads(json.dumps(environment))
     assert taken_over(recorded) == recorded
-    monkeypatch.setattr(mira.environment, "processor", lambda: "Abacus 3000")
+    monkeypatch.setattr(mira.setup.environment, "processor", lambda: "Abacus 3000")
     assert taken_over(recorded) == {}
 
 

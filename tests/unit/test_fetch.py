@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mira.fleet.fetch import Fetches
+from mira.fleet.flower.fetch import Fetches
 
 
 class Uploads:

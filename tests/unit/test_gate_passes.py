@@ -18,8 +18,8 @@ import pytest
 pytest.importorskip("flwr", reason="needs the extra 'flower'")
 
 from gatehouse import LIMITS, gate, proof, superlink
-from mira.fleet import kit
-from mira.fleet.gate import server_tls, upstream_tls
+from mira.fleet.gate.proxy import server_tls, upstream_tls
+from mira.fleet.identity import kit
 
 
 @pytest.mark.parametrize("chunked", [False, True])

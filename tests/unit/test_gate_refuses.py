@@ -23,8 +23,9 @@ from flwr.proto.message_pb2 import Message, Metadata
 from flwr.proto.node_pb2 import Node
 
 from gatehouse import LIMITS, Outside, SuperLink, gate, proof, superlink
-from mira.fleet import kit, uploads
-from mira.fleet.gate import Upstream, opened, server_tls, upstream_tls
+from mira.fleet.gate import quota as uploads
+from mira.fleet.gate.proxy import Upstream, opened, server_tls, upstream_tls
+from mira.fleet.identity import kit
 
 
 @pytest.fixture(scope="module")

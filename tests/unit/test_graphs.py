@@ -19,9 +19,9 @@ from mira.core import graph as core_graph
 from mira.core import similarity
 from mira.core.errors import UserError
 from mira.core.graph import Edges, Graph, Groups
-from mira.core.learned import Learned
+from mira.core.graph_io import from_tensors, in_use, to_tensors
+from mira.core.learned_graph import Learned
 from mira.core.similarity import alike, chosen, cosines
-from mira.core.tensors import from_tensors, in_use, to_tensors
 from mira.graphs import GRAPHS, Complete, File, GroupsGraph, Knn, Random, Similarity
 from mira.graphs.alike import LearnedGraph
 

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
 from mira.core.errors import UserError
-from mira.fleet import kit
+from mira.fleet.identity import kit
 from small import mira
 
 LONG_AGO = datetime.now(UTC) - timedelta(days=40)

@@ -12,11 +12,12 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs the extra 'flower'")
 
-from mira.fleet import gate, kit
-from mira.fleet.admission import admission
-from mira.fleet.certificates import Signed, new_server
-from mira.fleet.kit import SiteKit
-from mira.fleet.knock import refusal
+from mira.fleet.flower.preflight import refusal
+from mira.fleet.gate import proxy as gate
+from mira.fleet.identity import kit
+from mira.fleet.identity.certificates import Signed, new_server
+from mira.fleet.identity.kit import SiteKit
+from mira.fleet.identity.signatures import admission
 
 
 def free_port() -> int:

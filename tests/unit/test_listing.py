@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mira import listing
+from mira.results import list_runs as listing
 from mira.store import Store
 from mira.store.files import is_locked
 from small import mira, snapshot

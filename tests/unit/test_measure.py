@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from mira import Experiment, measure
+from mira import Experiment
 from mira.core.errors import UserError
-from mira.core.likeness import chrf, words
-from mira.labels import label_accuracy
-from mira.measure import answers, check_metrics, exact_match, grade, register, rouge_l
-from mira.session import open_session
+from mira.core.text_metrics import chrf, words
+from mira.runner import evaluation as measure
+from mira.runner.evaluation import answers, check_metrics, exact_match, grade, register, rouge_l
+from mira.runner.label_accuracy import label_accuracy
+from mira.setup.session import open_session
 from small import mira, settings, write_config
 
 EQUAL = [

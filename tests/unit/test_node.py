@@ -17,10 +17,10 @@ from flwr.proto.fleet_pb2 import ActivateNodeResponse
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
 
 from gatehouse import Silent, listening
-from mira.fleet import kit
-from mira.fleet.gate import server_tls
-from mira.fleet.processes import surroundings
-from mira.fleet.superlink import free_port
+from mira.fleet.flower.processes import surroundings
+from mira.fleet.flower.superlink import free_port
+from mira.fleet.gate.proxy import server_tls
+from mira.fleet.identity import kit
 
 Answer = tuple[int, bytes]
 PATIENCE = 120.0  # seconds; it takes a few
@@ -65,7 +65,7 @@ def ended(tmp_path: Path, answer: Callable[[str], Answer]) -> tuple[int, str, li
         line = ["--superlink", address, "--root-certificates", str(site.authority), "--isolation", "process"]
         line += ["--auth-supernode-private-key", str(site.key), "--host", "127.0.0.1", "--port", str(free_port())]
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "mira.fleet.node", *line],
+            [sys.executable, "-P", "-m", "mira.fleet.flower.supernode_process", *line],
             env=surroundings({"FLWR_HOME": str(tmp_path / "flower")}), timeout=PATIENCE, check=False, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
@@ -103,7 +103,15 @@ def test_it_ends_with_its_heartbeat(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_with_its_arguments_is_said() -> None:
-    line = [sys.executable, "-P", "-m", "mira.fleet.node", "--insecure", "--root-certificates", "/etc/hosts"]
+    line = [
+        sys.executable,
+        "-P",
+        "-m",
+        "mira.fleet.flower.supernode_process",
+        "--insecure",
+        "--root-certificates",
+        "/etc/hosts",
+    ]
     done = subprocess.run(line, env=surroundings({}), timeout=PATIENCE, check=False, text=True, capture_output=True)
     assert done.returncode == 1
     assert "Conflicting options" in done.stderr

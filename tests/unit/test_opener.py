@@ -12,9 +12,9 @@ import pytest
 from mira import Experiment
 from mira.core.errors import UserError
 from mira.data.sources.sites import Sites
-from mira.fleet.remote import RemoteEngine
-from mira.fleet.seam import InProcess, Message, pack, unpack
-from mira.fleet.server import Opener
+from mira.fleet.messages.transport import InProcess, Message, pack, unpack
+from mira.fleet.server.engine import RemoteEngine
+from mira.fleet.server.session import Opener
 from mira.graphs.known import Complete
 from small import settings
 
@@ -48,7 +48,7 @@ class Joining:
 
 @pytest.fixture
 def wanted(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
-    monkeypatch.setattr("mira.fleet.server._PAUSE", 0.0)
+    monkeypatch.setattr("mira.fleet.server.session._PAUSE", 0.0)
     values: dict[str, Any] = settings(tiny_folder, tmp_path, clients={"rank": {"ann": 1, "bob": 1}})
     values["data"] = {"source": "sites", "groups": {"ann": "a", "bob": "a", "cleo": "b"}}
     values["graph"] = {"name": "groups"}

@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import Markup
 
-from mira.page.load import read
-from mira.page.notes import notes
-from mira.page.stats import Mean, mean, t95
-from mira.page.svg import Scale, cividis, scale, spread, tag
-from mira.page.tables import call
-from mira.page.variants import differing, group
-from mira.page.verdict import difference, row, wins
-from mira.page.write import page
+from mira.results.html.load import read
+from mira.results.html.notes import notes
+from mira.results.html.stats import Mean, mean, t95
+from mira.results.html.svg import Scale, cividis, scale, spread, tag
+from mira.results.html.tables import call
+from mira.results.html.variants import differing, group
+from mira.results.html.verdict import difference, row, wins
+from mira.results.html.write import page
 from small import mira
 from synthetic import ROW, write_comparison, write_run
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mira.fleet.privacy import describe, epsilon, normal, release
+from mira.fleet.site.privacy import describe, epsilon, normal, release
 
 
 class Entropy:

@@ -16,7 +16,7 @@ from mira.core.errors import UserError
 from mira.data.federation import SplitSizes, make_federation
 from mira.data.reading import client_files, parse_json, read_records
 from mira.data.sources.jsonl import Jsonl
-from mira.fleet.source import source_of
+from mira.fleet.site.source import source_of
 
 ROWS = [{"instruction": f"Say {n}.", "output": f"{n} – {'é' * n}"} for n in range(3)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)

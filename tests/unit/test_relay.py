@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from mira.core.errors import UserError
-from mira.fleet import frames
-from mira.fleet.relay import Relay
-from mira.fleet.seam import Lost
+from mira.fleet.flower import frames
+from mira.fleet.flower.transport import Relay
+from mira.fleet.messages.transport import Lost
 
 
 @dataclass
@@ -166,7 +166,7 @@ def test_a_superlink_that_began_anew_is_given_time_to_meet_its_sites(
     relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_back: bool, answer: bytes | Lost
 ) -> None:
     """It knows nobody at first. Who was online before is waited for, and asked again."""
-    monkeypatch.setattr("mira.fleet.relay._LOOK", 0.02)
+    monkeypatch.setattr("mira.fleet.flower.transport._LOOK", 0.02)
     app = App(tmp_path / "relay", echo, dies_on={"pull"})
     app.start()
     assert relay.roster() == {"ann", "bob"}
@@ -236,7 +236,7 @@ def test_a_frame_that_is_too_long_is_not_read(tmp_path: Path) -> None:
 def test_only_what_was_answered_is_asked_for_and_now_and_then_all(
     relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mira.fleet.relay._ALL", 1.0)
+    monkeypatch.setattr("mira.fleet.flower.transport._ALL", 1.0)
     answered = {"0"}
     relay.answered = lambda: answered
     relay._asked = time.monotonic()
@@ -252,7 +252,7 @@ def test_only_what_was_answered_is_asked_for_and_now_and_then_all(
 def test_large_rows_pass_through_the_app_one_by_one_and_the_sites_are_told_of_each(
     relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mira.fleet.relay._SHARE", 10)
+    monkeypatch.setattr("mira.fleet.flower.transport._SHARE", 10)
     app = App(tmp_path / "relay", echo)
     told: list[int] = []
     relay.pushed = lambda: told.append(len(app.pushed))

@@ -10,8 +10,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from mira.progress import RunProgress
-from mira.report import number, table
+from mira.results.tables import number, table
+from mira.runner.progress import RunProgress
 
 
 def client(name: str, **changes: Any) -> dict[str, Any]:

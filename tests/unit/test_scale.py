@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mira.core.graph import Edges, Graph, Groups
+from mira.core.graph_io import from_tensors, to_tensors
 from mira.core.layout import Layout
 from mira.core.loop import Schedule, run_rounds
 from mira.core.mixing import normalised_step
-from mira.core.tensors import from_tensors, to_tensors
 from mira.core.training import Training
 from mira.core.types import Change, Rows, ServerState, Setting, Trained, Work
 from mira.methods.mira import Mira

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mira.fleet.scratch import scratch
+from mira.fleet.flower.tempdirs import scratch
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(there: Path) -> 
     program = f"""
 import tempfile, os, signal
 tempfile.tempdir = {str(there)!r}
-from mira.fleet.scratch import scratch
+from mira.fleet.flower.tempdirs import scratch
 with scratch("mira-") as folder:
     (folder / "server.key").touch()
     os.kill(os.getpid(), signal.SIGKILL)

@@ -11,8 +11,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mira.fleet.screen import Expected, Rejection, distance, judge, too_far
-from mira.fleet.seam import Head, Message, pack
+from mira.fleet.messages.transport import Head, Message, pack
+from mira.fleet.messages.validate import Expected, Rejection, distance, judge, too_far
 
 HEAD = Head("train", "0" * 16, "a1", 3, "hospital-1")
 EXPECTED = Expected(HEAD, {"row0": ((4,), torch.float32)})

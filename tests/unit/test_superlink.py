@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from mira.fleet import kit, superlink
-from mira.fleet.commands import END
-from mira.fleet.superlink import SuperLink
+from mira.fleet.flower import superlink
+from mira.fleet.flower.flwr_commands import END
+from mira.fleet.flower.superlink import SuperLink
+from mira.fleet.identity import kit
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mira.fleet import uploads
-from mira.fleet.uploads import Uploads
+from mira.fleet.gate import quota as uploads
+from mira.fleet.gate.quota import Uploads
 
 
 def test_an_answer_is_whole_once_its_site_is_quiet() -> None:

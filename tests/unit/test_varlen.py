@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gpu_way
-from mira.engine import attention
-from mira.engine.attention import Form, Packed, Segment
+from mira.engine.attention import packed as attention
+from mira.engine.attention.packed import Form, Packed, Segment
 from packings import layouts, visible
 from tiny import draw
 

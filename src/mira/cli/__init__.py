@@ -20,7 +20,7 @@ from mira.cli.data import data_app
 from mira.cli.kit import kit_app
 from mira.cli.terminal import err_console, out_console
 from mira.core.errors import UserError
-from mira.progress import visible
+from mira.core.escape import visible
 
 __all__ = ["app", "main", "out_console"]
 

@@ -26,13 +26,13 @@ def check(file: Path, overrides: Set = None) -> None:
     import torch
 
     from mira import config
-    from mira import look as page
     from mira.data.federation import make_federation
     from mira.data.sources.sites import Sites
-    from mira.measure import check_metrics
     from mira.methods import ALONG_GRAPH
     from mira.methods.ranked import check_names
     from mira.model.reader import open_reader
+    from mira.runner import preview as page
+    from mira.runner.evaluation import check_metrics
 
     experiment = config.load(file, overrides or [])
     check_metrics(experiment.evaluation.metrics)

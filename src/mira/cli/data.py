@@ -33,10 +33,10 @@ def look(
     as_json: Json = False,
 ) -> None:
     """Say what is recognised, what each client has, how long it is in tokens, and show the first example as it is learned."""
-    from mira import look as page
+    from mira.core.escape import visible
     from mira.data.sources.jsonl import Jsonl, OneFile
     from mira.model.reader import open_reader
-    from mira.progress import visible
+    from mira.runner import preview as page
 
     experiment = _experiment(path, model, overrides or [])
     of = experiment.model

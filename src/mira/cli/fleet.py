@@ -10,7 +10,7 @@ import typer
 from mira.cli.terminal import Json, Set, Verbose, err_console, print_result, say, silent
 from mira.cli.training import configuration
 from mira.core.errors import UserError
-from mira.progress import RunProgress
+from mira.runner.progress import RunProgress
 
 
 def server(
@@ -27,7 +27,7 @@ def server(
     as_json: Json = False,
 ) -> None:
     """mira run with clients on machines of their own: every site of the kit that is not revoked."""
-    from mira.fleet.serve import Options, serve
+    from mira.fleet.server.main import Options, serve
 
     if (target is None) == (resume is None):
         raise UserError("server: give a configuration, or --resume RUN to go on with a run; not both")
@@ -67,6 +67,6 @@ def client(
     verbose: Verbose = False,
 ) -> None:
     """Take part in a federation with data that stays here, until interrupted."""
-    from mira.fleet.client import Options, run
+    from mira.fleet.site.main import Options, run
 
     run(kit, Options(data, state, model, threads, willing, min_noise), say, say if verbose else silent)

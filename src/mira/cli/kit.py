@@ -17,7 +17,7 @@ kit_app = typer.Typer(
 
 def _kit() -> ModuleType:
     try:
-        from mira.fleet import kit
+        from mira.fleet.identity import kit
     except ModuleNotFoundError as error:
         raise UserError(f"mira kit: {error.name} is missing; pip install 'mira[flower]'") from None
     return kit

@@ -9,12 +9,12 @@ import typer
 
 from mira.cli.terminal import Data, Json, Model, Run, Which, err_console, out_console, print_json, print_result
 from mira.core.errors import UserError
-from mira.progress import RunProgress
+from mira.runner.progress import RunProgress
 
 
 def evaluate(run: Run, round: Which = "last", data: Data = None, model: Model = None, as_json: Json = False) -> None:
     """Measure every client of a run again: loss, exact match and ROUGE-L under the row it deploys."""
-    from mira import inspect_run
+    from mira.results import run_folder as inspect_run
 
     print_result(inspect_run.evaluate(run, round, RunProgress(err_console), data, model), as_json)
 
@@ -37,7 +37,7 @@ def generate(
     model: Model = None,
 ) -> None:
     """Answer a prompt with one client's adapter."""
-    from mira import inspect_run
+    from mira.results import run_folder as inspect_run
 
     for line in inspect_run.generate(run, client, prompt, instruction, max_new_tokens, round, system, data, model):
         out_console.print(line, soft_wrap=True)
@@ -71,7 +71,7 @@ def export(
     model: Model = None,
 ) -> None:
     """Write adapters for PEFT or a server, or merged models, under the run folder, and push them to the model hub."""
-    from mira import inspect_run
+    from mira.results import run_folder as inspect_run
     from mira.serving.push import Hub
 
     if everyone == bool(client):
@@ -91,7 +91,7 @@ def report(
     ] = None,
 ) -> None:
     """Write one self-contained HTML page: which method for whom, curves, clients, transfer, graph, what differs."""
-    from mira import page
+    from mira.results import html as page
 
     out_console.print(
         str(page.write(runs, out or (runs[0] if len(runs) == 1 else Path()) / "report.html")), soft_wrap=True
@@ -103,7 +103,7 @@ def list_runs(
     as_json: Json = False,
 ) -> None:
     """List runs with their headline figures, and what is broken with the reason."""
-    from mira import listing
+    from mira.results import list_runs as listing
 
     good, broken = listing.runs(root)
     if as_json:

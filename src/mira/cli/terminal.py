@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from mira.progress import visible
+from mira.core.escape import visible
 
 # Names come from data: what looks like markup or an emoji code in them is shown as it is.
 out_console = Console(markup=False, emoji=False, highlight=False)
@@ -48,7 +48,7 @@ def print_json(value: Any) -> None:
 
 
 def print_result(result: dict[str, Any], as_json: bool) -> None:
-    from mira.report import table
+    from mira.results.tables import table
 
     if as_json:
         print_json(result)

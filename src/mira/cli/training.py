@@ -11,7 +11,7 @@ import typer
 
 from mira.cli.terminal import Data, Json, Model, Run, Set, err_console, out_console, print_json, print_result, say
 from mira.core.errors import UserError
-from mira.progress import RunProgress
+from mira.runner.progress import RunProgress
 
 if TYPE_CHECKING:
     from mira.config import Experiment
@@ -31,7 +31,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Train one adapter per client, measure every client, and write a PEFT folder for each."""
-    from mira import experiment
+    from mira.runner import run as experiment
 
     watcher = RunProgress(err_console)
     try:
@@ -66,9 +66,9 @@ def compare(
 
     The same command goes on where it was interrupted; runs that are finished are not done again.
     """
-    from mira import compare as comparison
-    from mira.compare.tables import rich_tables
-    from mira.core.strict import expanded
+    from mira import comparison
+    from mira.comparison.tables import rich_tables
+    from mira.core.pydantic_config import expanded
 
     place = expanded(out) if out else None
     plan = comparison.load(target, overrides or [])
@@ -98,7 +98,7 @@ def adapt(
     as_json: Json = False,
 ) -> None:
     """Let a new client join a finished run: start from its neighbours' rows, train on its own data, write its adapter."""
-    from mira.adapt import adapt, lines
+    from mira.runner.join import adapt, lines
 
     result = adapt(run, client, data, group, neighbours, rounds, overrides or [])
     if as_json:

@@ -10,8 +10,8 @@ from typing import Any
 from mira.config.experiment import VARIANTS, Experiment
 from mira.config.moved import check_there, moved
 from mira.config.overrides import override
-from mira.config.text import flat, mapping, read, write
-from mira.core.strict import expanded
+from mira.config.yaml_io import flat, mapping, read, write
+from mira.core.pydantic_config import expanded
 
 __all__ = [
     "Experiment", "absolute", "check_there", "dated", "differences", "dump", "load", "moved", "override", "parse", "parse_text",

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from mira.core.strict import STRICT
+from mira.core.pydantic_config import STRICT
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
-from mira.config import fit
+from mira.config import compatibility
 from mira.config.adapter import ADAPTERS, Count, LoraSection
-from mira.config.faults import explain
 from mira.config.prompt import PromptSection
+from mira.config.validation_errors import explain
 from mira.core.errors import UserError
-from mira.core.strict import STRICT
+from mira.core.pydantic_config import STRICT
 from mira.core.training import Training
 from mira.core.types import Method
 from mira.core.wire import Wire
@@ -124,7 +124,7 @@ class EvaluationSection:
     """Exact match and ROUGE-L of generated answers, at the start and the end."""
     metrics: tuple[str, ...] = ("chrf",)
     """Metrics of the answers beside exact match and ROUGE-L: chrf; label_accuracy (is the expected answer the likeliest of those
-    the client trains on, where they are few); and those that mira.measure.register added. Over machines chrf alone."""
+    the client trains on, where they are few); and those that mira.runner.evaluation.register added. Over machines chrf alone."""
     max_new_tokens: Count = 128
     """Longest generated answer."""
     examples: Count | None = None
@@ -260,7 +260,7 @@ class Experiment(BaseModel):
                     "adapter.init=orthogonal: cut to fewer ranks its product is not 0; leave clients.rank out"
                 )
         kind = "dora" if getattr(self.adapter, "dora", False) else self.adapter.kind
-        fit.check(self.method, kind, ranks_differ=bool(self.clients.rank))
+        compatibility.check(self.method, kind, ranks_differ=bool(self.clients.rank))
         if self.engine.prefix == "on" and dropout > 0:
             raise UserError(
                 f"engine.prefix=on: a shared prefix is computed once, but adapter.dropout={dropout:g} "

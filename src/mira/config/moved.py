@@ -8,7 +8,7 @@ from typing import Any
 
 from mira.config.experiment import Experiment
 from mira.core.errors import UserError
-from mira.core.strict import expanded
+from mira.core.pydantic_config import expanded
 
 
 def moved(experiment: Experiment, data: Path | None = None, model: str | None = None) -> Experiment:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from mira.config.experiment import VARIANTS
-from mira.config.text import value as yaml_value
+from mira.config.yaml_io import value as yaml_value
 from mira.core.errors import UserError
 
 Path = tuple[str, ...]

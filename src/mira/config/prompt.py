@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from mira.config.adapter import Count
 from mira.core.errors import UserError
-from mira.core.strict import STRICT, UserPath
+from mira.core.pydantic_config import STRICT, UserPath
 from mira.data.reading import existing, read_text
 from mira.data.templates import CHAT
 from mira.data.text import Encoder, Wording

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mira.core.graph_io import in_use
+from mira.core.payload import is_private, jobs_of, parcel
 from mira.core.seeds import generator
-from mira.core.tensors import in_use
 from mira.core.training import Training
-from mira.core.travel import is_private, jobs_of, parcel
 from mira.core.types import Change, Failure, Method, Overlay, Rows, ServerState, Trained, Trainer, Work
 from mira.core.wire import Wire, down, num_bytes
 

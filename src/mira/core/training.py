@@ -7,7 +7,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError
-from mira.core.strict import STRICT
+from mira.core.pydantic_config import STRICT
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -16,8 +16,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from mira.core.errors import UserError
+from mira.core.pydantic_config import STRICT
 from mira.core.seeds import generator, stream
-from mira.core.strict import STRICT
 from mira.data.types import ClientData, Example, Message, Source, by_question
 
 SPLITS = ("train", "validation", "test")

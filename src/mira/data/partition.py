@@ -16,8 +16,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError
+from mira.core.pydantic_config import STRICT
 from mira.core.seeds import generator, stream
-from mira.core.strict import STRICT
 from mira.data.fields import Record, label_field
 from mira.data.records import Columns, Tally
 from mira.data.types import ClientData, Example, client_data

@@ -24,18 +24,18 @@ from mira.core.training import Training
 from mira.core.types import Failure, Scores, Trained, Work
 from mira.data.corpus import Corpus
 from mira.data.text import Encoded
-from mira.engine import cuda_graphs
-from mira.engine.attention import in_one_kernel
+from mira.engine.adapted_model import Carrier
+from mira.engine.attention.packed import in_one_kernel
 from mira.engine.budget import bytes_a_token, of_use, tokens_per_pass
-from mira.engine.carrier import Carrier
 from mira.engine.checkpoint import recomputed
+from mira.engine.cuda import graphs
+from mira.engine.cuda.replay import Replays
+from mira.engine.forward_only import FORWARD, Measuring
 from mira.engine.generate import kept_bytes
-from mira.engine.measuring import FORWARD, Measuring
 from mira.engine.memory import HALVING, OUT_OF_MEMORY, unless_out_of_memory
 from mira.engine.optim import RowOptimizer, pull
 from mira.engine.packing import Jobs, halves, labels_of, plan
 from mira.engine.reference import ReferenceEngine
-from mira.engine.replays import Replays
 from mira.engine.step import Step
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class BatchedEngine:
         looked for, experts are computed client by client, or attention goes in tiles."""
         unlike = self.dropout or self.checkpointing or self.layout.virtual_tokens or self.layout.experts
         same = not unlike and self.carrier.way.kind == "packed"
-        there = self.model.device.type in cuda_graphs.DEVICES and in_one_kernel(self.model.device, self.model.dtype)
+        there = self.model.device.type in graphs.DEVICES and in_one_kernel(self.model.device, self.model.dtype)
         return self.cuda_graphs and same and there
 
     def train(self, work: Work, round: int, lr: float) -> Trained:

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from mira.adapters.attach import Attached, Forward
-from mira.engine.apart import Apart
-from mira.engine.attention import Attention, Packed
-from mira.engine.faults import FAULTS, is_no_fault
-from mira.engine.seam import attending, in_this_thread
+from mira.engine.attention.hook import attending, in_this_thread
+from mira.engine.attention.one_by_one import Apart
+from mira.engine.attention.packed import Attention, Packed
+from mira.engine.model_errors import FAULTS, is_no_fault
 
 Head = Callable[[Tensor], Tensor]
 

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mira.core.errors import UserError
 from mira.engine.body import usual_tokens
-from mira.engine.faults import told
+from mira.engine.model_errors import told
 
 _PROBE = 9  # tokens
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from mira.adapters.lowrank import Lane
 from mira.core.threads import still_wanted
-from mira.engine.attention import Packed, Segment
+from mira.engine.attention.decoding import Decode, after
+from mira.engine.attention.packed import Packed, Segment
 from mira.engine.body import Body, Head
-from mira.engine.decode import Decode, after
 from mira.engine.packing import Pass
 
 _UNLIMITED = 1 << 30

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mira.data.text import Encoded
-from mira.engine.attention import Segment
+from mira.engine.attention.packed import Segment
 
 _WORTH = 8  # a shared prefix shorter than this saves less than its bookkeeping costs
 

@@ -23,11 +23,11 @@ from mira.core.training import Training
 from mira.core.types import Failure, Scores, Trained, Work
 from mira.data.corpus import Corpus
 from mira.data.text import Encoded
-from mira.engine import seam
+from mira.engine.attention import hook
 from mira.engine.checkpoint import recomputed
-from mira.engine.faults import FAULTS, cannot_carry, is_no_fault, told
 from mira.engine.generate import positions
 from mira.engine.memory import OUT_OF_MEMORY, is_out_of_memory
+from mira.engine.model_errors import FAULTS, cannot_carry, is_no_fault, told
 
 _TRIAL = Encoded((1, 1, 1), (False, False, True), False)
 
@@ -54,7 +54,7 @@ class ReferenceEngine:
         # PEFT changes the model it is given; the weights are shared, the modules are not.
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         model = deepcopy(self.model, shared)
-        if model.config._attn_implementation == seam.NAME:  # its weights are a batched engine's too
+        if model.config._attn_implementation == hook.NAME:  # its weights are a batched engine's too
             model.set_attn_implementation("eager")
         config: PeftConfig
         if not self.layout.entries:  # the base alone

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from mira.adapters.attach import Attached
 from mira.adapters.lowrank import Lane
-from mira.adapters.proof import trial_row
+from mira.adapters.peft_check import trial_row
 from mira.core.layout import Layout
-from mira.engine.attention import Packed, Segment
+from mira.engine.attention.hook import CannotPackError, attend_by
+from mira.engine.attention.packed import Packed, Segment
+from mira.engine.attention.patching import SAME, difference, limit
 from mira.engine.body import Body, usual_tokens
-from mira.engine.exchange import SAME, difference, limit
-from mira.engine.faults import cannot_carry, told
-from mira.engine.seam import CannotPackError, attend_by
+from mira.engine.model_errors import cannot_carry, told
 
 _LENGTH = 4  # tokens of a sequence
 

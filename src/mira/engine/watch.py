@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mira.engine.attention.hook import attend_by
 from mira.engine.body import Body
-from mira.engine.faults import FAULTS, is_no_fault
-from mira.engine.seam import attend_by
+from mira.engine.model_errors import FAULTS, is_no_fault
 
 _NAME = "mira_watched"
 _TOKENS = 97  # no layer has such a width

@@ -10,9 +10,9 @@ from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError
 from mira.core.graph import Embed, Graph
-from mira.core.learned import Learned
+from mira.core.learned_graph import Learned
+from mira.core.pydantic_config import STRICT
 from mira.core.similarity import alike, undirected
-from mira.core.strict import STRICT
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 Cosine = Annotated[float, Field(ge=0, lt=1)]

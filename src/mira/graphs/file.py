@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError, did_you_mean
 from mira.core.graph import Edges, Embed, Graph
-from mira.core.strict import STRICT, UserPath
+from mira.core.pydantic_config import STRICT, UserPath
 
 _LARGEST = 1e100  # sums and products of weights stay numbers
 _COLUMNS = ["source", "target", "weight"]

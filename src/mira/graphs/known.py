@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError
 from mira.core.graph import Embed, Graph, Groups
-from mira.core.strict import STRICT
+from mira.core.pydantic_config import STRICT
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -7,8 +7,8 @@ import torch
 from pydantic.dataclasses import dataclass
 
 from mira.core.graph import Edges, Embed, Graph
+from mira.core.pydantic_config import STRICT
 from mira.core.seeds import generator
-from mira.core.strict import STRICT
 
 _CUT = 0.25  # Elbakary et al. 2025: weaker relations are set to 0
 

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from mira.core.strict import STRICT
+from mira.core.pydantic_config import STRICT
 from mira.core.types import Change, ServerState, Setting, Trained, Work
 from mira.methods.rows import FIRST, common, mean, one_row
 

@@ -9,7 +9,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from mira.core.strict import STRICT
+from mira.core.pydantic_config import STRICT
 from mira.core.types import Change, ServerState, Setting, Trained, Work
 from mira.methods.rows import FIRST, common, factor_mask, mean, one_row_and_each
 

@@ -9,8 +9,8 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from mira.core.product import best_factors
-from mira.core.strict import STRICT
+from mira.core.product_mixing import best_factors
+from mira.core.pydantic_config import STRICT
 from mira.core.types import Change, ServerState, Setting, Trained, Work
 from mira.methods.layers import refuse_experts
 from mira.methods.rows import FIRST, common, factor_pairs, one_row

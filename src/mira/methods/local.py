@@ -6,7 +6,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from mira.core.strict import STRICT
+from mira.core.pydantic_config import STRICT
 from mira.core.types import Change, MemoryRows, ServerState, Setting, Trained, Work
 
 

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from mira.core.errors import UserError
 from mira.core.graph import Graph
+from mira.core.graph_io import to_tensors
 from mira.core.layout import Layout
-from mira.core.learned import Learned
+from mira.core.learned_graph import Learned
 from mira.core.mixing import mix, normalised_weights, paper_weights
-from mira.core.product import product_mix
+from mira.core.product_mixing import product_mix
+from mira.core.pydantic_config import STRICT
 from mira.core.ranks import Weigh
-from mira.core.strict import STRICT
-from mira.core.tensors import to_tensors
 from mira.core.types import Change, MemoryRows, ServerState, Setting, Trained, Work
 from mira.methods.layers import pairs, shares
 

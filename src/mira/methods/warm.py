@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mira.core.layout import Layout
-from mira.core.travel import is_private
+from mira.core.payload import is_private
 from mira.core.types import Change, Method, ServerState, Setting, Trained, Work
 
 

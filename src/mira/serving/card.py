@@ -13,7 +13,7 @@ from mira.core.loop import Record
 from mira.data.federation import Client
 from mira.data.templates import CHAT, TEMPLATES
 from mira.data.text import Encoder
-from mira.session import Session
+from mira.setup.session import Session
 
 CHAT_TEMPLATE = "chat_template.jinja"
 PROMPT_TEMPLATE = "prompt_template.jinja"

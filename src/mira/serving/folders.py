@@ -13,7 +13,7 @@ from mira.core.types import ServerState
 from mira.model.whole import save_whole
 from mira.serving import card, gguf
 from mira.serving.card import Origin
-from mira.session import Session
+from mira.setup.session import Session
 from mira.store.folders import replace_folder
 
 

@@ -12,7 +12,7 @@ from mira.core.errors import UserError
 from mira.model.wheel import WHEELS
 from mira.serving import gguf
 from mira.serving.card import CHAT_TEMPLATE, base_name, is_own
-from mira.session import Session
+from mira.setup.session import Session
 
 Format = Literal["peft", "vllm", "sglang", "lorax", "gguf"]
 

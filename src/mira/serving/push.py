@@ -16,7 +16,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from mira.core.errors import UserError
 from mira.model.files import first_line
 from mira.serving.card import base_name, hub_name
-from mira.session import Session
+from mira.setup.session import Session
 
 CLIENT = "{client}"
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mira.core.best import UNMEASURED, standing
+from mira.core.best_round import UNMEASURED, standing
 
 KINDS = ("rows", "optim", "extra")
 

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError
-from mira.core.strict import STRICT
+from mira.core.pydantic_config import STRICT
 from mira.trackers import numbers
 from mira.trackers.mlflow import Mlflow
 from mira.trackers.tensorboard import TensorBoard

@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError
-from mira.core.strict import STRICT
+from mira.core.pydantic_config import STRICT
 from mira.trackers.tracker import Numbers, Parameters, remembered
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from uuid import uuid4
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from mira.core.strict import STRICT
+from mira.core.pydantic_config import STRICT
 from mira.trackers.tracker import Numbers, Parameters, remembered
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from mira.core.strict import STRICT
+from mira.core.pydantic_config import STRICT
 from mira.data.types import ClientData, Example
 
 MONTHS = (

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from mira.core.strict import STRICT, UserPath
+from mira.core.pydantic_config import STRICT, UserPath
 from mira.data.partition import ByColumn, Partition, split_pool
 from mira.data.reading import existing, read_records
 from mira.data.records import Columns

@@ -9,7 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError
-from mira.core.strict import STRICT
+from mira.core.pydantic_config import STRICT
 from mira.data.fields import Record
 from mira.data.partition import Partition, split_pool
 from mira.data.records import Columns

@@ -10,7 +10,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError
-from mira.core.strict import STRICT, UserPath
+from mira.core.pydantic_config import STRICT, UserPath
 from mira.data.fields import Record, label_field
 from mira.data.reading import ENDINGS, client_files, client_name, existing, read_records, tell_left_out
 from mira.data.records import Columns, Tally

@@ -11,8 +11,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError, did_you_mean
+from mira.core.pydantic_config import STRICT, UserPath
 from mira.core.seeds import generator
-from mira.core.strict import STRICT, UserPath
 from mira.data.fields import text_field
 from mira.data.reading import existing, parse_json, read_text
 from mira.data.types import ClientData, Example

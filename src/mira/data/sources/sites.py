@@ -9,7 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError, did_you_mean
-from mira.core.strict import STRICT
+from mira.core.pydantic_config import STRICT
 from mira.data.types import ClientData, Source
 
 Count = Annotated[int, Field(strict=True, ge=1)]

@@ -1,0 +1,222 @@
+"""What a comparison file says, and the runs that follow from it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mira import config
+from mira.config import Experiment
+from mira.config.overrides import override
+from mira.config.validation_errors import explain
+from mira.config.yaml_io import read
+from mira.core.errors import UserError, did_you_mean
+from mira.core.pydantic_config import STRICT, UserPath
+
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Scalar = Annotated[bool, Field(strict=True)] | Annotated[int, Field(strict=True)] | float | str | None
+Grid = dict[str, Annotated[list[Scalar], Field(min_length=1)]]
+Point = dict[str, Any]  # one point of a grid: dotted key -> value
+
+# What an entry may differ in; of training not what decides which example is seen when.
+_OWN = ("method", "graph", "adapter", "training")
+_SHARED = ("training.local_steps", "training.local_epochs", "training.batch_size")
+
+
+class Comparison(BaseModel):
+    """Entries × grid × seeds over one experiment."""
+
+    model_config = ConfigDict(**STRICT, frozen=True)
+
+    base: UserPath | None = None
+    """The experiment all have in common: a YAML file, relative to this one. Give this or experiment."""
+    experiment: dict[str, Any] | None = None
+    """The same, written out here."""
+    set: dict[str, Any] = {}
+    """Dotted keys set in the experiment for all entries."""
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    """Every entry is run with each of them, at the point of the grid that was chosen for it."""
+    tune_seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
+    """The seeds run at every point of the grid, some of seeds; null: all. Fewer of them cost less and choose less surely."""
+    grid: Grid = {}
+    """Dotted key -> values to try; every combination is a point. The same for every entry."""
+    entries: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    """Name of a row of the table -> the dotted keys it sets, of method, graph, adapter and training. An entry whose steps are
+    of another scale may bring a grid of its own with as many points."""
+    against: list[str] | None = None
+    """The entries every other one is tested against; null: all."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Comparison:
+        if (self.base is None) == (self.experiment is None):
+            raise UserError("base: give the experiment either as base, a YAML file, or under experiment")
+        for key in ("seeds", "tune_seeds", "against"):
+            values = getattr(self, key) or []
+            if len(set(values)) < len(values):
+                raise UserError(f"{key}={values}: names something twice")
+        for key, values, allowed in (
+            ("tune_seeds", self.tune_seeds, self.seeds), ("against", self.against, list(self.entries)),
+        ):  # fmt: skip
+            for value in values or []:
+                if value not in allowed:
+                    raise UserError(f"{key}: {value!r} is not there{did_you_mean(str(value), map(str, allowed))}")
+        self._check_keys()
+        return self
+
+    def _check_keys(self) -> None:
+        for place, keys in [
+            ("grid", self.grid),
+            *((f"entries.{name}.grid", self.grid_of(name)) for name in self.entries),
+            *((f"entries.{name}", self.sets(name)) for name in self.entries),
+        ]:
+            for key in keys:
+                if key.split(".")[0] not in _OWN or key in _SHARED or key == "training":
+                    raise UserError(
+                        f"{place}.{key}: must be the same for all, so that they see the same data in the same order; what may"
+                        f" differ is method, graph, adapter and training (but {', '.join(_SHARED)}); set it for all under set"
+                    )
+        size = _size(self.grid)
+        for name in self.entries:
+            for key, values in self.grid_of(name).items():
+                if len(set(map(_text, values))) < len(values):
+                    raise UserError(f"grid.{key}={values}: names something twice; every entry gets as many tries")
+            if _size(self.grid_of(name)) != size:
+                raise UserError(
+                    f"entries.{name}.grid: {_size(self.grid_of(name))} points where the others have {size}; every entry"
+                    " gets as many tries"
+                )
+            if both := sorted(set(self.grid_of(name)) & set(self.sets(name))):
+                raise UserError(f"entries.{name}.{both[0]}: is in the grid too; set it in one of the two")
+        slugs = [slug(name) for name in self.entries]
+        for name, place in zip(self.entries, slugs, strict=True):
+            if not place or slugs.count(place) > 1:
+                raise UserError(
+                    f"entries.{name}: makes no folder name of its own ('{place}'); use other letters or digits"
+                )
+
+    def grid_of(self, entry: str) -> Grid:
+        own = self.entries[entry].get("grid", self.grid)
+        if not isinstance(own, dict) or not all(isinstance(values, list) and values for values in own.values()):
+            raise UserError(f"entries.{entry}.grid={own!r}: must be dotted keys, each with a list of values")
+        return own
+
+    def sets(self, entry: str) -> dict[str, Any]:
+        return {key: value for key, value in self.entries[entry].items() if key != "grid"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. ``folder``: below the comparison's."""
+
+    entry: str
+    point: Point
+    seed: int
+    experiment: Experiment
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison with every run it may need; all configurations are valid."""
+
+    name: str
+    comparison: Comparison
+    base: Experiment  # without what entries, grid and seeds set
+    jobs: Mapping[str, Sequence[Sequence[Job]]]  # entry -> point -> a job for each seed
+
+    @property
+    def tune_seeds(self) -> list[int]:
+        return self.comparison.tune_seeds or self.comparison.seeds
+
+    @property
+    def baselines(self) -> list[str]:
+        return self.comparison.against or list(self.jobs)
+
+    @property
+    def total(self) -> int:
+        """Runs: the tuning seeds at every point, and the other seeds at the chosen one."""
+        tuned, seeds = len(self.tune_seeds), len(self.comparison.seeds)
+        return sum(len(points) * tuned + seeds - tuned for points in self.jobs.values())
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Plan:
+    """The plan of a comparison file. ``overrides`` change the experiment of all entries. Raises UserError."""
+    comparison = parse(read(path))
+    values = comparison.experiment if comparison.base is None else read(path.parent / comparison.base)
+    common = override(values or {}, [*_texts(comparison.set), *overrides])
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        if any(key in comparison.grid_of(name) or key in comparison.sets(name) for name in comparison.entries):
+            raise UserError(f"override '{text}': entries or grid set {key} themselves; change it there")
+    if "seed" in {text.partition("=")[0].strip() for text in [*_texts(comparison.set), *overrides]}:
+        raise UserError("seed: the seeds of a comparison are in seeds")
+    jobs = {name: _jobs(comparison, common, name) for name in comparison.entries}
+    return Plan(path.stem, comparison, config.parse(common), jobs)
+
+
+def parse(values: Mapping[str, Any]) -> Comparison:
+    """Raises UserError, one line for the first fault."""
+    try:
+        return Comparison(**values)
+    except ValidationError as error:
+        raise UserError(explain(error, values, Comparison.model_json_schema())) from None
+
+
+def points(grid: Grid) -> list[Point]:
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def shown(settings: Mapping[str, Any]) -> str:
+    """'training.lr=0.001, method.strength=0.5', as for --set."""
+    return ", ".join(_texts(settings))
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60]
+
+
+def _jobs(comparison: Comparison, common: Mapping[str, Any], entry: str) -> list[list[Job]]:
+    try:
+        mine = override(common, _texts(comparison.sets(entry)))
+        return [
+            [_job(mine, entry, point, seed) for seed in comparison.seeds] for point in points(comparison.grid_of(entry))
+        ]
+    except UserError as error:
+        raise UserError(f"entries.{entry}: {error}") from None
+
+
+def _job(values: Mapping[str, Any], entry: str, point: Point, seed: int) -> Job:
+    """Its run leaves the test split alone: that is read once the point is chosen."""
+    experiment = config.parse(override(values, [*_texts(point), f"seed={seed}", "evaluation.test=false"]))
+    return Job(entry, point, seed, experiment, Path("runs", slug(entry), _folder(point), f"seed-{seed}"))
+
+
+def _folder(point: Point) -> str:
+    """'training.lr=0.001'; a digest behind what cannot be written out, so that no two points share a folder."""
+    text = ",".join(_texts(point)) or "only"
+    safe = re.sub(r"[^A-Za-z0-9.=,_-]", "_", text)[:100]
+    return safe if safe == text else f"{safe}-{blake2b(text.encode(), digest_size=4).hexdigest()}"
+
+
+def _texts(settings: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={_text(value)}" for key, value in settings.items()]
+
+
+def _text(value: Any) -> str:
+    """A value in YAML; a word as it is."""
+    word = isinstance(value, str) and re.fullmatch(r"[A-Za-z][A-Za-z_-]*", value)
+    plain = word and value.lower() not in ("true", "false", "null")
+    return value if plain else json.dumps(value, ensure_ascii=False)  # JSON is YAML
+
+
+def _size(grid: Grid) -> int:
+    return prod(len(values) for values in grid.values())

@@ -1,0 +1,199 @@
+"""Runs a comparison: every run in a folder of its own, tuning on validation data, the test split read once at the end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import inf
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+from mira import config
+from mira.comparison.plan import Job, Plan
+from mira.comparison.progress import Estimate, Progress, Say, by_finished, sizes
+from mira.comparison.summary import entry_of, summary
+from mira.comparison.tables import FILES
+from mira.config import Experiment
+from mira.core.errors import UserError
+from mira.runner import run as experiment
+from mira.runner.run import Nobody, Watcher, measured, state_of
+from mira.setup.environment import check_environment
+from mira.setup.session import open_session
+from mira.store import Store
+from mira.store.files import TESTED, pack_json, read_json, replace
+from mira.store.folders import alone_in
+
+log = logging.getLogger(__name__)
+
+JSON = "compare.json"
+
+
+def compare(
+    plan: Plan, out: Path, command: str, results: Path | None = None, say: Say = lambda line: None
+) -> dict[str, Any]:
+    """Do what is left to do of ``plan`` in the folder ``out``, and return what is in its compare.json (docs/cli.md).
+
+    The files with the tables are written anew after each entry, in ``out`` and, all but the LaTeX, in ``results``.
+    Raises UserError when a run there was started with another configuration or on other data, or when another process is at
+    work there.
+    """
+    with alone_in(out):
+        return _compare(plan, out, command, results, say)
+
+
+def _compare(plan: Plan, out: Path, command: str, results: Path | None, say: Say) -> dict[str, Any]:
+    log.info("%d runs: %s", plan.total, sizes(plan))
+    if results is not None:
+        _check_writable(results)
+    _check_configurations(plan, out)
+    progress, same = Progress(plan.total, say), _Same()
+    watcher = Nobody() if by_finished(plan, out, say) else Estimate(plan.total, plan.base.evaluation.every, say)
+    entries: list[dict[str, Any]] = []
+    value: dict[str, Any] = {}
+    for name, by_point in plan.jobs.items():
+        tuned = [
+            [_run(job, out, same, progress, watcher) for job in jobs if job.seed in plan.tune_seeds]
+            for jobs in by_point
+        ]
+        means = [_mean_or_inf(losses) for losses in tuned]
+        if min(means) == inf:
+            raise UserError(
+                f"entries.{name}: no finite validation loss at any point of the grid; try smaller learning rates"
+            )
+        chosen = by_point[means.index(min(means))]
+        for job in chosen:
+            if job.seed not in plan.tune_seeds:
+                _run(job, out, same, progress, watcher)
+        tested = [_tested(out / job.folder) for job in chosen]
+        tuning = [(jobs[0].point, losses) for jobs, losses in zip(by_point, tuned, strict=True)]
+        entries.append(entry_of(plan, name, chosen, tuning, tested, out))
+        value = summary(plan, entries, same.environment, command)
+        _write(value, out, results)
+    return value
+
+
+def _run(job: Job, out: Path, same: _Same, progress: Progress, watcher: Watcher) -> float | None:
+    """The lowest validation loss of a run, which is done first, or finished, where it is not yet."""
+    folder = out / job.folder
+    began = time.perf_counter()
+    finished = _is_finished(folder)
+    if not finished and Store.exists(folder):
+        experiment.resume(folder, watcher)
+    elif not finished:
+        experiment.run(same.dated(job.experiment), folder, watcher)
+    with Store.open(folder, writable=False) as store:
+        same.check(job, store.environment())
+        best = store.best_round
+        loss = None if best is None else store.metrics()[best]["validation_loss"]
+    progress.done(job, loss, None if finished else time.perf_counter() - began)
+    return loss
+
+
+def _is_finished(folder: Path) -> bool:
+    if not Store.exists(folder):
+        return False
+    with Store.open(folder, writable=False) as store:
+        return store.result() is not None
+
+
+def _tested(folder: Path) -> dict[str, Any]:
+    """Test losses, answers and transfer under the rows of the validation-best round, the losses under the last, and before
+    training. What an older comparison kept has no start yet: it is added where the run can be opened, the rest stays."""
+    kept: dict[str, Any] = read_json(folder / TESTED) if (folder / TESTED).exists() else {}
+    if "start" in kept:
+        return kept
+    try:
+        value = _measured(folder, kept)
+    except UserError as error:
+        if not kept:
+            raise
+        log.warning("%s: how it began cannot be measured: %s", folder, error)
+        return kept
+    replace(folder / TESTED, pack_json(value))
+    return value
+
+
+def _measured(folder: Path, kept: dict[str, Any]) -> dict[str, Any]:
+    with Store.open(folder, writable=False) as store:
+        assert store.best_round is not None
+        recorded = store.environment()
+        session = open_session(config.parse_text(store.config()), recorded, folder=folder)
+        check_environment(recorded, session.environment)
+        losses = partial(measured, session, watcher=Nobody(), answers=False, transfer=False)
+        start = losses(session.initial_state())
+        if kept:
+            return kept | {"start": start}
+        answers = session.experiment.evaluation.generate
+        best = measured(session, state_of(session, store, store.best_round), Nobody(), answers, transfer=True)
+        last = best if store.last_round == store.best_round else losses(state_of(session, store))
+        return {"best_round": store.best_round, "start": start, "best": best, "last": last}
+
+
+def _check_configurations(plan: Plan, out: Path) -> None:
+    """Before anything is run: what is there already was started as the plan says."""
+    for by_point in plan.jobs.values():
+        for job in (job for jobs in by_point for job in jobs):
+            folder = out / job.folder
+            if not Store.exists(folder):
+                continue
+            with Store.open(folder, writable=False) as store:
+                there = config.parse_text(store.config())
+            if differences := config.differences(
+                there, config.dated(config.absolute(job.experiment), there.prompt.date)
+            ):
+                raise UserError(
+                    f"{folder}: was started with another configuration: {'; '.join(differences)} (here: the run folder,"
+                    " there: what you ask for now); take it back, give another --out, or remove the folder"
+                )
+
+
+@dataclass
+class _Same:
+    """The environment of the first run, and the data of the first run of each seed: all others must have the same."""
+
+    environment: dict[str, Any] = field(default_factory=dict)
+    data: dict[int, Any] = field(default_factory=dict)
+
+    def dated(self, experiment: Experiment) -> Experiment:
+        """``experiment`` with the day that the first run wrote into its prompts."""
+        day = self.environment.get("prompt", {}).get("date")
+        return config.dated(experiment, day)
+
+    def check(self, job: Job, environment: dict[str, Any]) -> None:
+        self.environment = self.environment or environment
+        expected = {key: self.environment[key] for key in ("versions", "model", "threads", "device")}
+        expected["data"] = self.data.setdefault(job.seed, environment["data"])
+        for key, value in expected.items():
+            if environment[key] != value:
+                raise UserError(
+                    f"{job.folder}: {key} is {environment[key]}, of the other runs {value}; runs of one comparison need the"
+                    " same: restore it, or start another comparison with --out"
+                )
+
+
+def _write(value: dict[str, Any], out: Path, results: Path | None) -> None:
+    files = {JSON: pack_json(value), **{name: make(value).encode() for name, make in FILES.items()}}
+    for folder in filter(None, (out, results)):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            if folder == out or not name.endswith(".tex"):
+                replace(folder / name, data)
+
+
+def _check_writable(results: Path) -> None:
+    """Before anything is run, rather than after the first hours."""
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=results):
+            pass
+    except OSError as error:
+        raise UserError(f"--results {results}: cannot be written to ({error.strerror}); name another folder") from None
+
+
+def _mean_or_inf(losses: Sequence[float | None]) -> float:
+    """A run without a finite loss rules its point out."""
+    return inf if None in losses else sum(loss for loss in losses if loss is not None) / len(losses)

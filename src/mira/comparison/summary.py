@@ -1,0 +1,129 @@
+"""From the runs of a comparison to plain data: what compare.json holds (docs/cli.md)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mira import config
+from mira.comparison.plan import Job, Plan, Point, shown
+from mira.comparison.stats import mean_and_interval, paired
+from mira.setup.git_commit import commit
+from mira.store import Store
+
+# Of each run: what the table averages over seeds.
+MEASURES = (
+    "local_loss", "local_loss_last", "global_loss", "mean_row_loss", "rouge_l", "exact_match", "validation_loss",
+    "bytes", "seconds",
+)  # fmt: skip
+
+
+def entry_of(
+    plan: Plan, name: str, chosen: Sequence[Job], tuning: Sequence[tuple[Point, Sequence[float | None]]],
+    tested: Sequence[dict[str, Any]], out: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """A row of the table: how it was tuned, its runs at the chosen point, and their means over seeds."""
+    runs = [_run(job, test, out) for job, test in zip(chosen, tested, strict=True)]
+    return {
+        "name": name,
+        "sets": shown(plan.comparison.sets(name)),
+        "chosen": shown(chosen[0].point),
+        "tuning": [
+            {"point": shown(point), "validation_loss": _spread(losses)["mean"], "losses": list(losses)}
+            for point, losses in tuning
+        ],
+        **{measure: _spread([run[measure] for run in runs]) for measure in MEASURES},
+        "runs": runs,
+    }
+
+
+def summary(plan: Plan, entries: Sequence[dict[str, Any]], environment: dict[str, Any], command: str) -> dict[str, Any]:
+    done = [entry["name"] for entry in entries]
+    return {
+        "name": plan.name,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": command,
+        "commit": commit(),
+        "machine": environment["machine"] | {"device": environment["device"], "threads": environment["threads"]},
+        "versions": environment["versions"],
+        "model": environment["model"],
+        "complete": len(done) == len(plan.jobs),
+        "seeds": plan.comparison.seeds,
+        "tune_seeds": plan.tune_seeds,
+        "experiment": config.dump(plan.base),
+        "entries": [
+            entry | {"against": [_against(entry, other) for other in entries if _meets(plan, entry, other)]}
+            for entry in entries
+        ],
+    }
+
+
+def _run(job: Job, test: dict[str, Any], out: Path) -> dict[str, Any]:
+    with Store.open(out / job.folder, writable=False) as store:
+        records, environment = store.metrics(), store.environment()
+    start, best, last = test.get("start"), test["best"], test["last"]
+    answers, transfer = best.get("answers", {}), best["transfer"]
+    training = [record for record in records if record["round"]]
+    return {
+        "seed": job.seed,
+        "run": job.folder.as_posix(),
+        "commit": environment.get("commit"),
+        "best_round": test["best_round"],
+        "validation_loss": best["validation_loss"],
+        "local_loss_start": start and start["local_loss"],
+        "local_loss": best["local_loss"],
+        "local_loss_last": last["local_loss"],
+        "global_loss": transfer.get("global_loss"),
+        "mean_row_loss": transfer.get("mean_row_loss"),
+        "rouge_l": answers.get("rouge_l"),
+        "exact_match": answers.get("exact_match"),
+        "bytes": sum(record.get("bytes_up", 0) + record.get("bytes_down", 0) for record in records),
+        "seconds": sum(record["seconds"] for record in records),
+        "lost": sum(len(record["lost"]) for record in training),
+        "clients": [
+            {
+                "name": name,
+                "loss_start": start and start["clients"][name]["test_loss"],
+                "loss": scores["test_loss"],
+                "loss_last": last["clients"][name]["test_loss"],
+                "rouge_l": answers["clients"][name]["rouge_l"] if answers else None,
+                "exact_match": answers["clients"][name]["exact_match"] if answers else None,
+            }
+            for name, scores in best["clients"].items()
+        ],
+    }
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Mean over seeds and half the 95 % interval; None where a seed has no number, or for one seed's interval."""
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(values):
+        return {"mean": None, "interval": None}
+    mean, interval = mean_and_interval(numbers)
+    return {"mean": mean, "interval": interval}
+
+
+def _meets(plan: Plan, entry: dict[str, Any], other: dict[str, Any]) -> bool:
+    return other["name"] in plan.baselines and other is not entry
+
+
+def _against(entry: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Client by client, each one's test loss at the validation-best round averaged over seeds."""
+    mine, theirs = _by_client(entry), _by_client(other)
+    assert list(mine) == list(theirs), "runs of the same data"
+    if None in mine.values() or None in theirs.values():
+        values: dict[str, Any] = dict.fromkeys(("clients", "wins", "ties", "difference", "p"))
+        return {"baseline": other["name"], **values, "win_rate": None}
+    result = paired([x for x in mine.values() if x is not None], [x for x in theirs.values() if x is not None])
+    return {"baseline": other["name"], **asdict(result), "win_rate": (result.wins + result.ties / 2) / result.clients}
+
+
+def _by_client(entry: dict[str, Any]) -> dict[str, float | None]:
+    losses: dict[str, list[float | None]] = {}
+    for run in entry["runs"]:
+        for client in run["clients"]:
+            losses.setdefault(client["name"], []).append(client["loss"])
+    return {name: _spread(values)["mean"] for name, values in losses.items()}

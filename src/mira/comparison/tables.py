@@ -1,0 +1,177 @@
+"""The tables of a comparison: for a terminal, in Markdown, LaTeX and CSV. Everything comes from its compare.json."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Sequence
+from io import StringIO
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from mira.comparison.summary import MEASURES
+from mira.results.tables import Fitting, number, probability
+
+Value = dict[str, Any]  # what compare.json holds
+Rows = list[list[str]]  # the first is the head
+
+_LOSSES = (
+    ("local loss", "local_loss", 4),
+    ("last round", "local_loss_last", 4),
+    ("global loss", "global_loss", 3),
+)
+_COSTS = (("ROUGE-L", "rouge_l", 3), ("exact match", "exact_match", 3), ("MB", "bytes", 1), ("s", "seconds", 0))
+_ESCAPES = {
+    **{c: f"\\{c}" for c in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "±": r"$\pm$", "–": "--", "<": "$<$", ">": "$>$",
+}  # fmt: skip
+
+
+def losses(value: Value) -> Rows:
+    rows = [[entry["name"], _short(entry["chosen"]), *_cells(entry, _LOSSES)] for entry in value["entries"]]
+    return [["", "chosen", *(title for title, _, _ in _LOSSES)], *rows]
+
+
+def duels(value: Value) -> Rows:
+    """Against each baseline: on how many clients the test loss is lower, and the p of the paired test."""
+    baselines = _baselines(value)
+    rows = [[entry["name"], *(_duel(entry, name) for name in baselines)] for entry in value["entries"]]
+    return [["", *(f"beats {name} (p)" for name in baselines)], *rows] if baselines else []
+
+
+def costs(value: Value) -> Rows:
+    """Answers at the same rounds, bytes up and down, seconds of a run."""
+    return [["", *(title for title, _, _ in _COSTS)], *([e["name"], *_cells(e, _COSTS)] for e in value["entries"])]
+
+
+def rich_tables(value: Value) -> Group:
+    return Group(*_rich(value), *[Text(line) for line in _notes(value)])
+
+
+def markdown(value: Value) -> str:
+    return "\n\n".join([*map(_pipes, _tables(value)), *_notes(value)]) + "\n"
+
+
+def latex(value: Value) -> str:
+    """Tabulars for \\usepackage{booktabs}."""
+    return "\n\n".join(map(_tabular, _tables(value))) + "\n"
+
+
+def csv_text(value: Value) -> str:
+    """One line an entry, numbers in full; what is no number is empty."""
+    baselines = _baselines(value)
+    stream = StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(
+        ["entry", "sets", "chosen", *(f"{m}_{part}" for m in MEASURES for part in ("mean", "interval"))]
+        + [f"{what} {name}" for name in baselines for what in ("wins against", "difference to", "p against")]
+    )
+    for entry in value["entries"]:
+        duels = {duel["baseline"]: duel for duel in entry["against"]}
+        writer.writerow(
+            [entry["name"], entry["sets"], entry["chosen"]]
+            + [entry[measure][part] for measure in MEASURES for part in ("mean", "interval")]
+            + [duels.get(name, {}).get(key) for name in baselines for key in ("wins", "difference", "p")]
+        )
+    return stream.getvalue()
+
+
+FILES: dict[str, Callable[[Value], str]] = {"table.md": markdown, "table.csv": csv_text, "table.tex": latex}
+
+
+def _tables(value: Value) -> list[Rows]:
+    return [rows for rows in (losses(value), duels(value), costs(value)) if rows]
+
+
+def _short(settings: str) -> str:
+    """'lr=0.001' for 'training.lr=0.001'."""
+    return re.sub(r"(^|, )[a-z]+\.", r"\1", settings)
+
+
+def _baselines(value: Value) -> list[str]:
+    """Those tested against, in the order of the table."""
+    named = {duel["baseline"] for entry in value["entries"] for duel in entry["against"]}
+    return [entry["name"] for entry in value["entries"] if entry["name"] in named]
+
+
+def _cells(entry: Value, columns: Sequence[tuple[str, str, int]]) -> list[str]:
+    cells = []
+    for _, measure, digits in columns:
+        unit = 1e6 if measure == "bytes" else 1
+        mean, interval = (None if x is None else x / unit for x in (entry[measure]["mean"], entry[measure]["interval"]))
+        spread = "" if interval is None or (measure == "bytes" and not interval) else f" ± {number(interval, digits)}"
+        cells.append(number(mean, digits) + spread)
+    return cells
+
+
+def _duel(entry: Value, baseline: str) -> str:
+    duel = next((duel for duel in entry["against"] if duel["baseline"] == baseline), None)
+    if duel is None:
+        return ""
+    return number(None) if duel["p"] is None else f"{duel['wins']} of {duel['clients']} ({probability(duel['p'])})"
+
+
+def _notes(value: Value) -> list[str]:
+    machine, model, seeds = value["machine"], value["model"], value["seeds"]
+    few = "" if value["tune_seeds"] == seeds else f" (of seeds {_list(value['tune_seeds'])})"
+    return [
+        f"Mean over seeds {_list(seeds)} ± half the 95 % t-interval, test split, at the round and the point of the grid with the"
+        f" lowest validation loss{few}; p: sign-flip test over clients, not corrected for the number of tests.",
+        f"{value['date']}, commit {value['commit'] or 'unknown'}{_older(value)}, {machine['processor']},"
+        f" {machine['threads']} threads, {machine['device']}; {model['name']} (sha256 {model['sha256'][:12]});"
+        f" {value['command']}",
+        *_warnings(value),
+        *([] if value["complete"] else ["Not complete: some entries have not been run yet."]),
+    ]
+
+
+def _warnings(value: Value) -> list[str]:
+    """What a mean does not show: a training that never got better, clients that fell out of rounds."""
+    found = []
+    for entry in value["entries"]:
+        runs = entry.get("runs", ())
+        if stuck := [run["seed"] for run in runs if run["best_round"] == 0]:
+            found.append(
+                f"{entry['name']}: no round was better on validation data than the start (seeds {_list(stuck)})."
+            )
+        if lost := sum(run["lost"] for run in runs):
+            found.append(f"{entry['name']}: a client fell out of a round {lost} times.")
+    return found
+
+
+def _older(value: Value) -> str:
+    """The commits of runs that another one than the table's made."""
+    made = {run.get("commit") for entry in value["entries"] for run in entry.get("runs", ())} - {None, value["commit"]}
+    return f" (runs of {', '.join(sorted(made))})" if made else ""
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _rich(value: Value) -> list[Fitting]:
+    tables = []
+    for n, (head, *rows) in enumerate(_tables(value)):
+        grid = Table(box=box.SIMPLE_HEAD, title=None if n else value["name"], title_justify="left")
+        for text in head:
+            grid.add_column(Text(text), justify="right" if text else "left")
+        for row in rows:
+            grid.add_row(*map(Text, row))
+        tables.append(Fitting([grid]))
+    return tables
+
+
+def _pipes(rows: Rows) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def _tabular(rows: Rows) -> str:
+    lines = [" & ".join("".join(_ESCAPES.get(c, c) for c in cell) for cell in row) + r" \\" for row in rows]
+    columns = "l" + "r" * (len(rows[0]) - 1)
+    body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+    return "\n".join([*body, r"\end{tabular}"])

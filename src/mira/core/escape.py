@@ -1,0 +1,6 @@
+"""Text from outside, made safe for a terminal."""
+
+
+def visible(text: str) -> str:
+    """Text of a model or of somebody's data, with what could command the terminal escaped."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)

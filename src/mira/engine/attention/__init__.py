@@ -1,0 +1,1 @@
+"""Attention of packed passes, and the modules that mix tokens otherwise."""

@@ -1,0 +1,107 @@
+"""Sequences of a pass one by one again, each with its prefix before it: for layers that mix tokens otherwise than by attention.
+
+Sequences of like length are one batch, padded on the right, where no token sees it. A shared prefix is computed for each of
+its readers; their gradients add up in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mira.adapters.lowrank import Lane
+from mira.core.device import sent
+from mira.engine.attention.packed import Segment
+
+_UNLIKE = 2  # times the shortest of a batch that its longest may have
+
+
+@dataclass(frozen=True)
+class Group:
+    """B sequences as one batch. ``index`` [B·L]: which of the pass's tokens is where, in padding the sequence's last; ``real``
+    [B,L]: false in padding. ``taken`` [n]: the places among B·L of tokens whose outputs are theirs. ``lane``: of the batch."""
+
+    index: Tensor
+    real: Tensor
+    taken: Tensor
+    lane: Lane | None
+
+    def split(self, x: Tensor) -> Tensor:
+        """[1,T,...] -> [B,L,...]"""
+        return x[0].index_select(0, self.index).view(*self.real.shape, *x.shape[2:])
+
+
+@dataclass(frozen=True)
+class Apart:
+    """The groups of a pass, and ``order`` [T]: where each of its tokens is among all that are taken."""
+
+    groups: Sequence[Group]
+    order: Tensor
+
+    @staticmethod
+    def of(segments: Sequence[Segment], lane: Lane | None, device: torch.device) -> Apart:
+        together = [_Sequence.of(s, first) for s, first in _readers(segments)]
+        groups, taken = [], []
+        for part in _alike(together, alone=lane is not None and lane.dropout is not None):
+            width = max(len(one.tokens) for one in part)
+            index = torch.stack(
+                [torch.cat([one.tokens, one.tokens[-1:].expand(width - len(one.tokens))]) for one in part]
+            )
+            real = torch.stack([torch.arange(width) < len(one.tokens) for one in part])
+            places = torch.cat([n * width + torch.arange(one.own, len(one.tokens)) for n, one in enumerate(part)])
+            taken.append(index.flatten()[places])
+            of_group = None if lane is None else _lane(lane, [int(one.tokens[0]) for one in part], width)
+            groups.append(Group(sent(index.flatten(), device), sent(real, device), sent(places, device), of_group))
+        return Apart(groups, sent(torch.cat(taken).argsort(), device))
+
+    def joined(self, outs: Sequence[Tensor]) -> Tensor:
+        """[1,T,...] of what each group gave, [B,L,...]"""
+        own = [out.flatten(0, 1).index_select(0, group.taken) for out, group in zip(outs, self.groups, strict=True)]
+        return torch.cat(own).index_select(0, self.order)[None]
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """``tokens`` [n] of a pass; from ``own`` on the outputs are its own, before that another reader's of the same prefix."""
+
+    tokens: Tensor
+    own: int
+
+    @staticmethod
+    def of(s: Segment, first: bool) -> _Sequence:
+        tokens = torch.cat([torch.arange(s.prefix_start, s.prefix_end), torch.arange(s.start, s.end)])
+        return _Sequence(tokens, 0 if first else s.prefix)
+
+
+def _readers(segments: Sequence[Segment]) -> Iterator[tuple[Segment, bool]]:
+    """All segments but the prefixes of others, and whether each is the first that reads its prefix."""
+    prefixes, met = {(s.prefix_start, s.prefix_end) for s in segments if s.prefix}, set()
+    for s in segments:
+        prefix = (s.prefix_start, s.prefix_end)
+        first = prefix not in met
+        if (s.start, s.end) not in prefixes and (s.end > s.start or (s.prefix and first)):
+            yield s, first
+            met.add(prefix)
+
+
+def _alike(sequences: Sequence[_Sequence], alone: bool) -> Iterator[list[_Sequence]]:
+    """Groups of like length, each in the order given; each sequence ``alone`` where company must not matter."""
+    if alone:
+        yield from ([one] for one in sequences)
+        return
+    waiting = sorted(range(len(sequences)), key=lambda n: len(sequences[n].tokens))
+    while waiting:
+        most = _UNLIKE * len(sequences[waiting[0]].tokens)
+        part = [n for n in waiting if len(sequences[n].tokens) <= most]
+        yield [sequences[n] for n in sorted(part)]
+        waiting = waiting[len(part) :]
+
+
+def _lane(lane: Lane, firsts: Sequence[int], width: int) -> Lane:
+    """The lane of sequences of ``width`` tokens that begin with the tokens ``firsts`` of the pass."""
+    rows = [next(row for row, start, end in lane.ranges if start <= first < end) for first in firsts]
+    ranges = [(row, n * width, (n + 1) * width) for n, row in enumerate(rows)]
+    return replace(lane, ranges=ranges, needed=None, laid=None)

@@ -1,0 +1,279 @@
+"""Attention of a pass over packed sequences; ``seam`` hands it to transformers.
+
+All tokens lie end to end in one row [1,T]; each sequence sees only itself and, when it has one, its client's shared
+prefix, whose keys and values are computed once. Gradients of all its readers add up in the prefix: that is exact.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from math import ceil
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mira.core.device import sent
+from mira.engine.attention import varlen
+
+if TYPE_CHECKING:
+    from mira.engine.attention.one_by_one import Apart
+
+log = logging.getLogger(__name__)
+
+_TILE = 160  # queries of one product: enough to fill it, few enough to skip most of what causality hides
+_ONE_KERNEL = {"cuda": (torch.bfloat16, torch.float16)}  # where there is one for all sequences of a pass
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens start:end attend causally to themselves and to all of prefix_start:prefix_end: another segment, or none
+    when these are equal."""
+
+    start: int
+    end: int
+    prefix_start: int = 0
+    prefix_end: int = 0
+
+    @property
+    def prefix(self) -> int:
+        return self.prefix_end - self.prefix_start
+
+
+@dataclass(frozen=True)
+class Form:
+    """The way from scores to weights: ``scale``·QKᵀ of the last ``window`` keys, as ``cap``·tanh(·/``cap``). ``sinks`` [H]: one
+    more score for each query head; its weight goes to no value."""
+
+    scale: float
+    window: int | None = None
+    cap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        return self.cap is None and self.sinks is None
+
+    def weights(self, scaled: Tensor, hidden: Tensor) -> Tensor:
+        """softmax over keys of ``scaled`` scores, which it changes, with ``hidden`` added: [h, H/h·queries, keys], the queries of
+        a head one after another, or [B,h,H/h,keys]."""
+        if self.cap is not None:
+            scaled.div_(self.cap).tanh_().mul_(self.cap)
+        scores = scaled.add_(hidden)
+        if self.sinks is None:
+            return scores.softmax(-1)
+        heads = self.sinks.to(scores.dtype).view(scores.shape[-3], -1, 1)
+        sinks = heads.expand(-1, -1, scores.shape[-2] // heads.shape[1]).reshape(*heads.shape[:1], -1, 1)
+        return torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
+
+
+@dataclass
+class Packed:
+    """Segments in token order, covering all T tokens. With ``keep``, keys and values of each call stay in ``cache``, numbered
+    in order: a layer may attend more than once."""
+
+    segments: Sequence[Segment]
+    keep: bool = False
+    cache: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # By window and query heads of a key head: the same in many layers.
+    tiles: dict[tuple[int | None, int], list[Tile]] = field(default_factory=dict)
+    spans: varlen.Spans | None = None
+    apart: Apart | None = None
+    calls: int = 0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:
+        """q [1,H,T,d], k and v [1,h,T,d] -> [1,T,H,d]."""
+        if self.keep:
+            self.cache[self.calls] = (k, v)
+        self.calls += 1
+        if form.plain and _one_kernel(q, k, v):
+            if self.spans is None:
+                self.spans = varlen.Spans.of(self.segments, q.device)
+            return varlen.attend(q[0], k[0], v[0], form.scale, form.window, self.spans)[None]
+        heads = q.shape[1] // k.shape[1]
+        key = (form.window, heads)
+        if key not in self.tiles:
+            self.tiles[key] = tiles(self.segments, form.window, heads, wide(q[:, :, :0]))
+        out: Tensor = _Tiled.apply(q[0], k[0], v[0], form, self.tiles[key])  # type: ignore[no-untyped-call]
+        return out[None]
+
+
+class Attention(Protocol):
+    """What a pass does with the queries, keys and values of a layer."""
+
+    calls: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries start:end see the keys of prefix_start:prefix_end and of key_start:key_end. ``hidden`` [1, heads·queries,
+    keys] is −∞ where one of them may not be seen after all, and 0 elsewhere; once for each head that shares the keys."""
+
+    start: int
+    end: int
+    prefix_start: int
+    prefix_end: int
+    key_start: int
+    key_end: int
+    hidden: Tensor
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Of x [h,T,d] what the queries see: [h,keys,d]."""
+        own = x[:, self.key_start : self.key_end]
+        if self.prefix_start == self.prefix_end:
+            return own
+        return torch.cat([x[:, self.prefix_start : self.prefix_end], own], dim=1)
+
+    def add_to_keys(self, total: Tensor, part: Tensor) -> None:
+        """total [h,T,d] += part [h,keys,d], each where its key is."""
+        prefix = self.prefix_end - self.prefix_start
+        total[:, self.prefix_start : self.prefix_end] += part[:, :prefix]
+        total[:, self.key_start : self.key_end] += part[:, prefix:]
+
+
+def tiles(segments: Sequence[Segment], window: int | None, heads: int, like: Tensor) -> list[Tile]:
+    """Attention as few products: long segments in pieces, which leaves out most of what causality hides; short ones
+    that read the same prefix together. ``heads``: query heads of a key head. ``like``: what masks are made as."""
+    bundles: list[list[Segment]] = []
+    for s in segments:
+        last = bundles[-1] if bundles else []
+        mates = bool(last and s.prefix and last[0].prefix_start == s.prefix_start and last[0].prefix == s.prefix)
+        if mates and s.end - last[0].start <= _TILE:
+            last.append(s)
+        else:
+            bundles.append([s])
+    out = []
+    for bundle in bundles:
+        first, start, end = bundle[0], bundle[0].start, bundle[-1].end
+        if start == end:
+            continue  # nothing of a sequence but its prefix
+        owner = torch.repeat_interleave(torch.arange(len(bundle)), torch.tensor([s.end - s.start for s in bundle]))
+        place = torch.cat([torch.arange(s.prefix, s.prefix + s.end - s.start) for s in bundle])
+        owner = torch.cat([torch.full((first.prefix,), -1), owner])  # -1: the prefix, which all of them see
+        place = torch.cat([torch.arange(first.prefix), place])
+        size = ceil((end - start) / ceil((end - start) / _TILE))
+        for begin in range(start, end, size):
+            stop = min(begin + size, end)
+            query, seen = slice(first.prefix + begin - start, first.prefix + stop - start), first.prefix + stop - start
+            distance = place[query, None] - place[None, :seen]
+            visible = (distance >= 0) & ((owner[:seen] == owner[query, None]) | (owner[:seen] < 0))
+            if window is not None:
+                visible &= distance < window
+            hidden = (
+                like.new_zeros(visible.shape).masked_fill_(sent(~visible, like.device), -torch.inf).repeat(heads, 1)
+            )
+            out.append(Tile(begin, stop, first.prefix_start, first.prefix_end, start, stop, hidden[None]))
+    return out
+
+
+class _Tiled(torch.autograd.Function):
+    """softmax(s·QKᵀ + hidden)·V tile by tile; scores and softmax at least in fp32, all other products in the model's
+    precision. Probabilities are made again in the backward pass: they grow with the square of the length.
+
+    With probabilities P and g = ∂F/∂O:  ∂F/∂V = Pᵀg,  ∂F/∂(s·QKᵀ) = P ⊙ (gVᵀ − rowsum(P ⊙ gVᵀ)), and 1 − tanh² times that
+    where scores are capped. Query heads that share a key head are rows of one product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, form: Form, tiling: Sequence[Tile]) -> Tensor:
+        """q [H,T,d], k [h,T,d], v [h,T,e] -> [T,H,e]."""
+        ctx.form, ctx.tiling = form, tiling
+        wide_k = wide(k)
+        out = q.new_empty(q.shape[1], q.shape[0], v.shape[-1])
+        for tile in tiling:
+            p, _ = _probabilities(_queries(q, tile, len(k)), tile.keys(wide_k), tile, form)
+            o = torch.bmm(p, tile.keys(v))
+            out[tile.start : tile.end] = o.view(len(q), -1, o.shape[-1]).transpose(0, 1)
+        ctx.save_for_backward(q, k, v)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        q, k, v = ctx.saved_tensors
+        wide_k = wide(k)
+        # Sums over many readers, in more than the model's precision.
+        grad_q, grad_k, grad_v = q.new_empty(q.shape), torch.zeros_like(wide_k), torch.zeros_like(wide(v))
+        by_head = grad.transpose(0, 1)  # [H,T,e]
+        for tile in ctx.tiling:
+            queries, keys, g = _queries(q, tile, len(k)), tile.keys(k), _queries(by_head, tile, len(k))
+            p, slope = _probabilities(queries, tile.keys(wide_k), tile, ctx.form)
+            grad_p = torch.bmm(g, tile.keys(v).transpose(1, 2))
+            tile.add_to_keys(grad_v, torch.bmm(p.transpose(1, 2), g))
+            grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype).mul_(ctx.form.scale)
+            if slope is not None:
+                grad_s.mul_(slope)
+            tile.add_to_keys(grad_k, torch.bmm(grad_s.transpose(1, 2), queries))
+            grad_q[:, tile.start : tile.end] = torch.bmm(grad_s, keys).view(len(q), -1, q.shape[-1])
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+
+
+def wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _queries(x: Tensor, tile: Tile, key_heads: int) -> Tensor:
+    """Of x [H,T,d] the tile's, [h, H/h·queries, d]."""
+    return x[:, tile.start : tile.end].reshape(key_heads, -1, x.shape[-1])
+
+
+def _probabilities(queries: Tensor, wide_keys: Tensor, tile: Tile, form: Form) -> tuple[Tensor, Tensor | None]:
+    """[h, H/h·queries, keys] in the model's precision, and the slope of the cap, where there is one."""
+    if form.plain:
+        scores = torch.baddbmm(tile.hidden, wide(queries), wide_keys.transpose(1, 2), alpha=form.scale)
+        return scores.softmax(-1).to(queries.dtype), None
+    scaled = torch.bmm(wide(queries), wide_keys.transpose(1, 2)).mul_(form.scale)
+    slope = None if form.cap is None else (1 - (scaled / form.cap).tanh_().square_()).to(queries.dtype)
+    return form.weights(scaled, tile.hidden).to(queries.dtype), slope
+
+
+def in_one_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there may be one for all sequences of a pass."""
+    return dtype in _ONE_KERNEL.get(device.type, ())
+
+
+def _one_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    if not in_one_kernel(q.device, q.dtype) or not q.dtype == k.dtype == v.dtype:
+        return False
+    return q.shape[-1] == v.shape[-1] and _agrees(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[-1])
+
+
+@cache
+@torch.enable_grad()
+def _agrees(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int) -> bool:
+    """Whether the kernel gives, forward and back, what the tiles give: it is not there on every GPU, nor for every width."""
+    # Longer than the blocks that such a kernel works in, and shorter.
+    segments = [Segment(0, 150), Segment(150, 290, 0, 150), Segment(290, 297, 0, 150), Segment(297, 306)]
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(n, segments[-1].end, width) for n in (heads, key_heads, key_heads)]
+    given = [torch.randn(shape, generator=draw).to(device, dtype) for shape in shapes]
+    weight = torch.randn(segments[-1].end, heads, width, generator=draw).to(device, dtype)
+    spans, scale = varlen.Spans.of(segments, device), width**-0.5
+
+    def tiled(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        cut = tiles(segments, window, heads // key_heads, wide(q[:, :0]))
+        return _Tiled.apply(q, k, v, Form(scale, window), cut)  # type: ignore[no-any-return, no-untyped-call]
+
+    def one(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        return varlen.attend(q, k, v, scale, window, spans)
+
+    try:
+        for window in (None, 100):
+            found = []
+            for way in (tiled, one):
+                q, k, v = leaves = [x.clone().requires_grad_() for x in given]
+                out = way(q, k, v, window)
+                found.append([out.detach(), *torch.autograd.grad(out, leaves, weight)])
+            for ours, theirs in zip(*found, strict=True):
+                # 16 bits round at 2⁻⁸ or finer, in a few places; a key too many or too few changes tenths.
+                torch.testing.assert_close(theirs, ours, rtol=0.05, atol=0.05)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        log.warning("attention goes in tiles, since the kernel for all sequences does not do here: %s", error)
+        return False
+    return True

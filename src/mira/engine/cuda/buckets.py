@@ -1,0 +1,97 @@
+"""Passes brought to a few sizes, so that one recording of a pass does for many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil
+
+import torch
+
+from mira.engine.attention.packed import Segment
+from mira.engine.attention.varlen import Spans
+from mira.engine.packing import Pass
+
+# Sizes from one power of two to the next. A token of filler costs as much as another, so a step of tokens is an eighth at most;
+# that of labels, which are few, and of places in the adapters' products is a quarter, for the sake of fewer buckets.
+_FINE, _COARSE = 8, 4
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sizes of a pass that is filled up: ``jobs`` that train and ``filler`` ones behind them, ``segments`` and ``tokens`` of all,
+    of any job at most ``width``, ``labels``, and ``keys`` that attention reads, 0 where no prefix is shared."""
+
+    jobs: int
+    filler: int
+    segments: int
+    tokens: int
+    width: int
+    labels: int
+    keys: int
+
+    @staticmethod
+    def of(packed: Pass) -> Bucket:
+        """The smallest that ``packed`` fits into with a token and a label of filler."""
+        tokens, labels = len(packed.tokens), len(packed.target)
+        width = _up(max(2, *(end - start for _, start, end in packed.ranges)), _COARSE)
+        all_labels, step = _up(labels + 1, _COARSE), _step(tokens, _FINE)
+        # Of less than one step of tokens, and of those that the labels lacking, or that many jobs, take at least.
+        filler = ceil((step + _step(all_labels, _COARSE)) / (width - 1))
+        needed = max(filler, all_labels - labels)
+        whole = ceil((tokens + needed) / step) * step
+        reading = [s for s in packed.segments if s.end > s.start]
+        shared = sum(s.prefix for s in reading)
+        return Bucket(
+            len(packed.ranges), filler, len(reading) + filler, whole, width, all_labels,
+            _up(shared + whole, _FINE) if shared else 0,
+        )  # fmt: skip
+
+    def filled(self, packed: Pass) -> Pass:
+        """``packed`` and filler jobs under the first job's row: its first token again and again, all at position 0, so that what
+        is computed of them is finite where the client's own is; the last ones are labels."""
+        at, lacking = len(packed.tokens), self.labels - len(packed.target)
+        sizes = _even(self.tokens - at, self.filler)
+        assert 1 <= min(sizes) <= max(sizes) <= self.width, "a bucket has room for its filler"
+        ranges, segments = list(packed.ranges), list[Segment]()
+        predict: list[int] = []
+        for size in sizes:
+            segments.append(Segment(at, at + size))
+            ranges.append((packed.ranges[0][0], at, at + size))
+            labels = min(size, lacking - len(predict))
+            predict += range(at + size - labels, at + size)
+            at += size
+        sequences = len(packed.job)
+        places = torch.tensor(predict, dtype=torch.int64)
+        owner = torch.bucketize(places, torch.tensor([s.end for s in segments]), right=True) + sequences
+        return replace(
+            packed, tokens=torch.cat([packed.tokens, packed.tokens[:1].expand(sum(sizes))]),
+            positions=torch.cat([packed.positions, packed.positions.new_zeros(sum(sizes))]),
+            ranges=tuple(ranges), segments=(*packed.segments, *segments), predict=torch.cat([packed.predict, places]),
+            target=torch.cat([packed.target, torch.zeros_like(places)]), owner=torch.cat([packed.owner, owner]),
+            job=torch.cat([packed.job, self.jobs + torch.arange(self.filler)]),
+            labels=torch.cat([packed.labels, torch.ones(self.filler, dtype=torch.int64)]), prompts=(*packed.prompts, *segments),
+        )  # fmt: skip
+
+    def spans(self, filled: Pass) -> Spans:
+        """Of a filled pass, on the CPU: the last sequence has the keys that are lacking too, all of them its own last token's."""
+        spans = replace(Spans.of(filled.segments, torch.device("cpu")), most_queries=self.width, most_keys=self.width)
+        if spans.token is None:
+            return spans
+        lacking = self.keys - len(spans.token)
+        return replace(
+            spans, most_keys=self.width + _step(self.keys, _FINE), keys=torch.cat([spans.keys[:-1], spans.keys[-1:] + lacking]),
+            token=torch.cat([spans.token, spans.token[-1:].expand(lacking)]),
+        )  # fmt: skip
+
+
+def _step(size: int, steps: int) -> int:
+    return max(1, (1 << size.bit_length() - 1) // steps)
+
+
+def _up(size: int, steps: int) -> int:
+    step = _step(size, steps)
+    return ceil(size / step) * step
+
+
+def _even(total: int, parts: int) -> list[int]:
+    return [total // parts + (n < total % parts) for n in range(parts)]

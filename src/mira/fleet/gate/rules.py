@@ -1,0 +1,74 @@
+"""What may pass the gate: the fleet API and nothing else, as a SuperNode speaks it, within limits."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from ipaddress import ip_network
+
+import h11
+
+from mira.fleet.gate.connection import Refused
+
+BEGIN = b"/v1/fleet/activate-node"
+QUESTIONS = b"/v1/fleet/pull-messages"
+ANSWERS = b"/v1/fleet/push-messages"
+PIECES = b"/v1/fleet/push-object"
+_FLEET = re.compile(rb"/v1/fleet/[a-z]+(-[a-z]+)*")
+SENT_ON = ("content-type", "accept", "accept-encoding", "user-agent")  # and flwr-*, which Flower's protocol is made of
+UNKNOWN = 412  # what a SuperLink answers a key that is not registered with it, or whose node is online already
+HEAD_BYTES = 1 << 14
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one peer may ask for. Times in seconds."""
+
+    body: int = 8 << 20  # bytes of a piece of an answer; Flower sends an array in pieces of 5 MiB
+    answer: int = 1 << 20  # bytes of what announces an answer: who, to what, and which pieces it has
+    question: int = 64 << 10  # bytes of any other: who asks for what
+    connections: int = 1024
+    connections_per_host: int = 256
+    head: float = 20.0  # for a TLS handshake, and for a request's head from the end of the last one
+    stall: float = 60.0  # for the next piece of a body, either way, and for an answer
+    hold: float = 20.0  # for which a request waits for messages, or for the SuperLink; a SuperNode gives up after 30
+
+
+def check(request: h11.Request, limits: Limits) -> dict[str, str]:
+    """A request's headers, each once. Raises Refused unless it is a POST to the fleet API within its limit."""
+    most = {ANSWERS: limits.answer, PIECES: limits.body}.get(request.target, limits.question)
+    if not _FLEET.fullmatch(request.target):  # no dots, no percent, no query, no host: nothing to interpret differently
+        raise Refused(404, f"no such path: {request.target[:80]!r}")
+    if request.method != b"POST":
+        raise Refused(405, f"method {request.method[:20]!r}")
+    headers: dict[str, str] = {}
+    for name, value in request.headers:
+        key = name.decode("ascii")
+        if key in headers:
+            raise Refused(400, f"header {key} twice")
+        headers[key] = value.decode("latin-1")
+    if "transfer-encoding" in headers or "upgrade" in headers:
+        raise Refused(400, "transfer-encoding or upgrade")
+    if "content-length" not in headers:
+        raise Refused(411, "no content-length")
+    if int(headers["content-length"]) > most:
+        raise Refused(413, f"a body of {headers['content-length']} bytes; at most {most}")
+    return headers
+
+
+def host_of(address: str) -> str:
+    """The host that ``address`` is of: with IPv6 whoever has one has a whole network of 64 bits."""
+    try:
+        return str(ip_network(f"{address.partition('%')[0]}/64", strict=False)) if ":" in address else address
+    except ValueError:
+        return address
+
+
+def stranger(target: bytes) -> Refused:
+    """A SuperNode that begins shows the text of a 412, as a SuperLink answers a key it does not know, and fails; one under way
+    ends at a 401 only. ``mira client`` asks (``knock``) before it lets one begin anew."""
+    if target not in (b"/v1/fleet/register-node", BEGIN):
+        return Refused(401, "not a site of this federation")
+    text = "The server does not admit this node key: it is revoked, or of another federation, or the clock is wrong."
+    return Refused(UNKNOWN, "not a site of this federation", json.dumps({"code": 2004, "detail": text}).encode())

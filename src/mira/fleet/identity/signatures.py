@@ -1,0 +1,73 @@
+"""Who is behind a request: a site of the kit that is not revoked, by the signature Flower's node authentication sends.
+
+The SuperLink checks the same, but only after it has read the whole body; here nothing of a stranger's body is read, and
+revoking a site counts from the next request on.
+"""
+
+from __future__ import annotations
+
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from mira.fleet.identity.certificates import openssh
+from mira.fleet.identity.kit import admitted
+
+_TOLERANCE = timedelta(seconds=305)  # as in flwr 1.41
+
+
+def admission(server_kit: Path) -> Callable[[Mapping[str, str]], str | None]:
+    """Request headers → the name of the admitted site that signed them within the last five minutes, or None. It raises
+    UserError where the kit's list of sites cannot be read: then nobody knows who is admitted."""
+    known: dict[object, dict[str, str]] = {}  # of one version of the list: reading a hundred sites takes a while
+
+    def admit(headers: Mapping[str, str]) -> str | None:
+        version = _version(server_kit / "server.json")
+        if version not in known:
+            known.clear()
+            known[version] = {site.public_key: site.name for site in admitted(server_kit)}
+        return signer(headers, known[version], datetime.now(UTC))
+
+    return admit
+
+
+def _version(path: Path) -> object:
+    """Another one whenever content, owner or mode change; of no file none is like another."""
+    try:
+        now = path.stat()
+    except OSError:
+        return object()
+    return now.st_ino, now.st_ctime_ns
+
+
+def signer(headers: Mapping[str, str], names: Mapping[str, str], now: datetime) -> str | None:
+    """The name under which the key that signed ``flwr-timestamp`` (ECDSA, SHA-256) is known, or None."""
+    try:
+        key = serialization.load_pem_public_key(b64decode(headers["flwr-public-key"], validate=True))
+        if not isinstance(key, ec.EllipticCurvePublicKey) or (name := names.get(openssh(key))) is None:
+            return None
+        stamp = headers["flwr-timestamp"]
+        signature = b64decode(headers["flwr-signature"], validate=True)
+        key.verify(signature, stamp.encode("ascii"), ec.ECDSA(hashes.SHA256()))
+        return name if abs(now - datetime.fromisoformat(stamp)) < _TOLERANCE else None
+    except (KeyError, ValueError, TypeError, InvalidSignature):
+        return None
+
+
+def signed(private: bytes, now: datetime) -> dict[str, str]:
+    """The headers that prove the site with the node key ``private`` (OpenSSH). Raises ValueError unless it is an ECDSA key."""
+    key = serialization.load_ssh_private_key(private, password=None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ValueError("not an ECDSA key")
+    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    stamp = now.isoformat()
+    signature = key.sign(stamp.encode("ascii"), ec.ECDSA(hashes.SHA256()))
+    return {
+        "flwr-public-key": b64encode(public).decode("ascii"), "flwr-timestamp": stamp,
+        "flwr-signature": b64encode(signature).decode("ascii"),
+    }  # fmt: skip

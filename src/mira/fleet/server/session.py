@@ -1,0 +1,164 @@
+"""The server's session: the base model and the rows here, the clients where they are."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from mira.config import Experiment
+from mira.core.errors import UserError
+from mira.data.sources.sites import Sites
+from mira.fleet.messages.policy import Run, Terms
+from mira.fleet.messages.transport import Lost, Transport
+from mira.fleet.server.engine import RemoteEngine
+from mira.fleet.site.handler import fingerprints
+from mira.fleet.site.privacy import epsilon
+from mira.setup.environment import clients_told
+from mira.setup.session import Session, open_session
+from mira.store import Store
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# A site needs none of it, and groups name other sites.
+_NOT_SENT = ("data", "graph", "method", "evaluation", "name", "clients", "tracking")
+_REFUSED = 60.0  # seconds until a site that did not take part is asked again: it may have been mended
+_PAUSE = 2.0  # seconds between two looks at who is online
+
+
+@dataclass(frozen=True)
+class Opener:
+    """``open_session`` for sites: waits until every one of them has joined once, but for those that ``data.expected`` names,
+    then builds the session. A run that goes on has the sites it began with.
+
+    ``names``: who is admitted, whenever it is asked; ``patience``: seconds to wait for them."""
+
+    transport: Transport
+    names: Callable[[], Collection[str]]
+    patience: float
+    say: Callable[[str], None] = lambda line: None
+
+    def __call__(
+        self,
+        experiment: Experiment,
+        recorded: Mapping[str, Any] | None = None,
+        kept: Callable[[int], Tensor | None] = lambda client: None,
+        progress: Callable[[int], None] = lambda tokens: None,
+        folder: Path | None = None,
+    ) -> Session:
+        if (asked := experiment.privacy) is not None:
+            epsilon(asked.noise, asked.delta, 1)  # a missing accountant is found now
+        for key in ("template_file", "chat_template", "template_kwargs"):
+            if getattr(experiment.prompt, key):
+                raise UserError(f"prompt.{key}: sites render texts with their model's own template alone; leave it out")
+        data = experiment.data if isinstance(experiment.data, Sites) else Sites()
+        begin = sorted(data.examples or set(self.names()) - set(data.expected))
+        if not begin:
+            raise UserError("data.expected: names every site; a run begins with at least one, leave one out")
+        known = data.examples or dict.fromkeys(begin, 1)  # 1: until they have told
+        session = open_session(
+            experiment.model_copy(update={"data": replace(data, examples=known)}), recorded, folder=folder
+        )
+        experiment = experiment.model_copy(update={"prompt": session.experiment.prompt})  # with the day it is dated
+        terms = Terms(
+            experiment.rounds, **asdict(experiment.server), privacy=experiment.privacy, training=experiment.training
+        )
+        number = secrets.token_hex(8) if folder is None else _number(folder)
+        given = experiment.model_dump(mode="json")
+        opening = {
+            "experiment": {key: value for key, value in given.items() if key not in _NOT_SENT},
+            "threads": session.environment["threads"], **fingerprints(session),
+        }  # fmt: skip
+        run = Run(
+            number, secrets.token_hex(8), session.names, opening, experiment.clients.rank, data.examples,
+            frozenset(data.expected),
+        )  # fmt: skip
+        engine = RemoteEngine(
+            run, self.transport, terms, session.layout.size, lambda name, what: self.say(f"{name}: {what}")
+        )
+        if data.examples:  # a run that goes on waits for those who were in it, but not for ever
+            self._gather(engine, lambda: self._admitted(begin), min(self.patience, terms.deadline))
+        else:
+            if missing := self._gather(engine, lambda: self._staying(engine, begin), self.patience):
+                raise UserError(
+                    f"server: {', '.join(missing)} did not join within {self.patience:g} s; start them, or revoke them"
+                )
+            counts = {name: engine.run.examples[name] for name in begin if name in engine.run.names}
+            session = _with_clients(session, _settled(experiment, data, counts, set(begin) - counts.keys()))
+        session.environment["run"] = number
+        return replace(session, sites=engine)
+
+    def _admitted(self, names: Sequence[str]) -> list[str]:
+        now = self.names()
+        return [name for name in names if name in now]
+
+    def _staying(self, engine: RemoteEngine, begin: Sequence[str]) -> list[str]:
+        """Of those with whom a run is to ``begin``, who was not revoked meanwhile. The others are no clients of it; who has
+        joined already joins anew then, under another number. Raises UserError where nobody is left."""
+        names, admitted = engine.run.names, self._admitted(begin)
+        if gone := [name for name in begin if name in names and name not in admitted]:
+            self.say(f"without {', '.join(gone)}: revoked before the run began")
+            engine.run = replace(engine.run, names=[name for name in names if name not in gone], examples={})
+            engine.joined.clear()
+        staying = [name for name in begin if name in engine.run.names]
+        if not staying:
+            raise UserError("server: all sites were revoked before the run began; 'mira kit site' makes one")
+        return staying
+
+    def _gather(self, engine: RemoteEngine, names: Callable[[], Sequence[str]], patience: float) -> list[str]:
+        """Returns once all ``names`` have joined, or after ``patience`` seconds: who did not. Others may join on the way."""
+        until, told = time.monotonic() + patience, list[str]()
+        again: dict[str, float] = {}  # when to ask those who refused once more
+        while missing := [name for name in names() if name not in engine.joined]:
+            online, now = self.transport.roster(), time.monotonic()
+            asked = [name for name in missing if name in online and again.get(name, now) <= now]
+            for name, said in engine.join(asked).items():
+                if isinstance(said, Lost):
+                    log.warning("%s does not take part: %s", name, said.reason)
+                    again[name] = now + _REFUSED
+                else:
+                    self.say(f"{name} has joined, with {said['examples']} training examples")
+            absent = [name for name in missing if name not in engine.joined]
+            if absent and absent != told:
+                self.say(f"waiting for {', '.join(absent)}")
+            if absent and time.monotonic() > until:
+                return absent
+            told = absent
+            time.sleep(_PAUSE if absent else 0)
+        return []
+
+
+def _settled(experiment: Experiment, data: Sites, counts: dict[str, int], gone: Set[str]) -> Experiment:
+    """``experiment`` with what its sites told, and without what it says of those that are ``gone``."""
+
+    def rest(said: Mapping[str, T]) -> dict[str, T]:
+        return {name: value for name, value in said.items() if name not in gone}
+
+    data = replace(data, examples=counts, groups=rest(data.groups), descriptions=rest(data.descriptions))
+    clients = replace(experiment.clients, rank=rest(experiment.clients.rank))
+    return experiment.model_copy(update={"data": data, "clients": clients})
+
+
+def _with_clients(session: Session, experiment: Experiment) -> Session:
+    """The session with the clients of ``experiment``, on the base model that is loaded."""
+    from mira.data.federation import make_federation
+
+    federation = make_federation(experiment.data, experiment.split, experiment.seed)
+    corpus = replace(session.corpus, federation=federation)
+    environment = session.environment | clients_told(federation)
+    return replace(session, experiment=experiment, federation=federation, corpus=corpus, environment=environment)
+
+
+def _number(folder: Path) -> str:
+    with Store.open(folder, writable=False) as store:
+        number = store.environment().get("run")
+    if not isinstance(number, str):
+        raise UserError(f"{folder}: was not run over machines; go on with: mira run {folder} --resume")
+    return number

@@ -1,0 +1,129 @@
+"""The site's role: a worker and a SuperNode, kept alive until somebody ends this."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from mira.core.errors import UserError
+from mira.fleet.flower.preflight import refusal
+from mira.fleet.flower.processes import Process
+from mira.fleet.flower.superlink import check_installed, free_port
+from mira.fleet.flower.tempdirs import scratch
+from mira.fleet.identity.key_files import own_folder
+from mira.fleet.identity.kit import SiteKit, load_site, until
+
+Say = Callable[[str], None]
+_LOOK = 0.5  # seconds between two looks at the children
+_ASK = 10.0  # seconds after which the server is asked again whether it still admits this site
+
+
+class _Ended(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class Options:
+    """``state``: the folder of what the site keeps; ``model``: the base model's name or folder here; ``willing``: others' rows
+    may be tried on its data; ``min_noise``: the least ``privacy.noise`` of a run it takes part in."""
+
+    data: Path
+    state: Path
+    model: str | None = None
+    threads: int | None = None
+    willing: bool = False
+    min_noise: float = 0.0
+
+
+def run(kit_folder: Path, options: Options, say: Say, tell: Say) -> None:
+    """Take part until interrupted or told to end; without a network, try again for ever. Raises UserError when kit or data do
+    not do, and when this site is not admitted or the server not proven, at the start or later."""
+    check_installed()
+    kit = load_site(kit_folder)
+    _ask(kit)
+    from mira.fleet.site.source import (
+        source_of,  # not above: torch comes with it, and who is refused need not wait for that
+    )
+
+    source_of(options.data).load(0)  # what is wrong with the data is said now, by this process
+    own_folder(options.state)
+    with scratch("mira-site-") as folder:
+        _take_part(kit, options, folder, say, tell)
+
+
+def _take_part(kit: SiteKit, options: Options, folder: Path, say: Say, tell: Say) -> None:
+    port = free_port()
+    worker = _worker(kit, options, folder, tell)
+    node, executor = _node(kit, options, folder, port, tell), _executor(options, folder, port, tell)
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        say(
+            f"{kit.name}: taking part in the federation at {kit.address} (the kit: {until(kit.expires)}); its adapter will be in"
+            f" {options.state / 'adapter'}"
+        )
+        asked = time.monotonic()
+        while True:
+            if node.ended or time.monotonic() > asked + _ASK:
+                _ask(kit)
+                asked = time.monotonic()
+            worker.tend()
+            if node.tend():
+                executor.tend()
+            else:
+                executor.stop()  # with the apps of the node that died
+            time.sleep(_LOOK)
+    except (KeyboardInterrupt, _Ended):
+        say(f"{kit.name}: leaving")
+    finally:
+        for process in (node, executor, worker):
+            process.stop()
+
+
+def _ask(kit: SiteKit) -> None:
+    """Raises UserError where this site and its server must not speak with each other."""
+    if (why := refusal(kit)) is not None:
+        raise UserError(why)
+
+
+def _worker(kit: SiteKit, options: Options, folder: Path, tell: Say) -> Process:
+    line = [
+        sys.executable,
+        "-P",
+        "-m",
+        "mira.fleet.site.worker",
+        "--name",
+        kit.name,
+        "--socket",
+        str(folder / "worker"),
+    ]
+    line += ["--data", str(options.data), "--state", str(options.state)]
+    line += ["--model", options.model] if options.model else []
+    line += ["--threads", str(options.threads)] if options.threads else []
+    line += ["--min-noise", str(options.min_noise)]
+    line += ["--willing"] if options.willing else []
+    return Process("worker", line, None, {"OMP_WAIT_POLICY": "PASSIVE"}, tell)
+
+
+def _node(kit: SiteKit, options: Options, folder: Path, port: int, tell: Say) -> Process:
+    line = [
+        sys.executable, "-P", "-m", "mira.fleet.flower.supernode_process", "--superlink", kit.address,
+            "--root-certificates", str(kit.authority),
+        "--auth-supernode-private-key", str(kit.key), "--node-config", f'worker="{folder / "worker"}"',
+        "--host", "127.0.0.1", "--port", str(port), "--isolation", "process",
+    ]  # fmt: skip
+    return Process("SuperNode", line, options.state / "supernode.log", {"FLWR_HOME": str(folder / "flower")}, tell)
+
+
+def _executor(options: Options, folder: Path, port: int, tell: Say) -> Process:
+    """What starts the node's apps."""
+    line = [sys.executable, "-P", "-m", "mira.fleet.flower.app_launcher", "--node", f"127.0.0.1:{port}"]
+    return Process("executor", line, options.state / "supernode.log", {"FLWR_HOME": str(folder / "flower")}, tell)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise _Ended

@@ -1,0 +1,69 @@
+"""The process at a site that holds the base model and the data: it answers on a Unix socket, one request after the other."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from mira.core.errors import UserError
+from mira.fleet.flower import frames
+from mira.fleet.identity.key_files import own_folder
+from mira.fleet.messages.transport import Malformed
+from mira.fleet.site.handler import Site
+from mira.fleet.site.source import source_of
+
+log = logging.getLogger("mira.fleet.site.worker")  # which runs as __main__
+
+_STALL = 600.0  # seconds for a request to arrive, once its connection is there
+
+
+def serve(site: Site, path: Path) -> None:
+    """Answer whoever connects to ``path`` until this process is ended."""
+    with frames.listen(path) as listener:
+        log.info("%s: the worker is ready (process %d)", site.name, os.getpid())
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                connection.settimeout(_STALL)
+                try:
+                    frames.send(connection, site.handle(frames.receive(connection)))
+                except (frames.Closed, frames.TooLong, TimeoutError, Malformed) as error:
+                    log.warning("a request was not answered: %s", error)
+
+
+def main() -> None:
+    """Started by ``mira client``; what goes wrong ends it, and it is started again."""
+    parser = argparse.ArgumentParser(prog="mira.fleet.site.worker")
+    for name in ("name", "socket", "data", "state"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--min-noise", type=float, default=0.0)
+    parser.add_argument("--willing", action="store_true")
+    given = parser.parse_args()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("mira").setLevel(logging.INFO)
+    try:
+        own_folder(Path(given.state))
+        site = Site(
+            given.name,
+            source_of(Path(given.data)),
+            Path(given.state),
+            given.model,
+            given.willing,
+            given.threads,
+            given.min_noise,
+        )
+        site.source.load(0)
+        serve(site, Path(given.socket))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,0 @@
-"""``mira report``: run folders as one page that can be read anywhere."""
-
-from mira.page.write import write
-
-__all__ = ["write"]

@@ -1,0 +1,135 @@
+"""What the page needs of a run folder, read through its store and closed again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mira.config.yaml_io import flat, mapping
+from mira.core.errors import UserError
+from mira.core.graph import Graph, Groups
+from mira.core.graph_io import from_tensors, in_use
+from mira.store import Store
+
+Losses = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as of its last committed round. Client numbers are places in ``names``."""
+
+    folder: Path
+    config: dict[str, str]  # dotted key → JSON
+    config_text: str
+    environment: dict[str, Any]
+    records: list[dict[str, Any]]  # by round, from 0 on
+    graph: Graph
+    names: list[str]
+    groups: list[str]  # of each client; "" where it has none
+    best: int  # the round of the lowest validation loss
+    result: dict[str, Any] | None  # None while it is not finished
+    tested: Losses | None = None  # test losses at the best round, of a run whose rounds leave the test split alone
+    tested_start: Losses | None = None  # and before training
+    scores: dict[str, float | None] | None = None  # measured with them: global_loss, exact_match, rouge_l
+    tested_transfer: dict[str, Any] | None = None  # and whose adapter does what on whose data
+
+    @cached_property
+    def measured(self) -> list[int]:
+        """The rounds after which every client was measured."""
+        return [n for n, record in enumerate(self.records) if "clients" in record]
+
+    @property
+    def split(self) -> str:
+        """Whose loss is known round by round."""
+        return "validation" if self.config.get("evaluation.test") == "false" else "test"
+
+    def losses(self, round: int) -> Losses:
+        return {name: scores[f"{self.split}_loss"] for name, scores in self.records[round]["clients"].items()}
+
+    @property
+    def judged(self) -> str:
+        """Of which split ``before`` and ``after`` are."""
+        return self.split if self.tested is None else "test"
+
+    @property
+    def before(self) -> Losses:
+        """Of each client before training, on the split of ``after``; None where that is not known."""
+        return self.losses(0) if self.tested is None else self.tested_start or dict.fromkeys(self.tested)
+
+    @property
+    def after(self) -> Losses:
+        """Of each client at the best round: test losses where there are any."""
+        return self.losses(self.best) if self.tested is None else self.tested
+
+    @property
+    def transfer(self) -> dict[str, Any]:
+        """The loss of adapters on other clients' data: measured with the test losses, else after the last round."""
+        return self.tested_transfer or self.records[-1].get("transfer") or {}
+
+    def score(self, key: str) -> float | None:
+        """global_loss, exact_match or rouge_l: measured with the test losses, else of the best round, global_loss of the last."""
+        if self.scores is not None:
+            return self.scores[key]
+        if key == "global_loss":
+            loss: float | None = self.transfer.get(key)
+            return loss
+        return self.result["best"][key] if self.result else None
+
+    @property
+    def seed(self) -> int:
+        return int(self.config["seed"])
+
+    @property
+    def rounds(self) -> int:
+        """Rounds asked for."""
+        return int(self.config["rounds"])
+
+    def sent(self, round: int) -> int:
+        """Bytes of all clients, up and down, until ``round`` is over."""
+        return sum(record.get("bytes_up", 0) + record.get("bytes_down", 0) for record in self.records[: round + 1])
+
+    @property
+    def seconds(self) -> float:
+        return float(sum(record["seconds"] for record in self.records))
+
+    @property
+    def lost(self) -> list[tuple[int, str, str]]:
+        """(round, client, reason) of every client that was dropped from a round."""
+        return [(r["round"], name, why) for r in self.records for name, why in r.get("lost", {}).items()]
+
+
+def read(folder: Path) -> Run:
+    """Raises UserError when there is no run, nothing was measured yet, or a file of it is damaged."""
+    with Store.open(folder, writable=False) as store:
+        records = store.metrics()
+        if not records or "clients" not in records[0]:
+            raise UserError(f"{folder}: no round is committed yet; wait, or go on with: mira run {folder} --resume")
+        text, environment = store.config(), store.environment()
+        graph = in_use(from_tensors(store.graph()), store.extra())
+        names = list(records[0]["clients"])
+        return Run(
+            folder=folder,
+            config=dict(flat("", mapping(text, str(folder / "config.yaml")))),
+            config_text=text,
+            environment=environment,
+            records=records,
+            graph=graph,
+            names=names,
+            groups=_groups(environment, graph, names),
+            best=store.best_round or 0,
+            result=store.result(),
+        )
+
+
+def _groups(environment: dict[str, Any], graph: Graph, names: list[str]) -> list[str]:
+    """The families the data names; without any, the groups of the graph."""
+    groups = environment.get("groups") or []
+    if len(groups) == len(names) and any(groups):
+        return [str(group) for group in groups]
+    if isinstance(graph, Groups) and 1 < int(torch.unique(graph.label).numel()) < len(names):
+        return [f"group {label + 1}" for label in graph.label.tolist()]
+    return [""] * len(names)

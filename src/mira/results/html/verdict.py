@@ -1,0 +1,61 @@
+"""Which variant to use for whom: the lowest mean test loss, and whoever is not clearly behind it.
+
+A variant is clearly behind when the 95 % interval of its paired difference to the best one lies above 0. Pairs are seeds
+where both have the same three or more, else clients (their means over seeds).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mira.results.html.stats import Mean, mean
+from mira.results.html.variants import Variant
+
+_SEEDS = 3  # fewer tell too little of their spread
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: the losses of some clients under each variant."""
+
+    who: str
+    names: tuple[str, ...]
+    losses: tuple[Mean | None, ...]
+    best: int | None  # number of the variant, None when no loss is finite
+    equal: tuple[int, ...]  # variants not clearly behind the best
+
+
+def row(who: str, names: Sequence[str], variants: Sequence[Variant]) -> Row:
+    losses = tuple(variant.loss(names) for variant in variants)
+    finite = [n for n, loss in enumerate(losses) if loss is not None]
+    if not finite:
+        return Row(who, tuple(names), losses, None, ())
+    best = min(finite, key=lambda n: (losses[n] or Mean(0, None)).value)
+    equal = tuple(n for n in finite if n != best and not _behind(variants[n], variants[best], names))
+    return Row(who, tuple(names), losses, best, equal)
+
+
+def wins(variants: Sequence[Variant], names: Sequence[str]) -> list[int]:
+    """For how many of ``names`` each variant has the lowest test loss; a tie counts for the first."""
+    count = [0] * len(variants)
+    for name in names:
+        losses = {n: loss for n, variant in enumerate(variants) if (loss := variant.after.get(name)) is not None}
+        if losses:
+            count[min(losses, key=losses.__getitem__)] += 1
+    return count
+
+
+def difference(variant: Variant, other: Variant, names: Sequence[str]) -> Mean | None:
+    """Paired: the test loss of ``variant`` minus that of ``other``."""
+    seeds = [run.seed for run in variant.runs]
+    if len(seeds) >= _SEEDS and seeds == [run.seed for run in other.runs]:
+        pairs = list(zip(variant.seed_means(names), other.seed_means(names), strict=True))
+    else:
+        pairs = [(variant.after.get(name), other.after.get(name)) for name in names]
+    return mean([None if a is None or b is None else a - b for a, b in pairs])
+
+
+def _behind(variant: Variant, best: Variant, names: Sequence[str]) -> bool:
+    gap = difference(variant, best, names)
+    return gap is not None and gap.half is not None and gap.low > 0

@@ -1,0 +1,136 @@
+"""``mira runs``: the run folders below a folder, with their headline figures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from mira.config.yaml_io import mapping
+from mira.core.errors import UserError
+from mira.methods import ALONG_GRAPH
+from mira.results.tables import Fitting, data_size, number
+from mira.store import Store
+from mira.store.files import LOCK, TESTED, is_locked, read_json
+
+Summary = dict[str, Any]
+
+
+def runs(root: Path) -> tuple[list[Summary], list[Summary]]:
+    """(what can be read, what cannot and why) of the runs in or below ``root``, each as docs/cli.md says.
+
+    Raises UserError when ``root`` is no folder.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; 'mira run' makes run folders below runs/ unless --out says otherwise")
+    good, broken = list[Summary](), list[Summary]()
+    for folder in _folders(root):
+        try:
+            good.append(_summary(folder))
+        except UserError as error:
+            broken.append({"run": str(folder), "reason": str(error)})
+        except OSError as error:
+            broken.append({"run": str(folder), "reason": f"cannot be read ({error.strerror})"})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # records of another version of mira
+            broken.append(
+                {"run": str(folder), "reason": f"its records are not understood ({type(error).__name__}: {error})"}
+            )
+    return good, broken
+
+
+def table(root: Path, good: Sequence[Summary], broken: Sequence[Summary]) -> Group:
+    """A line a run, two where the console is narrow, oldest first, then what could not be read."""
+    runs = sorted(good, key=lambda each: str(each["date"]))
+    failed = [Text(f"{each['run']}: {_reason(each)}", style="yellow", overflow="fold") for each in broken]
+    grids = [_grid(root, runs, stacked) for stacked in (False, True)]
+    return Group(*([Fitting(grids, bare=("what",))] if good else []), *failed)
+
+
+def _grid(root: Path, runs: Sequence[Summary], stacked: bool) -> Table:
+    """``stacked``: what a run is stands below its name."""
+    title = f"runs in {root}"
+    grid = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, title=title, title_justify="left"
+    )
+    grid.add_column("run", overflow="fold")
+    if not stacked:
+        grid.add_column("what", overflow="fold")
+    for name in ("clients", "round", "loss", "match", "sent", "s"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    grid.add_column("started", no_wrap=True)
+    for run in runs:
+        state = "" if run["state"] == "finished" else f" {run['state']}"
+        name, what = os.path.relpath(run["run"], root), f"{run['method']}, {run['adapter']}, {run['graph']}"
+        grid.add_row(
+            *([Text(f"{name}\n {what}")] if stacked else [Text(name), Text(what)]), str(run["clients"]),
+            f"{run['round']}/{run['rounds']}{state}", number(run["best_loss"]), number(run["exact_match"], 2),
+            data_size(run["bytes"]), f"{run['seconds']:.0f}", run["date"][5:16].replace("T", " "),
+        )  # fmt: skip
+    return grid
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """Run folders, also those whose creation or manifest is broken; nothing below a run is looked at, no link followed."""
+    for place, names, files in os.walk(root):
+        if (
+            "store.json" in files
+            or ({"config.yaml", "environment.json"} & set(files) and "rounds" in names)
+            or LOCK in files
+        ):
+            names.clear()
+            yield Path(place)
+        names.sort()
+
+
+def _summary(folder: Path) -> Summary:
+    with Store.open(folder, writable=False) as store:
+        config = mapping(store.config(), str(folder / "config.yaml"))
+        records, result = store.metrics(), store.result()
+        best = records[store.best_round] if store.best_round is not None else {}
+        answers = result["best"] if result else next((r["answers"] for r in reversed(records) if "answers" in r), {})
+        if (folder / TESTED).is_file():  # a run of a comparison, whose own records leave the test split alone
+            tested = read_json(folder / TESTED)["best"]
+            best, answers = {"local_loss": _figure(tested.get("local_loss"))}, tested.get("answers", {})
+        graph, adapter = config.get("graph", {}), config.get("adapter", {})
+        return {
+            "run": str(folder),
+            "name": config["name"],
+            "seed": config["seed"],
+            "method": config["method"]["name"],
+            "adapter": adapter.get("kind", "lora") + (f" r{adapter['rank']}" if "rank" in adapter else ""),
+            "graph": graph.get("name", "none") if config["method"]["name"] in ALONG_GRAPH else "none",
+            "clients": store.environment()["data"]["clients"],
+            "round": store.last_round or 0,
+            "rounds": config["rounds"],
+            "state": "finished" if result else "running" if is_locked(folder) else "interrupted",
+            "best_round": store.best_round,
+            "best_loss": best.get("local_loss"),
+            "exact_match": _figure(answers.get("exact_match")),
+            "bytes": sum(record.get("bytes_up", 0) + record.get("bytes_down", 0) for record in records),
+            "seconds": sum(record["seconds"] for record in records),
+            "date": _started(folder),
+        }
+
+
+def _figure(value: Any) -> float | None:
+    if value is None or isinstance(value, int | float):
+        return value
+    raise TypeError(f"{value!r} is no number")
+
+
+def _started(folder: Path) -> str:
+    """When the run was started: its environment is written once, then."""
+    return (
+        datetime.fromtimestamp((folder / "environment.json").stat().st_mtime).astimezone().isoformat(timespec="seconds")
+    )
+
+
+def _reason(broken: Summary) -> str:
+    return str(broken["reason"]).removeprefix(f"{broken['run']}: ")

@@ -1,0 +1,183 @@
+"""Measuring every client under the row it would deploy: loss, answers, transfer.
+
+Loss is token-weighted cross-entropy in nats; means over clients are unweighted, so that a client with long answers
+counts as much as any other. A client on a machine of its own may not answer: it then counts with its last known loss, since
+a mean over whoever answers would move with who they are. Where every client has a row of its own that is its loss still: the
+row of a client that is away stays as it is. ROUGE-L: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004, F1,
+over the words of ``mira.core.text_metrics``, which are ROUGE's own where the text is ASCII.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import exp, isnan, nan
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mira.core.errors import UserError, did_you_mean
+from mira.core.layout import Layout
+from mira.core.seeds import generator
+from mira.core.text_metrics import chrf, words
+from mira.core.types import Engine, Grade, Method, ServerState
+
+Record = dict[str, Any]
+Metric = Callable[[Sequence[str], Sequence[str]], float]  # of a client's answers and the expected ones
+
+LABEL_ACCURACY = "label_accuracy"  # measured by likelihood, not of answers: mira.runner.label_accuracy
+_ALWAYS = ("exact_match", "rouge_l")
+_more: dict[str, Metric] = {
+    "chrf": lambda given, references: _mean([chrf(g, r) for g, r in zip(given, references, strict=True)])
+}
+
+
+def register(name: str, metric: Metric) -> None:
+    """Let ``evaluation.metrics`` name ``metric``, a function of a client's answers and the expected ones, in this process."""
+    if name in (*_ALWAYS, LABEL_ACCURACY):
+        raise UserError(f"metric '{name}': is measured already; register yours under another name")
+    _more[name] = metric
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """Raises UserError for a name in ``evaluation.metrics`` that nothing measures here."""
+    for name in names:
+        if name not in (*_more, LABEL_ACCURACY):
+            hint = did_you_mean(name, (*_more, LABEL_ACCURACY))
+            raise UserError(
+                f"evaluation.metrics: no metric is named '{name}' here (mira.runner.evaluation.register adds yours){hint}"
+            )
+
+
+def losses(
+    method: Method, engine: Engine, state: ServerState, names: Sequence[str], limit: int | None, test: bool = True,
+    known: Mapping[str, Record] | None = None,
+) -> Record:  # fmt: skip
+    """Validation and test loss of every client, and their means. Without ``test`` that split is not read: None.
+
+    ``unmeasured``, where a client did not answer: for each the round of the losses with which it counts, those that are
+    ``known`` of it, and None for one who was never measured and is in no mean.
+    """
+    everyone = torch.arange(len(names))
+    splits = ("validation", "test") if test else ("validation",)
+    scores = engine.evaluate(method.serve(state, everyone), everyone, splits, limit)
+    validation, *tested = scores.loss.T.tolist()
+    on_test = tested[0] if test else [None] * len(names)
+    clients = {
+        name: {"validation_loss": v, "test_loss": t, "perplexity": None if t is None else _perplexity(t)}
+        for name, v, t in zip(names, validation, on_test, strict=True)
+    }
+    silent = [names[k] for k in (scores.tokens == 0).any(1).nonzero()[:, 0].tolist()]
+    before = {name: (known or {}).get(name) for name in silent}
+    counted = [scores for scores in (clients | before).values() if scores]
+    return {
+        "validation_loss": _mean_known(counted, "validation_loss"),
+        "local_loss": _mean_known(counted, "test_loss") if test else None,
+        **({"unmeasured": {name: last and last["round"] for name, last in before.items()}} if silent else {}),
+        "clients": clients,
+    }
+
+
+def known_from(records: Iterable[Record]) -> dict[str, Record]:
+    """Of every client its losses when it was last measured, and the ``round``."""
+    known: dict[str, Record] = {}
+    for record in records:
+        away = record.get("unmeasured", {})
+        found = {name: scores for name, scores in record.get("clients", {}).items() if name not in away}
+        known |= {name: {**scores, "round": record["round"]} for name, scores in found.items()}
+    return known
+
+
+def answers(names: Sequence[str], grades: Sequence[Grade]) -> Record:
+    """Every client's exact match, ROUGE-L and further metrics, and their means over those who have each; ``unmeasured`` are those
+    who did not answer."""
+    came = [grade for grade in grades if not isnan(grade["exact_match"])]
+    keys = dict.fromkeys((*_ALWAYS, *(key for grade in came for key in grade)))
+    means = {key: _mean(found) if (found := [g[key] for g in came if key in g]) else nan for key in keys}
+    silent = [name for name, grade in zip(names, grades, strict=True) if isnan(grade["exact_match"])]
+    clients = dict(zip(names, grades, strict=True))
+    return {**means, **({"unmeasured": silent} if silent else {}), "clients": clients}
+
+
+def grade(
+    engine: Engine, rows: Tensor, client: Tensor, references: Sequence[Sequence[str]], limit: int | None,
+    max_new_tokens: int, metrics: Sequence[str] = (),
+) -> list[Grade]:  # fmt: skip
+    """Exact match, ROUGE-L F1 and ``metrics`` of row i's greedy answers on the test split of client[i]."""
+    given = engine.generate(rows, client, "test", limit, max_new_tokens)
+    more = [name for name in metrics if name in _more]
+    return [
+        {"exact_match": exact_match(g, r), "rouge_l": rouge_l(g, r)} | {name: float(_more[name](g, r)) for name in more}
+        for g, r in zip(given, references, strict=True)
+    ]
+
+
+def transfer(
+    method: Method, engine: Engine, state: ServerState, layout: Layout, names: Sequence[str], seed: int, clients: int,
+    examples: int, among: Tensor | None = None,
+) -> Record:  # fmt: skip
+    """Each sampled client's row on the test split of each sampled client, and the mean row on each of them. ``among``: the
+    clients to sample from, None for all.
+
+    ``matrix[i][j]``: loss of row i on the data of client j; ``global_loss``: mean off the diagonal.
+    """
+    pool = torch.arange(len(names)) if among is None else among
+    n = min(clients, len(pool))
+    if n < 2:
+        return {}
+    chosen = pool[torch.randperm(len(pool), generator=generator("transfer", seed))[:n]].sort().values
+    rows = method.serve(state, chosen)
+    matrix = torch.stack([engine.evaluate(row.expand(n, -1), chosen, ("test",), examples).loss[:, 0] for row in rows])
+    mean = engine.evaluate(layout.mean(rows).expand(n, -1), chosen, ("test",), examples).loss[:, 0]
+    others = ~torch.eye(n, dtype=torch.bool)
+    return {
+        "names": [names[int(k)] for k in chosen],
+        "matrix": matrix.tolist(),
+        "global_loss": float(matrix[others].mean()),
+        "mean_row_loss": float(mean.mean()),
+    }
+
+
+def exact_match(given: Sequence[str], references: Sequence[str]) -> float:
+    """Share of answers equal to their reference, surrounding white space aside."""
+    return _mean([float(g.strip() == r.strip()) for g, r in zip(given, references, strict=True)])
+
+
+def rouge_l(given: Sequence[str], references: Sequence[str]) -> float:
+    """Mean ROUGE-L F1 with Porter stemming, as Natural Instructions scores it, over words in any script."""
+    # Not above: SciPy and NLTK come with it, 2 s for who asks for no answers.
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
+    return _mean([float(scorer.score(r, g)["rougeL"].fmeasure) for g, r in zip(given, references, strict=True)])
+
+
+class _Words:
+    """The words that ROUGE-L compares, those of ASCII stemmed."""
+
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self._english = DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        return [self._stem(word) if word.isascii() and word.isalnum() else word for word in words(text)]
+
+    def _stem(self, word: str) -> str:
+        stem: list[str] = self._english.tokenize(word)
+        return stem[0]
+
+
+def _perplexity(loss: float) -> float | None:
+    """exp(loss), or None where it leaves the range of a float."""
+    return exp(loss) if loss < 700 else None
+
+
+def _mean_known(clients: Sequence[Record], key: str) -> float:
+    """NaN where one of them has no finite loss, or there is none."""
+    values = [nan if client[key] is None else client[key] for client in clients]
+    return _mean(values) if values else nan
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

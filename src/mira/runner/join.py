@@ -1,0 +1,201 @@
+"""A client that joins a finished run later: it starts where its neighbours are, and trains alone from there."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mira import config
+from mira.config import Experiment
+from mira.config.experiment import ClientsSection
+from mira.config.overrides import override
+from mira.core.errors import UserError, did_you_mean
+from mira.core.similarity import cosines
+from mira.core.types import MemoryRows, ServerState, Work
+from mira.data.federation import Client, make_federation
+from mira.data.reading import existing, read_records
+from mira.data.records import Tally
+from mira.data.types import ClientData, client_data
+from mira.graphs.known import Complete
+from mira.methods.local import Local
+from mira.methods.ranked import ranked
+from mira.model.embed import embed
+from mira.runner.run import state_of, without_nan
+from mira.serving.folders import export_adapters
+from mira.setup.environment import check_environment, clients_of, taken_over
+from mira.setup.session import Session, open_session
+from mira.store import Store
+
+log = logging.getLogger(__name__)
+
+Result = dict[str, Any]
+# Sections and keys that may be other than the run's; a row read with another adapter or model would be noise.
+_ITS_OWN = ("split", "prompt", "training", "evaluation", "engine", "model.name", "model.source", "model.device")
+ADAPTED = "adapted"  # in the run folder: of each client that joined, a PEFT folder and NAME.json
+
+
+@dataclass(frozen=True)
+class _Newcomer:
+    """A source of one client, from its data files."""
+
+    name: str
+    group: str
+    files: tuple[Path, ...]
+
+    def load(self, seed: int) -> list[ClientData]:
+        tally = Tally()
+        examples = [e for file in self.files for e in tally.examples(read_records(existing(file, "--data")))]
+        tally.tell()
+        return [client_data(self.name, examples, self.group)]
+
+
+def adapt(
+    folder: Path, name: str, files: Sequence[Path], group: str | None, neighbours: int, rounds: int,
+    overrides: Sequence[str] = (),
+) -> Result:  # fmt: skip
+    """Train an adapter for the new client ``name`` and write it to ``folder``/adapted; the run itself is only read.
+
+    It starts from Σ_l a_l·θ_l / Σ_l a_l over its neighbours l in the run: a_l = 1 for the clients of ``group``; without one
+    the ``neighbours`` clients whose task descriptions are most like its own, a_l their centred cosine; all clients alike where
+    descriptions or the lack of groups tell them apart no further. Then come ``rounds`` rounds of local training at the run's peak
+    learning rate; beside it, for comparison, the same from the common start. Raises UserError.
+    """
+    with Store.open(folder, writable=False) as store:
+        experiment, environment = config.parse_text(store.config()), store.environment()
+        known = _known(environment, experiment, by_group=group is not None)
+        _check(name, group, known)
+        own = _own(experiment, _Newcomer(name, group or "", tuple(files)), overrides)
+        alike = (own.engine, own.model.device) == (experiment.engine, experiment.model.device)
+        session = open_session(own, taken_over(environment) if alike else {})
+        check_environment(environment, session.environment | {"data": environment["data"]}, must=("model",))
+        related, weight = _of_group(group, known) if group is not None else _of_description(session, known, neighbours)
+        method = ranked(experiment.method, session.layout, experiment.clients.rank, [client.name for client in known])
+        state = state_of(session, store)
+        warm = session.layout.mean(method.serve(state, related), weight)
+    rows = torch.stack([warm, store.start])
+    curve, rows = _train(session, rows, state.round, rounds)
+    told = [{"round": n, "clients": {name: point["warm"]}} for n, point in ((0, curve[0]), (rounds, curve[-1]))]
+    place = export_adapters(session, folder / ADAPTED, _alone(session, rows[0], rounds), [0], told)[0]
+    chosen = [{"name": known[k].name, "weight": w} for k, w in zip(related.tolist(), weight.tolist(), strict=True)]
+    found = {"client": name, "neighbours": chosen, "rounds": curve}
+    kept = found | {"adapter": place.name}  # relative, so that the folder can be moved
+    place.with_suffix(".json").write_text(json.dumps(kept, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return {"run": str(folder.resolve())} | found | {"adapter": str(place.resolve())}
+
+
+def lines(result: Result) -> Iterator[str]:
+    """For people: from whom it starts, the test loss beside that from the common start, where the adapter is."""
+    yield "starts from " + ", ".join(f"{one['name']} ({one['weight']:.2f})" for one in result["neighbours"])
+    yield "steps    test loss    from the common start"
+    for point in result["rounds"]:
+        yield f"{point['steps']:5}    {_number(point['warm'])}    {_number(point['common'])}"
+    yield f"adapter {result['adapter']}"
+
+
+def _number(scores: Result) -> str:
+    return "  not finite" if scores["test_loss"] is None else f"{scores['test_loss']:9.3f}"
+
+
+def _own(experiment: Experiment, source: _Newcomer, overrides: Sequence[str]) -> Experiment:
+    """The run's experiment with the newcomer as its only client, which trains alone."""
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        if key not in _ITS_OWN and key.partition(".")[0] not in _ITS_OWN:
+            raise UserError(
+                f"--set {text}: a client that joins has its run's {key.partition('.')[0]}; of its own it may have"
+                f" {', '.join(_ITS_OWN)}"
+            )
+    changed = config.parse(override(experiment.model_dump(mode="json"), overrides))
+    training = replace(changed.training, keep_optimizer=False)
+    return changed.model_copy(
+        update={
+            "data": source,
+            "method": Local(),
+            "graph": Complete(),
+            "training": training,
+            "clients": ClientsSection(),
+        }
+    )
+
+
+def _known(environment: dict[str, Any], experiment: Experiment, by_group: bool) -> tuple[Client, ...]:
+    """The run's clients. Their data is read only to describe clients that have no description."""
+    recorded = clients_of(environment, experiment.seed)
+    if recorded is not None and (by_group or all(client.description for client in recorded.clients)):
+        return recorded.clients
+    path = getattr(experiment.data, "path", None)
+    if isinstance(path, Path) and not path.exists():
+        raise UserError(
+            f"--client: the run's clients have no descriptions and are compared by their data, which is not at {path} any more;"
+            " put it back, or name a group with --group"
+        )
+    return make_federation(experiment.data, experiment.split, experiment.seed).clients
+
+
+def _check(name: str, group: str | None, known: Sequence[Client]) -> None:
+    if name in (client.name for client in known):
+        raise UserError(f"--client {name}: is a client of this run; give the new one a name of its own")
+    groups = {client.group for client in known if client.group}
+    if group is not None and group not in groups:
+        hint = did_you_mean(group, groups) if groups else "; its clients have no group, leave --group out"
+        raise UserError(f"--group {group}: no client of the run is in it{hint}")
+
+
+def _of_group(group: str, known: Sequence[Client]) -> tuple[Tensor, Tensor]:
+    related = torch.tensor([k for k, client in enumerate(known) if client.group == group])
+    return related, torch.ones(len(related), dtype=torch.float64)
+
+
+def _of_description(session: Session, known: Sequence[Client], most: int) -> tuple[Tensor, Tensor]:
+    told = [session.federation.clients[0].about, *(client.about for client in known)]
+    if len(set(told)) == 1:
+        log.info("every client of the run describes this task: all of them count alike")
+        return _everyone(known)
+    weight, related = cosines(embed(session.base, told))[0, 1:].sort(descending=True, stable=True)
+    alike = weight[:most] > 0
+    if bool(alike.any()):
+        return related[:most][alike], weight[:most][alike]
+    groups = sorted({client.group for client in known if client.group})
+    if groups:
+        raise UserError(
+            f"--client: no description in the run is like this client's; name its group with --group ({', '.join(groups)})"
+        )
+    log.warning(
+        "no description in the run is like this client's, and its clients have no groups: all of them count alike"
+    )
+    return _everyone(known)
+
+
+def _everyone(known: Sequence[Client]) -> tuple[Tensor, Tensor]:
+    return torch.arange(len(known)), torch.ones(len(known), dtype=torch.float64)
+
+
+def _train(session: Session, rows: Tensor, round: int, rounds: int) -> tuple[list[Result], Tensor]:
+    """Losses of the two ``rows`` before training and after each round, and the rows then."""
+    training, both = session.experiment.training, torch.zeros(2, dtype=torch.int64)
+    curve = [_losses(session, rows, 0)]
+    for n in range(rounds):
+        trained = session.engine.train(Work(both, rows), round + n, training.lr)
+        if trained.failed:
+            raise UserError(f"--client: {trained.failed[0].reason}")
+        rows = trained.rows[trained.job.argsort()]
+        curve.append(_losses(session, rows, curve[-1]["steps"] + int(trained.steps[0])))
+    return curve, rows
+
+
+def _losses(session: Session, rows: Tensor, steps: int) -> Result:
+    loss = session.engine.evaluate(rows, torch.zeros(2, dtype=torch.int64), ("validation", "test")).loss.tolist()
+    named = [{"validation_loss": validation, "test_loss": test} for validation, test in loss]
+    clean: Result = without_nan({"steps": steps, "warm": named[0], "common": named[1]})
+    return clean
+
+
+def _alone(session: Session, row: Tensor, round: int) -> ServerState:
+    return ServerState(MemoryRows(row, 1, {}), session.initial_state().graph, {}, round)

@@ -1,0 +1,102 @@
+"""The result of a run as plain data, from its records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mira.config import parse_text
+from mira.store import Store
+
+Result = dict[str, Any]
+
+_NONE = {"up": 0, "down": 0}  # of a client that was not in the cohort
+
+
+def summarise(
+    store: Store, last: dict[str, Any], tasks: Sequence[str], examples: Sequence[int], adapters: Sequence[str],
+    best_answers: dict[str, Any],
+) -> Result:  # fmt: skip
+    """The result of a run (the fields are documented in docs/cli.md), from its records and the ``last`` thing measured.
+
+    ``adapters``: the clients' PEFT folders, relative to the run folder.
+    """
+    records = store.metrics()
+    start, best = records[0], records[store.best_round or 0]
+    training = [record for record in records if record["round"]]
+    clients = []
+    for name, task, count, folder in zip(last["clients"], tasks, examples, adapters, strict=True):
+        clients.append(
+            {
+                "name": name,
+                "task": task,
+                "examples": count,
+                "loss_start": start["clients"][name]["test_loss"],
+                "loss": last["clients"][name]["test_loss"],
+                "loss_best": best["clients"][name]["test_loss"],
+                "validation_loss": last["clients"][name]["validation_loss"],
+                "perplexity": last["clients"][name]["perplexity"],
+                "exact_match_start": _answer(start.get("answers"), name, "exact_match"),
+                "exact_match": _answer(last.get("answers"), name, "exact_match"),
+                "exact_match_best": _answer(best_answers, name, "exact_match"),
+                "rouge_l_start": _answer(start.get("answers"), name, "rouge_l"),
+                "rouge_l": _answer(last.get("answers"), name, "rouge_l"),
+                "rouge_l_best": _answer(best_answers, name, "rouge_l"),
+                "metrics": _metrics(start, last, name),
+                "adapter": folder,
+                "bytes_up": sum(r.get("client_bytes", {}).get(name, _NONE)["up"] for r in records),
+                "bytes_down": sum(r.get("client_bytes", {}).get(name, _NONE)["down"] for r in records),
+            }
+        )
+    experiment = parse_text(store.config())
+    tokens = sum(record["tokens"] for record in training)
+    return {
+        "method": experiment.method.name,
+        "seed": experiment.seed,
+        "model": store.environment()["model"],
+        "template": store.environment().get("prompt", {}).get("template"),
+        "rounds": last["round"],
+        "clients": clients,
+        "local_loss_start": start["local_loss"],
+        "local_loss": last["local_loss"],
+        "global_loss": last.get("transfer", {}).get("global_loss"),
+        "mean_row_loss": last.get("transfer", {}).get("mean_row_loss"),
+        "exact_match_start": start.get("answers", {}).get("exact_match"),
+        "exact_match": last.get("answers", {}).get("exact_match"),
+        "rouge_l": last.get("answers", {}).get("rouge_l"),
+        "metrics": _metrics(start, last),
+        "best": {
+            "round": best["round"],
+            "validation_loss": best["validation_loss"],
+            "local_loss": best["local_loss"],
+            "exact_match": best_answers.get("exact_match"),
+            "rouge_l": best_answers.get("rouge_l"),
+        },
+        "validation_loss": last["validation_loss"],
+        "lost": sum(len(record["lost"]) for record in training),
+        "bytes_up": sum(record.get("bytes_up", 0) for record in records),
+        "bytes_down": sum(record.get("bytes_down", 0) for record in records),
+        "tokens": tokens,
+        "seconds": sum(record["seconds"] for record in records),
+        "tokens_per_second": tokens / sum(r["tokens"] / r["tokens_per_second"] for r in training if r["tokens"])
+        if tokens
+        else 0.0,
+        "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
+        **{key: spent for key, spent in records[-1].items() if key == "privacy"},
+    }
+
+
+def _answer(answers: dict[str, Any] | None, name: str, key: str) -> float | None:
+    return answers["clients"][name][key] if answers else None
+
+
+def _metrics(start: dict[str, Any], last: dict[str, Any], name: str | None = None) -> dict[str, Any]:
+    """The values of ``evaluation.metrics`` at the start and last, of the client ``name`` or as the mean over clients."""
+    before, after = (_of(record.get("answers", {}), name) for record in (start, last))
+    own = [key for key, value in after.items() if isinstance(value, float) and key not in ("exact_match", "rouge_l")]
+    return {key: {"start": before.get(key), "last": after[key]} for key in own}
+
+
+def _of(answers: dict[str, Any], name: str | None) -> dict[str, Any]:
+    found: dict[str, Any] = answers.get("clients", {}).get(name, {}) if name else answers
+    return found
