@@ -13,7 +13,7 @@ from engines import RandomCorpus, make_engine, warm_row
 from torch import Tensor
 from variants import ONE_ROW, VARIANTS, used_by
 
-from mira.adapters.lora import from_peft, to_peft
+from mira.adapters.lora_peft import from_peft, to_peft
 from mira.core.graph import Groups
 from mira.core.loop import Schedule, run_rounds
 from mira.core.training import Training

@@ -13,7 +13,7 @@ import torch
 from engines import RandomCorpus, layout_on, make_engine, warm_row
 from safetensors.torch import load_file
 
-from mira.adapters.lora import from_peft, merge, to_peft
+from mira.adapters.lora_peft import from_peft, merge, to_peft
 from mira.core.errors import UserError
 from mira.core.graph import Groups
 from mira.core.layout import Layout

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mira import Experiment, run
-from mira.adapters.lora import from_peft
+from mira.adapters.lora_peft import from_peft
 from mira.config import parse_text
 from mira.setup.session import open_session
 from mira.store import Store
