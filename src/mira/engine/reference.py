@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -17,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from mira.adapters.types import PassAdapter, SingleAdapterModel
+from mira.adapters.weights import on_same_weights
 from mira.core.layout import PLUS, Layout
 from mira.core.seeds import stream
 from mira.core.training import Training
@@ -50,9 +50,7 @@ class ReferenceEngine:
     single: SingleAdapterModel = field(init=False)
 
     def __post_init__(self) -> None:
-        # PEFT changes the model it is given; the weights are shared, the modules are not.
-        shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
-        model = deepcopy(self.model, shared)
+        model = on_same_weights(self.model)
         if model.config._attn_implementation == hook.NAME:  # its weights are a batched engine's too
             model.set_attn_implementation("eager")
         with told(cannot_carry(self.layout)):
