@@ -9,13 +9,13 @@ from itertools import groupby
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from chat_templates import FAMILIES, make
+from helpers.chat_templates import FAMILIES, make
+from helpers.tiny_models import CHAT_TEMPLATE, make_tokenizer
 from mira.core.errors import UserError
 from mira.data.federation import Federation, SplitClient
 from mira.data.prompt_check import check, prove
 from mira.data.text import Encoded, Encoder, Wording
 from mira.data.types import Example, Message
-from tiny import CHAT_TEMPLATE, make_tokenizer
 
 CALL = json.dumps({"tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {}}}]})
 ASKED = "{% if add_generation_prompt %}"

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.sample_config import begin, mira, settings, snapshot, write_clients
+from helpers.tiny_models import make_tokenizer
 from mira import Experiment
 from mira.core.errors import UserError
 from mira.data.corpus import Corpus
@@ -16,8 +18,6 @@ from mira.data.federation import SPLITS, Federation, SplitClient
 from mira.data.text import Encoded, Encoder, Wording
 from mira.data.tokenizing import Tokenizing
 from mira.data.types import Example, Message
-from small import begin, mira, settings, snapshot, write_clients
-from tiny import make_tokenizer
 
 ROOM = 90  # tokens: some of the examples below are too long for a chat turn of it and lose input
 

@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from chat_templates import FAMILIES, Kind, make
+from helpers.chat_templates import FAMILIES, Kind, make
+from helpers.tiny_models import CHAT_TEMPLATE, EOS, VOCABULARY, make_tokenizer
 from mira.core.errors import UserError
 from mira.data.corpus import Corpus
 from mira.data.federation import Federation, SplitClient
 from mira.data.text import Encoded, Encoder, Wording
 from mira.data.types import Example, Message
-from tiny import CHAT_TEMPLATE, EOS, VOCABULARY, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 CITY = Example("Name the capital.", "France", "Paris")
