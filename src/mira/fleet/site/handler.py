@@ -69,7 +69,6 @@ class Site:
     threads: int | None = None
     min_noise: float = 0.0
     _opened: dict[str, Opened] = field(default_factory=dict)
-    _optimizer: dict[int, Tensor] = field(default_factory=dict)
 
     def handle(self, request: bytes) -> bytes:
         """The reply to ``request``. What goes wrong is answered too; the reason in full stays in the log."""
@@ -131,7 +130,7 @@ class Site:
         experiment = experiment.model_copy(update={"data": Own(self.source, self.name)})
         number = int(values["number"])
         threads = {"threads": self.threads or values["threads"]}
-        session = open_session(experiment, threads, self._optimizer.get, folder=shelf.folder, first=number)
+        session = open_session(experiment, threads, folder=shelf.folder, first=number)
         for what, ours in fingerprints(session).items():
             if values[what] != ours:
                 raise Refused(f"its {what} is not the server's (here {ours[:12]}, there {str(values[what])[:12]})")
@@ -159,9 +158,8 @@ class Site:
             torch.full((len(jobs),), here.number), torch.stack(start), torch.stack(anchor) if anchored else None,
             torch.tensor([job["prox"] for job in jobs], dtype=torch.float64) if anchored else None,
             trainable, upload, private, slot=torch.arange(len(jobs)),
+            optimizer={j: kept[f"optimizer{j}"] for j in range(len(jobs)) if f"optimizer{j}" in kept},
         )  # fmt: skip
-        self._optimizer.clear()
-        self._optimizer |= {j: kept[f"optimizer{j}"] for j in range(len(jobs)) if f"optimizer{j}" in kept}
         trained = screen(here.session.engine.train(work, message.head.round, float(values["lr"])))
         if trained.failed:
             raise Refused(trained.failed[0].reason)
