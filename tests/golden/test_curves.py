@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.memory_recorder import MemoryRecorder
+from helpers.tiny_models import EOS, PAD, VOCABULARY, make_tiny
 from mira.adapters.lora import Lora
 from mira.adapters.lora_peft import LoraAdapter, start_row
 from mira.core.graph import Groups
@@ -31,8 +33,6 @@ from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.methods import METHODS
 from mira.runner import evaluation as measure
-from recorder import MemoryRecorder
-from tiny import EOS, PAD, VOCABULARY, make_tiny
 
 FILE = Path(__file__).with_name("curves.json")
 NAMES = ("add-1", "add-2", "repeat", "reverse")

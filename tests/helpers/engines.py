@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from helpers.tiny_models import EOS, PAD, VOCABULARY, make_tiny
 from mira.adapters import prompt
 from mira.adapters.lora import Lora
 from mira.adapters.lora_peft import LoraAdapter, start_row
@@ -21,7 +22,6 @@ from mira.core.training import Training
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.engine.reference import ReferenceEngine
-from tiny import EOS, PAD, VOCABULARY, make_tiny
 
 
 @dataclass(frozen=True)
