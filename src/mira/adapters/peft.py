@@ -88,7 +88,7 @@ class PeftAdapter:
         single = self.attached(on_same_weights(self.base.model))
         single.load(row)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = get_peft_model_state_dict(single.module, save_embedding_layers=False)
+        tensors = _tensors(single.module)
         whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
         config = deepcopy(self.config)
@@ -120,7 +120,7 @@ class PeftAdapter:
                 )
         except Exception as error:  # whatever PEFT trips over
             raise UserError(f"adapter: PEFT cannot read {folder} ({_line(error)})") from error
-        there, read = (set(tensors) for tensors in (load_file(folder / WEIGHTS), get_peft_model_state_dict(peft)))
+        there, read = (set(tensors) for tensors in (load_file(folder / WEIGHTS), _tensors(peft)))
         if odd := sorted(there ^ read):
             raise UserError(f"adapter: {folder}: PEFT finds {odd[0]} {'only there' if odd[0] in there else 'missing'}")
         return peft
@@ -184,6 +184,12 @@ def _trainable(peft: PeftModel) -> dict[str, nn.Parameter]:
     if not named:
         raise UserError("adapter: PEFT's config trains nothing; name target modules")
     return named
+
+
+def _tensors(peft: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors as a PEFT folder names them. Embeddings are the base's own: PEFT would ask the hub about them."""
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(peft, save_embedding_layers=False)
+    return tensors
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
