@@ -35,6 +35,11 @@ class BaseLike(Protocol):
         """The hub's commit, where one was asked for."""
         ...
 
+    @property
+    def sha256(self) -> str:
+        """Of its weights."""
+        ...
+
     def unquantised(self) -> PreTrainedModel:
         """The model that a quantised one was made from; else the model itself."""
         ...
