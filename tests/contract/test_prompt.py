@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from test_engines import LIMIT, STEPS, TYPICAL, displacement_errors
 from torch import Tensor
 
-from mira.adapters.lowrank import Lane
+from mira.adapters.lowrank import AdapterBatch
 from mira.adapters.prompt import Prompt, PromptAdapter, from_peft, peft_config, to_peft
 from mira.core.errors import UserError
 from mira.core.training import Training
@@ -103,8 +103,8 @@ def sequences() -> Any:
 def our_logits(engine: BatchedEngine, row: Tensor) -> list[Tensor]:
     rows = torch.stack([warm_row(engine.layout, 1), row])
     packed = pack([(n, sequences()) for n in range(2)], engine.prefix, engine.layout.virtual_tokens)
-    with torch.no_grad(), engine.carrier.lane(Lane(rows, packed.ranges)):
-        logits = engine.carrier.head(engine.carrier.read(packed))
+    with torch.no_grad(), engine.adapted.using(AdapterBatch(rows, packed.ranges)):
+        logits = engine.adapted.head(engine.adapted.read(packed))
     return [logits[s.start : s.end] for s in packed.prompts[len(sequences()) :]]
 
 

@@ -27,7 +27,7 @@ from mira.engine.attention import hook
 from mira.engine.checkpoint import recomputed
 from mira.engine.generate import positions
 from mira.engine.memory import OUT_OF_MEMORY, is_out_of_memory
-from mira.engine.model_errors import FAULTS, cannot_carry, is_no_fault, told
+from mira.engine.model_errors import MODEL_ERRORS, is_not_model_error, raise_as, unsupported
 
 _TRIAL = Encoded((1, 1, 1), (False, False, True), False)
 
@@ -64,12 +64,12 @@ class ReferenceEngine:
         else:
             config = lora.peft_config(self.layout, self.model, None, self.dropout)
             config.inference_mode = False
-        with told(cannot_carry(self.layout)):
+        with raise_as(unsupported(self.layout)):
             object.__setattr__(self, "peft", get_peft_model(model, config))
             self._named()
         if self.layout.virtual_tokens and self.model.dtype == torch.float64:
             self.peft.prompt_encoder.double()  # PEFT makes it in fp32 on any base
-        with told(cannot_carry(self.layout)), torch.no_grad():
+        with raise_as(unsupported(self.layout)), torch.no_grad():
             self._loss([_TRIAL], "mean")
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
@@ -196,8 +196,8 @@ class ReferenceEngine:
             )  # fmt: skip
             try:
                 out = generate()
-            except FAULTS as error:  # an architecture whose cache does not do what its layers ask for
-                if is_no_fault(error):
+            except MODEL_ERRORS as error:  # an architecture whose cache does not do what its layers ask for
+                if is_not_model_error(error):
                     raise
                 out = generate(use_cache=False)
         new = out[0, len(prompt) :].tolist()
