@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from engines import RandomCorpus, layout_on, make_engine, prompt_on, warm_row
 from torch import Tensor
 
+from helpers.engines import RandomCorpus, layout_on, make_engine, prompt_on, warm_row
 from mira.core.threads import parallel_map
 from mira.core.training import Training
 from mira.core.types import Work

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from helpers.tiny_models import Kind, make_tiny
 from mira.adapters.attach import Attached
 from mira.engine import budget
 from mira.engine.attention.patching import patch_attention
 from mira.engine.budget import PassPlan, bytes_per_token, tokens_per_pass
 from mira.engine.generate import cache_bytes_per_token
-from tiny import Kind, make_tiny
 
 WIDTH = 16
 W = torch.randn(WIDTH, WIDTH, requires_grad=True)
