@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mira.adapters.lowrank import AdapterBatch
+from mira.adapters.types import PassAdapter
 from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.threads import check_cancelled, parallel_map
@@ -54,8 +55,7 @@ class BatchedEngine:
     pad: int
     stops: frozenset[int]
     decode: Callable[[Sequence[int]], str]
-    layout: Layout
-    dropout: float
+    adapter: PassAdapter
     corpus: Corpus
     training: Training
     seed: int
@@ -75,11 +75,19 @@ class BatchedEngine:
         adapted = AdaptedModel.of(self.model, self.layout, self.dropout, self.prefix, self.longest)
         object.__setattr__(self, "adapted", adapted)
         object.__setattr__(self, "plain", None if adapted.patched.decodes else self._by_transformers())
-        object.__setattr__(self, "replayer", GraphReplayer(self.adapted) if self._capturable else None)
+        object.__setattr__(self, "replayer", GraphReplayer(self.adapted) if self._recordable else None)
         object.__setattr__(self, "budget", self.tokens_per_pass or self._fitting())
 
     @property
-    def _capturable(self) -> bool:
+    def layout(self) -> Layout:
+        return self.adapter.layout
+
+    @property
+    def dropout(self) -> float:
+        return self.adapter.dropout
+
+    @property
+    def _recordable(self) -> bool:
         """Whether a pass is the same each time. It is not where masks are drawn, layers are computed again, placeholders are
         looked for, experts are computed client by client, or attention goes in tiles."""
         unlike = self.dropout or self.checkpointing or self.layout.virtual_tokens or self.layout.experts
@@ -186,8 +194,7 @@ class BatchedEngine:
             self.pad,
             self.stops,
             self.decode,
-            self.layout,
-            self.dropout,
+            self.adapter,
             self.corpus,
             self.training,
             self.seed,
@@ -205,7 +212,7 @@ class BatchedEngine:
         return [(row, piece) for row, batch in batches.items() for piece in self.adapted.cut(batch, room)]
 
     def _accumulate(self, part: PassItems, now: Step) -> None:
-        """Add the gradient and the loss of one pass. Out of memory: without captured, then halve the pass; a client of whom one
+        """Add the gradient and the loss of one pass. Out of memory: without recordings, then halve the pass; a client of whom one
         sequence does not fit alone is lost."""
         index = [row for row, _ in part]
         undo = now.undo(index)
@@ -237,7 +244,7 @@ class BatchedEngine:
         return (self.replayer if self.replayer and complete else self.adapted).learn(packed, adapters)
 
     def _released(self) -> bool:
-        """Whether captured held memory until now."""
+        """Whether recordings held memory until now."""
         return self.replayer is not None and self.replayer.release()
 
     def _recomputing(self) -> AbstractContextManager[None]:
