@@ -208,9 +208,10 @@ def _engine(
             raise
         log.warning("engine.name=auto takes reference, one client at a time: %s", error.reason)
         return ReferenceEngine(**common())
-    if not engine.carrier.way.decodes:
+    if not engine.adapted.patched.decodes:
         log.info(
-            "engine.name=batched: passes are %s; transformers answers, one prompt at a time", engine.carrier.way.kind
+            "engine.name=batched: passes are %s; transformers answers, one prompt at a time",
+            engine.adapted.patched.kind,
         )
     return engine
 
