@@ -6,8 +6,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
@@ -201,6 +204,22 @@ def test_a_name_on_the_hub_is_found_in_the_cache(
         for start in ("ann/adapter", str(exported))
     ]
     assert torch.equal(*starts)
+
+
+def test_what_the_hub_does_not_give_is_said(values: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    pickled = SimpleNamespace(
+        siblings=[SimpleNamespace(rfilename=n) for n in ("adapter_config.json", "adapter_model.bin")]
+    )
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, timeout: pickled)
+    assert "has adapter_model.bin alone, which is not read, as it may run code" in refusal(values, "ann/adapter")
+
+    def unreachable(self: Any, name: str, timeout: float) -> None:
+        raise httpx.ConnectError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    assert "the hub is not in reach (no route); give a folder" in refusal(values, "ann/adapter")
 
 
 def test_folders_that_hold_no_safe_adapter_are_refused(folder: Path, model: Path, values: Any, tmp_path: Path) -> None:

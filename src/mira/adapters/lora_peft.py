@@ -59,6 +59,7 @@ class LoraAdapter:
     def attached(self, model: PreTrainedModel) -> SingleAdapterModel:
         config = peft_config(self.layout, self.model, None, self.dropout)
         config.inference_mode = False
+        own = set(model.modules())
         peft = get_peft_model(model, config)
         named = dict(peft.named_parameters())
         layers = [peft.get_submodule(name) for name in set(peft_places(self.layout).values())]
@@ -72,7 +73,7 @@ class LoraAdapter:
             peft,
             self.layout,
             [named[name] for name in peft_parameters(self.layout).values()],
-            [module for name, module in peft.named_modules() if "lora_dropout" in name],
+            [module for module in peft.modules() if module not in own],
             set_scale,
         )
 

@@ -96,9 +96,9 @@ class PeftAdapter:
             return self.attached(on_same_weights(self.base.model)).row().float()
 
     def attached(self, model: PreTrainedModel) -> SingleAdapterModel:
-        own = {id(module) for module in model.modules()}
+        own = set(model.modules())
         peft = _wrapped(model, self.config)
-        added = [module for module in peft.modules() if id(module) not in own]
+        added = [module for module in peft.modules() if module not in own]
         return SingleAdapterModel(peft, self.layout, list(_trainable(peft).values()), added)
 
     def save(self, folder: Path, row: Tensor, base_name: str) -> None:
