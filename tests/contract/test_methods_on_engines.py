@@ -14,7 +14,7 @@ from torch import Tensor
 from helpers.engines import RandomCorpus, make_engine, warm_row
 from helpers.memory_recorder import MemoryRecorder
 from helpers.method_variants import ONE_ROW, VARIANTS, used_by
-from mira.adapters.lora import from_peft, to_peft
+from mira.adapters.lora_peft import from_peft, to_peft
 from mira.core.graph import Groups
 from mira.core.loop import Schedule, run_rounds
 from mira.core.training import Training

@@ -16,7 +16,7 @@ from helpers.engines import RandomCorpus, layout_on, make_engine, warm_row
 from helpers.memory_recorder import MemoryRecorder
 from helpers.quadratic_clients import LAYOUT, Toy
 from helpers.tiny_models import make_tiny
-from mira.adapters.lora import from_peft, merge, to_peft
+from mira.adapters.lora_peft import from_peft, merge, to_peft
 from mira.core.errors import UserError
 from mira.core.graph import Groups
 from mira.core.layout import Layout

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Factor = Literal["A", "B", "magnitude", "prompt", "encoder", "seed"]
+Factor = Literal["A", "B", "magnitude", "prompt", "encoder", "seed", "peft"]
 
 
 PLUS = ("B", "magnitude")  # factors that LoRA+ gives another learning rate, as PEFT's optimiser does
@@ -23,7 +23,7 @@ class Entry:
 
     LoRA: A [r, in] and B [out, r] of a layer; of a tensor of E ``experts`` A [E·r, in], expert by expert, and B [out, r·E],
     rank by rank, as PEFT has them; with DoRA the "magnitude" [out] of a layer. Prompt: the virtual tokens "prompt" [V, d] and
-    the weights of the "encoder" they pass. Seeds: the coefficients "seed" [N].
+    the weights of the "encoder" they pass. Seeds: the coefficients "seed" [N]. Other kinds of PEFT: their tensors "peft".
     """
 
     module: str  # dotted name in the base model, e.g. "model.layers.0.self_attn.q_proj"; elsewhere in the adapter
@@ -157,6 +157,8 @@ class Layout:
     @property
     def alone(self) -> str:
         """Why rows can be computed for one client at a time only; empty where they can be in one pass."""
+        if any(entry.factor == "peft" for entry in self.entries):
+            return "has no arithmetic for this adapter.kind"
         return "has no magnitudes (adapter.dora)" if self.dora else ""
 
     @staticmethod

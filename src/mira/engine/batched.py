@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mira.adapters.lowrank import Lane
+from mira.adapters.types import PassAdapter
 from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.threads import side_by_side, still_wanted
@@ -54,8 +55,7 @@ class BatchedEngine:
     pad: int
     stops: frozenset[int]
     decode: Callable[[Sequence[int]], str]
-    layout: Layout
-    dropout: float
+    adapter: PassAdapter
     corpus: Corpus
     training: Training
     seed: int
@@ -77,6 +77,14 @@ class BatchedEngine:
         object.__setattr__(self, "plain", None if carrier.way.decodes else self._by_transformers())
         object.__setattr__(self, "replays", Replays(self.carrier) if self._recordable else None)
         object.__setattr__(self, "budget", self.tokens_per_pass or self._fitting())
+
+    @property
+    def layout(self) -> Layout:
+        return self.adapter.layout
+
+    @property
+    def dropout(self) -> float:
+        return self.adapter.dropout
 
     @property
     def _recordable(self) -> bool:
@@ -186,8 +194,7 @@ class BatchedEngine:
             self.pad,
             self.stops,
             self.decode,
-            self.layout,
-            self.dropout,
+            self.adapter,
             self.corpus,
             self.training,
             self.seed,
