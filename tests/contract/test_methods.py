@@ -98,7 +98,7 @@ def test_the_start_is_the_common_row_and_every_client_gets_one(method: Method) -
     assert state.round == 0
     client = torch.tensor([6, 2, 2, 0])
     work = method.broadcast(state, client)
-    for clients, rows in ((client, method.serve(state, client)), (work.client, work.start)):
+    for clients, rows in ((client, method.deployed(state, client)), (work.client, work.start)):
         assert rows.shape == (len(clients), LAYOUT.size)
         assert rows.dtype == torch.float32
         assert torch.equal(rows, start.expand(len(clients), -1))
@@ -111,7 +111,7 @@ def test_inputs_are_not_mutated(method: Method) -> None:
     work = method.broadcast(state, cohort)
     work.start.add_(1)  # an engine may train in place
     method.aggregate(state, done)
-    method.serve(state, cohort).add_(1)
+    method.deployed(state, cohort).add_(1)
     assert same(before[0], tensors(state))
     assert same(before[1], tensors(done))
     assert same(before[2], tensors(cohort))
@@ -163,7 +163,7 @@ def test_what_stays_with_a_client_reaches_nobody_else(name: str) -> None:
     assert int(done.client[secret]) == 4
     other.rows[secret, 3:] += 100
     everyone = torch.arange(7)
-    a, b = (method.serve(apply(state, method.aggregate(state, each)), everyone) for each in (done, other))
+    a, b = (method.deployed(apply(state, method.aggregate(state, each)), everyone) for each in (done, other))
     mask = everyone != 4
     assert torch.equal(a[mask], b[mask])
     assert not torch.equal(a[4], b[4])

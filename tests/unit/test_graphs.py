@@ -21,9 +21,9 @@ from mira.core.errors import UserError
 from mira.core.graph import Edges, Graph, Groups
 from mira.core.graph_io import from_tensors, in_use, to_tensors
 from mira.core.learned_graph import Learned
-from mira.core.similarity import alike, chosen, cosines
+from mira.core.similarity import choices_among_all, cosines, pairs_above
 from mira.graphs import GRAPHS, Complete, File, GroupsGraph, Knn, Random, Similarity
-from mira.graphs.alike import LearnedGraph
+from mira.graphs.similarity import LearnedGraph
 
 Array = NDArray[np.float64]
 Case = tuple[Graph, Array]
@@ -277,7 +277,7 @@ def test_nearest_neighbours_equal_the_formula(
     x, names = vectors(9), ["c"] * 9
     expected = alike_np(cosines_np(x.numpy()), most, above)
     assert expected.any()
-    made = similarity.undirected(alike(x, most, above), 9)
+    made = similarity.undirected(choices_among_all(x, most, above), 9)
     np.testing.assert_allclose(dense(made), expected, rtol=0, atol=1e-12)
     if above == 0:
         np.testing.assert_array_equal(dense(Knn(neighbours=most).build(names, names, 0, lambda: x)), dense(made))
@@ -293,7 +293,7 @@ def test_weights_minimise_the_objective_that_is_documented() -> None:
     def objective(a: Array, k: int) -> float:
         return float((a * (1 - cosine[k]) - (1 - above) * a + a**2 / 2).sum())  # ½‖u_k − u_l‖² = 1 − cos
 
-    source, target, weight = (part.numpy() for part in alike(x, most, above))
+    source, target, weight = (part.numpy() for part in choices_among_all(x, most, above))
     draw = np.random.default_rng(1)
     for k in range(7):
         ours = np.zeros(7)
@@ -311,12 +311,12 @@ def test_many_descriptions_need_no_square_matrix(monkeypatch: pytest.MonkeyPatch
     def recorded(cosine: Tensor, *rest: Any) -> Any:
         nonlocal largest
         largest = max(largest, cosine.numel())
-        return chosen(cosine, *rest)
+        return pairs_above(cosine, *rest)
 
-    monkeypatch.setattr(similarity, "chosen", recorded)
+    monkeypatch.setattr(similarity, "pairs_above", recorded)
     x = torch.zeros(k, 2)
     x[: k // 2, 0], x[k // 2 :, 1] = 1.0, 1.0
-    source, target, _ = alike(x, 2, 0.0)
+    source, target, _ = choices_among_all(x, 2, 0.0)
     assert len(source) == 2 * k
     assert 0 < largest <= similarity._TILE < k * k / 8
     assert bool(((source < k // 2) == (target < k // 2)).all())
@@ -335,7 +335,7 @@ FAMILY = np.kron(np.eye(3), np.ones((3, 3))) - np.eye(9)
 def test_the_learned_graph_finds_families_it_was_not_told_of() -> None:
     begun = LearnedGraph().build(["c"] * 9, [""] * 9, 0, unused)
     assert not dense(begun).any()
-    assert begun.alone().tolist() == []
+    assert begun.isolated().tolist() == []
     assert isinstance(begun, Learned)
     found = begun.updated(torch.arange(9), families())
     np.testing.assert_array_equal(dense(found) > 0, FAMILY > 0)

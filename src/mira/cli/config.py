@@ -29,7 +29,7 @@ def check(file: Path, overrides: Set = None) -> None:
     from mira.data.federation import make_federation
     from mira.data.sources.sites import Sites
     from mira.methods import ALONG_GRAPH
-    from mira.methods.ranked import check_names
+    from mira.methods.heterogeneous_ranks import check_names
     from mira.model.reader import open_reader
     from mira.runner import preview as page
     from mira.runner.evaluation import check_metrics

@@ -35,7 +35,7 @@ class Graph(Protocol):
         """The largest d_k = Σ_l a_kl."""
         ...
 
-    def alone(self) -> Tensor:
+    def isolated(self) -> Tensor:
         """The clients that have no neighbour."""
         ...
 
@@ -83,7 +83,7 @@ class Groups:
     def degree_max(self) -> float:
         return float(self._size.max() - 1)
 
-    def alone(self) -> Tensor:
+    def isolated(self) -> Tensor:
         return (self._size[self.label] == 1).nonzero()[:, 0]
 
 
@@ -170,7 +170,7 @@ class Edges:
     def degree_max(self) -> float:
         return float(self._degrees()[0].max()) if self.num_clients else 0.0
 
-    def alone(self) -> Tensor:
+    def isolated(self) -> Tensor:
         return (self.indptr.diff() == 0).nonzero()[:, 0]
 
 

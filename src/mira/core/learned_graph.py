@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mira.core.graph import Edges
-from mira.core.similarity import Choices, chosen, cosines, strongest, undirected
+from mira.core.similarity import Choices, cosines, pairs_above, strongest, undirected
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Learned:
         cosine = cosines(rows).fill_diagonal_(-1.0)
         within = torch.isin(self.choices[0], client) & torch.isin(self.choices[1], client)
         others = (part[~within] for part in self.choices)
-        fresh = chosen(cosine, client, client, self.above)
+        fresh = pairs_above(cosine, client, client, self.above)
         source, target, weight = (torch.cat(both) for both in zip(others, fresh, strict=True))
         return replace(self, choices=strongest((source, target, weight), self.most))
 
@@ -63,6 +63,6 @@ class Learned:
     def degree_max(self) -> float:
         return self.edges.degree_max()
 
-    def alone(self) -> Tensor:
+    def isolated(self) -> Tensor:
         """Nobody before the first estimate: who has a neighbour is not known then."""
-        return self.edges.alone() if len(self.choices[0]) else torch.empty(0, dtype=torch.int64)
+        return self.edges.isolated() if len(self.choices[0]) else torch.empty(0, dtype=torch.int64)

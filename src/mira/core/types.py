@@ -207,7 +207,7 @@ class Method(Protocol):
         """What the trained rows change on the server."""
         ...
 
-    def serve(self, state: ServerState, client: Tensor) -> Tensor:
+    def deployed(self, state: ServerState, client: Tensor) -> Tensor:
         """Rows [n,P] that ``client`` [n] would deploy now. The only way evaluation, generation and export get a row."""
         ...
 

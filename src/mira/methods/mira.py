@@ -87,7 +87,7 @@ class Mira:
             )
 
     def init(self, setting: Setting) -> ServerState:
-        alone = len(setting.graph.alone())
+        alone = len(setting.graph.isolated())
         if alone and setting.num_clients > 1:
             log.warning(
                 "%d of %d clients have no neighbour in the graph and train alone; graph.name=complete relates everybody",
@@ -125,7 +125,7 @@ class Mira:
         mixed = self._mixed(state, trained, absent, a, weigh)
         return Change(trained.client, mixed, extra, notes={"mixing_step": step, "effective_step": effective})
 
-    def serve(self, state: ServerState, client: Tensor) -> Tensor:
+    def deployed(self, state: ServerState, client: Tensor) -> Tensor:
         return state.rows[client]
 
     def _strength(self, state: ServerState) -> float:

@@ -22,7 +22,7 @@ from mira.core.loop import Record, Schedule, run_rounds
 from mira.core.pydantic_config import expanded
 from mira.core.types import Change, Rows, ServerState, stays
 from mira.engine.memory import peak_memory
-from mira.methods.warm import Warm
+from mira.methods.warm_start import WarmStart
 from mira.runner import evaluation
 from mira.runner.label_accuracy import label_accuracy
 from mira.runner.summary import summarise
@@ -176,7 +176,9 @@ def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher)
         state = state_of(session, store)
     wire = experiment.server.wire if sites else "fp32"
     method = (
-        session.method_as(Warm(experiment.method, session.layout, store.start, sites.new)) if sites else session.method
+        session.method_as(WarmStart(experiment.method, session.layout, store.start, sites.new))
+        if sites
+        else session.method
     )
     schedule = Schedule(experiment.seed, rounds, experiment.cohort, experiment.training, wire)
     # Of the method itself: beyond a client's rank there are zeros, which stay nowhere.
@@ -205,7 +207,7 @@ def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher)
         last = state_of(session, store)
         if sites:
             everyone = torch.arange(len(names))
-            sites.finish(method.serve(last, everyone), everyone)
+            sites.finish(method.deployed(last, everyone), everyone)
         if not sites or not held_there:
             export_adapters(session, store.folder / ADAPTERS, last, range(len(names)), store.metrics())
         result = summary(session, store, store.metrics()[-1], best)
@@ -299,7 +301,7 @@ def without_nan(value: Any) -> Any:
 
 def _answers(session: Session, state: ServerState) -> Record:
     plan, everyone = session.experiment.evaluation, torch.arange(len(session.names))
-    rows = session.method.serve(state, everyone)
+    rows = session.method.deployed(state, everyone)
     if session.sites:
         grades = session.sites.grade(rows, everyone, plan.examples, plan.max_new_tokens, state.round)
     else:

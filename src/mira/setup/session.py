@@ -38,7 +38,7 @@ from mira.engine.memory import is_out_of_memory, share_heap
 from mira.engine.reference import ReferenceEngine
 from mira.engine.seeds import SeedsEngine
 from mira.methods import ALONG_GRAPH
-from mira.methods.ranked import ranked
+from mira.methods.heterogeneous_ranks import with_ranks
 from mira.model import Base, load
 from mira.model.embed import embed
 from mira.model.whole import unquantised
@@ -85,7 +85,7 @@ class Session:
         return self.method_as(self.experiment.method)
 
     def method_as(self, method: Method) -> Method:
-        return ranked(method, self.layout, self.experiment.clients.rank, self.names)
+        return with_ranks(method, self.layout, self.experiment.clients.rank, self.names)
 
     def start(self) -> Tensor:
         """The common start row [P], in the precision adapters are trained in."""
