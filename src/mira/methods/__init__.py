@@ -1,4 +1,4 @@
-"""Methods: which row goes to whom, and how rows come together. One file and one line here for each."""
+"""Methods: the row that each client trains from, and how trained rows are combined. One file and one line here for each."""
 
 from mira.methods.ditto import Ditto
 from mira.methods.fedit import FedIT
@@ -27,5 +27,8 @@ METHODS = {
     "fedadam": FedAdam,
 }
 
-ALONG_GRAPH = ("mira",)
-"""Those that mix along the graph. For the others none is made, and no client's description leaves it."""
+
+def uses_graph(method: object) -> bool:
+    """Whether a method, or its class, mixes along the graph (its attribute ``uses_graph``; absent: False). For other methods
+    no graph is built, and no client's description leaves it."""
+    return bool(getattr(method, "uses_graph", False))

@@ -17,7 +17,7 @@ from torch import Tensor
 from mira import config
 from mira.config import Experiment
 from mira.core.errors import UserError
-from mira.core.graph_io import from_tensors, in_use, to_tensors
+from mira.core.graph_io import in_use, restorer, to_tensors, with_graph
 from mira.core.loop import Record, Schedule, run_rounds
 from mira.core.pydantic_config import expanded
 from mira.core.types import Change, Rows, ServerState, stays
@@ -134,8 +134,8 @@ def state_of(session: Session, store: Store, as_of: int | None = None) -> Server
     done = store.last_round if as_of is None else as_of
     if done is None:
         return session.initial_state()
-    extra = store.extra(as_of)
-    return ServerState(store.rows(as_of), in_use(from_tensors(store.graph()), extra), extra, done)
+    graph, extra = in_use(store.graph(), store.extra(as_of), restorer(session.experiment.graph))
+    return ServerState(store.rows(as_of), graph, extra, done)
 
 
 @dataclass
@@ -155,7 +155,8 @@ class _Folder:
     store: Store
 
     def commit(self, round: int, change: Change, optimizer: dict[int, Tensor], record: Record) -> None:
-        self.store.commit(round, change.index, change.value, change.extra, optimizer, record)
+        extra = with_graph(change.extra, change.graph)
+        self.store.commit(round, change.index, change.value, extra, optimizer, record)
 
     def rows(self) -> Rows:
         return self.store.rows()

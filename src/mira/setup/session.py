@@ -37,7 +37,7 @@ from mira.engine.generate import positions
 from mira.engine.memory import is_out_of_memory, share_heap
 from mira.engine.reference import ReferenceEngine
 from mira.engine.seeds import SeedsEngine
-from mira.methods import ALONG_GRAPH
+from mira.methods import uses_graph
 from mira.methods.heterogeneous_ranks import with_ranks
 from mira.model import Base, load
 from mira.model.embed import embed
@@ -113,7 +113,7 @@ class Session:
 
     @property
     def _along_graph(self) -> bool:
-        return self.experiment.method.name in ALONG_GRAPH
+        return uses_graph(self.experiment.method)
 
     def initial_state(self) -> ServerState:
         """The state before round 0. Raises UserError when graph, method and data do not fit together."""
