@@ -222,6 +222,7 @@ def summary(session: Session, store: Store, last: Record, best_answers: Record) 
     clients, joined = session.federation.clients, last.get("joined", {})
     adapters = [f"{ADAPTERS}/{client.slug}" for client in clients]
     return summarise(
+        session.experiment,
         store,
         last,
         [client.task for client in clients],

@@ -22,11 +22,11 @@ from mira.results.html.clients import MANY
 from mira.results.html.comparison import FILE, Comparison, comparison
 from mira.results.html.load import Run, read
 from mira.results.html.notes import notes
-from mira.results.html.stats import Mean
 from mira.results.html.svg import text
 from mira.results.html.tables import call, client_table, configurations, environments, extremes, tiles
 from mira.results.html.variants import Variant, differing, group
 from mira.results.html.verdict import row, wins
+from mira.results.statistics import Mean
 from mira.results.tables import data_size, number
 
 _WIDTH = 1080.0  # px of a whole-width figure; narrower screens scroll it in its own box
