@@ -31,8 +31,8 @@ from mira.engine.generate import positions
 from mira.engine.memory import is_out_of_memory, share_heap
 from mira.engine.reference import ReferenceEngine
 from mira.engine.seeds import SeedsEngine, without_gradients
-from mira.methods import ALONG_GRAPH
-from mira.methods.ranked import ranked
+from mira.methods import uses_graph
+from mira.methods.heterogeneous_ranks import with_ranks
 from mira.model import Base, load
 from mira.model.embed import embed
 from mira.setup.environment import environment_of
@@ -74,7 +74,7 @@ class Session:
         return self.method_as(self.experiment.method)
 
     def method_as(self, method: Method) -> Method:
-        return ranked(method, self.layout, self.experiment.clients.rank, self.names)
+        return with_ranks(method, self.layout, self.experiment.clients.rank, self.names)
 
     def start(self) -> Tensor:
         """The common start row [P], in the precision adapters are trained in."""
@@ -101,7 +101,7 @@ class Session:
 
     @property
     def _along_graph(self) -> bool:
-        return self.experiment.method.name in ALONG_GRAPH
+        return uses_graph(self.experiment.method)
 
     def initial_state(self) -> ServerState:
         """The state before round 0. Raises UserError when graph, method and data do not fit together."""
