@@ -85,12 +85,11 @@ def test_kept_optimiser_state_carries_over(name: str) -> None:
     rows = {}
     for keeping in (True, False):
         engine = make_engine(name, "llama", corpus, training, torch.float64)
-        object.__setattr__(engine, "kept", kept.get if keeping else lambda client: None)
         first = engine.train(Work(torch.tensor([0, 1]), start), 0, 1e-3)
         assert first.optimizer is not None
         kept.update({int(k): s for k, s in zip(first.client, first.optimizer, strict=True)})
-        rows[keeping] = engine.train(Work(torch.tensor([0, 1]), first.rows), 1, 1e-3)
-        kept.clear() if not keeping else None
+        work = Work(torch.tensor([0, 1]), first.rows, optimizer=kept if keeping else None)
+        rows[keeping] = engine.train(work, 1, 1e-3)
     assert not torch.equal(rows[True].rows, rows[False].rows)
 
 
@@ -100,10 +99,9 @@ def test_kept_state_is_the_same_in_both_engines() -> None:
     for name in ("batched", "reference"):
         kept: dict[int, Tensor] = {}
         engine = make_engine(name, "llama", RandomCorpus((5, 3)), training, torch.float64)
-        object.__setattr__(engine, "kept", kept.get)
         start = warm_row(engine.layout).expand(2, -1).double()
         for round in range(2):
-            trained = engine.train(Work(torch.tensor([0, 1]), start), round, 1e-3)
+            trained = engine.train(Work(torch.tensor([0, 1]), start, optimizer=kept), round, 1e-3)
             kept.update({int(k): s for k, s in zip(trained.client, trained.optimizer, strict=True)})
             start = trained.rows
         states.append(trained.optimizer)
@@ -306,10 +304,9 @@ def test_two_jobs_of_a_client_keep_optimiser_states_of_their_own() -> None:
     for name in ("batched", "reference"):
         kept: dict[int, Tensor] = {}
         engine = make_engine(name, "llama", RandomCorpus((5, 3)), training, torch.float64)
-        object.__setattr__(engine, "kept", kept.get)
         start = warm_row(engine.layout).expand(4, -1).double()
         for round in range(2):
-            work = personal(engine.layout, [0, 1], start)
+            work = replace(personal(engine.layout, [0, 1], start), optimizer=kept)
             trained = engine.train(work, round, 1e-3)
             kept.update(zip(work.kept_under, trained.optimizer, strict=True))
             start = trained.rows

@@ -53,9 +53,8 @@ def starts(layout: Layout, dtype: torch.dtype = torch.float64) -> Tensor:
 def trained(engine: Any, start: Tensor, rounds: int = 1) -> tuple[Tensor, Tensor, Any]:
     """Rows, losses and optimisers after ``rounds``."""
     kept: dict[int, Tensor] = {}
-    object.__setattr__(engine, "kept", kept.get)
     for number in range(rounds):
-        done = engine.train(Work(torch.arange(3), start), number, 1e-2)
+        done = engine.train(Work(torch.arange(3), start, optimizer=kept), number, 1e-2)
         if done.optimizer is not None:
             kept.update(zip(done.client.tolist(), done.optimizer, strict=True))
         start = done.rows

@@ -356,6 +356,9 @@ class Folder:
     def rows(self) -> Rows:
         return self.store.rows()
 
+    def optimizer(self) -> dict[int, Tensor]:
+        return {}
+
 
 def on_toy(method: Method, state: ServerState, rounds: int, recorder: Any) -> ServerState:
     toy = Toy.draw(7, size=LAYOUT.size)

@@ -307,9 +307,8 @@ def test_every_kind_of_training_is_recorded(kind: str, replayed: list[int]) -> N
             work = replace(work, anchor=work.start + 0.1, prox=torch.tensor([0.1, 0.0, 1.0]).double())
         trained = engine.train(work, 0, 1e-3)
         if trained.optimizer is not None:
-            trained = replace(engine, kept=trained.optimizer.__getitem__).train(
-                replace(work, start=trained.rows), 1, 1e-3
-            )
+            kept = dict(enumerate(trained.optimizer))
+            trained = engine.train(replace(work, start=trained.rows, optimizer=kept), 1, 1e-3)
         found.append(trained.rows)
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
     assert set(replayed) == ({1, 2} if "two" in kind else {3})
