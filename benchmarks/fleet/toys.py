@@ -54,7 +54,7 @@ class Toy:
     def _answer(self, asked: Message) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         values = asked.values
         if asked.head.kind == "open":
-            return {"examples": 4, "releases": 0, "willing": False}, {}
+            return {"examples": 4, "releases": 0, "allow_transfer": False}, {}
         if asked.head.kind == "train":
             [job] = values["jobs"]
             row = asked.tensors[job["start"]]

@@ -12,18 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from apart import NAMES, SECRETS, Troubled, World, lost_and_away, metrics, names_of, rows
+from helpers.in_process_federation import NAMES, SECRETS, Troubled, World, lost_and_away, metrics, names_of, rows
+from helpers.sample_config import Interrupt, mira
+from helpers.tiny_models import save_tiny
 from mira.core.errors import UserError
 from mira.core.wire import Wire, decode
 from mira.data.sources.jsonl import Jsonl
 from mira.data.sources.sites import Own, Sites
-from mira.fleet.messages.transport import Head, InProcess, Lost, Message, Reply, pack, unpack
+from mira.fleet.messages.transport import Head, InProcess, Message, NoReply, Reply, pack, unpack
 from mira.fleet.site.handler import SEE_LOG
 from mira.fleet.site.privacy import epsilon
 from mira.methods import METHODS
 from mira.runner import run as experiment
-from small import Interrupt, mira
-from tiny import save_tiny
 
 
 @pytest.mark.parametrize(("name", "keep"), [*((name, False) for name in METHODS), ("mira", True), ("ditto", True)])
@@ -73,7 +73,7 @@ def test_what_is_private_is_in_no_message_and_not_on_the_server(world: World, na
 
 
 def test_text_and_file_names_never_leave(world: World) -> None:
-    _, transport = world.apart(world.sites(willing=True))
+    _, transport = world.apart(world.sites(allow_transfer=True))
     assert len(transport.received) > 20
     everything = b"".join(data for _, data in transport.received)
     for planted in (*SECRETS.values(), str(world.folder), "jsonl", "ann.jsonl"):
@@ -224,7 +224,7 @@ def test_noise_is_put_on_at_the_site_and_every_release_counts(world: World, wire
     pytest.importorskip("dp_accounting", reason="needs the extra 'privacy'")
     transport = Troubled(InProcess({name: site.handle for name, site in world.sites().items()}))
     transport.change = lambda name, request, reply: (
-        Lost("late")
+        NoReply("late")
         if name == "ann" and (unpack(request).head.kind, unpack(request).head.round) == ("train", 1)
         else reply
     )

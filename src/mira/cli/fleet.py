@@ -58,7 +58,7 @@ def client(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads; default: as the server.")
     ] = None,
-    willing: Annotated[
+    allow_transfer: Annotated[
         bool, typer.Option("--transfer", help="Let other sites' rows be tried on this site's test data.")
     ] = False,
     min_noise: Annotated[
@@ -69,4 +69,4 @@ def client(
     """Take part in a federation with data that stays here, until interrupted."""
     from mira.fleet.site.main import Options, run
 
-    run(kit, Options(data, state, model, threads, willing, min_noise), say, say if verbose else silent)
+    run(kit, Options(data, state, model, threads, allow_transfer, min_noise), say, say if verbose else silent)

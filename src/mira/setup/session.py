@@ -26,7 +26,7 @@ from mira.core.graph import Graph, Groups
 from mira.core.layout import Layout
 from mira.core.threads import usable_threads
 from mira.core.training import Training
-from mira.core.types import Engine, Method, ServerState, Setting, Sites
+from mira.core.types import ClientBackend, Method, ServerState, Setting
 from mira.data.corpus import Corpus, without_overlong
 from mira.data.federation import SPLITS, Federation, make_federation
 from mira.data.prompt_check import prove as prove_prompts
@@ -58,12 +58,8 @@ class Session:
     adapter: Adapter
     engine: BatchedEngine | ReferenceEngine | SeedsEngine
     environment: dict[str, Any]
-    sites: Sites | None = None
-    """What trains and measures instead of ``engine``, where the clients are on machines of their own."""
-
-    @property
-    def workplace(self) -> Engine:
-        return self.sites or self.engine
+    remote: ClientBackend | None = None
+    """Training and measurement at sites on machines of their own; None: in this process, by ``engine``."""
 
     @property
     def layout(self) -> Layout:
@@ -106,10 +102,9 @@ class Session:
 
     @property
     def description_bytes(self) -> int:
-        """What each client sends before the first round: its task description as a vector in fp32, where the graph is made of
-        them. Of sites the server's operator has them."""
+        """Bytes of a client's task description as a vector in fp32; 0 where the graph is not made of them."""
         asked = self._along_graph and getattr(self.experiment.graph, "source", None) == "description"
-        return 4 * embed(self.base, ["."]).shape[1] if asked and not self.sites else 0
+        return 4 * embed(self.base, ["."]).shape[1] if asked else 0
 
     @property
     def _along_graph(self) -> bool:
@@ -136,7 +131,6 @@ class Session:
 def open_session(
     experiment: Experiment,
     recorded: Mapping[str, Any] | None = None,
-    kept: Callable[[int], Tensor | None] = lambda client: None,
     progress: Callable[[int], None] = lambda tokens: None,
     folder: Path | None = None,
     first: int = 0,
@@ -190,7 +184,7 @@ def open_session(
     common = partial(
         dict[str, Any], model=base.model, pad=base.tokenizer.pad_token_id, stops=encoder.stops,
         decode=encoder.answer, layout=on_top, dropout=dropout, corpus=corpus,
-        training=training, seed=experiment.seed, kept=kept, progress=progress,
+        training=training, seed=experiment.seed, progress=progress,
         checkpointing=experiment.engine.checkpointing,
     )  # fmt: skip
     if experiment.engine.checkpointing:

@@ -12,7 +12,7 @@ from math import inf
 
 from mira.core.errors import UserError
 from mira.fleet.flower import frames
-from mira.fleet.messages.transport import Lost, Reply, Watch, any_bytes
+from mira.fleet.messages.transport import NoReply, Reply, Watch, any_bytes
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class Relay:
         self._late |= waiting.keys()
         for name in requests.keys() - replies.keys():
             late = "it was not waited for" if time.monotonic() < until else f"no reply within {deadline:g} s"
-            replies[name] = Lost(late, busy=name in pushed)
+            replies[name] = NoReply(late, busy=name in pushed)
             watch(name, replies[name])
         return {
             name: reply if isinstance(reply, bytes) else replace(reply, sent=name in pushed)
@@ -115,7 +115,7 @@ class Relay:
         """Names by message."""
         self.roster(until)  # a node that came back has another number
         here = [name for name in requests if name in self._nodes]
-        replies |= {name: Lost("it went offline") for name in requests if name not in self._nodes}
+        replies |= {name: NoReply("it went offline") for name in requests if name not in self._nodes}
         if not here:
             return {}
         ids = []
@@ -125,7 +125,7 @@ class Relay:
             ids += json.loads(self._do(asked, [requests[name] for name in share])[0])
             self.pushed()
         refused = {name for name, id in zip(here, ids, strict=True) if id is None}
-        replies |= {name: Lost("Flower did not take the message") for name in refused}
+        replies |= {name: NoReply("Flower did not take the message") for name in refused}
         return {id: name for name, id in zip(here, ids, strict=True) if id is not None}
 
     def _due(self, waiting: Mapping[str, str]) -> list[str]:
@@ -146,7 +146,7 @@ class Relay:
             told = json.loads(frames.receive(app))
             found: dict[str, Reply] = {}
             for id, why in told:
-                reply = frames.receive(app) if why is None else Lost(why)
+                reply = frames.receive(app) if why is None else NoReply(why)
                 self._late.discard(id)
                 if id in waiting:  # else late, a duplicate, or an answer to nobody's question
                     found[waiting[id]] = reply

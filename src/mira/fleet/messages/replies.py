@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mira.core.types import Grade
-from mira.fleet.messages.transport import Lost, Message, Reply
+from mira.fleet.messages.transport import Message, NoReply, Reply
 from mira.fleet.messages.validate import Expected, Rejection, judge
 
 Values = dict[str, Any]
@@ -21,12 +21,12 @@ class Rejected(Exception):
     """A reply that is not used, and why."""
 
 
-def opened(reply: Reply | None, expected: Expected) -> Message | Lost:
+def opened(reply: Reply | None, expected: Expected) -> Message | NoReply:
     """The message in ``reply`` if it is what was asked for."""
     if reply is None:
-        return Lost("no reply within the deadline")
-    found = reply if isinstance(reply, Lost) else judge(expected, reply)
-    return Lost(found.reason) if isinstance(found, Rejection) else found
+        return NoReply("no reply within the deadline")
+    found = reply if isinstance(reply, NoReply) else judge(expected, reply)
+    return NoReply(found.reason) if isinstance(found, Rejection) else found
 
 
 def is_count(value: object) -> TypeGuard[int]:
@@ -64,7 +64,7 @@ def unlike_scores(reply: Message) -> str | None:
     return None if bool(whole.all()) else "its losses are no numbers a measurement gives"
 
 
-def grade_of(reply: Message | Lost) -> Grade:
+def grade_of(reply: Message | NoReply) -> Grade:
     """NaN for both where there is no answer, or it is none a measurement gives; chrF where the site measured it."""
     given, keys = reply.values.get("grade") if isinstance(reply, Message) else None, ("exact_match", "rouge_l")
     found = {key: given[key] for key in (*keys, "chrf") if key in given} if isinstance(given, dict) else {}

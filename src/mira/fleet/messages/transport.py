@@ -34,7 +34,7 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Lost:
+class NoReply:
     """No reply, and why (one line for people); ``sent``: whether the request may have reached the site; ``busy``: whether it may
     be at work on it still."""
 
@@ -43,7 +43,7 @@ class Lost:
     busy: bool = False
 
 
-Reply = bytes | Lost
+Reply = bytes | NoReply
 Watch = Callable[[str, Reply], bool]
 """Sees each reply as it comes, and says whether it is one of those that a round waits for."""
 
@@ -119,13 +119,13 @@ class InProcess:
         good = 0
         for name, request in requests.items():
             if good >= minimum:
-                replies[name] = Lost("it was not waited for", sent=False)
+                replies[name] = NoReply("it was not waited for", sent=False)
                 watch(name, replies[name])
                 continue
             try:
                 reply: Reply = self.sites[name](request)
             except Exception as error:  # whatever a site dies of, the others go on
-                reply = Lost(f"the site failed ({type(error).__name__}: {error})")
+                reply = NoReply(f"the site failed ({type(error).__name__}: {error})")
             good += watch(name, reply)
             replies[name] = reply
         return replies

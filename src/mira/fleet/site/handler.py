@@ -58,18 +58,17 @@ class Opened:
 @dataclass
 class Site:
     """One client of a federation, where its data is. ``model``: the base model's name or folder here, None as the server
-    calls it; ``state``: the folder of all it keeps; ``willing``: others' rows may be tried on its data; ``min_noise``: the
+    calls it; ``state``: the folder of all it keeps; ``allow_transfer``: others' rows may be tried on its data; ``min_noise``: the
     least ``privacy.noise`` of a run it takes part in."""
 
     name: str
     source: Source
     state: Path
     model: str | None = None
-    willing: bool = False
+    allow_transfer: bool = False
     threads: int | None = None
     min_noise: float = 0.0
     _opened: dict[str, Opened] = field(default_factory=dict)
-    _optimizer: dict[int, Tensor] = field(default_factory=dict)
 
     def handle(self, request: bytes) -> bytes:
         """The reply to ``request``. What goes wrong is answered too; the reason in full stays in the log."""
@@ -97,7 +96,7 @@ class Site:
         client = opened.session.federation.clients[0]
         log.info("joined run %s", message.head.run)
         counts = {"examples": client.num_train, "releases": opened.releases}
-        return {**counts, "willing": self.willing}, {}
+        return {**counts, "allow_transfer": self.allow_transfer}, {}
 
     def _run(self, run: str, values: Values | None = None) -> Opened:
         """The run's session: built when the server opens it, or again when this process is a new one."""
@@ -131,7 +130,7 @@ class Site:
         experiment = experiment.model_copy(update={"data": Own(self.source, self.name)})
         number = int(values["number"])
         threads = {"threads": self.threads or values["threads"]}
-        session = open_session(experiment, threads, self._optimizer.get, folder=shelf.folder, first=number)
+        session = open_session(experiment, threads, folder=shelf.folder, first=number)
         for what, ours in fingerprints(session).items():
             if values[what] != ours:
                 raise Refused(f"its {what} is not the server's (here {ours[:12]}, there {str(values[what])[:12]})")
@@ -147,7 +146,7 @@ class Site:
             for key in ("upload", "trainable")
         )
         wire = here.session.experiment.server.wire
-        keeps = values["stays"] or here.session.experiment.training.keep_optimizer or wire != "fp32"
+        keeps = values["private_parts"] or here.session.experiment.training.keep_optimizer or wire != "fp32"
         kept = here.shelf.get(since) if keeps else {}
         beneath = [kept.get(f"row{j}", here.start) for j in range(len(jobs))]
         whole = partial(_whole, message, upload, down(wire))
@@ -159,9 +158,8 @@ class Site:
             torch.full((len(jobs),), here.number), torch.stack(start), torch.stack(anchor) if anchored else None,
             torch.tensor([job["prox"] for job in jobs], dtype=torch.float64) if anchored else None,
             trainable, upload, private, slot=torch.arange(len(jobs)),
+            optimizer={j: kept[f"optimizer{j}"] for j in range(len(jobs)) if f"optimizer{j}" in kept},
         )  # fmt: skip
-        self._optimizer.clear()
-        self._optimizer |= {j: kept[f"optimizer{j}"] for j in range(len(jobs)) if f"optimizer{j}" in kept}
         trained = screen(here.session.engine.train(work, message.head.round, float(values["lr"])))
         if trained.failed:
             raise Refused(trained.failed[0].reason)
@@ -170,7 +168,7 @@ class Site:
         for m, j in enumerate(trained.job.tolist()):
             row = trained.rows[m]
             stays = _stays(bool(private[j]), upload, trainable, len(row))
-            if values["stays"] and bool(stays.any()):  # of several jobs the last is deployed
+            if values["private_parts"] and bool(stays.any()):  # of several jobs the last is deployed
                 things |= {
                     f"row{j}": row.clone(),
                     DEPLOYED: torch.tensor(j),
@@ -241,7 +239,7 @@ class Site:
     def _deployed(self, here: Opened, message: Message, name: str) -> Tensor:
         """The row of this name, with what stays here put into it."""
         row, kept = message.tensors[name], {}
-        if message.values["stays"]:
+        if message.values["private_parts"]:
             kept = here.shelf.get(int(message.values["since"]))
         if STAYS not in kept:
             return row

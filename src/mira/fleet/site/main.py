@@ -29,14 +29,14 @@ class _Ended(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """``state``: the folder of what the site keeps; ``model``: the base model's name or folder here; ``willing``: others' rows
-    may be tried on its data; ``min_noise``: the least ``privacy.noise`` of a run it takes part in."""
+    """``state``: the folder of what the site keeps; ``model``: the base model's name or folder here; ``allow_transfer``: other
+    sites' adapters may be tried on its data; ``min_noise``: the least ``privacy.noise`` of a run it takes part in."""
 
     data: Path
     state: Path
     model: str | None = None
     threads: int | None = None
-    willing: bool = False
+    allow_transfer: bool = False
     min_noise: float = 0.0
 
 
@@ -105,7 +105,7 @@ def _worker(kit: SiteKit, options: Options, folder: Path, tell: Say) -> Process:
     line += ["--model", options.model] if options.model else []
     line += ["--threads", str(options.threads)] if options.threads else []
     line += ["--min-noise", str(options.min_noise)]
-    line += ["--willing"] if options.willing else []
+    line += ["--allow-transfer"] if options.allow_transfer else []
     return Process("worker", line, None, {"OMP_WAIT_POLICY": "PASSIVE"}, tell)
 
 

@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--min-noise", type=float, default=0.0)
-    parser.add_argument("--willing", action="store_true")
+    parser.add_argument("--allow-transfer", action="store_true")
     given = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -54,7 +54,7 @@ def main() -> None:
             source_of(Path(given.data)),
             Path(given.state),
             given.model,
-            given.willing,
+            given.allow_transfer,
             given.threads,
             given.min_noise,
         )

@@ -1,4 +1,4 @@
-"""What is to be said of a run that ``chaos.py`` disturbed: is it complete, in time, and to the last bit what it should be?"""
+"""Checks of a run that ``helpers.chaos`` disturbed: complete, in time, and equal to the last bit to an undisturbed run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 from mira import Experiment
 from mira.data.sources.jsonl import Jsonl
-from mira.fleet.messages.transport import InProcess, Lost, Reply, Watch, unpack
+from mira.fleet.messages.transport import InProcess, NoReply, Reply, Watch, unpack
 from mira.fleet.server.session import Opener
 from mira.fleet.site.handler import Site
 from mira.runner import run as experiment
@@ -105,7 +105,7 @@ class Losing:
         heads = {name: unpack(request).head for name, request in requests.items()}
         gone = {n for n, head in heads.items() if head.kind == "train" and n in self.lost.get(head.round + 1, ())}
         asked = {name: request for name, request in requests.items() if name not in gone}
-        lost: dict[str, Reply] = {name: Lost("as it was lost there") for name in gone}
+        lost: dict[str, Reply] = {name: NoReply("as it was lost there") for name in gone}
         return lost | self.inner.exchange(asked, deadline, len(asked), watch)
 
 

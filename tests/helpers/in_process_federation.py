@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from helpers.sample_config import settings
 from mira import Experiment
 from mira.data.sources.jsonl import Jsonl
-from mira.fleet.messages.transport import InProcess, Lost, Reply, Watch, unpack
+from mira.fleet.messages.transport import InProcess, NoReply, Reply, Watch, unpack
 from mira.fleet.server.session import Opener
 from mira.fleet.site.handler import Site
 from mira.runner import run as experiment
-from small import settings
 
 NAMES = ("ann", "bob", "cleo")
 SECRETS = {name: f"secret-of-{name}" for name in NAMES}
@@ -56,7 +56,7 @@ class Troubled:
         most: Mapping[str, int] | None = None,
     ) -> dict[str, Reply]:  # fmt: skip
         self.sent += requests.items()
-        replies: dict[str, Reply] = {name: Lost("late") for name, data in requests.items() if self.block(data)}
+        replies: dict[str, Reply] = {name: NoReply("late") for name, data in requests.items() if self.block(data)}
         passed = {name: request for name, request in requests.items() if name not in replies}
         for name, reply in self.inner.exchange(passed, deadline, minimum, watch).items():
             if isinstance(reply, bytes):
@@ -119,7 +119,7 @@ def lost_and_away(world: World, plan: dict[str, Any]) -> None:
         return head.kind == "train" and head.round == 1
 
     lost = world.transport(
-        world.sites("a"), change=lambda name, request, reply: Lost("late") if is_it(request) else reply
+        world.sites("a"), change=lambda name, request, reply: NoReply("late") if is_it(request) else reply
     )
     away = world.transport(world.sites("b"), block=is_it)
     experiment.run(world.experiment(**plan), world.folder / "a-run", None, world.opener(lost))
