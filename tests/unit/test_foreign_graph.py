@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toy import Toy
 
+from helpers.quadratic_clients import Toy
 from mira.core.errors import UserError
 from mira.core.graph import Graph
 from mira.core.graph_io import in_use, restorer, to_tensors, with_graph

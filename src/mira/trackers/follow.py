@@ -42,7 +42,7 @@ class Tracking:
         for name, package in (("wandb", "wandb"), ("mlflow", "mlflow")):
             if getattr(self, name) is not None and find_spec(package) is None:
                 raise UserError(
-                    f"tracking.{name}: {package} is not installed; pip install 'mira[{name}]', or leave it out"
+                    f"tracking.{name}: {package} is not installed; pip install 'mira-fl[{name}]', or leave it out"
                 )
 
 

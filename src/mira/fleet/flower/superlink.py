@@ -233,7 +233,7 @@ def free_port() -> int:
 def check_installed() -> None:
     """Raises UserError where Flower is not installed beside this Python."""
     if not Path(command("flower-superlink")).exists():
-        raise UserError(f"Flower is not installed for {sys.executable}; pip install 'mira[flower]'")
+        raise UserError(f"Flower is not installed for {sys.executable}; pip install 'mira-fl[flower]'")
 
 
 def _listens(port: int) -> bool:
