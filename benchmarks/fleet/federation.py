@@ -35,7 +35,9 @@ def plan(
     """Rounds of training alone: nothing is measured between the start and the end. Rows of a size come from the rank; the base
     is SmolLM2 where sites train in earnest (``real``), and a tiny one where they are toys."""
     if not real and not (folder / "tiny").exists():
-        import_module("tests.tiny").save_tiny(folder / "tiny")  # tests are not type-checked as the rest is
+        import_module("tests.helpers.tiny_models").save_tiny(
+            folder / "tiny"
+        )  # tests are not type-checked as the rest is
     rank = max(1, round(megabytes * 1e6 / 4 / PER_RANK[real]))
     return {
         "name": "fleet",

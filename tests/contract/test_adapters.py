@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from engines import RandomCorpus, make_engine
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedModel
 
+from helpers.engines import RandomCorpus, make_engine
+from helpers.tiny_models import make_tiny
 from mira.adapters.lora import Lora, from_peft, merge, peft_config, start_row, to_peft
 from mira.adapters.lowrank import Lane
 from mira.core.errors import UserError
@@ -24,7 +25,6 @@ from mira.core.seeds import generator
 from mira.core.training import Training
 from mira.engine.batched import BatchedEngine
 from mira.engine.packing import pack
-from tiny import make_tiny
 
 # (architecture, targets, rsLoRA); the comment says what is awkward about it.
 CASES: dict[str, tuple[str, str | tuple[str, ...], bool]] = {

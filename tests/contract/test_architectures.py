@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from engines import RandomCorpus, make_engine, warm_row
-from families import APART, FAMILIES, MIXERS, PACKED, Family, build
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from helpers.engines import RandomCorpus, make_engine, warm_row
+from helpers.model_families import APART, FAMILIES, MIXERS, PACKED, Family, build
+from helpers.sample_config import settings, write_clients
+from helpers.tiny_models import make_tiny, make_tokenizer
 from mira.adapters.attach import Attached
 from mira.adapters.lora import Lora, start_row
 from mira.adapters.prompt import Prompt
@@ -27,8 +29,6 @@ from mira.engine.attention.patching import Way, exchange
 from mira.engine.batched import BatchedEngine
 from mira.engine.reference import ReferenceEngine
 from mira.setup.session import Session, open_session
-from small import settings, write_clients
-from tiny import make_tiny, make_tokenizer
 
 SHAPE = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from engines import RandomCorpus, make_engine, warm_row
-from families import FAMILIES, Family, build
 from torch import Tensor, nn
 
+from helpers.engines import RandomCorpus, make_engine, warm_row
+from helpers.model_families import FAMILIES, Family, build
+from helpers.tiny_models import KINDS, make_tiny
 from mira.adapters.lora import Lora
 from mira.core.errors import UserError
 from mira.core.training import Training
 from mira.core.types import Trained, Work
 from mira.engine.adapted_model import Carrier
 from mira.engine.checkpoint import check_gradients, decoder_layers, recomputed
-from tiny import KINDS, make_tiny
 
 STEPS = (4, 2, 3)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from adaptable import make
-from engines import RandomCorpus
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
+from helpers.engines import RandomCorpus
+from helpers.unusual_models import make
 from mira.adapters.lora import Lora, from_peft, merge, peft_config, peft_parameters, start_row, to_peft
 from mira.adapters.peft_check import beside, prove
 from mira.core.errors import UserError

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from engines import RandomCorpus, warm_row
-from families import FAMILIES, PAGE, Family, build, page
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from helpers.engines import RandomCorpus, warm_row
+from helpers.model_families import FAMILIES, PAGE, Family, build, page
 from mira.adapters.lora import Lora, LoraAdapter
 from mira.core.layout import Layout
 from mira.core.training import Training
@@ -99,4 +99,4 @@ def test_a_family(family: Family, tmp_path: Path) -> None:
 
 
 def test_the_page_is_what_is_tested() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), "run: python tests/contract/families.py"
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: PYTHONPATH=tests python -m helpers.model_families"

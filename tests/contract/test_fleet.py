@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from apart import NAMES, SECRETS, Troubled, World, lost_and_away, metrics, names_of, rows
+from helpers.in_process_federation import NAMES, SECRETS, Troubled, World, lost_and_away, metrics, names_of, rows
+from helpers.sample_config import Interrupt, mira
+from helpers.tiny_models import save_tiny
 from mira.core.errors import UserError
 from mira.core.wire import Wire, decode
 from mira.data.sources.jsonl import Jsonl
@@ -22,8 +24,6 @@ from mira.fleet.site.handler import SEE_LOG
 from mira.fleet.site.privacy import epsilon
 from mira.methods import METHODS
 from mira.runner import run as experiment
-from small import Interrupt, mira
-from tiny import save_tiny
 
 
 @pytest.mark.parametrize(("name", "keep"), [*((name, False) for name in METHODS), ("mira", True), ("ditto", True)])

@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from apart import NAMES, Troubled, World, metrics, names_of, rows
+from helpers.in_process_federation import NAMES, Troubled, World, metrics, names_of, rows
+from helpers.sample_config import Interrupt, mira
 from mira.core.errors import UserError
 from mira.core.wire import decode
 from mira.data.sources.sites import Sites
@@ -21,7 +22,6 @@ from mira.fleet.messages.transport import InProcessTransport, NoReply, Reply, pa
 from mira.fleet.server.session import Opener
 from mira.runner import run as experiment
 from mira.runner.progress import RunProgress
-from small import Interrupt, mira
 
 
 def test_a_site_that_is_away_keeps_its_row_and_comes_back(world: World) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from apart import NAMES, World, lost_and_away, metrics, rows
+from helpers.in_process_federation import NAMES, World, lost_and_away, metrics, rows
 from mira.core.wire import Wire
 from mira.fleet.messages.transport import Packet, unpack
 

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from llamacpp import LlamaCpp, write_base
+from helpers.llama_cpp import LlamaCpp, write_base
 from mira.adapters.lora import Lora, to_peft
 from mira.serving.families import FAMILIES
 from mira.serving.gguf import write

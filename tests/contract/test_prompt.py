@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from engines import RandomCorpus, make_engine, prompt_on, warm_row
 from peft import PeftModel, get_peft_model
-from test_engines import LIMIT, STEPS, TYPICAL, displacement_errors
 from torch import Tensor
 
+from helpers.displacement import LIMIT, STEPS, TYPICAL, displacement_errors
+from helpers.engines import RandomCorpus, make_engine, prompt_on, warm_row
+from helpers.tiny_models import KINDS, make_tiny
 from mira.adapters.lowrank import Lane
 from mira.adapters.prompt import Prompt, PromptAdapter, from_peft, peft_config, to_peft
 from mira.core.errors import UserError
@@ -20,7 +21,6 @@ from mira.core.training import Training
 from mira.core.types import Trained, Work
 from mira.engine.batched import BatchedEngine
 from mira.engine.packing import pack
-from tiny import KINDS, make_tiny
 
 TRAINING = Training(lr=1e-3, local_steps=20, clip=0.5, weight_decay=0.01)
 

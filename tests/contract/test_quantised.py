@@ -11,22 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from engines import RandomCorpus, layout_on, make_engine, warm_row
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_engines import displacement_error
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from helpers.displacement import displacement_error
+from helpers.engines import RandomCorpus, layout_on, make_engine, warm_row
+from helpers.sample_config import ADAPTERS, mira, settings, write_clients
+from helpers.tiny_models import KINDS, Kind, make_tiny, make_tokenizer, save_tiny
 from mira import run
 from mira.config import Experiment, differences
 from mira.core.errors import UserError
 from mira.core.training import Training
 from mira.core.types import Trained, Work
 from mira.model import load, quantise
-from small import ADAPTERS, mira, settings, write_clients
-from tiny import KINDS, Kind, make_tiny, make_tokenizer, save_tiny
 
 BITS = ("4bit", "8bit")
 STEPS = (6, 3, 5)

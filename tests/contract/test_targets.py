@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from adaptable import ADAPTABLE, make, make_seeing
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from helpers.tiny_models import make_tiny
+from helpers.unusual_models import ADAPTABLE, make, make_seeing
 from mira.adapters import lora
 from mira.adapters.lora import Lora, from_peft, peft_config, to_peft
 from mira.adapters.peft_check import beside, prove
 from mira.core.errors import UserError
 from mira.core.layout import Layout
 from mira.core.seeds import generator
-from tiny import make_tiny
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _LATENT = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from chat_templates import AGAIN, ASKED, FAMILIES, LAST, SYSTEM, TOLD, Kind, make
+from helpers.chat_templates import AGAIN, ASKED, FAMILIES, LAST, SYSTEM, TOLD, Kind, make
 from mira.adapters.lora import Lora, start_row
 from mira.core.training import Training
 from mira.data.corpus import Corpus

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from adaptable import make
-from engines import RandomCorpus
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
 
+from helpers.engines import RandomCorpus
+from helpers.tiny_models import EOS, VOCABULARY, make_tiny
+from helpers.unusual_models import make
 from mira.adapters.lora import (
     Lora,
     LoraAdapter,
@@ -34,7 +35,6 @@ from mira.core.types import Work
 from mira.engine.adapted_model import Carrier
 from mira.engine.batched import BatchedEngine
 from mira.engine.reference import ReferenceEngine
-from tiny import EOS, VOCABULARY, make_tiny
 
 IDS = torch.arange(20, 50)[None]
 TARGETS = {"llama": ("q_proj", "down_proj"), "gpt2": ("c_attn", "c_proj"), "qwen2": ("q_proj", "up_proj")}

@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from adaptable import make
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from helpers.sample_config import settings, write_clients
+from helpers.tiny_models import make_tokenizer
+from helpers.unusual_models import make
 from mira import run
 from mira.adapters import lora
 from mira.config import Experiment
 from mira.core.errors import UserError
 from mira.setup.session import open_session
-from small import settings, write_clients
-from tiny import make_tokenizer
 
 
 def values_on(name: str, adapter: dict[str, Any], engine: str, folder: Path) -> dict[str, Any]:

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 import mira.setup.environment
+from helpers.sample_config import begin, outcome, snapshot, write_clients, write_config
+from helpers.sample_config import mira as command
+from helpers.tiny_models import save_tiny
 from mira import Experiment, load, resume, run
 from mira.store import files
-from small import begin, outcome, snapshot, write_clients, write_config
-from small import mira as command
-from tiny import save_tiny
 
 
 @pytest.fixture(autouse=True)

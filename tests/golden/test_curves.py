@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.memory_recorder import MemoryRecorder
+from helpers.tiny_models import EOS, PAD, VOCABULARY, make_tiny
 from mira.adapters.lora import Lora, start_row
 from mira.core.graph import Groups
 from mira.core.loop import Record, Schedule, run_rounds
@@ -30,8 +32,6 @@ from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.methods import METHODS
 from mira.runner import evaluation as measure
-from recorder import MemoryRecorder
-from tiny import EOS, PAD, VOCABULARY, make_tiny
 
 FILE = Path(__file__).with_name("curves.json")
 NAMES = ("add-1", "add-2", "repeat", "reverse")

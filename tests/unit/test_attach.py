@@ -14,6 +14,7 @@ from torch.nn.functional import gelu, linear, silu
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from helpers.tiny_models import draw, make_tiny
 from mira.adapters.attach import Attached, attach
 from mira.adapters.lora import Lora
 from mira.adapters.lowrank import Lane
@@ -21,7 +22,6 @@ from mira.core.layout import Layout
 from mira.core.threads import side_by_side, still_wanted
 from mira.engine.attention.packed import Packed, Segment
 from mira.engine.attention.patching import exchange, find_last
-from tiny import draw, make_tiny
 
 T, K, M = 7, 5, 6  # tokens, hidden and inner size
 

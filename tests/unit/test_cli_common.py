@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from documented import DOCUMENT
+from helpers.documented_json import DOCUMENT
+from helpers.sample_config import mira, snapshot, write_clients, write_config
 from mira.cli import app
 from mira.runner.progress import RunProgress
-from small import mira, snapshot, write_clients, write_config
 
 # Errors
 

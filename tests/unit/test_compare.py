@@ -76,8 +76,8 @@ def test_every_job_of_a_plan(tmp_path: Path) -> None:
         e = job.experiment
         assert (e.seed, e.training.lr, e.rounds, e.cohort, e.evaluation.test) == (2, 0.2, 5, 0.5, False)
     assert local.experiment.method.name == "local"  # and the base's strength, which it does not have, is gone
-    assert mira.runner.run.method.strength == 1.0  # type: ignore[attr-defined]
-    assert mira.runner.run.graph.name == "complete"
+    assert mira.experiment.method.strength == 1.0  # type: ignore[attr-defined]
+    assert mira.experiment.graph.name == "complete"
     assert plan.base.method.strength == 0.25  # type: ignore[attr-defined]
 
 

@@ -21,10 +21,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from helpers.tiny_models import make_tiny
 from mira.adapters.lora import Lora, to_peft
 from mira.core.errors import UserError
 from mira.serving.gguf import write
-from tiny import make_tiny
 
 
 def adapter_of(model: PreTrainedModel, folder: Path, targets: Any, rslora: bool = False) -> Path:

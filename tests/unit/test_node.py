@@ -16,7 +16,7 @@ pytest.importorskip("flwr", reason="needs the extra 'flower'")
 from flwr.proto.fleet_pb2 import ActivateNodeResponse
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
 
-from gatehouse import Silent, listening
+from helpers.gate_on_loopback import Silent, listening
 from mira.fleet.flower.processes import child_environment
 from mira.fleet.flower.superlink import free_port
 from mira.fleet.gate.proxy import server_tls

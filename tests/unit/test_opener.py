@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from helpers.sample_config import settings
 from mira import Experiment
 from mira.core.errors import UserError
 from mira.data.sources.sites import Sites
@@ -16,7 +17,6 @@ from mira.fleet.messages.transport import InProcessTransport, Packet, pack, unpa
 from mira.fleet.server.clients import RemoteClients
 from mira.fleet.server.session import Opener
 from mira.graphs.known import Complete
-from small import settings
 
 NAMES = ["ann", "bob", "cleo"]
 

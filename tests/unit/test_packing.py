@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from engines import RandomCorpus, layout_on, warm_row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from helpers.engines import RandomCorpus, layout_on, warm_row
+from helpers.tiny_models import PAD, VOCABULARY, make_tiny, norms_in_double
 from mira.adapters.lora import Lora, start_row
 from mira.core.training import Training
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.engine.packing import common_prefix, pack, packed_tokens, plan, read_tokens
-from tiny import PAD, VOCABULARY, make_tiny, norms_in_double
 
 Jobs = list[tuple[int, list[Encoded]]]
 

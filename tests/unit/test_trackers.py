@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from helpers.sample_config import begin, outcome, write_clients, write_config
 from mira import Experiment, load, resume, run
 from mira.core.errors import UserError
 from mira.trackers import Trackers, Tracking, follow, numbers
 from mira.trackers.mlflow import Mlflow
 from mira.trackers.tracker import Numbers
 from mira.trackers.wandb import Wandb
-from small import begin, outcome, write_clients, write_config
 
 TENANTS = ("Planted & Sons", "Planted Ltd")
 

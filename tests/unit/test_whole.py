@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from adaptable import make, make_seeing
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 
+from helpers.tiny_models import make_tokenizer, save_tiny
+from helpers.unusual_models import make, make_seeing
 from mira.adapters.lora import Lora, LoraAdapter
 from mira.core.seeds import generator
 from mira.model import Base, load
 from mira.model.embed import embed
 from mira.model.whole import save_whole
-from tiny import make_tokenizer, save_tiny
 
 BESIDE = {
     "generation_config.json": json.dumps({"do_sample": True, "temperature": 0.6, "eos_token_id": [0, 2]}),

@@ -8,6 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from mira.core.pydantic_config import STRICT
+from mira.registry import Registry
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 
@@ -62,4 +63,7 @@ class SeedsSection:
     """Layers whose weights have directions, as for LoRA; all: every weight of the model, as published."""
 
 
-ADAPTERS = {"lora": LoraSection, "prompt": VirtualPromptSection, "seeds": SeedsSection}
+ADAPTERS = Registry(
+    "adapter", "kind", "mira.adapters", (), "lora",
+    {"lora": LoraSection, "prompt": VirtualPromptSection, "seeds": SeedsSection},
+)  # fmt: skip

@@ -60,6 +60,14 @@ class Overlay:
         return torch.cat([self.value[place[int(i)]][None] if int(i) in place else self.beneath[i[None]] for i in index])
 
 
+class OptimizerStates(Protocol):
+    """Optimiser states [1+2P] kept from earlier rounds, in memory (a dict) or on disk, by number (``Work.kept_under``)."""
+
+    def get(self, number: int, /) -> Tensor | None:
+        """The state kept under ``number``; None when there is none."""
+        ...
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a method may know of the experiment before the first round.
@@ -104,12 +112,19 @@ class Work:
     upload: Tensor | None = None  # [P] or [J,P] bool: what of a row travels, each way; None: all
     private: Tensor | None = None  # [J] bool: the row stays where the client is and nothing of it is sent; None: no job
     slot: Tensor | None = None  # [J] int64: where a job's optimiser state is kept; None: under its client's number
+    optimizer: OptimizerStates | None = (
+        None  # kept states, read when a job begins; None: every job begins with a fresh one
+    )
 
     @property
     def kept_under(self) -> list[int]:
         """The number under which each job's optimiser state is kept: two jobs of a client must not share one."""
         numbers: list[int] = (self.client if self.slot is None else self.slot).tolist()
         return numbers
+
+    def kept_state(self, job: int) -> Tensor | None:
+        """The optimiser state [1+2P] that ``job`` goes on from; None: a fresh one."""
+        return None if self.optimizer is None else self.optimizer.get(self.kept_under[job])
 
 
 @dataclass(frozen=True)

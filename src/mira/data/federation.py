@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from mira.core.errors import UserError
 from mira.core.pydantic_config import STRICT
 from mira.core.seeds import generator, stream
-from mira.data.types import ClientData, Example, Message, Source, by_question
+from mira.data.types import Client, Example, Message, Source, by_question
 
 SPLITS = ("train", "validation", "test")
 Size = Annotated[int, Field(strict=True, ge=1)] | Annotated[float, Field(strict=True, gt=0, lt=1)]
@@ -67,7 +67,7 @@ class Manner:
 
 
 @dataclass(frozen=True)
-class Client:
+class SplitClient:
     name: str
     slug: str  # the name as a file name: a-z, 0-9, "_" and "-", at most 80 characters, unique
     task: str
@@ -110,7 +110,7 @@ class Client:
 
 @dataclass(frozen=True)
 class Federation:
-    clients: tuple[Client, ...]
+    clients: tuple[SplitClient, ...]
     seed: int
 
 
@@ -134,10 +134,18 @@ def _count(size: float, available: int) -> int:
 Questions = list[list[Example]]  # the answers to each
 
 
-def _client(data: ClientData, questions: Questions, sizes: SplitSizes, seed: int) -> Client:
+def _client(data: Client, questions: Questions, sizes: SplitSizes, seed: int) -> SplitClient:
     if data.elsewhere is not None:
-        return Client(
-            data.name, slug(data.name), data.task, data.group, data.description, (), (), (), elsewhere=data.elsewhere
+        return SplitClient(
+            data.name,
+            slug(data.name),
+            data.task,
+            data.group,
+            data.description,
+            (),
+            (),
+            (),
+            elsewhere=data.elsewhere,
         )
     train, validation, test = (_count(size, len(questions)) for size in (sizes.train, sizes.validation, sizes.test))
     if train + validation + test > len(questions):
@@ -150,7 +158,7 @@ def _client(data: ClientData, questions: Questions, sizes: SplitSizes, seed: int
     # Test from the front, train from the back: the size of one does not change what is in the other.
     parts = (order[::-1][:train], order[test : test + validation], order[:test])
     train_, validation_, test_ = (tuple(chain.from_iterable(part)) for part in parts)
-    return Client(data.name, slug(data.name), data.task, data.group, data.description, train_, validation_, test_)
+    return SplitClient(data.name, slug(data.name), data.task, data.group, data.description, train_, validation_, test_)
 
 
 def make_federation(source: Source, sizes: SplitSizes, seed: int) -> Federation:
@@ -180,7 +188,7 @@ def make_federation(source: Source, sizes: SplitSizes, seed: int) -> Federation:
     return Federation(clients, seed)
 
 
-def _tell_dropped(data: Sequence[ClientData], kept: Sequence[Questions], others: int) -> None:
+def _tell_dropped(data: Sequence[Client], kept: Sequence[Questions], others: int) -> None:
     """Warn how many examples of each client repeat a question. ``others``: the number over all clients of those that have an
     answer of their own."""
     dropped = {c.name: n for c, questions in zip(data, kept, strict=True) if (n := len(c.examples) - _size(questions))}

@@ -74,25 +74,32 @@ def by_question(examples: Iterable[Example]) -> list[list[Example]]:
 
 
 @dataclass(frozen=True)
-class ClientData:
-    """What a source knows of one client. ``group``: the true family or category, "" when there is none. ``elsewhere``: how
-    many training examples it has on a machine of its own, 0 while that is not known; None where its data is here."""
+class Client:
+    """A client with its examples, as a source gives it.
+
+    ``task``: the name of its task, the client's own where none is given. ``group``: its family or category, "" for none.
+    ``description``: its task in words, "" for none. ``elsewhere``: the number of training examples it has on a machine of its
+    own, 0 while that is not known; None where its data is here.
+    """
 
     name: str
-    task: str
-    group: str
-    description: str
-    examples: tuple[Example, ...]
+    examples: tuple[Example, ...] = ()
+    task: str = ""
+    group: str = ""
+    description: str = ""
     elsewhere: int | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "task", self.task or self.name)
 
-def client_data(name: str, examples: Sequence[Example], group: str = "") -> ClientData:
+
+def client_data(name: str, examples: Sequence[Example], group: str = "") -> Client:
     """A client whose task is known by its name alone; an instruction that all its examples share describes it."""
     told = {example.instruction for example in examples}
-    return ClientData(name, name, group, told.pop() if len(told) == 1 else "", tuple(examples))
+    return Client(name, tuple(examples), group=group, description=told.pop() if len(told) == 1 else "")
 
 
 class Source(Protocol):
-    def load(self, seed: int) -> list[ClientData]:
+    def load(self, seed: int) -> list[Client]:
         """All clients, in an order that depends on nothing but the source's fields and ``seed``. Raises UserError."""
         ...

@@ -46,7 +46,6 @@ class ReferenceEngine:
     training: Training
     seed: int
     checkpointing: bool = False
-    kept: Callable[[int], Tensor | None] = lambda client: None
     progress: Callable[[int], None] = lambda tokens: None
     peft: PeftModel = field(init=False)
 
@@ -95,8 +94,7 @@ class ReferenceEngine:
         parameters = self._load(work.start[job])
         batches = self.corpus.batches(round, client)
         optimizer = self._optimizer(parameters, lr)
-        kept = self.kept(work.kept_under[job]) if self.training.keep_optimizer else None
-        if kept is not None:
+        if (kept := work.kept_state(job)) is not None:
             self._restore(optimizer, parameters, kept)
         losses = []
         with torch.random.fork_rng(), self._adapter_dropout():

@@ -61,7 +61,6 @@ class Open(Protocol):
         self,
         experiment: Experiment,
         recorded: Mapping[str, Any] | None = None,
-        kept: Callable[[int], Tensor | None] = ...,
         progress: Callable[[int], None] = ...,
         folder: Path | None = None,
     ) -> Session: ...
@@ -83,15 +82,13 @@ def run(
     if experiment.privacy is not None and open is open_session:
         raise UserError("privacy: noise is put on by sites (mira server), and one process has none; leave privacy out")
     watcher.stage("preparing")
-    kept = _Kept()
-    session = open(experiment, kept=kept, progress=watcher.tokens)
+    session = open(experiment, progress=watcher.tokens)
     experiment = session.experiment
     state = session.initial_state()
     store = Store.create(
         folder, config.dump(experiment), session.environment, session.start(), len(state.rows), to_tensors(state.graph)
     )
     with store:
-        kept.store = store
         session.corpus.keep(store.folder / TOKENS)
         return _go_on(session, store, state, watcher)
 
@@ -112,8 +109,7 @@ def resume(
         experiment = config.moved(config.parse_text(store.config()), data, model)
         config.check_there(experiment, store.folder)
         evaluation.check_metrics(experiment.evaluation.metrics)
-        kept = _Kept(store)
-        session = open(experiment, store.environment(), kept, watcher.tokens, store.folder)
+        session = open(experiment, store.environment(), watcher.tokens, store.folder)
         check_environment(store.environment(), session.environment)
         session.corpus.keep(store.folder / TOKENS)
         return _go_on(session, store, state_of(session, store), watcher)
@@ -139,14 +135,14 @@ def state_of(session: Session, store: Store, as_of: int | None = None) -> Server
     return ServerState(store.rows(as_of), in_use(from_tensors(store.graph()), extra), extra, done)
 
 
-@dataclass
-class _Kept:
-    """Kept optimiser states, read from the run folder once there is one."""
+@dataclass(frozen=True)
+class _KeptStates:
+    """Optimiser states as of the last committed round, read from the run folder one at a time."""
 
-    store: Store | None = None
+    store: Store
 
-    def __call__(self, client: int) -> Tensor | None:
-        return self.store.optimizer(client) if self.store else None
+    def get(self, number: int, /) -> Tensor | None:
+        return self.store.optimizer(number)
 
 
 @dataclass(frozen=True)
@@ -160,6 +156,9 @@ class _Folder:
 
     def rows(self) -> Rows:
         return self.store.rows()
+
+    def optimizer(self) -> _KeptStates:
+        return _KeptStates(self.store)
 
 
 def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher) -> Result:

@@ -14,7 +14,7 @@ from typing import Any
 
 from mira.core.errors import UserError
 from mira.core.threads import usable_cores
-from mira.data.federation import Client, Federation, Manner, slug
+from mira.data.federation import Federation, Manner, SplitClient, slug
 from mira.data.text import Encoder
 from mira.model import Base
 from mira.model.quantise import needed_for
@@ -90,7 +90,7 @@ def clients_of(recorded: Mapping[str, Any], seed: int) -> Federation | None:
     absent: dict[str, Any] = {"train": (), "validation": (), "test": ()}
     return Federation(
         tuple(
-            Client(
+            SplitClient(
                 told["name"], slug(told["name"]), told["task"], told["group"], told["description"], **absent,
                 elsewhere=told["examples"], known=Manner(**told["manner"]),
             )

@@ -131,7 +131,6 @@ class Session:
 def open_session(
     experiment: Experiment,
     recorded: Mapping[str, Any] | None = None,
-    kept: Callable[[int], Tensor | None] = lambda client: None,
     progress: Callable[[int], None] = lambda tokens: None,
     folder: Path | None = None,
     first: int = 0,
@@ -185,7 +184,7 @@ def open_session(
     common = partial(
         dict[str, Any], model=base.model, pad=base.tokenizer.pad_token_id, stops=encoder.stops,
         decode=encoder.answer, layout=on_top, dropout=dropout, corpus=corpus,
-        training=training, seed=experiment.seed, kept=kept, progress=progress,
+        training=training, seed=experiment.seed, progress=progress,
         checkpointing=experiment.engine.checkpointing,
     )  # fmt: skip
     if experiment.engine.checkpointing:

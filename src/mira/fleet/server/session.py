@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from mira.config import Experiment
 from mira.core.errors import UserError
 from mira.data.sources.sites import Sites
@@ -49,7 +47,6 @@ class Opener:
         self,
         experiment: Experiment,
         recorded: Mapping[str, Any] | None = None,
-        kept: Callable[[int], Tensor | None] = lambda client: None,
         progress: Callable[[int], None] = lambda tokens: None,
         folder: Path | None = None,
     ) -> Session:

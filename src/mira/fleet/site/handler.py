@@ -69,7 +69,6 @@ class SiteHandler:
     threads: int | None = None
     min_noise: float = 0.0
     _opened: dict[str, JoinedRun] = field(default_factory=dict)
-    _optimizer: dict[int, Tensor] = field(default_factory=dict)
 
     def handle(self, request: bytes) -> bytes:
         """The reply to ``request``. What goes wrong is answered too; the reason in full stays in the log."""
@@ -131,7 +130,7 @@ class SiteHandler:
         experiment = experiment.model_copy(update={"data": Own(self.source, self.name)})
         number = int(values["number"])
         threads = {"threads": self.threads or values["threads"]}
-        session = open_session(experiment, threads, self._optimizer.get, folder=state.folder, first=number)
+        session = open_session(experiment, threads, folder=state.folder, first=number)
         for what, ours in fingerprints(session).items():
             if values[what] != ours:
                 raise RefusedRequest(
@@ -161,9 +160,8 @@ class SiteHandler:
             torch.full((len(jobs),), here.number), torch.stack(start), torch.stack(anchor) if anchored else None,
             torch.tensor([job["prox"] for job in jobs], dtype=torch.float64) if anchored else None,
             trainable, upload, private, slot=torch.arange(len(jobs)),
+            optimizer={j: kept[f"optimizer{j}"] for j in range(len(jobs)) if f"optimizer{j}" in kept},
         )  # fmt: skip
-        self._optimizer.clear()
-        self._optimizer |= {j: kept[f"optimizer{j}"] for j in range(len(jobs)) if f"optimizer{j}" in kept}
         trained = screen(here.session.engine.train(work, message.head.round, float(values["lr"])))
         if trained.failed:
             raise RefusedRequest(trained.failed[0].reason)

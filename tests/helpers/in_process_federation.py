@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from helpers.sample_config import settings
 from mira import Experiment
 from mira.data.sources.jsonl import Jsonl
 from mira.fleet.messages.transport import InProcessTransport, NoReply, OnReply, Reply, unpack
 from mira.fleet.server.session import Opener
 from mira.fleet.site.handler import SiteHandler
 from mira.runner import run as experiment
-from small import settings
 
 NAMES = ("ann", "bob", "cleo")
 SECRETS = {name: f"secret-of-{name}" for name in NAMES}

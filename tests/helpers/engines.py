@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from helpers.tiny_models import EOS, PAD, VOCABULARY, make_tiny
 from mira.adapters import prompt
 from mira.adapters.lora import Lora, start_row
 from mira.adapters.prompt import Prompt
@@ -18,7 +19,6 @@ from mira.core.training import Training
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.engine.reference import ReferenceEngine
-from tiny import EOS, PAD, VOCABULARY, make_tiny
 
 
 @dataclass(frozen=True)

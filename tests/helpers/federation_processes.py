@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from helpers.mitm import secrets_in
+from helpers.tiny_models import VOCABULARY
 from mira.fleet.flower.superlink import free_port
 from mira.fleet.identity import kit
-from tiny import VOCABULARY
-from wiretap import secrets_in
 
 NAMES = ("hospital-1", "hospital-2", "hospital-3")
 PATIENCE = 400.0  # seconds, for anything to happen; usually it takes a few

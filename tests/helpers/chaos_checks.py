@@ -1,4 +1,4 @@
-"""What is to be said of a run that ``chaos.py`` disturbed: is it complete, in time, and to the last bit what it should be?"""
+"""Checks of a run that ``helpers.chaos`` disturbed: complete, in time, and equal to the last bit to an undisturbed run."""
 
 from __future__ import annotations
 
