@@ -31,7 +31,7 @@ from mira.serving.folders import export_adapters
 from mira.setup.environment import check_environment
 from mira.setup.session import TOKENS, Session, enough_memory, open_session
 from mira.store import Store
-from mira.trackers import Followers
+from mira.trackers import Trackers
 
 log = logging.getLogger(__name__)
 Result = dict[str, Any]
@@ -179,7 +179,7 @@ def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher)
     schedule = Schedule(experiment.seed, rounds, experiment.cohort, experiment.training, clients.wire)
     # The work of the method itself, without ranks: beyond a client's rank there are zeros, which are private to nobody.
     clients.begin(has_private_parts(experiment.method.broadcast(state, torch.zeros(1, dtype=torch.int64))))
-    shown = Followers(experiment.tracking, experiment.model_dump(mode="json"), store.folder, names)
+    shown = Trackers(experiment.tracking, experiment.model_dump(mode="json"), store.folder, names)
     with closing(shown):
         for record in store.metrics():
             shown.record(record)
