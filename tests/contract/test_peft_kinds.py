@@ -26,7 +26,7 @@ from mira.core.training import Training
 from mira.core.types import Work
 from mira.engine.reference import ReferenceEngine
 from mira.runner.run import resume, run
-from mira.setup.session import open_session
+from mira.setup.build import open_session
 from mira.store import Store
 
 
@@ -199,7 +199,7 @@ def test_batched_refuses_it_and_methods_of_factors_too(registered: None, tmp_pat
     model, data = save_tiny(tmp_path / "model"), write_clients(tmp_path / "clients.jsonl")
     values = settings(model, data) | {"adapter": {"kind": "ia3"}}
     with pytest.raises(UserError, match=r"engine\.name=batched: has no arithmetic for this adapter\.kind; use"):
-        open_session(Experiment(**values | {"engine": {"name": "batched"}}))
+        open_session(Experiment(**values | {"engine": {"name": "batched"}})).engine  # noqa: B018
     assert isinstance(open_session(Experiment(**values)).engine, ReferenceEngine)
     with pytest.raises(UserError, match=r"method\.name=ffa-lora: works on the factors A and B"):
         Experiment(**values | {"method": {"name": "ffa-lora"}})

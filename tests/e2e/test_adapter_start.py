@@ -24,7 +24,7 @@ from helpers.tiny_models import save_tiny
 from mira import Experiment, config
 from mira.core.errors import UserError
 from mira.runner.run import resume, run
-from mira.setup.session import open_session
+from mira.setup.build import open_session
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 2, "targets": ["q_proj", "v_proj"]},

@@ -131,7 +131,7 @@ class BatchedEngine:
         loss = torch.zeros(len(jobs), dtype=torch.float64, device=self.model.device)
         dropout = [generator("dropout", self.seed, round, int(k)) for k in client] if self.dropout else None
         lost: dict[int, str] = {}
-        stretch = self.layout.stretch(rows)
+        stretch = self.layout.scale_ratio(rows)
         for step in range(len(batches[0])):
             active = sum(len(steps) > step for steps in batches)
             whole = {n: batches[n][step] for n in range(active) if n not in lost}
