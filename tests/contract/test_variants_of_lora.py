@@ -24,7 +24,7 @@ from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.training import Training
 from mira.core.types import Work
-from mira.engine.adapted_model import Carrier
+from mira.engine.adapted_model import AdaptedModel
 from mira.engine.batched import BatchedEngine
 from mira.engine.reference import ReferenceEngine
 
@@ -155,7 +155,7 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
     with pytest.raises(
         UserError, match=r"engine\.name=batched: has no magnitudes \(adapter\.dora\); use engine\.name=ref"
     ):
-        Carrier.of(model, layout, 0.0, prefix=False, longest=64)
+        AdaptedModel.of(model, layout, 0.0, prefix=False, longest=64)
     beside_experts = Lora(rank=4, alpha=8.0, targets=("gate_proj",), dora=True).layout(make("deepseek_v3"))
     with pytest.raises(UserError, match=r"adapter\.dora=true: PEFT has none for 'model\.layers\.0\.mlp\.gate_proj'"):
         prove(make("deepseek_v3"), beside_experts)

@@ -53,14 +53,14 @@ class PeftAdapter:
         """The adapter of ``config``, proven to be what PEFT reads from its folders. Raises UserError where the config is for a
         prompt, changes the base itself, or trains nothing."""
         if config.is_prompt_learning:
-            raise UserError(f"adapter: {config.peft_type.value} makes virtual tokens; use adapter.kind=prompt")
+            raise UserError(f"adapter: {_kind(config)} makes virtual tokens; use adapter.kind=prompt")
         config = deepcopy(config)
         config.task_type, config.inference_mode = "CAUSAL_LM", False
         named = _trainable(_wrapped(on_same_weights(base.model), config))
         narrow = next((p.dtype for p in named.values() if p.dtype not in (torch.float32, torch.float64)), None)
         if narrow is not None:
             raise UserError(
-                f"model.dtype: PEFT keeps {config.peft_type.value} in {str(narrow).removeprefix('torch.')} on this base, which is"
+                f"model.dtype: PEFT keeps {_kind(config)} in {str(narrow).removeprefix('torch.')} on this base, which is"
                 " too coarse for training; set model.dtype=float32"
             )
         shapes = [(name.removeprefix(PREFIX), "peft", tuple(p.shape)) for name, p in named.items()]
@@ -88,7 +88,7 @@ class PeftAdapter:
         single = self.attached(on_same_weights(self.base.model))
         single.load(row)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = get_peft_model_state_dict(single.module, save_embedding_layers=False)
+        tensors = _tensors(single.module)
         whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
         config = deepcopy(self.config)
@@ -107,7 +107,7 @@ class PeftAdapter:
         try:
             merged: PreTrainedModel = single.module.merge_and_unload(safe_merge=True)  # type: ignore[operator]
         except (AttributeError, NotImplementedError, ValueError) as error:
-            kind = self.config.peft_type.value
+            kind = _kind(self.config)
             raise UserError(f"--merge: PEFT cannot merge {kind} ({_line(error)}); export the adapter alone") from None
         yield merged
 
@@ -120,7 +120,7 @@ class PeftAdapter:
                 )
         except Exception as error:  # whatever PEFT trips over
             raise UserError(f"adapter: PEFT cannot read {folder} ({_line(error)})") from error
-        there, read = (set(tensors) for tensors in (load_file(folder / WEIGHTS), get_peft_model_state_dict(peft)))
+        there, read = (set(tensors) for tensors in (load_file(folder / WEIGHTS), _tensors(peft)))
         if odd := sorted(there ^ read):
             raise UserError(f"adapter: {folder}: PEFT finds {odd[0]} {'only there' if odd[0] in there else 'missing'}")
         return peft
@@ -151,7 +151,7 @@ class PeftAdapter:
         effect, error = (float(torch.linalg.vector_norm(x - ours)) for x in (plain, theirs))
         if not torch.equal(self._row_of(read).float(), row) or not error <= _TOLERANCE * effect:
             raise UserError(
-                f"adapter.kind: PEFT reads another adapter than {self.config.peft_type.value} computes on this base; use another"
+                f"adapter.kind: PEFT reads another adapter than {_kind(self.config)} computes on this base; use another"
                 " kind"
             )
 
@@ -163,7 +163,7 @@ def _wrapped(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         peft = get_peft_model(model, deepcopy(config))
     except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
         raise UserError(
-            f"adapter: PEFT cannot put {config.peft_type.value} on architecture '{model.config.model_type}' ({_line(error)});"
+            f"adapter: PEFT cannot put {_kind(config)} on architecture '{model.config.model_type}' ({_line(error)});"
             " set other targets"
         ) from error
     changed = [p for p, data in before if p.requires_grad or p.data.data_ptr() != data.data_ptr()]
@@ -172,10 +172,10 @@ def _wrapped(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
             parameter.data = data
             parameter.requires_grad_(False)
         raise UserError(
-            f"adapter: {config.peft_type.value} with these settings changes the base's own weights, which all clients share; set"
+            f"adapter: {_kind(config)} with these settings changes the base's own weights, which all clients share; set"
             " others (bias=none, an init that leaves the base alone)"
         )
-    return peft  # type: ignore[return-value]
+    return peft
 
 
 def _trainable(peft: PeftModel) -> dict[str, nn.Parameter]:
@@ -186,9 +186,20 @@ def _trainable(peft: PeftModel) -> dict[str, nn.Parameter]:
     return named
 
 
+def _tensors(peft: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors as a PEFT folder names them. Embeddings are the base's own: PEFT would ask the hub about them."""
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(peft, save_embedding_layers=False)
+    return tensors
+
+
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits.double()
+
+
+def _kind(config: PeftConfig) -> str:
+    """PEFT's name of a kind, such as IA3."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def _line(error: BaseException) -> str:
