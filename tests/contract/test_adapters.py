@@ -163,7 +163,7 @@ def test_many_full_names_still_name_the_same_layers(tmp_path: Path) -> None:
     [
         ({"rank": 2}, r"lora_A\.weight' is \(4, 32\), expected \(2, 32\); another rank or base model\?"),
         ({"targets": ("q_proj",)}, r"holds 8 tensors, expected 4; other target modules\?"),
-        ({"targets": ("q_proj", "v_proj", "o_proj")}, r"o_proj\.lora_A\.weight' is nothing, expected"),
+        ({"targets": ("q_proj", "v_proj", "o_proj")}, r"o_proj\.lora_A\.weight' is missing, expected"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:

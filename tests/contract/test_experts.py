@@ -112,7 +112,7 @@ def test_every_expert_starts_where_peft_starts_it() -> None:
 
 def test_what_cannot_be_is_refused_in_one_line() -> None:
     model, layout = make("qwen3_moe"), layout_of("qwen3_moe")
-    with pytest.raises(UserError, match=r"adapter\.dropout=0\.1: there is none for experts"):
+    with pytest.raises(UserError, match=r"adapter\.dropout=0\.1: not available for experts"):
         Lora(rank=4, alpha=8.0, dropout=0.1, targets=EXPERTS).layout(model)
     with pytest.raises(
         UserError,

@@ -132,7 +132,7 @@ def test_a_row_comes_back_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'embedding\.weight' is \(5, 32\), expected \(6, 32\); another adapter"):
         from_peft(tmp_path, prompt_on("llama", 6))
     (tmp_path / "prompt_encoder.safetensors").unlink()
-    with pytest.raises(UserError, match="PEFT keeps the computed prompt alone"):
+    with pytest.raises(UserError, match="PEFT keeps only the computed prompt"):
         from_peft(tmp_path, layout)
 
 

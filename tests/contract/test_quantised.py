@@ -180,7 +180,7 @@ def test_a_run_on_a_quantised_base(tiny_folder: Path, tmp_path: Path, bits: str)
         assert torch.equal(named[name.replace(".weight", ".default.weight")], tensor)
     merged = mira("export", folder, "--client", "ann", "--merge")
     assert merged.out == f"{folder}/merged/ann\n"
-    assert "--merge: into the unquantised weights of" in merged.err
+    assert "--merge: merging into the unquantised weights of" in merged.err
     plain = PeftModel.from_pretrained(load(str(tiny_folder)).model, str(adapter))
     ids = torch.arange(20, 40)[None]
     of_merged = load(f"{folder}/merged/ann").model(input_ids=ids).logits

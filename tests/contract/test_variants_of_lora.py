@@ -174,7 +174,9 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
     ):
         AdaptedModel.of(model, layout, 0.0, prefix=False, longest=64)
     beside_experts = Lora(rank=4, alpha=8.0, targets=("gate_proj",), dora=True).layout(make("deepseek_v3"))
-    with pytest.raises(UserError, match=r"adapter\.dora=true: PEFT has none for 'model\.layers\.0\.mlp\.gate_proj'"):
+    with pytest.raises(
+        UserError, match=r"adapter\.dora=true: not available in PEFT for 'model\.layers\.0\.mlp\.gate_proj'"
+    ):
         prove(make("deepseek_v3"), beside_experts)
     base = {
         "rounds": 1,

@@ -248,7 +248,7 @@ def test_peft_alone_keeps_too_little_of_a_prompt(values: Any, tmp_path: Path) ->
         with pytest.raises(UserError, match=rf"its {key} is \d, and adapter\.{key}={change}; set adapter\.{key}=\d$"):
             open_session(Experiment(**values(section))).start()
     (folder / "prompt_encoder.safetensors").unlink()
-    with pytest.raises(UserError, match="PEFT keeps the computed prompt alone"):
+    with pytest.raises(UserError, match="PEFT keeps only the computed prompt"):
         open_session(Experiment(**values(SECTIONS["prompt"] | {"start": str(folder)}))).start()
 
 

@@ -108,11 +108,12 @@ class Pretrained:
 
 
 def refused(given: str, reason: str) -> UserError:
+    """The error for the adapter that was ``given``."""
     return UserError(f"adapter.start={given}: {reason}")
 
 
 def is_folder(given: str) -> bool:
-    """Whether ``given`` is meant as a folder of this machine."""
+    """Tell whether ``given`` is meant as a folder of this machine."""
     return given.startswith((".", "/", "~")) or Path(given).is_dir()
 
 
@@ -131,7 +132,7 @@ def _from_hub(name: str) -> Path:
             " TRANSFORMERS_OFFLINE is set; unset it, or give a folder"
         )  # fmt: skip
     try:
-        # Asked first, as the download itself keeps trying for long where no hub is in reach.
+        # A short request first: the download itself retries for a long time where the hub is out of reach.
         about = huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
         files = {file.rfilename for file in about.siblings or ()}
         if PICKLED in files and WEIGHTS not in files:
