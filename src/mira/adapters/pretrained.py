@@ -88,7 +88,7 @@ class Pretrained:
                 f"was trained on other weights ({trained_on}, SHA-256 {recorded[:12]}) than those of model.name={base.name}"
                 f" (SHA-256 {base.sha256[:12]}); set model.name to that model"
             )
-        if not all(_ON_HUB.fullmatch(name) for name in (trained_on, base.name)):
+        if not all(_ON_HUB.fullmatch(name) and not Path(name).is_dir() for name in (trained_on, base.name)):
             log.warning(
                 "adapter.start=%s: nothing tells whether it was trained on model.name=%s (its %s says '%s'); its tensors fit",
                 self.given, base.name, CONFIG, trained_on,

@@ -126,8 +126,8 @@ def start_of(given: str, layout: Layout, base: BaseLike) -> Tensor:
     found.check("P_TUNING", base)
     hidden = layout.entries[1].shape[0]
     for key, there, here in (
-        ("virtual_tokens", found.settings["num_virtual_tokens"], layout.virtual_tokens),
-        ("encoder_hidden", found.settings["encoder_hidden_size"], hidden),
+        ("virtual_tokens", found.settings.get("num_virtual_tokens"), layout.virtual_tokens),
+        ("encoder_hidden", found.settings.get("encoder_hidden_size"), hidden),
     ):
         if there != here:
             raise found.refused(f"its {key} is {there}, and adapter.{key}={here}; set adapter.{key}={there}")
