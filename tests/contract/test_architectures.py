@@ -29,6 +29,7 @@ from mira.core.types import Work
 from mira.engine.attention.patching import PatchedModel, patch_attention
 from mira.engine.batched import BatchedEngine
 from mira.engine.reference import ReferenceEngine
+from mira.engine.spec import EngineSpec, Text
 from mira.setup.session import Session, open_session
 
 SHAPE = {
@@ -51,17 +52,13 @@ def model_of(name: str, **more: Any) -> PreTrainedModel:
 
 def engine_on(model: PreTrainedModel) -> BatchedEngine:
     layout = Lora(rank=2, alpha=4.0, targets=".*(q_proj|qkv_proj|query_key_value|in_proj)").layout(model)
-    return BatchedEngine(
-        model,
-        1,
-        frozenset([0]),
-        str,
-        adapter_of(model, layout),
-        RandomCorpus((1,)),
-        Training(local_steps=1),
-        0,
-        4096,
-        True,
+    return BatchedEngine.of(spec_on(model, layout), tokens_per_pass=4096)
+
+
+def spec_on(model: PreTrainedModel, layout: Layout) -> EngineSpec:
+    corpus: Any = RandomCorpus((1,))
+    return EngineSpec(
+        model, Text(1, frozenset([0]), str), adapter_of(model, layout), corpus, Training(local_steps=1), 0
     )
 
 
@@ -90,7 +87,7 @@ def test_packed_losses_equal_the_models_own(name: str, more: dict[str, Any]) -> 
         label = torch.tensor(s.label)[1:]
         oracle.append(cross_entropy(logits[label], torch.tensor(s.tokens)[1:][label], reduction="sum"))
     engine = engine_on(model)
-    ours, _ = engine.score(start_row(engine.layout, 0)[None], [sequences])
+    ours, _ = engine.score(start_row(engine.spec.layout, 0)[None], [sequences])
     torch.testing.assert_close(ours.float(), torch.stack(oracle), rtol=1e-5, atol=0)
 
 
@@ -153,19 +150,7 @@ def test_a_refused_model_is_left_as_it_was() -> None:
     with pytest.raises(
         UserError, match=r"^engine\.name=batched: architecture 'deepseek_v32' lets a token see those behind it; use"
     ):
-        BatchedEngine(
-            model,
-            1,
-            frozenset([0]),
-            str,
-            adapter_of(model, layout),
-            RandomCorpus((1,)),
-            Training(local_steps=1),
-            0,
-            4096,
-            True,
-            48,
-        )
+        BatchedEngine.of(spec_on(model, layout), tokens_per_pass=4096, longest=48)
     assert not [module for module in model.modules() if "forward" in vars(module)]
     assert torch.equal(model(input_ids=ids).logits, before)
 
@@ -189,7 +174,8 @@ def test_auto_takes_reference_where_batched_cannot(tmp_path: Path, caplog: pytes
     session = opened("auto")
     assert isinstance(session.engine, ReferenceEngine)
     assert session.environment["engine"] == "reference"
-    line = "engine.name=auto takes reference, one client at a time: architecture 'deepseek_v32' lets a token see those behind it"
+    reason = "architecture 'deepseek_v32' lets a token see those behind it"
+    line = f"engine.name=auto: using 'reference', one client at a time: {reason}"
     assert [record.getMessage() for record in caplog.records].count(line) == 1
     with pytest.raises(UserError, match=r"use engine\.name=reference"):
         opened("batched")

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date as Date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,16 @@ from mira.core.errors import UserError, did_you_mean
 from mira.core.graph import Graph, Groups
 from mira.core.layout import Layout
 from mira.core.threads import usable_threads
-from mira.core.types import ClientBackend, Method, ServerState, Setting
+from mira.core.types import ClientBackend, Engine, Method, ServerState, Setting
 from mira.data.corpus import Corpus, without_overlong
 from mira.data.federation import SPLITS, Federation, make_federation
 from mira.data.prompt_check import prove as prove_prompts
-from mira.engine.attention.hook import CannotPackError
-from mira.engine.batched import BatchedEngine
+from mira.engine.build import build_engine
 from mira.engine.checkpoint import check_gradients
 from mira.engine.generate import positions
 from mira.engine.memory import is_out_of_memory, share_heap
-from mira.engine.reference import ReferenceEngine
-from mira.engine.seeds import SeedsEngine, without_gradients
+from mira.engine.seeds import without_gradients
+from mira.engine.spec import EngineSpec, Text
 from mira.methods import ALONG_GRAPH
 from mira.methods.ranked import ranked
 from mira.model import Base, load
@@ -49,7 +47,7 @@ class Session:
     federation: Federation
     corpus: Corpus
     adapter: Adapter
-    engine: BatchedEngine | ReferenceEngine | SeedsEngine
+    engine: Engine
     environment: dict[str, Any]
     remote: ClientBackend | None = None
     """Training and measurement at sites on machines of their own; None: in this process, by ``engine``."""
@@ -173,47 +171,24 @@ def open_session(
             "adapter.dropout=%g: the shared prefix is off, since sharing it would share one dropout mask", dropout
         )
         prefix = False
-    common = partial(
-        dict[str, Any], model=base.model, pad=base.tokenizer.pad_token_id, stops=encoder.stops,
-        decode=encoder.answer, adapter=adapter.in_pass, corpus=corpus,
-        training=training, seed=experiment.seed, progress=progress,
-        checkpointing=experiment.engine.checkpointing,
-    )  # fmt: skip
     if experiment.engine.checkpointing:
         check_gradients(base.model)  # refuses before the run begins
-    batched = partial(
-        BatchedEngine, tokens_per_pass=recorded.get("tokens_per_pass") or experiment.engine.tokens_per_pass, prefix=prefix,
+    built = build_engine(
+        EngineSpec(
+            base.model, Text(base.tokenizer.pad_token_id, encoder.stops, encoder.answer), adapter.in_pass, corpus, training,
+            experiment.seed, experiment.engine.checkpointing, progress,
+        ),
+        recorded.get("engine") or experiment.engine.name,
+        tokens_per_pass=recorded.get("tokens_per_pass") or experiment.engine.tokens_per_pass,
+        prefix=prefix,
         longest=_longest(corpus) + layout.virtual_tokens + experiment.evaluation.max_new_tokens,
         cuda_graphs=experiment.engine.cuda_graphs == "auto",
     )  # fmt: skip
-    engine: BatchedEngine | ReferenceEngine | SeedsEngine
-    engine = _engine(recorded.get("engine") or experiment.engine.name, batched, common)
-    name, budget = ("batched", engine.budget) if isinstance(engine, BatchedEngine) else ("reference", None)
+    engine = built.engine
     if adapter.directions is not None:
         engine = without_gradients(engine, adapter.directions, corpus, training, experiment.seed)
-    now = environment_of(base, federation, threads, name, prefix, budget, truncated, encoder)
+    now = environment_of(base, federation, threads, built.name, prefix, built.tokens_per_pass, truncated, encoder)
     return Session(experiment, base, federation, corpus, adapter, engine, now)
-
-
-def _engine(
-    name: str, batched: Callable[..., BatchedEngine], common: Callable[[], dict[str, Any]]
-) -> BatchedEngine | ReferenceEngine:  # fmt: skip
-    """The engine called ``name``; under "auto" the batched one, where that can compute the model."""
-    if name == "reference":
-        return ReferenceEngine(**common())
-    try:
-        engine = batched(**common())
-    except CannotPackError as error:
-        if name != "auto":
-            raise
-        log.warning("engine.name=auto takes reference, one client at a time: %s", error.reason)
-        return ReferenceEngine(**common())
-    if not engine.adapted.patched.decodes:
-        log.info(
-            "engine.name=batched: passes are %s; transformers answers, one prompt at a time",
-            engine.adapted.patched.kind,
-        )
-    return engine
 
 
 def _longest(corpus: Corpus) -> int:
