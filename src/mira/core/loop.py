@@ -129,6 +129,7 @@ def screen(trained: Trained) -> Trained:
 
     A client that lost one of its jobs loses all of them: methods rely on complete clients.
     """
+    # Row by row: a mask of all rows would be large.
     whole = torch.tensor([bool(row.isfinite().all()) for row in trained.rows], dtype=torch.bool)
     good = torch.isfinite(trained.loss) & whole
     fix = "lower training.lr or set training.clip"
