@@ -2,7 +2,7 @@
 
 ``OMP_WAIT_POLICY=PASSIVE python -m benchmarks.curves`` measures what is not measured yet on this machine with these
 versions, writes every sample to benchmarks/out/curves.json after each curve, and draws; ``--redraw`` only draws. Points
-are measured in turns, and lines go through medians. ``pip install 'mira[bench]'`` brings what draws them.
+are measured in turns, and lines go through medians. ``pip install 'mira-fl[bench]'`` brings what draws them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache, partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,6 +32,7 @@ from mira.adapters.lora import Lora
 from mira.adapters.lora_peft import LoraAdapter, start_row
 from mira.core.errors import UserError
 from mira.core.types import Work
+from mira.core.versions import version_of
 from mira.engine.batched import BatchedEngine
 from mira.engine.packing import packed_tokens
 from mira.methods.mira import Mira
@@ -211,7 +211,7 @@ def machine() -> Record:
     return {
         "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY", ""), "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "mira")},
+        **{name: version_of(name) for name in ("torch", "transformers", "mira")},
     }  # fmt: skip
 
 
@@ -235,7 +235,7 @@ def main() -> None:
     given = parser.parse_args()
     try:
         if find_spec("matplotlib") is None:
-            raise UserError("matplotlib is missing; pip install 'mira[bench]'")
+            raise UserError("matplotlib is missing; pip install 'mira-fl[bench]'")
         if given.redraw and not JSON.exists():
             raise UserError(f"--redraw: {JSON} does not exist; run without it first")
         opened = cache(partial(open_workload, clients=max(CLIENTS)))

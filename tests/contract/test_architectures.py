@@ -30,7 +30,8 @@ from mira.engine.attention.patching import PatchedModel, patch_attention
 from mira.engine.batched import BatchedEngine
 from mira.engine.reference import ReferenceEngine
 from mira.engine.spec import EngineSpec, Text
-from mira.setup.session import Session, open_session
+from mira.setup.build import open_session
+from mira.setup.session import Session
 
 SHAPE = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

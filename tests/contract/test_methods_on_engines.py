@@ -104,5 +104,5 @@ def test_mixing_takes_effect_end_to_end(kind: str, tmp_path: Path) -> None:
     assert recorder.records[0]["local_loss"] != local.records[0]["local_loss"]
     layout, model = watched.inner.spec.layout, watched.inner.spec.model
     for k in range(4):
-        to_peft(tmp_path / str(k), VARIANTS["mira"].serve(final, torch.tensor([k]))[0], layout, model, "base")
+        to_peft(tmp_path / str(k), VARIANTS["mira"].deployed(final, torch.tensor([k]))[0], layout, model, "base")
         assert torch.equal(from_peft(tmp_path / str(k), layout), recorder.changes[1].value[k].float())

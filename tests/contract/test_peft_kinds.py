@@ -61,6 +61,7 @@ class InMemory:
     model: PreTrainedModel
     name: str = "tiny"
     revision: str | None = None
+    sha256: str = "0123"
 
     def unquantised(self) -> PreTrainedModel:
         return self.model
@@ -124,6 +125,20 @@ def test_a_start_is_pefts_own() -> None:
     adapter = adapter_on(CONFIGS["ia3"])
     assert bool((adapter.start(0) == 1).all())  # IA3 begins with factors of 1
     assert not torch.equal(adapter_on(CONFIGS["loha"]).start(0), adapter_on(CONFIGS["loha"]).start(1))
+
+
+def test_an_exported_row_is_a_start(tmp_path: Path) -> None:
+    adapter = adapter_on(CONFIGS["loha"])
+    row = adapter.start(0) + 0.1
+    adapter.save(tmp_path, row, "base")
+    assert torch.equal(PeftAdapter.of(adapter.base, CONFIGS["loha"], str(tmp_path)).start(0), row)
+    for other, message in (
+        (CONFIGS["lokr"], "is LOHA, and the run's adapter.kind is LOKR in PEFT"),
+        (LoHaConfig(target_modules=["q_proj"], r=4), "does not fit"),
+        (LoHaConfig(target_modules=["k_proj"], r=2), "does not fit"),
+    ):
+        with pytest.raises(UserError, match=rf"^adapter\.start={tmp_path}: {message}"):
+            PeftAdapter.of(adapter.base, other, str(tmp_path)).start(0)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from mira.adapters.prompt import VirtualPrompt
 from mira.adapters.seeds import Seeds
 from mira.registry import Registry
 
-ADAPTERS = Registry("adapter", "kind", "mira.adapters", ("on", "smallest"), "lora", {
-    "lora": Lora, "prompt": VirtualPrompt, "seeds": Seeds,
-})  # fmt: skip
+ADAPTERS = Registry(
+    "adapter", "kind", "mira.adapters", ("on", "smallest"), "lora",
+    {"lora": Lora, "prompt": VirtualPrompt, "seeds": Seeds},
+)  # fmt: skip

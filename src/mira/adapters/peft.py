@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mira.adapters.peft_files import WEIGHTS, weights_header
+from mira.adapters.pretrained import Pretrained
 from mira.adapters.reach import plainly, text
 from mira.adapters.targets import PREFIX
 from mira.adapters.types import BaseLike, SingleAdapterModel
@@ -27,7 +29,6 @@ from mira.core.errors import UserError
 from mira.core.layout import Entry, Layout, end_to_end
 from mira.core.seeds import generator, stream
 
-WEIGHTS = "adapter_model.safetensors"
 _STRENGTH = 0.1  # of the noise that a trial row has on top of the start row
 _TOLERANCE = 1e-3  # of the adapter's effect on the logits; both sides do the same operations
 _LENGTH = 8  # tokens of the text
@@ -40,18 +41,21 @@ def smallest() -> Layout:
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """The adapter that PEFT makes from ``config`` on ``base``. Its row is every trainable tensor, end to end, in PEFT's order."""
+    """The adapter that PEFT makes from ``config`` on ``base``. Its row is every trainable tensor, end to end, in PEFT's order.
+    ``given``: the PEFT adapter to start from."""
 
     base: BaseLike
     config: PeftConfig
     layout: Layout
+    given: str | None = None
     dropout: float = 0.0
     directions: None = None
 
     @staticmethod
-    def of(base: BaseLike, config: PeftConfig) -> PeftAdapter:
-        """The adapter of ``config``, proven to be what PEFT reads from its folders. Raises UserError where the config is for a
-        prompt, changes the base itself, or trains nothing."""
+    def of(base: BaseLike, config: PeftConfig, start: str | None = None) -> PeftAdapter:
+        """The adapter of ``config``, proven to be what PEFT reads from its folders. ``start``: a PEFT adapter to start from, as
+        adapter.start gives it; None: PEFT's initialisation. Raises UserError where the config is for a prompt, changes the base
+        itself, or trains nothing."""
         if config.is_prompt_learning:
             raise UserError(f"adapter: {_kind(config)} makes virtual tokens; use adapter.kind=prompt")
         config = deepcopy(config)
@@ -64,7 +68,7 @@ class PeftAdapter:
                 " too coarse for training; set model.dtype=float32"
             )
         shapes = [(name.removeprefix(PREFIX), "peft", tuple(p.shape)) for name, p in named.items()]
-        adapter = PeftAdapter(base, config, Layout(end_to_end(shapes)))  # type: ignore[arg-type]
+        adapter = PeftAdapter(base, config, Layout(end_to_end(shapes)), start)  # type: ignore[arg-type]
         adapter._prove()
         return adapter
 
@@ -73,15 +77,28 @@ class PeftAdapter:
         return self
 
     def start(self, seed: int) -> Tensor:
-        """PEFT's own initialisation, drawn under ``seed``."""
+        """The given adapter; else PEFT's own initialisation, drawn under ``seed``."""
+        if self.given is not None:
+            return self._given(self.given)
+        return self._drawn(seed)
+
+    def _given(self, given: str) -> Tensor:
+        found = Pretrained.find(given)
+        found.check(_kind(self.config), self.base)
+        try:
+            return found.finite(self.read(found.folder))
+        except UserError as error:
+            raise found.refused(f"does not fit ({error}); set the run's adapter section to its settings") from None
+
+    def _drawn(self, seed: int) -> Tensor:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream("start", seed))
             return self.attached(on_same_weights(self.base.model)).row().float()
 
     def attached(self, model: PreTrainedModel) -> SingleAdapterModel:
-        own = {id(module) for module in model.modules()}
+        own = set(model.modules())
         peft = _wrapped(model, self.config)
-        added = [module for module in peft.modules() if id(module) not in own]
+        added = [module for module in peft.modules() if module not in own]
         return SingleAdapterModel(peft, self.layout, list(_trainable(peft).values()), added)
 
     def save(self, folder: Path, row: Tensor, base_name: str) -> None:
@@ -90,7 +107,7 @@ class PeftAdapter:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = _tensors(single.module)
         whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(whole, folder / WEIGHTS, metadata=weights_header(self.base))
         config = deepcopy(self.config)
         config.base_model_name_or_path, config.revision, config.inference_mode = base_name, self.base.revision, True
         config.save_pretrained(str(folder))
@@ -139,7 +156,7 @@ class PeftAdapter:
     def _prove(self) -> None:
         """A trial row that is written as a PEFT folder and read back is the same, and so are its logits. Raises UserError."""
         model, draw = self.base.model, generator("proof")
-        row = self.start(0)
+        row = self._drawn(0)
         row += _STRENGTH * torch.randn(row.shape, generator=draw)
         ids = text(model)[:, :_LENGTH]
         with plainly(model), TemporaryDirectory(prefix="mira-proof-") as folder:

@@ -95,7 +95,7 @@ class Layout:
         last = (used * torch.arange(1, self.rank + 1, device=rows.device)).amax(1)
         return [rank or self.rank for rank in last.tolist()]
 
-    def stretch(self, rows: Tensor) -> Tensor | None:
+    def scale_ratio(self, rows: Tensor) -> Tensor | None:
         """What to multiply ``rows`` [n,P] with for ``scale`` to hold for each: B by scale_at(rank)/scale where a row uses less
         than all ranks. None where all use all."""
         ranks = self.ranks(rows)
@@ -113,14 +113,14 @@ class Layout:
     def mean(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
         """Mean [P] of ``rows`` [n,P], by ``weight`` [n] where given, each in the scale that it is used with: a row of fewer ranks
         has a larger one, and no part in the ranks beyond (``mira.core.ranks``). In float64, then in the rows' precision."""
-        stretch = self.stretch(rows)
+        stretch = self.scale_ratio(rows)
         wide = rows.double() if stretch is None else rows.double() * stretch.double()
         p = torch.ones(len(rows), dtype=torch.float64) if weight is None else weight.double()
         mean = p @ wide / p.sum()
         if stretch is not None:
             share = self.share(torch.tensor(self.ranks(rows)), p / p.sum())
             mean = torch.where(share > 0, mean / share, mean)
-        back = self.stretch(mean[None])  # where all use fewer ranks so does the mean
+        back = self.scale_ratio(mean[None])  # where all use fewer ranks so does the mean
         return (mean if back is None else mean / back[0]).to(rows.dtype)
 
     @property

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mira.core.graph_io import in_use
 from mira.core.payload import is_private, jobs_of, parcel
 from mira.core.seeds import generator
 from mira.core.training import Training
@@ -65,16 +64,17 @@ def run_rounds(
     names: Sequence[str],
     recorder: Recorder,
     measure: Callable[[ServerState], Record],
-    observe: Callable[[Record], None],
+    observe: Callable[[Record], object],
 ) -> ServerState:
     """Run all rounds from ``state`` to the end of the schedule, and return the last state.
 
     ``measure`` evaluates the state after a server step; its result becomes part of the round's record. ``observe`` is called with
-    each record once it is committed.
+    each record once it is committed; a true value from it ends the run.
     """
     while state.round < schedule.rounds:
         state, record = _round(method, engine, state, schedule, names, recorder, measure)
-        observe(record)
+        if observe(record):
+            break
     return state
 
 
@@ -150,7 +150,8 @@ def nothing(rows: Tensor) -> Change:
 def apply(state: ServerState, change: Change) -> ServerState:
     """The state after ``change``, without writing anything."""
     rows = Overlay(state.rows, change.index, change.value) if len(change.index) else state.rows
-    return ServerState(rows, in_use(state.graph, change.extra), state.extra | change.extra, state.round + 1)
+    graph = state.graph if change.graph is None else change.graph
+    return ServerState(rows, graph, state.extra | change.extra, state.round + 1)
 
 
 def describe(

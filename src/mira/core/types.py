@@ -182,13 +182,15 @@ class Trained:
 class Change:
     """The changes of a round: rows ``value`` [n,P] at ``index`` [n], and the method's extra tensors; committed atomically.
 
-    ``notes``: numbers for the round's metrics (e.g. the effective mixing step).
+    ``notes``: numbers for the round's metrics (e.g. the effective mixing step). ``graph``: the graph re-estimated in this
+    round; None: the graph stays.
     """
 
     index: Tensor
     value: Tensor
     extra: dict[str, Tensor]
     notes: dict[str, float]
+    graph: Graph | None = None
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ class Method(Protocol):
         """The change that the trained rows make on the server."""
         ...
 
-    def serve(self, state: ServerState, client: Tensor) -> Tensor:
+    def deployed(self, state: ServerState, client: Tensor) -> Tensor:
         """Rows [n,P] that ``client`` [n] would deploy now. Evaluation, generation and export get rows from here only."""
         ...
 

@@ -117,7 +117,7 @@ class AdaptedModel:
     def scaled_rows(self, rows: Tensor) -> Tensor:
         """``rows`` on the device, rescaled where a client's rank is not the layout's: an adapter batch has one scale."""
         on_device = self.rows(rows)
-        ratio = self.layout.stretch(on_device)
+        ratio = self.layout.scale_ratio(on_device)
         return on_device if ratio is None else on_device * ratio
 
     def to_device(self, x: Tensor) -> Tensor:

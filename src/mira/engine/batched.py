@@ -120,7 +120,7 @@ class BatchedEngine:
         loss = torch.zeros(len(jobs), dtype=torch.float64, device=spec.model.device)
         dropout = [generator("dropout", spec.seed, now.number, int(k)) for k in client] if spec.dropout else None
         lost: dict[int, str] = {}
-        ratio = spec.layout.stretch(rows)  # to the one scale of an adapter batch, where ranks differ
+        ratio = spec.layout.scale_ratio(rows)  # to the one scale of an adapter batch, where ranks differ
         for step in range(len(batches[0])):
             active = sum(len(steps) > step for steps in batches)
             due = {row: batches[row][step] for row in range(active) if row not in lost}
