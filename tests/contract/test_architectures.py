@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from helpers.engines import RandomCorpus, adapter_of, make_engine, warm_row
-from helpers.model_families import APART, FAMILIES, MIXERS, PACKED, Family, build
+from helpers.model_families import FAMILIES, MIXERS, PACKED, PADDED, Family, build
 from helpers.sample_config import settings, write_clients
 from helpers.tiny_models import make_tiny, make_tokenizer
 from mira.adapters.attach import Attached
@@ -112,10 +112,10 @@ def way_of(name: str, dtype: torch.dtype = torch.float32) -> PatchedModel:
         ("qwen3_moe", PACKED),  # experts
         ("deepseek_v3", PACKED),
         ("qwen3_5_moe_text", MIXERS),
-        ("zaya", APART),  # a convolution within attention
-        ("gptj", APART),  # an attention of its own
-        ("minimax_m3_vl_text", APART),  # attention to chosen blocks
-        ("llama4_text", APART),  # layers that number the tokens of a pass themselves
+        ("zaya", PADDED),  # a convolution within attention
+        ("gptj", PADDED),  # an attention of its own
+        ("minimax_m3_vl_text", PADDED),  # attention to chosen blocks
+        ("llama4_text", PADDED),  # layers that number the tokens of a pass themselves
     ],
 )
 def test_in_16_bits_models_are_told_apart_as_in_32(name: str, kind: str) -> None:
@@ -137,7 +137,7 @@ def test_every_call_of_attention_has_keys_and_values_of_its_own() -> None:
 
 def test_a_chunk_shorter_than_a_sequence_is_seen_without_a_long_probe() -> None:
     model = build(replace(family("llama4_text"), more={"num_hidden_layers": 2, "attention_chunk_size": 2000}))
-    for longest, kind in ((1999, PACKED), (2001, APART)):
+    for longest, kind in ((1999, PACKED), (2001, PADDED)):
         attached = Attached(0.0)
         assert patch_attention(model, attached, longest).kind == kind
         attached.detach()
