@@ -66,7 +66,7 @@ def our_logits(kind: str, layout: Layout, row: Tensor, prefix: bool) -> list[Ten
     rows = torch.stack([random_row(layout, 1), random_row(layout, 2), row, random_row(layout, 3)])
     packed = pack([(n, sequences()) for n in range(4)], prefix)
     with torch.no_grad(), engine.adapted.using(AdapterBatch(rows, packed.ranges)):
-        logits = engine.adapted.head(engine.adapted.read(packed))
+        logits = engine.adapted.head(engine.adapted.hidden_states(packed))
     mine = packed.prompts[2 * len(sequences()) : 3 * len(sequences())]
     return [logits[s.start : s.end] for s in mine]
 

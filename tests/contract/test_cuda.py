@@ -152,7 +152,7 @@ def test_a_pass_reads_no_number_out_of_a_tensor(kind: Kind, monkeypatch: pytest.
     assert adapters.padded is not None
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v, *rest, **named: _Kernel.apply(q, k, v))
     with _Questions() as questions, engine.adapted.using(adapters):
-        engine.adapted.read(packed).sum().backward()
+        engine.adapted.hidden_states(packed).sum().backward()
     assert not questions.found
     with _Questions() as questions:
         rows.sum().item()

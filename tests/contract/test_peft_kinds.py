@@ -27,7 +27,7 @@ from mira.core.types import Work
 from mira.engine.reference import ReferenceEngine
 from mira.engine.spec import EngineSpec
 from mira.runner.run import resume, run
-from mira.setup.session import open_session
+from mira.setup.build import open_session
 from mira.store import Store
 
 

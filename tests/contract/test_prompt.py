@@ -107,7 +107,7 @@ def our_logits(engine: BatchedEngine, row: Tensor) -> list[Tensor]:
     rows = torch.stack([warm_row(engine.spec.layout, 1), row])
     packed = pack([(n, sequences()) for n in range(2)], engine.adapted.prefix, engine.spec.layout.virtual_tokens)
     with torch.no_grad(), engine.adapted.using(AdapterBatch(rows, packed.ranges)):
-        logits = engine.adapted.head(engine.adapted.read(packed))
+        logits = engine.adapted.head(engine.adapted.hidden_states(packed))
     return [logits[s.start : s.end] for s in packed.prompts[len(sequences()) :]]
 
 

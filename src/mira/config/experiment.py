@@ -112,8 +112,8 @@ class EngineSection:
     """Recompute each layer in the backward pass instead of keeping its activations: less memory, half more work."""
     cuda_graphs: Literal["auto", "off"] = "auto"
     """On a GPU, capture training passes of a few sizes as CUDA graphs and replay them. auto: where a replay gives the same
-    results in less time. Dropout, checkpointing, virtual tokens, experts and some models rule it out, since their passes differ in more
-    than their numbers."""
+    results in less time. Dropout, checkpointing, virtual tokens, experts and some models rule it out: their passes differ in
+    more than their numbers."""
     threads: Count | None = None
     """CPU threads, divided among the passes that run at the same time; null: PyTorch's number, within the CPU limit of a
     container."""
