@@ -70,7 +70,7 @@ def whole(kind: Kind, model: PreTrainedModel) -> PreTrainedModel:
 def train(name: str, kind: Kind, model: PreTrainedModel, optimizer: str = "adamw", **options: Any) -> Trained:
     training = Training(lr=1e-3 if optimizer == "adamw" else 0.5, local_steps=6, clip=0.5, optimizer=optimizer)
     engine = make_engine(name, kind, RandomCorpus(STEPS), training, model=model, **options)
-    assert engine.layout == layout_on(kind)
+    assert engine.spec.layout == layout_on(kind)
     return engine.train(Work(torch.arange(3), start(kind)), 0, training.lr)
 
 
