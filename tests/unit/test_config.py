@@ -148,7 +148,7 @@ def test_scalars_are_those_of_yaml_1_2() -> None:
         ),
         ({"method": "fedit"}, "method='fedit': must be a section of keys and values"),
         ({"method": {"strength": 2}}, "method.strength=2: must be less than or equal to 1"),
-        ({"data": {}}, "data.source: missing; must be one of builtin, dolly, hub, jsonl, natural-instructions, sites"),
+        ({"data": {}}, "data.source: missing; must be one of builtin, dolly, hub, jsonl, memory, natural-instructions, sites"),
         ({"graph": {"name": "file"}}, "graph.path: missing; The CSV file."),
         ({"rounds": None}, "rounds=None: must be a valid integer"),
         ({"rounds": True}, "rounds=True: must be a valid integer"),

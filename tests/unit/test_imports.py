@@ -20,7 +20,8 @@ LEVELS = (
     {"runner"},
     {"results"},
     {"comparison", "fleet"},
-    {"library", "mira"},
+    {"library"},
+    {"mira"},
     {"cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
