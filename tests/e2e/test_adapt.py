@@ -168,7 +168,7 @@ def test_a_graph_of_descriptions_that_are_all_the_same_says_so(name: str, alike:
     config.write_text(json.dumps(settings(tiny_folder, alike, graph={"name": name}, data=data)))
     for command in (["config", "check", config], ["run", config, "--out", alike / f"run-{name}"]):
         refused = mira(*command).error
-        assert refused.startswith(f"graph.name={name}: all clients describe the same task, so none is nearer")
+        assert refused.startswith(f"graph.name={name}: all clients have the same task description, so")
     assert mira("config", "check", config, "--set", "graph.source=displacement").status == 0
     assert mira("config", "check", config, "--set", "graph.name=complete").status == 0
 

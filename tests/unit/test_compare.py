@@ -113,7 +113,7 @@ def test_points_that_differ_in_signs_have_folders_of_their_own(tmp_path: Path) -
         ({"grid": {"training.lr": [0.1, 0.1]}}, r"grid\.training\.lr=\[0\.1, 0\.1\]: names something twice"),
         (
             {"entries": {"a": {"method.name": "flexlora", "adapter.kind": "prompt"}}},
-            r"entries\.a: method\.name=flexlora: works on the factors A and B of LoRA",
+            r"entries\.a: method\.name=flexlora: needs the factors A and B of LoRA",
         ),
         ({"entires": {}}, r"entires: unknown key; did you mean 'entries'\?"),
         ({"entries": {}}, r"entries=\{\}: .*at least 1"),

@@ -50,13 +50,13 @@ class FedAdam:
 
     name: Literal["fedadam"] = "fedadam"
     lr: Positive = 0.01
-    """The server's learning rate: about how far a number may move in a round."""
+    """The server's learning rate: roughly the largest change of a number in a round."""
     beta1: Beta = 0.9
     """β₁ of the first moment."""
     beta2: Beta = 0.99
     """β₂ of the second moment."""
     tau: Positive = 1e-3
-    """τ; the larger, the less the step adapts to each number's own size."""
+    """τ; the larger it is, the less the step adapts to the size of each number."""
 
     def init(self, setting: Setting) -> ServerState:
         zero = torch.zeros_like(setting.start)
