@@ -2,7 +2,7 @@
 
 ``OMP_WAIT_POLICY=PASSIVE python -m benchmarks.curves`` measures what is not measured yet on this machine with these
 versions, writes every sample to benchmarks/out/curves.json after each curve, and draws; ``--redraw`` only draws. Points
-are measured in turns, and lines go through medians. ``pip install 'mira[bench]'`` brings what draws them.
+are measured in turns, and lines go through medians. ``pip install 'mira-fl[bench]'`` brings what draws them.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def main() -> None:
     given = parser.parse_args()
     try:
         if find_spec("matplotlib") is None:
-            raise UserError("matplotlib is missing; pip install 'mira[bench]'")
+            raise UserError("matplotlib is missing; pip install 'mira-fl[bench]'")
         if given.redraw and not JSON.exists():
             raise UserError(f"--redraw: {JSON} does not exist; run without it first")
         opened = cache(partial(open_workload, clients=max(CLIENTS)))

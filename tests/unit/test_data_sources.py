@@ -97,7 +97,7 @@ def test_jsonl_folder_is_one_client_per_file(tmp_path: Path, caplog: pytest.LogC
         al, bo = Jsonl(tmp_path).load(0)
     *files, fields = caplog.messages
     assert [line.partition(" (data files")[0] for line in files] == [f"{tmp_path}: not read: notes.txt"]
-    assert fields == "not used: 'place' (in 1 of 3 examples)"
+    assert fields == "unused fields: 'place' (in 1 of 3 examples)"
     assert (al.name, al.task, al.group, al.description) == ("al", "al", "", "Sing.")
     assert al.examples == (Example("Sing.", "", "la", raw=True),)
     assert [example.place for example in bo.examples] == [f"{tmp_path}/bo.jsonl:1", f"{tmp_path}/bo.jsonl:3"]

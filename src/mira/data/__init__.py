@@ -1,4 +1,4 @@
-"""Data: where clients come from, their splits and batches, and how an example becomes tokens."""
+"""Data: the sources of clients, their splits and batches, and the encoding of examples as tokens."""
 
 from mira.data.sources.builtin import Builtin
 from mira.data.sources.dolly import Dolly

@@ -1,7 +1,7 @@
-"""Conversations in the spellings people have, as messages: OpenAI's, ShareGPT's, and turns told in fields of their own.
+"""Conversations in the usual formats, as messages: OpenAI's, ShareGPT's, and turns in fields of their own.
 
-Roles may be of any case and of either spelling. Calls of tools are kept as objects: where a file has their arguments as JSON
-text, they are parsed, as servers do before they render a conversation.
+Roles are not case-sensitive and may have the names of any format. Arguments of tool calls that are JSON text are parsed, as
+servers do before they render a conversation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TURN = {"messages": ("role", "content"), "conversations": ("from", "value"), "c
 
 
 def conversation(messages: Sequence[Message], record: Record, field: str, place: str) -> Example:
-    """An example that ends with the last turn that is learned. ``record`` gives its ``system`` and ``tools``."""
+    """An example that ends with the last turn to learn. ``record`` has its ``system`` and ``tools``."""
     if is_given(record.get("system")):
         if messages and messages[0].role == "system":
             raise UserError(f"{place}: field 'system' and a system turn in '{field}'; remove one of the two")
@@ -42,14 +42,14 @@ def conversation(messages: Sequence[Message], record: Record, field: str, place:
     learned = [n for n, message in enumerate(messages) if message.role == "assistant" and message.learned]
     if not learned:
         raise UserError(
-            f"{place}: every assistant turn of '{field}' has weight 0, so there is nothing to learn; remove it"
+            f"{place}: every assistant turn of '{field}' has weight 0, so there is nothing to learn; remove the example"
         )
     kept = tuple(messages[: learned[-1] + 1])
     return Example("", "", kept[-1].content, kept, tools=_tools(record.get("tools"), place), place=place)
 
 
 def turns(record: Record, field: str, place: str, learned: bool = True) -> list[Message]:
-    """The messages in ``record[field]``. ``learned``: whether the assistant's are answers to learn."""
+    """The messages in ``record[field]``. ``learned``: whether to learn the assistant's turns."""
     found = parsed(record[field], field, place)
     speaker, said = _TURN.get(field, _TURN["messages"])
     if not isinstance(found, list) or not found or not all(isinstance(turn, Mapping) for turn in found):
@@ -59,7 +59,7 @@ def turns(record: Record, field: str, place: str, learned: bool = True) -> list[
 
 
 def unused_in_turns(record: Record, field: str) -> Iterator[str]:
-    """'messages[].key' for each key of a turn that nothing reads."""
+    """'messages[].key' for each unused key of a turn."""
     found = record[field]
     found = parsed(found, field, "") if isinstance(found, str) and field in _TURN else found
     for turn in found if isinstance(found, list) else ():
@@ -104,7 +104,7 @@ def _each(found: Sequence[Record], field: str, place: str) -> Iterator[Message]:
 
 
 def _content(turn: Record, said: str, where: str) -> str:
-    """The text of a turn; of content in parts the text parts, joined."""
+    """The text of a turn; text parts are joined."""
     value = turn.get(said)
     if not isinstance(value, list):
         return text_field(turn, said, where)
@@ -112,9 +112,7 @@ def _content(turn: Record, said: str, where: str) -> str:
     for number, part in enumerate(value):
         kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
         if kind not in ("text", "input_text", "output_text"):
-            raise UserError(
-                f"{where}: part {number} of its {said} is '{kind}'; a text model learns from text parts alone"
-            )
+            raise UserError(f"{where}: part {number} of its {said} is '{kind}'; only text parts can be learned")
         texts.append(text_field(part, "text", f"{where}: part {number}"))
     return "".join(texts)
 
@@ -122,12 +120,12 @@ def _content(turn: Record, said: str, where: str) -> str:
 def _learned(turn: Record, where: str) -> bool:
     weight = turn.get("weight")
     if weight not in (None, 0, 1):
-        raise UserError(f"{where}: weight {weight!r} is not 0 (context alone) or 1 (learned)")
+        raise UserError(f"{where}: weight {weight!r} is not 0 (context only) or 1 (learned)")
     return weight != 0
 
 
 def _more(turn: Record, spelt: str, said: str, where: str) -> dict[str, Any]:
-    """The further keys of a turn that chat templates read, calls of tools in OpenAI's layout."""
+    """The further keys of a turn that chat templates read; tool calls in OpenAI's layout."""
     more = {key: turn[key] for key in MORE if key in turn and is_given(turn[key])}
     single = turn.get("function_call") or (parsed(turn.get(said), said, where) if spelt == "function_call" else None)
     if "tool_calls" in more or single:
@@ -149,7 +147,7 @@ def _call(call: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _tools(given: Any, place: str) -> str:
-    """The tools that may be called, as a JSON list, each in OpenAI's layout and with its keys in the order given; "" for none."""
+    """The available tools as a JSON list, each in OpenAI's layout with its keys in the given order; "" for none."""
     found = parsed(given, "tools", place) if is_given(given) else []
     if not isinstance(found, list) or not all(isinstance(tool, Mapping) for tool in found):
         raise UserError(f"{place}: field 'tools' must be a list of {{type, function}} objects")

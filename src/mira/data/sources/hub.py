@@ -1,4 +1,4 @@
-"""Any instruction data set on the model hub, its columns mapped to ours."""
+"""Any instruction data set on the model hub, with its columns mapped to ours."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from mira.data.types import ClientData
 
 @dataclass(frozen=True, config=STRICT)
 class Hub:
-    """A pool of examples that a partition turns into clients."""
+    """A data set on the hub, divided into clients by a partition."""
 
     path: str
     """Name on the hub, e.g. databricks/databricks-dolly-15k."""
     partition: Partition
-    """How the pool becomes clients."""
+    """The partition of the pool into clients."""
     columns: Columns = Field(default_factory=dict)
-    """Our fields -> the data set's columns, e.g. {instruction: question, output: answer}; empty: ours already."""
+    """Our fields -> the data set's columns, e.g. {instruction: question, output: answer}; empty: the names are ours."""
     subset: str | None = None
-    """The configuration of a data set that has several."""
+    """The configuration, for a data set with several."""
     split: str = "train"
-    """The part to read; our own splits are drawn from it."""
+    """The split of the data set to read; the clients' splits are drawn from it."""
     revision: str | None = None
-    """Branch, tag or commit; pin it for runs that must be repeated."""
+    """Branch, tag or commit; pin it for reproducible runs."""
     source: Literal["hub"] = "hub"
 
     def load(self, seed: int) -> list[ClientData]:
@@ -40,11 +40,13 @@ class Hub:
 
 
 def hub_records(path: str, subset: str | None, split: str, revision: str | None) -> Iterator[tuple[str, Record]]:
-    """(place, row) for every row. Raises UserError when the library or the data set cannot be had."""
+    """(place, row) for every row. Raises UserError where the library or the data set is not available."""
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"data: reading '{path}' from the hub needs datasets; pip install 'mira[datasets]'") from error
+        raise UserError(
+            f"data: reading '{path}' from the hub needs datasets; pip install 'mira-fl[datasets]'"
+        ) from error
     try:
         rows = datasets.load_dataset(path, subset, split=split, revision=revision)
     except Exception as error:  # offline, unknown, gated, no such split: the library has no common base class for them
