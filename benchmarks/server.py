@@ -149,6 +149,9 @@ class _Recorder:
     def rows(self) -> Rows:
         return self.store.rows()
 
+    def optimizer(self) -> dict[int, Tensor]:
+        return {}
+
 
 @dataclass
 class Server:

@@ -24,9 +24,9 @@ from mira import Experiment
 from mira.core.wire import Wire
 from mira.data.federation import make_federation
 from mira.data.sources.sites import Sites
-from mira.fleet.messages.transport import InProcess
+from mira.fleet.messages.transport import InProcessTransport
 from mira.fleet.server.session import Opener
-from mira.fleet.site.handler import Site
+from mira.fleet.site.handler import SiteHandler
 from mira.results.statistics import mean
 from mira.runner import run as experiment
 
@@ -45,8 +45,8 @@ VARIANTS = {**{wire: [f"server.wire={wire}"] for wire in get_args(Wire)}, OTHERW
 def measure(wanted: Experiment, folder: Path) -> dict[str, Any]:
     """The losses after the last round of ``wanted`` with a site for each of its clients, and the bytes of rows."""
     clients = make_federation(wanted.data, wanted.split, wanted.seed).clients
-    sites = {client.name: Site(client.name, wanted.data, folder / "sites" / client.slug) for client in clients}
-    transport = InProcess({name: site.handle for name, site in sites.items()})
+    sites = {client.name: SiteHandler(client.name, wanted.data, folder / "sites" / client.slug) for client in clients}
+    transport = InProcessTransport({name: site.handle for name, site in sites.items()})
     apart = wanted.model_copy(update={"data": Sites(groups={client.name: client.group for client in clients})})
     result = experiment.run(apart, folder / "run", open=Opener(transport, sites.keys, patience=0.0))
     return {key: result[key] for key in ("local_loss", "validation_loss", "bytes_up", "bytes_down", "lost", "seconds")}

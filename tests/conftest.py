@@ -13,9 +13,9 @@ import torch
 from hypothesis import settings
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from apart import World, write_data
+from helpers.in_process_federation import World, write_data
+from helpers.tiny_models import make_tiny, make_tokenizer, save_tiny
 from mira.model import Base, load
-from tiny import make_tiny, make_tokenizer, save_tiny
 
 settings.register_profile("mira", deadline=None)  # machines are shared: a slow example is no failure
 settings.load_profile("mira")

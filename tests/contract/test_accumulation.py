@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from engines import RandomCorpus, make_engine, warm_row
 from torch import Tensor
 
+from helpers.engines import RandomCorpus, make_engine, warm_row
+from helpers.tiny_models import KINDS
 from mira.core.training import Training
 from mira.core.types import Trained, Work
 from mira.engine import batched, budget
 from mira.engine.batched import BatchedEngine
-from tiny import KINDS
 
 STEPS = (3, 2)
 TRAINING = Training(lr=1e-2, local_steps=3, clip=0.5)

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from engines import RandomCorpus, make_engine, warm_row
-from families import FAMILIES, Family, build
 from torch import Tensor, nn
 
+from helpers.engines import RandomCorpus, make_engine, warm_row
+from helpers.model_families import FAMILIES, Family, build
+from helpers.tiny_models import KINDS, make_tiny
 from mira.adapters.lora import Lora
 from mira.core.errors import UserError
 from mira.core.training import Training
 from mira.core.types import Trained, Work
 from mira.engine.adapted_model import Carrier
 from mira.engine.checkpoint import check_gradients, decoder_layers, recomputed
-from tiny import KINDS, make_tiny
 
 STEPS = (4, 2, 3)
 
@@ -49,7 +49,7 @@ def test_layers_that_share_keys_and_values_send_their_gradients_back(family: Fam
     rows = []
     for on in (False, True):
         model = build(family)
-        layout = Lora(2, 4.0, targets=("k_proj", "v_proj")).layout(model)
+        layout = Lora(rank=2, alpha=4.0, targets=("k_proj", "v_proj")).layout(model)
         corpus, training = RandomCorpus((1, 1)), Training(optimizer="sgd", local_steps=1)
         engine = make_engine(name, "llama", corpus, training, model=model, layout=layout, checkpointing=on)
         start = warm_row(layout).expand(2, -1)

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from engines import RandomCorpus, make_engine, warm_row
-from test_engines import LIMIT, displacement_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import gpu_way
+from helpers import fake_cuda
+from helpers.displacement import LIMIT, displacement_error
+from helpers.engines import RandomCorpus, make_engine, warm_row
+from helpers.tiny_models import KINDS, Kind, make_tiny
 from mira.adapters.lowrank import Lane
 from mira.core.training import Training
 from mira.core.types import Work
@@ -20,7 +21,6 @@ from mira.engine.attention import packed as attention
 from mira.engine.batched import BatchedEngine
 from mira.engine.cuda import graphs as cuda_graphs
 from mira.engine.packing import pack
-from tiny import KINDS, Kind, make_tiny
 
 STEPS = (6, 2, 4)
 _CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: its kernels are not tested here")
@@ -29,7 +29,7 @@ _CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=_CUDA)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "cpu":
-        gpu_way.take(monkeypatch)
+        fake_cuda.take(monkeypatch)
     return str(request.param)
 
 
@@ -116,7 +116,7 @@ def test_a_step_launches_no_more_kernels_for_more_clients(monkeypatch: pytest.Mo
     found = []
     for clients in (4, 16):
         engine = make_engine("batched", "llama", RandomCorpus((1,) * clients), Training(local_steps=1))
-        gpu_way.take(monkeypatch)
+        fake_cuda.take(monkeypatch)
         monkeypatch.setattr(attention, "_agrees", lambda *shape: True)
         monkeypatch.setattr(
             "torch.nn.attention.varlen.varlen_attn", lambda q, k, v, *rest, **named: _Kernel.apply(q, k, v)
@@ -143,7 +143,7 @@ class _Questions(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_a_pass_reads_no_number_out_of_a_tensor(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu_way.take(monkeypatch)
+    fake_cuda.take(monkeypatch)
     engine = make_engine("batched", kind, RandomCorpus(STEPS), Training(local_steps=1))
     assert isinstance(engine, BatchedEngine)
     packed = pack([(n, engine.corpus.batches(0, n)[0]) for n in range(len(STEPS))], True)
@@ -165,7 +165,7 @@ def test_a_pass_reads_no_number_out_of_a_tensor(kind: Kind, monkeypatch: pytest.
     ("dtype", "recorded"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
 )
 def test_a_pass_waits_for_nothing(dtype: torch.dtype, recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs.Graphs, "timed", gpu_way.timed)
+    monkeypatch.setattr(cuda_graphs.Graphs, "timed", fake_cuda.timed)
     engine = make_engine(
         "batched", "llama", RandomCorpus(STEPS), Training(local_steps=1), model=make_tiny(dtype=dtype).cuda(),
         cuda_graphs=recorded,

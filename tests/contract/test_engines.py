@@ -7,13 +7,14 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
-import engines
 import pytest
 import torch
-from engines import RandomCorpus, layout_on, make_engine, warm_row
 from torch import Tensor
 
-import gpu_way
+from helpers import engines, fake_cuda
+from helpers.displacement import LIMIT, STEPS, TYPICAL, displacement_error, displacement_errors
+from helpers.engines import RandomCorpus, layout_on, make_engine, warm_row
+from helpers.tiny_models import KINDS, make_tiny
 from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.training import Training
@@ -21,27 +22,6 @@ from mira.core.types import Work
 from mira.engine.attention.decoding import Decode
 from mira.engine.batched import BatchedEngine
 from mira.engine.optim import RowOptimizer
-from tiny import KINDS, make_tiny
-
-STEPS = (20, 7, 20, 13)
-# fp32: rounding of sums in another order, over 20 steps. fp64: the same with 2^29 times finer rounding.
-LIMIT = {torch.float32: 1e-5, torch.float64: 1e-10}
-TYPICAL = 2e-6  # fp32: what all but the worst tensors keep
-
-
-def displacement_error(layout: Any, ours: Tensor, oracle: Tensor, start: Tensor) -> float:
-    """Largest ‖Δ‖/‖θ − θ⁰‖ over adapter tensors and rows."""
-    return float(displacement_errors(layout, ours, oracle, start).max())
-
-
-def displacement_errors(layout: Any, ours: Tensor, oracle: Tensor, start: Tensor) -> Tensor:
-    """‖Δ‖/‖θ − θ⁰‖ of every adapter tensor and row."""
-    errors = []
-    for entry in layout.entries:
-        moved = (entry.view(oracle) - entry.view(start)).flatten(1).norm(dim=1)
-        assert bool((moved > 0).all()), entry
-        errors.append((entry.view(ours) - entry.view(oracle)).flatten(1).norm(dim=1) / moved)
-    return torch.stack(errors)
 
 
 def train(name: str, kind: str, training: Training, dtype: torch.dtype, **options: Any) -> tuple[Any, Tensor, Any]:
@@ -105,12 +85,11 @@ def test_kept_optimiser_state_carries_over(name: str) -> None:
     rows = {}
     for keeping in (True, False):
         engine = make_engine(name, "llama", corpus, training, torch.float64)
-        object.__setattr__(engine, "kept", kept.get if keeping else lambda client: None)
         first = engine.train(Work(torch.tensor([0, 1]), start), 0, 1e-3)
         assert first.optimizer is not None
         kept.update({int(k): s for k, s in zip(first.client, first.optimizer, strict=True)})
-        rows[keeping] = engine.train(Work(torch.tensor([0, 1]), first.rows), 1, 1e-3)
-        kept.clear() if not keeping else None
+        work = Work(torch.tensor([0, 1]), first.rows, optimizer=kept if keeping else None)
+        rows[keeping] = engine.train(work, 1, 1e-3)
     assert not torch.equal(rows[True].rows, rows[False].rows)
 
 
@@ -120,10 +99,9 @@ def test_kept_state_is_the_same_in_both_engines() -> None:
     for name in ("batched", "reference"):
         kept: dict[int, Tensor] = {}
         engine = make_engine(name, "llama", RandomCorpus((5, 3)), training, torch.float64)
-        object.__setattr__(engine, "kept", kept.get)
         start = warm_row(engine.layout).expand(2, -1).double()
         for round in range(2):
-            trained = engine.train(Work(torch.tensor([0, 1]), start), round, 1e-3)
+            trained = engine.train(Work(torch.tensor([0, 1]), start, optimizer=kept), round, 1e-3)
             kept.update({int(k): s for k, s in zip(trained.client, trained.optimizer, strict=True)})
             start = trained.rows
         states.append(trained.optimizer)
@@ -207,7 +185,7 @@ def test_a_client_trains_alike_alone_and_in_a_crowd_with_dropout() -> None:
 @pytest.mark.parametrize("gpu", [False, True])
 def test_a_poisoned_client_leaves_the_others_alone(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if gpu:
-        gpu_way.take(monkeypatch)
+        fake_cuda.take(monkeypatch)
     # To the bit, as passes that are filled up to be replayed cannot be; these have a test of their own (test_replays).
     engine = make_engine(
         "batched", "llama", RandomCorpus(STEPS), Training(local_steps=20), torch.float64, cuda_graphs=False
@@ -326,10 +304,9 @@ def test_two_jobs_of_a_client_keep_optimiser_states_of_their_own() -> None:
     for name in ("batched", "reference"):
         kept: dict[int, Tensor] = {}
         engine = make_engine(name, "llama", RandomCorpus((5, 3)), training, torch.float64)
-        object.__setattr__(engine, "kept", kept.get)
         start = warm_row(engine.layout).expand(4, -1).double()
         for round in range(2):
-            work = personal(engine.layout, [0, 1], start)
+            work = replace(personal(engine.layout, [0, 1], start), optimizer=kept)
             trained = engine.train(work, round, 1e-3)
             kept.update(zip(work.kept_under, trained.optimizer, strict=True))
             start = trained.rows

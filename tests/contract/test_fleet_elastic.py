@@ -13,15 +13,15 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from apart import NAMES, Troubled, World, metrics, names_of, rows
+from helpers.in_process_federation import NAMES, Troubled, World, metrics, names_of, rows
+from helpers.sample_config import Interrupt, mira
 from mira.core.errors import UserError
 from mira.core.wire import decode
 from mira.data.sources.sites import Sites
-from mira.fleet.messages.transport import InProcess, Lost, Reply, pack, unpack
+from mira.fleet.messages.transport import InProcessTransport, NoReply, Reply, pack, unpack
 from mira.fleet.server.session import Opener
 from mira.runner import run as experiment
 from mira.runner.progress import RunProgress
-from small import Interrupt, mira
 
 
 def test_a_site_that_is_away_keeps_its_row_and_comes_back(world: World) -> None:
@@ -50,7 +50,7 @@ def test_nobody_waits_for_a_site_that_does_not_join(world: World) -> None:
     deaf = Seen(
         world.transport().inner,
         change=lambda name, request, reply: (
-            Lost("late") if (name, unpack(request).head.kind) == ("bob", "open") else reply
+            NoReply("late") if (name, unpack(request).head.kind) == ("bob", "open") else reply
         ),
     )
     experiment.resume(world.folder / "apart", None, world.opener(deaf))
@@ -65,7 +65,7 @@ def test_nobody_waits_for_a_site_that_does_not_join(world: World) -> None:
 def test_a_refused_reply_is_not_one_of_those_that_are_enough(world: World) -> None:
     broken = world.transport()
     ann = broken.inner.sites["ann"]
-    broken.inner = InProcess({
+    broken.inner = InProcessTransport({
         **broken.inner.sites,
         "ann": lambda request: ann(request)[: -3 if unpack(request).head.kind == "train" else None],
     })  # fmt: skip
@@ -80,7 +80,7 @@ def test_a_refused_reply_is_not_one_of_those_that_are_enough(world: World) -> No
 @pytest.mark.parametrize("rounds", [3, 2])
 def test_a_round_does_not_wait_for_the_losses_of_who_is_training_still(world: World, rounds: int) -> None:
     """It counts with its last ones, and is measured again as soon as it answers; after the last round all are waited for."""
-    late = Lost("no reply within 5 s", busy=True)
+    late = NoReply("no reply within 5 s", busy=True)
     transport = Troubled(
         world.transport().inner,
         change=lambda name, request, reply: (
@@ -106,13 +106,15 @@ def test_the_matrix_only_where_sites_are_willing(world: World) -> None:
     world.apart(world.sites("unwilling"), "a")
     assert metrics(world.folder / "a")[-1]["transfer"] == {}
     experiment.run(world.experiment(), world.folder / "together")
-    world.apart(world.sites("eager", willing=True), "b")
+    world.apart(world.sites("eager", allow_transfer=True), "b")
     assert metrics(world.folder / "b")[-1]["transfer"] == metrics(world.folder / "together")[-1]["transfer"]
 
 
 def test_others_rows_never_travel_to_a_site_that_is_not_willing(world: World) -> None:
-    """Their last rows, which the matrix tries, are sent to the willing and to nobody else."""
-    sites = world.sites("unwilling") | {name: world.sites("eager", willing=True)[name] for name in ("bob", "cleo")}
+    """Their last rows, which the matrix tries, are sent to those who allow it and to nobody else."""
+    sites = world.sites("unwilling") | {
+        name: world.sites("eager", allow_transfer=True)[name] for name in ("bob", "cleo")
+    }
     _, transport = world.apart(sites)
     assert metrics(world.folder / "apart")[-1]["transfer"]["names"] == ["bob", "cleo"]
     last = dict(zip(NAMES, (row.numpy().tobytes() for row in rows(world.folder / "apart").values()), strict=True))
@@ -143,7 +145,7 @@ def silent(name: str, *rounds: int, kind: str = "evaluate") -> dict[str, Any]:
 
     def change(site: str, request: bytes, reply: bytes) -> Reply:
         head = unpack(request).head
-        return Lost("late") if (site, head.kind) == (name, kind) and head.round in rounds else reply
+        return NoReply("late") if (site, head.kind) == (name, kind) and head.round in rounds else reply
 
     return {"change": change}
 
@@ -192,7 +194,7 @@ def test_rounds_are_compared_by_the_same_clients(world: World) -> None:
         if name != "bob" or message.head.kind != "evaluate":
             return reply
         if sum(unpack(sent).head.kind == "evaluate" for site, sent in transport.sent if site == "bob") <= 2:
-            return Lost("late")
+            return NoReply("late")
         return pack(replace(message, tensors=message.tensors | {"nll": message.tensors["nll"] + 1000}))
 
     transport = world.transport(change=change)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from engines import RandomCorpus, make_engine, warm_row
 from transformers import Phi3Config, Phi3ForCausalLM
 
-import gpu_way
+from helpers import fake_cuda
+from helpers.engines import RandomCorpus, make_engine, warm_row
 from mira.core.training import Training
 from mira.core.types import Work
 from mira.engine import reference
@@ -28,7 +28,7 @@ def test_an_exploding_client_leaves_the_answers_of_others_alone(
 ) -> None:
     """Its keys and values are infinite, and padding of shorter prompts must not read them."""
     if gpu:
-        gpu_way.take(monkeypatch)
+        fake_cuda.take(monkeypatch)
     engine = make_engine("batched", "llama", RandomCorpus((1, 1, 1)), TRAINING, prefix=prefix)
     rows = torch.stack([warm_row(engine.layout, seed) for seed in range(3)])
     client = torch.arange(3)

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from variants import BESIDE_ONE, ONE_ROW, ROW_OF_EACH, VARIANTS, used_by
 
+from helpers.memory_recorder import MemoryRecorder
+from helpers.method_variants import BESIDE_ONE, ONE_ROW, ROW_OF_EACH, VARIANTS, used_by
+from helpers.quadratic_clients import Toy, numbered
 from mira.core.graph import Edges, Graph, Groups
 from mira.core.graph_io import in_use, to_tensors, with_graph
 from mira.core.layout import Layout
@@ -21,8 +23,6 @@ from mira.core.training import Training
 from mira.core.types import Change, Method, Rows, ServerState, Setting, Trained
 from mira.methods import METHODS, uses_graph
 from mira.store import Store
-from recorder import MemoryRecorder
-from toy import Toy, numbered
 
 LAYOUT = Layout.of({"layer": (3, 2)}, rank=1, alpha=1.0)  # P = 5
 COHORT = [4, 0, 3]
@@ -355,6 +355,9 @@ class Folder:
 
     def rows(self) -> Rows:
         return self.store.rows()
+
+    def optimizer(self) -> dict[int, Tensor]:
+        return {}
 
 
 def on_toy(method: Method, state: ServerState, rounds: int, recorder: Any) -> ServerState:

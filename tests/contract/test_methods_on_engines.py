@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from engines import RandomCorpus, make_engine, warm_row
 from torch import Tensor
-from variants import ONE_ROW, VARIANTS, used_by
 
-from mira.adapters.lora import from_peft, to_peft
+from helpers.engines import RandomCorpus, make_engine, warm_row
+from helpers.memory_recorder import MemoryRecorder
+from helpers.method_variants import ONE_ROW, VARIANTS, used_by
+from mira.adapters.lora_peft import from_peft, to_peft
 from mira.core.graph import Groups
 from mira.core.loop import Schedule, run_rounds
 from mira.core.training import Training
 from mira.core.types import Scores, ServerState, Setting, Trained, Work
 from mira.runner import evaluation as measure
-from recorder import MemoryRecorder
 
 NAMES = ("a", "b", "c", "d")
 STEPS = (3, 2, 3, 1)

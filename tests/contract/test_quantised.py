@@ -11,28 +11,28 @@ from typing import Any
 
 import pytest
 import torch
-from engines import RandomCorpus, layout_on, make_engine, warm_row
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_engines import displacement_error
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from helpers.displacement import displacement_error
+from helpers.engines import RandomCorpus, layout_on, make_engine, warm_row
+from helpers.sample_config import ADAPTERS, mira, settings, write_clients
+from helpers.tiny_models import KINDS, Kind, make_tiny, make_tokenizer, save_tiny
 from mira import run
 from mira.config import Experiment, differences
 from mira.core.errors import UserError
 from mira.core.training import Training
 from mira.core.types import Trained, Work
 from mira.model import load, quantise
-from small import ADAPTERS, mira, settings, write_clients
-from tiny import KINDS, Kind, make_tiny, make_tokenizer, save_tiny
 
 BITS = ("4bit", "8bit")
 STEPS = (6, 3, 5)
 
 needs_bitsandbytes = pytest.mark.skipif(
-    find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: pip install 'mira[quantized]'"
+    find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: pip install 'mira-fl[quantized]'"
 )
 
 
@@ -206,7 +206,7 @@ def test_weights_stored_quantised_are_taken_for_what_they_are(tiny_folder: Path,
 
 def test_without_the_library_the_extra_is_named(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantise, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"^model\.quantization=4bit: .*pip install 'mira\[quantized\]'$"):
+    with pytest.raises(UserError, match=r"^model\.quantization=4bit: .*pip install 'mira-fl\[quantized\]'$"):
         load(str(tiny_folder), quantization="4bit")
 
 

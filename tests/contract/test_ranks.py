@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import engines
 import pytest
 import torch
-from engines import RandomCorpus, layout_on, make_engine, warm_row
 from safetensors.torch import load_file
 
-from mira.adapters.lora import from_peft, merge, to_peft
+from helpers import engines
+from helpers.engines import RandomCorpus, layout_on, make_engine, warm_row
+from helpers.memory_recorder import MemoryRecorder
+from helpers.quadratic_clients import LAYOUT, Toy
+from helpers.tiny_models import make_tiny
+from mira.adapters.lora_peft import from_peft, merge, to_peft
 from mira.core.errors import UserError
 from mira.core.graph import Groups
 from mira.core.layout import Layout
@@ -23,9 +26,6 @@ from mira.core.training import Training
 from mira.core.types import Setting, Trained, Work
 from mira.methods import METHODS
 from mira.methods.heterogeneous_ranks import HeterogeneousRanks, with_ranks
-from recorder import MemoryRecorder
-from tiny import make_tiny
-from toy import LAYOUT, Toy
 
 STEPS = (8, 5, 8)
 

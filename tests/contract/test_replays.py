@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from engines import RandomCorpus, layout_on, make_engine, warm_row
-from test_engines import LIMIT, displacement_error
 from torch import Tensor
 
-import gpu_way
+from helpers import fake_cuda
+from helpers.displacement import LIMIT, displacement_error
+from helpers.engines import RandomCorpus, layout_on, make_engine, warm_row
+from helpers.tiny_models import make_tiny
 from mira.core.seeds import generator
 from mira.core.training import Training
 from mira.core.types import Work
@@ -24,7 +25,6 @@ from mira.engine.attention import packed as attention
 from mira.engine.batched import BatchedEngine
 from mira.engine.cuda import graphs as cuda_graphs
 from mira.engine.cuda import replay as replays
-from tiny import make_tiny
 
 _CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: its graphs are not tested here")
 STEPS = 8
@@ -55,14 +55,14 @@ class Steady:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=_CUDA)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "cpu":
-        gpu_way.take(monkeypatch)
-    monkeypatch.setattr(cuda_graphs.Graphs, "timed", gpu_way.timed)
+        fake_cuda.take(monkeypatch)
+    monkeypatch.setattr(cuda_graphs.Graphs, "timed", fake_cuda.timed)
     return str(request.param)
 
 
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu_way.take(monkeypatch)
+    fake_cuda.take(monkeypatch)
 
 
 @pytest.fixture
@@ -180,12 +180,12 @@ def test_a_client_that_diverges_stays_alone_in_a_recording(
 def _in_tiles(patch: pytest.MonkeyPatch) -> None:
     """Where the kernel turns out not to do, and laying out tiles waits for nothing."""
     patch.setattr(attention, "_agrees", lambda *shape: False)
-    patch.setattr(gpu_way.Graphs, "rehearse", lambda self, compute: compute())
+    patch.setattr(fake_cuda.Graphs, "rehearse", lambda self, compute: compute())
 
 
 def _not_computed(patch: pytest.MonkeyPatch) -> None:
     """A recording of nothing, as of another device."""
-    patch.setattr(gpu_way.Graphs, "record", lambda self, compute, first: (lambda: None, compute()))
+    patch.setattr(fake_cuda.Graphs, "record", lambda self, compute, first: (lambda: None, compute()))
 
 
 def _filler_counts(patch: pytest.MonkeyPatch) -> None:
@@ -225,7 +225,7 @@ def test_what_cannot_be_recorded_is_computed_as_it_is(
 def test_memory_that_runs_out_over_a_recording_leaves_those_there_are(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, replayed: list[int]
 ) -> None:
-    real, recorded = gpu_way.Graphs.record, 0
+    real, recorded = fake_cuda.Graphs.record, 0
 
     def scarce(*given: Any) -> Any:
         nonlocal recorded
@@ -234,7 +234,7 @@ def test_memory_that_runs_out_over_a_recording_leaves_those_there_are(
             raise torch.OutOfMemoryError("out of memory, pretend\nand more about it")
         return real(*given)
 
-    monkeypatch.setattr(gpu_way.Graphs, "record", scarce)
+    monkeypatch.setattr(fake_cuda.Graphs, "record", scarce)
     with caplog.at_level(logging.WARNING):
         found = replays_of(against_the_oracle())
     assert (found.closed, len(found.recordings)) == (True, 1)
@@ -271,16 +271,16 @@ def test_memory_that_runs_out_takes_that_of_recordings_first(way: str, monkeypat
 @pytest.mark.usefixtures("stand_ins")
 def test_a_recording_that_is_not_faster_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """And is tried once for each size, of which there are not more than a few, however many are met."""
-    monkeypatch.setattr(gpu_way.Graphs, "timed", lambda self, compute: (compute(), 1.0))
+    monkeypatch.setattr(fake_cuda.Graphs, "timed", lambda self, compute: (compute(), 1.0))
     monkeypatch.setattr(replays, "_MOST", 3)
-    recorded, real = 0, gpu_way.Graphs.record
+    recorded, real = 0, fake_cuda.Graphs.record
 
     def counted(*given: Any) -> Any:
         nonlocal recorded
         recorded += 1
         return real(*given)
 
-    monkeypatch.setattr(gpu_way.Graphs, "record", counted)
+    monkeypatch.setattr(fake_cuda.Graphs, "record", counted)
     for corpus, times in ((Steady(), 2), (RandomCorpus((60, 50, 60)), 3)):
         recorded = 0
         found = replays_of(against_the_oracle(corpus=corpus))
@@ -307,9 +307,8 @@ def test_every_kind_of_training_is_recorded(kind: str, replayed: list[int]) -> N
             work = replace(work, anchor=work.start + 0.1, prox=torch.tensor([0.1, 0.0, 1.0]).double())
         trained = engine.train(work, 0, 1e-3)
         if trained.optimizer is not None:
-            trained = replace(engine, kept=trained.optimizer.__getitem__).train(
-                replace(work, start=trained.rows), 1, 1e-3
-            )
+            kept = dict(enumerate(trained.optimizer))
+            trained = engine.train(replace(work, start=trained.rows, optimizer=kept), 1, 1e-3)
         found.append(trained.rows)
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
     assert set(replayed) == ({1, 2} if "two" in kind else {3})

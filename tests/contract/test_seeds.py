@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from engines import RandomCorpus, layout_on, make_engine, warm_row
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from helpers.engines import RandomCorpus, layout_on, make_engine, warm_row
+from helpers.tiny_models import make_tiny
 from mira.adapters.seeds import Directions, SeedsAdapter, directions
 from mira.core.layout import Layout
 from mira.core.mixing import weighted_mean
@@ -19,7 +20,6 @@ from mira.core.seeds import generator
 from mira.core.training import Training
 from mira.core.types import Work
 from mira.engine.seeds import SeedsEngine
-from tiny import make_tiny
 
 COUNT, EPSILON, LR, SEED = 6, 5e-4, 1e-4, 3
 TARGETS = ("q_proj", "v_proj")
@@ -31,7 +31,7 @@ def make_seeds(
     corpus = corpus or RandomCorpus((3, 5))
     model = make_tiny("llama", dtype)
     inner = make_engine(name, "llama", corpus, Training(local_steps=1), dtype, model=model, layout=Layout(()))
-    return SeedsEngine(inner, directions(model, targets, SEED), EPSILON, corpus, seed=0)
+    return SeedsEngine(inner, directions(model, targets, SEED, EPSILON), corpus, seed=0)
 
 
 def z(engine: SeedsEngine, s: int) -> dict[str, Tensor]:

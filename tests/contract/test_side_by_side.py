@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from engines import RandomCorpus, layout_on, make_engine, prompt_on, warm_row
 from torch import Tensor
 
+from helpers.engines import RandomCorpus, layout_on, make_engine, prompt_on, warm_row
 from mira.core.threads import side_by_side
 from mira.core.training import Training
 from mira.core.types import Work
@@ -82,8 +82,8 @@ def test_every_kind_of_training_gives_the_same_side_by_side(
         assert isinstance(engine, BatchedEngine)
         trained = engine.train(work, 0, 1e-3)
         if trained.optimizer is not None:
-            engine = replace(engine, kept=trained.optimizer.__getitem__)
-            trained = engine.train(replace(work, start=trained.rows), 1, 1e-3)
+            kept = dict(enumerate(trained.optimizer))
+            trained = engine.train(replace(work, start=trained.rows, optimizer=kept), 1, 1e-3)
         found.append(trained.rows)
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
     assert (found[0] - start).abs().max() > 1e-3

@@ -11,12 +11,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from helpers.sample_config import mira, settings, write_clients, write_config
+from helpers.tiny_models import save_tiny
 from mira import Experiment
 from mira.adapters.prompt import from_peft
 from mira.setup.session import open_session
 from mira.store import Store
-from small import mira, settings, write_clients, write_config
-from tiny import save_tiny
 
 SECTIONS = {
     "prompt": {"kind": "prompt", "virtual_tokens": 4, "encoder_hidden": 8},

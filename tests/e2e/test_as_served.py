@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from chat_templates import FAMILIES, make
+from helpers.chat_templates import FAMILIES, make
 from mira import Experiment, run
 from mira.config import load
 from mira.data.federation import make_federation

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from torch import Tensor
 
-from documented import TYPES, documented, fields, one_object
+from helpers.documented_json import TYPES, documented, fields, one_object
+from helpers.sample_config import NAMES, Interrupt, mira, settings, snapshot, write_clients
 from mira import comparison
 from mira.comparison import run as running
 from mira.core.errors import UserError
@@ -23,7 +24,6 @@ from mira.runner.run import Watcher
 from mira.setup.git_commit import commit
 from mira.store import Store
 from mira.store.folders import alone_in
-from small import NAMES, Interrupt, mira, settings, snapshot, write_clients
 
 KINDS = {
     **TYPES,

@@ -15,11 +15,11 @@ import typer
 import yaml
 
 import mira
+from helpers.sample_config import settings, write_clients
 from mira import Experiment, config
 from mira.cli import app
 from mira.comparison import plan as comparison
 from mira.config.experiment import VARIANTS
-from small import settings, write_clients
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])

@@ -19,19 +19,19 @@ import httpx
 import pytest
 from safetensors.numpy import load_file
 
-pytest.importorskip("flwr", reason="needs Flower: pip install 'mira[flower]'")
+pytest.importorskip("flwr", reason="needs Flower: pip install 'mira-fl[flower]'")
 
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
 from flwr.proto.message_pb2 import Message, Metadata
 from flwr.proto.node_pb2 import Node
 
-from federation import BESIDE, NAMES, PATIENCE, Federation, children_of, free_port, kept, write_data
+from helpers.federation_processes import BESIDE, NAMES, PATIENCE, Federation, children_of, free_port, kept, write_data
+from helpers.mitm import wiretap
+from helpers.sample_config import mira, settings
 from mira.fleet.flower import frames
 from mira.fleet.gate import proxy as gate
 from mira.fleet.identity import certificates, kit
 from mira.fleet.identity.signatures import signed
-from small import mira, settings
-from wiretap import wiretap
 
 pytestmark = pytest.mark.slow
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.sample_config import begin, outcome, settings, write_clients
+from helpers.tiny_models import make_tiny, make_tokenizer
 from mira import Experiment, run
 from mira.core.graph_io import from_tensors, in_use
 from mira.data.federation import make_federation
@@ -17,8 +19,6 @@ from mira.results.html.write import write
 from mira.runner.run import resume, state_of
 from mira.setup.session import open_session
 from mira.store import Store
-from small import begin, outcome, settings, write_clients
-from tiny import make_tiny, make_tokenizer
 
 
 @pytest.fixture

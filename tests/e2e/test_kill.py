@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
+from helpers.sample_config import outcome, write_clients, write_config
 from mira import load, run
-from small import outcome, write_clients, write_config
 
-HERE = Path(__file__).parent
 KILLS = 20
 SCENARIOS: dict[str, dict[str, Any]] = {
     "fresh-optimiser": {"rounds": 8},
@@ -41,7 +40,7 @@ def killed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, sections in SCENARIOS.items():
         (base / name).mkdir()
         write_config(base / name / "config.yaml", tiny_folder, data, **sections)
-    program = [sys.executable, str(HERE / "kill_program.py"), str(KILLS), *(str(base / name) for name in SCENARIOS)]
+    program = [sys.executable, "-m", "helpers.kill_program", str(KILLS), *(str(base / name) for name in SCENARIOS)]
     done = subprocess.run(program, env=environment(), capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stderr
     return base

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.sample_config import NAMES, mira, settings, write_clients, write_config
 from mira import Experiment, run
 from mira.core.types import Scores, Trained, Work
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.engine.memory import OUT_OF_MEMORY
 from mira.engine.reference import ReferenceEngine
-from small import NAMES, mira, settings, write_clients, write_config
 
 BOB = NAMES.index("bob")
 Sections = dict[str, Any]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from helpers.sample_config import begin, mira, outcome, write_clients, write_config
+from helpers.tiny_models import save_tiny
 from mira import load
 from mira.store import files, manifests
-from small import begin, mira, outcome, write_clients, write_config
-from tiny import save_tiny
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from browser import CHROMIUM, Page, browser
-from small import mira
-from synthetic import write_comparison, write_run
+from helpers.generated_runs import write_comparison, write_run
+from helpers.headless_browser import CHROMIUM, Page, browser
+from helpers.sample_config import mira
 
 HOSTILE = (
     "<script>alert(1)</script>",

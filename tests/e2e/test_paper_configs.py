@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from helpers.tiny_models import save_tiny
 from mira import config, run
 from mira.data.sources.natural_instructions import MIN_INSTANCES
-from tiny import save_tiny
 
 FOLDER = Path(__file__).parents[2] / "configs" / "paper"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))

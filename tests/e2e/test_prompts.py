@@ -11,13 +11,13 @@ import pytest
 import yaml
 
 import mira.setup.session
+from helpers.sample_config import begin, settings, write_clients, write_config
+from helpers.sample_config import mira as command
+from helpers.tiny_models import CHAT_TEMPLATE, make_tiny, make_tokenizer
 from mira import Experiment, resume, run
 from mira import comparison as compare
 from mira.config import load
 from mira.core.errors import UserError
-from small import begin, settings, write_clients, write_config
-from small import mira as command
-from tiny import CHAT_TEMPLATE, make_tiny, make_tokenizer
 
 DATED = "<start>system\n{{ strftime_now('%d %b %Y') }}<eos>\n" + CHAT_TEMPLATE
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.sample_config import mira, outcome, settings, write_clients, write_config
+from helpers.tiny_models import save_tiny
 from mira import Experiment, config, run
-from small import mira, outcome, settings, write_clients, write_config
-from tiny import save_tiny
 
 CONFIGS = sorted(
     file for file in (Path(__file__).parents[2] / "configs").rglob("*.y*ml") if not file.name.startswith("compare-")

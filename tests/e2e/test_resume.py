@@ -16,11 +16,11 @@ import pytest
 import torch
 
 import mira.setup.environment
+from helpers.sample_config import begin, outcome, snapshot, write_clients, write_config
+from helpers.sample_config import mira as command
+from helpers.tiny_models import save_tiny
 from mira import Experiment, load, resume, run
 from mira.store import files
-from small import begin, outcome, snapshot, write_clients, write_config
-from small import mira as command
-from tiny import save_tiny
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +174,7 @@ def test_a_disk_full_when_adapters_are_written(config: Path, tmp_path: Path, mon
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr("mira.adapters.lora.to_peft", full)
+        patched.setattr("mira.adapters.lora_peft.to_peft", full)
         error = command("run", config, "--out", folder).error
     assert "No space left on device" in error
     assert "--resume" in error

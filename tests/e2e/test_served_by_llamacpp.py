@@ -17,12 +17,12 @@ from jinja2 import Template
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llamacpp import LlamaCpp
+from helpers.llama_cpp import LlamaCpp
+from helpers.sample_config import mira, settings
 from mira.data.sources.builtin import Builtin
 from mira.results import run_folder as inspect_run
 from mira.runner.run import state_of
 from mira.store import Store
-from small import mira, settings
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("xllamacpp")

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.memory_recorder import MemoryRecorder
+from helpers.quadratic_clients import LAYOUT, Toy, all_rows
 from mira.core.errors import UserError
 from mira.core.graph import Edges
 from mira.core.layout import Entry, Layout
@@ -18,8 +20,6 @@ from mira.core.training import Training
 from mira.core.types import MemoryRows, Method, ServerState, Setting, Trained
 from mira.methods import METHODS
 from mira.methods.flexlora import best_factors
-from recorder import MemoryRecorder
-from toy import LAYOUT, Toy, all_rows
 
 K = 5
 COHORT = torch.tensor([3, 0, 4])

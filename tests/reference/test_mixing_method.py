@@ -18,6 +18,18 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
+from helpers.mixing_oracle import (
+    Array,
+    Problem,
+    close,
+    energy_np,
+    largest,
+    normalised_np,
+    not_above,
+    paper_np,
+    problems,
+    unit,
+)
 from mira.core.errors import UserError
 from mira.core.graph import Edges, Graph, Groups
 from mira.core.layout import Layout
@@ -26,7 +38,6 @@ from mira.core.loop import apply
 from mira.core.types import MemoryRows, ServerState, Setting, Trained
 from mira.methods import mira
 from mira.methods.mira import Mira
-from mixing_oracle import Array, Problem, close, energy_np, largest, normalised_np, not_above, paper_np, problems, unit
 
 LAYOUT = Layout.of({"layer": (2, 1)}, rank=1, alpha=1.0)  # P = 3
 

@@ -18,9 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from mira.core import mixing
-from mira.core.mixing import normalised_step, paper_step, product, weighted_mean
-from mixing_oracle import (
+from helpers.mixing_oracle import (
     ATOL,
     Problem,
     close,
@@ -33,6 +31,8 @@ from mixing_oracle import (
     problems,
     unit,
 )
+from mira.core import mixing
+from mira.core.mixing import normalised_step, paper_step, product, weighted_mean
 
 # The arithmetic.
 

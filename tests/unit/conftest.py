@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from run_folder import commit, create
-from small import write_clients, write_config
+from helpers.sample_config import write_clients, write_config
+from helpers.sample_run_folder import commit, create
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.packed_sequences import layouts, visible
+from helpers.tiny_models import draw
 from mira.engine.attention import packed as attention
 from mira.engine.attention.decoding import after
 from mira.engine.attention.packed import Form, Packed, Segment, Tile, tiles
-from packings import layouts, visible
-from tiny import draw
 
 
 def seen_by(tile: Tile, heads: int, total: int) -> Tensor:

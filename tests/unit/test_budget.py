@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from helpers.tiny_models import Kind, make_tiny
 from mira.adapters.attach import Attached
 from mira.engine import budget
 from mira.engine.attention.patching import exchange
 from mira.engine.budget import Shares, bytes_a_token, tokens_per_pass
 from mira.engine.generate import kept_bytes
-from tiny import Kind, make_tiny
 
 WIDTH = 16
 W = torch.randn(WIDTH, WIDTH, requires_grad=True)

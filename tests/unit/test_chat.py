@@ -9,13 +9,13 @@ from itertools import groupby
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from chat_templates import FAMILIES, make
+from helpers.chat_templates import FAMILIES, make
+from helpers.tiny_models import CHAT_TEMPLATE, make_tokenizer
 from mira.core.errors import UserError
-from mira.data.federation import Client, Federation
+from mira.data.federation import Federation, SplitClient
 from mira.data.prompt_check import check, prove
 from mira.data.text import Encoded, Encoder, Wording
 from mira.data.types import Example, Message
-from tiny import CHAT_TEMPLATE, make_tokenizer
 
 CALL = json.dumps({"tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {}}}]})
 ASKED = "{% if add_generation_prompt %}"
@@ -125,7 +125,7 @@ def test_roles_and_keys_that_a_template_leaves_out_are_named(caplog: pytest.LogC
     )
     deaf = quiet.replace("'system'", "'user'")
     examples = (talk(Message("system", "Be brief."), QUESTION, Message("assistant", "fine", more='{"name": "bob"}')),)
-    federation = Federation((Client("a", "a", "a", "", "", examples, (), ()),), 0)
+    federation = Federation((SplitClient("a", "a", "a", "", "", examples, (), ()),), 0)
     with caplog.at_level(logging.WARNING):
         prove(federation, Encoder(tokenizer_with(quiet), "chat", 300))
     assert "leaves out the 'system' turns" in caplog.text

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from documented import DOCUMENT, TYPES, documented, fields, one_object
+from helpers.documented_json import DOCUMENT, TYPES, documented, fields, one_object
+from helpers.sample_config import NAMES, begin, mira, snapshot, write_clients, write_config
 from mira import config, load, run
 from mira.runner.progress import RunProgress
-from small import NAMES, begin, mira, snapshot, write_clients, write_config
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ def test_a_merged_model_is_a_whole_model(engine: str, file: Path) -> None:
 def test_what_looks_at_a_run_needs_its_weights_but_not_its_versions(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tiny import save_tiny
+    from helpers.tiny_models import save_tiny
 
     model = save_tiny(tmp_path / "model")
     file = write_config(tmp_path / "config.yaml", model, write_clients(tmp_path / "data.jsonl"))

@@ -15,10 +15,11 @@ from pydantic.dataclasses import dataclass
 
 from mira.config import Experiment, differences, dump, load, parse, parse_text, schema
 from mira.config import yaml_io as yaml_text
-from mira.config.experiment import VARIANTS, Variants
+from mira.config.experiment import SECTIONS, OneOf
 from mira.core.errors import UserError
 from mira.core.pydantic_config import STRICT
 from mira.methods import METHODS
+from mira.registry import Registry
 
 MINIMAL: dict[str, Any] = {
     "rounds": 3,
@@ -332,9 +333,9 @@ def test_every_field_is_documented_in_the_schema() -> None:
     whole = schema()
     sections = [
         "ModelSection",
-        "LoraSection",
-        "VirtualPromptSection",
-        "SeedsSection",
+        "Lora",
+        "VirtualPrompt",
+        "Seeds",
         "PromptSection",
         "EngineSection",
         "EvaluationSection",
@@ -356,17 +357,19 @@ def test_one_class_of_several_is_chosen_by_its_tag() -> None:
         tricks: Annotated[int, Field(ge=0)] = 0
         kind: Literal["dog"] = "dog"
 
-    animal: TypeAdapter[Any] = TypeAdapter(Variants("kind", {"cat": Cat, "dog": Dog}, default=None).union())
+    animal: TypeAdapter[Any] = TypeAdapter(
+        Annotated[Any, OneOf(Registry("animal", "kind", "no.such.group", (), None, {"cat": Cat, "dog": Dog}))]
+    )
     assert animal.validate_python({"kind": "dog", "tricks": 2}) == Dog(tricks=2)
     assert animal.validate_python(Cat(lives=1)) == Cat(lives=1)
     with pytest.raises(ValueError, match="lives"):
         animal.validate_python({"kind": "dog", "lives": 2})
 
 
-@pytest.mark.parametrize("section", VARIANTS)
+@pytest.mark.parametrize("section", SECTIONS)
 def test_registries_and_classes_agree_on_names(section: str) -> None:
-    variants = VARIANTS[section]
-    for name, variant in variants.classes.items():
-        default = next(field.default for field in dataclasses.fields(variant) if field.name == variants.tag)
+    registry = SECTIONS[section]
+    for name, variant in registry.items():
+        default = next(field.default for field in dataclasses.fields(variant) if field.name == registry.tag)
         assert default == name
-    assert variants.default is None or variants.default in variants.classes
+    assert registry.default is None or registry.default in registry

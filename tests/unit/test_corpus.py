@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.sample_config import begin, mira, settings, snapshot, write_clients
+from helpers.tiny_models import make_tokenizer
 from mira import Experiment
 from mira.core.errors import UserError
 from mira.data.corpus import Corpus
-from mira.data.federation import SPLITS, Client, Federation
+from mira.data.federation import SPLITS, Federation, SplitClient
 from mira.data.text import Encoded, Encoder, Wording
 from mira.data.tokenizing import Tokenizing
 from mira.data.types import Example, Message
-from small import begin, mira, settings, snapshot, write_clients
-from tiny import make_tokenizer
 
 ROOM = 90  # tokens: some of the examples below are too long for a chat turn of it and lose input
 
@@ -39,7 +39,7 @@ def examples(split: str, chat: bool) -> tuple[Example, ...]:
 def make_corpus(template: str = "plain", max_length: int = ROOM) -> Corpus:
     chat = template == "chat"
     parts = {split: examples(split, chat) for split in SPLITS}
-    clients = tuple(Client(name, name, name, "", "", **parts) for name in ("a", "b"))
+    clients = tuple(SplitClient(name, name, name, "", "", **parts) for name in ("a", "b"))
     return Corpus(Federation(clients, 0), Encoder(make_tokenizer(), template, max_length), 2, steps=3)
 
 

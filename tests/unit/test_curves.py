@@ -15,11 +15,11 @@ from benchmarks.curves import CURVES, LABELS, LENGTH, Curve, Point, measure, sam
 from benchmarks.plot import draw, middle
 from benchmarks.workload import Synthetic, Workload
 
+from helpers.sample_config import settings, write_clients
 from mira import Experiment
 from mira.engine.batched import BatchedEngine
 from mira.engine.packing import packed_tokens
 from mira.setup.session import open_session
-from small import settings, write_clients
 
 
 @pytest.fixture(scope="module")

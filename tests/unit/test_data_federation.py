@@ -12,22 +12,22 @@ from pydantic import ValidationError
 from mira.core.errors import UserError
 from mira.data import SOURCES
 from mira.data.federation import Federation, SplitSizes, batches, make_federation, slug
-from mira.data.types import ClientData, Example, Message
+from mira.data.types import Client, Example, Message
 
 
 @dataclass(frozen=True)
 class Given:
-    clients: tuple[ClientData, ...]
+    clients: tuple[Client, ...]
 
-    def load(self, seed: int) -> list[ClientData]:
+    def load(self, seed: int) -> list[Client]:
         return list(self.clients)
 
 
-def client(name: str, examples: int = 10) -> ClientData:
-    return ClientData(name, name, "", "", tuple(Example("Say it.", f"{name} {n}", str(n)) for n in range(examples)))
+def client(name: str, examples: int = 10) -> Client:
+    return Client(name, tuple(Example("Say it.", f"{name} {n}", str(n)) for n in range(examples)))
 
 
-def make(*clients: ClientData, train: float = 4, validation: float = 2, test: float = 3, seed: int = 0) -> Federation:
+def make(*clients: Client, train: float = 4, validation: float = 2, test: float = 3, seed: int = 0) -> Federation:
     return make_federation(Given(clients), SplitSizes(train, validation, test), seed)
 
 
@@ -67,7 +67,7 @@ def test_the_first_of_equal_questions_is_kept_and_the_rest_counted(caplog: pytes
     examples = client("a").examples
     twins = (replace(examples[3], output="other"), examples[0])
     with caplog.at_level(logging.WARNING):
-        owner = make(ClientData("a", "a", "", "", examples + twins), train=5).clients[0]
+        owner = make(Client("a", examples + twins), train=5).clients[0]
     assert sorted(owner.train + owner.validation + owner.test, key=lambda e: e.output) == list(examples)
     assert caplog.messages == [
         "dropped 2 duplicate examples: a (2); 1 of them have another answer: split.answers=all keeps those"
@@ -83,7 +83,7 @@ def test_case_and_indentation_make_another_question(change: dict[str, object]) -
 def test_all_answers_to_a_question_are_in_one_split(caplog: pytest.LogCaptureFixture) -> None:
     examples = client("a").examples
     others = tuple(replace(example, output=f"or {example.output}") for example in examples)
-    data = ClientData("a", "a", "", "", examples + others + examples[:2])
+    data = Client("a", examples + others + examples[:2])
     with caplog.at_level(logging.WARNING):
         owner = make_federation(Given((data,)), SplitSizes(4, 2, 3, answers="all"), 0).clients[0]
     assert caplog.messages == ["dropped 2 duplicate examples: a (2)"]

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 import mira.setup.environment
+from helpers.sample_config import settings, write_clients
 from mira import Experiment
 from mira.core import threads as core_threads
 from mira.core.errors import UserError
@@ -28,7 +29,6 @@ from mira.runner.run import located, without_nan
 from mira.setup.environment import DECIDING, check_environment, taken_over
 from mira.setup.session import enough_memory, open_session
 from mira.store.folders import replace_folder
-from small import settings, write_clients
 
 ENVIRONMENT: dict[str, Any] = {
     "versions": {"torch": "2.13.0", "peft": "0.21"}, "model": {"sha256": "a"}, "data": {"sha256": "b"}, "threads": 2,

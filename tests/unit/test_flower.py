@@ -10,8 +10,8 @@ pytest.importorskip("flwr", reason="needs the extra 'flower'")
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, Metadata, RecordDict
 
+from mira.fleet.flower import apps as flower
 from mira.fleet.flower import frames
-from mira.fleet.flower.apps import apps as flower
 
 
 @pytest.mark.parametrize("odd", [False, True], ids=["nobody-listens", "another-error"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.quadratic_clients import Toy
 from mira.core.errors import UserError
 from mira.core.graph import Graph
 from mira.core.graph_io import in_use, restorer, to_tensors, with_graph
@@ -20,7 +21,6 @@ from mira.core.training import Training
 from mira.core.types import Change, Rows, ServerState, Setting
 from mira.methods import METHODS
 from mira.store import Store
-from toy import Toy
 
 LAYOUT, K = Layout.of({"layer": (3, 2)}, rank=1, alpha=1.0), 6
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 from transformers.pytorch_utils import Conv1D
 
+from helpers.tiny_models import draw
 from mira.adapters import lowrank
 from mira.adapters.fused import Adapter, GatedMLP, Projection, Projections, RMSNorm
 from mira.adapters.lowrank import Blocks, Factors, Lane, add_product
 from mira.core.layout import Layout
 from mira.engine.loss import LabelLoss, label_nll
-from tiny import draw
 
 T, K, M = 7, 5, 6  # tokens, hidden and inner size
 

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs the extra 'flower'")
 
-from gatehouse import LIMITS, gate, proof, superlink
+from helpers.gate_on_loopback import LIMITS, gate, proof, superlink
 from mira.fleet.gate.proxy import server_tls, upstream_tls
 from mira.fleet.identity import kit
 

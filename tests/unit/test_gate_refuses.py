@@ -22,7 +22,7 @@ from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import Message, Metadata
 from flwr.proto.node_pb2 import Node
 
-from gatehouse import LIMITS, Outside, SuperLink, gate, proof, superlink
+from helpers.gate_on_loopback import LIMITS, Outside, SuperLink, gate, proof, superlink
 from mira.fleet.gate import quota as uploads
 from mira.fleet.gate.proxy import Upstream, opened, server_tls, upstream_tls
 from mira.fleet.identity import kit

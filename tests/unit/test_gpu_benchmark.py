@@ -10,7 +10,7 @@ import torch
 from benchmarks import gpu, report
 from transformers import LlamaConfig
 
-import gpu_way
+from helpers import fake_cuda
 
 CONFIG = LlamaConfig(
     vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -36,7 +36,7 @@ def test_both_sides_compute_the_same(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_each_way_is_what_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu_way.take(monkeypatch)
+    fake_cuda.take(monkeypatch)
     workload = gpu.random_workload(CONFIG, gpu.Crowd(3, 2, 32, None), torch.device("cpu"), torch.float32)
     read = {}
     for prefix, recorded in ((True, True), (True, False), (False, True)):

@@ -12,7 +12,7 @@ from benchmarks import graphs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from synthetic import write_run
+from helpers.generated_runs import write_run
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=2).filter(lambda x: len({b for _, b in x}) == 2))

@@ -17,9 +17,9 @@ pytest.importorskip("cryptography", reason="needs the extra 'flower'")
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
+from helpers.sample_config import mira
 from mira.core.errors import UserError
 from mira.fleet.identity import kit
-from small import mira
 
 LONG_AGO = datetime.now(UTC) - timedelta(days=40)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from helpers.generated_runs import ROW, write_run
+from helpers.sample_config import mira, snapshot
 from mira.results import list_runs as listing
 from mira.store import Store
 from mira.store.files import is_locked
-from small import mira, snapshot
-from synthetic import ROW, write_run
 
 NAMES, GROUPS = ["ann", "bob"], ["even", "odd"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
+from helpers.sample_config import mira, settings, write_clients, write_config
 from mira.core.errors import UserError
 from mira.model.reader import open_reader
-from small import mira, settings, write_clients, write_config
 
 TALK = [{"role": "user", "content": "Hi é"}, {"role": "assistant", "content": "Ho"}]
 

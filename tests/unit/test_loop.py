@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.memory_recorder import MemoryRecorder
 from mira.core.graph import Edges
 from mira.core.layout import Layout
 from mira.core.loop import Record, Schedule, apply, describe, nothing, run_rounds, sample_cohort, screen
 from mira.core.training import Training
 from mira.core.types import Change, Failure, MemoryRows, ServerState, Setting, Trained, Work
 from mira.methods import METHODS
-from recorder import MemoryRecorder
 
 LAYOUT = Layout.of({"layer": (1, 1)}, rank=1, alpha=1.0)  # P = 2
 TARGET = torch.tensor([[1.0, -2.0], [4.0, 0.5], [-3.0, 7.0]], dtype=torch.float64)
@@ -238,7 +238,25 @@ def test_kept_optimiser_states_are_committed_for_those_who_came_back() -> None:
             return replace(done, optimizer=done.client[:, None].double().expand(-1, 5) + round)
 
     _, recorder = go(METHODS["local"](), Keeping(lost={0: (1,), 1: (2,)}), 2, 0.5)
-    assert {k: v.tolist() for k, v in recorder.optimizer.items()} == {0: [1] * 5, 1: [2] * 5, 2: [2] * 5}
+    assert {k: v.tolist() for k, v in recorder.states.items()} == {0: [1] * 5, 1: [2] * 5, 2: [2] * 5}
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_kept_optimiser_states_are_part_of_the_next_rounds_work(keep: bool) -> None:
+    given: list[list[Tensor | None]] = []
+
+    @dataclass
+    class Keeping(Quadratic):
+        def train(self, work: Work, round: int, lr: float) -> Trained:
+            given.append([work.kept_state(job) for job in range(len(work.client))])
+            done = super().train(work, round, lr)
+            return replace(done, optimizer=done.client[:, None].double() + round)
+
+    go(METHODS["local"](), Keeping(lost={0: (1,)}), 2, 0.5, keep_optimizer=keep)
+    assert given[0] == [None] * len(given[0])
+    assert [None if state is None else state.tolist() for state in given[1]] == (
+        [[0], None, [2]] if keep else [None] * 3
+    )
 
 
 # Who takes part.

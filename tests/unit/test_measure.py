@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from helpers.sample_config import mira, settings, write_config
 from mira import Experiment
 from mira.core.errors import UserError
 from mira.core.text_metrics import chrf, words
@@ -19,7 +20,6 @@ from mira.runner import evaluation as measure
 from mira.runner.evaluation import answers, check_metrics, exact_match, grade, register, rouge_l
 from mira.runner.label_accuracy import label_accuracy
 from mira.setup.session import open_session
-from small import mira, settings, write_config
 
 EQUAL = [
     "你好，世界", "Привет мир", "مرحبا", "हिन्दी", "สวัสดี", "안녕 세계",

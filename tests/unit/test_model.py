@@ -20,10 +20,10 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from helpers.tiny_models import KINDS, Kind, make_tiny, make_tokenizer, save_tiny
 from mira.core.errors import UserError
 from mira.model import Base, cache_folder, find, load, wheel
 from mira.model.wheel import Wheel
-from tiny import KINDS, Kind, make_tiny, make_tokenizer, save_tiny
 
 NAME = "someone/tiny-llama"
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
+from helpers.sample_config import settings
 from mira import Experiment
 from mira.core.errors import UserError
 from mira.data.sources.sites import Sites
-from mira.fleet.messages.transport import InProcess, Message, pack, unpack
-from mira.fleet.server.engine import RemoteEngine
+from mira.fleet.messages.transport import InProcessTransport, Packet, pack, unpack
+from mira.fleet.server.clients import RemoteClients
 from mira.fleet.server.session import Opener
 from mira.graphs.known import Complete
-from small import settings
 
 NAMES = ["ann", "bob", "cleo"]
 
@@ -37,12 +37,12 @@ class Joining:
         def handle(request: bytes) -> bytes:
             asked = unpack(request)
             self.numbers.setdefault(name, []).append(asked.values["number"])
-            return pack(Message(asked.head, {"examples": 4, "releases": 0, "willing": False}, {}))
+            return pack(Packet(asked.head, {"examples": 4, "releases": 0, "allow_transfer": False}, {}))
 
         return handle
 
     def opener(self) -> Opener:
-        there = InProcess({name: self.handler(name) for name in ("ann", "cleo")})
+        there = InProcessTransport({name: self.handler(name) for name in ("ann", "cleo")})
         return Opener(there, self.names, patience=600.0)
 
 
@@ -80,6 +80,6 @@ def test_a_run_that_goes_on_keeps_its_numbers_and_does_not_wait_for_the_revoked(
     session = sites.opener()(began.model_copy(update={"graph": Complete()}))
     assert session.names == NAMES
     assert sites.numbers == {"ann": [0], "cleo": [2]}
-    engine = session.sites
-    assert isinstance(engine, RemoteEngine)
+    engine = session.remote
+    assert isinstance(engine, RemoteClients)
     assert list(engine.run.names) == NAMES

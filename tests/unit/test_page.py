@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import Markup
 
+from helpers.generated_runs import ROW, write_comparison, write_run
+from helpers.sample_config import mira
 from mira.results.html.load import read
 from mira.results.html.notes import notes
 from mira.results.html.svg import Scale, cividis, scale, spread, tag
@@ -20,8 +22,6 @@ from mira.results.html.tables import call
 from mira.results.html.variants import differing, group
 from mira.results.html.verdict import difference, row, wins
 from mira.results.html.write import page
-from small import mira
-from synthetic import ROW, write_comparison, write_run
 
 NAMES, GROUPS = ["ann", "bob", "cleo", "dan"], ["even", "odd", "even", "odd"]
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from small import NAMES, mira, write_clients, write_config
+from helpers.sample_config import NAMES, mira, write_clients, write_config
 
 TOKEN = "hf_test"
 

@@ -63,6 +63,9 @@ class Recorder:
     def rows(self) -> Rows:
         return Spied(self.store.rows(), self.read)
 
+    def optimizer(self) -> dict[int, Tensor]:
+        return {}
+
 
 @dataclass(frozen=True)
 class Spied:

@@ -15,14 +15,14 @@ import yaml
 from huggingface_hub import ModelCard
 from jinja2 import Template
 
+from helpers.sample_config import ADAPTERS, NAMES, begin, mira, write_clients, write_config
+from helpers.tiny_models import make_tokenizer, save_tiny
 from mira.config import load
 from mira.core.errors import UserError
 from mira.data.text import Encoder
 from mira.data.types import Example
 from mira.serving import card, lines
 from mira.serving.families import FAMILIES
-from small import ADAPTERS, NAMES, begin, mira, write_clients, write_config
-from tiny import make_tokenizer, save_tiny
 
 # The template and the card
 

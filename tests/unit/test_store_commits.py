@@ -19,9 +19,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from helpers.sample_run_folder import P, commit, create, fingerprint, names, row
 from mira.core.errors import UserError
 from mira.store import Store, files
-from run_folder import P, commit, create, fingerprint, names, row
 
 NONE = torch.empty(0, dtype=torch.int64)
 

@@ -16,17 +16,18 @@ import pytest
 import safetensors.torch
 import torch
 
-import store_scenario as scenario
+from helpers import store_kill_program as scenario
+from helpers.sample_run_folder import P, commit, create, fingerprint, names, row
 from mira.core.errors import UserError
 from mira.store import Store, files
-from run_folder import P, commit, create, fingerprint, names, row
 
 
 @pytest.fixture(scope="module")
 def crashes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders 0, 1, 2, …: number n holds the scenario's run, killed at its n-th instant; "whole" was never killed."""
     base = tmp_path_factory.mktemp("crashes")
-    subprocess.run([sys.executable, scenario.__file__, str(base)], check=True, timeout=300)
+    path = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-m", scenario.__name__, str(base)], check=True, timeout=300, env=path)
     return base
 
 

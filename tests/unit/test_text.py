@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from chat_templates import FAMILIES, Kind, make
+from helpers.chat_templates import FAMILIES, Kind, make
+from helpers.tiny_models import CHAT_TEMPLATE, EOS, VOCABULARY, make_tokenizer
 from mira.core.errors import UserError
 from mira.data.corpus import Corpus
-from mira.data.federation import Client, Federation
+from mira.data.federation import Federation, SplitClient
 from mira.data.text import Encoded, Encoder, Wording
 from mira.data.types import Example, Message
-from tiny import CHAT_TEMPLATE, EOS, VOCABULARY, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 CITY = Example("Name the capital.", "France", "Paris")
@@ -225,7 +225,7 @@ def make_corpus(max_length: int = 60) -> Corpus:
     def examples(split: str) -> tuple[Example, ...]:
         return tuple(Example("Echo.", f"{split} {'long ' * (n == 2)}{n}", str(n)) for n in range(3))
 
-    clients = [Client(n, n, n, "", "", examples("train"), examples("dev"), examples("test")) for n in ("a", "b")]
+    clients = [SplitClient(n, n, n, "", "", examples("train"), examples("dev"), examples("test")) for n in ("a", "b")]
     return Corpus(Federation(tuple(clients), 0), Encoder(TOKENIZER, "plain", max_length), 2, steps=3)
 
 
@@ -279,7 +279,7 @@ def test_a_prompt_that_comes_later_is_put_as_training_puts_it() -> None:
     encoder = Encoder(TOKENIZER, "chat", 200)
 
     def asked(*examples: Example, **given: str) -> str:
-        client = Client("a", "a", "a", "", "", examples, (), ())
+        client = SplitClient("a", "a", "a", "", "", examples, (), ())
         return str(TOKENIZER.decode(encoder.encode(client.manner.example("2+2?", **given)).asked))
 
     prompt = TOKENIZER.decode(encoder.encode(TALK).asked)

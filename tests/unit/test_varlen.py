@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import gpu_way
+from helpers import fake_cuda
+from helpers.packed_sequences import layouts, visible
+from helpers.tiny_models import draw
 from mira.engine.attention import packed as attention
 from mira.engine.attention.packed import Form, Packed, Segment
-from packings import layouts, visible
-from tiny import draw
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def test_one_kernel_is_attention(segments: list[Segment], window: int | None, he
     wide = [x.repeat_interleave(heads[0] // heads[1], dim=1) for x in (k, v)]
     expected = ((q @ wide[0].transpose(-1, -2) * 0.7 + mask).softmax(-1) @ wide[1]).transpose(1, 2)
     with pytest.MonkeyPatch.context() as patch:
-        gpu_way.take(patch)
+        fake_cuda.take(patch)
         packed = Packed(segments)
         found = packed.attend(q, k, v, Form(0.7, window))
     assert packed.spans is not None
@@ -74,8 +74,8 @@ def _absent(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def test_a_kernel_that_does_something_else_is_not_taken(
     wrong: Callable[..., Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    gpu_way.take(monkeypatch)
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", wrong(gpu_way.varlen_attn))
+    fake_cuda.take(monkeypatch)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", wrong(fake_cuda.varlen_attn))
     q, k, v = (draw(1, h, 12, 8, seed=n).to(dtype) for n, h in enumerate((4, 2, 2)))
     packed = Packed([Segment(0, 5), Segment(5, 12, 0, 5)])
     for _ in range(2):
@@ -87,7 +87,7 @@ def test_a_kernel_that_does_something_else_is_not_taken(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_right_kernel_is_taken_and_asked_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu_way.take(monkeypatch)
+    fake_cuda.take(monkeypatch)
     q, k, v = (draw(1, h, 12, 8, seed=n).to(dtype) for n, h in enumerate((4, 2, 2)))
     packed = Packed([Segment(0, 5), Segment(5, 12, 0, 5)])
     for _ in range(3):
@@ -97,7 +97,7 @@ def test_the_right_kernel_is_taken_and_asked_once(dtype: torch.dtype, monkeypatc
 
 
 def test_running_out_of_memory_over_the_proof_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu_way.take(monkeypatch)
+    fake_cuda.take(monkeypatch)
 
     def full(*given: Any, **options: Any) -> Tensor:
         raise torch.OutOfMemoryError("out of memory")
@@ -110,7 +110,7 @@ def test_running_out_of_memory_over_the_proof_is_no_verdict(monkeypatch: pytest.
 
 
 def test_values_of_another_width_go_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu_way.take(monkeypatch)
+    fake_cuda.take(monkeypatch)
     packed = Packed([Segment(0, 5)])
     packed.attend(draw(1, 2, 5, 4), draw(1, 2, 5, 4), draw(1, 2, 5, 3), Form(0.7))
     assert packed.spans is None

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from helpers.tiny_models import save_tiny
 from mira.model import wheel
 from mira.model.wheel import Wheel
-from tiny import save_tiny
 
 CARRIER = Wheel("tiny==1.0", "tiny/tiny.gguf", "0" * 64)
 

@@ -19,7 +19,7 @@ def _kit() -> ModuleType:
     try:
         from mira.fleet.identity import kit
     except ModuleNotFoundError as error:
-        raise UserError(f"mira kit: {error.name} is missing; pip install 'mira[flower]'") from None
+        raise UserError(f"mira kit: {error.name} is missing; pip install 'mira-fl[flower]'") from None
     return kit
 
 

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from mira.config.experiment import VARIANTS, Experiment
+from mira.config.experiment import SECTIONS, Experiment, refresh
 from mira.config.moved import check_there, moved
 from mira.config.overrides import override
 from mira.config.yaml_io import flat, mapping, read, write
@@ -41,8 +41,8 @@ def parse_text(text: str, where: str = "config.yaml") -> Experiment:
 def dump(experiment: Experiment) -> str:
     """YAML with every field, defaults included: ``load`` gives the same experiment back."""
     values = experiment.model_dump(mode="json")
-    for section, variants in VARIANTS.items():
-        values[section] = {variants.tag: values[section].pop(variants.tag), **values[section]}
+    for section, registry in SECTIONS.items():
+        values[section] = {registry.tag: values[section].pop(registry.tag), **values[section]}
     return write(values)
 
 
@@ -66,6 +66,7 @@ def dated(experiment: Experiment, day: str | None) -> Experiment:
 
 def schema() -> dict[str, Any]:
     """JSON schema, for editors."""
+    refresh()
     return Experiment.model_json_schema()
 
 

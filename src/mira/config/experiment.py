@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
-from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
+from pydantic_core import CoreSchema, core_schema
 
+from mira.adapters import ADAPTERS
 from mira.config import compatibility
-from mira.config.adapter import ADAPTERS, Count, LoraSection
 from mira.config.prompt import PromptSection
 from mira.config.validation_errors import explain
 from mira.core.errors import UserError
-from mira.core.pydantic_config import STRICT
+from mira.core.pydantic_config import STRICT, Count
 from mira.core.training import Training
 from mira.core.types import Method
 from mira.core.wire import Wire
@@ -27,40 +36,39 @@ from mira.data.federation import SplitSizes
 from mira.data.types import Source
 from mira.graphs import GRAPHS
 from mira.methods import METHODS
+from mira.registry import Registry
 from mira.trackers import Tracking
 
 CountOrNone = Annotated[int, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(strict=True, gt=0, le=1)]
 
 
+SECTIONS = {registry.section: registry for registry in (ADAPTERS, SOURCES, METHODS, GRAPHS)}
+"""The sections that are one of several classes, told apart by a field."""
+
+
 @plain_dataclass(frozen=True)
-class Variants:
-    """A section that is one of several classes, told apart by the field ``tag``."""
+class OneOf:
+    """The schema of a section: one of the classes that its registry has when the schema is made."""
 
-    tag: str
-    classes: Mapping[str, type]
-    default: str | None
+    registry: Registry
 
-    def union(self) -> Any:
-        return Annotated[reduce(operator.or_, self.classes.values()), Field(discriminator=self.tag)]
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        choices = {name: handler.generate_schema(cls) for name, cls in self.registry.items()}
+        return core_schema.tagged_union_schema(choices, discriminator=self.registry.tag)
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The tag of each class is its name alone, so that an editor tells the classes apart."""
+        schema, tag = handler(core), self.registry.tag
+        for name, place in schema["discriminator"]["mapping"].items():
+            handler.resolve_ref_schema({"$ref": place})["properties"][tag]["const"] = name
+        return schema
 
 
-VARIANTS = {
-    "adapter": Variants("kind", ADAPTERS, default="lora"),
-    "data": Variants("source", SOURCES, default=None),
-    "method": Variants("name", METHODS, default="mira"),
-    "graph": Variants("name", GRAPHS, default="groups"),
-}
-
-if TYPE_CHECKING:
-    AdapterSection = Any
-    DataSection = Source
-    MethodSection = Method
-    GraphSection = Any
-else:
-    AdapterSection, DataSection, MethodSection, GraphSection = (
-        VARIANTS[section].union() for section in ("adapter", "data", "method", "graph")
-    )
+AdapterSection = Annotated[Any, OneOf(ADAPTERS)]
+DataSection = Annotated[Source, OneOf(SOURCES)]
+MethodSection = Annotated[Method, OneOf(METHODS)]
+GraphSection = Annotated[Any, OneOf(GRAPHS)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -185,7 +193,7 @@ class Experiment(BaseModel):
     rounds: Count
     """Communication rounds."""
     model: ModelSection
-    adapter: AdapterSection = LoraSection()
+    adapter: AdapterSection = ADAPTERS["lora"]()
     data: DataSection
     split: SplitSizes = SplitSizes(train=0.8, validation=0.1, test=0.1)
     prompt: PromptSection = PromptSection()
@@ -211,6 +219,7 @@ class Experiment(BaseModel):
 
     def __init__(self, **values: Any) -> None:
         """Sections may be given as mappings. Raises UserError, one line for the first fault."""
+        refresh()
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -226,10 +235,12 @@ class Experiment(BaseModel):
     def _completed(cls, value: Any, info: ValidationInfo) -> Any:
         """An empty section has its defaults; without a name adapter, method and graph are the default ones."""
         value = {} if value is None else value
-        variants = VARIANTS.get(info.field_name or "")
-        if isinstance(value, Mapping) and variants is not None and variants.default is not None:
-            return {variants.tag: variants.default, **value}
-        return value
+        registry = SECTIONS.get(info.field_name or "")
+        if not isinstance(value, Mapping) or registry is None:
+            return value
+        if (fault := registry.fault(value.get(registry.tag))) is not None:
+            raise UserError(f"{registry.section}.{registry.tag}={value[registry.tag]}: {fault}")
+        return value if registry.default is None else {registry.tag: registry.default, **value}
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
@@ -238,40 +249,25 @@ class Experiment(BaseModel):
                 f"training.warmup_rounds={self.training.warmup_rounds}: must be less than rounds={self.rounds}, "
                 "or the learning rate never reaches its peak"
             )
-        dropout = getattr(self.adapter, "dropout", 0.0)
-        largest = getattr(self.adapter, "rank", None)
+        layout = self.adapter.smallest()
         for name, rank in self.clients.rank.items():
-            if largest is None:
+            if not layout.rank:
                 raise UserError(
                     f"clients.rank.{name}={rank}: ranks belong to adapter.kind=lora; leave clients.rank out"
                 )
-            if rank > largest:
+            if rank > layout.rank:
                 raise UserError(
-                    f"clients.rank.{name}={rank}: must be at most adapter.rank={largest}; raise adapter.rank"
+                    f"clients.rank.{name}={rank}: must be at most adapter.rank={layout.rank}; raise adapter.rank"
                 )
-        if getattr(self.adapter, "init", "kaiming") == "orthogonal":
-            if self.adapter.rank % 2:
-                raise UserError(
-                    f"adapter.init=orthogonal: needs an even rank, not adapter.rank={self.adapter.rank}; take"
-                    f" rank={self.adapter.rank + 1}"
-                )
-            if self.clients.rank:
-                raise UserError(
-                    "adapter.init=orthogonal: cut to fewer ranks its product is not 0; leave clients.rank out"
-                )
-        kind = "dora" if getattr(self.adapter, "dora", False) else self.adapter.kind
-        compatibility.check(self.method, kind, ranks_differ=bool(self.clients.rank))
+        check = getattr(self.adapter, "check", None)
+        if check is not None:
+            check(self)
+        compatibility.check(self.method, layout, ranks_differ=bool(self.clients.rank))
+        dropout = getattr(self.adapter, "dropout", 0.0)
         if self.engine.prefix == "on" and dropout > 0:
             raise UserError(
                 f"engine.prefix=on: a shared prefix is computed once, but adapter.dropout={dropout:g} "
                 "differs from sequence to sequence; set engine.prefix=off or adapter.dropout=0"
-            )
-        if self.adapter.kind == "seeds" and (
-            self.model.quantization != "none" or self.model.dtype in ("bfloat16", "float16")
-        ):
-            raise UserError(
-                f"adapter.kind=seeds: moves the base's own weights by steps that model.dtype={self.model.dtype} with "
-                f"model.quantization={self.model.quantization} would round away; set dtype=float32 and quantization=none"
             )
         if self.model.quantization != "none" and self.model.dtype == "float64":
             raise UserError(
@@ -279,3 +275,14 @@ class Experiment(BaseModel):
                 "set model.dtype=bfloat16, float16 or float32"
             )
         return self
+
+
+_seen = [sum(registry.changes for registry in SECTIONS.values())]
+
+
+def refresh() -> None:
+    """Make the schema of ``Experiment`` again where classes were added since."""
+    now = sum(registry.changes for registry in SECTIONS.values())
+    if now != _seen[0]:
+        Experiment.model_rebuild(force=True)
+        _seen[0] = now

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from mira.config.experiment import VARIANTS
+from mira.config.experiment import SECTIONS
 from mira.config.yaml_io import value as yaml_value
 from mira.core.errors import UserError
 
@@ -38,13 +38,13 @@ def _split(text: str) -> tuple[Path, Any]:
 def _forget_former_variant(values: dict[str, Any], section: str, key: str, new: str, keep: set[Path]) -> None:
     """When ``section.key`` chooses a variant: removes the parameters of the former one that the new one lacks, except
     those that an override gave: they are the user's mistake, and must be seen."""
-    variants = VARIANTS.get(section)
+    registry = SECTIONS.get(section)
     former = values.get(section) or {}
-    if variants is None or key != variants.tag or not isinstance(former, dict):
+    if registry is None or key != registry.tag or not isinstance(former, dict):
         return
-    old = str(former.get(key, variants.default))
-    if old in variants.classes and new in variants.classes:
-        lost = _names(variants.classes[old]) - _names(variants.classes[new])
+    old = str(former.get(key, registry.default))
+    if old in registry and new in registry:
+        lost = _names(registry[old]) - _names(registry[new])
         values[section] = {name: x for name, x in former.items() if name not in lost or (section, name) in keep}
 
 

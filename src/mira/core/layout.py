@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Factor = Literal["A", "B", "magnitude", "prompt", "encoder", "seed"]
+Factor = Literal["A", "B", "magnitude", "prompt", "encoder", "seed", "peft"]
 
 
 PLUS = ("B", "magnitude")  # factors with the LoRA+ learning rate, as in PEFT's optimiser
@@ -23,7 +23,7 @@ class Entry:
 
     LoRA: A [r, in] and B [out, r] of a layer. For a tensor of E ``experts``: A [E·r, in], expert by expert, and B [out, r·E],
     rank by rank, as in PEFT. DoRA: also the "magnitude" [out] of a layer. Prompt: the virtual tokens "prompt" [V, d] and the
-    weights of their "encoder". Seeds: the coefficients "seed" [N].
+    weights of their "encoder". Seeds: the coefficients "seed" [N]. Other kinds of PEFT: their tensors "peft".
     """
 
     module: str  # dotted name in the base model, e.g. "model.layers.0.self_attn.q_proj"; of other kinds in the adapter
@@ -160,6 +160,8 @@ class Layout:
     @property
     def alone(self) -> str:
         """The reason why rows need a pass for each client; empty where several clients fit into one pass."""
+        if any(entry.factor == "peft" for entry in self.entries):
+            return "has no arithmetic for this adapter.kind"
         return "has no magnitudes (adapter.dora)" if self.dora else ""
 
     @staticmethod

@@ -14,7 +14,18 @@ from torch import Tensor
 from mira.core.payload import is_private, jobs_of, parcel
 from mira.core.seeds import generator
 from mira.core.training import Training
-from mira.core.types import Change, Failure, Method, Overlay, Rows, ServerState, Trained, Trainer, Work
+from mira.core.types import (
+    Change,
+    Failure,
+    Method,
+    OptimizerStates,
+    Overlay,
+    Rows,
+    ServerState,
+    Trained,
+    Trainer,
+    Work,
+)
 from mira.core.wire import Wire, down, num_bytes
 
 Record = dict[str, Any]
@@ -27,6 +38,10 @@ class Recorder(Protocol):
 
     def rows(self) -> Rows:
         """Rows as of the last committed round."""
+        ...
+
+    def optimizer(self) -> OptimizerStates:
+        """Optimiser states as of the last committed round, by the numbers they were committed under."""
         ...
 
 
@@ -73,6 +88,8 @@ def _round(
     cohort = sample_cohort(schedule.seed, state.round, len(names), schedule.share)
     lr = schedule.training.lr_at(state.round, schedule.rounds)
     work = method.broadcast(state, cohort)
+    if schedule.training.keep_optimizer:
+        work = replace(work, optimizer=recorder.optimizer())
     trained = screen(engine.train(work, state.round, lr))
     training_seconds = perf_counter() - began
     change = method.aggregate(state, trained) if len(trained.client) else nothing(trained.rows)

@@ -6,7 +6,7 @@ S rows the server keeps · P numbers in a row · T tokens · E local steps · r 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from mira.core.graph import Graph
 from mira.core.layout import Layout
 from mira.core.ranks import Ranks
+from mira.core.wire import Wire
 
 
 class Rows(Protocol):
@@ -57,6 +58,14 @@ class Overlay:
     def __getitem__(self, index: Tensor) -> Tensor:
         place = {int(i): n for n, i in enumerate(self.index)}
         return torch.cat([self.value[place[int(i)]][None] if int(i) in place else self.beneath[i[None]] for i in index])
+
+
+class OptimizerStates(Protocol):
+    """Optimiser states [1+2P] kept from earlier rounds, in memory (a dict) or on disk, by number (``Work.kept_under``)."""
+
+    def get(self, number: int, /) -> Tensor | None:
+        """The state kept under ``number``; None when there is none."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -103,12 +112,19 @@ class Work:
     upload: Tensor | None = None  # [P] or [J,P] bool: what of a row travels, each way; None: all
     private: Tensor | None = None  # [J] bool: the row stays where the client is and nothing of it is sent; None: no job
     slot: Tensor | None = None  # [J] int64: where a job's optimiser state is kept; None: under its client's number
+    optimizer: OptimizerStates | None = (
+        None  # kept states, read when a job begins; None: every job begins with a fresh one
+    )
 
     @property
     def kept_under(self) -> list[int]:
         """The number under which each job's optimiser state is kept: two jobs of a client must not share one."""
         numbers: list[int] = (self.client if self.slot is None else self.slot).tolist()
         return numbers
+
+    def kept_state(self, job: int) -> Tensor | None:
+        """The optimiser state [1+2P] that ``job`` goes on from; None: a fresh one."""
+        return None if self.optimizer is None else self.optimizer.get(self.kept_under[job])
 
 
 @dataclass(frozen=True)
@@ -214,7 +230,7 @@ class Method(Protocol):
         ...
 
 
-def stays(work: Work) -> bool:
+def has_private_parts(work: Work) -> bool:
     """Whether a part of what these jobs train never leaves the client, so that no server knows the rows they deploy."""
     if work.private is not None and bool(work.private.any()):
         return True
@@ -249,37 +265,56 @@ class Engine(Trainer, Protocol):
 Grade = dict[str, float]  # exact_match and rouge_l, shares
 
 
-class Sites(Engine, Protocol):
-    """An engine whose clients are on machines of their own. What stays there (``stays``) is not in the rows it gives back,
-    and is put into the rows it evaluates."""
+class ClientBackend(Protocol):
+    """Training and measurement of a run's clients: in this process, or at sites on machines of their own."""
+
+    @property
+    def engine(self) -> Engine:
+        """Numbers that never leave a site (``has_private_parts``) are missing in the rows that the engine of sites gives back,
+        and are put into the rows that it evaluates."""
+        ...
+
+    @property
+    def wire(self) -> Wire:
+        """The format in which rows travel to the clients and back."""
+        ...
+
+    @property
+    def has_whole_adapters(self) -> bool:
+        """Whether the server has every number of the rows that the clients deploy."""
+        ...
+
+    @property
+    def sends_descriptions(self) -> bool:
+        """Whether a graph made of task descriptions costs each client an upload before the first round."""
+        ...
 
     def grade(self, rows: Tensor, client: Tensor, limit: int | None, max_new_tokens: int, round: int) -> list[Grade]:
-        """How good the answers of row i, as of ``round``, to client[i]'s test prompts are; their text stays there."""
+        """Scores of the answers of row i [n,P], as of ``round``, to at most ``limit`` test prompts of client[i] [n]."""
         ...
 
-    def willing(self) -> Tensor:
-        """The clients [n] that let others' rows be tried on their data."""
+    def allow_transfer(self) -> Tensor:
+        """Clients [n] on whose data the rows of other clients may be tried."""
         ...
 
-    def new(self) -> Tensor:
-        """The clients [n] that came when the run was under way, or missed rounds they were asked for, and none of whose rounds
-        has counted yet."""
+    def needs_warm_start(self) -> Tensor:
+        """Clients [n] that joined late or missed every round so far, and no update of which has been accepted."""
         ...
 
-    def told(self) -> dict[str, Any]:
-        """For a round's record: ``joined``, the training examples of each client that came when the run was under way;
-        ``privacy``, of each client whose site puts noise on what it sends, ``releases`` so far and the (``epsilon``, ``delta``)
-        they add up to."""
+    def round_extras(self) -> dict[str, Any]:
+        """Further entries of a round's record. ``joined``: the training examples of each client that joined late.
+        ``privacy``: of each client whose site adds noise to its uploads, the number of ``releases`` so far and the (``epsilon``,
+        ``delta``) that they add up to."""
         ...
 
-    def begin(self, stays: bool) -> None:
-        """Rounds are about to begin. ``stays``: a part of what is trained never leaves its client."""
+    def begin(self, has_private_parts: bool) -> None:
+        """Called before the first round. ``has_private_parts``: a part of what is trained never leaves its client."""
         ...
 
     def committed(self, record: dict[str, Any]) -> None:
-        """What a committed round's record says is final for its clients too."""
+        """Called with the record of each committed round, also with the earlier ones when a run is resumed."""
         ...
 
-    def finish(self, rows: Tensor, client: Tensor) -> None:
-        """Leave row i with client[i] as the adapter it deploys."""
+    def finish(self, deployed: Callable[[Tensor], Tensor]) -> None:
+        """Called after the last round: leave each client its adapter. ``deployed``: the rows [n,P] of clients [n]."""
         ...

@@ -6,13 +6,20 @@ from mira.data.sources.hub import Hub
 from mira.data.sources.jsonl import Jsonl
 from mira.data.sources.natural_instructions import NaturalInstructions
 from mira.data.sources.sites import Sites
-from mira.data.types import Source
+from mira.registry import Registry
 
-SOURCES: dict[str, type[Source]] = {
-    "builtin": Builtin,
-    "natural-instructions": NaturalInstructions,
-    "dolly": Dolly,
-    "jsonl": Jsonl,
-    "hub": Hub,
-    "sites": Sites,
-}
+SOURCES = Registry(
+    "data",
+    "source",
+    "mira.sources",
+    ("load",),
+    None,
+    {
+        "builtin": Builtin,
+        "natural-instructions": NaturalInstructions,
+        "dolly": Dolly,
+        "jsonl": Jsonl,
+        "hub": Hub,
+        "sites": Sites,
+    },
+)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mira.core.errors import UserError
 from mira.data import tokens
-from mira.data.federation import SPLITS, Client, Federation, batches
+from mira.data.federation import SPLITS, Federation, SplitClient, batches
 from mira.data.text import Encoded, Encoder
 from mira.data.types import Example
 
@@ -85,7 +85,7 @@ class Corpus:
     def _key(self) -> str | None:
         return tokens.key(self.federation, self.encoder)
 
-    def _client(self, number: int) -> Client:
+    def _client(self, number: int) -> SplitClient:
         return self.federation.clients[number - self.first]
 
 

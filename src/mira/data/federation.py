@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from mira.core.errors import UserError
 from mira.core.pydantic_config import STRICT
 from mira.core.seeds import generator, stream
-from mira.data.types import ClientData, Example, Message, Source, by_question
+from mira.data.types import Client, Example, Message, Source, by_question
 
 SPLITS = ("train", "validation", "test")
 Size = Annotated[int, Field(strict=True, ge=1)] | Annotated[float, Field(strict=True, gt=0, lt=1)]
@@ -66,7 +66,7 @@ class Manner:
 
 
 @dataclass(frozen=True)
-class Client:
+class SplitClient:
     name: str
     slug: str  # the name as a file name: a-z, 0-9, "_" and "-", at most 80 characters, unique
     task: str
@@ -109,7 +109,7 @@ class Client:
 
 @dataclass(frozen=True)
 class Federation:
-    clients: tuple[Client, ...]
+    clients: tuple[SplitClient, ...]
     seed: int
 
 
@@ -133,10 +133,18 @@ def _count(size: float, available: int) -> int:
 Questions = list[list[Example]]  # the answers to each question
 
 
-def _client(data: ClientData, questions: Questions, sizes: SplitSizes, seed: int) -> Client:
+def _client(data: Client, questions: Questions, sizes: SplitSizes, seed: int) -> SplitClient:
     if data.elsewhere is not None:
-        return Client(
-            data.name, slug(data.name), data.task, data.group, data.description, (), (), (), elsewhere=data.elsewhere
+        return SplitClient(
+            data.name,
+            slug(data.name),
+            data.task,
+            data.group,
+            data.description,
+            (),
+            (),
+            (),
+            elsewhere=data.elsewhere,
         )
     train, validation, test = (_count(size, len(questions)) for size in (sizes.train, sizes.validation, sizes.test))
     if train + validation + test > len(questions):
@@ -149,7 +157,7 @@ def _client(data: ClientData, questions: Questions, sizes: SplitSizes, seed: int
     # Test from the front, train from the back: the size of one split does not change the examples of another.
     parts = (order[::-1][:train], order[test : test + validation], order[:test])
     train_, validation_, test_ = (tuple(chain.from_iterable(part)) for part in parts)
-    return Client(data.name, slug(data.name), data.task, data.group, data.description, train_, validation_, test_)
+    return SplitClient(data.name, slug(data.name), data.task, data.group, data.description, train_, validation_, test_)
 
 
 def make_federation(source: Source, sizes: SplitSizes, seed: int) -> Federation:
@@ -179,7 +187,7 @@ def make_federation(source: Source, sizes: SplitSizes, seed: int) -> Federation:
     return Federation(clients, seed)
 
 
-def _tell_dropped(data: Sequence[ClientData], kept: Sequence[Questions], others: int) -> None:
+def _tell_dropped(data: Sequence[Client], kept: Sequence[Questions], others: int) -> None:
     """Warn about dropped examples: those that repeat a question of their client. ``others``: how many of them, over all clients,
     have another answer."""
     dropped = {c.name: n for c, questions in zip(data, kept, strict=True) if (n := len(c.examples) - _size(questions))}

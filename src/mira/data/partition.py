@@ -20,7 +20,7 @@ from mira.core.pydantic_config import STRICT
 from mira.core.seeds import generator, stream
 from mira.data.fields import Record, label_field
 from mira.data.records import Columns, Tally
-from mira.data.types import ClientData, Example, client_data
+from mira.data.types import Client, Example, client_data
 
 _log = logging.getLogger(__name__)
 
@@ -66,9 +66,7 @@ class ByChance:
 Partition = Annotated[ByColumn | ByDirichlet | ByChance, Field(discriminator="by")]
 
 
-def split_pool(
-    pool: Iterable[tuple[str, Record]], columns: Columns, partition: Partition, seed: int
-) -> list[ClientData]:
+def split_pool(pool: Iterable[tuple[str, Record]], columns: Columns, partition: Partition, seed: int) -> list[Client]:
     """Clients from ``pool`` of (place for error messages, record).
 
     All answers to a question go to the same client. A question under two values of the column belongs to both. Raises UserError
@@ -90,7 +88,7 @@ def split_pool(
     return [client_data(f"client-{n:0{width}}", _taken(questions, part)) for n, part in enumerate(parts)]
 
 
-def _by_column(asked: Sequence[Mapping[str, list[Example]]], partition: ByColumn, seed: int) -> list[ClientData]:
+def _by_column(asked: Sequence[Mapping[str, list[Example]]], partition: ByColumn, seed: int) -> list[Client]:
     groups: dict[str, list[list[Example]]] = {}
     for labels in asked:
         for label, examples in labels.items():
@@ -103,7 +101,7 @@ def _by_column(asked: Sequence[Mapping[str, list[Example]]], partition: ByColumn
     return [client for value, group in sorted(groups.items()) for client in _dealt(value, group, among, seed)]
 
 
-def _dealt(value: str, questions: Sequence[list[Example]], clients: int, seed: int) -> list[ClientData]:
+def _dealt(value: str, questions: Sequence[list[Example]], clients: int, seed: int) -> list[Client]:
     """``clients`` clients of the group ``value``, which share its questions equally and at random."""
     if clients == 1:
         return [client_data(value, list(chain.from_iterable(questions)), value)]

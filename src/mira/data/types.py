@@ -75,25 +75,32 @@ def by_question(examples: Iterable[Example]) -> list[list[Example]]:
 
 
 @dataclass(frozen=True)
-class ClientData:
-    """One client of a source. ``group``: the true family or category, "" where there is none. ``elsewhere``: the count of its
-    training examples on a machine of its own, 0 while unknown; None where its data is here."""
+class Client:
+    """A client with its examples, as a source gives it.
+
+    ``task``: the name of its task; the client's name where none is given. ``group``: its true family or category, "" for none.
+    ``description``: its task in words, "" for none. ``elsewhere``: the count of its training examples on a machine of its own, 0
+    while unknown; None where its data is here.
+    """
 
     name: str
-    task: str
-    group: str
-    description: str
-    examples: tuple[Example, ...]
+    examples: tuple[Example, ...] = ()
+    task: str = ""
+    group: str = ""
+    description: str = ""
     elsewhere: int | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "task", self.task or self.name)
 
-def client_data(name: str, examples: Sequence[Example], group: str = "") -> ClientData:
+
+def client_data(name: str, examples: Sequence[Example], group: str = "") -> Client:
     """A client with its name as its task; an instruction that all examples share is its description."""
     told = {example.instruction for example in examples}
-    return ClientData(name, name, group, told.pop() if len(told) == 1 else "", tuple(examples))
+    return Client(name, tuple(examples), group=group, description=told.pop() if len(told) == 1 else "")
 
 
 class Source(Protocol):
-    def load(self, seed: int) -> list[ClientData]:
+    def load(self, seed: int) -> list[Client]:
         """All clients, in an order that depends on the source's fields and ``seed`` alone. Raises UserError."""
         ...

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mira.adapters.lowrank import Lane
+from mira.adapters.types import PassAdapter
 from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.threads import side_by_side, still_wanted
@@ -48,15 +49,13 @@ _TOGETHER = 2
 class BatchedEngine:
     """``prefix``: compute once the tokens that all sequences of a client begin with. ``cuda_graphs``: record passes on a GPU.
     ``stops``: the tokens that end an answer. ``longest``: tokens of the run's longest sequence.
-    ``kept``: the optimiser state kept under a number (``Work.kept_under``) in an earlier round, or None. ``progress``: called
-    with the tokens done."""
+    ``progress``: called with the tokens done."""
 
     model: PreTrainedModel
     pad: int
     stops: frozenset[int]
     decode: Callable[[Sequence[int]], str]
-    layout: Layout
-    dropout: float
+    adapter: PassAdapter
     corpus: Corpus
     training: Training
     seed: int
@@ -65,7 +64,6 @@ class BatchedEngine:
     longest: int = 64
     checkpointing: bool = False
     cuda_graphs: bool = True
-    kept: Callable[[int], Tensor | None] = lambda client: None
     progress: Callable[[int], None] = lambda tokens: None
     carrier: Carrier = field(init=False)
     replays: Replays | None = field(init=False)
@@ -79,6 +77,14 @@ class BatchedEngine:
         object.__setattr__(self, "plain", None if carrier.way.decodes else self._by_transformers())
         object.__setattr__(self, "replays", Replays(self.carrier) if self._recordable else None)
         object.__setattr__(self, "budget", self.tokens_per_pass or self._fitting())
+
+    @property
+    def layout(self) -> Layout:
+        return self.adapter.layout
+
+    @property
+    def dropout(self) -> float:
+        return self.adapter.dropout
 
     @property
     def _recordable(self) -> bool:
@@ -117,7 +123,7 @@ class BatchedEngine:
         """All steps of the ``jobs``, with as many steps as their ``batches``, longest first: their rows, gradients and moments
         are in memory together. ``budget``: tokens of a pass."""
         client, rows = work.client[jobs], self.carrier.rows(work.start[jobs])
-        kept = [self.kept(work.kept_under[j]) if self.training.keep_optimizer else None for j in jobs]
+        kept = [work.kept_state(j) for j in jobs]
         optimizer = RowOptimizer.start(self.training, rows, kept, work.trainable, self.layout.rate)
         anchor = None if work.anchor is None else self.carrier.rows(work.anchor[jobs])
         prox = None if work.prox is None else work.prox[jobs].to(self.model.device)
@@ -188,8 +194,7 @@ class BatchedEngine:
             self.pad,
             self.stops,
             self.decode,
-            self.layout,
-            self.dropout,
+            self.adapter,
             self.corpus,
             self.training,
             self.seed,

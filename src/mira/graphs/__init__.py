@@ -4,8 +4,9 @@ from mira.graphs.file import File
 from mira.graphs.known import Complete, GroupsGraph
 from mira.graphs.random import Random
 from mira.graphs.similarity import Knn, LearnedGraph, Similarity
+from mira.registry import Registry
 
-GRAPHS = {
+GRAPHS = Registry("graph", "name", "mira.graphs", ("build",), "groups", {
     "groups": GroupsGraph, "complete": Complete, "random": Random, "file": File, "knn": Knn, "similarity": Similarity,
     "learned": LearnedGraph,
-}  # fmt: skip
+})  # fmt: skip

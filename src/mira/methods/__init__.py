@@ -11,21 +11,29 @@ from mira.methods.mira import Mira
 from mira.methods.mr_mtl import MRMTL
 from mira.methods.pfedme import PFedMe
 from mira.methods.server_optimizers import FedAdam, FedAvgM
+from mira.registry import Registry
 
-METHODS = {
-    "mira": Mira,
-    "local": Local,
-    "fedit": FedIT,
-    "fedprox": FedProx,
-    "ditto": Ditto,
-    "mr-mtl": MRMTL,
-    "pfedme": PFedMe,
-    "ffa-lora": FFALoRA,
-    "fedsa-lora": FedSALoRA,
-    "flexlora": FlexLoRA,
-    "fedavgm": FedAvgM,
-    "fedadam": FedAdam,
-}
+METHODS = Registry(
+    "method",
+    "name",
+    "mira.methods",
+    ("init", "broadcast", "aggregate", "deployed"),
+    "mira",
+    {
+        "mira": Mira,
+        "local": Local,
+        "fedit": FedIT,
+        "fedprox": FedProx,
+        "ditto": Ditto,
+        "mr-mtl": MRMTL,
+        "pfedme": PFedMe,
+        "ffa-lora": FFALoRA,
+        "fedsa-lora": FedSALoRA,
+        "flexlora": FlexLoRA,
+        "fedavgm": FedAvgM,
+        "fedadam": FedAdam,
+    },
+)
 
 
 def uses_graph(method: object) -> bool:

@@ -67,7 +67,7 @@ def refuse_experts(layout: Layout, what: str, instead: str) -> None:
 def _depths(layout: Layout) -> Tensor:
     """Depth of each entry's layer, from 0 at the lowest to 1 at the highest; 0 outside the numbered layers. The numbered layers
     of a prompt's encoder are not layers of the model."""
-    on_layers = all(entry.factor in ("A", "B", "magnitude") for entry in layout.entries)
+    on_layers = all(entry.factor in ("A", "B", "magnitude", "peft") for entry in layout.entries)
     numbers = [re.search(r"\.(\d+)\.", f".{entry.module}.") if on_layers else None for entry in layout.entries]
     levels = sorted({int(found[1]) for found in numbers if found})
     if len(levels) < 2:

@@ -13,7 +13,7 @@ import torch
 from mira import config
 from mira.core.errors import UserError
 from mira.core.escape import visible
-from mira.core.types import Overlay, stays
+from mira.core.types import Overlay, has_private_parts
 from mira.data.sources.sites import Sites
 from mira.data.templates import CHAT
 from mira.runner.run import (
@@ -160,7 +160,8 @@ def _given(instruction: str | None, system: str | None) -> str:
 def _check_here(session: Session, store: Store) -> None:
     """Raises UserError where the rows that clients deploy, or parts of them, never left their sites."""
     state, first = state_of(session, store), torch.zeros(1, dtype=torch.int64)
-    if isinstance(session.experiment.data, Sites) and stays(session.experiment.method.broadcast(state, first)):
+    work = session.experiment.method.broadcast(state, first)
+    if isinstance(session.experiment.data, Sites) and has_private_parts(work):
         raise UserError(
             f"{store.folder}: with method.name={session.experiment.method.name} rows never leave their sites; each site has"
             " its own in the folder adapter of its --state"

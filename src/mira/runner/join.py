@@ -19,10 +19,10 @@ from mira.config.overrides import override
 from mira.core.errors import UserError, did_you_mean
 from mira.core.similarity import cosines
 from mira.core.types import MemoryRows, ServerState, Work
-from mira.data.federation import Client, make_federation
+from mira.data.federation import SplitClient, make_federation
 from mira.data.reading import existing, read_records
 from mira.data.records import Tally
-from mira.data.types import ClientData, client_data
+from mira.data.types import Client, client_data
 from mira.graphs.known import Complete
 from mira.methods.heterogeneous_ranks import with_ranks
 from mira.methods.local import Local
@@ -49,7 +49,7 @@ class _Newcomer:
     group: str
     files: tuple[Path, ...]
 
-    def load(self, seed: int) -> list[ClientData]:
+    def load(self, seed: int) -> list[Client]:
         tally = Tally()
         examples = [e for file in self.files for e in tally.examples(read_records(existing(file, "--data")))]
         tally.tell()
@@ -127,7 +127,7 @@ def _own(experiment: Experiment, source: _Newcomer, overrides: Sequence[str]) ->
     )
 
 
-def _known(environment: dict[str, Any], experiment: Experiment, by_group: bool) -> tuple[Client, ...]:
+def _known(environment: dict[str, Any], experiment: Experiment, by_group: bool) -> tuple[SplitClient, ...]:
     """The run's clients. Their data is read only to describe clients that have no description."""
     recorded = clients_of(environment, experiment.seed)
     if recorded is not None and (by_group or all(client.description for client in recorded.clients)):
@@ -141,7 +141,7 @@ def _known(environment: dict[str, Any], experiment: Experiment, by_group: bool) 
     return make_federation(experiment.data, experiment.split, experiment.seed).clients
 
 
-def _check(name: str, group: str | None, known: Sequence[Client]) -> None:
+def _check(name: str, group: str | None, known: Sequence[SplitClient]) -> None:
     if name in (client.name for client in known):
         raise UserError(f"--client {name}: is a client of this run; give the new one a name of its own")
     groups = {client.group for client in known if client.group}
@@ -150,12 +150,12 @@ def _check(name: str, group: str | None, known: Sequence[Client]) -> None:
         raise UserError(f"--group {group}: no client of the run is in it{hint}")
 
 
-def _of_group(group: str, known: Sequence[Client]) -> tuple[Tensor, Tensor]:
+def _of_group(group: str, known: Sequence[SplitClient]) -> tuple[Tensor, Tensor]:
     related = torch.tensor([k for k, client in enumerate(known) if client.group == group])
     return related, torch.ones(len(related), dtype=torch.float64)
 
 
-def _of_description(session: Session, known: Sequence[Client], most: int) -> tuple[Tensor, Tensor]:
+def _of_description(session: Session, known: Sequence[SplitClient], most: int) -> tuple[Tensor, Tensor]:
     told = [session.federation.clients[0].about, *(client.about for client in known)]
     if len(set(told)) == 1:
         log.info("every client of the run describes this task: all of them count alike")
@@ -175,7 +175,7 @@ def _of_description(session: Session, known: Sequence[Client], most: int) -> tup
     return _everyone(known)
 
 
-def _everyone(known: Sequence[Client]) -> tuple[Tensor, Tensor]:
+def _everyone(known: Sequence[SplitClient]) -> tuple[Tensor, Tensor]:
     return torch.arange(len(known)), torch.ones(len(known), dtype=torch.float64)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 from rich.cells import cell_len, chop_cells, set_cell_size
 
 from mira.config import Experiment
-from mira.config.adapter import VirtualPromptSection
 from mira.core.errors import UserError
 from mira.data.corpus import Corpus, without_overlong
 from mira.data.federation import Federation
@@ -22,7 +21,7 @@ from mira.data.prompt_check import prove
 from mira.data.records import Tally
 from mira.data.sources.jsonl import Found, Jsonl, OneFile
 from mira.data.text import Encoded, Encoder
-from mira.data.types import ClientData, Example, Source, by_question
+from mira.data.types import Client, Example, Source, by_question
 from mira.engine.generate import positions
 from mira.model.reader import Reader
 
@@ -68,8 +67,7 @@ def check(experiment: Experiment, federation: Federation, reader: Reader) -> Enc
 
 
 def encoder_of(experiment: Experiment, reader: Reader, endless: bool = False) -> Encoder:
-    virtual = experiment.adapter.virtual_tokens if isinstance(experiment.adapter, VirtualPromptSection) else 0
-    room = positions(reader) - virtual  # type: ignore[arg-type]  # its config is enough
+    room = positions(reader) - experiment.adapter.smallest().virtual_tokens  # type: ignore[arg-type]  # its config is enough
     encoder = experiment.prompt.encoder(reader.tokenizer, room, reader.stops, date.today().isoformat())
     return replace(encoder, max_length=_ENDLESS) if endless else encoder
 
@@ -136,7 +134,7 @@ def _first(first: Result) -> Iterator[str]:
         yield f"and {len(shown) - _LINES} more lines; all with --json"
 
 
-def _client(client: ClientData, encoder: Encoder | None, limit: int) -> Result:
+def _client(client: Client, encoder: Encoder | None, limit: int) -> Result:
     asked = by_question(client.examples)
     kept = sum(map(len, asked))
     told = {
@@ -159,7 +157,7 @@ def _client(client: ClientData, encoder: Encoder | None, limit: int) -> Result:
     }
 
 
-def _ignored(clients: Sequence[ClientData], encoder: Encoder) -> dict[str, int]:
+def _ignored(clients: Sequence[Client], encoder: Encoder) -> dict[str, int]:
     """Keys of conversations that the chat template does not read, and in how many examples."""
     found: Counter[str] = Counter()
     for example in (example for client in clients for example in client.examples):
@@ -185,7 +183,7 @@ def _text(encoder: Encoder, tokens: Sequence[int]) -> str:
     return str(encoder.tokenizer.decode(list(tokens), skip_special_tokens=False))
 
 
-def _shared(clients: Sequence[ClientData]) -> int:
+def _shared(clients: Sequence[Client]) -> int:
     """Questions that more than one client asks."""
     holders: dict[tuple[str, ...], int] = {}
     for client in clients:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,17 +21,17 @@ from mira.core.errors import UserError
 from mira.core.graph_io import in_use, restorer, to_tensors, with_graph
 from mira.core.loop import Record, Schedule, run_rounds
 from mira.core.pydantic_config import expanded
-from mira.core.types import Change, Rows, ServerState, stays
+from mira.core.types import Change, Rows, ServerState, has_private_parts
 from mira.engine.memory import peak_memory
 from mira.methods.warm_start import WarmStart
 from mira.runner import evaluation
-from mira.runner.label_accuracy import label_accuracy
+from mira.runner.clients import clients_of
 from mira.runner.summary import summarise
 from mira.serving.folders import export_adapters
 from mira.setup.environment import check_environment
 from mira.setup.session import TOKENS, Session, enough_memory, open_session
 from mira.store import Store
-from mira.trackers import Followers
+from mira.trackers import Trackers
 
 log = logging.getLogger(__name__)
 Result = dict[str, Any]
@@ -60,7 +61,6 @@ class Open(Protocol):
         self,
         experiment: Experiment,
         recorded: Mapping[str, Any] | None = None,
-        kept: Callable[[int], Tensor | None] = ...,
         progress: Callable[[int], None] = ...,
         folder: Path | None = None,
     ) -> Session: ...
@@ -82,15 +82,13 @@ def run(
     if experiment.privacy is not None and open is open_session:
         raise UserError("privacy: noise is put on by sites (mira server), and one process has none; leave privacy out")
     watcher.stage("preparing")
-    kept = _Kept()
-    session = open(experiment, kept=kept, progress=watcher.tokens)
+    session = open(experiment, progress=watcher.tokens)
     experiment = session.experiment
     state = session.initial_state()
     store = Store.create(
         folder, config.dump(experiment), session.environment, session.start(), len(state.rows), to_tensors(state.graph)
     )
     with store:
-        kept.store = store
         session.corpus.keep(store.folder / TOKENS)
         return _go_on(session, store, state, watcher)
 
@@ -111,8 +109,7 @@ def resume(
         experiment = config.moved(config.parse_text(store.config()), data, model)
         config.check_there(experiment, store.folder)
         evaluation.check_metrics(experiment.evaluation.metrics)
-        kept = _Kept(store)
-        session = open(experiment, store.environment(), kept, watcher.tokens, store.folder)
+        session = open(experiment, store.environment(), watcher.tokens, store.folder)
         check_environment(store.environment(), session.environment)
         session.corpus.keep(store.folder / TOKENS)
         return _go_on(session, store, state_of(session, store), watcher)
@@ -138,14 +135,14 @@ def state_of(session: Session, store: Store, as_of: int | None = None) -> Server
     return ServerState(store.rows(as_of), graph, extra, done)
 
 
-@dataclass
-class _Kept:
-    """Kept optimiser states, read from the run folder once there is one."""
+@dataclass(frozen=True)
+class _KeptStates:
+    """Optimiser states as of the last committed round, read from the run folder one at a time."""
 
-    store: Store | None = None
+    store: Store
 
-    def __call__(self, client: int) -> Tensor | None:
-        return self.store.optimizer(client) if self.store else None
+    def get(self, number: int, /) -> Tensor | None:
+        return self.store.optimizer(number)
 
 
 @dataclass(frozen=True)
@@ -161,9 +158,12 @@ class _Folder:
     def rows(self) -> Rows:
         return self.store.rows()
 
+    def optimizer(self) -> _KeptStates:
+        return _KeptStates(self.store)
+
 
 def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher) -> Result:
-    experiment, sites = session.experiment, session.sites
+    experiment, clients = session.experiment, clients_of(session)
     rounds, names = experiment.rounds, session.names
     look = _measurer(session, watcher, evaluation.known_from(store.metrics()))
     watcher.start(store.folder, rounds, len(names), state.round)
@@ -175,41 +175,30 @@ def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher)
         nothing = torch.empty(0, dtype=torch.int64)
         store.commit(0, nothing, store.start[None][:0], state.extra, {}, record)
         state = state_of(session, store)
-    wire = experiment.server.wire if sites else "fp32"
-    method = (
-        session.method_as(WarmStart(experiment.method, session.layout, store.start, sites.new))
-        if sites
-        else session.method
-    )
-    schedule = Schedule(experiment.seed, rounds, experiment.cohort, experiment.training, wire)
-    # Of the method itself: beyond a client's rank there are zeros, which stay nowhere.
-    held_there = stays(experiment.method.broadcast(state, torch.zeros(1, dtype=torch.int64)))
-    if sites:
-        sites.begin(held_there)
-    shown = Followers(experiment.tracking, experiment.model_dump(mode="json"), store.folder, names)
+    method = session.method_as(WarmStart(experiment.method, session.layout, store.start, clients.needs_warm_start))
+    schedule = Schedule(experiment.seed, rounds, experiment.cohort, experiment.training, clients.wire)
+    # The work of the method itself, without ranks: beyond a client's rank there are zeros, which are private to nobody.
+    clients.begin(has_private_parts(experiment.method.broadcast(state, torch.zeros(1, dtype=torch.int64))))
+    shown = Trackers(experiment.tracking, experiment.model_dump(mode="json"), store.folder, names)
     with closing(shown):
         for record in store.metrics():
             shown.record(record)
-            if sites:
-                sites.committed(record)
+            clients.committed(record)
 
         def observe(record: Record) -> None:
-            if sites:
-                sites.committed(record)
+            clients.committed(record)
             for name, reason in record["lost"].items():
                 log.warning("round %d lost %s: %s", record["round"], name, reason)
             shown.record(record)
             watcher.round(record)
 
-        run_rounds(method, session.workplace, state, schedule, names, _Folder(store), look, observe)
+        run_rounds(method, clients.engine, state, schedule, names, _Folder(store), look, observe)
         watcher.stage("measuring the best round")
         best = best_answers(session, store)
         watcher.stage("writing adapters")
         last = state_of(session, store)
-        if sites:
-            everyone = torch.arange(len(names))
-            sites.finish(method.deployed(last, everyone), everyone)
-        if not sites or not held_there:
+        clients.finish(partial(method.deployed, last))
+        if clients.has_whole_adapters:
             export_adapters(session, store.folder / ADAPTERS, last, range(len(names)), store.metrics())
         result = summary(session, store, store.metrics()[-1], best)
         store.finish(result)
@@ -234,7 +223,7 @@ def summary(session: Session, store: Store, last: Record, best_answers: Record) 
 
 def joining(session: Session) -> Record:
     """What clients sent before the first round, for its record; nothing in most runs."""
-    size = session.description_bytes
+    size = session.description_bytes if clients_of(session).sends_descriptions else 0
     if not size:
         return {}
     each = {name: {"down": 0, "up": size} for name in session.names}
@@ -253,7 +242,7 @@ def _measurer(session: Session, watcher: Watcher, known: dict[str, Record]) -> C
         answers = plan.test and plan.generate and (first or last)
         record = measured(session, state, watcher, answers, plan.test and last, plan.test, known) if due else {}
         known.update(evaluation.known_from([{"round": state.round} | record]))
-        record |= session.sites.told() if session.sites else {}
+        record |= clients_of(session).round_extras()
         return record | {"peak_memory_bytes": peak_memory(session.base.model.device)}
 
     return look
@@ -268,18 +257,18 @@ def measured(
 
     Raises UserError when memory runs out.
     """
-    e, method, engine, names = session.experiment, session.method, session.workplace, session.names
+    e, method, clients, names = session.experiment, session.method, clients_of(session), session.names
     plan = e.evaluation
     with enough_memory(e):
-        record = evaluation.losses(method, engine, state, names, plan.examples, test, known)
+        record = evaluation.losses(method, clients.engine, state, names, plan.examples, test, known)
         if answers:
             watcher.stage("generating answers")
             record["answers"] = _answers(session, state)
         if transfer:
             watcher.stage("measuring transfer")
             record["transfer"] = evaluation.transfer(
-                method, engine, state, session.layout, names, e.seed, plan.transfer_clients, plan.transfer_examples,
-                session.sites.willing() if session.sites else None,
+                method, clients.engine, state, session.layout, names, e.seed, plan.transfer_clients, plan.transfer_examples,
+                clients.allow_transfer(),
             )  # fmt: skip
     clean: Record = without_nan(record)
     shown = ("validation_loss", "test_loss", "perplexity") if test else ("validation_loss",)
@@ -304,17 +293,7 @@ def without_nan(value: Any) -> Any:
 def _answers(session: Session, state: ServerState) -> Record:
     plan, everyone = session.experiment.evaluation, torch.arange(len(session.names))
     rows = session.method.deployed(state, everyone)
-    if session.sites:
-        grades = session.sites.grade(rows, everyone, plan.examples, plan.max_new_tokens, state.round)
-    else:
-        references = [session.corpus.references(k, "test", plan.examples) for k in range(len(session.names))]
-        grades = evaluation.grade(
-            session.engine, rows, everyone, references, plan.examples, plan.max_new_tokens, plan.metrics
-        )
-        if evaluation.LABEL_ACCURACY in plan.metrics:
-            found = label_accuracy(session.engine, session.corpus, rows, plan.examples)
-            pairs = zip(grades, found, strict=True)
-            grades = [g if share is None else g | {evaluation.LABEL_ACCURACY: share} for g, share in pairs]
+    grades = clients_of(session).grade(rows, everyone, plan.examples, plan.max_new_tokens, state.round)
     return evaluation.answers(session.names, grades)
 
 

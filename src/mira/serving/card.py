@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mira.core.loop import Record
-from mira.data.federation import Client
+from mira.data.federation import SplitClient
 from mira.data.templates import CHAT, TEMPLATES
 from mira.data.text import Encoder
 from mira.setup.session import Session
@@ -26,12 +26,12 @@ class Origin:
     """The origin of an adapter: of which client, after which round of which run. ``losses``: on the client's test split,
     before training and after; None where not measured."""
 
-    client: Client
+    client: SplitClient
     round: int
     losses: tuple[float | None, float | None] = (None, None)
 
 
-def origin(client: Client, round: int, metrics: Sequence[Record]) -> Origin:
+def origin(client: SplitClient, round: int, metrics: Sequence[Record]) -> Origin:
     """The origin of the adapter of ``client`` after ``round``, with the losses that are among the ``metrics`` of the rounds."""
     of = {record["round"]: record.get("clients", {}).get(client.name, {}).get("test_loss") for record in metrics}
     return Origin(client, round, (of.get(0), of.get(round)))
@@ -82,7 +82,7 @@ def is_own(encoder: Encoder) -> bool:
     return encoder.template == CHAT and (encoder.wording.own is not None or bool(encoder.wording.values))
 
 
-def is_raw(session: Session, client: Client) -> bool:
+def is_raw(session: Session, client: SplitClient) -> bool:
     """Whether the prompts of ``client`` are continued as they stand, without a template."""
     return client.manner.raw and not session.corpus.encoder.wording.wrapped
 
@@ -90,7 +90,7 @@ def is_raw(session: Session, client: Client) -> bool:
 def card(session: Session, origin: Origin, use: Use, base: str | None) -> str:
     """The text of the card: what the hub reads, then what people read. ``base``: the base's name on the hub."""
     client = origin.client
-    use = "seeds" if use == "peft" and session.experiment.adapter.kind == "seeds" else use
+    use = "seeds" if use == "peft" and session.adapter.directions is not None else use
     rows = {
         "client": client.name,
         "base model": base or session.base.name,
@@ -132,12 +132,12 @@ def _metadata(session: Session, use: Use, base: str | None) -> str:
     """The head of the card, in YAML, of which JSON is a part."""
     values: dict[str, Any] = {} if base is None else {"base_model": base}
     values |= {"library_name": _LIBRARY[use]} if use in _LIBRARY else {}
-    lora = ["lora"] if session.experiment.adapter.kind == "lora" and use != "merged" else []
+    lora = ["lora"] if session.layout.modules and use != "merged" else []
     values |= {"pipeline_tag": "text-generation", "tags": ["federated-learning", "mira", *lora]}
     return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items()) + "---\n"
 
 
-def _prompts(session: Session, client: Client) -> dict[str, str]:
+def _prompts(session: Session, client: SplitClient) -> dict[str, str]:
     """Rows on the prompts: their template and what it was given."""
     if is_raw(session, client):
         return {"prompts": "text, continued as it stands"}
@@ -161,7 +161,7 @@ def _adapter(session: Session, client: str) -> str:
     return f"{experiment.adapter.kind} of rank {experiment.clients.rank.get(client, layout.rank)} on {', '.join(ends)}"
 
 
-def _examples(client: Client) -> str:
+def _examples(client: SplitClient) -> str:
     if client.elsewhere is not None:  # the others are not here
         return f"{client.elsewhere} train"
     return f"{len(client.train)} train, {len(client.validation)} validation, {len(client.test)} test"

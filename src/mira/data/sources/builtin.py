@@ -15,7 +15,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from mira.core.pydantic_config import STRICT
-from mira.data.types import ClientData, Example
+from mira.data.types import Client, Example
 
 MONTHS = (
     "January", "February", "March", "April", "May", "June",
@@ -126,9 +126,9 @@ class Builtin:
     """Different examples of each client, over all of its splits."""
     source: Literal["builtin"] = "builtin"
 
-    def load(self, seed: int) -> list[ClientData]:
+    def load(self, seed: int) -> list[Client]:
         return [
-            ClientData(task.name, task.name, task.family, task.definition, _examples(task, self.examples, seed))
+            Client(task.name, _examples(task, self.examples, seed), group=task.family, description=task.definition)
             for task in TASKS
         ]
 

@@ -12,7 +12,7 @@ from mira.data.partition import ByColumn, Partition, split_pool
 from mira.data.reading import existing, read_records
 from mira.data.records import Columns
 from mira.data.sources.hub import hub_records
-from mira.data.types import ClientData
+from mira.data.types import Client
 
 _HUB = "databricks/databricks-dolly-15k"
 _COLUMNS: Columns = {"instruction": "instruction", "input": "context", "output": "response"}
@@ -28,6 +28,6 @@ class Dolly:
     """The partition of the pool into clients."""
     source: Literal["dolly"] = "dolly"
 
-    def load(self, seed: int) -> list[ClientData]:
+    def load(self, seed: int) -> list[Client]:
         records = hub_records(_HUB, None, "train", None) if self.path is None else read_records(existing(self.path))
         return split_pool(records, _COLUMNS, self.partition, seed)

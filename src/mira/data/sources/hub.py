@@ -13,7 +13,7 @@ from mira.core.pydantic_config import STRICT
 from mira.data.fields import Record
 from mira.data.partition import Partition, split_pool
 from mira.data.records import Columns
-from mira.data.types import ClientData
+from mira.data.types import Client
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -34,7 +34,7 @@ class Hub:
     """Branch, tag or commit; pin it for reproducible runs."""
     source: Literal["hub"] = "hub"
 
-    def load(self, seed: int) -> list[ClientData]:
+    def load(self, seed: int) -> list[Client]:
         records = hub_records(self.path, self.subset, self.split, self.revision)
         return split_pool(records, self.columns, self.partition, seed)
 

@@ -14,7 +14,7 @@ from mira.core.pydantic_config import STRICT, UserPath
 from mira.data.fields import Record, label_field
 from mira.data.reading import ENDINGS, client_files, client_name, existing, read_records, tell_left_out
 from mira.data.records import Columns, Tally
-from mira.data.types import ClientData, client_data
+from mira.data.types import Client, client_data
 
 Records = list[tuple[str, Record]]
 
@@ -23,7 +23,7 @@ Records = list[tuple[str, Record]]
 class Found:
     """The clients of a source, and the counts of its layouts and unused fields."""
 
-    clients: list[ClientData]
+    clients: list[Client]
     tally: Tally
 
 
@@ -41,7 +41,7 @@ class Jsonl:
     """Our fields -> the fields of the files, e.g. {instruction: frage, output: antwort}; empty: recognised by name."""
     source: Literal["jsonl"] = "jsonl"
 
-    def load(self, seed: int) -> list[ClientData]:
+    def load(self, seed: int) -> list[Client]:
         found = self.read()
         found.tally.tell()
         return found.clients
@@ -75,7 +75,7 @@ class Jsonl:
             clients.setdefault(label_field(record, self.client_column, place), []).append((place, record))
         return clients
 
-    def _client(self, name: str, records: Records, tally: Tally) -> ClientData:
+    def _client(self, name: str, records: Records, tally: Tally) -> Client:
         return client_data(name, tally.examples(records), self._group(name, records) if self.group_column else "")
 
     def _group(self, name: str, records: Records) -> str:
@@ -100,7 +100,7 @@ class OneFile:
         tally = Tally()
         return Found([client_data(client_name(self.path), tally.examples(read_records(self.path)))], tally)
 
-    def load(self, seed: int) -> list[ClientData]:
+    def load(self, seed: int) -> list[Client]:
         found = self.read()
         found.tally.tell()
         return found.clients

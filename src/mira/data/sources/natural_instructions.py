@@ -15,7 +15,7 @@ from mira.core.pydantic_config import STRICT, UserPath
 from mira.core.seeds import generator
 from mira.data.fields import text_field
 from mira.data.reading import existing, parse_json, read_text
-from mira.data.types import ClientData, Example
+from mira.data.types import Client, Example
 
 MIN_INSTANCES = 20
 _log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class NaturalInstructions:
     """Share of each task's usable instances to draw; the published experiments draw 0.2."""
     source: Literal["natural-instructions"] = "natural-instructions"
 
-    def load(self, seed: int) -> list[ClientData]:
+    def load(self, seed: int) -> list[Client]:
         every = [client for file in self._files() if (client := self._client(file, seed))]
         wanted = len(every) if self.clients is None else self.clients
         if len(every) < max(wanted, 1):
@@ -59,7 +59,7 @@ class NaturalInstructions:
                 raise UserError(f"data.tasks: no task '{task}' in '{folder}'{did_you_mean(task, files)}")
         return [files[task] for task in sorted(set(self.tasks))] if self.tasks else list(files.values())
 
-    def _client(self, file: Path, seed: int) -> ClientData | None:
+    def _client(self, file: Path, seed: int) -> Client | None:
         content = parse_json(read_text(file), file)
         definition, category = _first(content, "Definition", file), _first(content, "Categories", file)
         instances = content.get("Instances")
@@ -75,7 +75,7 @@ class NaturalInstructions:
             return None
         order = torch.randperm(len(short), generator=generator("natural-instructions", seed, file.stem))
         drawn = tuple(short[int(i)] for i in order[: int(len(short) * self.share + 1e-9)].sort().values)
-        return ClientData(file.stem, file.stem, category, definition, drawn)
+        return Client(file.stem, drawn, group=category, description=definition)
 
 
 def _first(record: Any, field: str, place: Path | str) -> str:

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError, did_you_mean
 from mira.core.pydantic_config import STRICT
-from mira.data.types import ClientData, Source
+from mira.data.types import Client, Source
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 
@@ -30,7 +30,7 @@ class Sites:
     """Training examples of each site, as counted by the site when it joined."""
     source: Literal["sites"] = "sites"
 
-    def load(self, seed: int) -> list[ClientData]:
+    def load(self, seed: int) -> list[Client]:
         if not self.examples:
             raise UserError("data.source=sites: the data is at the sites; run it with 'mira server'")
         known = dict.fromkeys(self.expected, 0) | self.examples
@@ -38,7 +38,7 @@ class Sites:
             if given not in known:
                 raise UserError(f"data: no site is named '{given}'{did_you_mean(given, known)}")
         return [
-            ClientData(name, name, self.groups.get(name, ""), self.descriptions.get(name, ""), (), elsewhere=count)
+            Client(name, group=self.groups.get(name, ""), description=self.descriptions.get(name, ""), elsewhere=count)
             for name, count in sorted(known.items())
         ]
 
@@ -50,11 +50,11 @@ class Own:
     inner: Source
     name: str
 
-    def load(self, seed: int) -> list[ClientData]:
+    def load(self, seed: int) -> list[Client]:
         found = self.inner.load(seed)
         mine = [client for client in found if client.name == self.name] or found
         if not mine:
             return []
         told = {client.description for client in mine}
         examples = tuple(example for client in mine for example in client.examples)
-        return [ClientData(self.name, self.name, "", told.pop() if len(told) == 1 else "", examples)]
+        return [Client(self.name, examples, description=told.pop() if len(told) == 1 else "")]

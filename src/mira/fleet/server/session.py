@@ -10,14 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from mira.config import Experiment
 from mira.core.errors import UserError
 from mira.data.sources.sites import Sites
-from mira.fleet.messages.policy import Run, Terms
-from mira.fleet.messages.transport import Lost, Transport
-from mira.fleet.server.engine import RemoteEngine
+from mira.fleet.messages.policy import RemoteRun, RoundPolicy
+from mira.fleet.messages.transport import NoReply, Transport
+from mira.fleet.server.clients import RemoteClients
 from mira.fleet.site.handler import fingerprints
 from mira.fleet.site.privacy import epsilon
 from mira.setup.environment import clients_told
@@ -49,7 +47,6 @@ class Opener:
         self,
         experiment: Experiment,
         recorded: Mapping[str, Any] | None = None,
-        kept: Callable[[int], Tensor | None] = lambda client: None,
         progress: Callable[[int], None] = lambda tokens: None,
         folder: Path | None = None,
     ) -> Session:
@@ -67,7 +64,7 @@ class Opener:
             experiment.model_copy(update={"data": replace(data, examples=known)}), recorded, folder=folder
         )
         experiment = experiment.model_copy(update={"prompt": session.experiment.prompt})  # with the day it is dated
-        terms = Terms(
+        policy = RoundPolicy(
             experiment.rounds, **asdict(experiment.server), privacy=experiment.privacy, training=experiment.training
         )
         number = secrets.token_hex(8) if folder is None else _number(folder)
@@ -76,15 +73,15 @@ class Opener:
             "experiment": {key: value for key, value in given.items() if key not in _NOT_SENT},
             "threads": session.environment["threads"], **fingerprints(session),
         }  # fmt: skip
-        run = Run(
+        run = RemoteRun(
             number, secrets.token_hex(8), session.names, opening, experiment.clients.rank, data.examples,
             frozenset(data.expected),
         )  # fmt: skip
-        engine = RemoteEngine(
-            run, self.transport, terms, session.layout.size, lambda name, what: self.say(f"{name}: {what}")
+        engine = RemoteClients(
+            run, self.transport, policy, session.layout.size, lambda name, what: self.say(f"{name}: {what}")
         )
         if data.examples:  # a run that goes on waits for those who were in it, but not for ever
-            self._gather(engine, lambda: self._admitted(begin), min(self.patience, terms.deadline))
+            self._gather(engine, lambda: self._admitted(begin), min(self.patience, policy.deadline))
         else:
             if missing := self._gather(engine, lambda: self._staying(engine, begin), self.patience):
                 raise UserError(
@@ -93,13 +90,13 @@ class Opener:
             counts = {name: engine.run.examples[name] for name in begin if name in engine.run.names}
             session = _with_clients(session, _settled(experiment, data, counts, set(begin) - counts.keys()))
         session.environment["run"] = number
-        return replace(session, sites=engine)
+        return replace(session, remote=engine)
 
     def _admitted(self, names: Sequence[str]) -> list[str]:
         now = self.names()
         return [name for name in names if name in now]
 
-    def _staying(self, engine: RemoteEngine, begin: Sequence[str]) -> list[str]:
+    def _staying(self, engine: RemoteClients, begin: Sequence[str]) -> list[str]:
         """Of those with whom a run is to ``begin``, who was not revoked meanwhile. The others are no clients of it; who has
         joined already joins anew then, under another number. Raises UserError where nobody is left."""
         names, admitted = engine.run.names, self._admitted(begin)
@@ -112,7 +109,7 @@ class Opener:
             raise UserError("server: all sites were revoked before the run began; 'mira kit site' makes one")
         return staying
 
-    def _gather(self, engine: RemoteEngine, names: Callable[[], Sequence[str]], patience: float) -> list[str]:
+    def _gather(self, engine: RemoteClients, names: Callable[[], Sequence[str]], patience: float) -> list[str]:
         """Returns once all ``names`` have joined, or after ``patience`` seconds: who did not. Others may join on the way."""
         until, told = time.monotonic() + patience, list[str]()
         again: dict[str, float] = {}  # when to ask those who refused once more
@@ -120,7 +117,7 @@ class Opener:
             online, now = self.transport.roster(), time.monotonic()
             asked = [name for name in missing if name in online and again.get(name, now) <= now]
             for name, said in engine.join(asked).items():
-                if isinstance(said, Lost):
+                if isinstance(said, NoReply):
                     log.warning("%s does not take part: %s", name, said.reason)
                     again[name] = now + _REFUSED
                 else:

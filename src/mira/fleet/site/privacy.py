@@ -63,7 +63,7 @@ def epsilon(noise: float, delta: float, releases: int) -> float:
         from dp_accounting import GaussianDpEvent
         from dp_accounting.rdp import RdpAccountant
     except ModuleNotFoundError:
-        raise UserError("privacy: the accountant is missing; pip install 'mira[privacy]'") from None
+        raise UserError("privacy: the accountant is missing; pip install 'mira-fl[privacy]'") from None
     if releases == 0:
         return 0.0
     return float(RdpAccountant().compose(GaussianDpEvent(noise / 2), releases).get_epsilon(delta))

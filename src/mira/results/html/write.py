@@ -7,7 +7,6 @@ import json
 import os
 from base64 import b64encode
 from collections.abc import Sequence
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from mira.core.errors import UserError
+from mira.core.versions import version_of
 from mira.methods import METHODS, uses_graph
 from mira.results.html import clients, curves, heatmaps
 from mira.results.html.clients import MANY
@@ -66,7 +66,7 @@ def page(runs: Sequence[Run], compared: Comparison | None = None) -> str:
     return template.render(
         style=Markup(style),  # our own file
         style_hash=b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-        version=version("mira"),
+        version=version_of("mira"),
         compared=compared,
         **_content(runs, variants, names),
     )

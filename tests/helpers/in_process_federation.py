@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from helpers.sample_config import settings
 from mira import Experiment
 from mira.data.sources.jsonl import Jsonl
-from mira.fleet.messages.transport import InProcess, Lost, Reply, Watch, unpack
+from mira.fleet.messages.transport import InProcessTransport, NoReply, OnReply, Reply, unpack
 from mira.fleet.server.session import Opener
-from mira.fleet.site.handler import Site
+from mira.fleet.site.handler import SiteHandler
 from mira.runner import run as experiment
-from small import settings
 
 NAMES = ("ann", "bob", "cleo")
 SECRETS = {name: f"secret-of-{name}" for name in NAMES}
@@ -40,7 +40,7 @@ def write_data(folder: Path) -> Path:
 class Troubled:
     """A transport that loses what it is told to lose, and remembers all that passes."""
 
-    inner: InProcess
+    inner: InProcessTransport
     offline: Callable[[int], set[str]] = lambda count: set()
     block: Callable[[bytes], bool] = lambda request: False
     change: Callable[[str, bytes, bytes], Reply] = lambda name, request, reply: reply
@@ -52,11 +52,11 @@ class Troubled:
         return self.inner.roster() - self.offline(self.trainings)
 
     def exchange(
-        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = lambda name, reply: None,
+        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: OnReply = lambda name, reply: None,
         most: Mapping[str, int] | None = None,
     ) -> dict[str, Reply]:  # fmt: skip
         self.sent += requests.items()
-        replies: dict[str, Reply] = {name: Lost("late") for name, data in requests.items() if self.block(data)}
+        replies: dict[str, Reply] = {name: NoReply("late") for name, data in requests.items() if self.block(data)}
         passed = {name: request for name, request in requests.items() if name not in replies}
         for name, reply in self.inner.exchange(passed, deadline, minimum, watch).items():
             if isinstance(reply, bytes):
@@ -81,19 +81,19 @@ class World:
             values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
         return Experiment(**values)
 
-    def sites(self, where: str = "sites", **options: Any) -> dict[str, Site]:
-        return {name: Site(name, Jsonl(self.data), self.folder / where / name, **options) for name in NAMES}
+    def sites(self, where: str = "sites", **options: Any) -> dict[str, SiteHandler]:
+        return {name: SiteHandler(name, Jsonl(self.data), self.folder / where / name, **options) for name in NAMES}
 
     def apart(
-        self, sites: Mapping[str, Site], out: str = "apart", watcher: Any = None, **sections: Any
+        self, sites: Mapping[str, SiteHandler], out: str = "apart", watcher: Any = None, **sections: Any
     ) -> tuple[dict[str, Any], Troubled]:
         transport = self.transport(sites)
         wanted = self.experiment(**sections)
         return experiment.run(wanted, self.folder / out, watcher, self.opener(transport)), transport
 
-    def transport(self, sites: Mapping[str, Site] | None = None, **options: Any) -> Troubled:
+    def transport(self, sites: Mapping[str, SiteHandler] | None = None, **options: Any) -> Troubled:
         sites = self.sites() if sites is None else sites
-        return Troubled(InProcess({name: site.handle for name, site in sites.items()}), **options)
+        return Troubled(InProcessTransport({name: site.handle for name, site in sites.items()}), **options)
 
     def opener(self, transport: Any) -> Opener:
         return Opener(transport, lambda: NAMES, patience=0.0)
@@ -119,7 +119,7 @@ def lost_and_away(world: World, plan: dict[str, Any]) -> None:
         return head.kind == "train" and head.round == 1
 
     lost = world.transport(
-        world.sites("a"), change=lambda name, request, reply: Lost("late") if is_it(request) else reply
+        world.sites("a"), change=lambda name, request, reply: NoReply("late") if is_it(request) else reply
     )
     away = world.transport(world.sites("b"), block=is_it)
     experiment.run(world.experiment(**plan), world.folder / "a-run", None, world.opener(lost))

@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs the extra 'flower'")
 
-from tiny import VOCABULARY
-from wiretap import encodings, secrets_in, traces
+from helpers.mitm import encodings, secrets_in, traces
+from helpers.tiny_models import VOCABULARY
 
 TEXT = "diagnosis of hospital-1, é"
 

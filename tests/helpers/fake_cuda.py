@@ -37,7 +37,7 @@ def _by_query(x: Tensor, query: Tensor) -> Tensor:
 
 
 # One operation forward and one back, as the kernel is: what records operations does not look inside.
-@torch.library.custom_op("gpu_way::attend", mutates_args=())
+@torch.library.custom_op("fake_cuda::attend", mutates_args=())
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, scale: float, left: int, right: int,
     max_q: int, max_k: int,
@@ -48,7 +48,7 @@ def _attend(
     return torch.cat([(p @ _by_query(value[keys], query)).transpose(0, 1) for _, keys, p in parts])
 
 
-@torch.library.custom_op("gpu_way::attend_back", mutates_args=())
+@torch.library.custom_op("fake_cuda::attend_back", mutates_args=())
 def _attend_back(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, scale: float, left: int,
     right: int,

@@ -1,4 +1,4 @@
-"""Runs experiments again and again, kills them with SIGKILL and resumes them: ``python kill_program.py KILLS BASE ...``.
+"""Runs experiments again and again, kills them with SIGKILL and resumes them: ``python -m helpers.kill_program KILLS BASE ...``.
 
 BASE/config.yaml says what to run. Every attempt is a child of this process, forked after the slow imports and before
 any computation. BASE/whole is a run left in peace, BASE/0, BASE/1 … are the ones that were killed; BASE/report.json

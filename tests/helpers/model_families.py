@@ -1,6 +1,6 @@
 """Tiny random models of the families that people fine-tune, and how the engine computes each: what docs/models.md is made of.
 
-``python tests/contract/families.py`` writes the page anew.
+``PYTHONPATH=tests python -m helpers.model_families`` writes the page anew.
 """
 
 from __future__ import annotations

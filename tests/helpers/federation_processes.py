@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from helpers.mitm import secrets_in
+from helpers.tiny_models import VOCABULARY
 from mira.fleet.flower.superlink import free_port
 from mira.fleet.identity import kit
-from tiny import VOCABULARY
-from wiretap import secrets_in
 
 NAMES = ("hospital-1", "hospital-2", "hospital-3")
 PATIENCE = 400.0  # seconds, for anything to happen; usually it takes a few
@@ -110,10 +110,10 @@ class Federation:
         end = time.monotonic() + PATIENCE
         while not re.search(pattern, self.log(name)):
             if self.started[name].poll() not in (None, 0) or time.monotonic() > end:
-                pytest.fail(f"{name} never said {pattern!r}:\n{self.last_words()}")
+                pytest.fail(f"{name} never said {pattern!r}:\n{self.log_tail()}")
             time.sleep(0.2)
 
-    def last_words(self) -> str:
+    def log_tail(self) -> str:
         """The ends of all logs: what one process waits for, another one knows."""
         logs = sorted([*self.folder.glob("*.log"), *self.folder.glob("*/supernode.log")])
         return "\n".join(f"--- {log.relative_to(self.folder)}\n{log.read_text()[-2000:]}" for log in logs)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "cli.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "cli.md"
 TYPES: dict[str, tuple[type, ...]] = {
     "text": (str,),
     "integer": (int,),

@@ -1,6 +1,6 @@
 """Kills of every process of a federation at random, and what becomes of its rows. By hand, not with pytest:
 
-    python tests/chaos.py --minutes 10 --seed 0
+    PYTHONPATH=tests python -m helpers.chaos --minutes 10 --seed 0
 
 Real processes on loopback: ``mira server`` and three ``mira client``, each with all that they start. This script is their
 systemd: it starts the two commands again when they end. In the end the run is done once more in one process, with the very
@@ -27,11 +27,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chaos_evidence import SERVER, SITES, Kill, commits, different, evidence, incomplete, overdue, say, show
+from helpers.chaos_checks import SERVER, SITES, Kill, commits, different, evidence, incomplete, overdue, say, show
+from helpers.sample_config import settings
+from helpers.tiny_models import save_tiny
 from mira import Experiment
 from mira.fleet.identity import kit
-from small import settings
-from tiny import save_tiny
 
 MIRA = [sys.executable, "-c", "from mira.cli import main; main()"]
 MARK = "MIRA_CHAOS"  # in the environment of every process of ours: the folder, and whose it is

@@ -1,4 +1,4 @@
-"""A short run of the store, and a program that kills it at every instant: ``python store_scenario.py FOLDER``.
+"""A short run of the store, and a program that kills it at every instant: ``python -m helpers.store_kill_program FOLDER``.
 
 Folder n holds the run killed by SIGKILL at its n-th instant, "whole" the one that was left in peace.
 """

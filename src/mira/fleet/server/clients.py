@@ -16,10 +16,10 @@ from mira.core.best_round import UNMEASURED, Standing, standing
 from mira.core.errors import UserError
 from mira.core.payload import is_private, jobs_of, parcel
 from mira.core.types import Failure, Grade, Scores, Trained, Work
-from mira.core.wire import decode, down, encode, encode_mask, num_bytes
-from mira.fleet.messages.policy import Run, Terms
-from mira.fleet.messages.replies import Rejected, column, grade_of, is_count, opened, result_of, unlike_scores
-from mira.fleet.messages.transport import Head, Kind, Lost, Message, Reply, Transport, pack
+from mira.core.wire import Wire, decode, down, encode, encode_mask, num_bytes
+from mira.fleet.messages.policy import RemoteRun, RoundPolicy
+from mira.fleet.messages.replies import RejectedReply, column, grade_of, is_count, read_reply, result_of, unlike_scores
+from mira.fleet.messages.transport import Head, NoReply, Packet, Reply, RequestKind, Transport, pack
 from mira.fleet.messages.validate import Expected, Shapes, distance, too_far
 from mira.fleet.site.privacy import epsilon
 
@@ -31,12 +31,12 @@ _PAUSE = 2.0  # seconds between two looks at who is online
 
 
 @dataclass
-class RemoteEngine:
+class RemoteClients:
     """``watch`` is told, name by name, what comes back."""
 
-    run: Run
+    run: RemoteRun
     transport: Transport
-    terms: Terms
+    policy: RoundPolicy
     size: int  # P
     watch: Callable[[str, str], None] = lambda name, what: None
     took_part: dict[str, list[int]] = field(default_factory=dict)
@@ -45,29 +45,43 @@ class RemoteEngine:
     best: tuple[Standing, int | None] = UNMEASURED, None
     """The best committed round's standing and number: the sites keep what stays with them of it."""
     _round: int = 0
-    _stays: bool = False
+    _private_parts: bool = False
     _releases: dict[str, int] = field(default_factory=dict)
     _missed: set[str] = field(default_factory=set)  # who was lost from a round
     _busy: set[str] = field(default_factory=set)  # who was not waited for, and may be training still
     _strangers: set[str] = field(default_factory=set)
-    _again: dict[str, tuple[float, Lost]] = field(
-        default_factory=dict
-    )  # who did not join: when to ask again, and why not
+
+    @property
+    def engine(self) -> RemoteClients:
+        return self
+
+    @property
+    def wire(self) -> Wire:
+        return self.policy.wire
+
+    @property
+    def has_whole_adapters(self) -> bool:
+        return not self._private_parts
+
+    @property
+    def sends_descriptions(self) -> bool:
+        """False: the server's operator has the descriptions already."""
+        return False
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
         self._round = round
         jobs = {self.run.names[k]: mine for k, mine in jobs_of(work).items()}
         replies = self._ask("train", {name: self._request(name, work, mine, lr) for name, mine in jobs.items()})
-        late = {name for name, reply in replies.items() if isinstance(reply, Lost) and reply.busy}
+        late = {name for name, reply in replies.items() if isinstance(reply, NoReply) and reply.busy}
         self._busy = (
-            late if round + 1 < self.terms.rounds else set()
+            late if round + 1 < self.policy.rounds else set()
         )  # after the last round nothing is faster without them
         rows, answers, failed = work.start.clone(), dict[int, Values](), []
         for name, mine in jobs.items():
             try:
                 answers |= self._result(replies[name], mine, work, rows)
-            except Rejected as reason:
-                asked = not isinstance(said := replies[name], Lost) or said.sent
+            except RejectedReply as reason:
+                asked = not isinstance(said := replies[name], NoReply) or said.sent
                 failed.append(Failure(self.run.names.index(name), str(reason), asked))
         for k, why in self._astray(work, rows, sorted(answers)).items():
             failed.append(Failure(k, why))
@@ -94,7 +108,7 @@ class RemoteEngine:
         nll = torch.full((len(client), len(splits)), nan, dtype=torch.float64)
         tokens = torch.zeros(len(client), len(splits), dtype=torch.int64)
         for name, places in mine.items():
-            if isinstance(reply := replies.get(name), Lost | None):
+            if isinstance(reply := replies.get(name), NoReply | None):
                 continue
             if (wrong := unlike_scores(reply)) is None:
                 nll[places], tokens[places] = reply.tensors["nll"], reply.tensors["tokens"]
@@ -115,18 +129,18 @@ class RemoteEngine:
         )
         return [grade_of(replies[name]) for name in names]
 
-    def willing(self) -> Tensor:
+    def allow_transfer(self) -> Tensor:
         """None where a part of the rows stays with their clients: there is no whole row to try elsewhere."""
-        open = [k for k, name in enumerate(self.run.names) if self.joined.get(name, {}).get("willing") is True]
-        return torch.tensor([] if self._stays else open, dtype=torch.int64)
+        open = [k for k, name in enumerate(self.run.names) if self.joined.get(name, {}).get("allow_transfer") is True]
+        return torch.tensor([] if self._private_parts else open, dtype=torch.int64)
 
-    def new(self) -> Tensor:
+    def needs_warm_start(self) -> Tensor:
         late = self._missed | self.run.expected
         names = enumerate(self.run.names)
         return torch.tensor([k for k, n in names if n in late and not self.took_part.get(n)], dtype=torch.int64)
 
-    def told(self) -> Values:
-        asked, came = self.terms.privacy, sorted(self.run.expected & self.run.examples.keys())
+    def round_extras(self) -> Values:
+        asked, came = self.policy.privacy, sorted(self.run.expected & self.run.examples.keys())
         joined = {"joined": {name: self.run.examples[name] for name in came}} if came else {}
         if asked is None:
             return joined
@@ -135,8 +149,8 @@ class RemoteEngine:
             for name, n in sorted(self._releases.items())
         }}  # fmt: skip
 
-    def begin(self, stays: bool) -> None:
-        self._stays = stays
+    def begin(self, has_private_parts: bool) -> None:
+        self._private_parts = has_private_parts
 
     def committed(self, record: Mapping[str, Any]) -> None:
         """From now on the sites go on from this round, if it used what they sent."""
@@ -150,22 +164,23 @@ class RemoteEngine:
         if (found := standing(record)) < self.best[0]:
             self.best = found, record["round"]
 
-    def finish(self, rows: Tensor, client: Tensor) -> None:
-        names = [self.run.names[k] for k in client.tolist()]
+    def finish(self, deployed: Callable[[Tensor], Tensor]) -> None:
+        names = self.run.names
+        rows = deployed(torch.arange(len(names)))
         self._ask("finish", {n: (self._own(n), {"row": row}, {}) for n, row in zip(names, rows, strict=True)})
 
-    def join(self, names: Sequence[str]) -> dict[str, Values | Lost]:
+    def join(self, names: Sequence[str]) -> dict[str, Values | NoReply]:
         """Open the run at these sites: what each says of itself, or why it does not take part."""
         return {name: self._welcome(name, reply) for name, reply in self._exchange({}, names, len(names)).items()}
 
-    def _welcome(self, name: str, reply: Message | Lost) -> Values | Lost:
-        if isinstance(reply, Lost):
+    def _welcome(self, name: str, reply: Packet | NoReply) -> Values | NoReply:
+        if isinstance(reply, NoReply):
             return reply
         said, now = reply.values, reply.values.get("examples")
         if not is_count(now):
-            return Lost("it says of no number of training examples that it has them")
+            return NoReply("it says of no number of training examples that it has them")
         if now != (was := self.run.examples.get(name, now)):
-            return Lost(f"its data changed: it trained on {was} examples when it joined; restore it")
+            return NoReply(f"its data changed: it trained on {was} examples when it joined; restore it")
         self.joined[name] = said
         self.run = replace(self.run, examples={**self.run.examples, name: now})
         return said
@@ -173,11 +188,11 @@ class RemoteEngine:
     def _own(self, name: str, as_of: int | None = None) -> Values:
         """Which of the things it keeps a site should use: those of the last round of it that counted, up to ``as_of``."""
         rounds = [r for r in self.took_part.get(name, []) if as_of is None or r <= as_of]
-        return {"since": max(rounds, default=0), "stays": self._stays}
+        return {"since": max(rounds, default=0), "private_parts": self._private_parts}
 
     def _request(self, name: str, work: Work, mine: Sequence[int], lr: float) -> Request:
         """A client's jobs, and the rows they need."""
-        sent, wire = parcel(work, mine), down(self.terms.wire)
+        sent, wire = parcel(work, mine), down(self.policy.wire)
         tensors = {f"a{n}": encode(_part(row, sent.upload), wire) for n, row in enumerate(sent.rows)}
         jobs = [
             {
@@ -189,78 +204,78 @@ class RemoteEngine:
         masks = {"upload": sent.upload, "trainable": work.trainable}
         tensors |= {key: encode_mask(mask) for key, mask in masks.items() if mask is not None}
         keep = [] if self.best[1] is None else [self._own(name, self.best[1])["since"]]
-        size = num_bytes(self.terms.wire, sent.numbers, work.start.dtype)
+        size = num_bytes(self.policy.wire, sent.numbers, work.start.dtype)
         back = {f"row{place}": ((size,), torch.uint8) for place, j in enumerate(mine) if not is_private(work, j)}
         return {"jobs": jobs, "lr": lr, "keep": keep, **self._own(name)}, tensors, back
 
-    def _result(self, reply: Message | Lost, mine: Sequence[int], work: Work, rows: Tensor) -> dict[int, Values]:
+    def _result(self, reply: Packet | NoReply, mine: Sequence[int], work: Work, rows: Tensor) -> dict[int, Values]:
         """What a client did, job by job; its rows are written into ``rows``, as far as they left it."""
-        if isinstance(reply, Lost):
-            raise Rejected(reply.reason)
+        if isinstance(reply, NoReply):
+            raise RejectedReply(reply.reason)
         answers = reply.values.get("jobs")
         if not isinstance(answers, list) or len(answers) != len(mine):
-            raise Rejected("its reply does not hold one result for each job")
+            raise RejectedReply("its reply does not hold one result for each job")
         examples = self.run.examples[self.run.names[int(work.client[mine[0]])]]
-        steps = self.terms.training.steps_for(examples)
+        steps = self.policy.training.steps_for(examples)
         checked = {j: result_of(answers[place], place, examples, steps) for place, j in enumerate(mine)}
-        sent, wire = parcel(work, mine), self.terms.wire
+        sent, wire = parcel(work, mine), self.policy.wire
         try:
             numbers = {
                 j: decode(reply.tensors[f"row{place}"], wire, sent.numbers, work.start.dtype)
                 for place, j in enumerate(mine) if not is_private(work, j)
             }  # fmt: skip
         except ValueError as error:
-            raise Rejected(str(error)) from None
+            raise RejectedReply(str(error)) from None
         where = slice(None) if sent.upload is None else sent.upload
         for j, given in numbers.items():
-            rows[j, where] = given if wire == "fp32" and self.terms.privacy is None else work.start[j, where] + given
+            rows[j, where] = given if wire == "fp32" and self.policy.privacy is None else work.start[j, where] + given
         return checked
 
     def _astray(self, work: Work, rows: Tensor, done: Sequence[int]) -> dict[int, str]:
         """Clients one of whose rows went further than a row of this round should, and how far."""
         sent = [j for j in done if not is_private(work, j)]
         norm = torch.tensor([distance(rows[j], work.start[j]) for j in sent], dtype=torch.float64)
-        return {int(work.client[sent[i]]): found.reason for i, found in too_far(norm, self.terms.max_norm).items()}
+        return {int(work.client[sent[i]]): found.reason for i, found in too_far(norm, self.policy.max_norm).items()}
 
-    def _ask(self, kind: Kind, requests: dict[str, Request]) -> dict[str, Message | Lost]:
+    def _ask(self, kind: RequestKind, requests: dict[str, Request]) -> dict[str, Packet | NoReply]:
         """Ask those who are online. Where nobody of the run is, the network or a gate is away, and rounds would only pass: waits
         for the first to come. The new among them are asked to join, and the others do not wait for that: who answers meanwhile
         takes part from the next exchange on."""
-        until = time.monotonic() + self.terms.deadline
+        until = time.monotonic() + self.policy.deadline
         while not (online := self.transport.roster()) & set(self.run.names) and time.monotonic() < until:
             time.sleep(_PAUSE)
         for name in sorted(online - self._strangers - set(self.run.names)):
             log.warning("%s has no place in this run; it may take part in the next (data.expected keeps places)", name)
             self._strangers.add(name)
         new = [name for name in requests if name in online and name not in self.joined]
-        said: dict[str, Values | Lost] = {}
+        said: dict[str, Values | NoReply] = {}
         if new and (
             kind == "finish" or not requests.keys() & online & self.joined.keys()
         ):  # no exchange follows, or nobody waits
             said, new = self.join(new), []
         here = {name: (kind, request) for name, request in requests.items() if name in online and name in self.joined}
-        minimum = len(here) if kind != "train" or self.terms.minimum is None else min(self.terms.minimum, len(here))
+        minimum = len(here) if kind != "train" or self.policy.minimum is None else min(self.policy.minimum, len(here))
         replies = self._exchange(here, new, minimum)
         said |= {name: self._welcome(name, replies.pop(name)) for name in new}
         for name in requests.keys() - replies.keys():
-            answer = said.get(name, Lost("it is not online"))
-            why = answer.reason if isinstance(answer, Lost) else "it has just joined"
-            replies[name] = Lost(why, sent=False)
+            answer = said.get(name, NoReply("it is not online"))
+            why = answer.reason if isinstance(answer, NoReply) else "it has just joined"
+            replies[name] = NoReply(why, sent=False)
         for name, reply in replies.items():
-            if isinstance(reply, Lost) and kind != "train":
+            if isinstance(reply, NoReply) and kind != "train":
                 log.warning("%s from %s: %s", kind, name, reply.reason)
         return replies
 
     def _exchange(
-        self, requests: Mapping[str, tuple[Kind, Request]], new: Sequence[str], minimum: int
-    ) -> dict[str, Message | Lost]:
+        self, requests: Mapping[str, tuple[RequestKind, Request]], new: Sequence[str], minimum: int
+    ) -> dict[str, Packet | NoReply]:
         """The replies of those with requests, of whom ``minimum`` are enough, and of the ``new``, who are asked to join."""
-        asked: dict[str, tuple[Kind, Request]] = {n: ("open", (self.run.opening_of(n), {}, {})) for n in new}
+        asked: dict[str, tuple[RequestKind, Request]] = {n: ("open", (self.run.opening_of(n), {}, {})) for n in new}
         asked |= requests
         if not asked:
             return {}
         heads = {n: Head(kind, self.run.number, self.run.segment, self._round, n) for n, (kind, _) in asked.items()}
-        packed = {n: pack(Message(heads[n], values, tensors)) for n, (_, (values, tensors, _)) in asked.items()}
+        packed = {n: pack(Packet(heads[n], values, tensors)) for n, (_, (values, tensors, _)) in asked.items()}
         expected = {n: Expected(heads[n], shapes) for n, (_, (_, _, shapes)) in asked.items()}
 
         def seen(name: str, reply: Reply) -> bool:
@@ -268,21 +283,21 @@ class RemoteEngine:
             if name not in asked:
                 return False
             if isinstance(reply, bytes) and minimum < len(asked):
-                reply = found if isinstance(found := opened(reply, expected[name]), Lost) else reply
-            self.watch(name, f"{asked[name][0]}: {reply.reason if isinstance(reply, Lost) else 'done'}")
+                reply = found if isinstance(found := read_reply(reply, expected[name]), NoReply) else reply
+            self.watch(name, f"{asked[name][0]}: {reply.reason if isinstance(reply, NoReply) else 'done'}")
             return isinstance(reply, bytes) and (name in requests or not requests)
 
         most = {name: reply.most_bytes for name, reply in expected.items()}
-        replies = self.transport.exchange(packed, self.terms.deadline, minimum, seen, most)
+        replies = self.transport.exchange(packed, self.policy.deadline, minimum, seen, most)
         for name in replies.keys() - asked.keys():
             log.warning("a reply from %s: rejected, it was asked nothing", name)
-        found = {name: opened(replies.get(name), expected[name]) for name in asked}
+        found = {name: read_reply(replies.get(name), expected[name]) for name in asked}
         for name, reply in found.items():
-            if isinstance(reply, Message):
+            if isinstance(reply, Packet):
                 self._count(name, reply)
         return found
 
-    def _count(self, name: str, reply: Message) -> None:
+    def _count(self, name: str, reply: Packet) -> None:
         """What a site says it has released; never less than it said before."""
         told = reply.values.get("releases")
         self._releases[name] = max(told if is_count(told) else 0, self._releases.get(name, 0))

@@ -15,14 +15,17 @@ class MemoryRecorder:
     current: MemoryRows
     changes: list[Change] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
-    optimizer: dict[int, Tensor] = field(default_factory=dict)
+    states: dict[int, Tensor] = field(default_factory=dict)
 
     def commit(self, round: int, change: Change, optimizer: dict[int, Tensor], record: dict[str, Any]) -> None:
         fresh = {int(i): row.clone() for i, row in zip(change.index, change.value, strict=True)}
         self.current = MemoryRows(self.current.start, self.current.num_rows, self.current.written | fresh)
         self.changes.append(change)
         self.records.append(dict(record))
-        self.optimizer |= optimizer
+        self.states |= optimizer
 
     def rows(self) -> Rows:
         return self.current
+
+    def optimizer(self) -> dict[int, Tensor]:
+        return self.states

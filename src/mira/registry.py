@@ -1,0 +1,165 @@
+"""Registries: the classes that a section of a configuration chooses from, by name.
+
+A class comes with MIRA, from an installed package that names it under an entry point, or from ``mira.register``. All four kinds
+(method, graph, data source, adapter) have this one shape.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from mira.core.errors import UserError
+from mira.core.pydantic_config import STRICT
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """The origin of a class from outside: ``place`` as "module:Class", and the installed ``package`` with its ``version``; both
+    are "" for a class that was registered by hand."""
+
+    place: str
+    package: str = ""
+    version: str = ""
+
+
+class Registry(Mapping[str, type]):
+    """The classes of one ``section`` of a configuration, by the value of their field ``tag``.
+
+    ``group``: the entry points of plug-ins. ``needs``: the functions that a class must have. ``default``: the name where a
+    configuration gives none. ``own``: the classes of MIRA itself.
+    """
+
+    def __init__(
+        self, section: str, tag: str, group: str, needs: Sequence[str], default: str | None, own: Mapping[str, type]
+    ) -> None:
+        self.section, self.tag, self.group, self.needs, self.default = section, tag, group, tuple(needs), default
+        self.changes = 0
+        """Number of classes added so far: a schema made of fewer is out of date."""
+        self._own = dict(own)
+        self._added: dict[str, type] = {}
+        self._plugins: dict[str, Plugin] = {}
+        self._broken: dict[str, str] = {}
+        self._found = False
+
+    def __getitem__(self, name: str) -> type:
+        self._find()
+        return self._own[name] if name in self._own else self._added[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self._find()
+        return iter((*self._own, *self._added))
+
+    def __len__(self) -> int:
+        self._find()
+        return len(self._own) + len(self._added)
+
+    def add(self, cls: type) -> None:
+        """Offer ``cls`` under its name in this process; a class registered earlier under that name is replaced. Raises UserError
+        where it lacks something, or its name is taken."""
+        self._find()
+        self._add(cls, Plugin(f"{cls.__module__}:{cls.__qualname__}"))
+
+    def adopt(self, instance: Any) -> None:
+        """Offer the class of ``instance``, unless it is offered already. Raises UserError as ``add`` does."""
+        if self.get(str(getattr(instance, self.tag, ""))) is not type(instance):
+            self.add(type(instance))
+
+    def plugin(self, name: str) -> Plugin | None:
+        """The origin of the class called ``name``; None for MIRA's own."""
+        self._find()
+        return self._plugins.get(name)
+
+    def fault(self, name: object) -> str | None:
+        """The reason for which the plug-in called ``name`` is installed and cannot be used; None where there is none."""
+        self._find()
+        return self._broken.get(str(name))
+
+    def check_recorded(self, name: str, recorded: Mapping[str, str], where: str) -> None:
+        """Raises UserError where the class ``name`` of a run (``where``: its folder) came from a plug-in that is not here.
+        ``recorded``: its ``Plugin``, as the run recorded it."""
+        if name in self:
+            return
+        package, version = recorded.get("package", ""), recorded.get("version", "")
+        text = f"{where}: its {self.section}.{self.tag}={name} is {recorded.get('place', 'a class from outside')}"
+        if (fault := self.fault(name)) is not None:
+            raise UserError(f"{text}; {fault}")
+        if package:
+            raise UserError(
+                f"{text} of {package} {version}, which is not installed; pip install '{package}=={version}'"
+            )
+        raise UserError(
+            f"{text}, which is not registered; call mira.register({_keyword(self.section)}=...) with it first"
+        )
+
+    def _add(self, cls: type, origin: Plugin) -> None:
+        name = self._name(cls)
+        missing = [need for need in self.needs if not callable(getattr(cls, need, None))]
+        if missing:
+            raise UserError(
+                f"{origin.place}: a {self.section} needs the functions {', '.join(self.needs)}; lacks {missing[0]}"
+            )
+        if name in self._own:
+            raise UserError(f"{origin.place}: {self.section}.{self.tag}={name} is MIRA's own; give yours another name")
+        if "__pydantic_config__" not in vars(cls):
+            cls.__pydantic_config__ = STRICT  # type: ignore[attr-defined]  # a plain dataclass: unknown keys are errors
+        self._added[name], self._plugins[name] = cls, origin
+        self.changes += 1
+
+    def _name(self, cls: type) -> str:
+        place = f"{cls.__module__}:{cls.__qualname__}"
+        if not is_dataclass(cls):
+            raise UserError(
+                f"{place}: must be a dataclass (its fields are keys of the section); add @dataclass(frozen=True)"
+            )
+        name = {field.name: field.default for field in fields(cls)}.get(self.tag)
+        if not isinstance(name, str):
+            raise UserError(
+                f"{place}: needs a field {self.tag} whose default is its name, as in {self.tag}: str = 'mine'"
+            )
+        return name
+
+    def _find(self) -> None:
+        """Load the plug-ins of installed packages, once. A broken one is named, and refused where it is asked for."""
+        if self._found:
+            return
+        self._found = True
+        for point in sorted(entry_points(group=self.group), key=lambda point: (point.name, _package(point))):
+            origin = Plugin(point.value, _package(point), point.dist.version if point.dist else "")
+            try:
+                self._load(point, origin)
+            except Exception as error:  # whatever a stranger's import raises: it must not take the others down
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                text = str(error) if isinstance(error, UserError) else reason
+                self._broken[point.name] = f"the plug-in {point.name} of {origin.package} cannot be used: {text}"
+                log.warning("%s.%s: %s", self.section, self.tag, self._broken[point.name])
+
+    def _load(self, point: EntryPoint, origin: Plugin) -> None:
+        if (other := self._plugins.get(point.name)) is not None:
+            raise UserError(f"{other.package} offers that name too; uninstall one of the two")
+        cls = point.load()
+        if not isinstance(cls, type):
+            raise UserError(f"{point.value} is no class")
+        if self._name(cls) != point.name:
+            raise UserError(f"its class calls itself {self._name(cls)}; name the entry point so")
+        self._add(cls, origin)
+
+
+def recorded(chosen: Iterable[tuple[Registry, str]]) -> dict[str, dict[str, str]]:
+    """The plug-ins among the classes chosen, for the environment of a run: section → name, place, package, version."""
+    found = {registry.section: (name, registry.plugin(name)) for registry, name in chosen}
+    return {section: {"name": name} | asdict(plugin) for section, (name, plugin) in found.items() if plugin is not None}
+
+
+def _keyword(section: str) -> str:
+    """The argument of ``mira.register`` for a class of ``section``."""
+    return "source" if section == "data" else section
+
+
+def _package(point: EntryPoint) -> str:
+    return point.dist.name if point.dist else ""

@@ -1,0 +1,59 @@
+"""The clients of a run in this process, behind the functions that sites on machines of their own have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mira.core.types import ClientBackend, Engine, Grade
+from mira.core.wire import Wire
+from mira.runner import evaluation
+from mira.runner.label_accuracy import label_accuracy
+from mira.setup.session import Session
+
+
+def clients_of(session: Session) -> ClientBackend:
+    """The session's sites, or the clients in this process where it has none."""
+    return session.remote or LocalClients(session)
+
+
+@dataclass(frozen=True)
+class LocalClients:
+    """Clients of this process: the session's engine trains and measures them, and nothing of theirs is private to a site."""
+
+    session: Session
+    wire: Wire = "fp32"
+    has_whole_adapters: bool = True
+    sends_descriptions: bool = True
+
+    @property
+    def engine(self) -> Engine:
+        return self.session.engine
+
+    def grade(self, rows: Tensor, client: Tensor, limit: int | None, max_new_tokens: int, round: int) -> list[Grade]:
+        engine, corpus, metrics = self.session.engine, self.session.corpus, self.session.experiment.evaluation.metrics
+        references = [corpus.references(k, "test", limit) for k in client.tolist()]
+        grades = evaluation.grade(engine, rows, client, references, limit, max_new_tokens, metrics)
+        if evaluation.LABEL_ACCURACY not in metrics:
+            return grades
+        pairs = zip(grades, label_accuracy(engine, corpus, rows, limit), strict=True)
+        return [grade if share is None else grade | {evaluation.LABEL_ACCURACY: share} for grade, share in pairs]
+
+    def allow_transfer(self) -> Tensor:
+        return torch.arange(len(self.session.names))
+
+    def needs_warm_start(self) -> Tensor:
+        return torch.empty(0, dtype=torch.int64)
+
+    def round_extras(self) -> dict[str, Any]:
+        return {}
+
+    def begin(self, has_private_parts: bool) -> None: ...
+
+    def committed(self, record: Mapping[str, Any]) -> None: ...
+
+    def finish(self, deployed: Callable[[Tensor], Tensor]) -> None: ...
