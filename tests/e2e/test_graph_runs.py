@@ -72,7 +72,7 @@ def test_nobody_is_described_to_a_method_without_a_graph(
     }
     with Store.open(tmp_path / "run", writable=False) as store:
         assert not from_tensors(store.graph()).weights(torch.arange(4), torch.arange(4)).any()
-    assert "Who learns from whom" not in write([tmp_path / "run"], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Graph between clients" not in write([tmp_path / "run"], tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_without_a_description_training_prompts_speak(data: Path, tmp_path: Path, tiny_folder: Path) -> None:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from mira.core.errors import UserError
 from mira.data.partition import ByChance, ByColumn, ByDirichlet, Partition, split_pool
 from mira.data.sources.dolly import Dolly
-from mira.data.sources.hub import Hub
+from mira.data.sources.hub import HubDataset
 
 SAY = {"instruction": "Say it.", "input": "7", "output": "seven"}
 
@@ -105,7 +105,7 @@ def test_a_random_cut_without_the_extra_says_what_to_install(monkeypatch: pytest
     with pytest.raises(UserError, match=r"pip install 'mira-fl\[datasets\]'"):
         split_pool(pool(), {}, ByChance(3), 0)
     with pytest.raises(UserError, match=r"pip install 'mira-fl\[datasets\]'"):
-        Hub("some/data", ByChance(3)).load(0)
+        HubDataset("some/data", ByChance(3)).load(0)
 
 
 def test_a_partition_is_chosen_by_its_word() -> None:

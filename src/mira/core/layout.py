@@ -143,7 +143,7 @@ class Layout:
 
     @property
     def dora(self) -> bool:
-        """Whether layers have magnitudes."""
+        """True where layers have magnitudes (DoRA)."""
         return any(entry.factor == "magnitude" for entry in self.entries)
 
     @cached_property

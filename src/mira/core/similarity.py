@@ -55,8 +55,8 @@ def strongest(choices: Choices, most: int) -> Choices:
 
 
 def choices_among_all(vectors: Tensor, most: int, above: float) -> Choices:
-    """Each client's choices among all clients by the cosine of centred ``vectors`` [K,d]. Computed in blocks of clients: memory
-    for K·most choices, never [K,K]."""
+    """The choices of all clients among each other by the cosine of centred ``vectors`` [K,d]. Computed in blocks of clients:
+    memory for K·most choices, never [K,K]."""
     x = vectors.double() - vectors.double().mean(0)
     norm = x.norm(dim=1, keepdim=True)
     u = torch.where(norm > 0, x / norm.where(norm > 0, 1.0), 0.0)

@@ -2,7 +2,7 @@
 
 from mira.data.sources.builtin import Builtin
 from mira.data.sources.dolly import Dolly
-from mira.data.sources.hub import Hub
+from mira.data.sources.hub import HubDataset
 from mira.data.sources.jsonl import Jsonl
 from mira.data.sources.natural_instructions import NaturalInstructions
 from mira.data.sources.sites import Sites
@@ -19,7 +19,7 @@ SOURCES = Registry(
         "natural-instructions": NaturalInstructions,
         "dolly": Dolly,
         "jsonl": Jsonl,
-        "hub": Hub,
+        "hub": HubDataset,
         "sites": Sites,
     },
 )

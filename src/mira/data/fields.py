@@ -8,10 +8,10 @@ from typing import Any
 
 from mira.core.errors import UserError
 
-Record = Mapping[str, Any]
+RawRecord = Mapping[str, Any]  # one record of a data file
 
 
-def text_field(record: Record, field: str, place: str, needed: str = "") -> str:
+def text_field(record: RawRecord, field: str, place: str, needed: str = "") -> str:
     """``record[field]`` as text; numbers and booleans in JSON's spelling. Raises UserError where it is absent, null, of another
     type or not valid UTF-8."""
     if field not in record:
@@ -35,7 +35,7 @@ def whole(text: str, field: str, place: str) -> str:
     return text
 
 
-def answer_field(record: Record, field: str, place: str) -> str:
+def answer_field(record: RawRecord, field: str, place: str) -> str:
     """``record[field]`` as text that is not empty."""
     answer = text_field(record, field, place)
     if not answer.strip():
@@ -45,7 +45,7 @@ def answer_field(record: Record, field: str, place: str) -> str:
     return answer
 
 
-def label_field(record: Record, field: str, place: str) -> str:
+def label_field(record: RawRecord, field: str, place: str) -> str:
     """``record[field]`` as a non-empty label; whole numbers count as text."""
     value = record.get(field)
     label = str(value) if isinstance(value, int) else text_field(record, field, place, f"the label column '{field}'")
@@ -73,9 +73,9 @@ def written(value: Any, field: str, place: str) -> str:
 
 
 def is_given(value: Any) -> bool:
-    """Whether an optional field has a value: no null, no empty text, no empty list, no NaN."""
+    """True for an optional field with a value: no null, no empty text, no empty list, no NaN."""
     return value is not None and value != "" and value != [] and value == value  # NaN differs from itself
 
 
-def names(record: Record) -> str:
+def names(record: RawRecord) -> str:
     return ", ".join(sorted(map(str, record))) or "nothing"

@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from mira.core.errors import UserError
 from mira.core.pydantic_config import STRICT
 from mira.core.seeds import generator, stream
-from mira.data.fields import Record, label_field
+from mira.data.fields import RawRecord, label_field
 from mira.data.records import Columns, Tally
 from mira.data.types import Client, Example, client_data
 
@@ -41,7 +41,7 @@ class ByColumn:
 
 @dataclass(frozen=True, config=STRICT)
 class ByDirichlet:
-    """Each label's examples are divided in shares drawn from Dirichlet(α)."""
+    """Clients with shares of each label's examples, drawn from Dirichlet(α)."""
 
     column: str
     """The column with the label."""
@@ -66,7 +66,9 @@ class ByChance:
 Partition = Annotated[ByColumn | ByDirichlet | ByChance, Field(discriminator="by")]
 
 
-def split_pool(pool: Iterable[tuple[str, Record]], columns: Columns, partition: Partition, seed: int) -> list[Client]:
+def split_pool(
+    pool: Iterable[tuple[str, RawRecord]], columns: Columns, partition: Partition, seed: int
+) -> list[Client]:
     """Clients from ``pool`` of (place for error messages, record).
 
     All answers to a question go to the same client. A question under two values of the column belongs to both. Raises UserError

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mira.core.errors import UserError
-from mira.data.fields import Record
+from mira.data.fields import RawRecord
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _GZIP = ".gz"
@@ -68,7 +68,7 @@ def tell_left_out(folder: Path, paths: Sequence[Path]) -> None:
         _log.warning("%s: not read: %s%s (data files end with %s)", folder, names, more, ", ".join(ENDINGS))
 
 
-def read_records(path: Path) -> Iterator[tuple[str, Record]]:
+def read_records(path: Path) -> Iterator[tuple[str, RawRecord]]:
     """(place "file:line", record) for every record of one file."""
     raw = read_bytes(path)
     if raw.startswith(b"PAR1") or _ending(path) == ".parquet":
@@ -123,7 +123,7 @@ def parse_json(text: str, path: Path, line: int = 1) -> Any:
     return value
 
 
-def _records(text: str, path: Path) -> Iterator[tuple[str, Record]]:
+def _records(text: str, path: Path) -> Iterator[tuple[str, RawRecord]]:
     """Records of a JSON array, of one object per line, or of objects that span several lines each."""
     start = _skip(text, 0)
     if text.startswith("[", start):
@@ -138,7 +138,7 @@ def _records(text: str, path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def _is_spread(text: str) -> bool:
-    """Whether the first object spans several lines. A malformed single line is followed by another object."""
+    """True where the first object spans several lines. A malformed single line is followed by another object."""
     first, _, rest = text.partition("\n")
     if rest.lstrip().startswith(("{", "[")):
         return False
@@ -226,7 +226,7 @@ def _skip(text: str, at: int) -> int:
     return at
 
 
-def _table(text: str, path: Path, ending: str) -> Iterator[tuple[str, Record]]:
+def _table(text: str, path: Path, ending: str) -> Iterator[tuple[str, RawRecord]]:
     """Records of CSV with a header line. The separator is the most frequent of ',', ';' and tab in the header."""
     head = text.lstrip().partition("\n")[0]
     comma = "\t" if ending == ".tsv" else max(",;\t", key=head.count)
@@ -253,7 +253,7 @@ def _table(text: str, path: Path, ending: str) -> Iterator[tuple[str, Record]]:
         raise UserError(f"{path}:{line + 1}: malformed CSV ({error}); mend or remove it") from None
 
 
-def _parquet(raw: bytes, path: Path) -> Iterator[tuple[str, Record]]:
+def _parquet(raw: bytes, path: Path) -> Iterator[tuple[str, RawRecord]]:
     try:
         import pyarrow
         from pyarrow import parquet

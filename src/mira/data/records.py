@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mira.core.errors import UserError
-from mira.data.fields import Record, answer_field, is_given, names, text_field
+from mira.data.fields import RawRecord, answer_field, is_given, names, text_field
 from mira.data.turns import conversation, pairs, turns, unused_in_turns
 from mira.data.types import Example, Message
 
@@ -44,7 +44,7 @@ class Tally:
     layouts: Counter[str] = field(default_factory=Counter)
     unused: Counter[str] = field(default_factory=Counter)
 
-    def example(self, place: str, record: Record) -> Example:
+    def example(self, place: str, record: RawRecord) -> Example:
         example, layout, unused = _read(mapped(record, self.columns, place), place)
         taken = {*self.also, *self.columns.values()}
         rest = {key for key in record if is_given(record[key])} - taken if self.columns else set()
@@ -52,7 +52,7 @@ class Tally:
         self.unused.update({*unused, *rest} - taken)
         return example
 
-    def examples(self, records: Iterable[tuple[str, Record]]) -> list[Example]:
+    def examples(self, records: Iterable[tuple[str, RawRecord]]) -> list[Example]:
         return [self.example(place, record) for place, record in records]
 
     def tell(self) -> None:
@@ -63,12 +63,12 @@ class Tally:
             _log.warning("unused fields: %s", which)
 
 
-def to_example(record: Record, place: str) -> Example:
+def to_example(record: RawRecord, place: str) -> Example:
     """The example of a record in one of the known layouts. Raises UserError naming ``place``."""
     return _read(record, place)[0]
 
 
-def mapped(record: Record, columns: Columns, place: str) -> Record:
+def mapped(record: RawRecord, columns: Columns, place: str) -> RawRecord:
     """The record under our field names; ``columns`` maps ours to the source's, empty where they are the same."""
     for ours, theirs in columns.items():
         if theirs not in record:
@@ -78,7 +78,7 @@ def mapped(record: Record, columns: Columns, place: str) -> Record:
     return {ours: record[theirs] for ours, theirs in columns.items()} if columns else record
 
 
-def _read(record: Record, place: str) -> tuple[Example, str, list[str]]:
+def _read(record: RawRecord, place: str) -> tuple[Example, str, list[str]]:
     """The example, the name of its layout, and its unused fields that have a value."""
     given, spelt = _plain(record, place)
     shown = [key for key in _TURNS if key in given][:1]
@@ -97,7 +97,7 @@ def _read(record: Record, place: str) -> tuple[Example, str, list[str]]:
     return example, " + ".join(found[0]), [*unused, *dict.fromkeys(inside)]
 
 
-def _plain(record: Record, place: str) -> tuple[dict[str, object], dict[str, str]]:
+def _plain(record: RawRecord, place: str) -> tuple[dict[str, object], dict[str, str]]:
     """The values of the record by field name in lower case, and the original spelling of each name."""
     given: dict[str, object] = {}
     spelt: dict[str, str] = {}
@@ -117,7 +117,7 @@ def _plain(record: Record, place: str) -> tuple[dict[str, object], dict[str, str
     return given, spelt
 
 
-def _pair(given: Record, place: str) -> list[str]:
+def _pair(given: RawRecord, place: str) -> list[str]:
     """The fields of a question, its input and its answer; empty where question or answer is missing."""
     questions = [key for key in _QUESTIONS if key in given]
     inputs, answers = ([key for key in keys if key in given] for keys in (_INPUTS, _ANSWERS))
@@ -131,11 +131,11 @@ def _pair(given: Record, place: str) -> list[str]:
     return [*questions, *inputs, *answers]
 
 
-def _messages(given: Record, fields: list[str], place: str) -> tuple[Example, list[str]]:
+def _messages(given: RawRecord, fields: list[str], place: str) -> tuple[Example, list[str]]:
     return conversation(turns(given, fields[0], place), given, fields[0], place), ["system", "tools"]
 
 
-def _continued(given: Record, fields: list[str], place: str) -> tuple[Example, list[str]]:
+def _continued(given: RawRecord, fields: list[str], place: str) -> tuple[Example, list[str]]:
     """A prompt to be continued without a template; a conversation where prompt or completion is a list of messages."""
     if not any(isinstance(given[key], list) for key in fields):
         prompt, completion = text_field(given, "prompt", place), answer_field(given, "completion", place)
@@ -149,7 +149,7 @@ def _continued(given: Record, fields: list[str], place: str) -> tuple[Example, l
     return conversation([*asked, *said], given, "completion", place), ["system", "tools"]
 
 
-def _answered(given: Record, fields: list[str], place: str) -> tuple[Example, list[str]]:
+def _answered(given: RawRecord, fields: list[str], place: str) -> tuple[Example, list[str]]:
     """A question and its answer; a conversation where there are a system message, tools or earlier turns."""
     question, answer = text_field(given, fields[0], place), answer_field(given, fields[-1], place)
     about = text_field(given, fields[1], place) if len(fields) == 3 else ""
@@ -160,7 +160,7 @@ def _answered(given: Record, fields: list[str], place: str) -> tuple[Example, li
     return conversation(messages, given, "history", place), ["system", "history", "tools"]
 
 
-def _missing(given: Record, record: Record) -> str:
+def _missing(given: RawRecord, record: RawRecord) -> str:
     """A message with the missing field of a record and the fix."""
     if "text" in given and not {*_NEEDED} & set(given):
         return "field 'text' is free text without question and answer; give its beginning as 'prompt', the rest as 'completion'"

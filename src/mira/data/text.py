@@ -80,7 +80,7 @@ class Encoder:
         return self._drafts([example], [where])[0]
 
     def fits(self, examples: Sequence[Example], where: Sequence[str]) -> list[bool]:
-        """Whether each example is within the length limit without truncation."""
+        """For each example, True where it is within the length limit without truncation."""
         return [len(encoded.tokens) <= self.max_length for encoded in self._drafts(examples, where)]
 
     def prompt(self, example: Example, where: str = "an example") -> tuple[int, ...]:
@@ -137,7 +137,7 @@ class Encoder:
 
     @property
     def as_before(self) -> bool:
-        """Whether tokens are the same as of former versions, which tokenised prompt and answer apart."""
+        """True where tokens are the same as of former versions, which tokenised prompt and answer apart."""
         return self.template != CHAT and not self.tokenizing.alters_beginnings
 
     @property
@@ -194,7 +194,7 @@ class Encoder:
         return self._marker.split(text)[-1] if self._marker else text
 
     def is_chat(self, example: Example) -> bool:
-        """Whether the chat template renders ``example``; prompts to be continued without a template are not rendered."""
+        """True where the chat template renders ``example``: always, except for prompts to be continued without a template."""
         return self.template == CHAT and not (example.raw and not self.wording.wrapped)
 
     def _drafts(self, examples: Sequence[Example], where: Sequence[str]) -> list[Encoded]:

@@ -140,6 +140,6 @@ class Tokenizing:
 
     @cached_property
     def alters_beginnings(self) -> bool:
-        """Whether a text has other tokens at the beginning than in the middle of a longer text."""
+        """True where a text has other tokens at the beginning than in the middle of a longer text."""
         alone, after = self._bare(["x", _ANCHOR + "x"])
         return after.ids[after.before(len(_ANCHOR)) :] != alone.ids

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from mira.core.errors import UserError
-from mira.data.fields import Record, answer_field, is_given, parsed, text_field, written
+from mira.data.fields import RawRecord, answer_field, is_given, parsed, text_field, written
 from mira.data.types import Example, Message
 
 ROLES = {
@@ -25,7 +25,7 @@ _OWN = frozenset({"role", "from", "content", "value", "weight", "function_call",
 _TURN = {"messages": ("role", "content"), "conversations": ("from", "value"), "conversation": ("from", "value")}
 
 
-def conversation(messages: Sequence[Message], record: Record, field: str, place: str) -> Example:
+def conversation(messages: Sequence[Message], record: RawRecord, field: str, place: str) -> Example:
     """An example that ends with the last turn to learn. ``record`` has its ``system`` and ``tools``."""
     if is_given(record.get("system")):
         if messages and messages[0].role == "system":
@@ -48,7 +48,7 @@ def conversation(messages: Sequence[Message], record: Record, field: str, place:
     return Example("", "", kept[-1].content, kept, tools=_tools(record.get("tools"), place), place=place)
 
 
-def turns(record: Record, field: str, place: str, learned: bool = True) -> list[Message]:
+def turns(record: RawRecord, field: str, place: str, learned: bool = True) -> list[Message]:
     """The messages in ``record[field]``. ``learned``: whether to learn the assistant's turns."""
     found = parsed(record[field], field, place)
     speaker, said = _TURN.get(field, _TURN["messages"])
@@ -58,7 +58,7 @@ def turns(record: Record, field: str, place: str, learned: bool = True) -> list[
     return told if learned else [replace(message, learned=message.role != "assistant") for message in told]
 
 
-def unused_in_turns(record: Record, field: str) -> Iterator[str]:
+def unused_in_turns(record: RawRecord, field: str) -> Iterator[str]:
     """'messages[].key' for each unused key of a turn."""
     found = record[field]
     found = parsed(found, field, "") if isinstance(found, str) and field in _TURN else found
@@ -85,7 +85,7 @@ def _said(answer: str) -> Message:
     return Message("assistant", answer)
 
 
-def _each(found: Sequence[Record], field: str, place: str) -> Iterator[Message]:
+def _each(found: Sequence[RawRecord], field: str, place: str) -> Iterator[Message]:
     for number, turn in enumerate(found):
         where = f"{place}: {field}[{number}]"
         speaker, said = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
@@ -103,7 +103,7 @@ def _each(found: Sequence[Record], field: str, place: str) -> Iterator[Message]:
         yield Message(role, content, _learned(turn, where), written(more, ", ".join(more), where))
 
 
-def _content(turn: Record, said: str, where: str) -> str:
+def _content(turn: RawRecord, said: str, where: str) -> str:
     """The text of a turn; text parts are joined."""
     value = turn.get(said)
     if not isinstance(value, list):
@@ -117,14 +117,14 @@ def _content(turn: Record, said: str, where: str) -> str:
     return "".join(texts)
 
 
-def _learned(turn: Record, where: str) -> bool:
+def _learned(turn: RawRecord, where: str) -> bool:
     weight = turn.get("weight")
     if weight not in (None, 0, 1):
         raise UserError(f"{where}: weight {weight!r} is not 0 (context only) or 1 (learned)")
     return weight != 0
 
 
-def _more(turn: Record, spelt: str, said: str, where: str) -> dict[str, Any]:
+def _more(turn: RawRecord, spelt: str, said: str, where: str) -> dict[str, Any]:
     """The further keys of a turn that chat templates read; tool calls in OpenAI's layout."""
     more = {key: turn[key] for key in MORE if key in turn and is_given(turn[key])}
     single = turn.get("function_call") or (parsed(turn.get(said), said, where) if spelt == "function_call" else None)

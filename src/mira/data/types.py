@@ -38,7 +38,7 @@ class Example:
 
     @property
     def system(self) -> bool:
-        """Whether it begins with a system message."""
+        """True where the conversation begins with a system message."""
         return bool(self.messages) and self.messages[0].role == "system"
 
     @property

@@ -21,7 +21,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 @dataclass(frozen=True, config=STRICT)
 class FedAvgM:
-    """With Δ = Σ_k p_k·θ̂_k − θ, p_k = n_k/Σn:  m ← β·m + Δ,  θ ← θ + lr·m."""
+    """FedAvg with server momentum. With Δ = Σ_k p_k·θ̂_k − θ, p_k = n_k/Σn:  m ← β·m + Δ,  θ ← θ + lr·m."""
 
     name: Literal["fedavgm"] = "fedavgm"
     lr: Positive = 1.0
@@ -46,7 +46,7 @@ class FedAvgM:
 
 @dataclass(frozen=True, config=STRICT)
 class FedAdam:
-    """With FedAvgM's Δ:  m ← β₁·m + (1−β₁)·Δ,  v ← β₂·v + (1−β₂)·Δ²,  θ ← θ + lr·m/(√v + τ)."""
+    """Adam on the server. With FedAvgM's Δ:  m ← β₁·m + (1−β₁)·Δ,  v ← β₂·v + (1−β₂)·Δ²,  θ ← θ + lr·m/(√v + τ)."""
 
     name: Literal["fedadam"] = "fedadam"
     lr: Positive = 0.01

@@ -1,4 +1,4 @@
-"""Any instruction data set on the model hub, with its columns mapped to ours."""
+"""Instruction data sets on the model hub, with their columns mapped to ours."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError
 from mira.core.pydantic_config import STRICT
-from mira.data.fields import Record
+from mira.data.fields import RawRecord
 from mira.data.partition import Partition, split_pool
 from mira.data.records import Columns
 from mira.data.types import Client
 
 
 @dataclass(frozen=True, config=STRICT)
-class Hub:
+class HubDataset:
     """A data set on the hub, divided into clients by a partition."""
 
     path: str
@@ -39,7 +39,7 @@ class Hub:
         return split_pool(records, self.columns, self.partition, seed)
 
 
-def hub_records(path: str, subset: str | None, split: str, revision: str | None) -> Iterator[tuple[str, Record]]:
+def hub_records(path: str, subset: str | None, split: str, revision: str | None) -> Iterator[tuple[str, RawRecord]]:
     """(place, row) for every row. Raises UserError where the library or the data set is not available."""
     try:
         import datasets

@@ -11,12 +11,12 @@ from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError
 from mira.core.pydantic_config import STRICT, UserPath
-from mira.data.fields import Record, label_field
+from mira.data.fields import RawRecord, label_field
 from mira.data.reading import ENDINGS, client_files, client_name, existing, read_records, tell_left_out
 from mira.data.records import Columns, Tally
 from mira.data.types import Client, client_data
 
-Records = list[tuple[str, Record]]
+Records = list[tuple[str, RawRecord]]
 
 
 @plain_dataclass(frozen=True)
