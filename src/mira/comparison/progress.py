@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from mira.comparison.plan import Job, Plan, shown
-from mira.runner.run import Nobody
+from mira.runner.callbacks import Callback
 from mira.store import Store
 
 Say = Callable[[str], None]
@@ -41,8 +41,8 @@ class Progress:
         self.say(" · ".join(part for part in parts if part))
 
 
-class Estimate(Nobody):
-    """A watcher, made when a run is opened, that estimates once, after the first round, the duration of ``runs`` such runs."""
+class Estimate(Callback):
+    """A callback, made when a run is opened, that estimates once, after the first round, the duration of ``runs`` such runs."""
 
     def __init__(self, runs: int, every: int, say: Say) -> None:
         """``every``: rounds from one evaluation to the next."""
