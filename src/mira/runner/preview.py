@@ -23,13 +23,28 @@ from mira.data.sources.jsonl import Found, Jsonl, OneFile
 from mira.data.text import Encoded, Encoder
 from mira.data.types import Client, Example, Source, by_question
 from mira.engine.generate import positions
-from mira.model.reader import Reader
+from mira.model.reader import Reader, open_reader
 
 Preview = dict[str, Any]
 
 _ENDLESS = 2**31  # tokens: a limit that truncates nothing
 _WIDTH = 78
 _CLIENTS, _LINES = 20, 30  # largest numbers of clients and lines shown to people
+
+
+NO_MODEL = "-"  # the model name for a preview without a tokenizer
+
+
+def look_at(experiment: Experiment) -> Preview:
+    """The preview of an experiment's data with the tokenizer of its model, which is downloaded if necessary. Raises
+    UserError."""
+    model, source = experiment.model, experiment.data
+    reader = None
+    if model.name != NO_MODEL:
+        reader = open_reader(model.name, model.source, model.trust_remote_code, model.revision, fetch=True)
+    if isinstance(source, Jsonl) and source.path.is_file() and source.client_column is None:
+        source = OneFile(source.path)
+    return look(source, experiment, reader)
 
 
 def look(source: Source, experiment: Experiment, reader: Reader | None) -> Preview:
