@@ -130,7 +130,7 @@ def screen(trained: Trained) -> Trained:
     good = torch.isfinite(trained.loss) & whole
     fix = "lower training.lr or set training.clip"
     failed = [
-        Failure(int(k), f"row is not finite; {fix}" if isfinite(loss) else f"loss is {loss:g}; {fix}")
+        Failure(int(k), f"adapter is not finite; {fix}" if isfinite(loss) else f"loss is {loss:g}; {fix}")
         for k, loss in zip(trained.client[~good], trained.loss[~good].tolist(), strict=True)
     ]
     lost = torch.tensor([f.client for f in (*trained.failed, *failed)], dtype=torch.int64)

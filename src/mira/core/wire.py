@@ -55,13 +55,13 @@ def decode(data: Tensor, wire: Wire, size: int, dtype: torch.dtype = torch.float
     """The ``size`` numbers in ``data``. Raises ValueError unless ``data`` is the encoding of so many finite numbers."""
     expected = num_bytes(wire, size, dtype)
     if data.dtype != torch.uint8 or data.dim() != 1:
-        raise ValueError(f"a row is {data.dtype} of {data.dim()} dimensions, not a flat array of bytes")
+        raise ValueError(f"an adapter is {data.dtype} of {data.dim()} dimensions, not a flat array of bytes")
     if len(data) != expected:
-        raise ValueError(f"a row of {len(data)} bytes; {size} numbers in {wire} are {expected}")
+        raise ValueError(f"an adapter of {len(data)} bytes; {size} numbers in {wire} are {expected}")
     data = data.clone()  # aligned for every dtype
     found = _from_int8(data, size) if wire == "int8" else data.view(torch.bfloat16 if wire == "bf16" else dtype)
     if not bool(found.isfinite().all()):
-        raise ValueError("a row holds numbers that are not finite")
+        raise ValueError("an adapter holds numbers that are not finite")
     return found.to(dtype)
 
 
@@ -117,7 +117,7 @@ def _to_int8(x: Tensor) -> Tensor:
 def _from_int8(data: Tensor, size: int) -> Tensor:
     q, scale = data[:size].view(torch.int8), data[size:].clone().view(torch.float32)
     if bool((q < -_LEVELS).any()):
-        raise ValueError("a row holds -128, which is no level of int8 here")
+        raise ValueError("an adapter holds -128, which is not a level of int8 here")
     if not bool((scale.isfinite() & (scale >= 0)).all()):
         raise ValueError("a scale is negative or not finite")
     return q.float() * scale.repeat_interleave(BLOCK)[:size]

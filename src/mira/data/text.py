@@ -38,8 +38,7 @@ class Encoder:
     The loss is on every answer and on the token that ends it. Special tokens in the text of the data stay text.
 
     Examples that are too long are truncated with ``overlong="cut"``: an input (or a prompt to be completed) on the left, a
-    conversation by its oldest turns after the system message. An example that cannot be truncated raises a UserError with its
-    place and the length that it needs.
+    conversation by its oldest turns after the system message. If that is not enough, a UserError gives place and length.
     """
 
     tokenizer: Tokenizer
@@ -56,8 +55,7 @@ class Encoder:
             self.rendering.source()
         elif self.wording.system:
             raise UserError(
-                f"prompt.system: prompt.template='{self.template}' has no system message; use prompt.template=chat, or leave it"
-                " out"
+                f"prompt.system: prompt.template='{self.template}' has no system message; use prompt.template=chat, or remove it"
             )
         if self.tokenizer.eos_token_id is None:
             raise UserError(
@@ -256,15 +254,13 @@ class Encoder:
         return None if talk.whole.text[words_end : whole.spans[stop][0]].strip() else stop
 
     def _unended(self, talk: Conversation, whole: Tokens, answer: Answer) -> int:
-        """The place of the first token after an answer without a stop token: after its words, or after its tool calls. The last
-        token of the answer may reach beyond them."""
+        """The place after an answer without a stop token: after its words or tool calls, or the token that contains their end."""
         limit = answer.text[1]
         if answer.loose:
             limit = len(talk.whole.text[: answer.limit].rstrip())
         end = next((n for n, (start, _) in enumerate(whole.spans) if start >= limit), len(whole.ids))
-        ends_turn = (
-            answer.loose and whole.ids[end - 1] in self.tokenizing.added and whole.ids[end - 1] not in self.stops
-        )
+        last = whole.ids[end - 1]
+        ends_turn = answer.loose and last in self.tokenizing.added and last not in self.stops
         return end - 1 if ends_turn and whole.spans[end - 1][0] >= answer.text[1] else end
 
     def _raw(self, example: Example, where: str) -> str:

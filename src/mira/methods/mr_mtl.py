@@ -21,7 +21,7 @@ from mira.methods.rows import GLOBAL, global_and_personal_state, global_rows
 class MRMTL:
     """θ_k ≈ argmin F_k(w) + λ/2·‖w − θ̄‖² from its last value, θ̄ = 1/K·Σ_k θ_k as sent at the start of the round.
 
-    θ̄ is the mean of the last known rows of all K clients, updated by the changes of the cohort: θ̄ ← θ̄ + 1/K·Σ_k (θ̂_k − θ_k).
+    θ̄ is the mean of the last known adapters of all K clients, updated by the changes of the cohort: θ̄ ← θ̄ + 1/K·Σ_k (θ̂_k − θ_k).
     Clients have equal weights, as in the objective. Where ranks differ, each number is averaged over the clients that have it.
     """
 
