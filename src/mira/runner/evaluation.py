@@ -20,7 +20,7 @@ from mira.core.errors import UserError, did_you_mean
 from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.text_metrics import chrf, words
-from mira.core.types import Engine, Grade, Method, ServerState
+from mira.core.types import ClientEngine, Grade, Method, ServerState
 
 Record = dict[str, Any]
 Metric = Callable[[Sequence[str], Sequence[str]], float]  # (answers of a client, reference answers) -> value
@@ -51,7 +51,7 @@ def check_metrics(names: Sequence[str]) -> None:
 
 
 def losses(
-    method: Method, engine: Engine, state: ServerState, names: Sequence[str], limit: int | None, test: bool = True,
+    method: Method, engine: ClientEngine, state: ServerState, names: Sequence[str], limit: int | None, test: bool = True,
     known: Mapping[str, Record] | None = None,
 ) -> Record:  # fmt: skip
     """Validation and test loss of every client, and their means. Without ``test`` the test split is not read, and its losses are
@@ -102,7 +102,7 @@ def answers(names: Sequence[str], grades: Sequence[Grade]) -> Record:
 
 
 def grade(
-    engine: Engine, rows: Tensor, client: Tensor, references: Sequence[Sequence[str]], limit: int | None,
+    engine: ClientEngine, rows: Tensor, client: Tensor, references: Sequence[Sequence[str]], limit: int | None,
     max_new_tokens: int, metrics: Sequence[str] = (),
 ) -> list[Grade]:  # fmt: skip
     """Exact match, ROUGE-L F1 and ``metrics`` of the greedy answers of row i on the test split of client[i]."""
@@ -115,7 +115,7 @@ def grade(
 
 
 def transfer(
-    method: Method, engine: Engine, state: ServerState, layout: Layout, names: Sequence[str], seed: int, clients: int,
+    method: Method, engine: ClientEngine, state: ServerState, layout: Layout, names: Sequence[str], seed: int, clients: int,
     examples: int, among: Tensor | None = None,
 ) -> Record:  # fmt: skip
     """Losses of the rows of sampled clients, and of their mean row, on the test splits of all sampled clients. ``among``: the
