@@ -123,7 +123,7 @@ def test_scalars_are_those_of_yaml_1_2() -> None:
         ({"round": 3}, "round: unknown key; did you mean 'rounds'?"),
         (
             {"method": {"name": "ffa-lora"}, "adapter": {"kind": "prompt"}},
-            "method.name=ffa-lora: works on the factors A and B of LoRA, but this adapter has 'prompt'; "
+            "method.name=ffa-lora: needs the factors A and B of LoRA, but this adapter has 'prompt'; "
             "set adapter.kind=lora, or method.name=fedit",
         ),
         (
@@ -136,7 +136,7 @@ def test_scalars_are_those_of_yaml_1_2() -> None:
         ),
         (
             {"clients": {"rank": {"ann": 2}}, "method": {"space": "product"}},
-            "method.space=product: not with clients of different ranks (clients.rank); use space=factors",
+            "method.space=product: needs the same rank for all clients (clients.rank); use space=factors",
         ),
         ({"lr": 3}, "lr: unknown key; did you mean 'training.lr'?"),
         ({"adapter": {"rnak": 3}}, "adapter.rnak: unknown key; did you mean 'rank'?"),
