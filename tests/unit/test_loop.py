@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers.memory_recorder import MemoryRecorder
 from mira.core.graph import Edges
 from mira.core.layout import Layout
 from mira.core.loop import Record, Schedule, apply, describe, nothing, run_rounds, sample_cohort, screen
 from mira.core.training import Training
 from mira.core.types import Change, Failure, MemoryRows, ServerState, Setting, Trained, Work
 from mira.methods import METHODS
+from mira.testing.recorders import MemoryRecorder
 
 LAYOUT = Layout.of({"layer": (1, 1)}, rank=1, alpha=1.0)  # P = 2
 TARGET = torch.tensor([[1.0, -2.0], [4.0, 0.5], [-3.0, 7.0]], dtype=torch.float64)
