@@ -22,7 +22,7 @@ LEVELS = (
     {"results"},
     {"comparison", "fleet"},
     {"testing"},
-    {"mira"},
+    {"library", "mira"},
     {"cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

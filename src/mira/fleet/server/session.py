@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mira.adapters.pretrained import is_folder
 from mira.config import Experiment
 from mira.core.errors import UserError
 from mira.data.sources.sites import Sites
@@ -18,8 +19,9 @@ from mira.fleet.messages.transport import NoReply, Transport
 from mira.fleet.server.clients import RemoteClients
 from mira.fleet.site.handler import fingerprints
 from mira.fleet.site.privacy import epsilon
+from mira.setup.build import open_session
 from mira.setup.environment import clients_told
-from mira.setup.session import Session, open_session
+from mira.setup.session import Session
 from mira.store import Store
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,12 @@ class Opener:
         begin = sorted(data.examples or set(self.names()) - set(data.expected))
         if not begin:
             raise UserError("data.expected: names every site; a run begins with at least one, leave one out")
+        start = getattr(experiment.adapter, "start", None)
+        if start is not None and is_folder(start):
+            raise UserError(
+                f"adapter.start={start}: sites read no folder that a server names; put the adapter on the model hub and give its"
+                " name there"
+            )
         known = data.examples or dict.fromkeys(begin, 1)  # 1: until they have told
         session = open_session(
             experiment.model_copy(update={"data": replace(data, examples=known)}), recorded, folder=folder
@@ -71,7 +79,7 @@ class Opener:
         given = experiment.model_dump(mode="json")
         opening = {
             "experiment": {key: value for key, value in given.items() if key not in _NOT_SENT},
-            "threads": session.environment["threads"], **fingerprints(session),
+            "threads": session.surroundings["threads"], **fingerprints(session),
         }  # fmt: skip
         run = RemoteRun(
             number, secrets.token_hex(8), session.names, opening, experiment.clients.rank, data.examples,
@@ -89,7 +97,7 @@ class Opener:
                 )
             counts = {name: engine.run.examples[name] for name in begin if name in engine.run.names}
             session = _with_clients(session, _settled(experiment, data, counts, set(begin) - counts.keys()))
-        session.environment["run"] = number
+        session.surroundings["run"] = number
         return replace(session, remote=engine)
 
     def _admitted(self, names: Sequence[str]) -> list[str]:
@@ -149,8 +157,8 @@ def _with_clients(session: Session, experiment: Experiment) -> Session:
 
     federation = make_federation(experiment.data, experiment.split, experiment.seed)
     corpus = replace(session.corpus, federation=federation)
-    environment = session.environment | clients_told(federation)
-    return replace(session, experiment=experiment, federation=federation, corpus=corpus, environment=environment)
+    surroundings = session.surroundings | clients_told(federation)
+    return replace(session, experiment=experiment, federation=federation, corpus=corpus, surroundings=surroundings)
 
 
 def _number(folder: Path) -> str:
