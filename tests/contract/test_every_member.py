@@ -26,6 +26,8 @@ from mira.testing import (
     sources,
 )
 
+pytestmark = pytest.mark.quick
+
 ROWS = [{"instruction": "Say it.", "context": str(n), "response": f"{n}!", "category": "ab"[n % 2]} for n in range(24)]
 
 

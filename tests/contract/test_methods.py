@@ -19,6 +19,8 @@ from mira.methods import METHODS, uses_graph
 from mira.testing.methods import LAYOUT, Spy, sparse_graph
 from mira.testing.quadratic import numbered
 
+pytestmark = pytest.mark.quick
+
 COHORT = [4, 0, 3]
 NEIGHBOURS = {1, 5}  # of the cohort and outside it, on the graph below
 

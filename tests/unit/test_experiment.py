@@ -78,6 +78,7 @@ def test_peak_memory_is_in_bytes() -> None:
     assert 50 * 2**20 < peak_memory(torch.device("cpu")) < 2**40
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system's figure is all there is")
 def test_peak_memory_is_not_that_of_the_process_before() -> None:
     held = bytearray(b"1") * 2**30

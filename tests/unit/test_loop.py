@@ -80,6 +80,7 @@ def minimiser(strength: float) -> Tensor:
     return torch.linalg.solve(torch.eye(3, dtype=torch.float64) + strength * LAPLACIAN, TARGET)
 
 
+@pytest.mark.slow
 def test_mira_converges_to_the_minimiser_within_the_bias_of_its_steps() -> None:
     """A round maps Θ to (I − cL)(T + ρ(Θ − T)), ρ = (1 − η)^E, c = ηEλ. Its fixed point is (I + λL)⁻¹T up to O(ηE)."""
     strength, bias = 0.8, []
