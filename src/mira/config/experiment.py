@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,63 +11,31 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic.dataclasses import dataclass
-from pydantic_core import CoreSchema, core_schema
 
 from mira.adapters import ADAPTERS
 from mira.config import compatibility
+from mira.config.overrides import override
 from mira.config.prompt import PromptSection
+from mira.config.sections import SECTIONS, AdapterSection, DataSection, GraphSection, MethodSection
 from mira.config.validation_errors import explain
+from mira.config.yaml_io import read
 from mira.core.errors import UserError
 from mira.core.pydantic_config import STRICT, Count
 from mira.core.training import Training
-from mira.core.types import Method
 from mira.core.wire import Wire
-from mira.data import SOURCES
 from mira.data.federation import SplitSizes
-from mira.data.types import Source
 from mira.graphs import GRAPHS
 from mira.methods import METHODS
-from mira.registry import Registry
 from mira.trackers import Tracking
 
 CountOrNone = Annotated[int, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(strict=True, gt=0, le=1)]
-
-
-SECTIONS = {registry.section: registry for registry in (ADAPTERS, SOURCES, METHODS, GRAPHS)}
-"""The sections that are one of several classes, told apart by a field."""
-
-
-@plain_dataclass(frozen=True)
-class OneOf:
-    """The schema of a section: one of the classes that its registry has when the schema is made."""
-
-    registry: Registry
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        choices = {name: handler.generate_schema(cls) for name, cls in self.registry.items()}
-        return core_schema.tagged_union_schema(choices, discriminator=self.registry.tag)
-
-    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """The tag of each class is its name alone, so that an editor tells the classes apart."""
-        schema, tag = handler(core), self.registry.tag
-        for name, place in schema["discriminator"]["mapping"].items():
-            handler.resolve_ref_schema({"$ref": place})["properties"][tag]["const"] = name
-        return schema
-
-
-AdapterSection = Annotated[Any, OneOf(ADAPTERS)]
-DataSection = Annotated[Source, OneOf(SOURCES)]
-MethodSection = Annotated[Method, OneOf(METHODS)]
-GraphSection = Annotated[Any, OneOf(GRAPHS)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -94,29 +61,29 @@ class ModelSection:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class EngineSection:
-    """How training and evaluation are computed. It decides speed, and results up to rounding."""
+    """The computation of training and evaluation. It affects speed, and results up to rounding."""
 
     name: Literal["auto", "batched", "reference"] = "auto"
-    """batched: many clients in one pass; it refuses a model that it cannot compute as the model does. reference: one client
-    at a time with PEFT; slow. auto: batched where it can, else reference."""
+    """batched: many clients in one pass; refuses a model whose own results it cannot reproduce. reference: one client at a time
+    with PEFT; slow. auto: batched where possible, else reference."""
     tokens_per_pass: Count | None = None
-    """Tokens of all clients together in the training passes of the base model that are computed at a time, on a CPU one for each
-    thread, on a GPU one; less takes less memory. Passes without gradients may have four times as many. null: as many as half of
-    the free memory holds (0.3 of it where passes are recorded), by what a token is measured to keep, down to a power of two.
-    A client's batch of more tokens is spread over passes, whose gradients add up to that of the whole batch; one of at most 512
-    (1 024 where the base has 16 bits) stays in one, whatever this is. On a CPU clients are not put together beyond as many for
-    each thread (four times as many without gradients): more are of no use."""
+    """Maximum number of tokens of all training passes that run at the same time: one pass for each thread on a CPU, one on a GPU.
+    Fewer tokens need less memory. Passes without gradients may have four times as many. null: as many as half of the free memory
+    holds (0.3 of it where passes are captured), by the measured memory of a token, rounded down to a power of two. A larger batch
+    of a client is split into passes whose gradients add up to that of the whole batch; a batch of at most 512 tokens (1 024 with
+    a 16-bit base) is never split. On a CPU a pass combines clients up to that number of tokens for each thread (four times as
+    many without gradients): more would not be faster."""
     prefix: Literal["auto", "on", "off"] = "auto"
-    """Compute a prompt that a client's sequences have in common once. auto: on where there is no dropout."""
+    """Compute the common prefix of a client's sequences once per pass. auto: on unless there is dropout."""
     checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations: less memory, half more work."""
     cuda_graphs: Literal["auto", "off"] = "auto"
-    """On a GPU, record training passes of a few sizes and compute them in one go. auto: where a recording gives the same again in
-    less time, and nothing (dropout, checkpointing, a virtual prompt, the model itself) makes passes differ in more than their
-    numbers."""
+    """On a GPU, capture training passes of a few sizes as CUDA graphs and replay them. auto: where a replay gives the same
+    results in less time. Dropout, checkpointing, virtual tokens, experts and some models rule it out: their passes differ in
+    more than their numbers."""
     threads: Count | None = None
-    """CPU threads, shared out among the passes computed at a time; null: as many as PyTorch takes, within the share of the
-    processors that a container is given."""
+    """CPU threads, divided among the passes that run at the same time; null: PyTorch's number, within the CPU limit of a
+    container."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -212,10 +179,12 @@ class Experiment(BaseModel):
 
     @classmethod
     def from_yaml(cls, path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
-        """``mira.load`` under another name: the experiment of a YAML file."""
-        from mira.config import load
+        """The experiment of a YAML file. ``overrides``: dotted keys with YAML values, such as "training.lr=3e-4".
 
-        return load(path, overrides)
+        An override that changes the variant of a section (``method.name=fedit``) drops the fields of the former variant that the
+        new one does not have. Raises UserError, one line that names the file and line or the key.
+        """
+        return cls(**override(read(Path(path)), overrides))
 
     def __init__(self, **values: Any) -> None:
         """Sections may be given as mappings. Raises UserError, one line for the first fault."""
