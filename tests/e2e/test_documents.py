@@ -19,7 +19,7 @@ from helpers.sample_config import settings, write_clients
 from mira import Experiment, config
 from mira.cli import app
 from mira.comparison import plan as comparison
-from mira.config.experiment import VARIANTS
+from mira.config.experiment import SECTIONS
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -66,8 +66,8 @@ def completed(block: dict[str, Any]) -> dict[str, Any]:
     """A whole experiment that says what ``block`` says, which may show some sections only."""
     values = settings(Path("model"), Path("data"))
     for key, section in block.items():
-        variants = VARIANTS.get(key)
-        whole = not isinstance(section, dict) or (variants and variants.tag in section)
+        registry = SECTIONS.get(key)
+        whole = not isinstance(section, dict) or (registry and registry.tag in section)
         values[key] = section if whole else {**values.get(key, {}), **section}
     if {"local_steps", "local_epochs"} <= values["training"].keys() and "local_epochs" in block.get("training", {}):
         del values["training"]["local_steps"]

@@ -204,6 +204,7 @@ def test_an_example_too_long_is_still_refused_by_place() -> None:
         make_corpus(max_length=5).truncated()
 
 
+@pytest.mark.slow
 def test_a_run_opened_again_tokenises_no_example(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
