@@ -19,7 +19,8 @@ from mira.core.errors import UserError
 from mira.core.wire import Wire, decode
 from mira.data.sources.jsonl import Jsonl
 from mira.data.sources.sites import Own, Sites
-from mira.fleet.messages.transport import Head, InProcessTransport, NoReply, Packet, Reply, pack, unpack
+from mira.fleet.messages.packet import PROTOCOL, Head, Packet, pack, unpack
+from mira.fleet.messages.transport import InProcessTransport, NoReply, Reply
 from mira.fleet.site.handler import SEE_LOG
 from mira.fleet.site.privacy import epsilon
 from mira.methods import METHODS
@@ -163,8 +164,8 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     ),
     "jobs": (odd(jobs=[7]), "does not hold one result"),
     "no jobs": (odd(jobs={}), "does not hold one result"),
-    "counts": (odd(jobs=[ODD_JOB | {"examples": 2**80}]), "no numbers a training gives"),
-    "loss": (odd(jobs=[ODD_JOB | {"loss": None}]), "no numbers a training gives"),
+    "counts": (odd(jobs=[ODD_JOB | {"examples": 2**80}]), "are not those of a training"),
+    "loss": (odd(jobs=[ODD_JOB | {"loss": None}]), "are not those of a training"),
     "weight": (odd(jobs=[ODD_JOB | {"examples": 4000}]), "it joined with"),
     "length": (odd(jobs=[ODD_JOB | {"steps": 2**40}]), "was asked for"),
 }  # fmt: skip
@@ -352,14 +353,16 @@ def test_a_site_with_another_model_does_not_take_part(
     assert f"bob does not take part: its {what} is not the server's" in caplog.text
 
 
+def opened(world: World, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Bob's reply to the opening of a run whose values were changed."""
+    values = {"protocol": PROTOCOL, "experiment": world.experiment().model_dump(mode="json"), "number": 1, "threads": 1}
+    change(values)
+    request = Packet(Head("open", "0" * 16, "s", 0, "bob"), values | {"rank": None}, {})
+    return unpack(world.sites()["bob"].handle(pack(request))).values
+
+
 def test_a_site_runs_no_code_that_a_model_brings(world: World) -> None:
-    site = world.sites()["bob"]
-    given = world.experiment().model_dump(mode="json")
-    given["model"]["trust_remote_code"] = True
-    request = Packet(
-        Head("open", "0" * 16, "s", 0, "bob"), {"experiment": given, "number": 1, "threads": 1, "rank": None}, {}
-    )
-    told = unpack(site.handle(pack(request))).values
+    told = opened(world, lambda values: values["experiment"]["model"].update(trust_remote_code=True))
     assert told == {"failed": "model.trust_remote_code=true: a site runs no code that a model brings"}
 
 
@@ -369,16 +372,34 @@ def test_a_site_runs_no_code_that_a_model_brings(world: World) -> None:
 )
 def test_a_site_renders_no_template_that_a_server_sends(world: World, key: str, value: object) -> None:
     """It could spell the site's texts in numbers of tokens, read its files, or never end."""
-    site = world.sites()["bob"]
-    given = world.experiment().model_dump(mode="json")
-    given["prompt"][key] = value
-    request = Packet(
-        Head("open", "0" * 16, "s", 0, "bob"), {"experiment": given, "number": 1, "threads": 1, "rank": None}, {}
-    )
-    told = unpack(site.handle(pack(request))).values
+    told = opened(world, lambda values: values["experiment"]["prompt"].update({key: value}))
     assert told == {
         "failed": f"prompt.{key}: a template is a program; a site renders its texts with its model's own alone"
     }
+
+
+@pytest.mark.parametrize("package", ["mira-loha 0.3", None])
+def test_a_site_without_the_plug_in_of_an_adapter_says_what_to_install(world: World, package: str | None) -> None:
+    def change(values: dict[str, Any]) -> None:
+        values["adapter_package"] = package
+        values["experiment"]["adapter"] = {"kind": "loha", "rank": 4}
+
+    source = package or "the plug-in that the server has"
+    assert opened(world, change) == {
+        "failed": f"adapter.kind=loha: this site has no adapter of that kind; install {source} at the site too"
+    }
+
+
+@pytest.mark.parametrize("theirs", [None, PROTOCOL + 1])
+def test_a_site_and_a_server_of_different_versions_refuse_each_other(world: World, theirs: int | None) -> None:
+    line = f"speak different versions of MIRA's messages (here {PROTOCOL}, there {theirs}); install the same version"
+    assert line in opened(world, lambda values: values.update(protocol=theirs))["failed"]
+
+    def change(name: str, request: bytes, reply: bytes) -> Reply:
+        return odd(protocol=theirs)(reply) if name == "bob" else reply
+
+    with pytest.raises(UserError, match="server: bob did not join"):
+        experiment.run(world.experiment(), world.folder / "apart", None, world.opener(world.transport(change=change)))
 
 
 def test_data_of_a_site_is_its_own(world: World) -> None:

@@ -18,7 +18,8 @@ from helpers.sample_config import Interrupt, mira
 from mira.core.errors import UserError
 from mira.core.wire import decode
 from mira.data.sources.sites import Sites
-from mira.fleet.messages.transport import InProcessTransport, NoReply, Reply, pack, unpack
+from mira.fleet.messages.packet import pack, unpack
+from mira.fleet.messages.transport import InProcessTransport, NoReply, Reply
 from mira.fleet.server.session import Opener
 from mira.runner import run as experiment
 from mira.runner.progress import RunProgress
@@ -236,7 +237,7 @@ def test_a_measurement_that_cannot_be_is_none(
     record = metrics(world.folder / "apart")[2]
     assert record["unmeasured"] == {"ann": 1}
     assert record["validation_loss"] is not None
-    assert "evaluate from ann: its losses are no numbers a measurement gives" in caplog.text
+    assert "evaluate from ann: its losses are not those of a measurement" in caplog.text
 
 
 def first_row(transport: Troubled, name: str, round: int) -> torch.Tensor:
@@ -244,8 +245,8 @@ def first_row(transport: Troubled, name: str, round: int) -> torch.Tensor:
     for site, data in transport.sent:
         message = unpack(data)
         if (site, message.head.kind, message.head.round) == (name, "train", round):
-            size = len(message.tensors["a0"]) // 4
-            return decode(message.tensors["a0"], "fp32", size)
+            size = len(message.tensors["row0"]) // 4
+            return decode(message.tensors["row0"], "fp32", size)
     raise AssertionError("it was asked for nothing")
 
 

@@ -32,7 +32,7 @@ BITS = ("4bit", "8bit")
 STEPS = (6, 3, 5)
 
 needs_bitsandbytes = pytest.mark.skipif(
-    find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: pip install 'mira[quantized]'"
+    find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: pip install 'mira-fl[quantized]'"
 )
 
 

@@ -19,7 +19,7 @@ import httpx
 import pytest
 from safetensors.numpy import load_file
 
-pytest.importorskip("flwr", reason="needs Flower: pip install 'mira[flower]'")
+pytest.importorskip("flwr", reason="needs Flower: pip install 'mira-fl[flower]'")
 
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
 from flwr.proto.message_pb2 import Message, Metadata

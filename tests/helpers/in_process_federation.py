@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from helpers.sample_config import settings
 from mira import Experiment
 from mira.data.sources.jsonl import Jsonl
-from mira.fleet.messages.transport import InProcessTransport, NoReply, OnReply, Reply, unpack
+from mira.fleet.messages.packet import unpack
+from mira.fleet.messages.transport import InProcessTransport, NoReply, OnReply, Reply
 from mira.fleet.server.session import Opener
 from mira.fleet.site.handler import SiteHandler
 from mira.runner import run as experiment

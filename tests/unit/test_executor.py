@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import pytest
 
-pytest.importorskip("flwr", reason="needs Flower: pip install 'mira[flower]'")
+pytest.importorskip("flwr", reason="needs Flower: pip install 'mira-fl[flower]'")
 
 from mira.fleet.flower import app_launcher as executor
 

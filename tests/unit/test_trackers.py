@@ -220,7 +220,7 @@ def test_a_missing_package_is_said_before_the_run(
 ) -> None:
     monkeypatch.setattr(follow, "find_spec", lambda package: None)
     one: Any = {"wandb": Wandb(), "mlflow": Mlflow()}[name]
-    with pytest.raises(UserError, match=rf"^tracking\.{name}: .*pip install 'mira\[{name}\]'"):
+    with pytest.raises(UserError, match=rf"^tracking\.{name}: .*pip install 'mira-fl\[{name}\]'"):
         run(tracked(settings, **{name: one}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from mira.core.errors import UserError
 from mira.fleet.flower import frames
 from mira.fleet.identity.key_files import own_folder
-from mira.fleet.messages.transport import Malformed
+from mira.fleet.messages.packet import Malformed
 from mira.fleet.site.handler import SiteHandler
 from mira.fleet.site.source import source_of
 
