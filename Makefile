@@ -15,11 +15,12 @@ INSTALL := $(PIP) install -qq --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 EVERYTHING := --editable '.[dev,datasets,flower,privacy,quantized,wandb,mlflow]'
 
-.PHONY: help demo test quick format lock clean bench
+.PHONY: help demo test quick house format lock clean bench
 help:
 	@echo 'make demo    train, measure and export one adapter per client on a small real model (about 5 minutes)'
 	@echo 'make test    lint, types, resolve check and all tests: what CI runs'
 	@echo 'make quick   the same without the slow tests and the resolve check'
+	@echo 'make house   count how the package is built, against targets'
 	@echo 'make bench   speed and memory against PEFT loops, on real tasks in MIRA_NI_DATA (about 8 minutes)'
 	@echo 'make format  format and mend what ruff can'
 	@echo 'make lock    rewrite constraints.txt with the newest versions that resolve together'
@@ -41,7 +42,10 @@ quick: lint
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy --strict src benchmarks
+	$(BIN)/mypy --strict src benchmarks tools
+
+house: $(VENV)/.dev
+	$(BIN)/python -m tools.house
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix

@@ -2,7 +2,7 @@
 
 ``OMP_WAIT_POLICY=PASSIVE python -m benchmarks.curves`` measures what is not measured yet on this machine with these
 versions, writes every sample to benchmarks/out/curves.json after each curve, and draws; ``--redraw`` only draws. Points
-are measured in turns, and lines go through medians. ``pip install 'mira[bench]'`` brings what draws them.
+are measured in turns, and lines go through medians. ``pip install 'mira-fl[bench]'`` brings what draws them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache, partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,9 +28,11 @@ import torch
 from benchmarks.plot import draw, middle
 from benchmarks.server import COHORT, Server, _edges, _families, _read
 from benchmarks.workload import LR, Synthetic, Workload, open_workload
-from mira.adapters.lora import Lora, start_row
+from mira.adapters.lora import Lora
+from mira.adapters.lora_peft import LoraAdapter, start_row
 from mira.core.errors import UserError
 from mira.core.types import Work
+from mira.core.versions import version_of
 from mira.engine.batched import BatchedEngine
 from mira.engine.packing import packed_tokens
 from mira.methods.mira import Mira
@@ -94,8 +95,9 @@ def by_clients(workload: Callable[[], Workload], stack: ExitStack) -> list[Point
 def by_rank(workload: Callable[[], Workload], stack: ExitStack) -> list[Point]:
     made = workload().made
     targets = tuple(dict.fromkeys(module.split(".")[-1] for module in made.layout.modules))
-    layouts = {r: Lora(r, 2.0 * r, targets=targets).layout(made.model) for r in RANKS}
-    return [Point("", r, _step(_engine(workload(), stack, layout=at), range(4))) for r, at in layouts.items()]
+    layouts = {r: Lora(rank=r, alpha=2.0 * r, targets=targets).layout(made.model) for r in RANKS}
+    adapters = {r: LoraAdapter(made.model, layout) for r, layout in layouts.items()}
+    return [Point("", r, _step(_engine(workload(), stack, adapter=at), range(4))) for r, at in adapters.items()]
 
 
 def by_prefix(workload: Callable[[], Workload], stack: ExitStack) -> list[Point]:
@@ -206,7 +208,7 @@ def machine() -> Record:
     return {
         "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY", ""), "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "mira")},
+        **{name: version_of(name) for name in ("torch", "transformers", "mira")},
     }  # fmt: skip
 
 
@@ -230,7 +232,7 @@ def main() -> None:
     given = parser.parse_args()
     try:
         if find_spec("matplotlib") is None:
-            raise UserError("matplotlib is missing; pip install 'mira[bench]'")
+            raise UserError("matplotlib is missing; pip install 'mira-fl[bench]'")
         if given.redraw and not JSON.exists():
             raise UserError(f"--redraw: {JSON} does not exist; run without it first")
         opened = cache(partial(open_workload, clients=max(CLIENTS)))

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mira.core.versions import version_of
 from mira.setup.environment import processor
 
 console = Console(width=None if os.isatty(1) else 130)
@@ -26,7 +26,7 @@ def environment() -> dict[str, Any]:
         "cpu": f"{processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("mira", "torch", "transformers", "peft")},
+        "versions": {name: version_of(name) for name in ("mira", "torch", "transformers", "peft")},
     }
 
 

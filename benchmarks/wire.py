@@ -21,13 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 from mira import Experiment
-from mira.comparison.stats import mean_and_interval
 from mira.core.wire import Wire
 from mira.data.federation import make_federation
 from mira.data.sources.sites import Sites
 from mira.fleet.messages.transport import InProcessTransport
 from mira.fleet.server.session import Opener
 from mira.fleet.site.handler import SiteHandler
+from mira.results.statistics import mean
 from mira.runner import run as experiment
 
 OUT = Path(__file__).parent / "out" / "wire.json"
@@ -73,8 +73,8 @@ def means(runs: Sequence[dict[str, Any]]) -> Table:
     for wire in VARIANTS:
         losses = {run["seed"]: run["local_loss"] for run in runs if run["wire"] == wire and run["seed"] in exact}
         if len(losses) > 1:
-            mean, half = mean_and_interval([loss - exact[seed] for seed, loss in losses.items()])
-            told = "" if wire == "fp32" else f"{mean:+.4f} ± {half:.4f}"
+            lost = mean([loss - exact[seed] for seed, loss in losses.items()])
+            told = "" if wire == "fp32" or lost is None else f"{lost.value:+.4f} ± {lost.half:.4f}"
             grid.add_row(wire, str(len(losses)), f"{sum(losses.values()) / len(losses):.4f}", told)
     return grid
 

@@ -7,11 +7,11 @@ import json
 import os
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.fleet import figures
+from mira.core.versions import version_of
 
 OUT = Path(__file__).parents[1] / "out" / "fleet.json"
 
@@ -48,7 +48,7 @@ def _around() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "load": [round(n, 2) for n in os.getloadavg()],
-        "versions": {name: version(name) for name in ("mira", "flwr", "torch")},
+        "versions": {name: version_of(name) for name in ("mira", "flwr", "torch")},
     }}  # fmt: skip
 
 

@@ -206,7 +206,7 @@ def test_weights_stored_quantised_are_taken_for_what_they_are(tiny_folder: Path,
 
 def test_without_the_library_the_extra_is_named(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantise, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"^model\.quantization=4bit: .*pip install 'mira\[quantized\]'$"):
+    with pytest.raises(UserError, match=r"^model\.quantization=4bit: .*pip install 'mira-fl\[quantized\]'$"):
         load(str(tiny_folder), quantization="4bit")
 
 

@@ -10,7 +10,6 @@ import re
 import resource
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from helpers.documented_json import DOCUMENT
 from helpers.sample_config import mira, snapshot, write_clients, write_config
 from mira.cli import app
+from mira.core.versions import version_of
 from mira.runner.progress import RunProgress
 
 # Errors
@@ -122,7 +122,7 @@ def test_without_a_command_the_help(command: list[str]) -> None:
 
 def test_the_version() -> None:
     ended = mira("--version")
-    assert (ended.status, ended.out) == (0, f"mira {version('mira')}\n")
+    assert (ended.status, ended.out) == (0, f"mira {version_of('mira')}\n")
 
 
 def test_an_interrupted_run_says_how_to_go_on(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

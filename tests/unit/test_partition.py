@@ -102,9 +102,9 @@ def test_a_pool_without_the_label_is_refused() -> None:
 def test_a_random_cut_without_the_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flwr_datasets.partitioner", None)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'mira\[datasets\]'"):
+    with pytest.raises(UserError, match=r"pip install 'mira-fl\[datasets\]'"):
         split_pool(pool(), {}, ByChance(3), 0)
-    with pytest.raises(UserError, match=r"pip install 'mira\[datasets\]'"):
+    with pytest.raises(UserError, match=r"pip install 'mira-fl\[datasets\]'"):
         Hub("some/data", ByChance(3)).load(0)
 
 

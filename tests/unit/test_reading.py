@@ -151,7 +151,7 @@ def test_what_is_wrong_with_a_file_is_one_true_line(
 
 def test_parquet_without_the_extra_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"reading parquet needs pyarrow; pip install 'mira\[datasets\]'"):
+    with pytest.raises(UserError, match=r"reading parquet needs pyarrow; pip install 'mira-fl\[datasets\]'"):
         read_records(write(tmp_path / "a.parquet", b"PAR1"))
 
 

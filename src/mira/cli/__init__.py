@@ -7,7 +7,6 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import version as installed
 from io import TextIOWrapper
 from typing import Annotated
 
@@ -21,6 +20,7 @@ from mira.cli.kit import kit_app
 from mira.cli.terminal import err_console, out_console
 from mira.core.errors import UserError
 from mira.core.escape import visible
+from mira.core.versions import version_of
 
 __all__ = ["app", "main", "out_console"]
 
@@ -43,7 +43,7 @@ def about(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
-        typer.echo(f"mira {installed('mira')}")
+        typer.echo(f"mira {version_of('mira')}")
         raise typer.Exit
 
 

@@ -116,7 +116,7 @@ def _deal(labels: Sequence[str], partition: ByDirichlet | ByChance, seed: int) -
         from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
     except ImportError as error:
         raise UserError(
-            f"data.partition.by='{partition.by}': needs Flower Datasets; pip install 'mira[datasets]'"
+            f"data.partition.by='{partition.by}': needs Flower Datasets; pip install 'mira-fl[datasets]'"
         ) from error
     draw = stream("partition", seed) % 2**32
     rows = Dataset.from_dict({"row": list(range(len(labels))), "label": list(labels)})

@@ -257,7 +257,7 @@ def _parquet(raw: bytes, path: Path) -> Iterator[tuple[str, Record]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UserError(f"{path}: reading parquet needs pyarrow; pip install 'mira[datasets]'") from None
+        raise UserError(f"{path}: reading parquet needs pyarrow; pip install 'mira-fl[datasets]'") from None
     try:
         rows = parquet.read_table(pyarrow.BufferReader(raw)).to_pylist()
     except pyarrow.ArrowException as error:

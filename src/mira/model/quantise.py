@@ -35,7 +35,7 @@ def loading(quantization: Quantization, dtype: torch.dtype, device: torch.device
             f"model.quantization={quantization}: computes in float32, bfloat16 or float16; set model.dtype to one"
         )
     if find_spec("bitsandbytes") is None:
-        raise UserError(f"model.quantization={quantization}: bitsandbytes is missing; pip install 'mira[quantized]'")
+        raise UserError(f"model.quantization={quantization}: bitsandbytes is missing; pip install 'mira-fl[quantized]'")
     # When imported it warns of kernels that it does not find on the hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     settings: dict[str, Any] = {"load_in_8bit": True}

@@ -9,11 +9,11 @@ import logging
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
 from mira.core.errors import UserError
 from mira.core.threads import usable_cores
+from mira.core.versions import version_of
 from mira.data.federation import Federation, Manner, SplitClient, slug
 from mira.data.text import Encoder
 from mira.model import Base
@@ -40,7 +40,7 @@ def environment_of(
     """The environment that a run records. ``engine``: the one taken; ``prefix``: whether shared prefixes are computed once;
     ``truncated``: the number of each client's inputs that were cut."""
     return {
-        "versions": {name: version(name) for name in (*_LIBRARIES, *needed_for(base.quantization))},
+        "versions": {name: version_of(name) for name in (*_LIBRARIES, *needed_for(base.quantization))},
         "model": {
             "name": base.name, "source": base.source, "sha256": base.sha256, "quantization": base.quantization,
         } | ({} if base.revision is None else {"revision": base.revision}),

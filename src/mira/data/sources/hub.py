@@ -44,7 +44,9 @@ def hub_records(path: str, subset: str | None, split: str, revision: str | None)
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"data: reading '{path}' from the hub needs datasets; pip install 'mira[datasets]'") from error
+        raise UserError(
+            f"data: reading '{path}' from the hub needs datasets; pip install 'mira-fl[datasets]'"
+        ) from error
     try:
         rows = datasets.load_dataset(path, subset, split=split, revision=revision)
     except Exception as error:  # offline, unknown, gated, no such split: the library has no common base class for them

@@ -1,0 +1,139 @@
+"""The picture and the table of the architecture page, from the imports of the package.
+
+    python docs/generate/architecture.py        writes docs/img/architecture.svg and the table in docs/architecture.md
+
+A test compares both with the imports, so neither can go out of date.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "src" / "mira"
+PICTURE = ROOT / "docs" / "img" / "architecture.svg"
+PAGE = ROOT / "docs" / "architecture.md"
+LIBRARY = "mira"  # `import mira` itself
+Arrows = dict[str, set[str]]
+
+
+def rooms() -> list[str]:
+    """Packages and modules directly in the package."""
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    return sorted({path.parent.name for path in PACKAGE.glob("*/__init__.py")} | modules)
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"mira.{name.name}" for name in node.names) if node.module == "mira" else [node.module or ""]
+
+
+def arrows() -> Arrows:
+    """Room → the rooms that it imports, itself aside."""
+    known = rooms()
+    found: Arrows = {room: set() for room in [*known, LIBRARY]}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).parts
+        room = parts[0].removesuffix(".py")
+        room = room if room in known else LIBRARY
+        for name in imported(ast.parse(path.read_text(encoding="utf-8"))):
+            words = name.split(".")
+            if words[0] == "mira":
+                found[room].add(words[1] if len(words) > 1 and words[1] in known else LIBRARY)
+    return {room: targets - {room} for room, targets in found.items()}
+
+
+def floors(found: Arrows) -> list[list[str]]:
+    """Rooms by the longest chain of imports below each, lowest floor first. Raises ValueError for a circle."""
+    level: dict[str, int] = {}
+    while len(level) < len(found):
+        ready = [room for room, targets in found.items() if room not in level and targets <= level.keys()]
+        if not ready:
+            raise ValueError(f"a circle of imports among {sorted(found.keys() - level.keys())}")
+        level |= {room: 1 + max((level[target] for target in found[room]), default=-1) for room in ready}
+    return [sorted(room for room in level if level[room] == n) for n in range(max(level.values()) + 1)]
+
+
+def direct(found: Arrows) -> Arrows:
+    """The arrows that no chain of other arrows implies."""
+
+    def below(room: str) -> set[str]:
+        return found[room].union(*(below(target) for target in found[room]))
+
+    return {
+        room: {target for target in targets if not any(target in below(other) for other in targets - {target})}
+        for room, targets in found.items()
+    }
+
+
+def picture(found: Arrows) -> str:
+    """Floors as rows, the lowest at the bottom; an arrow points at what is imported."""
+    rows = floors(found)
+    width, box, gap, high = 760, 112, 62, 34
+    height = len(rows) * (high + gap) - gap + 20
+    centre: dict[str, tuple[float, float]] = {}
+    for n, row in enumerate(rows):
+        y = height - 10 - high - n * (high + gap)
+        for m, room in enumerate(row):
+            centre[room] = (width * (m + 1) / (len(row) + 1), y)
+    lines = []
+    for room, targets in direct(found).items():
+        for target in sorted(targets):
+            (x, y), (u, v) = centre[room], centre[target]
+            lines.append(f'<path class="arrow" d="M{x:.0f} {y + high:.0f}L{u + (x - u) * 0.12:.0f} {v - 3:.0f}"/>')
+    boxes = [
+        f'<rect class="room" x="{x - box / 2:.0f}" y="{y:.0f}" width="{box}" height="{high}" rx="6"/>'
+        f'<text x="{x:.0f}" y="{y + 22:.0f}">{escape(room)}</text>'
+        for room, (x, y) in centre.items()
+    ]
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
+        "<title>The rooms of the package and their imports, each pointing down</title>",
+        "<style>text{font:15px system-ui,sans-serif;text-anchor:middle;fill:#1f2937}.room{fill:#e0e7ff;stroke:#4f46e5}"
+        ".arrow{stroke:#8b93a7;fill:none;stroke-width:1.2;marker-end:url(#head)}#head path{fill:#8b93a7}"
+        "@media(prefers-color-scheme:dark){text{fill:#e5e7eb}.room{fill:#312e81;stroke:#a5b4fc}}</style>",
+        '<defs><marker id="head" markerWidth="7" markerHeight="7" refX="6" refY="3" orient="auto">'
+        '<path d="M0 0L7 3L0 6z"/></marker></defs>',
+        *lines, *boxes, "</svg>", "",
+    ])  # fmt: skip
+
+
+def purpose(room: str) -> str:
+    """The first sentence of the room's docstring."""
+    module = PACKAGE / f"{room}.py"
+    file = module if module.is_file() else PACKAGE / ("" if room == LIBRARY else room) / "__init__.py"
+    text = " ".join((ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split())
+    return re.split(r"(?<=[.])\s", text)[0].replace("|", "\\|")
+
+
+def table(found: Arrows) -> str:
+    lines = ["| room | purpose | imports |", "|---|---|---|"]
+    for row in reversed(floors(found)):
+        for room in row:
+            targets = ", ".join(sorted(found[room])) or "no other room"
+            lines.append(f"| `{room}` | {purpose(room)} | {targets} |")
+    return "\n".join(lines)
+
+
+def page(text: str, found: Arrows) -> str:
+    """``text`` with the table of rooms between its markers made anew."""
+    head, _, rest = text.partition("<!-- rooms -->\n")
+    _, _, tail = rest.partition("<!-- end of rooms -->\n")
+    return f"{head}<!-- rooms -->\n\n{table(found)}\n\n<!-- end of rooms -->\n{tail}"
+
+
+def main() -> None:
+    found = arrows()
+    PICTURE.write_text(picture(found), encoding="utf-8")
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

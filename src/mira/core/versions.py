@@ -1,0 +1,12 @@
+"""Versions of installed libraries, under the names that run folders record."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+_DISTRIBUTIONS = {"mira": "mira-fl"}  # on the package index the name `mira` is another product's
+
+
+def version_of(library: str) -> str:
+    """The installed version of ``library``. Raises ``importlib.metadata.PackageNotFoundError`` without one."""
+    return version(_DISTRIBUTIONS.get(library, library))
