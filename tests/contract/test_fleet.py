@@ -25,6 +25,7 @@ from mira.fleet.site.handler import SEE_LOG
 from mira.fleet.site.privacy import epsilon
 from mira.methods import METHODS
 from mira.runner import run as experiment
+from mira.setup.session import Session
 
 
 @pytest.mark.parametrize(("name", "keep"), [*((name, False) for name in METHODS), ("mira", True), ("ditto", True)])
@@ -49,6 +50,17 @@ def test_every_rounds_rows_on_the_server_are_those_of_one_process(world: World) 
     together, apart = rows(world.folder / "together"), rows(world.folder / "apart")
     assert together.keys() == apart.keys()
     assert all(torch.equal(together[name], apart[name]) for name in together)
+
+
+def test_the_server_builds_no_engine(world: World) -> None:
+    opener, opened_here = world.opener(world.transport()), list[Session]()
+
+    def opening(*given: Any, **named: Any) -> Session:
+        opened_here.append(opener(*given, **named))
+        return opened_here[-1]
+
+    experiment.run(world.experiment(rounds=1), world.folder / "apart", open=opening)
+    assert "engine" not in vars(opened_here[0])
 
 
 @pytest.mark.parametrize("name", ["ditto", "local", "fedsa-lora"])
@@ -260,7 +272,7 @@ def test_noise_is_not_repeated(world: World) -> None:
 def test_releases_are_counted_over_restarts(world: World, away: set[str]) -> None:
     pytest.importorskip("dp_accounting", reason="needs the extra 'privacy'")
     with pytest.raises(Interrupt.Pulled):
-        world.apart(world.sites(), "apart", Interrupt(2), privacy=PRIVATE, **QUIET)
+        world.apart(world.sites(), "apart", [Interrupt(2)], privacy=PRIVATE, **QUIET)
     before = metrics(world.folder / "apart")[-1]["privacy"]
     assert all(site["releases"] for site in before.values())
     online = {name: site.handle for name, site in world.sites().items() if name not in away}
@@ -326,7 +338,7 @@ def test_a_server_that_died_goes_on_where_it_was(world: World, restarted: bool) 
     world.apart(world.sites("whole"), "whole-run", **plan)
     sites = world.sites()
     with pytest.raises(Interrupt.Pulled):
-        world.apart(sites, "apart", Interrupt(2), **plan)
+        world.apart(sites, "apart", [Interrupt(2)], **plan)
     again = world.sites() if restarted else sites  # new processes in the old folders
     transport = Troubled(InProcessTransport({name: site.handle for name, site in again.items()}))
     experiment.resume(world.folder / "apart", None, world.opener(transport))

@@ -53,6 +53,7 @@ class Joining:
 @pytest.fixture
 def wanted(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
     monkeypatch.setattr("mira.fleet.server.session._PAUSE", 0.0)
+    monkeypatch.setattr("mira.setup.engine.EnginePlan.build", lambda plan: pytest.fail("the server built an engine"))
     values: dict[str, Any] = settings(tiny_folder, tmp_path, clients={"rank": {"ann": 1, "bob": 1}})
     values["data"] = {"source": "sites", "groups": {"ann": "a", "bob": "a", "cleo": "b"}}
     values["graph"] = {"name": "groups"}

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mira.adapters.pretrained import is_folder
 from mira.config import Experiment
 from mira.config.experiment import SECTIONS
 from mira.core.errors import UserError
@@ -20,8 +21,9 @@ from mira.fleet.messages.transport import NoReply, Transport
 from mira.fleet.server.clients import RemoteClients
 from mira.fleet.site.handler import fingerprints
 from mira.fleet.site.privacy import epsilon
+from mira.setup.build import open_session
 from mira.setup.environment import clients_told
-from mira.setup.session import Session, open_session
+from mira.setup.session import Session
 from mira.store import Store
 
 log = logging.getLogger(__name__)
@@ -74,7 +76,7 @@ class Opener:
                 )
             counts = {name: remote.run.examples[name] for name in begin if name in remote.run.names}
             session = _with_clients(session, _settled(experiment, data, counts, set(begin) - counts.keys()))
-        session.environment["run"] = number
+        session.surroundings["run"] = number
         return replace(session, remote=remote)
 
     def _clients(self, session: Session, experiment: Experiment, data: Sites, number: str) -> RemoteClients:
@@ -148,6 +150,12 @@ def _check(experiment: Experiment) -> None:
     for key in ("template_file", "chat_template", "template_kwargs"):
         if getattr(experiment.prompt, key):
             raise UserError(f"prompt.{key}: sites render texts with their model's own template alone; leave it out")
+    start = getattr(experiment.adapter, "start", None)
+    if start is not None and is_folder(start):
+        raise UserError(
+            f"adapter.start={start}: sites read no folder that a server names; put the adapter on the model hub and give its"
+            " name there"
+        )
 
 
 def _opening(session: Session, experiment: Experiment) -> dict[str, Any]:
@@ -159,7 +167,7 @@ def _opening(session: Session, experiment: Experiment) -> dict[str, Any]:
         "protocol": PROTOCOL,
         "experiment": {key: value for key, value in given.items() if key not in _NOT_SENT},
         "adapter_package": f"{plugin.package} {plugin.version}" if plugin is not None and plugin.package else None,
-        "threads": session.environment["threads"],
+        "threads": session.surroundings["threads"],
         **fingerprints(session),
     }
 
@@ -170,8 +178,8 @@ def _with_clients(session: Session, experiment: Experiment) -> Session:
 
     federation = make_federation(experiment.data, experiment.split, experiment.seed)
     corpus = replace(session.corpus, federation=federation)
-    environment = session.environment | clients_told(federation)
-    return replace(session, experiment=experiment, federation=federation, corpus=corpus, environment=environment)
+    surroundings = session.surroundings | clients_told(federation)
+    return replace(session, experiment=experiment, federation=federation, corpus=corpus, surroundings=surroundings)
 
 
 def _number(folder: Path) -> str:

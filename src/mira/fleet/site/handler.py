@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mira import config
+from mira.adapters.pretrained import is_folder
 from mira.config.experiment import SECTIONS
 from mira.core.errors import UserError
 from mira.core.loop import screen
@@ -36,7 +37,8 @@ from mira.fleet.site.training import (
 from mira.runner import evaluation
 from mira.serving.card import Origin
 from mira.serving.folders import export_row
-from mira.setup.session import Session, open_session
+from mira.setup.build import open_session
+from mira.setup.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +130,7 @@ class SiteHandler:
         if (difference := other_protocol(values.get("protocol"))) is not None:
             raise RefusedRequest(difference)
         given = dict(values["experiment"])
-        _check_code(given)
+        _check_sources(given)
         _check_adapter(given["adapter"], values.get("adapter_package"))
         if self.model is not None:
             given["model"] = given["model"] | {"name": self.model, "source": "auto", "revision": None}
@@ -147,6 +149,8 @@ class SiteHandler:
                 raise RefusedRequest(
                     f"its {what} is not the server's (here {ours[:12]}, there {str(values[what])[:12]})"
                 )
+        # The engine is built now, so that a model it cannot compute is refused when the site joins.
+        log.info("computes with the %s engine", session.environment["engine"])
         session.corpus.keep(state.folder / "tokens")
         start, rank = session.start(), values["rank"]
         return JoinedRun(session, state, number, start if rank is None else start * session.layout.within(rank))
@@ -193,8 +197,8 @@ class SiteHandler:
         return {}, {}
 
 
-def _check_code(given: Mapping[str, Any]) -> None:
-    """Raises RefusedRequest where an experiment brings code of its own."""
+def _check_sources(given: Mapping[str, Any]) -> None:
+    """Raises RefusedRequest where an experiment brings code of its own, or names a folder of this site."""
     if given["model"].get("trust_remote_code"):
         raise RefusedRequest("model.trust_remote_code=true: a site runs no code that a model brings")
     for key in ("chat_template", "template_file", "template_kwargs"):
@@ -202,6 +206,9 @@ def _check_code(given: Mapping[str, Any]) -> None:
             raise RefusedRequest(
                 f"prompt.{key}: a template is a program; a site renders its texts with its model's own alone"
             )
+    start = given["adapter"].get("start")
+    if start is not None and is_folder(start):
+        raise RefusedRequest("adapter.start: a site reads no folder that a server names; the model hub has one for all")
 
 
 def _check_adapter(given: Mapping[str, Any], package: str | None) -> None:
@@ -263,9 +270,13 @@ def _deployed(here: JoinedRun, packet: Packet, n: int) -> Tensor:
 
 
 def fingerprints(session: Session) -> dict[str, str]:
-    """SHA-256 of the base model's weights, with its quantisation, and of the tokenizer: a site's must be those of its server."""
+    """SHA-256 of the base model's weights, with its quantisation, of the tokenizer, and of the adapter that clients start from,
+    where one is given: a site's must be those of its server."""
     tokenizer = session.base.tokenizer
     inner = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab()))
     about = json.dumps([inner, tokenizer.chat_template, tokenizer.special_tokens_map], default=str)
     weights = f"{session.base.sha256} {session.base.quantization}"
-    return {"base model": weights, "tokenizer": hashlib.sha256(about.encode()).hexdigest()}
+    found = {"base model": weights, "tokenizer": hashlib.sha256(about.encode()).hexdigest()}
+    if getattr(session.experiment.adapter, "start", None) is None:  # the seed gives the start, everywhere the same
+        return found
+    return found | {"start adapter": hashlib.sha256(session.start().numpy().tobytes()).hexdigest()}
