@@ -98,7 +98,7 @@ def test_what_an_error_says_stays_at_its_site(world: World, caplog: pytest.LogCa
     sites["bob"].model = str(world.folder / "secret-model")
     transport = Troubled(InProcessTransport({name: site.handle for name, site in sites.items()}))
     with pytest.raises(UserError, match="bob did not join"):
-        experiment.run(world.experiment(), world.folder / "apart", None, world.opener(transport))
+        experiment.run(world.experiment(), world.folder / "apart", (), world.opener(transport))
     everything = b"".join(data for _, data in transport.received)
     assert SEE_LOG.encode() in everything
     assert b"secret-model" not in everything
@@ -117,7 +117,7 @@ def test_a_round_of_nobody_is_not_held(world: World, monkeypatch: pytest.MonkeyP
 
     online = {name: site.handle for name, site in world.sites().items()} | {"stranger": lambda request: b""}
     transport = Troubled(InProcessTransport(online), away)
-    experiment.run(world.experiment(), world.folder / "apart", None, world.opener(transport))
+    experiment.run(world.experiment(), world.folder / "apart", (), world.opener(transport))
     assert names_of(metrics(world.folder / "apart")) == [[*NAMES]] * 3
 
 
@@ -136,7 +136,7 @@ def test_a_reply_is_used_for_its_own_request_alone(world: World) -> None:
         return reply
 
     transport = Troubled(InProcessTransport({name: site.handle for name, site in world.sites().items()}), change=change)
-    experiment.run(world.experiment(method={"name": "ditto"}), world.folder / "apart", None, world.opener(transport))
+    experiment.run(world.experiment(method={"name": "ditto"}), world.folder / "apart", (), world.opener(transport))
     records = metrics(world.folder / "apart")
     assert [sorted(record["lost"]) for record in records[1:]] == [[], ["ann", "bob", "cleo"], []]
     assert records[2]["lost"]["ann"] == "its reply is of round '0', asked was 1"
@@ -202,7 +202,7 @@ def test_what_is_not_the_reply_asked_for_is_rejected_for_its_reason_and_the_othe
         rounds=len(wrongs), method={"name": "fedit"}, training={"local_steps": 1},
         evaluation={"every": 100, "transfer_clients": 0},
     )  # fmt: skip
-    experiment.run(asked, world.folder / "apart", None, world.opener(transport))
+    experiment.run(asked, world.folder / "apart", (), world.opener(transport))
     records = metrics(world.folder / "apart")
     for record, (_, why) in zip(records[1:], wrongs, strict=True):
         assert sorted(record["train_loss"]) == ["bob", "cleo"]
@@ -222,7 +222,7 @@ def test_a_reply_of_a_site_that_was_asked_nothing_changes_nothing(
 
     sites = InProcessTransport({name: site.handle for name, site in world.sites().items()})
     wanted = world.experiment(rounds=1, evaluation={"generate": False, "transfer_clients": 0})
-    experiment.run(wanted, world.folder / "apart", None, world.opener(Doubling(sites)))
+    experiment.run(wanted, world.folder / "apart", (), world.opener(Doubling(sites)))
     assert sorted(metrics(world.folder / "apart")[1]["train_loss"]) == list(NAMES)
     assert "a reply from dan: rejected, it was asked nothing" in caplog.text
 
@@ -242,7 +242,7 @@ def test_noise_is_put_on_at_the_site_and_every_release_counts(world: World, wire
         else reply
     )
     wanted = world.experiment(privacy=PRIVATE, server={"wire": wire}, **QUIET)
-    result = experiment.run(wanted, world.folder / "apart", None, world.opener(transport))
+    result = experiment.run(wanted, world.folder / "apart", (), world.opener(transport))
     records = metrics(world.folder / "apart")
     assert records[0]["privacy"] == {name: {"releases": 0, "epsilon": 0.0, "delta": 1e-5} for name in NAMES}
     assert [record["privacy"]["bob"]["releases"] for record in records] == [0, 1, 2, 3]
@@ -276,7 +276,7 @@ def test_releases_are_counted_over_restarts(world: World, away: set[str]) -> Non
     before = metrics(world.folder / "apart")[-1]["privacy"]
     assert all(site["releases"] for site in before.values())
     online = {name: site.handle for name, site in world.sites().items() if name not in away}
-    result = experiment.resume(world.folder / "apart", None, world.opener(Troubled(InProcessTransport(online))))
+    result = experiment.resume(world.folder / "apart", (), world.opener(Troubled(InProcessTransport(online))))
     kept = {name: before[name]["releases"] for name in away}
     assert {name: site["releases"] for name, site in result["privacy"].items()} == dict.fromkeys(NAMES, 3) | kept
 
@@ -307,7 +307,7 @@ def test_a_row_that_went_astray_is_rejected_with_the_reason_and_the_others_are_u
         return pack(replace(message, tensors=wrong))
 
     transport = Troubled(InProcessTransport({name: site.handle for name, site in world.sites().items()}), change=change)
-    experiment.run(world.experiment(method={"name": "fedit"}), world.folder / "apart", None, world.opener(transport))
+    experiment.run(world.experiment(method={"name": "fedit"}), world.folder / "apart", (), world.opener(transport))
     records = metrics(world.folder / "apart")
     assert [sorted(record["lost"]) for record in records[1:]] == [[], ["ann"], ["ann"]]
     assert "more than 10 times the round's median" in records[2]["lost"]["ann"]
@@ -317,7 +317,7 @@ def test_a_row_that_went_astray_is_rejected_with_the_reason_and_the_others_are_u
 def test_a_largest_norm_of_the_configuration_is_kept(world: World) -> None:
     transport = Troubled(InProcessTransport({name: site.handle for name, site in world.sites().items()}))
     asked = world.experiment(rounds=1, server={"max_norm": 1e-9})
-    experiment.run(asked, world.folder / "apart", None, world.opener(transport))
+    experiment.run(asked, world.folder / "apart", (), world.opener(transport))
     lost = metrics(world.folder / "apart")[1]["lost"]
     assert sorted(lost) == list(NAMES)
     assert all("server.max_norm is 1e-09" in reason for reason in lost.values())
@@ -341,7 +341,7 @@ def test_a_server_that_died_goes_on_where_it_was(world: World, restarted: bool) 
         world.apart(sites, "apart", [Interrupt(2)], **plan)
     again = world.sites() if restarted else sites  # new processes in the old folders
     transport = Troubled(InProcessTransport({name: site.handle for name, site in again.items()}))
-    experiment.resume(world.folder / "apart", None, world.opener(transport))
+    experiment.resume(world.folder / "apart", (), world.opener(transport))
     whole, resumed = metrics(world.folder / "whole-run"), metrics(world.folder / "apart")
     assert [record["clients"] for record in whole] == [record["clients"] for record in resumed]
     for site in NAMES:
@@ -361,7 +361,7 @@ def test_a_site_with_another_model_does_not_take_part(
     sites["bob"].model = str(other)
     transport = Troubled(InProcessTransport({name: site.handle for name, site in sites.items()}))
     with pytest.raises(UserError, match=r"server: bob did not join within 0 s"):
-        experiment.run(world.experiment(), world.folder / "apart", None, world.opener(transport))
+        experiment.run(world.experiment(), world.folder / "apart", (), world.opener(transport))
     assert f"bob does not take part: its {what} is not the server's" in caplog.text
 
 
@@ -411,7 +411,7 @@ def test_a_site_and_a_server_of_different_versions_refuse_each_other(world: Worl
         return odd(protocol=theirs)(reply) if name == "bob" else reply
 
     with pytest.raises(UserError, match="server: bob did not join"):
-        experiment.run(world.experiment(), world.folder / "apart", None, world.opener(world.transport(change=change)))
+        experiment.run(world.experiment(), world.folder / "apart", (), world.opener(world.transport(change=change)))
 
 
 def test_data_of_a_site_is_its_own(world: World) -> None:

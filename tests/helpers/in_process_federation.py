@@ -123,5 +123,5 @@ def lost_and_away(world: World, plan: dict[str, Any]) -> None:
         world.sites("a"), change=lambda name, request, reply: NoReply("late") if is_it(request) else reply
     )
     away = world.transport(world.sites("b"), block=is_it)
-    experiment.run(world.experiment(**plan), world.folder / "a-run", None, world.opener(lost))
-    experiment.run(world.experiment(**plan), world.folder / "b-run", None, world.opener(away))
+    experiment.run(world.experiment(**plan), world.folder / "a-run", (), world.opener(lost))
+    experiment.run(world.experiment(**plan), world.folder / "b-run", (), world.opener(away))
