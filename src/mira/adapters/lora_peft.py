@@ -12,13 +12,13 @@ from typing import Literal
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mira.adapters.lora import Lora
-from mira.adapters.peft_files import WEIGHTS, weights_header
+from mira.adapters.peft_files import WEIGHTS, save_weights
 from mira.adapters.targets import PREFIX, ends, target_layers
 from mira.adapters.types import BaseLike, SingleAdapterModel
 from mira.adapters.weights import is_transposed, lengths, merge, weights_of
@@ -219,7 +219,7 @@ def to_peft(
     """Write ``row`` [P] as a PEFT folder, of the rank it uses: adapter_config.json and adapter_model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     rank = layout.ranks(row[None])[0]
-    save_file(peft_tensors(row, layout, rank), folder / WEIGHTS, metadata=weights_header(base))
+    save_weights(peft_tensors(row, layout, rank), folder / WEIGHTS, base)
     config = peft_config(layout, model, base_name, rank=rank)
     config.revision = base.revision if base else None
     config.save_pretrained(str(folder))
