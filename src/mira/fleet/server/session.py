@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from mira.adapters.pretrained import is_folder
 from mira.config import Experiment
-from mira.config.experiment import SECTIONS
+from mira.config.sections import SECTIONS
 from mira.core.errors import UserError
 from mira.data.sources.sites import Sites
 from mira.fleet.messages.packet import PROTOCOL

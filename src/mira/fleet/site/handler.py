@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mira import config
 from mira.adapters.pretrained import is_folder
-from mira.config.experiment import SECTIONS
+from mira.config.sections import SECTIONS
 from mira.core.errors import UserError
 from mira.core.loop import screen
 from mira.core.types import Trained, Work
