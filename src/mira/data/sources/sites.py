@@ -49,6 +49,7 @@ class Own:
 
     inner: Source
     name: str
+    source: str = "site"  # in no registry: no configuration names it
 
     def load(self, seed: int) -> list[Client]:
         found = self.inner.load(seed)
