@@ -13,14 +13,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -qq --constraint constraints.txt
 # Two processes side by side, a file of tests in each. A thread for each: more would wait for cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
-EVERYTHING := --editable '.[dev,datasets,flower,privacy,quantized,wandb,mlflow]'
+EVERYTHING := --editable '.[dev,docs,datasets,flower,privacy,quantized,wandb,mlflow]'
 
-.PHONY: help demo test quick format lock clean bench
+.PHONY: help demo test quick format lock clean bench docs package
 help:
 	@echo 'make demo    train, measure and export one adapter per client on a small real model (about 5 minutes)'
 	@echo 'make test    lint, types, resolve check and all tests: what CI runs'
 	@echo 'make quick   the same without the slow tests and the resolve check'
 	@echo 'make bench   speed and memory against PEFT loops, on real tasks in MIRA_NI_DATA (about 8 minutes)'
+	@echo 'make docs    build the documentation into build/site; a broken link fails'
+	@echo 'make package build wheel and sdist into dist'
 	@echo 'make format  format and mend what ruff can'
 	@echo 'make lock    rewrite constraints.txt with the newest versions that resolve together'
 	@echo 'make clean   remove .venv and caches (runs/ stays)'
@@ -43,6 +45,14 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict src benchmarks
 
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+	@echo 'build/site/index.html'
+
+package: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
@@ -60,7 +70,7 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: $(VENV)/.core
 	@echo 'installing pinned developer tools, data set readers, bitsandbytes, Flower and trackers (about 330 MB) ...'
-	@$(INSTALL) --editable '.[dev,datasets,flower,privacy,quantized,wandb,mlflow]'
+	@$(INSTALL) $(EVERYTHING)
 	@touch $@
 
 $(VENV)/.resolves: $(VENV)/.dev

@@ -74,7 +74,7 @@ def completed(block: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_every_yaml_block_is_valid(document: Path) -> None:
     for block in blocks(document.read_text(encoding="utf-8"), "yaml"):
         values = yaml.safe_load(block)
@@ -84,7 +84,7 @@ def test_every_yaml_block_is_valid(document: Path) -> None:
         Experiment(**values if {"model", "rounds", "training", "data"} <= values.keys() else completed(values))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_every_command_exists(document: Path) -> None:
     for command, complete in commands(document.read_text(encoding="utf-8")):
         try:
@@ -94,7 +94,7 @@ def test_every_command_exists(document: Path) -> None:
             pytest.fail(f"{document.name}: '{command}': {error}")
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_the_python_that_uses_mira_runs(
     document: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""What docs/cli.md says of a command's JSON, and what is in one: tests compare the two."""
+"""Compare the JSON of a command with the tables in docs/commands/."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "cli.md"
+PAGES = Path(__file__).parents[2] / "docs" / "commands"
 TYPES: dict[str, tuple[type, ...]] = {
     "text": (str,),
     "integer": (int,),
@@ -23,8 +23,11 @@ OPEN = ("metrics", "layouts", "unused")  # objects whose keys are names that the
 
 
 def documented(section: str) -> dict[str, str]:
-    """Field → type, from the table in a section of docs/cli.md."""
-    text = DOCUMENT.read_text(encoding="utf-8").split(f"\n## {section}\n")[1].split("\n## ")[0]
+    """Field → type, from the table in the part of docs/commands/ under the heading ``section`` ('mira run')."""
+    pages = [page.read_text(encoding="utf-8") for page in sorted(PAGES.glob("*.md"))]
+    alone = [page for page in pages if page.startswith(f"# {section}\n")]
+    parts = [page.split(f"\n## {section}\n")[1].split("\n## ")[0] for page in pages if f"\n## {section}\n" in page]
+    [text] = alone or parts
     rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", text, flags=re.MULTILINE)
     return {field: kind.strip() for field, kind in rows}
 
