@@ -15,17 +15,18 @@ INSTALL := $(PIP) install -qq --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 EVERYTHING := --editable '.[dev,docs,datasets,flower,privacy,quantized,wandb,mlflow]'
 
-.PHONY: help demo test quick format lock clean bench docs package
+.PHONY: help demo test quick house format lock clean bench docs package
 help:
-	@echo 'make demo    train, measure and export one adapter per client on a small real model (about 5 minutes)'
-	@echo 'make test    lint, types, resolve check and all tests: what CI runs'
-	@echo 'make quick   the same without the slow tests and the resolve check'
-	@echo 'make bench   speed and memory against PEFT loops, on real tasks in MIRA_NI_DATA (about 8 minutes)'
-	@echo 'make docs    build the documentation into build/site; a broken link fails'
-	@echo 'make package build wheel and sdist into dist'
-	@echo 'make format  format and mend what ruff can'
-	@echo 'make lock    rewrite constraints.txt with the newest versions that resolve together'
-	@echo 'make clean   remove .venv and caches (runs/ stays)'
+	@echo 'make demo     train, measure and export one adapter per client on a small real model (about 7 minutes)'
+	@echo 'make test     lint, types, resolve check and all tests, as in CI'
+	@echo 'make quick    lint, types and the fast tests'
+	@echo 'make docs     build the documentation into build/site; a broken link fails'
+	@echo 'make package  build wheel and sdist into dist'
+	@echo 'make house    count the structure of the package against its targets'
+	@echo 'make bench    speed and memory against PEFT loops, on real tasks in MIRA_NI_DATA (about 8 minutes)'
+	@echo 'make format   format, and fix lint where ruff can'
+	@echo 'make lock     rewrite constraints.txt with the newest versions that resolve together'
+	@echo 'make clean    remove .venv and caches (runs/ stays)'
 
 demo: $(VENV)/.core
 	$(BIN)/mira run configs/demo.yaml --out runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -43,7 +44,10 @@ quick: lint
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy --strict src benchmarks
+	$(BIN)/mypy --strict src benchmarks tools
+
+house: $(VENV)/.dev
+	$(BIN)/python -m tools.house
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet

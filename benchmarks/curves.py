@@ -28,7 +28,8 @@ import torch
 from benchmarks.plot import draw, middle
 from benchmarks.server import COHORT, Server, _edges, _families, _read
 from benchmarks.workload import LR, Synthetic, Workload, open_workload
-from mira.adapters.lora import Lora, start_row
+from mira.adapters.lora import Lora
+from mira.adapters.lora_peft import LoraAdapter, start_row
 from mira.core.errors import UserError
 from mira.core.types import Work
 from mira.core.versions import version_of
@@ -94,8 +95,9 @@ def by_clients(workload: Callable[[], Workload], stack: ExitStack) -> list[Point
 def by_rank(workload: Callable[[], Workload], stack: ExitStack) -> list[Point]:
     made = workload().made
     targets = tuple(dict.fromkeys(module.split(".")[-1] for module in made.layout.modules))
-    layouts = {r: Lora(r, 2.0 * r, targets=targets).layout(made.model) for r in RANKS}
-    return [Point("", r, _step(_engine(workload(), stack, layout=at), range(4))) for r, at in layouts.items()]
+    layouts = {r: Lora(rank=r, alpha=2.0 * r, targets=targets).layout(made.model) for r in RANKS}
+    adapters = {r: LoraAdapter(made.model, layout) for r, layout in layouts.items()}
+    return [Point("", r, _step(_engine(workload(), stack, adapter=at), range(4))) for r, at in adapters.items()]
 
 
 def by_prefix(workload: Callable[[], Workload], stack: ExitStack) -> list[Point]:

@@ -21,7 +21,8 @@ from benchmarks.flops import Cost, gemm_peak
 from benchmarks.report import console, environment, show, write
 from benchmarks.training import Contest, ours
 from benchmarks.workload import LR, Synthetic, Workload
-from mira.adapters.lora import Lora, start_row
+from mira.adapters.lora import Lora
+from mira.adapters.lora_peft import LoraAdapter, start_row
 from mira.core.training import Training
 from mira.engine.batched import BatchedEngine
 
@@ -83,12 +84,12 @@ def random_workload(config: LlamaConfig, crowd: Crowd, device: torch.device, dty
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
     model.to(device=device, dtype=dtype).requires_grad_(False).eval()  # type: ignore[call-arg]
-    layout = Lora(16, 32.0, targets=("q_proj", "v_proj")).layout(model)
+    layout = Lora(rank=16, alpha=32.0, targets=("q_proj", "v_proj")).layout(model)
     corpus: Any = Synthetic(
         [0.5] * crowd.clients, crowd.batch, config.vocab_size, crowd.length, crowd.length // 8, STEPS
     )
     engine = BatchedEngine(
-        model=model, pad=0, stops=frozenset([0]), decode=str, layout=layout, dropout=0.0, corpus=corpus,
+        model=model, pad=0, stops=frozenset([0]), decode=str, adapter=LoraAdapter(model, layout), corpus=corpus,
         training=Training(lr=LR, local_steps=STEPS, batch_size=crowd.batch, clip=None), seed=0, tokens_per_pass=None,
         prefix=True,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from benchmarks.workload import LR, Workload
-from mira.adapters.lora import peft_config
+from mira.adapters.lora_peft import peft_config
 from mira.core.layout import Layout
 from mira.data.text import Encoded
 

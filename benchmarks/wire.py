@@ -21,13 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 from mira import Experiment
-from mira.comparison.stats import mean_and_interval
 from mira.core.wire import Wire
 from mira.data.federation import make_federation
 from mira.data.sources.sites import Sites
-from mira.fleet.messages.transport import InProcess
+from mira.fleet.messages.transport import InProcessTransport
 from mira.fleet.server.session import Opener
-from mira.fleet.site.handler import Site
+from mira.fleet.site.handler import SiteHandler
+from mira.results.statistics import mean
 from mira.runner import run as experiment
 
 OUT = Path(__file__).parent / "out" / "wire.json"
@@ -45,8 +45,8 @@ VARIANTS = {**{wire: [f"server.wire={wire}"] for wire in get_args(Wire)}, OTHERW
 def measure(wanted: Experiment, folder: Path) -> dict[str, Any]:
     """The losses after the last round of ``wanted`` with a site for each of its clients, and the bytes of rows."""
     clients = make_federation(wanted.data, wanted.split, wanted.seed).clients
-    sites = {client.name: Site(client.name, wanted.data, folder / "sites" / client.slug) for client in clients}
-    transport = InProcess({name: site.handle for name, site in sites.items()})
+    sites = {client.name: SiteHandler(client.name, wanted.data, folder / "sites" / client.slug) for client in clients}
+    transport = InProcessTransport({name: site.handle for name, site in sites.items()})
     apart = wanted.model_copy(update={"data": Sites(groups={client.name: client.group for client in clients})})
     result = experiment.run(apart, folder / "run", open=Opener(transport, sites.keys, patience=0.0))
     return {key: result[key] for key in ("local_loss", "validation_loss", "bytes_up", "bytes_down", "lost", "seconds")}
@@ -73,8 +73,8 @@ def means(runs: Sequence[dict[str, Any]]) -> Table:
     for wire in VARIANTS:
         losses = {run["seed"]: run["local_loss"] for run in runs if run["wire"] == wire and run["seed"] in exact}
         if len(losses) > 1:
-            mean, half = mean_and_interval([loss - exact[seed] for seed, loss in losses.items()])
-            told = "" if wire == "fp32" else f"{mean:+.4f} ± {half:.4f}"
+            lost = mean([loss - exact[seed] for seed, loss in losses.items()])
+            told = "" if wire == "fp32" or lost is None else f"{lost.value:+.4f} ± {lost.half:.4f}"
             grid.add_row(wire, str(len(losses)), f"{sum(losses.values()) / len(losses):.4f}", told)
     return grid
 

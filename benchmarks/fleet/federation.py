@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mira.fleet.flower.processes import Process
+from mira.fleet.flower.processes import SupervisedProcess
 from mira.fleet.identity import kit
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -60,7 +60,7 @@ class Federation:
 
     folder: Path
     names: list[str]
-    started: dict[str, Process] = field(default_factory=dict)
+    started: dict[str, SupervisedProcess] = field(default_factory=dict)
     peak: int = 0
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class Federation:
     def start(self, name: str, *line: object, home: str | None = None) -> None:
         """``home``: the name of Flower's own folder here."""
         around = {"FLWR_HOME": str(self.folder / home)} if home else {}
-        process = Process(name, list(map(str, line)), self.folder / f"{name}.log", around)
+        process = SupervisedProcess(name, list(map(str, line)), self.folder / f"{name}.log", around)
         self.started[name] = process
         process.start()
 

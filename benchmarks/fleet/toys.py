@@ -29,7 +29,7 @@ from flwr.supernode.fleet_http_connection import http_request_response
 from mira.fleet.flower import frames
 from mira.fleet.flower.apps import _bytes, _content
 from mira.fleet.identity.kit import load_site
-from mira.fleet.messages.transport import InProcess, Message, pack, unpack
+from mira.fleet.messages.transport import InProcessTransport, Packet, pack, unpack
 
 STEP = 1e-3  # by which each number of a row moves
 ONE = threading.Lock()  # a row at a time: all sites of a benchmark share one machine's memory
@@ -45,13 +45,13 @@ class Toy:
         with ONE:
             asked = unpack(request)
             values, tensors = self._answer(asked)
-            return pack(Message(asked.head, values, tensors))
+            return pack(Packet(asked.head, values, tensors))
 
     def hangs(self, request: bytes) -> bool:
         head = unpack(request).head
         return head.kind == "train" and self.silent_from is not None and head.round >= self.silent_from
 
-    def _answer(self, asked: Message) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    def _answer(self, asked: Packet) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         values = asked.values
         if asked.head.kind == "open":
             return {"examples": 4, "releases": 0, "allow_transfer": False}, {}
@@ -134,7 +134,7 @@ def together(plan: Path, out: Path, names: list[str]) -> None:
     from mira.runner import run as experiment
     from mira.runner.run import Nobody
 
-    opener = Opener(InProcess({name: Toy().handle for name in names}), lambda: names, patience=0.0)
+    opener = Opener(InProcessTransport({name: Toy().handle for name in names}), lambda: names, patience=0.0)
     experiment.run(config.load(plan), out, Nobody(), opener)
 
 

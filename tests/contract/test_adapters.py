@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from helpers.engines import RandomCorpus, make_engine
 from helpers.tiny_models import make_tiny
-from mira.adapters.lora import Lora, from_peft, merge, peft_config, start_row, to_peft
+from mira.adapters.lora import Lora
+from mira.adapters.lora_peft import LoraAdapter, from_peft, merge, peft_config, start_row, to_peft
 from mira.adapters.lowrank import Lane
 from mira.core.errors import UserError
 from mira.core.layout import Layout
@@ -42,7 +43,7 @@ CASES: dict[str, tuple[str, str | tuple[str, ...], bool]] = {
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> tuple[str, Layout]:
     kind, targets, rslora = CASES[request.param]
-    return kind, Lora(4, 8.0, rslora=rslora, targets=targets).layout(make_tiny(kind))
+    return kind, Lora(rank=4, alpha=8.0, rslora=rslora, targets=targets).layout(make_tiny(kind))
 
 
 def random_row(layout: Layout, seed: int = 0) -> Tensor:
@@ -64,8 +65,7 @@ def our_logits(kind: str, layout: Layout, row: Tensor, prefix: bool) -> list[Ten
         engine.pad,
         engine.stops,
         engine.decode,
-        layout,
-        0.0,
+        LoraAdapter(engine.model, layout),
         engine.corpus,
         engine.training,
         0,
@@ -123,7 +123,7 @@ def test_a_row_comes_back_as_it_was(case: tuple[str, Layout], tmp_path: Path) ->
 
 
 def test_what_the_config_says(tmp_path: Path) -> None:
-    layout = Lora(4, 8.0, rslora=True, targets=("c_attn", "attn.c_proj")).layout(make_tiny("gpt2"))
+    layout = Lora(rank=4, alpha=8.0, rslora=True, targets=("c_attn", "attn.c_proj")).layout(make_tiny("gpt2"))
     to_peft(tmp_path, random_row(layout), layout, make_tiny("gpt2"), "some/base")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -140,16 +140,16 @@ def test_what_the_config_says(tmp_path: Path) -> None:
 def test_short_names_are_written_where_they_suffice() -> None:
     """Serving engines and people know q_proj; full names only where a short one would match too much."""
     llama = make_tiny("llama")
-    assert peft_config(Lora(4, 8.0).layout(llama), llama, None).target_modules == {"q_proj", "v_proj"}
+    assert peft_config(Lora(rank=4, alpha=8.0).layout(llama), llama, None).target_modules == {"q_proj", "v_proj"}
     gpt2 = make_tiny("gpt2")
-    full = peft_config(Lora(4, 8.0, targets=("attn.c_proj",)).layout(gpt2), gpt2, None).target_modules
+    full = peft_config(Lora(rank=4, alpha=8.0, targets=("attn.c_proj",)).layout(gpt2), gpt2, None).target_modules
     assert full == {"transformer.h.0.attn.c_proj", "transformer.h.1.attn.c_proj"}
 
 
 def test_many_full_names_still_name_the_same_layers(tmp_path: Path) -> None:
     """PEFT shortens lists of 20 names and more; they must not match other layers then."""
     config = GPT2Config(vocab_size=128, n_embd=16, n_layer=12, n_head=2, n_positions=64)
-    layout = Lora(2, 4.0, targets=("c_attn", "attn.c_proj")).layout(GPT2LMHeadModel(config))
+    layout = Lora(rank=2, alpha=4.0, targets=("c_attn", "attn.c_proj")).layout(GPT2LMHeadModel(config))
     assert len(layout.modules) == 24
     model = GPT2LMHeadModel(config)
     to_peft(tmp_path, random_row(layout), layout, model, "base")
@@ -179,14 +179,14 @@ def test_an_adapter_that_does_not_fit_is_refused(change: dict[str, Any], message
 
 
 def names(model: PreTrainedModel, targets: str | tuple[str, ...]) -> set[str]:
-    return {name.rsplit(".", 1)[-1] for name in Lora(4, 8.0, targets=targets).layout(model).modules}
+    return {name.rsplit(".", 1)[-1] for name in Lora(rank=4, alpha=8.0, targets=targets).layout(model).modules}
 
 
 def test_targets_by_default_by_name_and_by_pattern(tiny_llama: PreTrainedModel, tiny_gpt2: PreTrainedModel) -> None:
     assert names(tiny_llama, "auto") == {"q_proj", "v_proj"}
     assert names(tiny_gpt2, "auto") == {"c_attn"}
     assert names(tiny_llama, ("up_proj", "self_attn.o_proj")) == {"up_proj", "o_proj"}
-    layout = Lora(4, 8.0, targets=r".*layers\.1\.mlp\..*").layout(tiny_llama)
+    layout = Lora(rank=4, alpha=8.0, targets=r".*layers\.1\.mlp\..*").layout(tiny_llama)
     assert layout.modules == tuple(f"model.layers.1.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
     everything = names(tiny_llama, ".*")
     assert "lm_head" not in everything  # the head is shared with the embedding
@@ -194,14 +194,14 @@ def test_targets_by_default_by_name_and_by_pattern(tiny_llama: PreTrainedModel, 
 
 
 def test_the_layout_lays_a_then_b_end_to_end(tiny_llama: PreTrainedModel) -> None:
-    layout = Lora(4, 8.0, targets=("k_proj",)).layout(tiny_llama)
+    layout = Lora(rank=4, alpha=8.0, targets=("k_proj",)).layout(tiny_llama)
     assert [(e.module[-6:], e.factor, e.shape, e.offset) for e in layout.entries[:2]] == [
         ("k_proj", "A", (4, 32), 0),
         ("k_proj", "B", (16, 4), 128),
     ]
     assert layout.size == 2 * (128 + 64)
     assert layout.scale == 2.0
-    assert Lora(4, 8.0, rslora=True).layout(tiny_llama).scale == 4.0
+    assert Lora(rank=4, alpha=8.0, rslora=True).layout(tiny_llama).scale == 4.0
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_targets_that_name_nothing_are_refused(
     targets: str | tuple[str, ...], message: str, tiny_llama: PreTrainedModel
 ) -> None:
     with pytest.raises(UserError, match=message) as refused:
-        Lora(4, 8.0, targets=targets).layout(tiny_llama)
+        Lora(rank=4, alpha=8.0, targets=targets).layout(tiny_llama)
     assert str(refused.value).startswith("adapter.targets")
     assert "\n" not in str(refused.value)
 
@@ -234,7 +234,7 @@ def test_an_architecture_without_a_default_of_peft_has_one(monkeypatch: pytest.M
 
 
 def test_the_start_row_is_seeded_and_changes_nothing_yet(tiny_llama: PreTrainedModel) -> None:
-    layout = Lora(4, 8.0).layout(tiny_llama)
+    layout = Lora(rank=4, alpha=8.0).layout(tiny_llama)
     torch.manual_seed(1)
     row = start_row(layout, 5)
     torch.manual_seed(2)
@@ -251,7 +251,7 @@ def test_rows_start_as_pefts_do() -> None:
     """A·√in is uniform on [−1, 1] in both. 2 layers · 7 modules · rank 16 · ≥ 32 inputs: 8192 numbers, so that empirical
     quantiles are within 3 · √(¼/8192) · 2 = 0.033 of the true ones and of each other within 0.05."""
     model = make_tiny("llama")
-    layout = Lora(16, 8.0, targets=".*_proj").layout(model)
+    layout = Lora(rank=16, alpha=8.0, targets=".*_proj").layout(model)
     config = peft_config(layout, model, None)
     config.inference_mode = False
     with torch.random.fork_rng(devices=[]):

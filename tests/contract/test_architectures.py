@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from helpers.engines import RandomCorpus, make_engine, warm_row
+from helpers.engines import RandomCorpus, adapter_of, make_engine, warm_row
 from helpers.model_families import APART, FAMILIES, MIXERS, PACKED, Family, build
 from helpers.sample_config import settings, write_clients
 from helpers.tiny_models import make_tiny, make_tokenizer
 from mira.adapters.attach import Attached
-from mira.adapters.lora import Lora, start_row
-from mira.adapters.prompt import Prompt
+from mira.adapters.lora import Lora
+from mira.adapters.lora_peft import start_row
+from mira.adapters.prompt import VirtualPrompt
 from mira.config import Experiment
 from mira.core.errors import UserError
 from mira.core.layout import Layout
@@ -49,9 +50,18 @@ def model_of(name: str, **more: Any) -> PreTrainedModel:
 
 
 def engine_on(model: PreTrainedModel) -> BatchedEngine:
-    layout = Lora(2, 4.0, targets=".*(q_proj|qkv_proj|query_key_value|in_proj)").layout(model)
+    layout = Lora(rank=2, alpha=4.0, targets=".*(q_proj|qkv_proj|query_key_value|in_proj)").layout(model)
     return BatchedEngine(
-        model, 1, frozenset([0]), str, layout, 0.0, RandomCorpus((1,)), Training(local_steps=1), 0, 4096, True
+        model,
+        1,
+        frozenset([0]),
+        str,
+        adapter_of(model, layout),
+        RandomCorpus((1,)),
+        Training(local_steps=1),
+        0,
+        4096,
+        True,
     )
 
 
@@ -139,12 +149,22 @@ def test_a_refused_model_is_left_as_it_was() -> None:
     model = build(family("deepseek_v32"))
     ids = torch.arange(60)[None] % 100 + 3
     before = model(input_ids=ids).logits
-    layout = Lora(2, 4.0, targets=family("deepseek_v32").targets).layout(model)
+    layout = Lora(rank=2, alpha=4.0, targets=family("deepseek_v32").targets).layout(model)
     with pytest.raises(
         UserError, match=r"^engine\.name=batched: architecture 'deepseek_v32' lets a token see those behind it; use"
     ):
         BatchedEngine(
-            model, 1, frozenset([0]), str, layout, 0.0, RandomCorpus((1,)), Training(local_steps=1), 0, 4096, True, 48
+            model,
+            1,
+            frozenset([0]),
+            str,
+            adapter_of(model, layout),
+            RandomCorpus((1,)),
+            Training(local_steps=1),
+            0,
+            4096,
+            True,
+            48,
         )
     assert not [module for module in model.modules() if "forward" in vars(module)]
     assert torch.equal(model(input_ids=ids).logits, before)
@@ -245,6 +265,6 @@ def test_adapters_that_text_does_not_reach_train_alike(optimizer: Any) -> None:
 )
 def test_virtual_tokens_are_embeddings_alone(name: str, why: str) -> None:
     model = build(family(name))
-    layout = Prompt(3, 8).layout(model)
+    layout = VirtualPrompt(virtual_tokens=3, encoder_hidden=8).layout(model)
     with pytest.raises(UserError, match=why):
         make_engine("batched", "llama", RandomCorpus((1,)), Training(local_steps=1), model=model, layout=layout)

@@ -49,7 +49,7 @@ def test_layers_that_share_keys_and_values_send_their_gradients_back(family: Fam
     rows = []
     for on in (False, True):
         model = build(family)
-        layout = Lora(2, 4.0, targets=("k_proj", "v_proj")).layout(model)
+        layout = Lora(rank=2, alpha=4.0, targets=("k_proj", "v_proj")).layout(model)
         corpus, training = RandomCorpus((1, 1)), Training(optimizer="sgd", local_steps=1)
         engine = make_engine(name, "llama", corpus, training, model=model, layout=layout, checkpointing=on)
         start = warm_row(layout).expand(2, -1)

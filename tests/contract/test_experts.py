@@ -9,9 +9,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-from helpers.engines import RandomCorpus
+from helpers.engines import RandomCorpus, adapter_of
 from helpers.unusual_models import make
-from mira.adapters.lora import Lora, from_peft, merge, peft_config, peft_parameters, start_row, to_peft
+from mira.adapters.lora import Lora
+from mira.adapters.lora_peft import from_peft, merge, peft_config, peft_parameters, start_row, to_peft
 from mira.adapters.peft_check import beside, prove
 from mira.core.errors import UserError
 from mira.core.graph import Groups
@@ -27,7 +28,7 @@ IDS = torch.arange(20, 50)[None]
 
 
 def layout_of(name: str, rank: int = 4) -> Layout:
-    return Lora(rank, 8.0, targets=EXPERTS).layout(make(name))
+    return Lora(rank=rank, alpha=8.0, targets=EXPERTS).layout(make(name))
 
 
 def random_row(layout: Layout) -> Tensor:
@@ -39,7 +40,7 @@ def random_row(layout: Layout) -> Tensor:
 def test_experts_are_adapted_as_peft_does(name: str, targets: tuple[str, ...], tmp_path: Path) -> None:
     """gpt_oss keeps its experts as [in, out]; llama4 too, but PEFT does not know."""
     model = make(name)
-    layout = Lora(4, 8.0, targets=targets).layout(model)
+    layout = Lora(rank=4, alpha=8.0, targets=targets).layout(model)
     prove(model, layout)
     row = random_row(layout)
     to_peft(tmp_path, row, layout, model, "base")
@@ -58,7 +59,9 @@ def test_experts_are_adapted_as_peft_does(name: str, targets: tuple[str, ...], t
 def test_a_step_of_training_is_peft_and_torch() -> None:
     corpus, layout = RandomCorpus((2,)), layout_of("qwen3_moe")
     training = Training(local_steps=2, optimizer="sgd", clip=None)
-    engine = ReferenceEngine(make("qwen3_moe"), 1, frozenset({0}), str, layout, 0.0, corpus, training, 0)  # type: ignore[arg-type]
+    engine = ReferenceEngine(
+        make("qwen3_moe"), 1, frozenset({0}), str, adapter_of(make("qwen3_moe"), layout), corpus, training, 0
+    )  # type: ignore[arg-type]
     start = random_row(layout)
     trained = engine.train(Work(torch.tensor([0]), start[None]), round=0, lr=0.05).rows[0]
 
@@ -110,13 +113,13 @@ def test_every_expert_starts_where_peft_starts_it() -> None:
 def test_what_cannot_be_is_refused_in_one_line() -> None:
     model, layout = make("qwen3_moe"), layout_of("qwen3_moe")
     with pytest.raises(UserError, match=r"adapter\.dropout=0\.1: there is none for experts"):
-        Lora(4, 8.0, dropout=0.1, targets=EXPERTS).layout(model)
+        Lora(rank=4, alpha=8.0, dropout=0.1, targets=EXPERTS).layout(model)
     with pytest.raises(
         UserError,
         match=r"no linear layer is named 'gate_proj'; the experts of 'qwen3_moe' have theirs in one tensor for all: name "
         r"experts\.down_proj or experts\.gate_up_proj",
     ):
-        Lora(4, 8.0, targets=("q_proj", "gate_proj")).layout(model)
+        Lora(rank=4, alpha=8.0, targets=("q_proj", "gate_proj")).layout(model)
     setting = Setting(
         layout, start_row(layout, 0), 1, Groups(torch.zeros(1, dtype=torch.int64)), max_lr=0.1, max_steps=1
     )

@@ -40,7 +40,7 @@ def wide(name: str) -> PreTrainedModel:
 
 
 def layout_of(name: str) -> Layout:
-    return Lora(4, 8.0, targets=EXPERTS).layout(make(name))
+    return Lora(rank=4, alpha=8.0, targets=EXPERTS).layout(make(name))
 
 
 def starts(layout: Layout, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -109,7 +109,7 @@ def test_losses_and_answers_are_the_oracles(name: str) -> None:
 def test_awkward_families_train_and_answer_as_the_oracle(name: str, leaves: tuple[str, ...]) -> None:
     """By the name of no architecture: what a module is given and gives decides."""
     family = next(one for one in FAMILIES if one.name == name)
-    layout = Lora(2, 4.0, targets=tuple(f"experts.{leaf}" for leaf in leaves)).layout(build(family))
+    layout = Lora(rank=2, alpha=4.0, targets=tuple(f"experts.{leaf}" for leaf in leaves)).layout(build(family))
     training, start, found = Training(local_steps=3, optimizer="sgd", clip=None), starts(layout, torch.float32), []
     for kind in ("reference", "batched"):
         engine = make_engine(kind, "", RandomCorpus(STEPS), training, model=build(family), layout=layout)
@@ -144,7 +144,7 @@ def test_a_gpu_does_not_record_where_each_client_s_tokens_are(monkeypatch: pytes
     ours, own_loss, _ = trained(engine, start)
     torch.testing.assert_close(own_loss, loss, rtol=0, atol=LOSS)
     assert error(ours, oracle, start) <= ROWS
-    beside = Lora(4, 8.0, targets=("o_proj",)).layout(make("qwen3_moe"))
+    beside = Lora(rank=4, alpha=8.0, targets=("o_proj",)).layout(make("qwen3_moe"))
     recorded = make_engine("batched", "", corpus, training, model=wide("qwen3_moe"), layout=beside)
     assert isinstance(engine, BatchedEngine)
     assert isinstance(recorded, BatchedEngine)
@@ -274,7 +274,7 @@ def test_tokens_are_cut_however_they_lie(shape: tuple[int, ...], turned: bool) -
 def test_other_tokens_than_those_of_the_pass_are_refused() -> None:
     """JetMoE sorts the tokens by expert before its tensors see them."""
     family = next(one for one in FAMILIES if one.name == "jetmoe")
-    layout = Lora(2, 4.0, targets=("input_linear.weight",)).layout(build(family))
+    layout = Lora(rank=2, alpha=4.0, targets=("input_linear.weight",)).layout(build(family))
     with pytest.raises(CannotPackError, match=r"'jetmoe' gives its experts other tokens .*use engine\.name=reference"):
         Carrier.of(build(family), layout, 0.0, prefix=True, longest=32)
 
@@ -282,7 +282,7 @@ def test_other_tokens_than_those_of_the_pass_are_refused() -> None:
 def test_a_module_that_keeps_what_it_computed_is_refused() -> None:
     """PEFT's wrapper stands between the recurrence and the model that sets its state back."""
     family = next(one for one in FAMILIES if one.name == "recurrent_gemma")
-    layout = Lora(2, 4.0, targets=("rg_lru.input_gate_weight",)).layout(build(family))
+    layout = Lora(rank=2, alpha=4.0, targets=("rg_lru.input_gate_weight",)).layout(build(family))
     with pytest.raises(
         UserError, match=r"'model\.layers\.0.*input_gate_weight' belongs to a module that keeps"
     ) as told:

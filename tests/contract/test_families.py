@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from helpers.engines import RandomCorpus, warm_row
+from helpers.engines import RandomCorpus, adapter_of, warm_row
 from helpers.model_families import FAMILIES, PAGE, Family, build, page
-from mira.adapters.lora import Lora, LoraAdapter
+from mira.adapters.lora import Lora
+from mira.adapters.lora_peft import LoraAdapter
 from mira.core.layout import Layout
 from mira.core.training import Training
 from mira.core.types import Work
@@ -29,7 +30,15 @@ TRAINING = Training(optimizer="sgd", lr=1e-2, local_steps=2)
 
 def engine_on(kind: Any, model: PreTrainedModel, layout: Layout, **options: Any) -> Any:
     return kind(
-        model, 1, frozenset([0]), lambda tokens: " ".join(map(str, tokens)), layout, 0.0, CORPUS, TRAINING, 0, **options
+        model,
+        1,
+        frozenset([0]),
+        lambda tokens: " ".join(map(str, tokens)),
+        adapter_of(model, layout),
+        CORPUS,
+        TRAINING,
+        0,
+        **options,
     )
 
 
@@ -41,7 +50,7 @@ def batched_on(model: PreTrainedModel, layout: Layout, **options: Any) -> Batche
 
 
 def layout_on(family: Family, model: PreTrainedModel) -> Layout:
-    return Lora(2, 4.0, targets=tuple(family.targets)).layout(model)
+    return Lora(rank=2, alpha=4.0, targets=tuple(family.targets)).layout(model)
 
 
 def rows_of(layout: Layout) -> Tensor:

@@ -19,7 +19,7 @@ from mira.core.errors import UserError
 from mira.core.wire import Wire, decode
 from mira.data.sources.jsonl import Jsonl
 from mira.data.sources.sites import Own, Sites
-from mira.fleet.messages.transport import Head, InProcess, Message, NoReply, Reply, pack, unpack
+from mira.fleet.messages.transport import Head, InProcessTransport, NoReply, Packet, Reply, pack, unpack
 from mira.fleet.site.handler import SEE_LOG
 from mira.fleet.site.privacy import epsilon
 from mira.methods import METHODS
@@ -83,7 +83,7 @@ def test_text_and_file_names_never_leave(world: World) -> None:
 def test_what_an_error_says_stays_at_its_site(world: World, caplog: pytest.LogCaptureFixture) -> None:
     sites = world.sites()
     sites["bob"].model = str(world.folder / "secret-model")
-    transport = Troubled(InProcess({name: site.handle for name, site in sites.items()}))
+    transport = Troubled(InProcessTransport({name: site.handle for name, site in sites.items()}))
     with pytest.raises(UserError, match="bob did not join"):
         experiment.run(world.experiment(), world.folder / "apart", None, world.opener(transport))
     everything = b"".join(data for _, data in transport.received)
@@ -95,7 +95,7 @@ def test_what_an_error_says_stays_at_its_site(world: World, caplog: pytest.LogCa
 def test_a_round_of_nobody_is_not_held(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """While nobody of the run is online (the network is away, or a SuperLink began anew) no round passes, up to its deadline;
     who has no place in it does not count."""
-    monkeypatch.setattr("mira.fleet.server.engine._PAUSE", 0.0)
+    monkeypatch.setattr("mira.fleet.server.clients._PAUSE", 0.0)
     looks: list[int] = []
 
     def away(trainings: int) -> set[str]:
@@ -103,7 +103,7 @@ def test_a_round_of_nobody_is_not_held(world: World, monkeypatch: pytest.MonkeyP
         return set(NAMES) if trainings == 1 and looks.count(1) < 5 else set()
 
     online = {name: site.handle for name, site in world.sites().items()} | {"stranger": lambda request: b""}
-    transport = Troubled(InProcess(online), away)
+    transport = Troubled(InProcessTransport(online), away)
     experiment.run(world.experiment(), world.folder / "apart", None, world.opener(transport))
     assert names_of(metrics(world.folder / "apart")) == [[*NAMES]] * 3
 
@@ -122,7 +122,7 @@ def test_a_reply_is_used_for_its_own_request_alone(world: World) -> None:
             return {"ann": old["ann"], "bob": old["ann"], "cleo": reply[:-3]}[name]
         return reply
 
-    transport = Troubled(InProcess({name: site.handle for name, site in world.sites().items()}), change=change)
+    transport = Troubled(InProcessTransport({name: site.handle for name, site in world.sites().items()}), change=change)
     experiment.run(world.experiment(method={"name": "ditto"}), world.folder / "apart", None, world.opener(transport))
     records = metrics(world.folder / "apart")
     assert [sorted(record["lost"]) for record in records[1:]] == [[], ["ann", "bob", "cleo"], []]
@@ -184,7 +184,7 @@ def test_what_is_not_the_reply_asked_for_is_rejected_for_its_reason_and_the_othe
             wrongs[head.round][0](reply) if head.kind == "train" else odd(grade=[1])(rows_made(lambda t: t[:0])(reply))
         )
 
-    transport = Troubled(InProcess({name: site.handle for name, site in world.sites().items()}), change=change)
+    transport = Troubled(InProcessTransport({name: site.handle for name, site in world.sites().items()}), change=change)
     asked = world.experiment(
         rounds=len(wrongs), method={"name": "fedit"}, training={"local_steps": 1},
         evaluation={"every": 100, "transfer_clients": 0},
@@ -207,7 +207,7 @@ def test_a_reply_of_a_site_that_was_asked_nothing_changes_nothing(
             replies = super().exchange(*given)
             return replies | {"dan": replies["ann"]} if "ann" in replies else replies
 
-    sites = InProcess({name: site.handle for name, site in world.sites().items()})
+    sites = InProcessTransport({name: site.handle for name, site in world.sites().items()})
     wanted = world.experiment(rounds=1, evaluation={"generate": False, "transfer_clients": 0})
     experiment.run(wanted, world.folder / "apart", None, world.opener(Doubling(sites)))
     assert sorted(metrics(world.folder / "apart")[1]["train_loss"]) == list(NAMES)
@@ -222,7 +222,7 @@ QUIET: dict[str, Any] = {"method": {"name": "fedit"}, "evaluation": {"generate":
 def test_noise_is_put_on_at_the_site_and_every_release_counts(world: World, wire: Wire) -> None:
     """Ann's second reply is lost, and counts: what left, left. Noise of deviation 1 on every number dwarfs what was trained."""
     pytest.importorskip("dp_accounting", reason="needs the extra 'privacy'")
-    transport = Troubled(InProcess({name: site.handle for name, site in world.sites().items()}))
+    transport = Troubled(InProcessTransport({name: site.handle for name, site in world.sites().items()}))
     transport.change = lambda name, request, reply: (
         NoReply("late")
         if name == "ann" and (unpack(request).head.kind, unpack(request).head.round) == ("train", 1)
@@ -263,7 +263,7 @@ def test_releases_are_counted_over_restarts(world: World, away: set[str]) -> Non
     before = metrics(world.folder / "apart")[-1]["privacy"]
     assert all(site["releases"] for site in before.values())
     online = {name: site.handle for name, site in world.sites().items() if name not in away}
-    result = experiment.resume(world.folder / "apart", None, world.opener(Troubled(InProcess(online))))
+    result = experiment.resume(world.folder / "apart", None, world.opener(Troubled(InProcessTransport(online))))
     kept = {name: before[name]["releases"] for name in away}
     assert {name: site["releases"] for name, site in result["privacy"].items()} == dict.fromkeys(NAMES, 3) | kept
 
@@ -293,7 +293,7 @@ def test_a_row_that_went_astray_is_rejected_with_the_reason_and_the_others_are_u
         wrong = {key: (data.view(torch.float32) * by).view(torch.uint8) for key, data in message.tensors.items()}
         return pack(replace(message, tensors=wrong))
 
-    transport = Troubled(InProcess({name: site.handle for name, site in world.sites().items()}), change=change)
+    transport = Troubled(InProcessTransport({name: site.handle for name, site in world.sites().items()}), change=change)
     experiment.run(world.experiment(method={"name": "fedit"}), world.folder / "apart", None, world.opener(transport))
     records = metrics(world.folder / "apart")
     assert [sorted(record["lost"]) for record in records[1:]] == [[], ["ann"], ["ann"]]
@@ -302,7 +302,7 @@ def test_a_row_that_went_astray_is_rejected_with_the_reason_and_the_others_are_u
 
 
 def test_a_largest_norm_of_the_configuration_is_kept(world: World) -> None:
-    transport = Troubled(InProcess({name: site.handle for name, site in world.sites().items()}))
+    transport = Troubled(InProcessTransport({name: site.handle for name, site in world.sites().items()}))
     asked = world.experiment(rounds=1, server={"max_norm": 1e-9})
     experiment.run(asked, world.folder / "apart", None, world.opener(transport))
     lost = metrics(world.folder / "apart")[1]["lost"]
@@ -327,7 +327,7 @@ def test_a_server_that_died_goes_on_where_it_was(world: World, restarted: bool) 
     with pytest.raises(Interrupt.Pulled):
         world.apart(sites, "apart", Interrupt(2), **plan)
     again = world.sites() if restarted else sites  # new processes in the old folders
-    transport = Troubled(InProcess({name: site.handle for name, site in again.items()}))
+    transport = Troubled(InProcessTransport({name: site.handle for name, site in again.items()}))
     experiment.resume(world.folder / "apart", None, world.opener(transport))
     whole, resumed = metrics(world.folder / "whole-run"), metrics(world.folder / "apart")
     assert [record["clients"] for record in whole] == [record["clients"] for record in resumed]
@@ -346,7 +346,7 @@ def test_a_site_with_another_model_does_not_take_part(
         file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "Lowercase"}}))
     sites = world.sites()
     sites["bob"].model = str(other)
-    transport = Troubled(InProcess({name: site.handle for name, site in sites.items()}))
+    transport = Troubled(InProcessTransport({name: site.handle for name, site in sites.items()}))
     with pytest.raises(UserError, match=r"server: bob did not join within 0 s"):
         experiment.run(world.experiment(), world.folder / "apart", None, world.opener(transport))
     assert f"bob does not take part: its {what} is not the server's" in caplog.text
@@ -356,7 +356,7 @@ def test_a_site_runs_no_code_that_a_model_brings(world: World) -> None:
     site = world.sites()["bob"]
     given = world.experiment().model_dump(mode="json")
     given["model"]["trust_remote_code"] = True
-    request = Message(
+    request = Packet(
         Head("open", "0" * 16, "s", 0, "bob"), {"experiment": given, "number": 1, "threads": 1, "rank": None}, {}
     )
     told = unpack(site.handle(pack(request))).values
@@ -372,7 +372,7 @@ def test_a_site_renders_no_template_that_a_server_sends(world: World, key: str, 
     site = world.sites()["bob"]
     given = world.experiment().model_dump(mode="json")
     given["prompt"][key] = value
-    request = Message(
+    request = Packet(
         Head("open", "0" * 16, "s", 0, "bob"), {"experiment": given, "number": 1, "threads": 1, "rank": None}, {}
     )
     told = unpack(site.handle(pack(request))).values

@@ -18,7 +18,7 @@ from helpers.sample_config import Interrupt, mira
 from mira.core.errors import UserError
 from mira.core.wire import decode
 from mira.data.sources.sites import Sites
-from mira.fleet.messages.transport import InProcess, NoReply, Reply, pack, unpack
+from mira.fleet.messages.transport import InProcessTransport, NoReply, Reply, pack, unpack
 from mira.fleet.server.session import Opener
 from mira.runner import run as experiment
 from mira.runner.progress import RunProgress
@@ -65,7 +65,7 @@ def test_nobody_waits_for_a_site_that_does_not_join(world: World) -> None:
 def test_a_refused_reply_is_not_one_of_those_that_are_enough(world: World) -> None:
     broken = world.transport()
     ann = broken.inner.sites["ann"]
-    broken.inner = InProcess({
+    broken.inner = InProcessTransport({
         **broken.inner.sites,
         "ann": lambda request: ann(request)[: -3 if unpack(request).head.kind == "train" else None],
     })  # fmt: skip

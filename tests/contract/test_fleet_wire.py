@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 
 from helpers.in_process_federation import NAMES, World, lost_and_away, metrics, rows
 from mira.core.wire import Wire
-from mira.fleet.messages.transport import Message, unpack
+from mira.fleet.messages.transport import Packet, unpack
 
 HEAD = 2048  # bytes of a message beside its rows, at most: names, losses, masks
 
 
-def trained(passed: list[tuple[str, bytes]], round: int) -> dict[str, tuple[Message, int]]:
+def trained(passed: list[tuple[str, bytes]], round: int) -> dict[str, tuple[Packet, int]]:
     """The messages of the training of ``round`` and their bytes, by site."""
     messages = [(name, unpack(data), len(data)) for name, data in passed]
     return {
@@ -25,7 +25,7 @@ def trained(passed: list[tuple[str, bytes]], round: int) -> dict[str, tuple[Mess
     }
 
 
-def payload(message: Message, prefix: str) -> int:
+def payload(message: Packet, prefix: str) -> int:
     """Bytes of the rows in it."""
     return sum(tensor.nbytes for key, tensor in message.tensors.items() if key.startswith(prefix))
 

@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from helpers.llama_cpp import LlamaCpp, write_base
-from mira.adapters.lora import Lora, to_peft
+from mira.adapters.lora import Lora
+from mira.adapters.lora_peft import to_peft
 from mira.serving.families import FAMILIES
 from mira.serving.gguf import write
 
@@ -105,7 +106,7 @@ def test_probabilities_with_an_adapter_are_those_of_peft(kind: str, rslora: bool
     """Two adapters beside the base, each chosen by the request. 5e-3: llama.cpp multiplies in 16 bits here and there."""
     model = tiny(kind)
     base = write_base(model, tmp_path / "base.gguf")
-    layout = Lora(4, 6.0, rslora=rslora, targets=rf".*\.({ENDS})").layout(model)
+    layout = Lora(rank=4, alpha=6.0, rslora=rslora, targets=rf".*\.({ENDS})").layout(model)
     files, right = [], [expected(model)]
     for n in range(2):
         folder = tmp_path / f"adapter{n}"

@@ -15,13 +15,13 @@ from helpers.memory_recorder import MemoryRecorder
 from helpers.method_variants import BESIDE_ONE, ONE_ROW, ROW_OF_EACH, VARIANTS, used_by
 from helpers.quadratic_clients import Toy, numbered
 from mira.core.graph import Edges, Graph, Groups
-from mira.core.graph_io import in_use
+from mira.core.graph_io import in_use, to_tensors, with_graph
 from mira.core.layout import Layout
 from mira.core.loop import Schedule, apply, describe, run_rounds, screen
 from mira.core.seeds import generator
 from mira.core.training import Training
 from mira.core.types import Change, Method, Rows, ServerState, Setting, Trained
-from mira.methods import ALONG_GRAPH, METHODS
+from mira.methods import METHODS, uses_graph
 from mira.store import Store
 
 LAYOUT = Layout.of({"layer": (3, 2)}, rank=1, alpha=1.0)  # P = 5
@@ -98,7 +98,7 @@ def test_the_start_is_the_common_row_and_every_client_gets_one(method: Method) -
     assert state.round == 0
     client = torch.tensor([6, 2, 2, 0])
     work = method.broadcast(state, client)
-    for clients, rows in ((client, method.serve(state, client)), (work.client, work.start)):
+    for clients, rows in ((client, method.deployed(state, client)), (work.client, work.start)):
         assert rows.shape == (len(clients), LAYOUT.size)
         assert rows.dtype == torch.float32
         assert torch.equal(rows, start.expand(len(clients), -1))
@@ -111,7 +111,7 @@ def test_inputs_are_not_mutated(method: Method) -> None:
     work = method.broadcast(state, cohort)
     work.start.add_(1)  # an engine may train in place
     method.aggregate(state, done)
-    method.serve(state, cohort).add_(1)
+    method.deployed(state, cohort).add_(1)
     assert same(before[0], tensors(state))
     assert same(before[1], tensors(done))
     assert same(before[2], tensors(cohort))
@@ -163,7 +163,7 @@ def test_what_stays_with_a_client_reaches_nobody_else(name: str) -> None:
     assert int(done.client[secret]) == 4
     other.rows[secret, 3:] += 100
     everyone = torch.arange(7)
-    a, b = (method.serve(apply(state, method.aggregate(state, each)), everyone) for each in (done, other))
+    a, b = (method.deployed(apply(state, method.aggregate(state, each)), everyone) for each in (done, other))
     mask = everyone != 4
     assert torch.equal(a[mask], b[mask])
     assert not torch.equal(a[4], b[4])
@@ -187,7 +187,7 @@ def test_who_mixes_along_no_graph_is_known(method: Method) -> None:
     graphs = Groups(torch.zeros(7, dtype=torch.int64)), Groups(torch.arange(7))
     a, b = (method.aggregate(state_of(method, known), trained(method)).value for known in graphs)
     learns = method is VARIANTS["mira-learned"]
-    assert torch.equal(a, b) is (learns or method.name not in ALONG_GRAPH)
+    assert torch.equal(a, b) is (learns or not uses_graph(method))
 
 
 # The cost of a round.
@@ -351,7 +351,7 @@ class Folder:
     store: Store
 
     def commit(self, round: int, change: Change, optimizer: dict[int, Tensor], record: dict[str, Any]) -> None:
-        self.store.commit(round, change.index, change.value, change.extra, optimizer, record)
+        self.store.commit(round, change.index, change.value, with_graph(change.extra, change.graph), optimizer, record)
 
     def rows(self) -> Rows:
         return self.store.rows()
@@ -374,7 +374,8 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(method: Method, tmp_
         store.commit(0, torch.empty(0, dtype=torch.int64), start[None][:0], begin.extra, {}, {"validation_loss": 1.0})
         on_toy(method, replace(begin, rows=store.rows(), extra=store.extra()), 2, Folder(store))
     with Store.open(tmp_path / "run") as store:
-        state = ServerState(store.rows(), in_use(begin.graph, store.extra()), store.extra(), 2)
+        learned, extra = in_use(to_tensors(begin.graph), store.extra())
+        state = ServerState(store.rows(), learned, extra, 2)
         resumed = on_toy(method, state, 4, Folder(store))
         everything = torch.arange(len(whole.rows))
         assert torch.equal(resumed.rows[everything], whole.rows[everything])

@@ -14,7 +14,7 @@ from torch import Tensor
 from helpers.engines import RandomCorpus, make_engine, warm_row
 from helpers.memory_recorder import MemoryRecorder
 from helpers.method_variants import ONE_ROW, VARIANTS, used_by
-from mira.adapters.lora import from_peft, to_peft
+from mira.adapters.lora_peft import from_peft, to_peft
 from mira.core.graph import Groups
 from mira.core.loop import Schedule, run_rounds
 from mira.core.training import Training
@@ -104,5 +104,5 @@ def test_mixing_takes_effect_end_to_end(kind: str, tmp_path: Path) -> None:
     assert recorder.records[0]["local_loss"] != local.records[0]["local_loss"]
     layout, model = watched.inner.layout, watched.inner.model
     for k in range(4):
-        to_peft(tmp_path / str(k), VARIANTS["mira"].serve(final, torch.tensor([k]))[0], layout, model, "base")
+        to_peft(tmp_path / str(k), VARIANTS["mira"].deployed(final, torch.tensor([k]))[0], layout, model, "base")
         assert torch.equal(from_peft(tmp_path / str(k), layout), recorder.changes[1].value[k].float())

@@ -15,7 +15,7 @@ from helpers.displacement import LIMIT, STEPS, TYPICAL, displacement_errors
 from helpers.engines import RandomCorpus, make_engine, prompt_on, warm_row
 from helpers.tiny_models import KINDS, make_tiny
 from mira.adapters.lowrank import Lane
-from mira.adapters.prompt import Prompt, PromptAdapter, from_peft, peft_config, to_peft
+from mira.adapters.prompt import PromptAdapter, VirtualPrompt, from_peft, peft_config, to_peft
 from mira.core.errors import UserError
 from mira.core.training import Training
 from mira.core.types import Trained, Work
@@ -146,7 +146,7 @@ def test_rows_start_as_pefts_do() -> None:
     """Every tensor has the distribution PEFT draws from, told by its bound and its quantiles: of 1 600 numbers these are
     within 3·√(¼/1600) = 0.04 of the true ones in probability, 0.2 standard deviations of two samples of a normal."""
     model = make_tiny()
-    layout = Prompt(50, 64).layout(model)
+    layout = VirtualPrompt(virtual_tokens=50, encoder_hidden=64).layout(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         parameters = dict(get_peft_model(model, peft_config(layout, None, inference=False)).named_parameters())

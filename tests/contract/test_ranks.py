@@ -16,7 +16,7 @@ from helpers.engines import RandomCorpus, layout_on, make_engine, warm_row
 from helpers.memory_recorder import MemoryRecorder
 from helpers.quadratic_clients import LAYOUT, Toy
 from helpers.tiny_models import make_tiny
-from mira.adapters.lora import from_peft, merge, to_peft
+from mira.adapters.lora_peft import from_peft, merge, to_peft
 from mira.core.errors import UserError
 from mira.core.graph import Groups
 from mira.core.layout import Layout
@@ -25,7 +25,7 @@ from mira.core.loop import Schedule, apply, describe, run_rounds
 from mira.core.training import Training
 from mira.core.types import Setting, Trained, Work
 from mira.methods import METHODS
-from mira.methods.ranked import Ranked, ranked
+from mira.methods.heterogeneous_ranks import HeterogeneousRanks, with_ranks
 
 STEPS = (8, 5, 8)
 
@@ -75,14 +75,14 @@ def test_the_scale_is_that_of_the_plain_rank(rslora: bool) -> None:
     wide, narrow = (Layout.of({"x": (3, 2), "y": (2, 2)}, rank, 8.0, rslora) for rank in (4, 2))
     rows = torch.ones(2, wide.size)
     rows[1] *= wide.within(2)
-    stretch = wide.stretch(rows)
+    stretch = wide.scale_ratio(rows)
     assert stretch is not None
     assert wide.ranks(rows) == [4, 2]
     assert bool((stretch[0] == 1).all())
     for entry in wide.entries:
         factor = narrow.scale / wide.scale if entry.factor == "B" else 1.0
         torch.testing.assert_close(entry.view(stretch)[1], torch.full(entry.shape, factor))
-    assert wide.stretch(rows[:1]) is None
+    assert wide.scale_ratio(rows[:1]) is None
     assert wide.ranks(torch.zeros(1, wide.size)) == [4]  # nothing to tell by, and nothing to scale
 
 
@@ -103,14 +103,14 @@ def test_a_run_of_rank_8_within_16_is_a_plain_run_of_rank_8(
     for layout in (wide, narrow):
         begin = start if layout is wide else start[mask]
         one: Any = METHODS[method]()
-        one = ranked(one, wide, dict.fromkeys(names, 8), names) if layout is wide else one
+        one = with_ranks(one, wide, dict.fromkeys(names, 8), names) if layout is wide else one
         engine = make_engine(name, "llama", RandomCorpus((3, 2, 3)), training, torch.float64, layout=layout)
         state = one.init(Setting(layout, begin, 3, graph, 1e-2, 3))
         recorder = MemoryRecorder(state.rows)
         state = run_rounds(
             one, engine, state, Schedule(0, 2, 1.0, training), names, recorder, lambda s: {}, lambda r: None
         )
-        found.append((one.serve(state, torch.arange(3)), recorder.records))
+        found.append((one.deployed(state, torch.arange(3)), recorder.records))
     (ours, records), (plain, expected) = found
     assert not bool(ours[:, ~mask].any())
     torch.testing.assert_close(ours[:, mask], plain, rtol=0, atol=1e-11)  # sums of 16 terms, of which 8 are zero
@@ -145,7 +145,7 @@ def test_a_learned_graph_finds_families_and_not_ranks() -> None:
     names = [f"c{k}" for k in range(8)]
     draw = torch.Generator().manual_seed(0)
     start, directions = torch.randn(layout.size, generator=draw), torch.randn(2, layout.size, generator=draw)
-    method = ranked(METHODS["mira"](), layout, rank, names)
+    method = with_ranks(METHODS["mira"](), layout, rank, names)
     state = method.init(Setting(layout, start, 8, Learned.start(8, 1, 3, 0.0), 0.1, 1))
     work = method.broadcast(state, torch.arange(8))
     inside = work.upload
@@ -163,14 +163,14 @@ def test_a_learned_graph_finds_families_and_not_ranks() -> None:
 
 def test_a_rank_for_nobody_is_named_with_its_key() -> None:
     with pytest.raises(UserError, match=r"^clients.rank.bop=1: no client is named 'bop'; did you mean 'bob'\?$"):
-        ranked(METHODS["fedit"](), LAYOUT, {"bop": 1}, ("ann", "bob"))
+        with_ranks(METHODS["fedit"](), LAYOUT, {"bop": 1}, ("ann", "bob"))
 
 
 RANK = torch.tensor([1, 2, 1])
 
 
 def of_rank(name: str) -> Any:
-    return Ranked(METHODS[name](), LAYOUT, RANK)
+    return HeterogeneousRanks(METHODS[name](), LAYOUT, RANK)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -187,7 +187,7 @@ def test_nothing_beyond_a_clients_rank_is_sent_served_or_pulled_to(name: str) ->
         for each in rows:
             assert not bool(each[low][:, beyond].any())
             assert bool(each[~low][:, beyond].any())
-        served = method.serve(state, everyone)
+        served = method.deployed(state, everyone)
         assert not bool(served[RANK == 1][:, beyond].any())
         done = Toy.draw(3).train(work, round, 0.1)
         done.rows[low] *= ~beyond  # as training leaves them
@@ -209,6 +209,6 @@ def test_flexlora_averages_scaled_products_and_gives_each_the_best_of_its_rank()
     p = done.examples.double() / done.examples.sum()
     mean = torch.einsum("k,kor,kri->oi", p * scale, b.view(done.rows), a.view(done.rows))
     u, s, vt = torch.linalg.svd(mean, full_matrices=False)
-    for k, row in enumerate(method.serve(state, torch.arange(3))):
+    for k, row in enumerate(method.deployed(state, torch.arange(3))):
         best = (u[:, : RANK[k]] * s[: RANK[k]]) @ vt[: RANK[k]]
         torch.testing.assert_close(scale[k] * b.view(row) @ a.view(row), best, rtol=0, atol=1e-12)

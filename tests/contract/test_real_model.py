@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import mira
-from mira.adapters.lora import Lora, start_row
+from mira.adapters.lora import Lora
+from mira.adapters.lora_peft import LoraAdapter, start_row
 from mira.core.training import Training
 from mira.core.types import Work
 from mira.data.corpus import Corpus
@@ -36,14 +37,14 @@ def test_batched_equals_reference_on_smollm2(smollm2: Base) -> None:
     them, and the miss is shown; in all others none may.
     """
     federation = make_federation(Builtin(examples=12), SplitSizes(train=6, validation=2, test=2), 0)
-    layout, client, lr = Lora(4, 8.0).layout(smollm2.model), torch.tensor([1, 7]), 1e-3
+    layout, client, lr = Lora(rank=4, alpha=8.0).layout(smollm2.model), torch.tensor([1, 7]), 1e-3
     start = start_row(layout, 0)
     work = Work(client, start.expand(2, -1))
 
     def shared(steps: int) -> dict[str, Any]:
         return {
             "model": smollm2.model, "pad": smollm2.tokenizer.pad_token_id, "stops": frozenset([smollm2.tokenizer.eos_token_id]),
-            "decode": smollm2.tokenizer.decode, "layout": layout, "dropout": 0.0,
+            "decode": smollm2.tokenizer.decode, "adapter": LoraAdapter(smollm2.model, layout),
             "corpus": Corpus(federation, Encoder(smollm2.tokenizer, "plain", 256), 2, steps, None),
             "training": Training(lr=lr, local_steps=steps, batch_size=2), "seed": 0,
         }  # fmt: skip

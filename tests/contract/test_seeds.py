@@ -31,7 +31,7 @@ def make_seeds(
     corpus = corpus or RandomCorpus((3, 5))
     model = make_tiny("llama", dtype)
     inner = make_engine(name, "llama", corpus, Training(local_steps=1), dtype, model=model, layout=Layout(()))
-    return SeedsEngine(inner, directions(model, targets, SEED), EPSILON, corpus, seed=0)
+    return SeedsEngine(inner, directions(model, targets, SEED, EPSILON), corpus, seed=0)
 
 
 def z(engine: SeedsEngine, s: int) -> dict[str, Tensor]:

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from helpers.tiny_models import make_tiny
 from helpers.unusual_models import ADAPTABLE, make, make_seeing
-from mira.adapters import lora
-from mira.adapters.lora import Lora, from_peft, peft_config, to_peft
+from mira.adapters import lora_peft
+from mira.adapters.lora import Lora
+from mira.adapters.lora_peft import from_peft, peft_config, to_peft
 from mira.adapters.peft_check import beside, prove
 from mira.core.errors import UserError
 from mira.core.layout import Layout
@@ -54,7 +55,7 @@ def random_row(layout: Layout) -> torch.Tensor:
 @pytest.mark.parametrize("name", ADAPTABLE)
 def test_auto_takes_what_lets_tokens_meet(name: str) -> None:
     model = make(name)
-    layout = Lora(2, 4.0).layout(model)
+    layout = Lora(rank=2, alpha=4.0).layout(model)
     assert leaves(layout) == AUTO[name]
     prove(model, layout)
 
@@ -62,7 +63,7 @@ def test_auto_takes_what_lets_tokens_meet(name: str) -> None:
 @pytest.mark.parametrize("name", ADAPTABLE)
 def test_all_linear_is_every_layer_that_can_learn(name: str) -> None:
     model = make(name)
-    layout = Lora(2, 4.0, targets="all-linear").layout(model)
+    layout = Lora(rank=2, alpha=4.0, targets="all-linear").layout(model)
     assert leaves(layout) > AUTO[name] or name in ("mixtral", "qwen3_moe", "gpt_oss", "mamba", "mamba2", "phimoe")
     assert "lm_head" not in leaves(layout)
     prove(model, layout)
@@ -71,14 +72,14 @@ def test_all_linear_is_every_layer_that_can_learn(name: str) -> None:
 def test_the_proof_holds_in_every_precision() -> None:
     for name, dtype in (("deepseek_v3", torch.bfloat16), ("deepseek_v3", torch.float16), ("gemma4", torch.float64)):
         model = make(name, dtype)
-        prove(model, Lora(2, 4.0, targets="all-linear").layout(model))
+        prove(model, Lora(rank=2, alpha=4.0, targets="all-linear").layout(model))
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
 @pytest.mark.parametrize("targets", ["auto", "all-linear", ("q_proj", "v_proj"), r".*(q|v)_proj"])
 def test_an_image_tower_gets_no_adapter(kind: str, targets: str | tuple[str, ...]) -> None:
     model = make_seeing(kind)
-    layout = Lora(2, 4.0, targets=targets).layout(model)
+    layout = Lora(rank=2, alpha=4.0, targets=targets).layout(model)
     assert {name.split(".layers.")[0] for name in layout.modules} == {"model.language_model"}
     assert {"q_proj", "v_proj"} <= leaves(layout)
     prove(model, layout)
@@ -86,7 +87,7 @@ def test_an_image_tower_gets_no_adapter(kind: str, targets: str | tuple[str, ...
 
 def test_what_is_left_out_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        Lora(2, 4.0, targets=".*").layout(make("mamba"))
+        Lora(rank=2, alpha=4.0, targets=".*").layout(make("mamba"))
     assert {record.message for record in caplog.records} == {
         "adapter.targets: backbone.layers.*.mixer.dt_proj is left out, as it is not on the way of a text through the model",
         "adapter.targets: backbone.layers.*.mixer.out_proj is left out, as it is left out by PEFT in architecture 'mamba'",
@@ -110,7 +111,7 @@ def test_layers_that_cannot_learn_are_refused_in_one_line(
     name: str, targets: str | tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as refused:
-        Lora(2, 4.0, targets=targets).layout(make(name))
+        Lora(rank=2, alpha=4.0, targets=targets).layout(make(name))
     assert str(refused.value).startswith("adapter.targets")
     assert "\n" not in str(refused.value)
 
@@ -122,7 +123,7 @@ def test_dense_layers_beside_experts_stay_what_they_are_in_peft(
 ) -> None:
     """PEFT takes these names for those of experts, and warns of missing keys alone."""
     model = make(name)
-    layout = Lora(4, 8.0, targets=targets).layout(model)
+    layout = Lora(rank=4, alpha=8.0, targets=targets).layout(model)
     row = random_row(layout)
     to_peft(tmp_path, row, layout, model, "base")
     assert torch.equal(from_peft(tmp_path, layout), row)
@@ -136,8 +137,8 @@ def test_dense_layers_beside_experts_stay_what_they_are_in_peft(
 
 def test_the_proof_sees_an_adapter_that_peft_reads_as_another(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("deepseek_v3")
-    layout = Lora(2, 4.0, targets=("gate_proj", "up_proj", "down_proj")).layout(model)
-    monkeypatch.setattr(lora, "by_weight", lambda modules, model: (list(modules), []))
+    layout = Lora(rank=2, alpha=4.0, targets=("gate_proj", "up_proj", "down_proj")).layout(model)
+    monkeypatch.setattr(lora_peft, "by_weight", lambda modules, model: (list(modules), []))
     with pytest.raises(
         UserError, match=r"adapter\.targets: PEFT reads something else for 'model\.layers\.0\.mlp\.gate_pr"
     ):
@@ -146,14 +147,14 @@ def test_the_proof_sees_an_adapter_that_peft_reads_as_another(monkeypatch: pytes
 
 def test_the_proof_sees_another_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_tiny()
-    layout = Lora(2, 4.0).layout(model)
+    layout = Lora(rank=2, alpha=4.0).layout(model)
 
     def doubled(*args: object, **kwargs: object) -> object:
         config = peft_config(*args, **kwargs)  # type: ignore[arg-type]
         config.lora_alpha *= 2
         return config
 
-    monkeypatch.setattr(lora, "peft_config", doubled)
+    monkeypatch.setattr(lora_peft, "peft_config", doubled)
     with pytest.raises(UserError, match=r"another one in PEFT \(of what it changes in the logits \d+\.\d% differs\)"):
         prove(model, layout)
 
@@ -171,7 +172,7 @@ def test_the_proof_says_what_peft_cannot_read(monkeypatch: pytest.MonkeyPatch) -
 def test_the_proof_leaves_the_model_as_it_was() -> None:
     model = make_tiny()
     before = {name: (id(p), p.clone()) for name, p in model.named_parameters()}
-    prove(model, Lora(2, 4.0).layout(model))
+    prove(model, Lora(rank=2, alpha=4.0).layout(model))
     assert all(id(p) == before[name][0] and torch.equal(p, before[name][1]) for name, p in model.named_parameters())
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -186,11 +187,11 @@ def test_a_model_that_takes_no_text_is_refused(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(
         UserError, match=r"architecture 'llama' cannot compute a text of 32 tokens \(AttributeError: no such thing\)"
     ):
-        Lora(2, 4.0).layout(model)
+        Lora(rank=2, alpha=4.0).layout(model)
 
 
 def test_dropout_where_peft_has_none_is_refused() -> None:
     model = make("deepseek_v3")
-    layout = Lora(2, 4.0, dropout=0.1, targets=("gate_proj", "o_proj")).layout(model)
+    layout = Lora(rank=2, alpha=4.0, dropout=0.1, targets=("gate_proj", "o_proj")).layout(model)
     with pytest.raises(UserError, match=r"adapter\.dropout=0\.1: PEFT has none for 'model\.layers\.0\.mlp\.gate_proj'"):
         peft_config(layout, model, None, 0.1)

@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from helpers.chat_templates import AGAIN, ASKED, FAMILIES, LAST, SYSTEM, TOLD, Kind, make
-from mira.adapters.lora import Lora, start_row
+from mira.adapters.lora import Lora
+from mira.adapters.lora_peft import LoraAdapter, start_row
 from mira.core.training import Training
 from mira.data.corpus import Corpus
 from mira.data.federation import Federation
@@ -113,9 +114,10 @@ def test_losses_and_greedy_answers_are_transformers_own(name: str) -> None:
         )[0, len(prompt) :].tolist()  # fmt: skip
         ended = next((n for n, token in enumerate(out) if token in encoder.stops), len(out))
         answers.append(encoder.answer(out[:ended]))
-    layout = Lora(2, 4.0, targets=("q_proj",)).layout(model)
+    layout = Lora(rank=2, alpha=4.0, targets=("q_proj",)).layout(model)
     shared = dict(
-        model=model, pad=encoder.tokenizer.pad_token_id, stops=encoder.stops, decode=encoder.answer, layout=layout, dropout=0.0,
+        model=model, pad=encoder.tokenizer.pad_token_id, stops=encoder.stops, decode=encoder.answer,
+        adapter=LoraAdapter(model, layout),
         corpus=Corpus(Federation((), 0), encoder, 1, steps=1), training=Training(local_steps=1), seed=0,
     )  # fmt: skip
     row = start_row(layout, 0)[None].double()

@@ -15,16 +15,8 @@ from torch import Tensor
 from helpers.engines import RandomCorpus
 from helpers.tiny_models import EOS, VOCABULARY, make_tiny
 from helpers.unusual_models import make
-from mira.adapters.lora import (
-    Lora,
-    LoraAdapter,
-    from_peft,
-    merge,
-    peft_config,
-    peft_parameters,
-    start_row,
-    to_peft,
-)
+from mira.adapters.lora import Lora
+from mira.adapters.lora_peft import LoraAdapter, from_peft, merge, peft_config, peft_parameters, start_row, to_peft
 from mira.adapters.peft_check import beside, prove
 from mira.config import Experiment
 from mira.core.errors import UserError
@@ -43,7 +35,7 @@ TARGETS = {"llama": ("q_proj", "down_proj"), "gpt2": ("c_attn", "c_proj"), "qwen
 def dora_on(kind: Any) -> tuple[Any, Layout, Tensor]:
     """A model, a layout and a row away from its start."""
     model = make_tiny(kind)
-    layout = Lora(4, 8.0, targets=TARGETS[kind], dora=True).layout(model)
+    layout = Lora(rank=4, alpha=8.0, targets=TARGETS[kind], dora=True).layout(model)
     row = LoraAdapter(model, layout).start(0)
     return model, layout, row + 0.1 * torch.randn(layout.size, generator=generator("row"))
 
@@ -67,7 +59,7 @@ def test_dora_is_that_of_peft(kind: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", TARGETS)
 def test_dora_starts_where_peft_starts_it(kind: Any) -> None:
     model = make_tiny(kind)
-    layout = Lora(4, 8.0, targets=TARGETS[kind], dora=True).layout(model)
+    layout = Lora(rank=4, alpha=8.0, targets=TARGETS[kind], dora=True).layout(model)
     row = LoraAdapter(model, layout).start(0)
     named = dict(get_peft_model(make_tiny(kind), peft_config(layout, model, None)).named_parameters())
     for entry, name in peft_parameters(layout).items():
@@ -80,10 +72,10 @@ def test_dora_starts_where_peft_starts_it(kind: Any) -> None:
 def test_training_is_that_of_peft_with_loraplus(dora: bool, optimizer: Any) -> None:
     """PEFT's own optimiser of LoRA+ moves the same rows to the same place."""
     corpus = RandomCorpus((3,))
-    layout = Lora(4, 8.0, targets=TARGETS["llama"], dora=dora, plus=8.0).layout(make_tiny())
+    layout = Lora(rank=4, alpha=8.0, targets=TARGETS["llama"], dora=dora, lora_plus_ratio=8.0).layout(make_tiny())
     start = LoraAdapter(make_tiny(), layout).start(0)
     training = Training(local_steps=3, optimizer=optimizer, clip=None)
-    engine = ReferenceEngine(make_tiny(), 1, frozenset({0}), str, layout, 0.0, corpus, training, 0)  # type: ignore[arg-type]
+    engine = ReferenceEngine(make_tiny(), 1, frozenset({0}), str, LoraAdapter(make_tiny(), layout), corpus, training, 0)  # type: ignore[arg-type]
     trained = engine.train(Work(torch.tensor([0]), start[None]), round=0, lr=0.01).rows[0]
 
     config = peft_config(layout, make_tiny(), None)
@@ -113,15 +105,24 @@ def test_training_is_that_of_peft_with_loraplus(dora: bool, optimizer: Any) -> N
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_loraplus_is_the_same_in_both_engines(optimizer: Any) -> None:
     corpus, rows = RandomCorpus((4, 2)), []
-    layout = Lora(4, 8.0, targets=TARGETS["llama"], plus=8.0).layout(make_tiny())
+    layout = Lora(rank=4, alpha=8.0, targets=TARGETS["llama"], lora_plus_ratio=8.0).layout(make_tiny())
     start = start_row(layout, 0)
     training = Training(local_steps=4, optimizer=optimizer, weight_decay=0.1)
     for engine in (partial(BatchedEngine, tokens_per_pass=4096, prefix=True), ReferenceEngine):
-        common = (make_tiny(), 1, frozenset({VOCABULARY[EOS]}), str, layout, 0.0, corpus, training, 0)
+        common = (
+            make_tiny(),
+            1,
+            frozenset({VOCABULARY[EOS]}),
+            str,
+            LoraAdapter(make_tiny(), layout),
+            corpus,
+            training,
+            0,
+        )
         trained = engine(*common).train(Work(torch.tensor([0, 1]), start.repeat(2, 1)), round=0, lr=0.01)  # type: ignore[arg-type]
         rows.append(trained.rows[trained.client.argsort()])
     assert float((rows[0] - rows[1]).norm()) <= 1e-3 * float((rows[1] - start).norm())
-    plain = Lora(4, 8.0, targets=TARGETS["llama"]).layout(make_tiny())
+    plain = Lora(rank=4, alpha=8.0, targets=TARGETS["llama"]).layout(make_tiny())
     assert plain.rate is None
     rate = layout.rate
     assert rate is not None
@@ -129,7 +130,7 @@ def test_loraplus_is_the_same_in_both_engines(optimizer: Any) -> None:
 
 
 def test_an_orthogonal_start_is_drawn_as_peft_draws_it() -> None:
-    layout = Lora(4, 8.0).layout(make_tiny())
+    layout = Lora(rank=4, alpha=8.0).layout(make_tiny())
     row = start_row(layout, 3, "orthogonal")
     assert torch.equal(row, start_row(layout, 3, "orthogonal"))
     assert not torch.equal(row, start_row(layout, 4, "orthogonal"))
@@ -155,7 +156,7 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
         UserError, match=r"engine\.name=batched: has no magnitudes \(adapter\.dora\); use engine\.name=ref"
     ):
         Carrier.of(model, layout, 0.0, prefix=False, longest=64)
-    beside_experts = Lora(4, 8.0, targets=("gate_proj",), dora=True).layout(make("deepseek_v3"))
+    beside_experts = Lora(rank=4, alpha=8.0, targets=("gate_proj",), dora=True).layout(make("deepseek_v3"))
     with pytest.raises(UserError, match=r"adapter\.dora=true: PEFT has none for 'model\.layers\.0\.mlp\.gate_proj'"):
         prove(make("deepseek_v3"), beside_experts)
     base = {

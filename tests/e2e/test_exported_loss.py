@@ -15,7 +15,7 @@ from helpers.sample_config import settings, write_clients
 from helpers.tiny_models import make_tokenizer
 from helpers.unusual_models import make
 from mira import run
-from mira.adapters import lora
+from mira.adapters import lora_peft
 from mira.config import Experiment
 from mira.core.errors import UserError
 from mira.setup.session import open_session
@@ -59,7 +59,7 @@ def test_a_folder_has_the_loss_that_was_reported(
 
 def test_a_run_that_peft_would_read_as_another_does_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = values_on("deepseek_v3", {"targets": ["gate_proj", "up_proj", "down_proj"]}, "batched", tmp_path)
-    monkeypatch.setattr(lora, "by_weight", lambda modules, model: (list(modules), []))
+    monkeypatch.setattr(lora_peft, "by_weight", lambda modules, model: (list(modules), []))
     with pytest.raises(UserError, match=r"adapter\.targets: PEFT reads something else for"):
         run(Experiment(**values), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -174,7 +174,7 @@ def test_a_disk_full_when_adapters_are_written(config: Path, tmp_path: Path, mon
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr("mira.adapters.lora.to_peft", full)
+        patched.setattr("mira.adapters.lora_peft.to_peft", full)
         error = command("run", config, "--out", folder).error
     assert "No space left on device" in error
     assert "--resume" in error

@@ -86,7 +86,7 @@ def test_answers_of_llamacpp_are_ours(template: str, tmp_path: Path) -> None:
     assert session.base.path is not None
     for k, client in enumerate(session.federation.clients):
         prompts = session.corpus.prompts(k, "test", 6)
-        ours = session.engine.answer(session.method.serve(state, torch.tensor([k])), [prompts], NEW)[0]
+        ours = session.engine.answer(session.method.deployed(state, torch.tensor([k])), [prompts], NEW)[0]
         for example, prompt, answer in zip(client.test, prompts, ours, strict=True):
             if template == "chat":
                 asked = f"{example.instruction}\n\n{example.input}"

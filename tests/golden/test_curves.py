@@ -22,7 +22,8 @@ import torch
 
 from helpers.memory_recorder import MemoryRecorder
 from helpers.tiny_models import EOS, PAD, VOCABULARY, make_tiny
-from mira.adapters.lora import Lora, start_row
+from mira.adapters.lora import Lora
+from mira.adapters.lora_peft import LoraAdapter, start_row
 from mira.core.graph import Groups
 from mira.core.loop import Record, Schedule, run_rounds
 from mira.core.seeds import generator
@@ -70,9 +71,18 @@ class Tasks:
 def curves(name: str) -> Curves:
     method, training = METHODS[name](), Training(lr=2e-2, local_steps=3, schedule="cosine", warmup_rounds=1)
     model = make_tiny("llama", torch.float64)
-    layout = Lora(4, 8.0, targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")).layout(model)
+    layout = Lora(rank=4, alpha=8.0, targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")).layout(model)
     engine = BatchedEngine(
-        model, VOCABULARY[PAD], frozenset([VOCABULARY[EOS]]), str, layout, 0.0, Tasks(), training, 0, 300, True
+        model,
+        VOCABULARY[PAD],
+        frozenset([VOCABULARY[EOS]]),
+        str,
+        LoraAdapter(model, layout),
+        Tasks(),
+        training,
+        0,
+        300,
+        True,
     )
     setting = Setting(layout, start_row(layout, 0).double(), len(NAMES), Groups(FAMILY), training.lr, 3)
     state = method.init(setting)

@@ -15,9 +15,9 @@ import torch
 
 from mira import Experiment
 from mira.data.sources.jsonl import Jsonl
-from mira.fleet.messages.transport import InProcess, NoReply, Reply, Watch, unpack
+from mira.fleet.messages.transport import InProcessTransport, NoReply, OnReply, Reply, unpack
 from mira.fleet.server.session import Opener
-from mira.fleet.site.handler import Site
+from mira.fleet.site.handler import SiteHandler
 from mira.runner import run as experiment
 from mira.store import Store
 
@@ -92,14 +92,14 @@ def incomplete(found: Evidence, rounds: int) -> list[str]:
 class Losing:
     """Sites in this process; of their replies those are lost that ``lost`` names, by round (from 1)."""
 
-    inner: InProcess
+    inner: InProcessTransport
     lost: Mapping[int, set[str]]
 
     def roster(self) -> set[str]:
         return self.inner.roster()
 
     def exchange(
-        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = lambda name, reply: None,
+        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: OnReply = lambda name, reply: None,
         most: Mapping[str, int] | None = None,
     ) -> dict[str, Reply]:  # fmt: skip
         heads = {name: unpack(request).head for name, request in requests.items()}
@@ -114,8 +114,8 @@ def different(found: Evidence, wanted: Experiment) -> list[str]:
     folder = found.folder
     torch.set_num_threads(1)
     experiment.run(wanted, folder / "together")
-    sites = {name: Site(name, Jsonl(folder / "all"), folder / "again" / name, threads=1) for name in SITES}
-    losing = Losing(InProcess({name: site.handle for name, site in sites.items()}), found.lost)
+    sites = {name: SiteHandler(name, Jsonl(folder / "all"), folder / "again" / name, threads=1) for name in SITES}
+    losing = Losing(InProcessTransport({name: site.handle for name, site in sites.items()}), found.lost)
     experiment.run(wanted, folder / "replayed", None, Opener(losing, lambda: SITES, 0.0))
     here, replayed, peace = (digests(folder / run) for run in ("run", "replayed", "together"))
     wrong = [f"round {r}: rows are not those of the same losses in one process" for r in here if here[r] != replayed[r]]

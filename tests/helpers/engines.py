@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from helpers.tiny_models import EOS, PAD, VOCABULARY, make_tiny
 from mira.adapters import prompt
-from mira.adapters.lora import Lora, start_row
-from mira.adapters.prompt import Prompt
+from mira.adapters.lora import Lora
+from mira.adapters.lora_peft import LoraAdapter, start_row
+from mira.adapters.prompt import PromptAdapter, VirtualPrompt
+from mira.adapters.types import PassAdapter, Unadapted
 from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.training import Training
@@ -57,11 +60,18 @@ class RandomCorpus:
 
 def layout_on(kind: str, rank: int = 4) -> Layout:
     targets = ("c_attn", "c_proj") if kind == "gpt2" else ("q_proj", "v_proj", "down_proj")
-    return Lora(rank, 8.0, targets=targets).layout(make_tiny(kind))
+    return Lora(rank=rank, alpha=8.0, targets=targets).layout(make_tiny(kind))
 
 
 def prompt_on(kind: str, virtual_tokens: int = 5) -> Layout:
-    return Prompt(virtual_tokens, 16).layout(make_tiny(kind))
+    return VirtualPrompt(virtual_tokens=virtual_tokens, encoder_hidden=16).layout(make_tiny(kind))
+
+
+def adapter_of(model: PreTrainedModel, layout: Layout, dropout: float = 0.0) -> PassAdapter:
+    """The adapter of ``layout`` on ``model``, as an engine takes it."""
+    if not layout.entries:
+        return Unadapted()
+    return PromptAdapter(model, layout) if layout.virtual_tokens else LoraAdapter(model, layout, dropout)
 
 
 def warm_row(layout: Layout, seed: int = 0) -> Tensor:
@@ -79,10 +89,11 @@ def make_engine(
     name: str, kind: str, corpus: Any, training: Training, dtype: torch.dtype = torch.float32, **options: Any
 ) -> BatchedEngine | ReferenceEngine:
     layout = options.pop("layout", None) or layout_on(kind)
+    model = options.pop("model", None) or make_tiny(kind, dtype)
     shared: dict[str, Any] = {
-        "model": options.pop("model", None) or make_tiny(kind, dtype), "pad": VOCABULARY[PAD],
+        "model": model, "pad": VOCABULARY[PAD],
         "stops": frozenset([VOCABULARY[EOS]]),
-        "decode": lambda tokens: " ".join(map(str, tokens)), "layout": layout, "dropout": options.pop("dropout", 0.0),
+        "decode": lambda tokens: " ".join(map(str, tokens)), "adapter": adapter_of(model, layout, options.pop("dropout", 0.0)),
         "corpus": corpus, "training": training, "seed": 0, "checkpointing": options.pop("checkpointing", False),
     }  # fmt: skip
     if name == "reference":

@@ -110,10 +110,10 @@ class Federation:
         end = time.monotonic() + PATIENCE
         while not re.search(pattern, self.log(name)):
             if self.started[name].poll() not in (None, 0) or time.monotonic() > end:
-                pytest.fail(f"{name} never said {pattern!r}:\n{self.last_words()}")
+                pytest.fail(f"{name} never said {pattern!r}:\n{self.log_tail()}")
             time.sleep(0.2)
 
-    def last_words(self) -> str:
+    def log_tail(self) -> str:
         """The ends of all logs: what one process waits for, another one knows."""
         logs = sorted([*self.folder.glob("*.log"), *self.folder.glob("*/supernode.log")])
         return "\n".join(f"--- {log.relative_to(self.folder)}\n{log.read_text()[-2000:]}" for log in logs)

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from helpers.sample_config import settings
 from mira import Experiment
 from mira.data.sources.jsonl import Jsonl
-from mira.fleet.messages.transport import InProcess, NoReply, Reply, Watch, unpack
+from mira.fleet.messages.transport import InProcessTransport, NoReply, OnReply, Reply, unpack
 from mira.fleet.server.session import Opener
-from mira.fleet.site.handler import Site
+from mira.fleet.site.handler import SiteHandler
 from mira.runner import run as experiment
 
 NAMES = ("ann", "bob", "cleo")
@@ -40,7 +40,7 @@ def write_data(folder: Path) -> Path:
 class Troubled:
     """A transport that loses what it is told to lose, and remembers all that passes."""
 
-    inner: InProcess
+    inner: InProcessTransport
     offline: Callable[[int], set[str]] = lambda count: set()
     block: Callable[[bytes], bool] = lambda request: False
     change: Callable[[str, bytes, bytes], Reply] = lambda name, request, reply: reply
@@ -52,7 +52,7 @@ class Troubled:
         return self.inner.roster() - self.offline(self.trainings)
 
     def exchange(
-        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = lambda name, reply: None,
+        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: OnReply = lambda name, reply: None,
         most: Mapping[str, int] | None = None,
     ) -> dict[str, Reply]:  # fmt: skip
         self.sent += requests.items()
@@ -81,19 +81,19 @@ class World:
             values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
         return Experiment(**values)
 
-    def sites(self, where: str = "sites", **options: Any) -> dict[str, Site]:
-        return {name: Site(name, Jsonl(self.data), self.folder / where / name, **options) for name in NAMES}
+    def sites(self, where: str = "sites", **options: Any) -> dict[str, SiteHandler]:
+        return {name: SiteHandler(name, Jsonl(self.data), self.folder / where / name, **options) for name in NAMES}
 
     def apart(
-        self, sites: Mapping[str, Site], out: str = "apart", watcher: Any = None, **sections: Any
+        self, sites: Mapping[str, SiteHandler], out: str = "apart", watcher: Any = None, **sections: Any
     ) -> tuple[dict[str, Any], Troubled]:
         transport = self.transport(sites)
         wanted = self.experiment(**sections)
         return experiment.run(wanted, self.folder / out, watcher, self.opener(transport)), transport
 
-    def transport(self, sites: Mapping[str, Site] | None = None, **options: Any) -> Troubled:
+    def transport(self, sites: Mapping[str, SiteHandler] | None = None, **options: Any) -> Troubled:
         sites = self.sites() if sites is None else sites
-        return Troubled(InProcess({name: site.handle for name, site in sites.items()}), **options)
+        return Troubled(InProcessTransport({name: site.handle for name, site in sites.items()}), **options)
 
     def opener(self, transport: Any) -> Opener:
         return Opener(transport, lambda: NAMES, patience=0.0)

@@ -91,7 +91,7 @@ def test_ditto() -> None:
             rows[k + 1] = descent(old[k + 1], k, old[0], 0.7, seed)
         rows[0] = sum(w * descent(old[0], k, old[0], 0.0, seed) for w, k in zip(p, [3, 0, 4], strict=True))
     same(all_rows(state), rows)
-    same(method.serve(state, torch.arange(K)), rows[1:])
+    same(method.deployed(state, torch.arange(K)), rows[1:])
 
 
 def test_mr_mtl() -> None:
@@ -103,7 +103,7 @@ def test_mr_mtl() -> None:
         for k in (3, 0, 4):
             rows[k] = descent(rows[k], k, mean, 0.7, seed)
         same(all_rows(state)[0], rows.mean(0))
-    same(method.serve(state, torch.arange(K)), rows)
+    same(method.deployed(state, torch.arange(K)), rows)
 
 
 def test_pfedme() -> None:
@@ -115,7 +115,7 @@ def test_pfedme() -> None:
         own = [descent(theta, k, theta, 0.7, seed) for k in (3, 0, 4)]
         theta = theta - 0.4 * (theta - sum(w * row for w, row in zip(p, own, strict=True)))
     same(all_rows(state)[0], theta)
-    same(method.serve(state, COHORT), np.stack(own))
+    same(method.deployed(state, COHORT), np.stack(own))
 
 
 def test_ffa_lora() -> None:
@@ -133,7 +133,7 @@ def test_fedsa_lora() -> None:
     for seed in range(2):
         state, done = one_round(method, state, seed)
         b[COHORT] = B.view(done.rows).numpy()
-        served = method.serve(state, torch.arange(K))
+        served = method.deployed(state, torch.arange(K))
         same(B.view(served), b)
         same(A.view(served), np.stack(K * [np.einsum("k,kri->ri", weights(done), A.view(done.rows).numpy())]))
 
@@ -141,7 +141,7 @@ def test_fedsa_lora() -> None:
 def test_flexlora() -> None:
     state, done = one_round(method := METHODS["flexlora"](), start_of(METHODS["flexlora"]()))
     product = np.einsum("k,kor,kri->oi", weights(done), B.view(done.rows).numpy(), A.view(done.rows).numpy())
-    row = method.serve(state, torch.tensor([1]))[0]
+    row = method.deployed(state, torch.tensor([1]))[0]
     same(B.view(row) @ A.view(row), product)  # [2,3] has rank 2: nothing is cut off
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from mira.core.errors import UserError
 from mira.core.graph import Edges
 from mira.core.layout import Entry, Layout
-from mira.core.product_mixing import best_factors, turned
+from mira.core.product_mixing import best_factors, rotated
 from mira.core.types import Change, MemoryRows, ServerState, Setting, Trained
 from mira.methods.mira import Mira
 
@@ -181,7 +181,7 @@ def test_factors_go_on_from_where_they_were() -> None:
     draw = torch.Generator().manual_seed(1)
     a = torch.linalg.qr(torch.randn(5, 2, dtype=torch.float64, generator=draw)).Q.T
     b = torch.randn(4, 2, dtype=torch.float64, generator=draw)
-    new_a, new_b = turned(*best_factors(a[None], b[None]), towards=a)
+    new_a, new_b = rotated(*best_factors(a[None], b[None]), towards=a)
     torch.testing.assert_close(new_a, a, rtol=0, atol=1e-12)
     torch.testing.assert_close(new_b, b, rtol=0, atol=1e-12)
 

@@ -16,8 +16,8 @@ from mira.core.loop import apply
 from mira.core.ranks import Ranks
 from mira.core.types import MemoryRows, ServerState, Setting, Trained
 from mira.methods import METHODS
+from mira.methods.heterogeneous_ranks import HeterogeneousRanks
 from mira.methods.mira import Mira
-from mira.methods.ranked import Ranked
 
 LAYOUT = Layout.of({"layers.0.q": (3, 2), "layers.1.q": (2, 4)}, rank=3, alpha=2.0)
 RANK = torch.tensor([1, 3, 1, 2, 3])
@@ -38,7 +38,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
 
 
-def state_of(method: Ranked, rows: Tensor, start: Tensor) -> ServerState:
+def state_of(method: HeterogeneousRanks, rows: Tensor, start: Tensor) -> ServerState:
     setting = Setting(LAYOUT, start, K, Edges.dense(GRAPH), 0.1, 3)
     return replace(method.init(setting), rows=MemoryRows(start, len(rows), dict(enumerate(rows))))
 
@@ -71,8 +71,8 @@ def even(rows: Tensor) -> Tensor:
 
 def test_even_rows_make_the_same_updates_and_back() -> None:
     rows = draw(K, P) * torch.tensor([held(k) for k in range(K)])
-    torch.testing.assert_close(RANKS.even(rows, EVERYONE), even(rows), **EXACT)
-    torch.testing.assert_close(RANKS.own(even(rows), EVERYONE), rows, **EXACT)
+    torch.testing.assert_close(RANKS.to_common_scale(rows, EVERYONE), even(rows), **EXACT)
+    torch.testing.assert_close(RANKS.to_client_scale(even(rows), EVERYONE), rows, **EXACT)
     for a, b in zip(LAYOUT.entries[::2], LAYOUT.entries[1::2], strict=True):
         for k in range(K):
             update = LAYOUT.scale_at(int(RANK[k])) * b.view(rows[k]) @ a.view(rows[k])
@@ -83,7 +83,7 @@ def test_even_rows_make_the_same_updates_and_back() -> None:
 @pytest.mark.parametrize("cohort", [[0, 1, 2, 3, 4], [0, 3, 4], [0, 2, 3]], ids=str)
 def test_fedavg_is_a_mean_over_those_who_have_a_number(cohort: list[int]) -> None:
     """And what nobody in the round has stays as it is."""
-    method = Ranked(METHODS["fedit"](), LAYOUT, RANK)
+    method = HeterogeneousRanks(METHODS["fedit"](), LAYOUT, RANK)
     old, rows = draw(1, P, seed=1), draw(K, P) * RANKS.held(EVERYONE)
     value = method.aggregate(state_of(method, old, old[0]), done(torch.tensor(cohort), rows[cohort])).value[0]
     for i in range(P):
@@ -99,9 +99,9 @@ def test_fedavg_is_a_mean_over_those_who_have_a_number(cohort: list[int]) -> Non
 def test_a_round_in_which_nobody_learns_changes_nothing(name: str, cohort: list[int]) -> None:
     """Clients of all ranks start from one row, each as it uses it, and send back what they got: nothing shrinks. FlexLoRA
     cuts products to each client's rank, and what it cut is not in the mean."""
-    method = Ranked(METHODS[name](), LAYOUT, RANK)
+    method = HeterogeneousRanks(METHODS[name](), LAYOUT, RANK)
     row = draw(P)
-    own = RANKS.own(row.expand(K, -1), EVERYONE)
+    own = RANKS.to_client_scale(row.expand(K, -1), EVERYONE)
     begun = state_of(method, row[None], row)
     kept = len(method.init(Setting(LAYOUT, row, K, Edges.dense(GRAPH), 0.1, 3)).rows)
     rows = {1: row[None], K: own, K + 1: torch.cat([row[None], own])}[kept]
@@ -111,7 +111,7 @@ def test_a_round_in_which_nobody_learns_changes_nothing(name: str, cohort: list[
         sent = done(work.client, work.start.clone(), job=torch.arange(len(work.client)))
         state = apply(state, method.aggregate(state, sent))
     torch.testing.assert_close(state.rows[torch.arange(kept)], rows, **EXACT)
-    torch.testing.assert_close(method.serve(state, EVERYONE), own, **EXACT)
+    torch.testing.assert_close(method.deployed(state, EVERYONE), own, **EXACT)
 
 
 @pytest.mark.parametrize("neighbours", ["cohort", "all"])
@@ -119,7 +119,7 @@ def test_a_round_in_which_nobody_learns_changes_nothing(name: str, cohort: list[
 def test_mira_mixes_each_number_among_those_who_have_it(form: dict[str, Any], neighbours: Any) -> None:
     """The last known rows of absent clients 1 and 3 hold anything beyond their rank, as a row that was never written does:
     none of it may reach anybody."""
-    method = Ranked(Mira(**form, neighbours=neighbours), LAYOUT, RANK)
+    method = HeterogeneousRanks(Mira(**form, neighbours=neighbours), LAYOUT, RANK)
     cohort = [4, 0, 2]
     known, sent = draw(K, P, seed=2), draw(K, P) * RANKS.held(EVERYONE)
     sent[[1, 3]] = known[[1, 3]]
@@ -136,7 +136,7 @@ def test_mira_mixes_each_number_among_those_who_have_it(form: dict[str, Any], ne
             assert float(change.value[place, i]) == pytest.approx(mixed, abs=1e-12)
     assert not bool(change.value[~RANKS.held(client)].any())
     assert torch.equal(change.value[2], sent[2]), "to the bit where there is no neighbour"
-    upper = Ranked(Mira(**form, neighbours=neighbours, factors="B"), LAYOUT, RANK)
+    upper = HeterogeneousRanks(Mira(**form, neighbours=neighbours, factors="B"), LAYOUT, RANK)
     assert not bool(upper.aggregate(state_of(upper, known, known[0]), done(client, sent[cohort])).value[
         ~RANKS.held(client)
     ].any())  # fmt: skip
@@ -144,7 +144,7 @@ def test_mira_mixes_each_number_among_those_who_have_it(form: dict[str, Any], ne
 
 def test_the_mean_of_mr_mtl_is_that_of_those_who_have_a_number() -> None:
     """Kept up to date through rounds of parts of the clients, some of whom never took part."""
-    method, start = Ranked(METHODS["mr-mtl"](), LAYOUT, RANK), draw(P, seed=3)
+    method, start = HeterogeneousRanks(METHODS["mr-mtl"](), LAYOUT, RANK), draw(P, seed=3)
     for entry in LAYOUT.entries:
         if entry.factor == "B":
             entry.view(start).zero_()

@@ -113,7 +113,7 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it_and_detaching_restores_it() 
     plain = q.forward
     q.forward = lambda x: 2 * plain(x)
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
-    layout = Lora(2, 4.0, targets=("q_proj", "up_proj")).layout(model)
+    layout = Lora(rank=2, alpha=4.0, targets=("q_proj", "up_proj")).layout(model)
     x = draw(1, T, 32)
     expected = q(x)
     attached = attach(model, layout, 0.0)
@@ -131,7 +131,7 @@ def test_a_copy_of_an_attached_model_is_a_plain_one() -> None:
     model = make_tiny("llama", torch.float64)
     ids = torch.tensor([[5, 6, 7]])
     expected = model(ids).logits
-    attach(model, Lora(2, 4.0).layout(model), 0.0)
+    attach(model, Lora(rank=2, alpha=4.0).layout(model), 0.0)
     copied = deepcopy(model)
     assert torch.equal(copied(ids).logits, expected)
     copied.model.layers[0].mlp.down_proj = nn.Identity()  # its own children are what it calls
@@ -143,7 +143,7 @@ def test_a_copy_of_an_attached_model_is_a_plain_one() -> None:
 def test_outputs_of_a_group_are_never_stale() -> None:
     """The first of the group computes for the others: of the same input and pass only, and once each."""
     model = make_tiny("llama", torch.float64)
-    layout = Lora(2, 4.0, targets=("q_proj", "k_proj", "v_proj")).layout(model)
+    layout = Lora(rank=2, alpha=4.0, targets=("q_proj", "k_proj", "v_proj")).layout(model)
     attached = attach(model, layout, 0.0)
     block = model.model.layers[0].self_attn
     parts = [block.q_proj, block.k_proj, block.v_proj]
@@ -180,7 +180,7 @@ def test_outputs_of_a_group_are_never_stale() -> None:
 def test_the_last_mlp_computes_only_what_is_read() -> None:
     """The same hidden states where they are read, and the same gradients of adapters on all of an MLP's layers."""
     model = make_tiny("llama", torch.float64)
-    layout = Lora(2, 4.0, targets=("q_proj", "gate_proj", "up_proj", "down_proj")).layout(model)
+    layout = Lora(rank=2, alpha=4.0, targets=("q_proj", "gate_proj", "up_proj", "down_proj")).layout(model)
     attached = attach(model, layout, 0.0)
     way = exchange(model, attached, 8)
     find_last(way.body, attached, layout.size)
@@ -213,7 +213,7 @@ def test_an_mlp_that_later_layers_read_computes_everything() -> None:
     assert len(layers) > 1
     first, second = layers[0].forward, layers[1].forward
     layers[0].forward, layers[1].forward = second, first
-    layout = Lora(2, 4.0).layout(model)
+    layout = Lora(rank=2, alpha=4.0).layout(model)
     attached = attach(model, layout, 0.0)
     find_last(exchange(model, attached, 8).body, attached, layout.size)
     assert len(attached.mlps) == len(layers)
@@ -224,7 +224,7 @@ def test_a_token_whose_embedding_is_zero_is_no_difference() -> None:
     """That of padding may be 0: without biases it stays 0 in every layer, packed or not."""
     model = make_tiny("llama", torch.float64)
     model.get_input_embeddings().weight[0] = 0
-    layout = Lora(2, 4.0).layout(model)
+    layout = Lora(rank=2, alpha=4.0).layout(model)
     attached = attach(model, layout, 0.0)
     find_last(exchange(model, attached, 8).body, attached, layout.size)
     assert attached.last is model.model.layers[-1].mlp
@@ -235,7 +235,7 @@ def test_a_token_whose_embedding_is_zero_is_no_difference() -> None:
 def test_a_pass_that_nobody_waits_for_ends_within_a_layer(during: str, dropout: float) -> None:
     """One piece of work fails while another is about to compute: neither its forward nor its backward pass comes to an end."""
     model, waiting = make_tiny("llama", torch.float64), threading.Event()
-    layout = Lora(2, 4.0).layout(model)
+    layout = Lora(rank=2, alpha=4.0).layout(model)
     attached = attach(model, layout, dropout)
     reached: list[str] = []
 

@@ -333,9 +333,9 @@ def test_every_field_is_documented_in_the_schema() -> None:
     whole = schema()
     sections = [
         "ModelSection",
-        "LoraSection",
-        "VirtualPromptSection",
-        "SeedsSection",
+        "Lora",
+        "VirtualPrompt",
+        "Seeds",
         "PromptSection",
         "EngineSection",
         "EvaluationSection",

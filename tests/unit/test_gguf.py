@@ -22,13 +22,14 @@ from transformers import (
 )
 
 from helpers.tiny_models import make_tiny
-from mira.adapters.lora import Lora, to_peft
+from mira.adapters.lora import Lora
+from mira.adapters.lora_peft import to_peft
 from mira.core.errors import UserError
 from mira.serving.gguf import write
 
 
 def adapter_of(model: PreTrainedModel, folder: Path, targets: Any, rslora: bool = False) -> Path:
-    layout = Lora(4, 6.0, rslora=rslora, targets=targets).layout(model)
+    layout = Lora(rank=4, alpha=6.0, rslora=rslora, targets=targets).layout(model)
     to_peft(folder, torch.randn(layout.size, generator=torch.Generator().manual_seed(0)), layout, model, "base")
     return folder
 

@@ -19,11 +19,11 @@ from mira.core import graph as core_graph
 from mira.core import similarity
 from mira.core.errors import UserError
 from mira.core.graph import Edges, Graph, Groups
-from mira.core.graph_io import from_tensors, in_use, to_tensors
+from mira.core.graph_io import from_tensors, in_use, to_tensors, with_graph
 from mira.core.learned_graph import Learned
-from mira.core.similarity import alike, chosen, cosines
+from mira.core.similarity import choices_among_all, cosines, pairs_above
 from mira.graphs import GRAPHS, Complete, File, GroupsGraph, Knn, Random, Similarity
-from mira.graphs.alike import LearnedGraph
+from mira.graphs.similarity import LearnedGraph
 
 Array = NDArray[np.float64]
 Case = tuple[Graph, Array]
@@ -90,6 +90,7 @@ def test_a_graph_comes_back_from_its_tensors(case: Case) -> None:
     assert type(back) is type(graph)
     assert back.num_clients == graph.num_clients
     np.testing.assert_array_equal(back.weights(everyone, everyone), a)
+    assert graph.updated(0, everyone, torch.zeros(len(a), 1)) is graph
 
 
 def test_many_clients_cost_their_edges() -> None:
@@ -277,7 +278,7 @@ def test_nearest_neighbours_equal_the_formula(
     x, names = vectors(9), ["c"] * 9
     expected = alike_np(cosines_np(x.numpy()), most, above)
     assert expected.any()
-    made = similarity.undirected(alike(x, most, above), 9)
+    made = similarity.undirected(choices_among_all(x, most, above), 9)
     np.testing.assert_allclose(dense(made), expected, rtol=0, atol=1e-12)
     if above == 0:
         np.testing.assert_array_equal(dense(Knn(neighbours=most).build(names, names, 0, lambda: x)), dense(made))
@@ -293,7 +294,7 @@ def test_weights_minimise_the_objective_that_is_documented() -> None:
     def objective(a: Array, k: int) -> float:
         return float((a * (1 - cosine[k]) - (1 - above) * a + a**2 / 2).sum())  # ½‖u_k − u_l‖² = 1 − cos
 
-    source, target, weight = (part.numpy() for part in alike(x, most, above))
+    source, target, weight = (part.numpy() for part in choices_among_all(x, most, above))
     draw = np.random.default_rng(1)
     for k in range(7):
         ours = np.zeros(7)
@@ -311,12 +312,12 @@ def test_many_descriptions_need_no_square_matrix(monkeypatch: pytest.MonkeyPatch
     def recorded(cosine: Tensor, *rest: Any) -> Any:
         nonlocal largest
         largest = max(largest, cosine.numel())
-        return chosen(cosine, *rest)
+        return pairs_above(cosine, *rest)
 
-    monkeypatch.setattr(similarity, "chosen", recorded)
+    monkeypatch.setattr(similarity, "pairs_above", recorded)
     x = torch.zeros(k, 2)
     x[: k // 2, 0], x[k // 2 :, 1] = 1.0, 1.0
-    source, target, _ = alike(x, 2, 0.0)
+    source, target, _ = choices_among_all(x, 2, 0.0)
     assert len(source) == 2 * k
     assert 0 < largest <= similarity._TILE < k * k / 8
     assert bool(((source < k // 2) == (target < k // 2)).all())
@@ -335,18 +336,18 @@ FAMILY = np.kron(np.eye(3), np.ones((3, 3))) - np.eye(9)
 def test_the_learned_graph_finds_families_it_was_not_told_of() -> None:
     begun = LearnedGraph().build(["c"] * 9, [""] * 9, 0, unused)
     assert not dense(begun).any()
-    assert begun.alone().tolist() == []
+    assert begun.isolated().tolist() == []
     assert isinstance(begun, Learned)
-    found = begun.updated(torch.arange(9), families())
+    found = begun.updated(0, torch.arange(9), families())
     np.testing.assert_array_equal(dense(found) > 0, FAMILY > 0)
     np.testing.assert_allclose(dense(found), alike_np(cosines_np(families().numpy()), 3, 0.0), rtol=0, atol=1e-12)
     assert not dense(begun).any(), "it is a value: nothing is changed in place"
 
 
 def test_only_the_cohorts_pairs_are_estimated_anew() -> None:
-    begun = Learned.start(9, 1, 3, 0.0).updated(torch.arange(9), families())
+    begun = Learned.start(9, 1, 3, 0.0).updated(0, torch.arange(9), families())
     cohort = torch.tensor([8, 0, 1, 5, 3])
-    again = begun.updated(cohort, families(seed=1)[cohort])
+    again = begun.updated(1, cohort, families(seed=1)[cohort])
     before, after = dense(begun), dense(again)
     inside = np.isin(np.arange(9), cohort)
     pairs = np.outer(inside, inside)
@@ -359,27 +360,28 @@ def test_a_client_never_chooses_more_than_it_may() -> None:
     learned = Learned.start(9, 1, 1, 0.0)
     for seed in range(5):
         cohort = torch.randperm(9, generator=torch.Generator().manual_seed(seed))[:5]
-        learned = learned.updated(cohort, vectors(9, seed=seed)[cohort])
+        learned = learned.updated(seed, cohort, vectors(9, seed=seed)[cohort])
         assert int(learned.choices[0].bincount().max()) == 1
 
 
 @pytest.mark.parametrize("cohort", [[], [4], [4, 2]])
 def test_less_than_three_rows_tell_nothing(cohort: list[int]) -> None:
     begun = Learned.start(9, 1, 3, 0.0)
-    assert begun.updated(torch.tensor(cohort, dtype=torch.int64), families()[cohort]) is begun
+    assert begun.updated(0, torch.tensor(cohort, dtype=torch.int64), families()[cohort]) is begun
 
 
 def test_a_learned_graph_comes_back_from_its_tensors() -> None:
-    learned = Learned.start(9, 2, 3, 0.1).updated(torch.arange(9), families())
+    learned = Learned.start(9, 2, 3, 0.1).updated(0, torch.arange(9), families())
+    assert learned.updated(1, torch.arange(9), families(1)) is learned, "it is the turn of every second round"
     back = from_tensors(to_tensors(learned))
     assert isinstance(back, Learned)
     assert (back.num_clients, back.every, back.most, back.above) == (9, 2, 3, 0.1)
     np.testing.assert_array_equal(dense(back), dense(learned))
-    everyone = Groups(torch.zeros(9, dtype=torch.int64))
-    assert in_use(everyone, {"other": torch.ones(1)}) is everyone
-    np.testing.assert_array_equal(
-        dense(in_use(everyone, to_tensors(learned) | {"other": torch.ones(1)})), dense(learned)
-    )
+    begun, other = to_tensors(Groups(torch.zeros(9, dtype=torch.int64))), {"other": torch.ones(1)}
+    for extra, expected in ((other, from_tensors(begun)), (with_graph(other, learned), learned)):
+        graph, own = in_use(begun, extra)
+        np.testing.assert_array_equal(dense(graph), dense(expected))
+        assert own == other
 
 
 @pytest.mark.parametrize("section", [Knn(source="displacement"), Similarity(source="displacement", threshold=0.2)])

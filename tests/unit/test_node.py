@@ -17,7 +17,7 @@ from flwr.proto.fleet_pb2 import ActivateNodeResponse
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
 
 from helpers.gate_on_loopback import Silent, listening
-from mira.fleet.flower.processes import surroundings
+from mira.fleet.flower.processes import child_environment
 from mira.fleet.flower.superlink import free_port
 from mira.fleet.gate.proxy import server_tls
 from mira.fleet.identity import kit
@@ -66,7 +66,7 @@ def ended(tmp_path: Path, answer: Callable[[str], Answer]) -> tuple[int, str, li
         line += ["--auth-supernode-private-key", str(site.key), "--host", "127.0.0.1", "--port", str(free_port())]
         done = subprocess.run(
             [sys.executable, "-P", "-m", "mira.fleet.flower.supernode_process", *line],
-            env=surroundings({"FLWR_HOME": str(tmp_path / "flower")}), timeout=PATIENCE, check=False, text=True,
+            env=child_environment({"FLWR_HOME": str(tmp_path / "flower")}), timeout=PATIENCE, check=False, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
     assert "SuperNode ID: 7" in done.stdout
@@ -112,6 +112,8 @@ def test_what_is_wrong_with_its_arguments_is_said() -> None:
         "--root-certificates",
         "/etc/hosts",
     ]
-    done = subprocess.run(line, env=surroundings({}), timeout=PATIENCE, check=False, text=True, capture_output=True)
+    done = subprocess.run(
+        line, env=child_environment({}), timeout=PATIENCE, check=False, text=True, capture_output=True
+    )
     assert done.returncode == 1
     assert "Conflicting options" in done.stderr

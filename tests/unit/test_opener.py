@@ -13,8 +13,8 @@ from helpers.sample_config import settings
 from mira import Experiment
 from mira.core.errors import UserError
 from mira.data.sources.sites import Sites
-from mira.fleet.messages.transport import InProcess, Message, pack, unpack
-from mira.fleet.server.engine import RemoteClients
+from mira.fleet.messages.transport import InProcessTransport, Packet, pack, unpack
+from mira.fleet.server.clients import RemoteClients
 from mira.fleet.server.session import Opener
 from mira.graphs.known import Complete
 
@@ -37,12 +37,12 @@ class Joining:
         def handle(request: bytes) -> bytes:
             asked = unpack(request)
             self.numbers.setdefault(name, []).append(asked.values["number"])
-            return pack(Message(asked.head, {"examples": 4, "releases": 0, "allow_transfer": False}, {}))
+            return pack(Packet(asked.head, {"examples": 4, "releases": 0, "allow_transfer": False}, {}))
 
         return handle
 
     def opener(self) -> Opener:
-        there = InProcess({name: self.handler(name) for name in ("ann", "cleo")})
+        there = InProcessTransport({name: self.handler(name) for name in ("ann", "cleo")})
         return Opener(there, self.names, patience=600.0)
 
 

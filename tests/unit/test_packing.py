@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from helpers.engines import RandomCorpus, layout_on, warm_row
+from helpers.engines import RandomCorpus, adapter_of, layout_on, warm_row
 from helpers.tiny_models import PAD, VOCABULARY, make_tiny, norms_in_double
-from mira.adapters.lora import Lora, start_row
+from mira.adapters.lora import Lora
+from mira.adapters.lora_peft import start_row
 from mira.core.training import Training
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
@@ -148,7 +149,7 @@ def test_a_client_in_pieces_has_its_prefix_once_in_each() -> None:
     """40 tokens in common and 10 of its own: within 200 tokens there is room for 16 sequences, not for 4."""
     model = make_tiny("llama")
     engine = engine_on(
-        model, Lora(2, 4.0, targets=("q_proj",)).layout(model), True, budget=50
+        model, Lora(rank=2, alpha=4.0, targets=("q_proj",)).layout(model), True, budget=50
     )  # four times in a forward pass
     job = [Encoded((5,) * 40 + (6 + n,) * 10, (False,) * 50, False) for n in range(32)]
     assert [len(piece) for piece in engine._measuring.cut(job)] == [16, 16]
@@ -183,7 +184,7 @@ def engine_on(
     model: PreTrainedModel, layout: Any, prefix: bool, stops: frozenset[int] = frozenset([0]), budget: int = 4096
 ) -> BatchedEngine:
     return BatchedEngine(
-        model, VOCABULARY[PAD], stops, lambda tokens: " ".join(map(str, tokens)), layout, 0.0, CORPUS,
+        model, VOCABULARY[PAD], stops, lambda tokens: " ".join(map(str, tokens)), adapter_of(model, layout), CORPUS,
         Training(local_steps=1), 0, budget, prefix,
     )  # fmt: skip
 
@@ -236,7 +237,7 @@ def test_losses_equal_the_models_own_forward_pass(kind: str, prefix: bool) -> No
     model = make_tiny("llama", torch.float64) if kind == "llama" else sliding(kind)
     sequences = turns([2, 9, 30])
     oracle = plain_nll(model, sequences)
-    layout = Lora(2, 4.0, targets=("q_proj",)).layout(model)
+    layout = Lora(rank=2, alpha=4.0, targets=("q_proj",)).layout(model)
     engine = engine_on(model, layout, prefix)
     ours, tokens = engine.score(start_row(layout, 0)[None], [sequences])  # B = 0: the base model itself
     assert tokens.tolist() == [sum(s.label) for s in sequences]
@@ -262,7 +263,7 @@ def test_answers_equal_transformers_own_over_several_growths_of_the_cache(kind: 
         )
         oracle.append(out[0, len(prompt) :].tolist())
     never = 10_000  # no token of the vocabulary ends an answer
-    layout = Lora(2, 4.0, targets=("q_proj",)).layout(model)
+    layout = Lora(rank=2, alpha=4.0, targets=("q_proj",)).layout(model)
     engine = engine_on(
         model, layout, prefix, stops=frozenset([never]), budget=60
     )  # and the client is spread over passes
@@ -274,7 +275,7 @@ def test_answers_equal_transformers_own_over_several_growths_of_the_cache(kind: 
 def test_an_answer_ends_at_its_end_token() -> None:
     model = make_tiny("llama", torch.float64)
     prompts = [list(s.tokens) for s in turns([1, 7, 25])]
-    layout = Lora(2, 4.0, targets=("q_proj",)).layout(model)
+    layout = Lora(rank=2, alpha=4.0, targets=("q_proj",)).layout(model)
     row = start_row(layout, 0)[None]
     whole = [a.split() for a in engine_on(model, layout, True, stops=frozenset([10_000])).answer(row, [prompts], 20)[0]]
     end = whole[1][4]  # some token that is said

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from itertools import pairwise
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from helpers.generated_runs import ROW, write_comparison, write_run
 from helpers.sample_config import mira
 from mira.results.html.load import read
 from mira.results.html.notes import notes
-from mira.results.html.stats import Mean, mean, t95
 from mira.results.html.svg import Scale, cividis, scale, spread, tag
 from mira.results.html.tables import call
 from mira.results.html.variants import differing, group
@@ -26,26 +24,6 @@ from mira.results.html.verdict import difference, row, wins
 from mira.results.html.write import page
 
 NAMES, GROUPS = ["ann", "bob", "cleo", "dan"], ["even", "odd", "even", "odd"]
-
-
-def test_mean_and_interval() -> None:
-    found = mean([1.0, 2.0, 3.0])
-    assert found is not None
-    assert found.value == 2.0
-    assert found.half == pytest.approx(4.303 / sqrt(3))
-    assert mean([5.0]) == Mean(5.0, None)
-    assert mean([]) is None
-
-
-@pytest.mark.parametrize("hole", [None, float("nan"), float("inf")])
-def test_a_mean_hides_no_hole(hole: float | None) -> None:
-    assert mean([1.0, hole, 2.0]) is None
-
-
-def test_students_t() -> None:
-    """Against published tables (scipy.stats.t.ppf(0.975, df))."""
-    for freedom, expected in ((1, 12.7062), (4, 2.7764), (30, 2.0423), (31, 2.0395), (60, 2.0003), (1000, 1.9623)):
-        assert t95(freedom) == pytest.approx(expected, abs=5e-4)  # the table has three decimals
 
 
 @given(st.text(), st.text())

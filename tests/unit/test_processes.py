@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mira.fleet.flower import processes
-from mira.fleet.flower.processes import Process
+from mira.fleet.flower.processes import SupervisedProcess
 
 
 def wait(until: object, seconds: float = 20.0) -> None:
@@ -29,8 +29,8 @@ def runs(pid: int) -> bool:
         return False
 
 
-def shell(folder: Path, script: str) -> Process:
-    return Process("child", ["sh", "-c", script], folder / "log")
+def shell(folder: Path, script: str) -> SupervisedProcess:
+    return SupervisedProcess("child", ["sh", "-c", script], folder / "log")
 
 
 def test_one_that_keeps_ending_is_started_after_ever_longer_pauses(
@@ -72,7 +72,7 @@ def test_one_that_lived_long_is_sound_again(tmp_path: Path) -> None:
 def test_what_it_started_ends_with_it(tmp_path: Path) -> None:
     """When it is stopped, and when it ended by itself and is looked after."""
     for script in ("sleep 60 & echo $! > pid; wait", "sleep 60 & echo $! > pid"):
-        child = Process("child", ["sh", "-c", f"cd {tmp_path}; {script}"], tmp_path / "log")
+        child = SupervisedProcess("child", ["sh", "-c", f"cd {tmp_path}; {script}"], tmp_path / "log")
         child.start()
         wait(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n"))
         inner = int((tmp_path / "pid").read_text())
@@ -92,7 +92,7 @@ def test_what_it_started_ends_with_it(tmp_path: Path) -> None:
 def test_it_does_not_outlive_a_parent_that_was_killed(tmp_path: Path) -> None:
     code = (
         "import pathlib, sys, time; from mira.fleet.flower.processes import Process;"
-        "child = Process('child', ['sleep', '60'], pathlib.Path(sys.argv[1])); child.start();"
+        "child = SupervisedProcess('child', ['sleep', '60'], pathlib.Path(sys.argv[1])); child.start();"
         "print(child.pid, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "log")], stdout=subprocess.PIPE)

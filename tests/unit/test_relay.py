@@ -14,7 +14,7 @@ import pytest
 
 from mira.core.errors import UserError
 from mira.fleet.flower import frames
-from mira.fleet.flower.transport import Relay
+from mira.fleet.flower.transport import FlowerTransport
 from mira.fleet.messages.transport import NoReply
 
 
@@ -71,8 +71,8 @@ class App:
 
 
 @pytest.fixture
-def relay(tmp_path: Path) -> Iterator[Relay]:
-    made = Relay(
+def relay(tmp_path: Path) -> Iterator[FlowerTransport]:
+    made = FlowerTransport(
         frames.listen(tmp_path / "relay"), lambda: {name: name for name in ("ann", "bob", "cleo")}, patience=5.0
     )
     yield made
@@ -83,7 +83,7 @@ def echo(name: str, data: bytes) -> bytes:
     return name.encode() + data
 
 
-def test_only_admitted_names_are_online(relay: Relay, tmp_path: Path) -> None:
+def test_only_admitted_names_are_online(relay: FlowerTransport, tmp_path: Path) -> None:
     said: list[str] = []
     relay.say = said.append
     App(tmp_path / "relay", echo).start()
@@ -91,7 +91,7 @@ def test_only_admitted_names_are_online(relay: Relay, tmp_path: Path) -> None:
     assert said == ["online: ann, bob (2 of 3)"]
 
 
-def test_of_the_nodes_of_a_name_only_the_one_of_the_admitted_key_counts(relay: Relay, tmp_path: Path) -> None:
+def test_of_the_nodes_of_a_name_only_the_one_of_the_admitted_key_counts(relay: FlowerTransport, tmp_path: Path) -> None:
     """The other was revoked, says still that it is online, and comes last."""
     relay.names = lambda: {"ann.2": "ann", "bob.1": "bob"}
     app = App(tmp_path / "relay", echo, nodes={"11": "ann.2", "12": "bob.1", "13": "ann.1"})
@@ -100,7 +100,7 @@ def test_of_the_nodes_of_a_name_only_the_one_of_the_admitted_key_counts(relay: R
     assert relay._nodes == {"ann": "11", "bob": "12"}
 
 
-def test_each_gets_its_own_and_answers_find_their_question(relay: Relay, tmp_path: Path) -> None:
+def test_each_gets_its_own_and_answers_find_their_question(relay: FlowerTransport, tmp_path: Path) -> None:
     app = App(tmp_path / "relay", echo, twice=True)
     app.start()
     seen: dict[str, object] = {}
@@ -112,7 +112,7 @@ def test_each_gets_its_own_and_answers_find_their_question(relay: Relay, tmp_pat
     assert {name: seen[name] for name in ("ann", "bob")} == {"ann": b"ann1", "bob": b"bob2"}
 
 
-def test_how_much_each_may_answer_is_told_before_it_is_asked(relay: Relay, tmp_path: Path) -> None:
+def test_how_much_each_may_answer_is_told_before_it_is_asked(relay: FlowerTransport, tmp_path: Path) -> None:
     app = App(tmp_path / "relay", echo, dies_on={"pull"})
     app.start()
     told: list[tuple[dict[str, int], int]] = []
@@ -122,13 +122,13 @@ def test_how_much_each_may_answer_is_told_before_it_is_asked(relay: Relay, tmp_p
     assert told == [({"ann": 5, "bob": 7}, 0), ({"ann": 5, "bob": 7}, 2)], "and again where the app died"
 
 
-def test_a_round_ends_by_its_deadline(relay: Relay, tmp_path: Path) -> None:
+def test_a_round_ends_by_its_deadline(relay: FlowerTransport, tmp_path: Path) -> None:
     App(tmp_path / "relay", lambda name, data: echo(name, data) if name == "ann" else None).start()
     replies = relay.exchange({"ann": b"1", "bob": b"2"}, 1.0, 2)
     assert replies == {"ann": b"ann1", "bob": NoReply("no reply within 1 s", busy=True)}
 
 
-def test_or_when_enough_are_in(relay: Relay, tmp_path: Path) -> None:
+def test_or_when_enough_are_in(relay: FlowerTransport, tmp_path: Path) -> None:
     App(tmp_path / "relay", lambda name, data: echo(name, data) if name == "ann" else None).start()
     assert relay.exchange({"ann": b"1", "bob": b"2"}, 600.0, 1) == {
         "ann": b"ann1",
@@ -136,7 +136,7 @@ def test_or_when_enough_are_in(relay: Relay, tmp_path: Path) -> None:
     }
 
 
-def test_a_reply_that_does_not_count_is_not_enough(relay: Relay, tmp_path: Path) -> None:
+def test_a_reply_that_does_not_count_is_not_enough(relay: FlowerTransport, tmp_path: Path) -> None:
     """Who sends what will be refused, and is the first, does not end the round for the others."""
     begun = time.monotonic()
     App(
@@ -147,13 +147,13 @@ def test_a_reply_that_does_not_count_is_not_enough(relay: Relay, tmp_path: Path)
     assert replies == {"ann": b"ann1", "bob": b"bob2"}
 
 
-def test_a_site_that_fails_is_lost_at_once(relay: Relay, tmp_path: Path) -> None:
+def test_a_site_that_fails_is_lost_at_once(relay: FlowerTransport, tmp_path: Path) -> None:
     App(tmp_path / "relay", lambda name, data: "it died" if name == "bob" else echo(name, data)).start()
     assert relay.exchange({"ann": b"1", "bob": b"2"}, 600.0, 2) == {"ann": b"ann1", "bob": NoReply("it died")}
 
 
 @pytest.mark.parametrize("moment", ["roster", "push", "pull"])
-def test_an_app_that_dies_is_brought_back_and_asked_again(relay: Relay, tmp_path: Path, moment: str) -> None:
+def test_an_app_that_dies_is_brought_back_and_asked_again(relay: FlowerTransport, tmp_path: Path, moment: str) -> None:
     app = App(tmp_path / "relay", echo, dies_on={moment})
     lives: list[None] = []
     relay.revive = lambda: (lives.append(None), app.start())[0]
@@ -163,7 +163,7 @@ def test_an_app_that_dies_is_brought_back_and_asked_again(relay: Relay, tmp_path
 
 @pytest.mark.parametrize(("comes_back", "answer"), [(True, b"bob2"), (False, NoReply("it went offline"))])
 def test_a_superlink_that_began_anew_is_given_time_to_meet_its_sites(
-    relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_back: bool, answer: bytes | NoReply
+    relay: FlowerTransport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_back: bool, answer: bytes | NoReply
 ) -> None:
     """It knows nobody at first. Who was online before is waited for, and asked again."""
     monkeypatch.setattr("mira.fleet.flower.transport._LOOK", 0.02)
@@ -183,7 +183,7 @@ def test_a_superlink_that_began_anew_is_given_time_to_meet_its_sites(
     assert relay.exchange({"ann": b"1", "bob": b"2"}, 60.0, 2) == {"ann": b"ann1", "bob": answer}
 
 
-def test_the_time_in_which_the_app_is_away_does_not_count(relay: Relay, tmp_path: Path) -> None:
+def test_the_time_in_which_the_app_is_away_does_not_count(relay: FlowerTransport, tmp_path: Path) -> None:
     app = App(tmp_path / "relay", echo, dies_on={"pull"})
     app.start()
     assert relay.roster() == {"ann", "bob"}
@@ -198,13 +198,13 @@ def test_a_worker_that_is_being_started_again_is_waited_for(tmp_path: Path) -> N
     listening[0].close()
 
 
-def test_an_app_that_never_comes_is_said(relay: Relay) -> None:
+def test_an_app_that_never_comes_is_said(relay: FlowerTransport) -> None:
     relay.patience = 0.0
     with pytest.raises(UserError, match="Flower's app did not start"):
         relay.roster()
 
 
-def test_an_app_that_dies_over_every_question_is_said(relay: Relay, tmp_path: Path) -> None:
+def test_an_app_that_dies_over_every_question_is_said(relay: FlowerTransport, tmp_path: Path) -> None:
     deaths: list[App] = []
 
     def revive() -> None:
@@ -234,7 +234,7 @@ def test_a_frame_that_is_too_long_is_not_read(tmp_path: Path) -> None:
 
 
 def test_only_what_was_answered_is_asked_for_and_now_and_then_all(
-    relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    relay: FlowerTransport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mira.fleet.flower.transport._ALL", 1.0)
     answered = {"0"}
@@ -250,7 +250,7 @@ def test_only_what_was_answered_is_asked_for_and_now_and_then_all(
 
 
 def test_large_rows_pass_through_the_app_one_by_one_and_the_sites_are_told_of_each(
-    relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    relay: FlowerTransport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mira.fleet.flower.transport._SHARE", 10)
     app = App(tmp_path / "relay", echo)
@@ -262,7 +262,9 @@ def test_large_rows_pass_through_the_app_one_by_one_and_the_sites_are_told_of_ea
     assert told == [2, 3, 4]
 
 
-def test_what_came_too_late_is_fetched_with_the_next_answers_and_dropped(relay: Relay, tmp_path: Path) -> None:
+def test_what_came_too_late_is_fetched_with_the_next_answers_and_dropped(
+    relay: FlowerTransport, tmp_path: Path
+) -> None:
     late: list[bytes] = []
 
     def reply(name: str, data: bytes) -> bytes | None:

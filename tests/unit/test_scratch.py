@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mira.fleet.flower.tempdirs import scratch
+from mira.fleet.flower.tempdirs import temporary_folder
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def old(folder: Path) -> Path:
 
 
 def test_it_is_its_users_alone_and_gone_afterwards(there: Path) -> None:
-    with scratch("mira-") as folder:
+    with temporary_folder("mira-") as folder:
         assert folder.stat().st_mode & 0o777 == 0o700
         (folder / "server.key").touch()
     assert list(there.iterdir()) == []
@@ -35,8 +35,8 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(there: Path) -> 
     program = f"""
 import tempfile, os, signal
 tempfile.tempdir = {str(there)!r}
-from mira.fleet.flower.tempdirs import scratch
-with scratch("mira-") as folder:
+from mira.fleet.flower.tempdirs import temporary_folder
+with temporary_folder("mira-") as folder:
     (folder / "server.key").touch()
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -46,8 +46,8 @@ with scratch("mira-") as folder:
     old(others[0].mkdir() or others[0])
     others[1].mkdir()  # another process makes it this moment
     others[2].symlink_to(others[0])
-    with scratch("mira-") as mine:
+    with temporary_folder("mira-") as mine:
         old(mine)
-        with scratch("mira-") as beside:
+        with temporary_folder("mira-") as beside:
             assert {*there.iterdir()} == {mine, beside, *others}
     assert not left.exists()

@@ -11,16 +11,16 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mira.fleet.messages.transport import Head, Message, pack
-from mira.fleet.messages.validate import Expected, Rejection, distance, judge, too_far
+from mira.fleet.messages.transport import Head, Packet, pack
+from mira.fleet.messages.validate import Expected, Rejection, distance, too_far, validate
 
 HEAD = Head("train", "0" * 16, "a1", 3, "hospital-1")
 EXPECTED = Expected(HEAD, {"row0": ((4,), torch.float32)})
-GOOD = Message(HEAD, {"jobs": []}, {"row0": torch.ones(4)})
+GOOD = Packet(HEAD, {"jobs": []}, {"row0": torch.ones(4)})
 
 
 def kind(data: bytes) -> str:
-    found = judge(EXPECTED, data)
+    found = validate(EXPECTED, data)
     assert isinstance(found, Rejection)
     assert "\n" not in found.reason
     assert len(found.reason) < 400
@@ -28,17 +28,17 @@ def kind(data: bytes) -> str:
 
 
 def test_what_was_asked_is_accepted() -> None:
-    found = judge(EXPECTED, pack(GOOD))
-    assert isinstance(found, Message)
+    found = validate(EXPECTED, pack(GOOD))
+    assert isinstance(found, Packet)
     assert found.head == HEAD
     assert torch.equal(found.tensors["row0"], torch.ones(4))
 
 
-def headed(**changes: object) -> Message:
+def headed(**changes: object) -> Packet:
     return replace(GOOD, head=replace(HEAD, **changes))
 
 
-def sent(**tensors: torch.Tensor) -> Message:
+def sent(**tensors: torch.Tensor) -> Packet:
     return replace(GOOD, tensors=tensors)
 
 
@@ -65,7 +65,7 @@ def sent(**tensors: torch.Tensor) -> Message:
         (sent(row0=torch.ones(2**19)), "oversized"),
     ],
 )
-def test_a_message_that_is_not_the_one_asked_for(message: Message, expected: str) -> None:
+def test_a_message_that_is_not_the_one_asked_for(message: Packet, expected: str) -> None:
     assert kind(pack(message)) == expected
 
 
@@ -108,15 +108,15 @@ types = st.sampled_from(["U8", "F32", "F64", "BF16", "F4", "F6_E2M3", "F8_E8M0",
 )
 @example({"dtype": "U8", "shape": [0, 2**40, 2**40], "data_offsets": [0, 0]}, 0)  # torch: stride calculation overflowed
 def test_whatever_a_head_says_of_its_tensor_nothing_is_raised(about: object, size: int) -> None:
-    found = judge(EXPECTED, with_head(about, bytes(size)))
-    if isinstance(found, Message):
+    found = validate(EXPECTED, with_head(about, bytes(size)))
+    if isinstance(found, Packet):
         assert about == {"dtype": "F32", "shape": [4], "data_offsets": (0, 16)}
     else:
         assert found.kind in ("malformed", "shape", "dtype", "oversized")
 
 
 def test_the_head_that_is_as_it_should_be_passes() -> None:
-    assert isinstance(judge(EXPECTED, with_head({"dtype": "F32", "shape": [4], "data_offsets": [0, 16]})), Message)
+    assert isinstance(validate(EXPECTED, with_head({"dtype": "F32", "shape": [4], "data_offsets": [0, 16]})), Packet)
 
 
 @given(st.binary(max_size=300))

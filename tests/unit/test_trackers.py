@@ -14,7 +14,7 @@ import pytest
 from helpers.sample_config import begin, outcome, write_clients, write_config
 from mira import Experiment, load, resume, run
 from mira.core.errors import UserError
-from mira.trackers import Followers, Tracking, follow, numbers
+from mira.trackers import Trackers, Tracking, follow, numbers
 from mira.trackers.mlflow import Mlflow
 from mira.trackers.tracker import Numbers
 from mira.trackers.wandb import Wandb
@@ -196,7 +196,7 @@ def test_a_tracker_that_hangs_does_not_hold_the_run(
 
 def test_nothing_is_lost_on_the_way(broken: Broken, tmp_path: Path) -> None:
     broken.at = "never"
-    followers = Followers(Tracking(), {"rounds": 2}, tmp_path, ["ann"])
+    followers = Trackers(Tracking(), {"rounds": 2}, tmp_path, ["ann"])
     for round in range(3):
         followers.record({"round": round, "seconds": 1.0})
     followers.finish({"rounds": 2, "local_loss": 1.0, "best": {"round": 1}})

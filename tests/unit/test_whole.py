@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gene
 
 from helpers.tiny_models import make_tokenizer, save_tiny
 from helpers.unusual_models import make, make_seeing
-from mira.adapters.lora import Lora, LoraAdapter
+from mira.adapters.lora import Lora
+from mira.adapters.lora_peft import LoraAdapter
 from mira.core.seeds import generator
 from mira.model import Base, load
 from mira.model.embed import embed
@@ -28,7 +29,7 @@ BESIDE = {
 
 def merged(folder: Path, out: Path, targets: str | tuple[str, ...] = "auto") -> Path:
     base = load(str(folder), device="cpu")
-    layout = Lora(2, 4.0, targets=targets).layout(base.model)
+    layout = Lora(rank=2, alpha=4.0, targets=targets).layout(base.model)
     row = torch.randn(layout.size, generator=generator("row"))
     with LoraAdapter(base.model, layout).merged(row) as model:
         save_whole(base, model, out)

@@ -1,249 +1,75 @@
-"""LoRA: which layers it sits on, the start row, and PEFT folders in and out.
+"""LoRA as a section of the configuration.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022: y = W·x + s·B·A·x with A [r,in], B [out,r].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from math import sqrt
-from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
-from peft import LoraConfig
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
-from mira.adapters.targets import PREFIX, ends, target_layers
-from mira.adapters.weights import is_transposed, lengths, merge, weights_of
 from mira.core.errors import UserError
-from mira.core.layout import Entry, Layout
-from mira.core.seeds import generator
+from mira.core.layout import Layout
+from mira.core.pydantic_config import STRICT, Count
 
-Init = Literal["kaiming", "orthogonal"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from mira.adapters.types import Adapter, BaseLike
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Lora:
-    """Low-rank adapters on the target layers of a base model."""
+    """LoRA (Hu et al. 2022): y = W·x + s·B·A·x."""
 
-    rank: int
-    alpha: float
-    dropout: float = 0.0
+    kind: Literal["lora"] = "lora"
+    rank: Count = 8
+    """r, rows of A and columns of B."""
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The scale s is alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs set to 0 in training."""
     rslora: bool = False
+    """Scale alpha / √rank instead (Kalajdzievski 2023)."""
     targets: str | tuple[str, ...] = "auto"
+    """Layers: the ends of their names as a list, a regular expression as text, all-linear, or auto: PEFT's choice for the model,
+    else the layers in which tokens meet. A list may name tensors of experts, as experts.down_proj."""
+    init: Literal["kaiming", "orthogonal"] = "kaiming"
+    """Start of adapters: B at 0, or both factors in orthogonal halves of an even rank, their product 0."""
     dora: bool = False
-    plus: float = 1.0
+    """A trained length for every row of W + s·B·A (DoRA, Liu et al. 2024), for engine.name=reference."""
+    lora_plus_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """Learning rate of B, and of DoRA's lengths, over training.lr, which A has (LoRA+, Hayou et al. 2024)."""
+
+    def __post_init__(self) -> None:
+        if self.init == "orthogonal" and self.rank % 2:
+            raise UserError(
+                f"adapter.init=orthogonal: needs an even rank, not adapter.rank={self.rank}; take rank={self.rank + 1}"
+            )
+
+    def check(self, experiment: Any) -> None:
+        """Raise UserError where other sections do not go with this one."""
+        if self.init == "orthogonal" and experiment.clients.rank:
+            raise UserError("adapter.init=orthogonal: cut to fewer ranks its product is not 0; leave clients.rank out")
+
+    def smallest(self) -> Layout:
+        features = {"layers.0.x": (1, 1), "layers.1.x": (1, 1)}
+        return Layout.of(features, self.rank, self.alpha, self.rslora, self.dora, self.lora_plus_ratio)
 
     def layout(self, model: PreTrainedModel) -> Layout:
         """The row layout on ``model``. Raises UserError when the targets name no linear layer."""
-        layers, experts = target_layers(model, self.targets)
-        if experts and (self.dropout or self.dora):
-            key, off = (f"dropout={self.dropout:g}", "dropout=0") if self.dropout else ("dora=true", "dora=false")
-            raise UserError(
-                f"adapter.{key}: there is none for experts, whose tensors PEFT changes as a whole; set {off}, or leave"
-                f" {next(iter(experts)).rsplit('.', 1)[-1]} out of targets"
-            )
-        features: dict[str, tuple[int, ...]] = {name: _features(layer) for name, layer in layers.items()}
-        for name, tensor in experts.items():
-            count, first, second = tensor.shape
-            features[name] = (first, second, count) if is_transposed(model, name) else (second, first, count)
-        return Layout.of(features, self.rank, self.alpha, self.rslora, self.dora, self.plus)
+        from mira.adapters.lora_peft import layout_of
 
+        return layout_of(self, model)
 
-@dataclass(frozen=True)
-class LoraAdapter:
-    """LoRA on ``model``. ``whole``: where this is quantised, the model of the same name that is not. ``revision``: the hub's
-    commit of both, where one was asked for."""
+    def on(self, base: BaseLike, seed: int) -> Adapter:
+        """The adapter on ``base``, proven to be what PEFT reads from its folders."""
+        # PEFT is imported here: the configuration is read without it.
+        from mira.adapters.lora_peft import LoraAdapter
+        from mira.adapters.peft_check import prove
 
-    model: PreTrainedModel
-    layout: Layout
-    whole: Callable[[], PreTrainedModel] | None = None
-    revision: str | None = None
-    init: Init = "kaiming"
-
-    def start(self, seed: int) -> Tensor:
-        row = start_row(self.layout, seed, self.init)
-        for entry in self.layout.entries:
-            if entry.factor == "magnitude":
-                entry.view(row).copy_(lengths(self.model, entry.module))
-        return row
-
-    def save(self, folder: Path, row: Tensor, base_name: str) -> None:
-        to_peft(folder, row, self.layout, self.model, base_name, self.revision)
-
-    @contextmanager
-    def merged(self, row: Tensor) -> Iterator[PreTrainedModel]:
-        model = self.whole() if self.whole and getattr(self.model, "is_quantized", False) else self.model
-        original = [(weight, weight.detach().clone()) for weight in weights_of(model, self.layout).values()]
-        merge(model, row, self.layout)
-        try:
-            yield model
-        finally:
-            for weight, before in original:
-                weight.data.copy_(before)
-
-
-def start_row(layout: Layout, seed: int, init: Init = "kaiming") -> Tensor:
-    """The common start row [P], float32: B = 0 and A uniform in ±1/√in, as PEFT draws it (Kaiming with a = √5). Orthogonal:
-    both factors drawn, of which the product is 0. Magnitudes are the model's, and 0 here."""
-    row = torch.zeros(layout.size)
-    draw = generator("start", seed)
-    for entry in layout.entries:
-        if entry.factor == "A" and init == "kaiming":
-            bound = 1 / sqrt(entry.shape[1])
-            entry.view(row).uniform_(-bound, bound, generator=draw)
-        elif entry.factor in ("A", "B") and init == "orthogonal":
-            entry.view(row).copy_(_orthogonal(entry, seed))
-    return row
-
-
-def _orthogonal(entry: Entry, seed: int) -> Tensor:
-    """A or B of a layer as PEFT draws them: normal numbers/10 in one half of r orthogonal directions each, A in the one and B
-    in the other."""
-    if entry.experts:
-        raise UserError(f"adapter.init=orthogonal: there is none for experts ({entry.module}); set init=kaiming")
-    rank, features = entry.shape if entry.factor == "A" else entry.shape[::-1]
-    basis: Tensor = torch.linalg.qr(torch.randn(rank, rank, generator=generator("basis", seed, entry.module)))[0]
-    numbers = torch.randn(features, rank // 2, generator=generator("start", seed, entry.module, entry.factor))
-    drawn = numbers @ basis[0 if entry.factor == "A" else 1 :: 2] / 10
-    return drawn.T if entry.factor == "A" else drawn
-
-
-def peft_config(
-    layout: Layout, model: PreTrainedModel, base_name: str | None, dropout: float = 0.0, rank: int | None = None
-) -> LoraConfig:
-    """The PEFT config that attaches ``layout`` to ``model`` and to nothing else in it; ``rank``: the layout's."""
-    experts = list(layout.experts)
-    layers = [name for name in layout.modules if name not in set(experts)]
-    conv = any(isinstance(model.get_submodule(name), Conv1D) for name in layers)
-    own, weights = by_weight(layers, model)
-    if weights and (dropout or layout.dora):
-        key, off = (f"dropout={dropout:g}", "dropout=0") if dropout else ("dora=true", "dora=false")
-        raise UserError(
-            f"adapter.{key}: PEFT has none for '{weights[0].removesuffix('.weight')}', whose name it takes for that of experts;"
-            f" set {off}, or leave it out of targets"
-        )
-    return LoraConfig(
-        r=rank or layout.rank, lora_alpha=layout.alpha, lora_dropout=dropout, use_rslora=layout.rslora, use_dora=layout.dora,  # type: ignore[arg-type]
-        target_modules=_names(own, model), target_parameters=weights + experts or None, fan_in_fan_out=conv, bias="none",
-        task_type="CAUSAL_LM", base_model_name_or_path=base_name, inference_mode=True,
-    )  # fmt: skip
-
-
-def by_weight(modules: Sequence[str], model: PreTrainedModel) -> tuple[list[str], list[str]]:
-    """The ``modules`` that a PEFT config of ``model`` may name, and the weights of the others. PEFT takes the names of
-    linear layers for those of experts where an architecture has had experts of such names; a weight it takes for what it is."""
-    taken = {leaf for leaf in {name.rsplit(".", 1)[-1] for name in modules} if _taken_for_experts(leaf, model)}
-    own = [name for name in modules if name.rsplit(".", 1)[-1] not in taken]
-    return own, [f"{name}.weight" for name in modules if name.rsplit(".", 1)[-1] in taken]
-
-
-def _taken_for_experts(leaf: str, model: PreTrainedModel) -> bool:
-    """Whether PEFT makes something else of the target ``leaf``."""
-    config = LoraConfig(target_modules=[leaf])
-    try:
-        convert_peft_config_for_transformers(config, model, None)
-    except ValueError:  # it wants the other names of the same experts as well
-        return True
-    return set(config.target_modules or ()) != {leaf}
-
-
-def peft_places(layout: Layout) -> dict[Entry, str]:
-    """The module in which PEFT keeps each tensor of ``layout``. It wraps a module once for each of its tensors that has an
-    adapter, one around the other."""
-    owned: dict[str, list[str]] = {}
-    for entry in layout.entries:
-        if entry.experts and entry.factor == "A":
-            owned.setdefault(entry.module.rpartition(".")[0], []).append(entry.module)
-
-    def place(entry: Entry) -> str:
-        if not entry.experts:
-            return f"{PREFIX}{entry.module}"
-        owner = entry.module.rpartition(".")[0]
-        inside = len(owned[owner]) - 1 - owned[owner].index(entry.module)
-        return f"{PREFIX}{owner}{'.base_layer' * inside}"
-
-    return {entry: place(entry) for entry in layout.entries}
-
-
-def peft_parameters(layout: Layout) -> dict[Entry, str]:
-    """PEFT's name of each tensor of ``layout`` in a model."""
-    return {
-        entry: f"{place}.lora_magnitude_vector.default.weight" if entry.factor == "magnitude"
-        else f"{place}.lora_{entry.factor}.default.weight"
-        for entry, place in peft_places(layout).items()
-    }  # fmt: skip
-
-
-def peft_names(layout: Layout) -> dict[Entry, str]:
-    """PEFT's name of each tensor of ``layout`` in a folder."""
-    return {
-        entry: name.removesuffix(".default.weight") + (".weight" if entry.factor != "magnitude" else "")
-        for entry, name in peft_parameters(layout).items()
-    }
-
-
-def peft_tensors(row: Tensor, layout: Layout, rank: int) -> dict[str, Tensor]:
-    """The tensors of ``row`` [P] as a PEFT folder names them, of the first ``rank`` ranks."""
-    return {name: _first(entry, row, rank).float().contiguous().cpu() for entry, name in peft_names(layout).items()}
-
-
-def to_peft(
-    folder: Path, row: Tensor, layout: Layout, model: PreTrainedModel, base_name: str, revision: str | None = None
-) -> None:
-    """Write ``row`` [P] as a PEFT folder, of the rank it uses: adapter_config.json and adapter_model.safetensors."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rank = layout.ranks(row[None])[0]
-    save_file(peft_tensors(row, layout, rank), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = peft_config(layout, model, base_name, rank=rank)
-    config.revision = revision
-    config.save_pretrained(str(folder))
-
-
-def from_peft(folder: Path, layout: Layout) -> Tensor:
-    """Read a PEFT folder back into a row [P]. Raises UserError when its tensors do not fit ``layout``."""
-    tensors = load_file(folder / "adapter_model.safetensors")
-    row = torch.empty(layout.size)
-    for entry, name in peft_names(layout).items():
-        if name not in tensors or tuple(tensors[name].shape) != entry.shape:
-            given = tuple(tensors[name].shape) if name in tensors else "nothing"
-            raise UserError(
-                f"{folder}: tensor '{name}' is {given}, expected {entry.shape}; another rank or base model?"
-            )
-        entry.view(row).copy_(tensors[name])
-    if len(tensors) != len(layout.entries):
-        raise UserError(
-            f"{folder}: holds {len(tensors)} tensors, expected {len(layout.entries)}; other target modules?"
-        )
-    return row
-
-
-def _first(entry: Entry, row: Tensor, rank: int) -> Tensor:
-    """The first ``rank`` rows of A, or columns of B; of every expert."""
-    factor, count = entry.view(row), max(entry.experts, 1)
-    if entry.factor == "A":
-        return factor.view(count, -1, factor.shape[1])[:, :rank].flatten(0, 1)
-    if entry.factor == "magnitude":
-        return factor
-    return factor.view(len(factor), -1, count)[:, :rank].flatten(1)
-
-
-def _features(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, nn.Linear):  # bitsandbytes' quantised layers are Linear too
-        return module.in_features, module.out_features
-    assert isinstance(module, Conv1D)
-    return int(module.nx), int(module.nf)
-
-
-def _names(modules: Sequence[str], model: PreTrainedModel) -> list[str]:
-    """Short names, which people and serving engines expect, when they match no other layer; else the full names."""
-    short = sorted({name.rsplit(".", 1)[-1] for name in modules})
-    matched = {name for name, _ in model.named_modules() if ends(name, short)}
-    return short if matched == set(modules) else list(modules)
+        layout = self.layout(base.model)
+        prove(base.model, layout)
+        return LoraAdapter(base.model, layout, self.dropout, self.init, base.unquantised, base.revision)

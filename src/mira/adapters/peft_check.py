@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
 from functools import partial
 from math import sqrt
 from pathlib import Path
@@ -17,10 +16,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mira.adapters.lora import peft_parameters, peft_tensors, to_peft
+from mira.adapters.lora_peft import peft_parameters, peft_tensors, to_peft
 from mira.adapters.reach import plainly, text
 from mira.adapters.targets import PREFIX
-from mira.adapters.weights import changes, lengths, plain_weight
+from mira.adapters.weights import changes, lengths, on_same_weights, plain_weight
 from mira.core.errors import UserError
 from mira.core.layout import Layout
 from mira.core.seeds import generator
@@ -103,11 +102,10 @@ def beside(model: PreTrainedModel, row: Tensor, layout: Layout) -> Iterator[None
 
 def _read(model: PreTrainedModel, folder: Path) -> nn.Module:
     """PEFT's model of ``folder`` on the same weights; the modules are its own."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is missing is looked for below
-            peft: nn.Module = PeftModel.from_pretrained(deepcopy(model, shared), folder, torch_device=str(model.device))
+            peft: nn.Module = PeftModel.from_pretrained(on_same_weights(model), folder, torch_device=str(model.device))
     except Exception as error:  # whatever PEFT trips over
         raise UserError(
             f"adapter.targets: PEFT cannot read the adapter of this run back ({type(error).__name__}:"

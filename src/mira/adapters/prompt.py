@@ -8,33 +8,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass as plain_dataclass
 from math import sqrt
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from peft import PromptEncoderConfig
+from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from mira.adapters.types import BaseLike, SingleAdapterModel
 from mira.adapters.virtual import encode
 from mira.core.errors import UserError
-from mira.core.layout import Factor, Layout, end_to_end
+from mira.core.layout import Entry, Factor, Layout, end_to_end
+from mira.core.pydantic_config import STRICT, Count
 from mira.core.seeds import generator
+
+if TYPE_CHECKING:
+    from peft import PromptEncoderConfig
+    from transformers import PreTrainedModel
 
 ROW = "prompt_encoder.safetensors"  # beside PEFT's files, which hold the computed prompt alone
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """``virtual_tokens`` V of embeddings [V,d] through an MLP d → h → h → d, h = ``encoder_hidden``."""
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class VirtualPrompt:
+    """P-tuning (Liu et al. 2021): trained virtual tokens in front of every sequence, computed by an MLP of two hidden layers."""
 
-    virtual_tokens: int
-    encoder_hidden: int
+    kind: Literal["prompt"] = "prompt"
+    virtual_tokens: Count = 20
+    """How many; the model's positions must leave room for them."""
+    encoder_hidden: Count = 128
+    """Width of the MLP, whose weights are part of the adapter."""
+
+    def smallest(self) -> Layout:
+        return Layout((Entry("embedding.weight", "prompt", (self.virtual_tokens, 1), 0),))
 
     def layout(self, model: PreTrainedModel) -> Layout:
-        """The row layout on ``model``, tensors named as in PEFT's PromptEncoder."""
+        """The row layout on ``model``, named as in PEFT's PromptEncoder: embeddings [V,d], then an MLP d → h → h → d."""
         (_, width), hidden = model.get_input_embeddings().get_parameter("weight").shape, self.encoder_hidden
         tensors: list[tuple[str, Factor, tuple[int, ...]]] = [
             ("embedding.weight", "prompt", (self.virtual_tokens, width))
@@ -44,16 +56,36 @@ class Prompt:
             tensors.append((f"mlp_head.{layer}.bias", "encoder", (fan_out,)))
         return Layout(end_to_end(tensors))
 
+    def on(self, base: BaseLike, seed: int) -> PromptAdapter:
+        return PromptAdapter(base.model, self.layout(base.model))
 
-@dataclass(frozen=True)
+
+@plain_dataclass(frozen=True)
 class PromptAdapter:
     """A prompt on ``model``."""
 
     model: PreTrainedModel
     layout: Layout
+    dropout: float = 0.0
+    directions: None = None
+
+    @property
+    def in_pass(self) -> PromptAdapter:
+        return self
 
     def start(self, seed: int) -> Tensor:
         return start_row(self.layout, seed)
+
+    def attached(self, model: PreTrainedModel) -> SingleAdapterModel:
+        from peft import get_peft_model
+
+        peft = get_peft_model(model, peft_config(self.layout, None, inference=False))
+        if model.dtype == torch.float64:
+            peft.prompt_encoder.double()  # PEFT makes it in fp32 on any base
+        named = dict(peft.named_parameters())
+        return SingleAdapterModel(
+            peft, self.layout, [named[f"prompt_encoder.default.{entry.module}"] for entry in self.layout.entries]
+        )
 
     def save(self, folder: Path, row: Tensor, base_name: str) -> None:
         to_peft(folder, row, self.layout, base_name)
@@ -81,6 +113,8 @@ def start_row(layout: Layout, seed: int) -> Tensor:
 
 def peft_config(layout: Layout, base_name: str | None, inference: bool) -> PromptEncoderConfig:
     """The PEFT config of ``layout``."""
+    from peft import PromptEncoderConfig  # the configuration is read without PEFT
+
     (tokens, width), (hidden, _) = layout.entries[0].shape, layout.entries[1].shape
     return PromptEncoderConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=tokens, token_dim=width, encoder_hidden_size=hidden,

@@ -9,26 +9,70 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from mira.adapters.targets import target_layers
+from mira.adapters.types import BaseLike, PassAdapter, Unadapted
+from mira.core.errors import UserError
 from mira.core.layout import Entry, Layout
+from mira.core.pydantic_config import STRICT, Count
 from mira.core.seeds import generator
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Seeds:
+    """Seed coefficients (FedKSeed, Qin et al. 2024): w = w0 + Σ c·z, trained by forward passes alone, a client at a time.
+    training.lr is η: 1e-4 to 3e-4 for LoRA's target matrices in a model of 135M (1e-3 diverged), smaller the more weights have
+    directions; optimizer, momentum, weight_decay, clip and keep_optimizer do not apply."""
+
+    kind: Literal["seeds"] = "seeds"
+    count: Count = 128
+    """N, the directions z and the numbers of an adapter; 4096 in the paper."""
+    epsilon: Annotated[float, Field(gt=0)] = 5e-4
+    """ε, how far along a direction the loss is measured on either side."""
+    targets: str | tuple[str, ...] = "auto"
+    """Layers whose weights have directions, as for LoRA; all: every weight of the model, as published."""
+
+    def check(self, experiment: Any) -> None:
+        """Raise UserError where other sections do not go with this one."""
+        model = experiment.model
+        if model.quantization != "none" or model.dtype in ("bfloat16", "float16"):
+            raise UserError(
+                f"adapter.kind=seeds: moves the base's own weights by steps that model.dtype={model.dtype} with "
+                f"model.quantization={model.quantization} would round away; set dtype=float32 and quantization=none"
+            )
+
+    def smallest(self) -> Layout:
+        return coefficients(1)
+
+    def on(self, base: BaseLike, seed: int) -> SeedsAdapter:
+        return SeedsAdapter(base.model, directions(base.model, self.targets, seed, self.epsilon), self.count)
+
+
+def coefficients(count: int) -> Layout:
+    """The layout of ``count`` coefficients."""
+    return Layout((Entry("coefficients", "seed", (count,), 0),))
+
+
+@plain_dataclass(frozen=True)
 class Directions:
     """z_s: standard normal numbers for every tensor of ``tensors``, in fp32 on the CPU, from a generator of their own for
-    (``seed``, s, number of the tensor); never kept, always drawn again."""
+    (``seed``, s, number of the tensor); never kept, always drawn again. ``epsilon``: how far along one the loss is measured on
+    either side."""
 
     tensors: Mapping[str, nn.Parameter]
     seed: int
+    epsilon: float = 5e-4
 
     def add(self, s: int, factor: float) -> None:
         """w += factor·z_s in place, a tensor at a time."""
@@ -51,16 +95,18 @@ class Directions:
                 tensor.data.copy_(original)
 
 
-def directions(model: PreTrainedModel, targets: str | tuple[str, ...], seed: int) -> Directions:
+def directions(model: PreTrainedModel, targets: str | tuple[str, ...], seed: int, epsilon: float = 5e-4) -> Directions:
     """Over the weights of LoRA's target layers, or over "all" of the model's, as published."""
     if targets == "all":
-        return Directions(dict(model.named_parameters()), seed)
+        return Directions(dict(model.named_parameters()), seed, epsilon)
+    from mira.adapters.targets import target_layers  # the configuration is read without PEFT
+
     layers, experts = target_layers(model, targets)
     weights = {f"{name}.weight": module.get_parameter("weight") for name, module in layers.items()}
-    return Directions(weights | experts, seed)
+    return Directions(weights | experts, seed, epsilon)
 
 
-@dataclass(frozen=True)
+@plain_dataclass(frozen=True)
 class SeedsAdapter:
     """``count`` coefficients of ``directions`` in ``model``."""
 
@@ -70,7 +116,12 @@ class SeedsAdapter:
 
     @property
     def layout(self) -> Layout:
-        return Layout((Entry("coefficients", "seed", (self.count,), 0),))
+        return coefficients(self.count)
+
+    @property
+    def in_pass(self) -> PassAdapter:
+        """Nothing: the row is in the weights."""
+        return Unadapted()
 
     def start(self, seed: int) -> Tensor:
         """w0 itself: c = 0."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -13,6 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from mira.core.errors import UserError
 from mira.core.layout import Layout
+
+
+def on_same_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules of ``model`` on the same weights: PEFT changes the modules it is given."""
+    return deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def weights_of(model: PreTrainedModel, layout: Layout) -> dict[str, nn.Parameter]:

@@ -28,8 +28,8 @@ def check(file: Path, overrides: Set = None) -> None:
     from mira import config
     from mira.data.federation import make_federation
     from mira.data.sources.sites import Sites
-    from mira.methods import ALONG_GRAPH
-    from mira.methods.ranked import check_names
+    from mira.methods import uses_graph
+    from mira.methods.heterogeneous_ranks import check_names
     from mira.model.reader import open_reader
     from mira.runner import preview as page
     from mira.runner.evaluation import check_metrics
@@ -45,7 +45,7 @@ def check(file: Path, overrides: Set = None) -> None:
     clients, model = federation.clients, experiment.model
     names, groups = [client.name for client in clients], [client.group for client in clients]
     check_names(experiment.clients.rank, names)
-    if experiment.method.name in ALONG_GRAPH:
+    if uses_graph(experiment.method):
         told = sorted({client.about for client in clients})
         no_model = torch.tensor([[float(told.index(client.about))] for client in clients])  # in the place of embeddings
         experiment.graph.build(names, groups, experiment.seed, lambda: no_model)

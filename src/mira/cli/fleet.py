@@ -27,15 +27,15 @@ def server(
     as_json: Json = False,
 ) -> None:
     """mira run with clients on machines of their own: every site of the kit that is not revoked."""
-    from mira.fleet.server.main import Options, serve
+    from mira.fleet.server.main import ServerOptions, run_server
 
     if (target is None) == (resume is None):
         raise UserError("server: give a configuration, or --resume RUN to go on with a run; not both")
     wanted = None if target is None else configuration(target, overrides or [])
     watcher = RunProgress(err_console)
     try:
-        options = Options(out, resume, relay, say, say if verbose else silent)
-        result = serve(wanted, kit, options, watcher)
+        options = ServerOptions(out, resume, relay, say, say if verbose else silent)
+        result = run_server(wanted, kit, options, watcher)
     except KeyboardInterrupt:
         err_console.print("interrupted; committed rounds are kept, go on with: mira server --kit DIR --resume RUN")
         raise typer.Exit(130) from None
@@ -67,6 +67,6 @@ def client(
     verbose: Verbose = False,
 ) -> None:
     """Take part in a federation with data that stays here, until interrupted."""
-    from mira.fleet.site.main import Options, run
+    from mira.fleet.site.main import SiteOptions, run_site
 
-    run(kit, Options(data, state, model, threads, allow_transfer, min_noise), say, say if verbose else silent)
+    run_site(kit, SiteOptions(data, state, model, threads, allow_transfer, min_noise), say, say if verbose else silent)

@@ -10,7 +10,7 @@ from typing import Any
 
 from mira import config
 from mira.comparison.plan import Job, Plan, Point, shown
-from mira.comparison.stats import mean_and_interval, paired
+from mira.results.statistics import mean, paired
 from mira.setup.git_commit import commit
 from mira.store import Store
 
@@ -98,12 +98,9 @@ def _run(job: Job, test: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
-    """Mean over seeds and half the 95 % interval; None where a seed has no number, or for one seed's interval."""
-    numbers = [value for value in values if value is not None]
-    if len(numbers) < len(values):
-        return {"mean": None, "interval": None}
-    mean, interval = mean_and_interval(numbers)
-    return {"mean": mean, "interval": interval}
+    """Mean over seeds and half the 95 % interval. None where a seed has no number; no interval for one seed."""
+    found = mean(values)
+    return {"mean": found.value, "interval": found.half} if found else {"mean": None, "interval": None}
 
 
 def _meets(plan: Plan, entry: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -22,12 +22,12 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 from pydantic_core import CoreSchema, core_schema
 
+from mira.adapters import ADAPTERS
 from mira.config import compatibility
-from mira.config.adapter import ADAPTERS, Count, LoraSection
 from mira.config.prompt import PromptSection
 from mira.config.validation_errors import explain
 from mira.core.errors import UserError
-from mira.core.pydantic_config import STRICT
+from mira.core.pydantic_config import STRICT, Count
 from mira.core.training import Training
 from mira.core.types import Method
 from mira.core.wire import Wire
@@ -193,7 +193,7 @@ class Experiment(BaseModel):
     rounds: Count
     """Communication rounds."""
     model: ModelSection
-    adapter: AdapterSection = LoraSection()
+    adapter: AdapterSection = ADAPTERS["lora"]()
     data: DataSection
     split: SplitSizes = SplitSizes(train=0.8, validation=0.1, test=0.1)
     prompt: PromptSection = PromptSection()
@@ -249,40 +249,25 @@ class Experiment(BaseModel):
                 f"training.warmup_rounds={self.training.warmup_rounds}: must be less than rounds={self.rounds}, "
                 "or the learning rate never reaches its peak"
             )
-        dropout = getattr(self.adapter, "dropout", 0.0)
-        largest = getattr(self.adapter, "rank", None)
+        layout = self.adapter.smallest()
         for name, rank in self.clients.rank.items():
-            if largest is None:
+            if not layout.rank:
                 raise UserError(
                     f"clients.rank.{name}={rank}: ranks belong to adapter.kind=lora; leave clients.rank out"
                 )
-            if rank > largest:
+            if rank > layout.rank:
                 raise UserError(
-                    f"clients.rank.{name}={rank}: must be at most adapter.rank={largest}; raise adapter.rank"
+                    f"clients.rank.{name}={rank}: must be at most adapter.rank={layout.rank}; raise adapter.rank"
                 )
-        if getattr(self.adapter, "init", "kaiming") == "orthogonal":
-            if self.adapter.rank % 2:
-                raise UserError(
-                    f"adapter.init=orthogonal: needs an even rank, not adapter.rank={self.adapter.rank}; take"
-                    f" rank={self.adapter.rank + 1}"
-                )
-            if self.clients.rank:
-                raise UserError(
-                    "adapter.init=orthogonal: cut to fewer ranks its product is not 0; leave clients.rank out"
-                )
-        kind = "dora" if getattr(self.adapter, "dora", False) else self.adapter.kind
-        compatibility.check(self.method, kind, ranks_differ=bool(self.clients.rank))
+        check = getattr(self.adapter, "check", None)
+        if check is not None:
+            check(self)
+        compatibility.check(self.method, layout, ranks_differ=bool(self.clients.rank))
+        dropout = getattr(self.adapter, "dropout", 0.0)
         if self.engine.prefix == "on" and dropout > 0:
             raise UserError(
                 f"engine.prefix=on: a shared prefix is computed once, but adapter.dropout={dropout:g} "
                 "differs from sequence to sequence; set engine.prefix=off or adapter.dropout=0"
-            )
-        if self.adapter.kind == "seeds" and (
-            self.model.quantization != "none" or self.model.dtype in ("bfloat16", "float16")
-        ):
-            raise UserError(
-                f"adapter.kind=seeds: moves the base's own weights by steps that model.dtype={self.model.dtype} with "
-                f"model.quantization={self.model.quantization} would round away; set dtype=float32 and quantization=none"
             )
         if self.model.quantization != "none" and self.model.dtype == "float64":
             raise UserError(

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from mira.config.adapter import Count
 from mira.core.errors import UserError
-from mira.core.pydantic_config import STRICT, UserPath
+from mira.core.pydantic_config import STRICT, Count, UserPath
 from mira.data.reading import existing, read_text
 from mira.data.templates import CHAT
 from mira.data.text import Encoder, Wording

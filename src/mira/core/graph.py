@@ -1,8 +1,8 @@
-"""How related clients are: a symmetric non-negative matrix a [K,K] with zero diagonal, never built when K is large."""
+"""Relations between clients: a symmetric non-negative matrix a [K,K] with zero diagonal, never built when K is large."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -10,12 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-Embed = Callable[[], Tensor]  # the clients' task descriptions as vectors [K,d], made when asked for
+Embed = Callable[[], Tensor]  # the clients' task descriptions as vectors [K,d], computed when called
 
-_DENSE_LIMIT = 2048  # above it λ_max is replaced by an upper bound: eigenvalues of a dense [K,K] cost K³
+_DENSE_LIMIT = 2048  # clients; beyond that an upper bound of λ_max: eigenvalues of a dense [K,K] cost K³
 
 
 class Graph(Protocol):
+    """An immutable graph of K clients. Clients are numbered 0 to K − 1."""
+
     @property
     def num_clients(self) -> int: ...
 
@@ -28,23 +30,40 @@ class Graph(Protocol):
         ...
 
     def laplacian_max(self) -> float:
-        """The largest eigenvalue of L = diag(d) − a, or an upper bound of it when K is large."""
+        """The largest eigenvalue of the Laplacian L = diag(d) − a, or an upper bound of it when K is large."""
         ...
 
     def degree_max(self) -> float:
         """The largest d_k = Σ_l a_kl."""
         ...
 
-    def alone(self) -> Tensor:
-        """The clients that have no neighbour."""
+    def isolated(self) -> Tensor:
+        """The clients without neighbours [n], for a warning; none while the edges are not known yet."""
+        ...
+
+    def updated(self, round: int, client: Tensor, rows: Tensor) -> Graph:
+        """The graph to mix along once the rows [M,P] of ``client`` [M] came back in ``round`` (from 0).
+
+        A static graph returns itself. A graph that is re-estimated while training returns a new one of its class; it is
+        committed with the round.
+        """
+        ...
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The graph as named tensors, always of the same names. ``restore(tensors)`` of its configuration section is the
+        inverse, for a class outside ``mira.core``."""
         ...
 
 
 @dataclass(frozen=True)
 class Groups:
-    """a_kl = 1 within a group, 0 across. One label for all is the complete graph. λ_max is the largest group's size."""
+    """a_kl = 1 within a group, 0 across. One label for all is the complete graph. λ_max is the size of the largest group."""
 
     label: Tensor  # [K] int64, small numbers from 0 on
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor]) -> Groups:
+        return Groups(tensors["label"])
 
     @property
     def num_clients(self) -> int:
@@ -56,23 +75,23 @@ class Groups:
 
     @cached_property
     def _size(self) -> Tensor:
-        """Clients of each label [G]."""
+        """The number of clients of each label [G]."""
         return self.label.bincount()
 
     @cached_property
     def _by_label(self) -> Tensor:
-        """The clients [K], group after group. Sorted once: a round must not cost what all clients cost."""
+        """The clients [K], group after group. Sorted once, so that the cost of a round does not grow with K."""
         return self.label.argsort(stable=True)
 
     @cached_property
     def _first(self) -> Tensor:
-        """Where each group begins in ``_by_label`` [G]."""
+        """The place in ``_by_label`` at which each group begins [G]."""
         return self._size.cumsum(0) - self._size
 
     def neighbours(self, client: Tensor) -> Tensor:
         label, group, asking = self.label[client].unique(return_inverse=True, return_counts=True)
         mates = self._by_label[_ranges(self._first[label], self._size[label])]
-        # Who asks for its group alone is nobody's neighbour.
+        # The only one of ``client`` in its group is not a neighbour of itself.
         near: Tensor = mates[~torch.isin(mates, client[asking[group] == 1])].sort().values
         return near
 
@@ -83,13 +102,19 @@ class Groups:
     def degree_max(self) -> float:
         return float(self._size.max() - 1)
 
-    def alone(self) -> Tensor:
+    def isolated(self) -> Tensor:
         return (self._size[self.label] == 1).nonzero()[:, 0]
+
+    def updated(self, round: int, client: Tensor, rows: Tensor) -> Groups:
+        return self
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        return {"label": self.label}
 
 
 @dataclass(frozen=True)
 class Edges:
-    """A weighted graph by its edges, each stored in both directions, sorted by (source, target)."""
+    """A weighted graph as a list of edges (CSR), each stored in both directions, sorted by (source, target)."""
 
     num_clients: int
     indptr: Tensor  # [K+1] int64
@@ -97,8 +122,12 @@ class Edges:
     weight: Tensor  # [2|E|] float64
 
     @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor]) -> Edges:
+        return Edges(len(tensors["indptr"]) - 1, tensors["indptr"], tensors["target"], tensors["weight"])
+
+    @staticmethod
     def of(source: Tensor, target: Tensor, weight: Tensor, num_clients: int) -> Edges:
-        """From undirected edges, each given once. Zero weights are dropped. Raises ValueError on a self-loop, a
+        """A graph from undirected edges, each given once. Zero weights are dropped. Raises ValueError on a self-loop, a
         negative or non-finite weight, an unknown client, or an edge given twice."""
         if source.numel() and (
             min(int(source.min()), int(target.min())) < 0 or max(int(source.max()), int(target.max())) >= num_clients
@@ -116,14 +145,14 @@ class Edges:
         if bool((both[order][1:] == both[order][:-1]).any()):
             raise ValueError("graph: an edge is given twice")
         if not bool(torch.isfinite(weight.sum())):
-            raise ValueError("graph: edge weights add up to more than a number can hold; scale them down")
+            raise ValueError("graph: the sum of edge weights overflows; scale them down")
         start = torch.cat([source, target])[order]
         indptr = torch.searchsorted(start.contiguous(), torch.arange(num_clients + 1))
         return Edges(num_clients, indptr, torch.cat([target, source])[order], torch.cat([weight, weight])[order])
 
     @staticmethod
     def dense(a: Tensor) -> Edges:
-        """From a symmetric matrix [K,K]. Raises ValueError when it is not symmetric or its diagonal is not zero."""
+        """A graph from a symmetric matrix [K,K]. Raises ValueError when it is not symmetric or its diagonal is not zero."""
         if a.ndim != 2 or a.shape[0] != a.shape[1] or not torch.equal(a, a.T):
             raise ValueError(f"graph: needs a symmetric square matrix, got shape {tuple(a.shape)}")
         if bool((a.diagonal() != 0).any()):
@@ -132,7 +161,7 @@ class Edges:
         return Edges.of(source, target, a[source, target], a.shape[0])
 
     def _of(self, client: Tensor) -> tuple[Tensor, Tensor]:
-        """Edge positions of ``client`` [n] and which of them each belongs to, both [edges]."""
+        """The positions of the edges of ``client`` [n], and the place in ``client`` of each edge's source: both [edges]."""
         start, count = self.indptr[client], self.indptr[client + 1] - self.indptr[client]
         return _ranges(start, count), torch.repeat_interleave(torch.arange(len(client)), count)
 
@@ -151,7 +180,7 @@ class Edges:
         return near
 
     def _degrees(self) -> tuple[Tensor, Tensor]:
-        """d [K], and the source of each edge [2|E|]."""
+        """The degrees d [K], and the source of each edge [2|E|]."""
         source = torch.repeat_interleave(torch.arange(self.num_clients), self.indptr.diff())
         return torch.zeros(self.num_clients, dtype=torch.float64).index_add_(0, source, self.weight), source
 
@@ -163,18 +192,23 @@ class Edges:
             return float(torch.linalg.eigvalsh(laplacian)[-1].clamp(min=0)) if self.num_clients else 0.0
         if not len(self.target):
             return 0.0
-        return float(
-            (degree[source] + degree[self.target]).max()
-        )  # Anderson and Morley 1985: λ_max ≤ max over edges of d_k + d_l
+        # Anderson and Morley 1985: λ_max ≤ max over edges of d_k + d_l
+        return float((degree[source] + degree[self.target]).max())
 
     def degree_max(self) -> float:
         return float(self._degrees()[0].max()) if self.num_clients else 0.0
 
-    def alone(self) -> Tensor:
+    def isolated(self) -> Tensor:
         return (self.indptr.diff() == 0).nonzero()[:, 0]
+
+    def updated(self, round: int, client: Tensor, rows: Tensor) -> Edges:
+        return self
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        return {"indptr": self.indptr, "target": self.target, "weight": self.weight}
 
 
 def _ranges(start: Tensor, count: Tensor) -> Tensor:
-    """start_0, start_0 + 1, … count_0 of them, then start_1, …"""
+    """Ranges end to end: start_0, start_0 + 1, … (count_0 numbers), then start_1, …"""
     first = torch.repeat_interleave(start - (count.cumsum(0) - count), count)
     return first + torch.arange(len(first))

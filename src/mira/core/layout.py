@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Factor = Literal["A", "B", "magnitude", "prompt", "encoder", "seed"]
+Factor = Literal["A", "B", "magnitude", "prompt", "encoder", "seed", "peft"]
 
 
 PLUS = ("B", "magnitude")  # factors that LoRA+ gives another learning rate, as PEFT's optimiser does
@@ -23,7 +23,7 @@ class Entry:
 
     LoRA: A [r, in] and B [out, r] of a layer; of a tensor of E ``experts`` A [E·r, in], expert by expert, and B [out, r·E],
     rank by rank, as PEFT has them; with DoRA the "magnitude" [out] of a layer. Prompt: the virtual tokens "prompt" [V, d] and
-    the weights of the "encoder" they pass. Seeds: the coefficients "seed" [N].
+    the weights of the "encoder" they pass. Seeds: the coefficients "seed" [N]. Other kinds of PEFT: their tensors "peft".
     """
 
     module: str  # dotted name in the base model, e.g. "model.layers.0.self_attn.q_proj"; elsewhere in the adapter
@@ -95,7 +95,7 @@ class Layout:
         last = (used * torch.arange(1, self.rank + 1, device=rows.device)).amax(1)
         return [rank or self.rank for rank in last.tolist()]
 
-    def stretch(self, rows: Tensor) -> Tensor | None:
+    def scale_ratio(self, rows: Tensor) -> Tensor | None:
         """What to multiply ``rows`` [n,P] with for ``scale`` to hold for each: B by scale_at(rank)/scale where a row uses less
         than all ranks. None where all use all."""
         ranks = self.ranks(rows)
@@ -113,14 +113,14 @@ class Layout:
     def mean(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
         """Mean [P] of ``rows`` [n,P], by ``weight`` [n] where given, each in the scale that it is used with: a row of fewer ranks
         has a larger one, and no part in the ranks beyond (``mira.core.ranks``). In float64, then in the rows' precision."""
-        stretch = self.stretch(rows)
+        stretch = self.scale_ratio(rows)
         wide = rows.double() if stretch is None else rows.double() * stretch.double()
         p = torch.ones(len(rows), dtype=torch.float64) if weight is None else weight.double()
         mean = p @ wide / p.sum()
         if stretch is not None:
             share = self.share(torch.tensor(self.ranks(rows)), p / p.sum())
             mean = torch.where(share > 0, mean / share, mean)
-        back = self.stretch(mean[None])  # where all use fewer ranks so does the mean
+        back = self.scale_ratio(mean[None])  # where all use fewer ranks so does the mean
         return (mean if back is None else mean / back[0]).to(rows.dtype)
 
     @property
@@ -157,6 +157,8 @@ class Layout:
     @property
     def alone(self) -> str:
         """Why rows can be computed for one client at a time only; empty where they can be in one pass."""
+        if any(entry.factor == "peft" for entry in self.entries):
+            return "has no arithmetic for this adapter.kind"
         return "has no magnitudes (adapter.dora)" if self.dora else ""
 
     @staticmethod

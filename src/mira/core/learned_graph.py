@@ -1,7 +1,8 @@
-"""A graph re-estimated from the clients' rows while they train. No client sends anything for it but its row."""
+"""A graph re-estimated from the clients' rows while they train. Clients send nothing for it but their rows."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -9,15 +10,16 @@ import torch
 from torch import Tensor
 
 from mira.core.graph import Edges
-from mira.core.similarity import Choices, chosen, cosines, strongest, undirected
+from mira.core.similarity import Choices, cosines, pairs_above, strongest, undirected
 
 
 @dataclass(frozen=True)
 class Learned:
-    """The relations of ``similarity`` over displacements θ_k − θ^0, of which θ^0 goes with the cohort's mean.
+    """Nearest neighbours by the cosine of displacements θ_k − θ^0 (``mira.core.similarity``).
 
-    ``choices``: whom each client chose when it last took part, at most ``most`` above the cosine ``above``. Without any,
-    before the first estimate, nobody has neighbours.
+    Subtracting the cohort's mean removes θ^0 too, so the estimate needs rows alone. ``choices``: the neighbours that each
+    client chose when it last took part, at most ``most`` with a cosine above ``above``. Before the first estimate there are
+    no choices and no edges.
     """
 
     num_clients: int
@@ -28,22 +30,38 @@ class Learned:
 
     @staticmethod
     def start(num_clients: int, every: int, most: int, above: float) -> Learned:
+        """The graph before the first estimate: no edges."""
         nobody = torch.empty(0, dtype=torch.int64)
         return Learned(num_clients, every, most, above, (nobody, nobody, nobody.double()))
 
-    def updated(self, client: Tensor, rows: Tensor) -> Learned:
-        """With the pairs within the cohort ``client`` [M] estimated anew from its rows [M,P]. What it chose among absent
-        clients stays as a candidate, what absent clients chose stays. Two rows have opposite directions from their mean
-        whatever they are: a cohort of less than three tells nothing.
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor]) -> Learned:
+        num_clients, every, most = tensors["learned.rule"].tolist()
+        choices = tensors["learned.source"], tensors["learned.target"], tensors["learned.weight"]
+        return Learned(num_clients, every, most, float(tensors["learned.above"]), choices)
 
-        Costs M²·P for the cosines, and the number of choices so far for putting them in order; never K².
+    def to_tensors(self) -> dict[str, Tensor]:
+        source, target, weight = self.choices
+        return {
+            "learned.rule": torch.tensor([self.num_clients, self.every, self.most]),
+            "learned.above": torch.tensor([self.above], dtype=torch.float64),
+            "learned.source": source, "learned.target": target, "learned.weight": weight,
+        }  # fmt: skip
+
+    def updated(self, round: int, client: Tensor, rows: Tensor) -> Learned:
+        """The graph with the pairs within the cohort ``client`` [M] re-estimated from its rows [M,P], every ``every`` rounds.
+
+        Choices of absent clients stay. Choices of the cohort among absent clients stay candidates. A cohort of fewer than
+        three clients changes nothing: two rows always lie in opposite directions from their mean.
+
+        Costs M²·P for the cosines and a sort of the choices so far; never K².
         """
-        if len(client) < 3:
+        if round % self.every or len(client) < 3:
             return self
         cosine = cosines(rows).fill_diagonal_(-1.0)
         within = torch.isin(self.choices[0], client) & torch.isin(self.choices[1], client)
         others = (part[~within] for part in self.choices)
-        fresh = chosen(cosine, client, client, self.above)
+        fresh = pairs_above(cosine, client, client, self.above)
         source, target, weight = (torch.cat(both) for both in zip(others, fresh, strict=True))
         return replace(self, choices=strongest((source, target, weight), self.most))
 
@@ -63,6 +81,6 @@ class Learned:
     def degree_max(self) -> float:
         return self.edges.degree_max()
 
-    def alone(self) -> Tensor:
-        """Nobody before the first estimate: who has a neighbour is not known then."""
-        return self.edges.alone() if len(self.choices[0]) else torch.empty(0, dtype=torch.int64)
+    def isolated(self) -> Tensor:
+        """No client before the first estimate: neighbours are not known then."""
+        return self.edges.isolated() if len(self.choices[0]) else torch.empty(0, dtype=torch.int64)

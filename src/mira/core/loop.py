@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mira.core.graph_io import in_use
 from mira.core.payload import is_private, jobs_of, parcel
 from mira.core.seeds import generator
 from mira.core.training import Training
@@ -146,7 +145,8 @@ def nothing(rows: Tensor) -> Change:
 def apply(state: ServerState, change: Change) -> ServerState:
     """The state after ``change``, without writing anything."""
     rows = Overlay(state.rows, change.index, change.value) if len(change.index) else state.rows
-    return ServerState(rows, in_use(state.graph, change.extra), state.extra | change.extra, state.round + 1)
+    graph = state.graph if change.graph is None else change.graph
+    return ServerState(rows, graph, state.extra | change.extra, state.round + 1)
 
 
 def describe(

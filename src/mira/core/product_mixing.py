@@ -34,7 +34,7 @@ def product_mix(
             weight = part * pull[k]
             weight[k] += 1 - part * (1 - own[k])
             near = weight.nonzero()[:, 0]
-            new_a, new_b = turned(*best_factors(a[near], weight[near, None, None] * b[near]), towards=a[k])
+            new_a, new_b = rotated(*best_factors(a[near], weight[near, None, None] * b[near]), towards=a[k])
             mixed[k, at_a : at_a + rank * fan_in] = new_a.flatten().to(rows.dtype)
             mixed[k, at_b : at_b + fan_out * rank] = new_b.flatten().to(rows.dtype)
     return mixed
@@ -58,7 +58,7 @@ def best_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return new_a[torch.arange(rank) % len(new_a)], pad(new_b, (0, rank - new_b.shape[1]))
 
 
-def turned(a: Tensor, b: Tensor, towards: Tensor) -> tuple[Tensor, Tensor]:
+def rotated(a: Tensor, b: Tensor, towards: Tensor) -> tuple[Tensor, Tensor]:
     """A [r,in] and B [out,r] rotated: the same product, and the A nearest to ``towards`` (Procrustes), so that rows go on
     from where they were and stay comparable."""
     left, _, right = torch.linalg.svd(towards @ a.T)

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, ConfigDict
+from pydantic import AfterValidator, ConfigDict, Field
 
 from mira.core.errors import UserError
+
+Count = Annotated[int, Field(strict=True, ge=1)]
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 

@@ -39,11 +39,11 @@ class Ranks:
         """Which numbers each of ``client`` [n] has, [n,P] bool."""
         return self.layout.level < self.rank[client][:, None]
 
-    def even(self, rows: Tensor, client: Tensor) -> Tensor:
+    def to_common_scale(self, rows: Tensor, client: Tensor) -> Tensor:
         """Rows [n,P] of ``client`` [n] in the layout's scale, zero beyond each client's rank."""
         return self._scaled(rows, client, self._ratio(client))
 
-    def own(self, rows: Tensor, client: Tensor) -> Tensor:
+    def to_client_scale(self, rows: Tensor, client: Tensor) -> Tensor:
         """Even rows [n,P] as ``client`` [n] use them: in each client's scale, zero beyond its rank."""
         return self._scaled(rows, client, 1 / self._ratio(client))
 
@@ -52,12 +52,12 @@ class Ranks:
         [P] where none of them does."""
         p = weight.double() / weight.double().sum()
         share = self.layout.share(self.rank[client], p).to(rows.dtype)
-        return torch.where(share > 0, weighted_mean(self.even(rows, client), weight) / share, otherwise)
+        return torch.where(share > 0, weighted_mean(self.to_common_scale(rows, client), weight) / share, otherwise)
 
     def mix(self, rows: Tensor, client: Tensor, absent: Tensor, known: Known, a: Tensor, weigh: Weigh) -> Tensor:
         """The rows [M,P] of ``client`` pulled along a [M,N] towards each other and those of ``absent`` (which ``known``
         reads), number by number among those who have it. What nobody pulls keeps its bits."""
-        even = self.even(rows, client)
+        even = self.to_common_scale(rows, client)
         mixed = even.clone()
         for low, high in pairwise([0, *self._different]):
             band = ((self.layout.level >= low) & (self.layout.level < high)).nonzero()[:, 0]
@@ -65,9 +65,9 @@ class Ranks:
             if not len(mine):
                 break
             own, pull = weigh(a[mine][:, torch.cat([mine, len(client) + theirs])])
-            others = (self.even(found, who)[:, band] for who, found in known(absent[theirs]))
+            others = (self.to_common_scale(found, who)[:, band] for who, found in known(absent[theirs]))
             mixed[mine[:, None], band] = mix(even[mine[:, None], band], own, pull, others)
-        return torch.where(mixed == even, rows, self.own(mixed, client))
+        return torch.where(mixed == even, rows, self.to_client_scale(mixed, client))
 
     @cached_property
     def shared(self) -> Tensor:

@@ -52,7 +52,7 @@ def strongest(choices: Choices, most: int) -> Choices:
     return source[rank < most], target[best], weight[best]
 
 
-def alike(vectors: Tensor, most: int, above: float) -> Choices:
+def choices_among_all(vectors: Tensor, most: int, above: float) -> Choices:
     """Each client's choices among all by the cosine of centred ``vectors`` [K,d], a block of clients at a time: K·most in
     memory, never [K,K]."""
     x = vectors.double() - vectors.double().mean(0)
@@ -62,11 +62,11 @@ def alike(vectors: Tensor, most: int, above: float) -> Choices:
     for mine in torch.arange(len(u)).split(max(1, _TILE // len(u))):
         cosine = u[mine] @ u.T
         cosine[torch.arange(len(mine)), mine] = -1.0
-        found.append(strongest(chosen(cosine, mine, torch.arange(len(u)), above), most))
+        found.append(strongest(pairs_above(cosine, mine, torch.arange(len(u)), above), most))
     return _joined(found)
 
 
-def chosen(cosine: Tensor, source: Tensor, target: Tensor, above: float) -> Choices:
+def pairs_above(cosine: Tensor, source: Tensor, target: Tensor, above: float) -> Choices:
     """All pairs of ``cosine`` [n,m] above τ = ``above``, of weight cos − τ."""
     row, column = (cosine > above).nonzero(as_tuple=True)
     return source[row], target[column], cosine[row, column] - above

@@ -180,15 +180,17 @@ class Trained:
 
 @dataclass(frozen=True)
 class Change:
-    """Only what changes: rows ``value`` [n,P] at ``index`` [n], and the method's extra tensors; committed atomically.
+    """The changes of a round: rows ``value`` [n,P] at ``index`` [n], and the method's extra tensors; committed atomically.
 
-    ``notes``: numbers worth a line in the metrics (e.g. the effective mixing step).
+    ``notes``: numbers for the round's metrics (e.g. the effective mixing step). ``graph``: the graph re-estimated in this
+    round; None: the graph stays.
     """
 
     index: Tensor
     value: Tensor
     extra: dict[str, Tensor]
     notes: dict[str, float]
+    graph: Graph | None = None
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ class Method(Protocol):
         """What the trained rows change on the server."""
         ...
 
-    def serve(self, state: ServerState, client: Tensor) -> Tensor:
+    def deployed(self, state: ServerState, client: Tensor) -> Tensor:
         """Rows [n,P] that ``client`` [n] would deploy now. The only way evaluation, generation and export get a row."""
         ...
 

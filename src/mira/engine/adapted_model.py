@@ -98,7 +98,7 @@ class Carrier:
     def stretched(self, rows: Tensor) -> Tensor:
         """``rows`` as a lane reads them, whose scale is that of the layout's rank."""
         on_device = self.rows(rows)
-        stretch = self.layout.stretch(on_device)
+        stretch = self.layout.scale_ratio(on_device)
         return on_device if stretch is None else on_device * stretch
 
     def sent(self, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mira.adapters.lowrank import Lane
+from mira.adapters.types import PassAdapter
 from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.threads import side_by_side, still_wanted
@@ -54,8 +55,7 @@ class BatchedEngine:
     pad: int
     stops: frozenset[int]
     decode: Callable[[Sequence[int]], str]
-    layout: Layout
-    dropout: float
+    adapter: PassAdapter
     corpus: Corpus
     training: Training
     seed: int
@@ -77,6 +77,14 @@ class BatchedEngine:
         object.__setattr__(self, "plain", None if carrier.way.decodes else self._by_transformers())
         object.__setattr__(self, "replays", Replays(self.carrier) if self._recordable else None)
         object.__setattr__(self, "budget", self.tokens_per_pass or self._fitting())
+
+    @property
+    def layout(self) -> Layout:
+        return self.adapter.layout
+
+    @property
+    def dropout(self) -> float:
+        return self.adapter.dropout
 
     @property
     def _recordable(self) -> bool:
@@ -123,7 +131,7 @@ class BatchedEngine:
         loss = torch.zeros(len(jobs), dtype=torch.float64, device=self.model.device)
         dropout = [generator("dropout", self.seed, round, int(k)) for k in client] if self.dropout else None
         lost: dict[int, str] = {}
-        stretch = self.layout.stretch(rows)
+        stretch = self.layout.scale_ratio(rows)
         for step in range(len(batches[0])):
             active = sum(len(steps) > step for steps in batches)
             whole = {n: batches[n][step] for n in range(active) if n not in lost}
@@ -186,8 +194,7 @@ class BatchedEngine:
             self.pad,
             self.stops,
             self.decode,
-            self.layout,
-            self.dropout,
+            self.adapter,
             self.corpus,
             self.training,
             self.seed,

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from copy import deepcopy
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
+from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from mira.adapters import lora, prompt
+from mira.adapters.types import PassAdapter, SingleAdapterModel
+from mira.adapters.weights import on_same_weights
 from mira.core.layout import PLUS, Layout
 from mira.core.seeds import stream
 from mira.core.training import Training
@@ -40,37 +40,33 @@ class ReferenceEngine:
     pad: int
     stops: frozenset[int]
     decode: Callable[[Sequence[int]], str]
-    layout: Layout
-    dropout: float
+    adapter: PassAdapter
     corpus: Corpus
     training: Training
     seed: int
     checkpointing: bool = False
     progress: Callable[[int], None] = lambda tokens: None
-    peft: PeftModel = field(init=False)
+    single: SingleAdapterModel = field(init=False)
 
     def __post_init__(self) -> None:
-        # PEFT changes the model it is given; the weights are shared, the modules are not.
-        shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
-        model = deepcopy(self.model, shared)
+        model = on_same_weights(self.model)
         if model.config._attn_implementation == hook.NAME:  # its weights are a batched engine's too
             model.set_attn_implementation("eager")
-        config: PeftConfig
-        if not self.layout.entries:  # the base alone
-            object.__setattr__(self, "peft", model)
-            return
-        if self.layout.virtual_tokens:
-            config = prompt.peft_config(self.layout, None, inference=False)
-        else:
-            config = lora.peft_config(self.layout, self.model, None, self.dropout)
-            config.inference_mode = False
         with told(cannot_carry(self.layout)):
-            object.__setattr__(self, "peft", get_peft_model(model, config))
-            self._named()
-        if self.layout.virtual_tokens and self.model.dtype == torch.float64:
-            self.peft.prompt_encoder.double()  # PEFT makes it in fp32 on any base
+            object.__setattr__(self, "single", self.adapter.attached(model))
+        if not self.layout.entries:  # the base alone
+            return
         with told(cannot_carry(self.layout)), torch.no_grad():
             self._loss([_TRIAL], "mean")
+
+    @property
+    def layout(self) -> Layout:
+        return self.adapter.layout
+
+    @property
+    def peft(self) -> Any:
+        """PEFT's model, or the base alone."""
+        return self.single.module
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
         done: list[Trained] = []
@@ -97,7 +93,7 @@ class ReferenceEngine:
         if (kept := work.kept_state(job)) is not None:
             self._restore(optimizer, parameters, kept)
         losses = []
-        with torch.random.fork_rng(), self._adapter_dropout():
+        with torch.random.fork_rng(), self.single.training():
             torch.manual_seed(stream("dropout", self.seed, round, client))
             for batch in batches:
                 optimizer.zero_grad()
@@ -114,14 +110,14 @@ class ReferenceEngine:
                 losses.append(loss.detach().double().cpu())
                 self.progress(sum(len(s.tokens) for s in batch))
         return Trained(
-            client=torch.tensor([client]), job=torch.tensor([job]), rows=self._row()[None],
+            client=torch.tensor([client]), job=torch.tensor([job]), rows=self.single.row()[None],
             examples=torch.tensor([self.corpus.num_train(client)]),
             tokens=torch.tensor([sum(len(s.tokens) for batch in batches for s in batch)]),
             steps=torch.tensor([len(batches)]), loss=torch.stack(losses).mean()[None], lr=lr,
             optimizer=self._packed(optimizer, parameters)[None] if self.training.keep_optimizer else None,
         )  # fmt: skip
 
-    def _proximal(self, work: Work, job: int, parameters: list[torch.nn.Parameter]) -> Tensor:
+    def _proximal(self, work: Work, job: int, parameters: Sequence[torch.nn.Parameter]) -> Tensor:
         """prox/2·‖w − anchor‖²."""
         if work.anchor is None or work.prox is None:
             return torch.zeros(())
@@ -130,7 +126,7 @@ class ReferenceEngine:
             0.5 * float(work.prox[job]) * torch.stack([(p - anchor.to(p)).square().sum() for anchor, p in pairs]).sum()
         )
 
-    def _freeze(self, work: Work, parameters: list[torch.nn.Parameter]) -> None:
+    def _freeze(self, work: Work, parameters: Sequence[torch.nn.Parameter]) -> None:
         """What is not trainable has no gradient, and no part in its norm."""
         if work.trainable is not None:
             for trainable, p in zip(self._views(work.trainable), parameters, strict=True):
@@ -138,7 +134,7 @@ class ReferenceEngine:
                 p.grad.mul_(trainable.to(p.grad))
 
     @torch.no_grad()
-    def _hold(self, work: Work, job: int, parameters: list[torch.nn.Parameter]) -> None:
+    def _hold(self, work: Work, job: int, parameters: Sequence[torch.nn.Parameter]) -> None:
         """What is not trainable is where it was, weight decay or not."""
         if work.trainable is not None:
             pairs = zip(self._views(work.trainable), self._views(work.start[job]), strict=True)
@@ -220,43 +216,14 @@ class ReferenceEngine:
         wide = logits if logits.dtype == torch.float64 else logits.float()
         return cross_entropy(wide.flatten(0, 1), labels[:, 1:].flatten().to(device), reduction=reduction)
 
-    def _named(self) -> list[torch.nn.Parameter]:
-        """The adapter's parameters in the order of the layout."""
-        named = dict(self.peft.named_parameters())
-        if self.layout.virtual_tokens:
-            return [named[f"prompt_encoder.default.{e.module}"] for e in self.layout.entries]
-        return [named[name] for name in lora.peft_parameters(self.layout).values()]
-
     def _views(self, row: Tensor) -> list[Tensor]:
-        return [entry.view(row) for entry in self.layout.entries]
+        return self.single.views(row)
 
-    def _load(self, row: Tensor) -> list[torch.nn.Parameter]:
-        parameters = self._named()
-        with torch.no_grad():
-            for entry, parameter in zip(self.layout.entries, parameters, strict=True):
-                parameter.copy_(entry.view(row))
-        if self.layout.modules:
-            scale = self.layout.scale_at(self.layout.ranks(row[None])[0])
-            for name in set(lora.peft_places(self.layout).values()):
-                vars(self.peft.get_submodule(name))["scaling"]["default"] = scale
-        return parameters
+    def _load(self, row: Tensor) -> Sequence[torch.nn.Parameter]:
+        self.single.load(row)
+        return self.single.parameters
 
-    def _row(self) -> Tensor:
-        return torch.cat([parameter.detach().flatten() for parameter in self._named()]).cpu()
-
-    @contextmanager
-    def _adapter_dropout(self) -> Iterator[None]:
-        """Only the adapters' dropout: the frozen base stays in eval mode, in every engine."""
-        modules = [module for name, module in self.peft.named_modules() if "lora_dropout" in name]
-        try:
-            for module in modules:
-                module.train()
-            yield
-        finally:
-            for module in modules:
-                module.eval()
-
-    def _optimizer(self, parameters: list[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    def _optimizer(self, parameters: Sequence[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
         t, plus = self.training, self.layout.plus
         groups = [
             {"params": [p], "lr": lr * plus if entry.factor in PLUS else lr}
@@ -266,7 +233,7 @@ class ReferenceEngine:
             return torch.optim.SGD(groups, lr=lr, momentum=t.momentum, weight_decay=t.weight_decay)
         return torch.optim.AdamW(groups, lr=lr, weight_decay=t.weight_decay)
 
-    def _packed(self, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]) -> Tensor:
+    def _packed(self, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter]) -> Tensor:
         """Optimiser state as RowOptimizer keeps it: steps, first and (AdamW) second moments, end to end."""
         state = [optimizer.state[p] for p in parameters]
         if self.training.optimizer == "sgd":
@@ -279,7 +246,9 @@ class ReferenceEngine:
         first, second = ([s[name].flatten() for s in state] for name in ("exp_avg", "exp_avg_sq"))
         return torch.cat([torch.as_tensor(state[0]["step"]).view(1), *first, *second]).cpu()
 
-    def _restore(self, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], kept: Tensor) -> None:
+    def _restore(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter], kept: Tensor
+    ) -> None:
         width = self.layout.size
         for entry, p in zip(self.layout.entries, parameters, strict=True):
             if self.training.optimizer == "sgd":

@@ -7,6 +7,7 @@ proximal term on c adds its own derivative to g. No optimiser and no clipping, a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,12 +16,27 @@ from torch import Tensor
 
 from mira.adapters.seeds import Directions
 from mira.core.seeds import generator
+from mira.core.training import Training
 from mira.core.types import Failure, Scores, Trained, Work
 from mira.data.corpus import Corpus
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.engine.memory import OUT_OF_MEMORY, is_out_of_memory
 from mira.engine.reference import ReferenceEngine
+
+log = logging.getLogger(__name__)
+
+_OF_OPTIMIZERS = ("optimizer", "momentum", "weight_decay", "clip", "keep_optimizer")
+
+
+def without_gradients(
+    inner: BatchedEngine | ReferenceEngine, directions: Directions, corpus: Corpus, training: Training, seed: int
+) -> SeedsEngine:
+    """The engine that trains coefficients of ``directions`` on ``inner``. Warns of settings that only optimisers have."""
+    given = [name for name in _OF_OPTIMIZERS if getattr(training, name) != getattr(Training, name)]
+    if given:
+        log.warning("adapter.kind=seeds has no optimiser; ignored: %s", ", ".join(f"training.{name}" for name in given))
+    return SeedsEngine(inner, directions, corpus, seed)
 
 
 @dataclass(frozen=True)
@@ -30,7 +46,6 @@ class SeedsEngine:
 
     inner: BatchedEngine | ReferenceEngine
     directions: Directions
-    epsilon: float
     corpus: Corpus
     seed: int
 
@@ -63,14 +78,14 @@ class SeedsEngine:
         with self.directions.applied(row):
             for batch in batches:
                 s = int(seeds[torch.randint(len(seeds), (), generator=draw)])
-                self.directions.add(s, self.epsilon)
+                self.directions.add(s, self.directions.epsilon)
                 above = self._loss(batch)
-                self.directions.add(s, -2 * self.epsilon)
+                self.directions.add(s, -2 * self.directions.epsilon)
                 below = self._loss(batch)
-                g = (above - below) / (2 * self.epsilon)
+                g = (above - below) / (2 * self.directions.epsilon)
                 if work.anchor is not None and work.prox is not None:
                     g += float(work.prox[job]) * float(row[s] - work.anchor[job, s])
-                self.directions.add(s, self.epsilon - lr * g)  # back to w, and the step
+                self.directions.add(s, self.directions.epsilon - lr * g)  # back to w, and the step
                 row[s] -= lr * g
                 total += (above + below) / 2
         return total / len(batches)
@@ -87,6 +102,15 @@ class SeedsEngine:
                 scores = self.inner.evaluate(rows[places, :0], client[places], splits, limit)
             nll[places], tokens[places] = scores.nll, scores.tokens
         return Scores(nll, tokens)
+
+    def score(self, rows: Tensor, sequences: Sequence[Sequence[Encoded]]) -> tuple[Tensor, Tensor]:
+        """As BatchedEngine.score."""
+        scores = []
+        for row, job in zip(rows, sequences, strict=True):
+            with self.directions.applied(row):
+                scores.append(self.inner.score(row[None, :0], [job]))
+        nll, tokens = zip(*scores, strict=True)
+        return torch.cat(nll), torch.cat(tokens)
 
     def generate(
         self, rows: Tensor, client: Tensor, split: str, limit: int | None, max_new_tokens: int

@@ -1,4 +1,4 @@
-"""Methods: which row goes to whom, and how rows come together. One file and one line here for each."""
+"""Methods: the row that each client trains from, and how trained rows are combined. One file and one line here for each."""
 
 from mira.methods.ditto import Ditto
 from mira.methods.fedit import FedIT
@@ -17,7 +17,7 @@ METHODS = Registry(
     "method",
     "name",
     "mira.methods",
-    ("init", "broadcast", "aggregate", "serve"),
+    ("init", "broadcast", "aggregate", "deployed"),
     "mira",
     {
         "mira": Mira,
@@ -35,5 +35,8 @@ METHODS = Registry(
     },
 )
 
-ALONG_GRAPH = ("mira",)
-"""Those that mix along the graph. For the others none is made, and no client's description leaves it."""
+
+def uses_graph(method: object) -> bool:
+    """Whether a method, or its class, mixes along the graph (its attribute ``uses_graph``; absent: False). For other methods
+    no graph is built, and no client's description leaves it."""
+    return bool(getattr(method, "uses_graph", False))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mira.core.pydantic_config import STRICT
 from mira.core.types import Change, ServerState, Setting, Trained, Work
-from mira.methods.rows import FIRST, common, mean, one_row_and_each
+from mira.methods.rows import GLOBAL, global_and_personal_state, global_rows, mean
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -25,13 +25,13 @@ class Ditto:
     """λ; 0 is local training."""
 
     def init(self, setting: Setting) -> ServerState:
-        return one_row_and_each(setting)
+        return global_and_personal_state(setting)
 
     def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
         """Two jobs a client, one after the other: in even places for the row of all, in odd ones for its own."""
         client = cohort.repeat_interleave(2)
         own = torch.arange(len(client)) % 2 == 1
-        anchor = common(state, client)
+        anchor = global_rows(state, client)
         start = anchor.clone()
         start[own] = state.rows[cohort + 1]
         slot = client + own * (len(state.rows) - 1)
@@ -40,7 +40,7 @@ class Ditto:
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
         own = trained.job % 2 == 1
         value = torch.cat([mean(state, trained.select(~own, ()))[None], trained.rows[own]])
-        return Change(torch.cat([FIRST, trained.client[own] + 1]), value, {}, notes={})
+        return Change(torch.cat([GLOBAL, trained.client[own] + 1]), value, {}, notes={})
 
-    def serve(self, state: ServerState, client: Tensor) -> Tensor:
+    def deployed(self, state: ServerState, client: Tensor) -> Tensor:
         return state.rows[client + 1]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mira.core.pydantic_config import STRICT
 from mira.core.types import Change, ServerState, Setting, Trained, Work
-from mira.methods.rows import FIRST, common, mean, one_row
+from mira.methods.rows import GLOBAL, global_rows, global_state, mean
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -23,13 +23,13 @@ class FedIT:
     name: Literal["fedit"] = "fedit"
 
     def init(self, setting: Setting) -> ServerState:
-        return one_row(setting)
+        return global_state(setting)
 
     def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
-        return Work(cohort, start=common(state, cohort))
+        return Work(cohort, start=global_rows(state, cohort))
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
-        return Change(FIRST, mean(state, trained)[None], {}, notes={})
+        return Change(GLOBAL, mean(state, trained)[None], {}, notes={})
 
-    def serve(self, state: ServerState, client: Tensor) -> Tensor:
-        return common(state, client)
+    def deployed(self, state: ServerState, client: Tensor) -> Tensor:
+        return global_rows(state, client)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mira.core.pydantic_config import STRICT
 from mira.core.types import Change, ServerState, Setting, Trained, Work
-from mira.methods.rows import FIRST, common, factor_mask, mean, one_row_and_each
+from mira.methods.rows import GLOBAL, factor_mask, global_and_personal_state, global_rows, mean
 
 _A = "fedsa-lora.A"  # in extra: which numbers of a row are A, [P] bool
 
@@ -23,15 +23,15 @@ class FedSALoRA:
     name: Literal["fedsa-lora"] = "fedsa-lora"
 
     def init(self, setting: Setting) -> ServerState:
-        return one_row_and_each(setting, {_A: factor_mask(setting, "A", self.name)})
+        return global_and_personal_state(setting, {_A: factor_mask(setting, "A", self.name)})
 
     def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
-        return Work(cohort, start=self.serve(state, cohort), upload=state.extra[_A])
+        return Work(cohort, start=self.deployed(state, cohort), upload=state.extra[_A])
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
         """Of the row of all only A counts, of a client's row only B."""
-        together = torch.where(state.extra[_A], mean(state, trained), state.rows[FIRST])
-        return Change(torch.cat([FIRST, trained.client + 1]), torch.cat([together, trained.rows]), {}, notes={})
+        together = torch.where(state.extra[_A], mean(state, trained), state.rows[GLOBAL])
+        return Change(torch.cat([GLOBAL, trained.client + 1]), torch.cat([together, trained.rows]), {}, notes={})
 
-    def serve(self, state: ServerState, client: Tensor) -> Tensor:
-        return torch.where(state.extra[_A], common(state, client), state.rows[client + 1])
+    def deployed(self, state: ServerState, client: Tensor) -> Tensor:
+        return torch.where(state.extra[_A], global_rows(state, client), state.rows[client + 1])

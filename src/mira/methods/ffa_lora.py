@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mira.core.pydantic_config import STRICT
 from mira.core.types import Change, ServerState, Setting, Trained, Work
-from mira.methods.rows import FIRST, common, factor_mask, mean, one_row
+from mira.methods.rows import GLOBAL, factor_mask, global_rows, global_state, mean
 
 _B = "ffa-lora.B"  # in extra: which numbers of a row are B, [P] bool
 
@@ -23,15 +23,15 @@ class FFALoRA:
     name: Literal["ffa-lora"] = "ffa-lora"
 
     def init(self, setting: Setting) -> ServerState:
-        return one_row(setting, {_B: factor_mask(setting, "B", self.name)})
+        return global_state(setting, {_B: factor_mask(setting, "B", self.name)})
 
     def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
         b = state.extra[_B]
-        return Work(cohort, start=common(state, cohort), trainable=b, upload=b)
+        return Work(cohort, start=global_rows(state, cohort), trainable=b, upload=b)
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
-        value = torch.where(state.extra[_B], mean(state, trained), state.rows[FIRST])
-        return Change(FIRST, value, {}, notes={})
+        value = torch.where(state.extra[_B], mean(state, trained), state.rows[GLOBAL])
+        return Change(GLOBAL, value, {}, notes={})
 
-    def serve(self, state: ServerState, client: Tensor) -> Tensor:
-        return common(state, client)
+    def deployed(self, state: ServerState, client: Tensor) -> Tensor:
+        return global_rows(state, client)

@@ -63,7 +63,7 @@ def refuse_experts(layout: Layout, what: str, instead: str) -> None:
 def _depths(layout: Layout) -> Tensor:
     """Of each entry how deep its layer is, from 0 at the lowest to 1 at the highest; 0 outside the numbered layers. A prompt's
     encoder has numbered layers too, but they are not the model's."""
-    on_layers = all(entry.factor in ("A", "B", "magnitude") for entry in layout.entries)
+    on_layers = all(entry.factor in ("A", "B", "magnitude", "peft") for entry in layout.entries)
     numbers = [re.search(r"\.(\d+)\.", f".{entry.module}.") if on_layers else None for entry in layout.entries]
     levels = sorted({int(found[1]) for found in numbers if found})
     if len(levels) < 2:

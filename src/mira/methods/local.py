@@ -25,5 +25,5 @@ class Local:
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
         return Change(trained.client, trained.rows, {}, notes={})
 
-    def serve(self, state: ServerState, client: Tensor) -> Tensor:
+    def deployed(self, state: ServerState, client: Tensor) -> Tensor:
         return state.rows[client]

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator
 from decimal import ROUND_FLOOR, Context
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,9 +18,7 @@ from torch import Tensor
 
 from mira.core.errors import UserError
 from mira.core.graph import Graph
-from mira.core.graph_io import to_tensors
 from mira.core.layout import Layout
-from mira.core.learned_graph import Learned
 from mira.core.mixing import mix, normalised_weights, paper_weights
 from mira.core.product_mixing import product_mix
 from mira.core.pydantic_config import STRICT
@@ -43,6 +41,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 @dataclass(frozen=True, config=STRICT)
 class Mira:
     """min Σ_k F_k(θ_k) + λ/2·tr(ΘᵀLΘ), by local training and one Laplacian step a round on the server."""
+
+    uses_graph: ClassVar[bool] = True
 
     name: Literal["mira"] = "mira"
     form: Literal["normalised", "paper"] = "normalised"
@@ -87,7 +87,7 @@ class Mira:
             )
 
     def init(self, setting: Setting) -> ServerState:
-        alone = len(setting.graph.alone())
+        alone = len(setting.graph.isolated())
         if alone and setting.num_clients > 1:
             log.warning(
                 "%d of %d clients have no neighbour in the graph and train alone; graph.name=complete relates everybody",
@@ -109,7 +109,7 @@ class Mira:
         return Work(cohort, start=state.rows[cohort])
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
-        graph, extra = self._graph(state, trained)
+        graph = self._graph(state, trained)
         absent = torch.empty(0, dtype=torch.int64)
         if self.neighbours == "all":
             near = graph.neighbours(trained.client)
@@ -123,9 +123,10 @@ class Mira:
             step = trained.lr * float(trained.steps.double().mean()) * self.regularisation
             weigh, effective = partial(paper_weights, c=step), step * float(a.sum(1).mean())
         mixed = self._mixed(state, trained, absent, a, weigh)
-        return Change(trained.client, mixed, extra, notes={"mixing_step": step, "effective_step": effective})
+        notes = {"mixing_step": step, "effective_step": effective}
+        return Change(trained.client, mixed, {}, notes, None if graph is state.graph else graph)
 
-    def serve(self, state: ServerState, client: Tensor) -> Tensor:
+    def deployed(self, state: ServerState, client: Tensor) -> Tensor:
         return state.rows[client]
 
     def _strength(self, state: ServerState) -> float:
@@ -164,17 +165,14 @@ class Mira:
                 mixed[:, start:stop] = rows[:, start:stop].lerp(mixed[:, start:stop], share)
         return mixed
 
-    def _graph(self, state: ServerState, trained: Trained) -> tuple[Graph, dict[str, Tensor]]:
-        """The graph to mix along, and what to keep of it where it was learned anew from the rows just trained."""
-        graph = state.graph
-        if not isinstance(graph, Learned) or state.round % graph.every:
-            return graph, {}
-        # Beyond a client's rank there are zeros: who has the same rank would look related.
+    def _graph(self, state: ServerState, trained: Trained) -> Graph:
+        """The graph to mix along, re-estimated from the rows just trained where it is one that is."""
+        # Beyond a client's rank there are zeros, by which clients of the same rank would look related.
         rows = trained.rows if state.ranks is None else trained.rows[:, state.ranks.shared]
-        graph = graph.updated(trained.client, rows)
-        if self.form == "paper":
+        graph = state.graph.updated(state.round, trained.client, rows)
+        if graph is not state.graph and self.form == "paper":
             self._check(graph, float(state.extra[_STEP]), f" learned in round {state.round + 1}")
-        return graph, to_tensors(graph)
+        return graph
 
     def _check(self, graph: Graph, per_lambda: float, which: str = "") -> None:
         """Energy does not increase for c ≤ 2/λ_max(L); an induced cohort graph never has a larger λ_max.

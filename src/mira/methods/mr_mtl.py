@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mira.core.pydantic_config import STRICT
 from mira.core.types import Change, ServerState, Setting, Trained, Work
-from mira.methods.rows import FIRST, common, one_row_and_each
+from mira.methods.rows import GLOBAL, global_and_personal_state, global_rows
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -30,20 +30,20 @@ class MRMTL:
     """λ; 0 is local training."""
 
     def init(self, setting: Setting) -> ServerState:
-        return one_row_and_each(setting)
+        return global_and_personal_state(setting)
 
     def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
         prox = torch.full((len(cohort),), self.lam, dtype=torch.float64)
-        return Work(cohort, state.rows[cohort + 1], anchor=common(state, cohort), prox=prox)
+        return Work(cohort, state.rows[cohort + 1], anchor=global_rows(state, cohort), prox=prox)
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
         own = trained.client + 1
         moved, clients = trained.rows - state.rows[own], torch.tensor(len(state.rows) - 1.0)
         if state.ranks is not None:
-            moved, clients = state.ranks.even(moved, trained.client), state.ranks.holders
-        together = state.rows[FIRST] + moved.sum(0) / clients.to(moved.dtype)
+            moved, clients = state.ranks.to_common_scale(moved, trained.client), state.ranks.holders
+        together = state.rows[GLOBAL] + moved.sum(0) / clients.to(moved.dtype)
         value = torch.cat([together, trained.rows])
-        return Change(torch.cat([FIRST, own]), value, {}, notes={})
+        return Change(torch.cat([GLOBAL, own]), value, {}, notes={})
 
-    def serve(self, state: ServerState, client: Tensor) -> Tensor:
+    def deployed(self, state: ServerState, client: Tensor) -> Tensor:
         return state.rows[client + 1]

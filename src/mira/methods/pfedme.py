@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mira.core.pydantic_config import STRICT
 from mira.core.types import Change, ServerState, Setting, Trained, Work
-from mira.methods.rows import FIRST, common, mean, one_row_and_each
+from mira.methods.rows import GLOBAL, global_and_personal_state, global_rows, mean
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -29,17 +29,17 @@ class PFedMe:
     """s; with 1 the row of all is FedProx's."""
 
     def init(self, setting: Setting) -> ServerState:
-        return one_row_and_each(setting)
+        return global_and_personal_state(setting)
 
     def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
         prox = torch.full((len(cohort),), self.lam, dtype=torch.float64)
-        start = common(state, cohort)
+        start = global_rows(state, cohort)
         return Work(cohort, start, anchor=start, prox=prox)
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
-        together = torch.lerp(state.rows[FIRST], mean(state, trained)[None], self.step)
+        together = torch.lerp(state.rows[GLOBAL], mean(state, trained)[None], self.step)
         value = torch.cat([together, trained.rows])
-        return Change(torch.cat([FIRST, trained.client + 1]), value, {}, notes={"server_step": self.step})
+        return Change(torch.cat([GLOBAL, trained.client + 1]), value, {}, notes={"server_step": self.step})
 
-    def serve(self, state: ServerState, client: Tensor) -> Tensor:
+    def deployed(self, state: ServerState, client: Tensor) -> Tensor:
         return state.rows[client + 1]

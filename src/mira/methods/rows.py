@@ -8,23 +8,23 @@ from mira.core.layout import Entry
 from mira.core.mixing import weighted_mean
 from mira.core.types import MemoryRows, ServerState, Setting, Trained
 
-FIRST = torch.zeros(1, dtype=torch.int64)
+GLOBAL = torch.zeros(1, dtype=torch.int64)
 
 
-def one_row(setting: Setting, extra: dict[str, Tensor] | None = None) -> ServerState:
+def global_state(setting: Setting, extra: dict[str, Tensor] | None = None) -> ServerState:
     """A state that is one row for all."""
     return ServerState(MemoryRows(setting.start, 1, {}), setting.graph, extra or {})
 
 
-def one_row_and_each(setting: Setting, extra: dict[str, Tensor] | None = None) -> ServerState:
+def global_and_personal_state(setting: Setting, extra: dict[str, Tensor] | None = None) -> ServerState:
     """A state of K + 1 rows: that of all, and of client k in place k + 1."""
     return ServerState(MemoryRows(setting.start, setting.num_clients + 1, {}), setting.graph, extra or {})
 
 
-def common(state: ServerState, client: Tensor) -> Tensor:
+def global_rows(state: ServerState, client: Tensor) -> Tensor:
     """The row of all, once for each of ``client`` [n] as it uses it: [n,P]. Read once, however many ask."""
-    rows = state.rows[FIRST].repeat(len(client), 1)
-    return rows if state.ranks is None else state.ranks.own(rows, client)
+    rows = state.rows[GLOBAL].repeat(len(client), 1)
+    return rows if state.ranks is None else state.ranks.to_client_scale(rows, client)
 
 
 def mean(state: ServerState, trained: Trained) -> Tensor:
@@ -32,7 +32,7 @@ def mean(state: ServerState, trained: Trained) -> Tensor:
     number over those who have it (``mira.core.ranks``); what none of them has stays."""
     if state.ranks is None:
         return weighted_mean(trained.rows, trained.examples)
-    return state.ranks.mean(trained.rows, trained.client, trained.examples, otherwise=state.rows[FIRST][0])
+    return state.ranks.mean(trained.rows, trained.client, trained.examples, otherwise=state.rows[GLOBAL][0])
 
 
 def factor_mask(setting: Setting, factor: str, method: str) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mira.core.pydantic_config import STRICT
 from mira.core.types import Change, ServerState, Setting, Trained, Work
-from mira.methods.rows import FIRST, common, mean, one_row
+from mira.methods.rows import GLOBAL, global_rows, global_state, mean
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -30,18 +30,18 @@ class FedAvgM:
     """β of the momentum; 0 with lr 1 is FedAvg."""
 
     def init(self, setting: Setting) -> ServerState:
-        return one_row(setting, {"fedavgm.m": torch.zeros_like(setting.start)})
+        return global_state(setting, {"fedavgm.m": torch.zeros_like(setting.start)})
 
     def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
-        return Work(cohort, start=common(state, cohort))
+        return Work(cohort, start=global_rows(state, cohort))
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
-        old = state.rows[FIRST]
+        old = state.rows[GLOBAL]
         m = self.beta * state.extra["fedavgm.m"] + (mean(state, trained) - old[0])
-        return Change(FIRST, old + self.lr * m, {"fedavgm.m": m}, notes={})
+        return Change(GLOBAL, old + self.lr * m, {"fedavgm.m": m}, notes={})
 
-    def serve(self, state: ServerState, client: Tensor) -> Tensor:
-        return common(state, client)
+    def deployed(self, state: ServerState, client: Tensor) -> Tensor:
+        return global_rows(state, client)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -60,17 +60,17 @@ class FedAdam:
 
     def init(self, setting: Setting) -> ServerState:
         zero = torch.zeros_like(setting.start)
-        return one_row(setting, {"fedadam.m": zero, "fedadam.v": zero + self.tau**2})
+        return global_state(setting, {"fedadam.m": zero, "fedadam.v": zero + self.tau**2})
 
     def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
-        return Work(cohort, start=common(state, cohort))
+        return Work(cohort, start=global_rows(state, cohort))
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
-        old = state.rows[FIRST]
+        old = state.rows[GLOBAL]
         delta = mean(state, trained) - old[0]
         m = self.beta1 * state.extra["fedadam.m"] + (1 - self.beta1) * delta
         v = self.beta2 * state.extra["fedadam.v"] + (1 - self.beta2) * delta.square()
-        return Change(FIRST, old + self.lr * m / (v.sqrt() + self.tau), {"fedadam.m": m, "fedadam.v": v}, notes={})
+        return Change(GLOBAL, old + self.lr * m / (v.sqrt() + self.tau), {"fedadam.m": m, "fedadam.v": v}, notes={})
 
-    def serve(self, state: ServerState, client: Tensor) -> Tensor:
-        return common(state, client)
+    def deployed(self, state: ServerState, client: Tensor) -> Tensor:
+        return global_rows(state, client)

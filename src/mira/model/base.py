@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from transformers import (
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from mira.core.errors import UserError
-from mira.model.files import first_line, sha256, way_out, weight_files
+from mira.model.files import config_value, first_line, sha256, way_out, weight_files
 from mira.model.find import Origin, Source, find
 from mira.model.quantise import Quantization, check, loading, quantization_of, settle
 from mira.model.wheel import quiet, recorded_sha256
@@ -40,7 +41,7 @@ class Base:
 
     ``sha256`` is over the bytes of the weight files in name order, so of a single file it is the file's own; of a model
     from memory it is over the state dict. ``path``: the folder the weights lie in, None for a model from memory.
-    ``revision``: the hub's commit, where one was asked for.
+    ``revision``: the hub's commit, where one was asked for. ``trust_remote_code``: whether it was loaded with its own code.
     """
 
     model: PreTrainedModel
@@ -50,6 +51,7 @@ class Base:
     path: Path | None
     sha256: str
     revision: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def stops(self) -> frozenset[int]:
@@ -61,6 +63,22 @@ class Base:
     @property
     def quantization(self) -> Quantization:
         return quantization_of(self.model)
+
+    def unquantised(self) -> PreTrainedModel:
+        """The model itself; of a quantised one from a folder, the weights it was made from, in the precision they are stored in,
+        on the CPU."""
+        return self.model if self.quantization == "none" or self.path is None else self._stored
+
+    @cached_property
+    def _stored(self) -> PreTrainedModel:
+        assert self.path is not None
+        dtype: Any = config_value(self.path, "dtype") or config_value(self.path, "torch_dtype") or "float32"
+        log.warning(
+            "--merge: into the unquantised weights of %s in %s; the adapter was trained beside those of %s, so answers may"
+            " differ a little",
+            self.name, dtype, self.quantization.replace("bit", " bits"),
+        )  # fmt: skip
+        return load(str(self.path), dtype=dtype, device="cpu", trust_remote_code=self.trust_remote_code).model
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "memory") -> Base:
@@ -109,7 +127,7 @@ def load(
             "model.dtype=bfloat16: this processor has no instructions for it, and its products take many times as long as those"
             " in float32 (seventy times, where measured); use float32"
         )
-    return Base(model, tokenizer, name, origin, folder, digest, revision and folder.name)
+    return Base(model, tokenizer, name, origin, folder, digest, revision and folder.name, trust_remote_code)
 
 
 def has_fast_bfloat16() -> bool:

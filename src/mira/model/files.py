@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from mira.core.errors import UserError
 
@@ -37,6 +38,12 @@ def sha256(files: Iterable[Path]) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def config_value(folder: Path, key: str) -> Any:
+    """The value of ``key`` in the configuration in ``folder``, or in that of its text model."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config.get(key) or config.get("text_config", {}).get(key)
 
 
 def first_line(error: BaseException) -> str:

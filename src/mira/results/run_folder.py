@@ -74,7 +74,7 @@ def generate(
     k = session.number(client)
     with Store.open(folder, writable=False) as store:
         _check_here(session, store)
-        row = session.method.serve(state_of(session, store, _round(store, which)), torch.tensor([k]))
+        row = session.method.deployed(state_of(session, store, _round(store, which)), torch.tensor([k]))
     owner, encoder = session.federation.clients[k], session.corpus.encoder
     if prompt is not None:
         if owner.manner.raw and not encoder.wording.wrapped and (option := _given(instruction, system)):

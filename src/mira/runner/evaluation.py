@@ -60,7 +60,7 @@ def losses(
     """
     everyone = torch.arange(len(names))
     splits = ("validation", "test") if test else ("validation",)
-    scores = engine.evaluate(method.serve(state, everyone), everyone, splits, limit)
+    scores = engine.evaluate(method.deployed(state, everyone), everyone, splits, limit)
     validation, *tested = scores.loss.T.tolist()
     on_test = tested[0] if test else [None] * len(names)
     clients = {
@@ -126,7 +126,7 @@ def transfer(
     if n < 2:
         return {}
     chosen = pool[torch.randperm(len(pool), generator=generator("transfer", seed))[:n]].sort().values
-    rows = method.serve(state, chosen)
+    rows = method.deployed(state, chosen)
     matrix = torch.stack([engine.evaluate(row.expand(n, -1), chosen, ("test",), examples).loss[:, 0] for row in rows])
     mean = engine.evaluate(layout.mean(rows).expand(n, -1), chosen, ("test",), examples).loss[:, 0]
     others = ~torch.eye(n, dtype=torch.bool)

@@ -24,8 +24,8 @@ from mira.data.reading import existing, read_records
 from mira.data.records import Tally
 from mira.data.types import Client, client_data
 from mira.graphs.known import Complete
+from mira.methods.heterogeneous_ranks import with_ranks
 from mira.methods.local import Local
-from mira.methods.ranked import ranked
 from mira.model.embed import embed
 from mira.runner.run import state_of, without_nan
 from mira.serving.folders import export_adapters
@@ -76,9 +76,11 @@ def adapt(
         session = open_session(own, taken_over(environment) if alike else {})
         check_environment(environment, session.environment | {"data": environment["data"]}, must=("model",))
         related, weight = _of_group(group, known) if group is not None else _of_description(session, known, neighbours)
-        method = ranked(experiment.method, session.layout, experiment.clients.rank, [client.name for client in known])
+        method = with_ranks(
+            experiment.method, session.layout, experiment.clients.rank, [client.name for client in known]
+        )
         state = state_of(session, store)
-        warm = session.layout.mean(method.serve(state, related), weight)
+        warm = session.layout.mean(method.deployed(state, related), weight)
     rows = torch.stack([warm, store.start])
     curve, rows = _train(session, rows, state.round, rounds)
     told = [{"round": n, "clients": {name: point["warm"]}} for n, point in ((0, curve[0]), (rounds, curve[-1]))]

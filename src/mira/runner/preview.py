@@ -14,7 +14,6 @@ from typing import Any
 from rich.cells import cell_len, chop_cells, set_cell_size
 
 from mira.config import Experiment
-from mira.config.adapter import VirtualPromptSection
 from mira.core.errors import UserError
 from mira.data.corpus import Corpus, without_overlong
 from mira.data.federation import Federation
@@ -68,8 +67,7 @@ def check(experiment: Experiment, federation: Federation, reader: Reader) -> Enc
 
 
 def encoder_of(experiment: Experiment, reader: Reader, endless: bool = False) -> Encoder:
-    virtual = experiment.adapter.virtual_tokens if isinstance(experiment.adapter, VirtualPromptSection) else 0
-    room = positions(reader) - virtual  # type: ignore[arg-type]  # its config is enough
+    room = positions(reader) - experiment.adapter.smallest().virtual_tokens  # type: ignore[arg-type]  # its config is enough
     encoder = experiment.prompt.encoder(reader.tokenizer, room, reader.stops, date.today().isoformat())
     return replace(encoder, max_length=_ENDLESS) if endless else encoder
 

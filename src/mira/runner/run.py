@@ -18,12 +18,12 @@ from torch import Tensor
 from mira import config
 from mira.config import Experiment
 from mira.core.errors import UserError
-from mira.core.graph_io import from_tensors, in_use, to_tensors
+from mira.core.graph_io import in_use, restorer, to_tensors, with_graph
 from mira.core.loop import Record, Schedule, run_rounds
 from mira.core.pydantic_config import expanded
 from mira.core.types import Change, Rows, ServerState, has_private_parts
 from mira.engine.memory import peak_memory
-from mira.methods.warm import Warm
+from mira.methods.warm_start import WarmStart
 from mira.runner import evaluation
 from mira.runner.clients import clients_of
 from mira.runner.summary import summarise
@@ -31,7 +31,7 @@ from mira.serving.folders import export_adapters
 from mira.setup.environment import check_environment
 from mira.setup.session import TOKENS, Session, enough_memory, open_session
 from mira.store import Store
-from mira.trackers import Followers
+from mira.trackers import Trackers
 
 log = logging.getLogger(__name__)
 Result = dict[str, Any]
@@ -131,8 +131,8 @@ def state_of(session: Session, store: Store, as_of: int | None = None) -> Server
     done = store.last_round if as_of is None else as_of
     if done is None:
         return session.initial_state()
-    extra = store.extra(as_of)
-    return ServerState(store.rows(as_of), in_use(from_tensors(store.graph()), extra), extra, done)
+    graph, extra = in_use(store.graph(), store.extra(as_of), restorer(session.experiment.graph))
+    return ServerState(store.rows(as_of), graph, extra, done)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,8 @@ class _Folder:
     store: Store
 
     def commit(self, round: int, change: Change, optimizer: dict[int, Tensor], record: Record) -> None:
-        self.store.commit(round, change.index, change.value, change.extra, optimizer, record)
+        extra = with_graph(change.extra, change.graph)
+        self.store.commit(round, change.index, change.value, extra, optimizer, record)
 
     def rows(self) -> Rows:
         return self.store.rows()
@@ -174,11 +175,11 @@ def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher)
         nothing = torch.empty(0, dtype=torch.int64)
         store.commit(0, nothing, store.start[None][:0], state.extra, {}, record)
         state = state_of(session, store)
-    method = session.method_as(Warm(experiment.method, session.layout, store.start, clients.needs_warm_start))
+    method = session.method_as(WarmStart(experiment.method, session.layout, store.start, clients.needs_warm_start))
     schedule = Schedule(experiment.seed, rounds, experiment.cohort, experiment.training, clients.wire)
     # The work of the method itself, without ranks: beyond a client's rank there are zeros, which are private to nobody.
     clients.begin(has_private_parts(experiment.method.broadcast(state, torch.zeros(1, dtype=torch.int64))))
-    shown = Followers(experiment.tracking, experiment.model_dump(mode="json"), store.folder, names)
+    shown = Trackers(experiment.tracking, experiment.model_dump(mode="json"), store.folder, names)
     with closing(shown):
         for record in store.metrics():
             shown.record(record)
@@ -196,7 +197,7 @@ def _go_on(session: Session, store: Store, state: ServerState, watcher: Watcher)
         best = best_answers(session, store)
         watcher.stage("writing adapters")
         last = state_of(session, store)
-        clients.finish(partial(method.serve, last))
+        clients.finish(partial(method.deployed, last))
         if clients.has_whole_adapters:
             export_adapters(session, store.folder / ADAPTERS, last, range(len(names)), store.metrics())
         result = summary(session, store, store.metrics()[-1], best)
@@ -210,6 +211,7 @@ def summary(session: Session, store: Store, last: Record, best_answers: Record) 
     clients, joined = session.federation.clients, last.get("joined", {})
     adapters = [f"{ADAPTERS}/{client.slug}" for client in clients]
     return summarise(
+        session.experiment,
         store,
         last,
         [client.task for client in clients],
@@ -290,7 +292,7 @@ def without_nan(value: Any) -> Any:
 
 def _answers(session: Session, state: ServerState) -> Record:
     plan, everyone = session.experiment.evaluation, torch.arange(len(session.names))
-    rows = session.method.serve(state, everyone)
+    rows = session.method.deployed(state, everyone)
     grades = clients_of(session).grade(rows, everyone, plan.examples, plan.max_new_tokens, state.round)
     return evaluation.answers(session.names, grades)
 

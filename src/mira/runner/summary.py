@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mira.config import parse_text
+from mira.config import Experiment
 from mira.store import Store
 
 Result = dict[str, Any]
 
-_NONE = {"up": 0, "down": 0}  # of a client that was not in the cohort
+_NONE = {"up": 0, "down": 0}  # bytes of a client outside the round's cohort
 
 
 def summarise(
-    store: Store, last: dict[str, Any], tasks: Sequence[str], examples: Sequence[int], adapters: Sequence[str],
-    best_answers: dict[str, Any],
+    experiment: Experiment, store: Store, last: dict[str, Any], tasks: Sequence[str], examples: Sequence[int],
+    adapters: Sequence[str], best_answers: dict[str, Any],
 ) -> Result:  # fmt: skip
-    """The result of a run (the fields are documented in docs/cli.md), from its records and the ``last`` thing measured.
+    """The result of a run (docs/cli.md documents the fields), from its records and the ``last`` measurement.
 
-    ``adapters``: the clients' PEFT folders, relative to the run folder.
+    ``adapters``: the clients' PEFT folders, relative to the run folder. ``best_answers``: the metrics of answers at the best
+    round.
     """
     records = store.metrics()
     start, best = records[0], records[store.best_round or 0]
@@ -48,7 +49,6 @@ def summarise(
                 "bytes_down": sum(r.get("client_bytes", {}).get(name, _NONE)["down"] for r in records),
             }
         )
-    experiment = parse_text(store.config())
     tokens = sum(record["tokens"] for record in training)
     return {
         "method": experiment.method.name,
@@ -91,7 +91,7 @@ def _answer(answers: dict[str, Any] | None, name: str, key: str) -> float | None
 
 
 def _metrics(start: dict[str, Any], last: dict[str, Any], name: str | None = None) -> dict[str, Any]:
-    """The values of ``evaluation.metrics`` at the start and last, of the client ``name`` or as the mean over clients."""
+    """The values of ``evaluation.metrics`` at the start and at the end, of the client ``name`` or as the mean over clients."""
     before, after = (_of(record.get("answers", {}), name) for record in (start, last))
     own = [key for key, value in after.items() if isinstance(value, float) and key not in ("exact_match", "rouge_l")]
     return {key: {"start": before.get(key), "last": after[key]} for key in own}

@@ -90,7 +90,7 @@ def is_raw(session: Session, client: SplitClient) -> bool:
 def card(session: Session, origin: Origin, use: Use, base: str | None) -> str:
     """The text of the card: what the hub reads, then what people read. ``base``: the base's name on the hub."""
     client = origin.client
-    use = "seeds" if use == "peft" and session.experiment.adapter.kind == "seeds" else use
+    use = "seeds" if use == "peft" and session.adapter.directions is not None else use
     rows = {
         "client": client.name,
         "base model": base or session.base.name,
@@ -132,7 +132,7 @@ def _metadata(session: Session, use: Use, base: str | None) -> str:
     """The head of the card, in YAML, of which JSON is a part."""
     values: dict[str, Any] = {} if base is None else {"base_model": base}
     values |= {"library_name": _LIBRARY[use]} if use in _LIBRARY else {}
-    lora = ["lora"] if session.experiment.adapter.kind == "lora" and use != "merged" else []
+    lora = ["lora"] if session.layout.modules and use != "merged" else []
     values |= {"pipeline_tag": "text-generation", "tags": ["federated-learning", "mira", *lora]}
     return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items()) + "---\n"
 

@@ -32,7 +32,7 @@ def export_adapters(
 
 def deployed(session: Session, state: ServerState, client: int) -> Tensor:
     """The row [P] of a client in ``state``."""
-    return session.method.serve(state, torch.tensor([client]))[0]
+    return session.method.deployed(state, torch.tensor([client]))[0]
 
 
 def export_row(session: Session, folder: Path, row: Tensor, origin: Origin) -> None:

@@ -51,9 +51,9 @@ def check(format: Format, session: Session, merge: bool) -> None:
                 " its convert_hf_to_gguf.py on the folder"
             )
         return
-    kind = session.experiment.adapter.kind
-    if kind != "lora":
-        way = "; use --merge and serve the whole model" if kind == "seeds" else ""
+    if not session.layout.modules:
+        way = "" if session.layout.virtual_tokens else "; use --merge and serve the whole model"
+        kind = session.experiment.adapter.kind
         raise UserError(f"--format {format}: {_NAMES[format]} serves LoRA adapters, not adapter.kind={kind}{way}")
     if format == "gguf":
         gguf.check(session.base.model.config)

@@ -7,25 +7,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date as Date
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mira.adapters.lora import Lora, LoraAdapter
-from mira.adapters.peft_check import prove as prove_adapter
-from mira.adapters.prompt import Prompt, PromptAdapter
-from mira.adapters.seeds import SeedsAdapter, directions
 from mira.adapters.types import Adapter
 from mira.config import Experiment
-from mira.config.adapter import SeedsSection, VirtualPromptSection
 from mira.core.errors import UserError, did_you_mean
 from mira.core.graph import Graph, Groups
 from mira.core.layout import Layout
 from mira.core.threads import usable_threads
-from mira.core.training import Training
 from mira.core.types import ClientBackend, Method, ServerState, Setting
 from mira.data.corpus import Corpus, without_overlong
 from mira.data.federation import SPLITS, Federation, make_federation
@@ -36,12 +30,11 @@ from mira.engine.checkpoint import check_gradients
 from mira.engine.generate import positions
 from mira.engine.memory import is_out_of_memory, share_heap
 from mira.engine.reference import ReferenceEngine
-from mira.engine.seeds import SeedsEngine
-from mira.methods import ALONG_GRAPH
-from mira.methods.ranked import ranked
+from mira.engine.seeds import SeedsEngine, without_gradients
+from mira.methods import uses_graph
+from mira.methods.heterogeneous_ranks import with_ranks
 from mira.model import Base, load
 from mira.model.embed import embed
-from mira.model.whole import unquantised
 from mira.setup.environment import environment_of
 
 log = logging.getLogger(__name__)
@@ -81,7 +74,7 @@ class Session:
         return self.method_as(self.experiment.method)
 
     def method_as(self, method: Method) -> Method:
-        return ranked(method, self.layout, self.experiment.clients.rank, self.names)
+        return with_ranks(method, self.layout, self.experiment.clients.rank, self.names)
 
     def start(self) -> Tensor:
         """The common start row [P], in the precision adapters are trained in."""
@@ -108,7 +101,7 @@ class Session:
 
     @property
     def _along_graph(self) -> bool:
-        return self.experiment.method.name in ALONG_GRAPH
+        return uses_graph(self.experiment.method)
 
     def initial_state(self) -> ServerState:
         """The state before round 0. Raises UserError when graph, method and data do not fit together."""
@@ -149,8 +142,8 @@ def open_session(
         experiment.model.trust_remote_code, experiment.model.quantization, experiment.model.revision,
     )  # fmt: skip
     training, prompt = experiment.training, experiment.prompt
-    adapter = _adapter(experiment, base)
-    layout, dropout = adapter.layout, getattr(experiment.adapter, "dropout", 0.0)
+    adapter: Adapter = experiment.adapter.on(base, experiment.seed)
+    layout, dropout = adapter.layout, adapter.in_pass.dropout
     # A model knows no positions beyond its own: longer inputs are cut to what it can read.
     room = positions(base.model) - layout.virtual_tokens
     if room < 1:
@@ -180,10 +173,9 @@ def open_session(
             "adapter.dropout=%g: the shared prefix is off, since sharing it would share one dropout mask", dropout
         )
         prefix = False
-    on_top = Layout(()) if isinstance(adapter, SeedsAdapter) else layout  # seeds are in the weights
     common = partial(
         dict[str, Any], model=base.model, pad=base.tokenizer.pad_token_id, stops=encoder.stops,
-        decode=encoder.answer, layout=on_top, dropout=dropout, corpus=corpus,
+        decode=encoder.answer, adapter=adapter.in_pass, corpus=corpus,
         training=training, seed=experiment.seed, progress=progress,
         checkpointing=experiment.engine.checkpointing,
     )  # fmt: skip
@@ -197,9 +189,8 @@ def open_session(
     engine: BatchedEngine | ReferenceEngine | SeedsEngine
     engine = _engine(recorded.get("engine") or experiment.engine.name, batched, common)
     name, budget = ("batched", engine.budget) if isinstance(engine, BatchedEngine) else ("reference", None)
-    if isinstance(adapter, SeedsAdapter):
-        _warn_ignored(training)
-        engine = SeedsEngine(engine, adapter.directions, experiment.adapter.epsilon, corpus, experiment.seed)
+    if adapter.directions is not None:
+        engine = without_gradients(engine, adapter.directions, corpus, training, experiment.seed)
     now = environment_of(base, federation, threads, name, prefix, budget, truncated, encoder)
     return Session(experiment, base, federation, corpus, adapter, engine, now)
 
@@ -243,31 +234,3 @@ def enough_memory(experiment: Experiment) -> Iterator[None]:
             f"prompt.max_length={experiment.prompt.max_length}: out of memory while measuring; start a new run with less of it,"
             " or with a smaller evaluation.max_new_tokens"
         ) from None
-
-
-def _adapter(experiment: Experiment, base: Base) -> Adapter:
-    section, model = experiment.adapter, base.model
-    if isinstance(section, VirtualPromptSection):
-        return PromptAdapter(model, Prompt(section.virtual_tokens, section.encoder_hidden).layout(model))
-    if isinstance(section, SeedsSection):
-        return SeedsAdapter(model, directions(model, section.targets, experiment.seed), section.count)
-    lora = Lora(
-        section.rank,
-        section.alpha,
-        section.dropout,
-        section.rslora,
-        section.targets,
-        section.dora,
-        section.lora_plus_ratio,
-    )
-    layout = lora.layout(model)
-    prove_adapter(model, layout)
-    whole = cache(partial(unquantised, base, experiment.model.trust_remote_code)) if base.path else None
-    return LoraAdapter(model, layout, whole, base.revision, section.init)
-
-
-def _warn_ignored(training: Training) -> None:
-    names = ("optimizer", "momentum", "weight_decay", "clip", "keep_optimizer")
-    given = [name for name in names if getattr(training, name) != getattr(Training, name)]
-    if given:
-        log.warning("adapter.kind=seeds has no optimiser; ignored: %s", ", ".join(f"training.{name}" for name in given))

@@ -18,7 +18,7 @@ KINDS = ("rows", "optim", "extra")
 _Digests = dict[Annotated[int, Field(ge=0)], str]
 
 
-class Record(BaseModel):
+class RoundRecord(BaseModel):
     """What makes a round committed: its metrics, and by kind and key the digest of every file it wrote."""
 
     model_config = ConfigDict(extra="forbid")
@@ -46,7 +46,7 @@ class History:
         self._standing = UNMEASURED
         self._versions = {kind: _Versions() for kind in KINDS}
 
-    def add(self, record: Record) -> list[tuple[str, int, int]]:
+    def add(self, record: RoundRecord) -> list[tuple[str, int, int]]:
         """Takes the next round into account; returns (kind, key, round) of the versions that became obsolete."""
         self.last = record.round
         found = standing(record.metrics)

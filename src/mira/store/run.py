@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mira.core.errors import UserError
 from mira.store import files, manifests
-from mira.store.history import KINDS, History, Record
+from mira.store.history import KINDS, History, RoundRecord
 
 _OURS = re.compile(r"[0-9]{6,}\.r[0-9]{6,}\.safetensors|\..*\.tmp")
 _METRICS, _RESULT = "metrics.jsonl", "result.json"
@@ -197,7 +197,7 @@ class Store:
         new += [("optim", client, {"state": state}) for client, state in (optimizer or {}).items()]
         if extra:
             new.append(("extra", 0, {**self.extra(), **extra}))
-        record = Record(round=round, metrics=metrics, rows={}, optim={}, extra={})
+        record = RoundRecord(round=round, metrics=metrics, rows={}, optim={}, extra={})
         path = self._record_path(round)
         try:
             for kind, key, tensors in new:
@@ -239,13 +239,13 @@ class Store:
     def _path(self, kind: str, key: int, round: int) -> Path:
         return self.folder / kind / f"{key:06d}.r{round:06d}.safetensors"
 
-    def _records(self) -> Iterator[Record]:
+    def _records(self) -> Iterator[RoundRecord]:
         names = os.listdir(self.folder / "rounds")
         rounds = sorted(int(name[:-5]) for name in names if re.fullmatch(r"[0-9]{6,}\.json", name))
         for expected, round in enumerate(rounds):
             if round != expected:
                 raise files.corrupt(self._record_path(expected), "missing")
-            yield manifests.parse(Record, self._record_path(round))
+            yield manifests.parse(RoundRecord, self._record_path(round))
 
     def _tidy(self) -> None:
         """Removes what an interrupted commit left behind, once it is sure that everything needed is there."""
@@ -315,5 +315,5 @@ def _held(folder: Path, lock: int) -> Store:
         raise
 
 
-def _metrics_line(record: Record) -> bytes:
+def _metrics_line(record: RoundRecord) -> bytes:
     return files.pack_json({"round": record.round, **record.metrics})

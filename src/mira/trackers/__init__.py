@@ -4,6 +4,6 @@ A tracker is given numbers and hyper-parameters, never a text or an example, and
 machine. It runs beside the rounds: a slow one does not hold them, and a failed one is off after one warning.
 """
 
-from mira.trackers.follow import Followers, Tracking
+from mira.trackers.follow import Trackers, Tracking
 
-__all__ = ["Followers", "Tracking"]
+__all__ = ["Trackers", "Tracking"]

@@ -19,7 +19,7 @@ from mira.core.pydantic_config import STRICT
 from mira.trackers import numbers
 from mira.trackers.mlflow import Mlflow
 from mira.trackers.tensorboard import TensorBoard
-from mira.trackers.tracker import Live, Tracker
+from mira.trackers.tracker import Tracker, TrackerRun
 from mira.trackers.wandb import Wandb
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Tracking:
                 )
 
 
-class Followers:
+class Trackers:
     """Everybody who watches one run. Nothing here raises, and nothing but ``finish`` and ``close`` waits."""
 
     def __init__(self, tracking: Tracking, config: Mapping[str, Any], folder: Path, clients: Sequence[str]) -> None:
@@ -54,8 +54,10 @@ class Followers:
         asked: dict[str, Tracker | None] = {"wandb": tracking.wandb, "mlflow": tracking.mlflow}
         folder = folder.resolve()
         show = partial(_start, parameters=numbers.hyper_parameters(config), name=folder.name, folder=folder)
-        self._here = _Aside("TensorBoard", partial(show, TensorBoard()))
-        self._away = [_Aside(f"tracking.{name}", partial(show, tracker)) for name, tracker in asked.items() if tracker]
+        self._here = _TrackerThread("TensorBoard", partial(show, TensorBoard()))
+        self._away = [
+            _TrackerThread(f"tracking.{name}", partial(show, tracker)) for name, tracker in asked.items() if tracker
+        ]
 
     def record(self, record: dict[str, Any]) -> None:
         """A committed round; each only once, in order."""
@@ -79,20 +81,20 @@ class Followers:
             tracker.end(seconds)
 
 
-def _start(tracker: Tracker, parameters: dict[str, Any], name: str, folder: Path) -> Live:
+def _start(tracker: Tracker, parameters: dict[str, Any], name: str, folder: Path) -> TrackerRun:
     return tracker.start(parameters, name, folder)
 
 
-class _Aside:
+class _TrackerThread:
     """One tracker and its thread."""
 
-    def __init__(self, name: str, start: Callable[[], Live]) -> None:
+    def __init__(self, name: str, start: Callable[[], TrackerRun]) -> None:
         self._name = name
-        self._calls: SimpleQueue[Callable[[Live], None] | None] = SimpleQueue()
+        self._calls: SimpleQueue[Callable[[TrackerRun], None] | None] = SimpleQueue()
         self._thread = Thread(target=self._work, args=(start,), name=f"mira {name}", daemon=True)
         self._thread.start()
 
-    def call(self, what: Callable[[Live], None]) -> None:
+    def call(self, what: Callable[[TrackerRun], None]) -> None:
         if self._thread.is_alive():
             self._calls.put(what)
 
@@ -104,7 +106,7 @@ class _Aside:
             if self._thread.is_alive():
                 log.warning("%s: did not answer for %.0f s; what it has not shown yet may be lost", self._name, seconds)
 
-    def _work(self, start: Callable[[], Live]) -> None:
+    def _work(self, start: Callable[[], TrackerRun]) -> None:
         try:
             with closing(start()) as live:
                 while (call := self._calls.get()) is not None:

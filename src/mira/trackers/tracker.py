@@ -10,7 +10,7 @@ Numbers = Mapping[str, float]
 Parameters = Mapping[str, bool | int | float | str]
 
 
-class Live(Protocol):
+class TrackerRun(Protocol):
     """A run on show. After a resume it is given every committed round again, and shows each once."""
 
     def record(self, round: int, numbers: Numbers) -> None: ...
@@ -27,7 +27,7 @@ class Live(Protocol):
 class Tracker(Protocol):
     """Settings of one tracker. May raise anything at any time: who calls it takes that for 'off'."""
 
-    def start(self, parameters: Parameters, name: str, folder: Path) -> Live:
+    def start(self, parameters: Parameters, name: str, folder: Path) -> TrackerRun:
         """Put the run in ``folder`` on show as ``name``; it writes there and nowhere else on this machine."""
         ...
 

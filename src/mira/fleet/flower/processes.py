@@ -29,14 +29,14 @@ def command(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
-def surroundings(extra: Mapping[str, str]) -> dict[str, str]:
+def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """This process's environment for a child: Flower asks nobody for news, and finds its own programs beside this Python."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return {**os.environ, **FLOWER, "PATH": path, **extra}
 
 
 @dataclass
-class Process:
+class SupervisedProcess:
     """One command, started again when it ends, after 1, 2, 4 … 30 seconds. Its output goes to the file ``log``, or where ours
     does."""
 
@@ -55,7 +55,7 @@ class Process:
         with self.log.open("ab") if self.log else nullcontext() as out:
             self._child = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
-                env=surroundings(self.environment), preexec_fn=_die_with(os.getpid()),
+                env=child_environment(self.environment), preexec_fn=_die_with(os.getpid()),
             )  # fmt: skip
         # Flower's processes look for those they belong to by number, and one that nobody has waited for still has its own.
         threading.Thread(target=self._child.wait, daemon=True).start()

@@ -19,9 +19,9 @@ from random import SystemRandom
 
 from mira.core.errors import UserError
 from mira.fleet.flower.flwr_commands import END
-from mira.fleet.flower.processes import Process, command, surroundings
+from mira.fleet.flower.processes import SupervisedProcess, child_environment, command
 from mira.fleet.identity import certificates
-from mira.fleet.identity.kit import Site
+from mira.fleet.identity.kit import SiteEntry
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ _PORTS = range(20000, 32768)  # below those that Linux, macOS and Windows give t
 _DAYS = 30  # of the loopback certificate, made anew at every start
 # Of glibc, for the app, which fetches rows in threads: what is as large as a row goes back to the system once it is freed. A heap
 # for each thread kept 5 MB more a round of 50 MB rows.
-_TIDY = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "2"}
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "2"}
 _IN_USE = "Public key already in use"  # what Flower says of a site that it knows
 _SLOW = 120.0  # seconds in which an app connects, or a command of Flower's ends; longer, and the SuperLink starts anew
 
@@ -64,12 +64,12 @@ class SuperLink:
     ``tell``: each command, where somebody wants to see it."""
 
     folder: Path
-    sites: Callable[[], Sequence[Site]]
+    sites: Callable[[], Sequence[SiteEntry]]
     relay: Path
     tell: Callable[[str], None]
     port: int = 0
-    _process: Process = field(init=False)
-    _executor: Process | None = None
+    _process: SupervisedProcess = field(init=False)
+    _executor: SupervisedProcess | None = None
     _pid: int | None = None
     _submitted: float | None = None
     _registered: set[str] = field(default_factory=set)  # public keys
@@ -79,7 +79,7 @@ class SuperLink:
         self._write()
         keys = ("--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key", "--ssl-ca-certfile", "ca.pem")
         paths = [part if part.startswith("--") else str(self.folder / part) for part in keys]
-        self._process = Process(
+        self._process = SupervisedProcess(
             "SuperLink",
             [
                 command("flower-superlink"), "--host", _HOST, "--port", str(self.port), *paths,
@@ -142,7 +142,7 @@ class SuperLink:
         """The app went away: submit it again."""
         self._submitted = None
 
-    def last_words(self) -> list[str]:
+    def log_tail(self) -> list[str]:
         """The last lines of its log, which goes with its folder."""
         log = self.folder / "superlink.log"
         return log.read_text(errors="replace").splitlines()[-20:] if log.exists() else []
@@ -155,13 +155,13 @@ class SuperLink:
         if self._executor is not None:
             self._executor.stop()
 
-    def _new_executor(self) -> Process:
+    def _new_executor(self) -> SupervisedProcess:
         """What starts the app; it ends with the SuperLink, and the app with it. A SuperLink starts one by itself too, but never
         again."""
         line = [command("flower-superexec"), "--root-certificates", str(self.authority), "--parent-pid", str(self._pid)]
         line += ["--runtime-api-address", f"{_HOST}:{self.port}"]
-        environment = {"FLWR_HOME": str(self.folder / "flower"), "MIRA_RELAY": str(self.relay), **_TIDY}
-        return Process("SuperExec", line, self.folder / "superlink.log", environment, self.tell)
+        environment = {"FLWR_HOME": str(self.folder / "flower"), "MIRA_RELAY": str(self.relay), **_MALLOC}
+        return SupervisedProcess("SuperExec", line, self.folder / "superlink.log", environment, self.tell)
 
     def _write(self) -> None:
         now = datetime.now(UTC)
@@ -178,7 +178,7 @@ class SuperLink:
         connection = _CONNECTION.format(port=self.port, authority=self.authority)
         (self.folder / "flower" / "config.toml").write_text(connection)
 
-    def _registration(self, site: Site) -> Sequence[str]:
+    def _registration(self, site: SiteEntry) -> Sequence[str]:
         public = self.folder / f"{site.name}.pub"
         public.write_text(f"{site.public_key}\n")
         return "supernode", "register", str(public), "fleet", "--name", _node(site)
@@ -193,7 +193,7 @@ class SuperLink:
                 [sys.executable, "-P", "-m", "mira.fleet.flower.flwr_commands"],
                 input="".join(json.dumps(line) + "\n" for line in lines),
                 capture_output=True, text=True, timeout=_SLOW + len(lines), check=False,
-                env=surroundings({"FLWR_HOME": str(self.folder / "flower")}),
+                env=child_environment({"FLWR_HOME": str(self.folder / "flower")}),
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             log.warning("flwr %s did not end within %g s", commands[0][0], _SLOW + len(lines))
@@ -206,7 +206,7 @@ class SuperLink:
         return worked
 
 
-def _node(site: Site) -> str:
+def _node(site: SiteEntry) -> str:
     """One name a key: a name that was revoked and issued again has two, and the SuperLink knows both."""
     return f"{site.name}.{sha256(site.public_key.encode()).hexdigest()[:12]}"
 

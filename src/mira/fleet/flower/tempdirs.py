@@ -15,7 +15,7 @@ _FRESH = 60.0  # seconds in which one may not be locked yet
 
 
 @contextmanager
-def scratch(prefix: str) -> Iterator[Path]:
+def temporary_folder(prefix: str) -> Iterator[Path]:
     """A new folder for this user alone, gone afterwards. Those of former processes that were killed go too: keys were in them."""
     _sweep(prefix)
     folder = Path(tempfile.mkdtemp(prefix=prefix))

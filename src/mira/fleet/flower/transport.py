@@ -12,7 +12,7 @@ from math import inf
 
 from mira.core.errors import UserError
 from mira.fleet.flower import frames
-from mira.fleet.messages.transport import NoReply, Reply, Watch, any_bytes
+from mira.fleet.messages.transport import NoReply, OnReply, Reply, any_bytes
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ _LOOK = 1.0  # seconds between two looks for sites that are to come back
 
 
 @dataclass
-class Relay:
+class FlowerTransport:
     """``listener``: the socket that Flower's app on the server connects to. ``names``: the sites admitted now, whoever else is
     online, by the names of their nodes. ``revive`` is called while the app is not there, and brings it back, ``dropped`` when it
     goes, ``pushed`` when requests lie ready for the sites; ``answered``: the numbers of messages whose answers have come whole,
@@ -71,7 +71,7 @@ class Relay:
         return set(self._nodes)
 
     def exchange(
-        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = any_bytes,
+        self, requests: Mapping[str, bytes], deadline: float, minimum: int, on_reply: OnReply = any_bytes,
         most: Mapping[str, int] | None = None,
     ) -> dict[str, Reply]:  # fmt: skip
         """Where Flower's app dies on the way the requests are sent again: a site that trained already trains the same once
@@ -95,7 +95,7 @@ class Relay:
                 until = min(until + time.monotonic() - gone, last)
                 continue
             replies |= came
-            good += sum(watch(name, reply) for name, reply in came.items())
+            good += sum(on_reply(name, reply) for name, reply in came.items())
             waiting = {id: name for id, name in waiting.items() if name not in replies}
             if good >= minimum:
                 break
@@ -105,7 +105,7 @@ class Relay:
         for name in requests.keys() - replies.keys():
             late = "it was not waited for" if time.monotonic() < until else f"no reply within {deadline:g} s"
             replies[name] = NoReply(late, busy=name in pushed)
-            watch(name, replies[name])
+            on_reply(name, replies[name])
         return {
             name: reply if isinstance(reply, bytes) else replace(reply, sent=name in pushed)
             for name, reply in replies.items()

@@ -15,7 +15,7 @@ PIECE = 1 << 16
 _FAREWELL = 1.0  # seconds a refused peer has to read its answer
 
 
-class Refused(Exception):
+class HttpRefusal(Exception):
     """What is answered instead: an HTTP status and a body, and why, for the log."""
 
     def __init__(self, status: int, why: str, body: bytes = b"") -> None:
@@ -23,7 +23,7 @@ class Refused(Exception):
         self.status, self.body = status, body
 
 
-class Line:
+class HttpConnection:
     """One side's connection: bytes on one end, HTTP events on the other. No wait is longer than ``patience`` seconds.
 
     What breaks on the SuperLink's side is a 502, on a site's a 408 or what HTTP says of its mistake.
@@ -47,16 +47,16 @@ class Line:
                     self.http.receive_data(await self.reader.read(PIECE))
             return event
         except h11.RemoteProtocolError as error:
-            raise Refused(502 if self.ours else error.error_status_hint, str(error)) from None
+            raise HttpRefusal(502 if self.ours else error.error_status_hint, str(error)) from None
         except (OSError, TimeoutError) as error:
-            raise Refused(502 if self.ours else 408, f"no more came {error}") from None
+            raise HttpRefusal(502 if self.ours else 408, f"no more came {error}") from None
 
     async def body(self) -> AsyncIterator[bytes]:
-        """The pieces of the body that comes. Raises Refused when it ends early."""
+        """The pieces of the body that comes. Raises HttpRefusal when it ends early."""
         while isinstance(piece := await self.next(), h11.Data):
             yield piece.data
         if not isinstance(piece, h11.EndOfMessage):
-            raise Refused(502 if self.ours else 400, "the body ended early")
+            raise HttpRefusal(502 if self.ours else 400, "the body ended early")
 
     async def send(self, event: h11.Event) -> None:
         if data := self.http.send(event):
@@ -65,21 +65,21 @@ class Line:
                 async with asyncio.timeout(self.patience):
                     await self.writer.drain()
             except (OSError, TimeoutError) as error:
-                raise Refused(502 if self.ours else 408, f"no more could be sent {error}") from None
+                raise HttpRefusal(502 if self.ours else 408, f"no more could be sent {error}") from None
 
 
-async def refuse(line: Line, host: str, refused: Refused) -> None:
+async def refuse(connection: HttpConnection, host: str, refused: HttpRefusal) -> None:
     """Answers, where an answer has not begun, and leaves the connection to be closed."""
     log.debug("%s: refused with %d: %s", host, refused.status, refused)
-    if line.http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+    if connection.http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
         return
-    with suppress(Refused, TimeoutError):  # a peer that does not take the answer does without
+    with suppress(HttpRefusal, TimeoutError):  # a peer that does not take the answer does without
         head = [("content-length", str(len(refused.body))), ("connection", "close")]
-        await line.send(h11.Response(status_code=refused.status, headers=head))
-        await line.send(h11.Data(data=refused.body))
-        await line.send(h11.EndOfMessage())
+        await connection.send(h11.Response(status_code=refused.status, headers=head))
+        await connection.send(h11.Data(data=refused.body))
+        await connection.send(h11.EndOfMessage())
         async with asyncio.timeout(_FAREWELL):  # closed with bytes unread, TCP would take the answer back
-            while await line.reader.read(PIECE):
+            while await connection.reader.read(PIECE):
                 pass
 
 

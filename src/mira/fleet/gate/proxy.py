@@ -26,7 +26,7 @@ import h11
 
 from mira.core.errors import UserError
 from mira.fleet.gate import rules
-from mira.fleet.gate.connection import PIECE, Line, Refused, hang_up, refuse
+from mira.fleet.gate.connection import PIECE, HttpConnection, HttpRefusal, hang_up, refuse
 from mira.fleet.gate.push_request import own_answer
 from mira.fleet.gate.quota import Uploads
 from mira.fleet.gate.rules import Limits
@@ -56,7 +56,7 @@ class Upstream:
 
 
 @dataclass(frozen=True)
-class Door:
+class OpenGate:
     """An open gate. ``ring``, from any thread: something was pushed, so that held questions are asked again. ``answered``: the
     numbers of the questions that sites answered lately, as ``Uploads.whole``; ``allow``: how much they may answer."""
 
@@ -84,7 +84,7 @@ def upstream_tls(authority: Path) -> ssl.SSLContext:
 @contextmanager
 def opened(
     listen: tuple[str | None, int], upstream: Upstream, tls: ssl.SSLContext, admit: Admit, limits: Limits
-) -> Iterator[Door]:
+) -> Iterator[OpenGate]:
     """A gate in a thread of its own that listens at ``listen`` (no host: everywhere, IPv4 and IPv6; port 0, with a host: any free
     one). Raises OSError when it cannot."""
     limits = _affordable(limits)
@@ -95,7 +95,7 @@ def opened(
     try:
         server = asyncio.run_coroutine_threadsafe(gate.listen(listen, tls), loop).result()
         try:
-            yield Door(
+            yield OpenGate(
                 server.sockets[0].getsockname()[:2], partial(loop.call_soon_threadsafe, gate.ring), gate.uploads.whole,
                 gate.uploads.allow,
             )  # fmt: skip
@@ -154,7 +154,8 @@ class _Gate:
             reader, writer = await secured(transport, tls, self.limits.head, PIECE)
             try:
                 await self.converse(
-                    host, Line(h11.Connection(h11.SERVER, rules.HEAD_BYTES), reader, writer, self.limits.stall)
+                    host,
+                    HttpConnection(h11.Connection(h11.SERVER, rules.HEAD_BYTES), reader, writer, self.limits.stall),
                 )
             finally:
                 await hang_up(writer)
@@ -166,7 +167,7 @@ class _Gate:
             transport.close()
             self.hosts -= Counter({host: 1})  # leaves no zero behind
 
-    async def converse(self, host: str, outside: Line) -> None:
+    async def converse(self, host: str, outside: HttpConnection) -> None:
         """One request after the other, until one is refused, the peer leaves or nothing comes."""
         while True:
             try:
@@ -181,7 +182,7 @@ class _Gate:
                 await self.readiness()
                 status = await self.forward(request.target, site, headers, outside)
                 log.debug("%s: %s %s: %d", host, site, request.target.decode(), status)
-            except Refused as refused:
+            except HttpRefusal as refused:
                 return await refuse(outside, host, refused)
             if outside.http.our_state is not h11.DONE or outside.http.their_state is not h11.DONE:
                 return
@@ -192,7 +193,7 @@ class _Gate:
             return self.admit(headers)
         except UserError as error:
             log.error("nobody is let in: %s", error)
-            raise Refused(503, "who is admitted is not known") from None  # a site tries again, it was not refused
+            raise HttpRefusal(503, "who is admitted is not known") from None  # a site tries again, it was not refused
 
     async def readiness(self) -> None:
         with suppress(TimeoutError):
@@ -200,39 +201,41 @@ class _Gate:
                 while not self.upstream.ready():
                     await asyncio.sleep(_LOOK)
 
-    async def forward(self, target: bytes, site: str, headers: Mapping[str, str], outside: Line) -> int:
-        """Sends one request on and its answer back; the answer's status. Raises Refused while nothing of it was sent back."""
+    async def forward(self, target: bytes, site: str, headers: Mapping[str, str], outside: HttpConnection) -> int:
+        """Sends one request on and its answer back; the answer's status. Raises HttpRefusal while nothing of it was sent back."""
         if target == rules.QUESTIONS:
             return await self.hold(headers, outside)
         size = int(headers["content-length"]) if target in (rules.ANSWERS, rules.PIECES) else None
         if size is None:
             async with self.asked(target, headers, outside.body()) as (answer, inside):
                 if target == rules.BEGIN and answer.status_code == rules.UNKNOWN and not self.upstream.knows(site):
-                    raise Refused(503, f"the SuperLink does not know {site} yet")  # it tries again, it was not refused
+                    raise HttpRefusal(
+                        503, f"the SuperLink does not know {site} yet"
+                    )  # it tries again, it was not refused
                 return await _pass_back(answer, inside, outside)
         if not self.uploads.take(site, size):
-            raise Refused(413, "more than it was asked for")
+            raise HttpRefusal(413, "more than it was asked for")
         with self.uploads.pushing(site):
             try:
                 if target == rules.ANSWERS:
                     return await self.announce(site, headers, outside)
                 async with self.asked(target, headers, outside.body()) as (answer, inside):
                     return await _pass_back(answer, inside, outside)
-            except Refused:
+            except HttpRefusal:
                 self.uploads.give_back(site, size)  # it did not come whole, and will be sent again
                 raise
 
-    async def announce(self, site: str, headers: Mapping[str, str], outside: Line) -> int:
+    async def announce(self, site: str, headers: Mapping[str, str], outside: HttpConnection) -> int:
         """As ``forward``, for what must be a site's own answer."""
         body = b"".join([piece async for piece in outside.body()])
         if (question := own_answer(body)) is None:
-            raise Refused(403, "not an answer of the site that sent it")
+            raise HttpRefusal(403, "not an answer of the site that sent it")
         async with self.asked(rules.ANSWERS, headers, _each([body])) as (answer, inside):
             if answer.status_code == 200:
                 self.uploads.announce(question, site)
             return await _pass_back(answer, inside, outside)
 
-    async def hold(self, headers: Mapping[str, str], outside: Line) -> int:
+    async def hold(self, headers: Mapping[str, str], outside: HttpConnection) -> int:
         """As ``forward``; where there are no messages, again as soon as something was pushed."""
         body = [piece async for piece in outside.body()]
         until = asyncio.get_running_loop().time() + self.limits.hold
@@ -246,21 +249,21 @@ class _Gate:
                 async with asyncio.timeout_at(until):
                     await bell.wait()
             if outside.gone:  # what is fetched for nobody is lost
-                raise Refused(408, "it left")
+                raise HttpRefusal(408, "it left")
             if self.identify(headers) is None:
                 raise rules.stranger(rules.QUESTIONS)
 
     @asynccontextmanager
     async def asked(
         self, target: bytes, headers: Mapping[str, str], body: AsyncIterator[bytes]
-    ) -> AsyncIterator[tuple[h11.Response, Line]]:
+    ) -> AsyncIterator[tuple[h11.Response, HttpConnection]]:
         """The SuperLink's answer to one request, and the line its body comes on."""
         host, port = self.upstream.address
         try:
             reader, writer = await asyncio.open_connection(host, port, ssl=self.upstream.tls, limit=PIECE)
         except OSError as error:
-            raise Refused(502, f"the SuperLink does not answer ({error})") from None
-        inside = Line(h11.Connection(h11.CLIENT, rules.HEAD_BYTES), reader, writer, self.limits.stall)
+            raise HttpRefusal(502, f"the SuperLink does not answer ({error})") from None
+        inside = HttpConnection(h11.Connection(h11.CLIENT, rules.HEAD_BYTES), reader, writer, self.limits.stall)
         try:
             kept = [
                 (name, value) for name, value in headers.items() if name in rules.SENT_ON or name.startswith("flwr-")
@@ -274,7 +277,7 @@ class _Gate:
             while isinstance(answer := await inside.next(), h11.InformationalResponse):
                 pass
             if not isinstance(answer, h11.Response):
-                raise Refused(502, "the SuperLink hung up")
+                raise HttpRefusal(502, "the SuperLink hung up")
             yield answer, inside
         finally:
             await hang_up(writer)
@@ -285,7 +288,7 @@ async def _each(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
         yield piece
 
 
-async def _pass_back(answer: h11.Response, inside: Line, outside: Line) -> int:
+async def _pass_back(answer: h11.Response, inside: HttpConnection, outside: HttpConnection) -> int:
     back = [(n, v) for n, v in answer.headers if n in (b"content-type", b"content-length") or n.startswith(b"flwr-")]
     await outside.send(h11.Response(status_code=answer.status_code, headers=back))
     async for piece in inside.body():

@@ -9,7 +9,7 @@ from ipaddress import ip_network
 
 import h11
 
-from mira.fleet.gate.connection import Refused
+from mira.fleet.gate.connection import HttpRefusal
 
 BEGIN = b"/v1/fleet/activate-node"
 QUESTIONS = b"/v1/fleet/pull-messages"
@@ -36,24 +36,24 @@ class Limits:
 
 
 def check(request: h11.Request, limits: Limits) -> dict[str, str]:
-    """A request's headers, each once. Raises Refused unless it is a POST to the fleet API within its limit."""
+    """A request's headers, each once. Raises HttpRefusal unless it is a POST to the fleet API within its limit."""
     most = {ANSWERS: limits.answer, PIECES: limits.body}.get(request.target, limits.question)
     if not _FLEET.fullmatch(request.target):  # no dots, no percent, no query, no host: nothing to interpret differently
-        raise Refused(404, f"no such path: {request.target[:80]!r}")
+        raise HttpRefusal(404, f"no such path: {request.target[:80]!r}")
     if request.method != b"POST":
-        raise Refused(405, f"method {request.method[:20]!r}")
+        raise HttpRefusal(405, f"method {request.method[:20]!r}")
     headers: dict[str, str] = {}
     for name, value in request.headers:
         key = name.decode("ascii")
         if key in headers:
-            raise Refused(400, f"header {key} twice")
+            raise HttpRefusal(400, f"header {key} twice")
         headers[key] = value.decode("latin-1")
     if "transfer-encoding" in headers or "upgrade" in headers:
-        raise Refused(400, "transfer-encoding or upgrade")
+        raise HttpRefusal(400, "transfer-encoding or upgrade")
     if "content-length" not in headers:
-        raise Refused(411, "no content-length")
+        raise HttpRefusal(411, "no content-length")
     if int(headers["content-length"]) > most:
-        raise Refused(413, f"a body of {headers['content-length']} bytes; at most {most}")
+        raise HttpRefusal(413, f"a body of {headers['content-length']} bytes; at most {most}")
     return headers
 
 
@@ -65,10 +65,10 @@ def host_of(address: str) -> str:
         return address
 
 
-def stranger(target: bytes) -> Refused:
+def stranger(target: bytes) -> HttpRefusal:
     """A SuperNode that begins shows the text of a 412, as a SuperLink answers a key it does not know, and fails; one under way
-    ends at a 401 only. ``mira client`` asks (``knock``) before it lets one begin anew."""
+    ends at a 401 only. ``mira client`` asks (``flower.preflight``) before it lets one begin anew."""
     if target not in (b"/v1/fleet/register-node", BEGIN):
-        return Refused(401, "not a site of this federation")
+        return HttpRefusal(401, "not a site of this federation")
     text = "The server does not admit this node key: it is revoked, or of another federation, or the clock is wrong."
-    return Refused(UNKNOWN, "not a site of this federation", json.dumps({"code": 2004, "detail": text}).encode())
+    return HttpRefusal(UNKNOWN, "not a site of this federation", json.dumps({"code": 2004, "detail": text}).encode())

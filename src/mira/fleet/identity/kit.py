@@ -26,7 +26,7 @@ _CA_DAYS = 3650  # sites keep the CA's certificate, so it outlives many of the s
 
 
 @dataclass(frozen=True)
-class Site:
+class SiteEntry:
     """A site as the server knows it. Times are ISO 8601, UTC."""
 
     name: str
@@ -40,7 +40,7 @@ class ServerKit:
     folder: Path
     address: str  # HOST:PORT, where sites reach the gate
     expires: datetime  # of the server's certificate
-    sites: tuple[Site, ...]
+    sites: tuple[SiteEntry, ...]
 
     @property
     def certificate(self) -> Path:
@@ -51,7 +51,7 @@ class ServerKit:
         return self.folder / "server.key"
 
     @property
-    def admitted(self) -> tuple[Site, ...]:
+    def admitted(self) -> tuple[SiteEntry, ...]:
         """Issued and not revoked."""
         return tuple(site for site in self.sites if site.revoked is None)
 
@@ -127,7 +127,7 @@ def make_site(server: Path, name: str, folder: Path, now: datetime | None = None
             "site.json": _json({"name": name, "address": kit.address}),
         }  # fmt: skip
         key_files.write_folder(folder, contents)
-        _commit(kit, (*kit.sites, Site(name, public, _stamp(now))))
+        _commit(kit, (*kit.sites, SiteEntry(name, public, _stamp(now))))
     return load_site(folder)
 
 
@@ -203,11 +203,11 @@ def _read_server(folder: Path) -> ServerKit:
     return ServerKit(folder, address, expires, sites)
 
 
-def read_registry(folder: Path) -> tuple[str, tuple[Site, ...]]:
+def read_registry(folder: Path) -> tuple[str, tuple[SiteEntry, ...]]:
     """The server's address and all sites ever issued. Raises UserError."""
     values = _object(folder / "server.json", key_files.read(folder, "server.json"), {"address", "sites"})
     try:
-        sites = tuple(Site(**site) for site in values["sites"])
+        sites = tuple(SiteEntry(**site) for site in values["sites"])
         for site in sites:
             if not NAME.fullmatch(site.name):
                 raise ValueError("server.json names a site that cannot be")
@@ -217,17 +217,17 @@ def read_registry(folder: Path) -> tuple[str, tuple[Site, ...]]:
     return str(values["address"]), sites
 
 
-def admitted(folder: Path) -> tuple[Site, ...]:
+def admitted(folder: Path) -> tuple[SiteEntry, ...]:
     """The sites a server's kit admits now: issued and not revoked. Raises UserError."""
     return tuple(site for site in read_registry(folder)[1] if site.revoked is None)
 
 
-def _commit(kit: ServerKit, sites: tuple[Site, ...]) -> None:
+def _commit(kit: ServerKit, sites: tuple[SiteEntry, ...]) -> None:
     files.replace(kit.folder / "server.json", _registry(kit.address, sites))
     files.sync(kit.folder)
 
 
-def _registry(address: str, sites: tuple[Site, ...]) -> bytes:
+def _registry(address: str, sites: tuple[SiteEntry, ...]) -> bytes:
     return _json({"address": address, "sites": [asdict(site) for site in sites]})
 
 

@@ -14,7 +14,7 @@ Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Run:
+class RemoteRun:
     """What every message of a run carries, and what a site must know to take part."""
 
     number: str  # 16 hexadecimal digits
@@ -32,7 +32,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Terms:
+class RoundPolicy:
     """``rounds`` of the run; ``deadline``: seconds a round waits at most; ``minimum``: replies that end it sooner, None for all
     of them; ``max_norm``: how far a row may move in a round, None for any distance that is not far from the others'; ``wire``:
     the format of rows; ``privacy``: the noise that sites put on theirs; ``training``: what they are asked for."""

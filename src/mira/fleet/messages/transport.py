@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import safetensors.torch
 from torch import Tensor
 
-Kind = Literal["open", "train", "evaluate", "grade", "finish"]
+RequestKind = Literal["open", "train", "evaluate", "grade", "finish"]
 _HEAD_LIMIT = 2**20  # bytes of JSON in a message
 _JSON = "mira"  # the metadata key that holds it
 
@@ -19,7 +19,7 @@ _JSON = "mira"  # the metadata key that holds it
 class Head:
     """What a message is about. A reply repeats the head of its request; any other reply is stale and dropped."""
 
-    kind: Kind
+    kind: RequestKind
     run: str
     segment: str  # a life of the server: it changes whenever the server starts
     round: int
@@ -27,7 +27,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Message:
+class Packet:
     head: Head
     values: dict[str, Any]  # what JSON can hold
     tensors: dict[str, Tensor]
@@ -44,7 +44,7 @@ class NoReply:
 
 
 Reply = bytes | NoReply
-Watch = Callable[[str, Reply], bool]
+OnReply = Callable[[str, Reply], bool]
 """Sees each reply as it comes, and says whether it is one of those that a round waits for."""
 
 
@@ -60,12 +60,12 @@ class Transport(Protocol):
         ...
 
     def exchange(
-        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = any_bytes,
+        self, requests: Mapping[str, bytes], deadline: float, minimum: int, on_reply: OnReply = any_bytes,
         most: Mapping[str, int] | None = None,
     ) -> dict[str, Reply]:  # fmt: skip
-        """The reply of each site asked, or why there is none. Ends when all have answered, after ``deadline`` seconds, or
-        once ``minimum`` replies are in that ``watch`` says count. ``most``: bytes of each reply, so that a transport can refuse
-        what is longer before it holds it."""
+        """The reply of each site asked, or the reason why there is none. Ends when all have answered, after ``deadline``
+        seconds, or once ``minimum`` replies are in that ``on_reply`` counts. ``most``: the bytes that each reply may have, so
+        that a transport can refuse a longer one before it holds it."""
         ...
 
 
@@ -73,7 +73,7 @@ class Malformed(ValueError):
     """Bytes that are no message."""
 
 
-def pack(message: Message) -> bytes:
+def pack(message: Packet) -> bytes:
     """Raises ValueError for NaN and infinities among the values, which JSON does not have."""
     text = json.dumps({"head": asdict(message.head), "values": message.values}, allow_nan=False)
     # safetensors refuses tensors that share memory: rows of one block do, and masks that are one and the same
@@ -81,7 +81,7 @@ def pack(message: Message) -> bytes:
     return safetensors.torch.save(tensors, {_JSON: text})
 
 
-def unpack(data: bytes) -> Message:
+def unpack(data: bytes) -> Packet:
     """The message in ``data``; raises Malformed when there is none."""
     try:
         length = int.from_bytes(data[:8], "little")
@@ -95,7 +95,7 @@ def unpack(data: bytes) -> Message:
         raise Malformed(f"not a message ({type(error).__name__}: {str(error)[:120]})") from None
     if not isinstance(values, dict) or type(head.round) is not int:
         raise Malformed("not a message (its values are no mapping, or its round is no number)")
-    return Message(head, values, tensors)
+    return Packet(head, values, tensors)
 
 
 def _no_constant(name: str) -> None:
@@ -103,7 +103,7 @@ def _no_constant(name: str) -> None:
 
 
 @dataclass(frozen=True)
-class InProcess:
+class InProcessTransport:
     """Sites in this process, one after the other: what tests and trials run on."""
 
     sites: Mapping[str, Callable[[bytes], bytes]]
@@ -112,7 +112,7 @@ class InProcess:
         return set(self.sites)
 
     def exchange(
-        self, requests: Mapping[str, bytes], deadline: float, minimum: int, watch: Watch = any_bytes,
+        self, requests: Mapping[str, bytes], deadline: float, minimum: int, on_reply: OnReply = any_bytes,
         most: Mapping[str, int] | None = None,
     ) -> dict[str, Reply]:  # fmt: skip
         replies: dict[str, Reply] = {}
@@ -120,12 +120,12 @@ class InProcess:
         for name, request in requests.items():
             if good >= minimum:
                 replies[name] = NoReply("it was not waited for", sent=False)
-                watch(name, replies[name])
+                on_reply(name, replies[name])
                 continue
             try:
                 reply: Reply = self.sites[name](request)
             except Exception as error:  # whatever a site dies of, the others go on
                 reply = NoReply(f"the site failed ({type(error).__name__}: {error})")
-            good += watch(name, reply)
+            good += on_reply(name, reply)
             replies[name] = reply
         return replies

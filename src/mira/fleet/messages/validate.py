@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mira.fleet.messages.transport import Head, Malformed, Message, unpack
+from mira.fleet.messages.transport import Head, Malformed, Packet, unpack
 
-Kind = Literal["oversized", "malformed", "foreign", "stale", "failed", "shape", "dtype", "not finite", "norm"]
+RejectionKind = Literal["oversized", "malformed", "foreign", "stale", "failed", "shape", "dtype", "not finite", "norm"]
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 _HEAD_BYTES = 2**20  # of names, counts and losses beside the tensors
 _TOO_FAR = 10.0  # times the round's median displacement
@@ -23,7 +23,7 @@ _QUORUM = 3  # replies of which a median says anything
 class Rejection:
     """Why a reply is not used: ``kind`` for metrics, ``reason`` (one line) for people."""
 
-    kind: Kind
+    kind: RejectionKind
     reason: str
 
 
@@ -39,7 +39,7 @@ class Expected:
         return _HEAD_BYTES + sum(prod(shape) * dtype.itemsize for shape, dtype in self.tensors.values())
 
 
-def judge(wanted: Expected, data: bytes) -> Message | Rejection:
+def validate(wanted: Expected, data: bytes) -> Packet | Rejection:
     """The message in ``data`` if it is the reply expected of the site that sent it (a name the transport proved). Whether its
     bytes are rows of finite numbers is found when they are decoded."""
     if len(data) > wanted.most_bytes:

@@ -12,8 +12,8 @@ from mira.config import Experiment
 from mira.core.errors import UserError
 from mira.fleet.flower import frames
 from mira.fleet.flower.superlink import SuperLink, check_installed
-from mira.fleet.flower.tempdirs import scratch
-from mira.fleet.flower.transport import Relay
+from mira.fleet.flower.tempdirs import temporary_folder
+from mira.fleet.flower.transport import FlowerTransport
 from mira.fleet.gate import proxy
 from mira.fleet.gate.rules import Limits
 from mira.fleet.identity.kit import ServerKit, admitted, load_server, split_address, until
@@ -27,7 +27,7 @@ _PATIENCE = 3600.0  # seconds for all sites to join once, before a run begins
 
 
 @dataclass(frozen=True)
-class Options:
+class ServerOptions:
     """``out``: the new run folder, or ``resume`` the one to go on with; ``relay``: a socket for an app of Flower that somebody
     else runs, without a SuperLink and a gate of ours; ``tell`` hears every command."""
 
@@ -38,7 +38,7 @@ class Options:
     tell: Say
 
 
-def serve(wanted: Experiment | None, kit_folder: Path, options: Options, watcher: Watcher) -> Result:
+def run_server(wanted: Experiment | None, kit_folder: Path, options: ServerOptions, watcher: Watcher) -> Result:
     """Run ``wanted`` with the sites of a server kit, or go on with a run. Raises UserError."""
     kit = load_server(kit_folder)
     if not kit.admitted:
@@ -55,12 +55,14 @@ def serve(wanted: Experiment | None, kit_folder: Path, options: Options, watcher
 
 
 @contextmanager
-def _by_hand(kit: ServerKit, options: Options) -> Iterator[Relay]:
+def _by_hand(kit: ServerKit, options: ServerOptions) -> Iterator[FlowerTransport]:
     """Flower's app comes when somebody submits it, to a SuperLink that has MIRA_RELAY in its environment."""
     assert options.relay is not None
     options.say(f"waiting for Flower's app at {options.relay}")
     with closing(frames.listen(options.relay)) as listener:
-        relay = Relay(listener, lambda: {name: name for name in _names(kit)}, say=options.say, patience=_PATIENCE)
+        relay = FlowerTransport(
+            listener, lambda: {name: name for name in _names(kit)}, say=options.say, patience=_PATIENCE
+        )
         try:
             yield relay
         finally:
@@ -69,10 +71,10 @@ def _by_hand(kit: ServerKit, options: Options) -> Iterator[Relay]:
 
 
 @contextmanager
-def _federation(kit: ServerKit, options: Options) -> Iterator[Relay]:
+def _federation(kit: ServerKit, options: ServerOptions) -> Iterator[FlowerTransport]:
     """A gate at the kit's address with a SuperLink behind it; all of it is gone at the end."""
     check_installed()
-    with scratch("mira-server-") as folder, ExitStack() as stack:
+    with temporary_folder("mira-server-") as folder, ExitStack() as stack:
         superlink = SuperLink(folder, lambda: admitted(kit.folder), folder / "relay", options.tell)
         stack.callback(superlink.stop)
         trust = proxy.upstream_tls(superlink.authority)
@@ -86,14 +88,14 @@ def _federation(kit: ServerKit, options: Options) -> Iterator[Relay]:
             why = f"cannot listen at port {listen[1]} ({error.strerror}); is it taken?"
             raise UserError(f"server: {why}") from None
         options.say(f"sites may connect to {kit.address} (its certificate: {until(kit.expires)})")
-        relay = Relay(
+        relay = FlowerTransport(
             listener, superlink.admit, revive=superlink.revive, dropped=superlink.dropped, pushed=door.ring,
             answered=door.answered, allow=door.allow, say=options.say,
         )  # fmt: skip
         try:
             yield stack.enter_context(closing(relay))
         except UserError:
-            for line in superlink.last_words():
+            for line in superlink.log_tail():
                 options.tell(line)
             raise
 

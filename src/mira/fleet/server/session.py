@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 from mira.config import Experiment
 from mira.core.errors import UserError
 from mira.data.sources.sites import Sites
-from mira.fleet.messages.policy import Run, Terms
+from mira.fleet.messages.policy import RemoteRun, RoundPolicy
 from mira.fleet.messages.transport import NoReply, Transport
-from mira.fleet.server.engine import RemoteClients
+from mira.fleet.server.clients import RemoteClients
 from mira.fleet.site.handler import fingerprints
 from mira.fleet.site.privacy import epsilon
 from mira.setup.environment import clients_told
@@ -64,7 +64,7 @@ class Opener:
             experiment.model_copy(update={"data": replace(data, examples=known)}), recorded, folder=folder
         )
         experiment = experiment.model_copy(update={"prompt": session.experiment.prompt})  # with the day it is dated
-        terms = Terms(
+        policy = RoundPolicy(
             experiment.rounds, **asdict(experiment.server), privacy=experiment.privacy, training=experiment.training
         )
         number = secrets.token_hex(8) if folder is None else _number(folder)
@@ -73,15 +73,15 @@ class Opener:
             "experiment": {key: value for key, value in given.items() if key not in _NOT_SENT},
             "threads": session.environment["threads"], **fingerprints(session),
         }  # fmt: skip
-        run = Run(
+        run = RemoteRun(
             number, secrets.token_hex(8), session.names, opening, experiment.clients.rank, data.examples,
             frozenset(data.expected),
         )  # fmt: skip
         engine = RemoteClients(
-            run, self.transport, terms, session.layout.size, lambda name, what: self.say(f"{name}: {what}")
+            run, self.transport, policy, session.layout.size, lambda name, what: self.say(f"{name}: {what}")
         )
         if data.examples:  # a run that goes on waits for those who were in it, but not for ever
-            self._gather(engine, lambda: self._admitted(begin), min(self.patience, terms.deadline))
+            self._gather(engine, lambda: self._admitted(begin), min(self.patience, policy.deadline))
         else:
             if missing := self._gather(engine, lambda: self._staying(engine, begin), self.patience):
                 raise UserError(

@@ -21,9 +21,9 @@ from mira.core.types import Work
 from mira.core.wire import Wire, compress, decode, decode_mask, down, encode
 from mira.data.sources.sites import Own
 from mira.data.types import Source
-from mira.fleet.messages.transport import Message, pack, unpack
+from mira.fleet.messages.transport import Packet, pack, unpack
 from mira.fleet.site.privacy import describe, epsilon, release
-from mira.fleet.site.state import Shelf
+from mira.fleet.site.state import SiteState
 from mira.runner import evaluation
 from mira.serving.card import Origin
 from mira.serving.folders import export_row
@@ -32,31 +32,31 @@ from mira.setup.session import Session, open_session
 log = logging.getLogger(__name__)
 
 Values = dict[str, Any]
-DEPLOYED, STAYS = "deployed", "stays"  # on the shelf: the job whose row is deployed, and what of it no server knows
+DEPLOYED, STAYS = "deployed", "stays"  # on the state: the job whose row is deployed, and what of it no server knows
 SEE_LOG = "it failed; the reason is in the site's own log"  # what an error says may hold text or file names
 
 
-class Refused(Exception):
+class RefusedRequest(Exception):
     """Why a request cannot be done, in words that may leave the site."""
 
 
 @dataclass(frozen=True)
-class Opened:
+class JoinedRun:
     """A run this site takes part in."""
 
     session: Session
-    shelf: Shelf
+    state: SiteState
     number: int
     start: Tensor
 
     @property
     def releases(self) -> int:
         """Rows with noise that left this site in this run."""
-        return int((self.shelf.noted("releases") or {"count": 0})["count"])
+        return int((self.state.noted("releases") or {"count": 0})["count"])
 
 
 @dataclass
-class Site:
+class SiteHandler:
     """One client of a federation, where its data is. ``model``: the base model's name or folder here, None as the server
     calls it; ``state``: the folder of all it keeps; ``allow_transfer``: others' rows may be tried on its data; ``min_noise``: the
     least ``privacy.noise`` of a run it takes part in."""
@@ -68,55 +68,55 @@ class Site:
     allow_transfer: bool = False
     threads: int | None = None
     min_noise: float = 0.0
-    _opened: dict[str, Opened] = field(default_factory=dict)
+    _opened: dict[str, JoinedRun] = field(default_factory=dict)
 
     def handle(self, request: bytes) -> bytes:
         """The reply to ``request``. What goes wrong is answered too; the reason in full stays in the log."""
         message = unpack(request)
-        act: Callable[[Message], tuple[Values, dict[str, Tensor]]] = {
+        act: Callable[[Packet], tuple[Values, dict[str, Tensor]]] = {
             "open": self._open, "train": self._train, "evaluate": self._evaluate, "grade": self._grade,
             "finish": self._finish,
         }[message.head.kind]  # fmt: skip
         try:
             if message.head.name != self.name:
-                raise Refused("the message is meant for another site")
+                raise RefusedRequest("the message is meant for another site")
             values, tensors = act(message)
-        except Refused as refusal:
+        except RefusedRequest as refusal:
             log.warning("round %d: %s", message.head.round, refusal)
             values, tensors = {"failed": str(refusal)}, {}
         except UserError as error:
             log.error("%s", error)
             values, tensors = {"failed": SEE_LOG}, {}
-        return pack(Message(message.head, values, tensors))
+        return pack(Packet(message.head, values, tensors))
 
-    def _open(self, message: Message) -> tuple[Values, dict[str, Tensor]]:
-        shelf = Shelf.of(self.state, message.head.run)
-        shelf.note("open", message.values)
+    def _open(self, message: Packet) -> tuple[Values, dict[str, Tensor]]:
+        state = SiteState.of(self.state, message.head.run)
+        state.note("open", message.values)
         opened = self._run(message.head.run, message.values)
         client = opened.session.federation.clients[0]
         log.info("joined run %s", message.head.run)
         counts = {"examples": client.num_train, "releases": opened.releases}
         return {**counts, "allow_transfer": self.allow_transfer}, {}
 
-    def _run(self, run: str, values: Values | None = None) -> Opened:
+    def _run(self, run: str, values: Values | None = None) -> JoinedRun:
         """The run's session: built when the server opens it, or again when this process is a new one."""
-        shelf = Shelf.of(self.state, run)
-        values = values or shelf.noted("open")
+        state = SiteState.of(self.state, run)
+        values = values or state.noted("open")
         if values is None:
-            raise Refused("it has not joined this run")
+            raise RefusedRequest("it has not joined this run")
         key = json.dumps(values, sort_keys=True)
         if key not in self._opened:
             self._opened.clear()  # one base model at a time
-            self._opened[key] = self._build(shelf, values)
+            self._opened[key] = self._build(state, values)
         return self._opened[key]
 
-    def _build(self, shelf: Shelf, values: Values) -> Opened:
+    def _build(self, state: SiteState, values: Values) -> JoinedRun:
         given = dict(values["experiment"])
         if given["model"].get("trust_remote_code"):
-            raise Refused("model.trust_remote_code=true: a site runs no code that a model brings")
+            raise RefusedRequest("model.trust_remote_code=true: a site runs no code that a model brings")
         for key in ("chat_template", "template_file", "template_kwargs"):
             if given["prompt"].get(key):
-                raise Refused(
+                raise RefusedRequest(
                     f"prompt.{key}: a template is a program; a site renders its texts with its model's own alone"
                 )
         if self.model is not None:
@@ -124,21 +124,23 @@ class Site:
         experiment = config.parse(given | {"data": {"source": "builtin"}})
         noise = 0.0 if experiment.privacy is None else experiment.privacy.noise
         if noise < self.min_noise:
-            raise Refused(f"privacy.noise={noise:g} is too little: it takes part from {self.min_noise:g} on")
+            raise RefusedRequest(f"privacy.noise={noise:g} is too little: it takes part from {self.min_noise:g} on")
         if experiment.privacy is not None:
             epsilon(noise, experiment.privacy.delta, 1)  # a missing accountant is found now
         experiment = experiment.model_copy(update={"data": Own(self.source, self.name)})
         number = int(values["number"])
         threads = {"threads": self.threads or values["threads"]}
-        session = open_session(experiment, threads, folder=shelf.folder, first=number)
+        session = open_session(experiment, threads, folder=state.folder, first=number)
         for what, ours in fingerprints(session).items():
             if values[what] != ours:
-                raise Refused(f"its {what} is not the server's (here {ours[:12]}, there {str(values[what])[:12]})")
-        session.corpus.keep(shelf.folder / "tokens")
+                raise RefusedRequest(
+                    f"its {what} is not the server's (here {ours[:12]}, there {str(values[what])[:12]})"
+                )
+        session.corpus.keep(state.folder / "tokens")
         start, rank = session.start(), values["rank"]
-        return Opened(session, shelf, number, start if rank is None else start * session.layout.within(rank))
+        return JoinedRun(session, state, number, start if rank is None else start * session.layout.within(rank))
 
-    def _train(self, message: Message) -> tuple[Values, dict[str, Tensor]]:
+    def _train(self, message: Packet) -> tuple[Values, dict[str, Tensor]]:
         here, values = self._run(message.head.run), message.values
         jobs, since = values["jobs"], int(values["since"])
         upload, trainable = (
@@ -147,7 +149,7 @@ class Site:
         )
         wire = here.session.experiment.server.wire
         keeps = values["private_parts"] or here.session.experiment.training.keep_optimizer or wire != "fp32"
-        kept = here.shelf.get(since) if keeps else {}
+        kept = here.state.get(since) if keeps else {}
         beneath = [kept.get(f"row{j}", here.start) for j in range(len(jobs))]
         whole = partial(_whole, message, upload, down(wire))
         start = [whole(job["start"], row) for job, row in zip(jobs, beneath, strict=True)]
@@ -162,8 +164,8 @@ class Site:
         )  # fmt: skip
         trained = screen(here.session.engine.train(work, message.head.round, float(values["lr"])))
         if trained.failed:
-            raise Refused(trained.failed[0].reason)
-        here.shelf.keep({since, *values["keep"]})
+            raise RefusedRequest(trained.failed[0].reason)
+        here.state.keep({since, *values["keep"]})
         tensors, answers, things = dict[str, Tensor](), list[Values](), dict[str, Tensor]()
         for m, j in enumerate(trained.job.tolist()):
             row = trained.rows[m]
@@ -186,12 +188,12 @@ class Site:
                 "steps": int(trained.steps[m]), "loss": float(trained.loss[m]),
             })  # fmt: skip
         if things:
-            here.shelf.put(message.head.round + 1, things)
+            here.state.put(message.head.round + 1, things)
         log.info("round %d: trained, mean loss %.3f", message.head.round + 1, answers[-1]["loss"])
         return {"jobs": answers, "releases": here.releases}, tensors
 
     def _leaving(
-        self, here: Opened, row: Tensor, start: Tensor, residual: Tensor | None
+        self, here: JoinedRun, row: Tensor, start: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """The bytes in which a trained row leaves, and what rounding took away of it. In fp32 without noise it leaves as it is,
         else as its displacement: clipped, with noise, what was taken away before, and rounded."""
@@ -201,21 +203,21 @@ class Site:
                 return encode(row, wire), None
             moved = row - start
             if privacy is not None:
-                here.shelf.note("releases", {"count": here.releases + 1})  # it counts whatever becomes of it
+                here.state.note("releases", {"count": here.releases + 1})  # it counts whatever becomes of it
                 moved = release(moved, privacy.clip, privacy.noise)
             data, left = compress(moved, residual, wire)
         except ValueError as error:
-            raise Refused(f"its row cannot be sent: {error}") from None
+            raise RefusedRequest(f"its row cannot be sent: {error}") from None
         return data, None if wire == "fp32" else left
 
-    def _evaluate(self, message: Message) -> tuple[Values, dict[str, Tensor]]:
+    def _evaluate(self, message: Packet) -> tuple[Values, dict[str, Tensor]]:
         here, values = self._run(message.head.run), message.values
         rows = torch.stack([self._deployed(here, message, name) for name in values["rows"]])
         client = torch.full((len(rows),), here.number)
         scores = here.session.engine.evaluate(rows, client, values["splits"], values["limit"])
         return {}, {"nll": scores.nll, "tokens": scores.tokens}
 
-    def _grade(self, message: Message) -> tuple[Values, dict[str, Tensor]]:
+    def _grade(self, message: Packet) -> tuple[Values, dict[str, Tensor]]:
         here, limit = self._run(message.head.run), message.values["limit"]
         row = self._deployed(here, message, "row")
         references = [here.session.corpus.references(here.number, "test", limit)]
@@ -226,7 +228,7 @@ class Site:
             "grade": evaluation.grade(here.session.engine, row[None], client, references, limit, most, metrics)[0]
         }, {}
 
-    def _finish(self, message: Message) -> tuple[Values, dict[str, Tensor]]:
+    def _finish(self, message: Packet) -> tuple[Values, dict[str, Tensor]]:
         here = self._run(message.head.run)
         place = self.state / "adapter"
         origin = Origin(here.session.federation.clients[0], here.session.experiment.rounds)
@@ -236,17 +238,17 @@ class Site:
             log.info("privacy: %s", describe(asked.clip, asked.noise, asked.delta, here.releases))
         return {}, {}
 
-    def _deployed(self, here: Opened, message: Message, name: str) -> Tensor:
+    def _deployed(self, here: JoinedRun, message: Packet, name: str) -> Tensor:
         """The row of this name, with what stays here put into it."""
         row, kept = message.tensors[name], {}
         if message.values["private_parts"]:
-            kept = here.shelf.get(int(message.values["since"]))
+            kept = here.state.get(int(message.values["since"]))
         if STAYS not in kept:
             return row
         return torch.where(kept[STAYS], kept[f"row{int(kept[DEPLOYED])}"], row)
 
 
-def _whole(message: Message, upload: Tensor | None, wire: Wire, name: str | None, beneath: Tensor) -> Tensor:
+def _whole(message: Packet, upload: Tensor | None, wire: Wire, name: str | None, beneath: Tensor) -> Tensor:
     """The row sent under ``name`` in the format ``wire``; where only a part travels, the rest is what lies ``beneath``."""
     if name is None:
         return beneath

@@ -12,9 +12,9 @@ from types import FrameType
 
 from mira.core.errors import UserError
 from mira.fleet.flower.preflight import refusal
-from mira.fleet.flower.processes import Process
+from mira.fleet.flower.processes import SupervisedProcess
 from mira.fleet.flower.superlink import check_installed, free_port
-from mira.fleet.flower.tempdirs import scratch
+from mira.fleet.flower.tempdirs import temporary_folder
 from mira.fleet.identity.key_files import own_folder
 from mira.fleet.identity.kit import SiteKit, load_site, until
 
@@ -28,7 +28,7 @@ class _Ended(Exception):
 
 
 @dataclass(frozen=True)
-class Options:
+class SiteOptions:
     """``state``: the folder of what the site keeps; ``model``: the base model's name or folder here; ``allow_transfer``: other
     sites' adapters may be tried on its data; ``min_noise``: the least ``privacy.noise`` of a run it takes part in."""
 
@@ -40,7 +40,7 @@ class Options:
     min_noise: float = 0.0
 
 
-def run(kit_folder: Path, options: Options, say: Say, tell: Say) -> None:
+def run_site(kit_folder: Path, options: SiteOptions, say: Say, tell: Say) -> None:
     """Take part until interrupted or told to end; without a network, try again for ever. Raises UserError when kit or data do
     not do, and when this site is not admitted or the server not proven, at the start or later."""
     check_installed()
@@ -52,11 +52,11 @@ def run(kit_folder: Path, options: Options, say: Say, tell: Say) -> None:
 
     source_of(options.data).load(0)  # what is wrong with the data is said now, by this process
     own_folder(options.state)
-    with scratch("mira-site-") as folder:
+    with temporary_folder("mira-site-") as folder:
         _take_part(kit, options, folder, say, tell)
 
 
-def _take_part(kit: SiteKit, options: Options, folder: Path, say: Say, tell: Say) -> None:
+def _take_part(kit: SiteKit, options: SiteOptions, folder: Path, say: Say, tell: Say) -> None:
     port = free_port()
     worker = _worker(kit, options, folder, tell)
     node, executor = _node(kit, options, folder, port, tell), _executor(options, folder, port, tell)
@@ -90,7 +90,7 @@ def _ask(kit: SiteKit) -> None:
         raise UserError(why)
 
 
-def _worker(kit: SiteKit, options: Options, folder: Path, tell: Say) -> Process:
+def _worker(kit: SiteKit, options: SiteOptions, folder: Path, tell: Say) -> SupervisedProcess:
     line = [
         sys.executable,
         "-P",
@@ -106,23 +106,27 @@ def _worker(kit: SiteKit, options: Options, folder: Path, tell: Say) -> Process:
     line += ["--threads", str(options.threads)] if options.threads else []
     line += ["--min-noise", str(options.min_noise)]
     line += ["--allow-transfer"] if options.allow_transfer else []
-    return Process("worker", line, None, {"OMP_WAIT_POLICY": "PASSIVE"}, tell)
+    return SupervisedProcess("worker", line, None, {"OMP_WAIT_POLICY": "PASSIVE"}, tell)
 
 
-def _node(kit: SiteKit, options: Options, folder: Path, port: int, tell: Say) -> Process:
+def _node(kit: SiteKit, options: SiteOptions, folder: Path, port: int, tell: Say) -> SupervisedProcess:
     line = [
         sys.executable, "-P", "-m", "mira.fleet.flower.supernode_process", "--superlink", kit.address,
             "--root-certificates", str(kit.authority),
         "--auth-supernode-private-key", str(kit.key), "--node-config", f'worker="{folder / "worker"}"',
         "--host", "127.0.0.1", "--port", str(port), "--isolation", "process",
     ]  # fmt: skip
-    return Process("SuperNode", line, options.state / "supernode.log", {"FLWR_HOME": str(folder / "flower")}, tell)
+    return SupervisedProcess(
+        "SuperNode", line, options.state / "supernode.log", {"FLWR_HOME": str(folder / "flower")}, tell
+    )
 
 
-def _executor(options: Options, folder: Path, port: int, tell: Say) -> Process:
+def _executor(options: SiteOptions, folder: Path, port: int, tell: Say) -> SupervisedProcess:
     """What starts the node's apps."""
     line = [sys.executable, "-P", "-m", "mira.fleet.flower.app_launcher", "--node", f"127.0.0.1:{port}"]
-    return Process("executor", line, options.state / "supernode.log", {"FLWR_HOME": str(folder / "flower")}, tell)
+    return SupervisedProcess(
+        "executor", line, options.state / "supernode.log", {"FLWR_HOME": str(folder / "flower")}, tell
+    )
 
 
 def _end(number: int, frame: FrameType | None) -> None:

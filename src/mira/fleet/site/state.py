@@ -18,19 +18,19 @@ _FILE = re.compile(r"r([0-9]+)\.safetensors")
 
 
 @dataclass(frozen=True)
-class Shelf:
+class SiteState:
     """A folder that only its owner may read, for one run. ``round``: how many rounds were done when a thing was put there."""
 
     folder: Path
 
     @staticmethod
-    def of(state: Path, run: str) -> Shelf:
+    def of(state: Path, run: str) -> SiteState:
         """Raises UserError where ``run`` is no run's number: it becomes a folder's name."""
         if not _RUN.fullmatch(run):
             raise UserError("the server's run has no number of 16 hexadecimal digits; it runs another version of mira")
         folder = state / run
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return Shelf(folder)
+        return SiteState(folder)
 
     def put(self, round: int, things: dict[str, Tensor]) -> None:
         files.replace(self._path(round), files.pack_tensors(things))

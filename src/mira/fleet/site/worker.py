@@ -12,7 +12,7 @@ from mira.core.errors import UserError
 from mira.fleet.flower import frames
 from mira.fleet.identity.key_files import own_folder
 from mira.fleet.messages.transport import Malformed
-from mira.fleet.site.handler import Site
+from mira.fleet.site.handler import SiteHandler
 from mira.fleet.site.source import source_of
 
 log = logging.getLogger("mira.fleet.site.worker")  # which runs as __main__
@@ -20,7 +20,7 @@ log = logging.getLogger("mira.fleet.site.worker")  # which runs as __main__
 _STALL = 600.0  # seconds for a request to arrive, once its connection is there
 
 
-def serve(site: Site, path: Path) -> None:
+def answer_requests(site: SiteHandler, path: Path) -> None:
     """Answer whoever connects to ``path`` until this process is ended."""
     with frames.listen(path) as listener:
         log.info("%s: the worker is ready (process %d)", site.name, os.getpid())
@@ -49,7 +49,7 @@ def main() -> None:
     logging.getLogger("mira").setLevel(logging.INFO)
     try:
         own_folder(Path(given.state))
-        site = Site(
+        site = SiteHandler(
             given.name,
             source_of(Path(given.data)),
             Path(given.state),
@@ -59,7 +59,7 @@ def main() -> None:
             given.min_noise,
         )
         site.source.load(0)
-        serve(site, Path(given.socket))
+        answer_requests(site, Path(given.socket))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
-from mira.results.html.stats import Mean, mean
 from mira.results.html.svg import Scale, axes, chart, fit, scale, spread, tag
 from mira.results.html.variants import Variant
+from mira.results.statistics import Mean, mean
 from mira.results.tables import number
 
 COLOURS = 8  # classes s0 … s7 of the style sheet; further variants are grey and named when pointed at

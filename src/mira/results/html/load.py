@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from mira.config import parse_text
 from mira.config.yaml_io import flat, mapping
 from mira.core.errors import UserError
 from mira.core.graph import Graph, Groups
-from mira.core.graph_io import from_tensors, in_use
+from mira.core.graph_io import in_use, restorer
 from mira.store import Store
 
 Losses = dict[str, float | None]
@@ -109,7 +110,8 @@ def read(folder: Path) -> Run:
         if not records or "clients" not in records[0]:
             raise UserError(f"{folder}: no round is committed yet; wait, or go on with: mira run {folder} --resume")
         text, environment = store.config(), store.environment()
-        graph = in_use(from_tensors(store.graph()), store.extra())
+        # Only a foreign graph needs its section: a run of methods that are not installed is shown all the same.
+        graph, _ = in_use(store.graph(), store.extra(), lambda tensors: restorer(parse_text(text).graph)(tensors))
         names = list(records[0]["clients"])
         return Run(
             folder=folder,

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from mira.config.yaml_io import flat
 from mira.results.html.load import Run
-from mira.results.html.stats import mean
 from mira.results.html.variants import Variant
 from mira.results.html.verdict import Row
+from mira.results.statistics import mean
 from mira.results.tables import data_size, number
 
 _LISTED = 2000  # clients of the whole table

@@ -9,7 +9,7 @@ from functools import cached_property
 from statistics import fmean
 
 from mira.results.html.load import Losses, Run
-from mira.results.html.stats import Mean, mean
+from mira.results.statistics import Mean, mean
 
 # Of a configuration, what makes no other experiment.
 _ASIDE = ("name", "seed", "engine.threads")

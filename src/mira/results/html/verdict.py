@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mira.results.html.stats import Mean, mean
 from mira.results.html.variants import Variant
+from mira.results.statistics import Mean, mean
 
 _SEEDS = 3  # fewer tell too little of their spread
 

@@ -16,17 +16,17 @@ from markupsafe import Markup
 
 from mira.core.errors import UserError
 from mira.core.versions import version_of
-from mira.methods import ALONG_GRAPH
+from mira.methods import METHODS, uses_graph
 from mira.results.html import clients, curves, heatmaps
 from mira.results.html.clients import MANY
 from mira.results.html.comparison import FILE, Comparison, comparison
 from mira.results.html.load import Run, read
 from mira.results.html.notes import notes
-from mira.results.html.stats import Mean
 from mira.results.html.svg import text
 from mira.results.html.tables import call, client_table, configurations, environments, extremes, tiles
 from mira.results.html.variants import Variant, differing, group
 from mira.results.html.verdict import row, wins
+from mira.results.statistics import Mean
 from mira.results.tables import data_size, number
 
 _WIDTH = 1080.0  # px of a whole-width figure; narrower screens scroll it in its own box
@@ -161,7 +161,7 @@ def _graphs(variants: Sequence[Variant], order: Sequence[tuple[str, str]]) -> li
     """Each graph once, under the names of the variants that mix along it."""
     place = {name: n for n, (_, name) in enumerate(order)}
     found: list[tuple[list[str], heatmaps.Blocks]] = []
-    along = [json.dumps(name) for name in ALONG_GRAPH]
+    along = [json.dumps(name) for name, method in METHODS.items() if uses_graph(method)]
     for variant in variants:
         if variant.first.config.get("method.name") not in along:
             continue

@@ -12,7 +12,7 @@ from mira.core.types import Change, Method, ServerState, Setting, Trained, Work
 
 
 @dataclass(frozen=True)
-class Warm:
+class WarmStart:
     """``method``, in which a new client's first row is Σ_l a_kl·θ_l / Σ_l a_kl over its neighbours l that are not new, θ_l what
     they deploy, in the place of the common ``start`` row [P]. A method that would have it start elsewhere, such as from a row of
     all, has its way. ``new``: the clients [n] that are new now."""
@@ -40,8 +40,8 @@ class Warm:
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
         return self.method.aggregate(state, trained)
 
-    def serve(self, state: ServerState, client: Tensor) -> Tensor:
-        return self.method.serve(state, client)
+    def deployed(self, state: ServerState, client: Tensor) -> Tensor:
+        return self.method.deployed(state, client)
 
     def _near(self, state: ServerState, client: Tensor, new: Tensor) -> Tensor:
         """The mean row [P] of a client's neighbours, one after the other: rows may be large and neighbours many."""
@@ -51,7 +51,7 @@ class Warm:
         share = weights.sum() if ranks is None else self.layout.share(ranks.rank[near], weights)
         total = torch.zeros_like(self.start, dtype=torch.float64)
         for neighbour, weight in zip(near.split(1), weights, strict=True):
-            row = self.method.serve(state, neighbour)
-            total += weight * (row if ranks is None else ranks.even(row, neighbour))[0]
+            row = self.method.deployed(state, neighbour)
+            total += weight * (row if ranks is None else ranks.to_common_scale(row, neighbour))[0]
         mean = torch.where(share > 0, total / share, self.start.double()).to(self.start.dtype)
-        return mean if ranks is None else ranks.own(mean[None], client)[0]
+        return mean if ranks is None else ranks.to_client_scale(mean[None], client)[0]

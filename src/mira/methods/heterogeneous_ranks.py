@@ -19,7 +19,7 @@ from mira.core.types import Change, Method, ServerState, Setting, Trained, Work
 
 
 @dataclass(frozen=True)
-class Ranked:
+class HeterogeneousRanks:
     """``method``, with client k at the first rank[k] of the layout's ranks: rank [K] int64."""
 
     method: Method
@@ -35,33 +35,33 @@ class Ranked:
 
     def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
         """Numbers beyond a client's rank do not travel."""
-        work = self.method.broadcast(self._told(state), cohort)
+        work = self.method.broadcast(self._with_ranks(state), cohort)
         own = self._ranks.held(work.client)
         upload = own if work.upload is None else own & work.upload
         anchor = None if work.anchor is None else work.anchor * own
         return replace(work, start=work.start * own, anchor=anchor, upload=upload)
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
-        return self.method.aggregate(self._told(state), trained)
+        return self.method.aggregate(self._with_ranks(state), trained)
 
-    def serve(self, state: ServerState, client: Tensor) -> Tensor:
-        return self.method.serve(self._told(state), client) * self._ranks.held(client)
+    def deployed(self, state: ServerState, client: Tensor) -> Tensor:
+        return self.method.deployed(self._with_ranks(state), client) * self._ranks.held(client)
 
     @cached_property
     def _ranks(self) -> Ranks:
         return Ranks(self.layout, self.rank)
 
-    def _told(self, state: ServerState) -> ServerState:
+    def _with_ranks(self, state: ServerState) -> ServerState:
         return replace(state, ranks=self._ranks)
 
 
-def ranked(method: Method, layout: Layout, rank: Mapping[str, int], names: Sequence[str]) -> Method:
+def with_ranks(method: Method, layout: Layout, rank: Mapping[str, int], names: Sequence[str]) -> Method:
     """``method`` for the clients ``names``, of which those in ``rank`` have a rank of their own. Raises UserError when one of
     them is no client."""
     check_names(rank, names)
     if not rank:
         return method
-    return Ranked(method, layout, torch.tensor([rank.get(name, layout.rank) for name in names]))
+    return HeterogeneousRanks(method, layout, torch.tensor([rank.get(name, layout.rank) for name in names]))
 
 
 def check_names(rank: Mapping[str, int], names: Sequence[str]) -> None:

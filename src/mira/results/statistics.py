@@ -1,10 +1,12 @@
-"""What a table of a few seeds may claim: intervals over seeds, and paired tests over clients."""
+"""Means with Student's t-intervals over seeds, and paired tests over clients."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import atan, cos, pi, sin, sqrt
+from functools import cache
+from math import atan, cos, isfinite, pi, sin, sqrt
+from statistics import fmean, stdev
 
 import numpy as np
 
@@ -12,18 +14,35 @@ _EXACT = 20  # clients up to which all 2^n sign patterns are counted
 _DRAWS = 2**17  # sign patterns drawn beyond; p then has a standard error of at most 0.0014
 
 
-def mean_and_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None]:
-    """Mean, and half the width of Student's t-interval: t·s/√n. None for one value, which shows no spread."""
-    n = len(values)
-    mean = sum(values) / n
-    if n < 2:
-        return mean, None
-    deviation = sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
-    return mean, t_quantile(level, n - 1) * deviation / sqrt(n)
+@dataclass(frozen=True)
+class Mean:
+    """``value`` ± ``half``, half the width of the 95 % interval; ``half`` None for one number, which shows no spread."""
+
+    value: float
+    half: float | None
+
+    @property
+    def low(self) -> float:
+        return self.value - (self.half or 0.0)
+
+    @property
+    def high(self) -> float:
+        return self.value + (self.half or 0.0)
 
 
+def mean(values: Sequence[float | None]) -> Mean | None:
+    """x̄ ± t₀.₉₇₅(n−1)·s/√n, s the sample's standard deviation. None where there are no values, or one of them is not a finite
+    number: a mean of the rest would hide it."""
+    numbers = [value for value in values if value is not None and isfinite(value)]
+    if not numbers or len(numbers) < len(values):
+        return None
+    n = len(numbers)
+    return Mean(fmean(numbers), t_quantile(0.95, n - 1) * stdev(numbers) / sqrt(n) if n > 1 else None)
+
+
+@cache
 def t_quantile(level: float, freedom: int) -> float:
-    """The t with P(|T| ≤ t) = ``level``, by bisection."""
+    """The t with P(|T| ≤ t) = ``level`` for Student's t with ``freedom`` degrees of freedom, by bisection."""
     low, high = 0.0, 1.0
     while _within(high, freedom) < level:
         low, high = high, 2 * high
@@ -46,7 +65,7 @@ def _within(t: float, freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Paired:
-    """One entry against a baseline over the same clients; a negative ``difference`` of losses is in its favour."""
+    """An entry against a baseline over the same clients. A negative ``difference`` of losses is in favour of the entry."""
 
     clients: int
     wins: int
@@ -58,8 +77,10 @@ class Paired:
 
 
 def paired(losses: Sequence[float], baseline: Sequence[float]) -> Paired:
-    """Compares two losses a client. p: two-sided sign-flip permutation test of the mean difference (Fisher 1935): the share
-    of all sign patterns under which |mean| is at least as large; of drawn ones, the observed among them, for many clients.
+    """Compare two losses per client.
+
+    p: two-sided sign-flip permutation test of the mean difference (Fisher 1935), the share of sign patterns under which |mean|
+    is at least as large. For more than 20 clients the patterns are sampled, with the observed one among them.
     """
     d = np.asarray(losses, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
     return Paired(len(d), int((d < 0).sum()), int((d == 0).sum()), float(d.mean()), _sign_flip(d))

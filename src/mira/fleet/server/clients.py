@@ -17,9 +17,9 @@ from mira.core.errors import UserError
 from mira.core.payload import is_private, jobs_of, parcel
 from mira.core.types import Failure, Grade, Scores, Trained, Work
 from mira.core.wire import Wire, decode, down, encode, encode_mask, num_bytes
-from mira.fleet.messages.policy import Run, Terms
-from mira.fleet.messages.replies import Rejected, column, grade_of, is_count, opened, result_of, unlike_scores
-from mira.fleet.messages.transport import Head, Kind, Message, NoReply, Reply, Transport, pack
+from mira.fleet.messages.policy import RemoteRun, RoundPolicy
+from mira.fleet.messages.replies import RejectedReply, column, grade_of, is_count, read_reply, result_of, unlike_scores
+from mira.fleet.messages.transport import Head, NoReply, Packet, Reply, RequestKind, Transport, pack
 from mira.fleet.messages.validate import Expected, Shapes, distance, too_far
 from mira.fleet.site.privacy import epsilon
 
@@ -34,9 +34,9 @@ _PAUSE = 2.0  # seconds between two looks at who is online
 class RemoteClients:
     """``watch`` is told, name by name, what comes back."""
 
-    run: Run
+    run: RemoteRun
     transport: Transport
-    terms: Terms
+    policy: RoundPolicy
     size: int  # P
     watch: Callable[[str, str], None] = lambda name, what: None
     took_part: dict[str, list[int]] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class RemoteClients:
 
     @property
     def wire(self) -> Wire:
-        return self.terms.wire
+        return self.policy.wire
 
     @property
     def has_whole_adapters(self) -> bool:
@@ -74,13 +74,13 @@ class RemoteClients:
         replies = self._ask("train", {name: self._request(name, work, mine, lr) for name, mine in jobs.items()})
         late = {name for name, reply in replies.items() if isinstance(reply, NoReply) and reply.busy}
         self._busy = (
-            late if round + 1 < self.terms.rounds else set()
+            late if round + 1 < self.policy.rounds else set()
         )  # after the last round nothing is faster without them
         rows, answers, failed = work.start.clone(), dict[int, Values](), []
         for name, mine in jobs.items():
             try:
                 answers |= self._result(replies[name], mine, work, rows)
-            except Rejected as reason:
+            except RejectedReply as reason:
                 asked = not isinstance(said := replies[name], NoReply) or said.sent
                 failed.append(Failure(self.run.names.index(name), str(reason), asked))
         for k, why in self._astray(work, rows, sorted(answers)).items():
@@ -140,7 +140,7 @@ class RemoteClients:
         return torch.tensor([k for k, n in names if n in late and not self.took_part.get(n)], dtype=torch.int64)
 
     def round_extras(self) -> Values:
-        asked, came = self.terms.privacy, sorted(self.run.expected & self.run.examples.keys())
+        asked, came = self.policy.privacy, sorted(self.run.expected & self.run.examples.keys())
         joined = {"joined": {name: self.run.examples[name] for name in came}} if came else {}
         if asked is None:
             return joined
@@ -173,7 +173,7 @@ class RemoteClients:
         """Open the run at these sites: what each says of itself, or why it does not take part."""
         return {name: self._welcome(name, reply) for name, reply in self._exchange({}, names, len(names)).items()}
 
-    def _welcome(self, name: str, reply: Message | NoReply) -> Values | NoReply:
+    def _welcome(self, name: str, reply: Packet | NoReply) -> Values | NoReply:
         if isinstance(reply, NoReply):
             return reply
         said, now = reply.values, reply.values.get("examples")
@@ -192,7 +192,7 @@ class RemoteClients:
 
     def _request(self, name: str, work: Work, mine: Sequence[int], lr: float) -> Request:
         """A client's jobs, and the rows they need."""
-        sent, wire = parcel(work, mine), down(self.terms.wire)
+        sent, wire = parcel(work, mine), down(self.policy.wire)
         tensors = {f"a{n}": encode(_part(row, sent.upload), wire) for n, row in enumerate(sent.rows)}
         jobs = [
             {
@@ -204,44 +204,44 @@ class RemoteClients:
         masks = {"upload": sent.upload, "trainable": work.trainable}
         tensors |= {key: encode_mask(mask) for key, mask in masks.items() if mask is not None}
         keep = [] if self.best[1] is None else [self._own(name, self.best[1])["since"]]
-        size = num_bytes(self.terms.wire, sent.numbers, work.start.dtype)
+        size = num_bytes(self.policy.wire, sent.numbers, work.start.dtype)
         back = {f"row{place}": ((size,), torch.uint8) for place, j in enumerate(mine) if not is_private(work, j)}
         return {"jobs": jobs, "lr": lr, "keep": keep, **self._own(name)}, tensors, back
 
-    def _result(self, reply: Message | NoReply, mine: Sequence[int], work: Work, rows: Tensor) -> dict[int, Values]:
+    def _result(self, reply: Packet | NoReply, mine: Sequence[int], work: Work, rows: Tensor) -> dict[int, Values]:
         """What a client did, job by job; its rows are written into ``rows``, as far as they left it."""
         if isinstance(reply, NoReply):
-            raise Rejected(reply.reason)
+            raise RejectedReply(reply.reason)
         answers = reply.values.get("jobs")
         if not isinstance(answers, list) or len(answers) != len(mine):
-            raise Rejected("its reply does not hold one result for each job")
+            raise RejectedReply("its reply does not hold one result for each job")
         examples = self.run.examples[self.run.names[int(work.client[mine[0]])]]
-        steps = self.terms.training.steps_for(examples)
+        steps = self.policy.training.steps_for(examples)
         checked = {j: result_of(answers[place], place, examples, steps) for place, j in enumerate(mine)}
-        sent, wire = parcel(work, mine), self.terms.wire
+        sent, wire = parcel(work, mine), self.policy.wire
         try:
             numbers = {
                 j: decode(reply.tensors[f"row{place}"], wire, sent.numbers, work.start.dtype)
                 for place, j in enumerate(mine) if not is_private(work, j)
             }  # fmt: skip
         except ValueError as error:
-            raise Rejected(str(error)) from None
+            raise RejectedReply(str(error)) from None
         where = slice(None) if sent.upload is None else sent.upload
         for j, given in numbers.items():
-            rows[j, where] = given if wire == "fp32" and self.terms.privacy is None else work.start[j, where] + given
+            rows[j, where] = given if wire == "fp32" and self.policy.privacy is None else work.start[j, where] + given
         return checked
 
     def _astray(self, work: Work, rows: Tensor, done: Sequence[int]) -> dict[int, str]:
         """Clients one of whose rows went further than a row of this round should, and how far."""
         sent = [j for j in done if not is_private(work, j)]
         norm = torch.tensor([distance(rows[j], work.start[j]) for j in sent], dtype=torch.float64)
-        return {int(work.client[sent[i]]): found.reason for i, found in too_far(norm, self.terms.max_norm).items()}
+        return {int(work.client[sent[i]]): found.reason for i, found in too_far(norm, self.policy.max_norm).items()}
 
-    def _ask(self, kind: Kind, requests: dict[str, Request]) -> dict[str, Message | NoReply]:
+    def _ask(self, kind: RequestKind, requests: dict[str, Request]) -> dict[str, Packet | NoReply]:
         """Ask those who are online. Where nobody of the run is, the network or a gate is away, and rounds would only pass: waits
         for the first to come. The new among them are asked to join, and the others do not wait for that: who answers meanwhile
         takes part from the next exchange on."""
-        until = time.monotonic() + self.terms.deadline
+        until = time.monotonic() + self.policy.deadline
         while not (online := self.transport.roster()) & set(self.run.names) and time.monotonic() < until:
             time.sleep(_PAUSE)
         for name in sorted(online - self._strangers - set(self.run.names)):
@@ -254,7 +254,7 @@ class RemoteClients:
         ):  # no exchange follows, or nobody waits
             said, new = self.join(new), []
         here = {name: (kind, request) for name, request in requests.items() if name in online and name in self.joined}
-        minimum = len(here) if kind != "train" or self.terms.minimum is None else min(self.terms.minimum, len(here))
+        minimum = len(here) if kind != "train" or self.policy.minimum is None else min(self.policy.minimum, len(here))
         replies = self._exchange(here, new, minimum)
         said |= {name: self._welcome(name, replies.pop(name)) for name in new}
         for name in requests.keys() - replies.keys():
@@ -267,15 +267,15 @@ class RemoteClients:
         return replies
 
     def _exchange(
-        self, requests: Mapping[str, tuple[Kind, Request]], new: Sequence[str], minimum: int
-    ) -> dict[str, Message | NoReply]:
+        self, requests: Mapping[str, tuple[RequestKind, Request]], new: Sequence[str], minimum: int
+    ) -> dict[str, Packet | NoReply]:
         """The replies of those with requests, of whom ``minimum`` are enough, and of the ``new``, who are asked to join."""
-        asked: dict[str, tuple[Kind, Request]] = {n: ("open", (self.run.opening_of(n), {}, {})) for n in new}
+        asked: dict[str, tuple[RequestKind, Request]] = {n: ("open", (self.run.opening_of(n), {}, {})) for n in new}
         asked |= requests
         if not asked:
             return {}
         heads = {n: Head(kind, self.run.number, self.run.segment, self._round, n) for n, (kind, _) in asked.items()}
-        packed = {n: pack(Message(heads[n], values, tensors)) for n, (_, (values, tensors, _)) in asked.items()}
+        packed = {n: pack(Packet(heads[n], values, tensors)) for n, (_, (values, tensors, _)) in asked.items()}
         expected = {n: Expected(heads[n], shapes) for n, (_, (_, _, shapes)) in asked.items()}
 
         def seen(name: str, reply: Reply) -> bool:
@@ -283,21 +283,21 @@ class RemoteClients:
             if name not in asked:
                 return False
             if isinstance(reply, bytes) and minimum < len(asked):
-                reply = found if isinstance(found := opened(reply, expected[name]), NoReply) else reply
+                reply = found if isinstance(found := read_reply(reply, expected[name]), NoReply) else reply
             self.watch(name, f"{asked[name][0]}: {reply.reason if isinstance(reply, NoReply) else 'done'}")
             return isinstance(reply, bytes) and (name in requests or not requests)
 
         most = {name: reply.most_bytes for name, reply in expected.items()}
-        replies = self.transport.exchange(packed, self.terms.deadline, minimum, seen, most)
+        replies = self.transport.exchange(packed, self.policy.deadline, minimum, seen, most)
         for name in replies.keys() - asked.keys():
             log.warning("a reply from %s: rejected, it was asked nothing", name)
-        found = {name: opened(replies.get(name), expected[name]) for name in asked}
+        found = {name: read_reply(replies.get(name), expected[name]) for name in asked}
         for name, reply in found.items():
-            if isinstance(reply, Message):
+            if isinstance(reply, Packet):
                 self._count(name, reply)
         return found
 
-    def _count(self, name: str, reply: Message) -> None:
+    def _count(self, name: str, reply: Packet) -> None:
         """What a site says it has released; never less than it said before."""
         told = reply.values.get("releases")
         self._releases[name] = max(told if is_count(told) else 0, self._releases.get(name, 0))

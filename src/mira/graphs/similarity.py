@@ -12,7 +12,7 @@ from mira.core.errors import UserError
 from mira.core.graph import Embed, Graph
 from mira.core.learned_graph import Learned
 from mira.core.pydantic_config import STRICT
-from mira.core.similarity import alike, undirected
+from mira.core.similarity import choices_among_all, undirected
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 Cosine = Annotated[float, Field(ge=0, lt=1)]
@@ -73,4 +73,4 @@ def _related(graph: Knn | Similarity, embed: Embed, num_clients: int, most: int,
             f"graph.name={graph.name}: all clients describe the same task, so none is nearer to one than to another; use"
             " graph.name=complete, or graph.source=displacement"
         )
-    return undirected(alike(vectors, most, above), num_clients)
+    return undirected(choices_among_all(vectors, most, above), num_clients)

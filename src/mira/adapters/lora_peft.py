@@ -1,0 +1,262 @@
+"""LoRA on a base model: its layout, the start row, PEFT's model of it, and PEFT folders in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from mira.adapters.lora import Lora
+from mira.adapters.targets import PREFIX, ends, target_layers
+from mira.adapters.types import SingleAdapterModel
+from mira.adapters.weights import is_transposed, lengths, merge, weights_of
+from mira.core.errors import UserError
+from mira.core.layout import Entry, Layout
+from mira.core.seeds import generator
+
+Init = Literal["kaiming", "orthogonal"]
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """LoRA on ``model``. ``unquantised``: gives the model that a quantised one was made from. ``revision``: the hub's commit of
+    the base, where one was asked for."""
+
+    model: PreTrainedModel
+    layout: Layout
+    dropout: float = 0.0
+    init: Init = "kaiming"
+    unquantised: Callable[[], PreTrainedModel] | None = None
+    revision: str | None = None
+    directions: None = None
+
+    @property
+    def in_pass(self) -> LoraAdapter:
+        return self
+
+    def start(self, seed: int) -> Tensor:
+        row = start_row(self.layout, seed, self.init)
+        for entry in self.layout.entries:
+            if entry.factor == "magnitude":
+                entry.view(row).copy_(lengths(self.model, entry.module))
+        return row
+
+    def attached(self, model: PreTrainedModel) -> SingleAdapterModel:
+        config = peft_config(self.layout, self.model, None, self.dropout)
+        config.inference_mode = False
+        peft = get_peft_model(model, config)
+        named = dict(peft.named_parameters())
+        layers = [peft.get_submodule(name) for name in set(peft_places(self.layout).values())]
+
+        def set_scale(row: Tensor) -> None:
+            scale = self.layout.scale_at(self.layout.ranks(row[None])[0])
+            for layer in layers:
+                vars(layer)["scaling"]["default"] = scale
+
+        return SingleAdapterModel(
+            peft,
+            self.layout,
+            [named[name] for name in peft_parameters(self.layout).values()],
+            [module for name, module in peft.named_modules() if "lora_dropout" in name],
+            set_scale,
+        )
+
+    def save(self, folder: Path, row: Tensor, base_name: str) -> None:
+        to_peft(folder, row, self.layout, self.model, base_name, self.revision)
+
+    @contextmanager
+    def merged(self, row: Tensor) -> Iterator[PreTrainedModel]:
+        model = self.unquantised() if self.unquantised else self.model
+        original = [(weight, weight.detach().clone()) for weight in weights_of(model, self.layout).values()]
+        merge(model, row, self.layout)
+        try:
+            yield model
+        finally:
+            for weight, before in original:
+                weight.data.copy_(before)
+
+
+def layout_of(section: Lora, model: PreTrainedModel) -> Layout:
+    """The row layout on ``model``. Raises UserError when the targets name no linear layer."""
+    layers, experts = target_layers(model, section.targets)
+    if experts and (section.dropout or section.dora):
+        key, off = (f"dropout={section.dropout:g}", "dropout=0") if section.dropout else ("dora=true", "dora=false")
+        raise UserError(
+            f"adapter.{key}: there is none for experts, whose tensors PEFT changes as a whole; set {off}, or leave"
+            f" {next(iter(experts)).rsplit('.', 1)[-1]} out of targets"
+        )
+    features: dict[str, tuple[int, ...]] = {name: _features(layer) for name, layer in layers.items()}
+    for name, tensor in experts.items():
+        count, first, second = tensor.shape
+        features[name] = (first, second, count) if is_transposed(model, name) else (second, first, count)
+    return Layout.of(features, section.rank, section.alpha, section.rslora, section.dora, section.lora_plus_ratio)
+
+
+def start_row(layout: Layout, seed: int, init: Init = "kaiming") -> Tensor:
+    """The common start row [P], float32: B = 0 and A uniform in ±1/√in, as PEFT draws it (Kaiming with a = √5). Orthogonal:
+    both factors drawn, of which the product is 0. Magnitudes are the model's, and 0 here."""
+    row = torch.zeros(layout.size)
+    draw = generator("start", seed)
+    for entry in layout.entries:
+        if entry.factor == "A" and init == "kaiming":
+            bound = 1 / sqrt(entry.shape[1])
+            entry.view(row).uniform_(-bound, bound, generator=draw)
+        elif entry.factor in ("A", "B") and init == "orthogonal":
+            entry.view(row).copy_(_orthogonal(entry, seed))
+    return row
+
+
+def _orthogonal(entry: Entry, seed: int) -> Tensor:
+    """A or B of a layer as PEFT draws them: normal numbers/10 in one half of r orthogonal directions each, A in the one and B
+    in the other."""
+    if entry.experts:
+        raise UserError(f"adapter.init=orthogonal: there is none for experts ({entry.module}); set init=kaiming")
+    rank, features = entry.shape if entry.factor == "A" else entry.shape[::-1]
+    basis: Tensor = torch.linalg.qr(torch.randn(rank, rank, generator=generator("basis", seed, entry.module)))[0]
+    numbers = torch.randn(features, rank // 2, generator=generator("start", seed, entry.module, entry.factor))
+    drawn = numbers @ basis[0 if entry.factor == "A" else 1 :: 2] / 10
+    return drawn.T if entry.factor == "A" else drawn
+
+
+def peft_config(
+    layout: Layout, model: PreTrainedModel, base_name: str | None, dropout: float = 0.0, rank: int | None = None
+) -> LoraConfig:
+    """The PEFT config that attaches ``layout`` to ``model`` and to nothing else in it; ``rank``: the layout's."""
+    experts = list(layout.experts)
+    layers = [name for name in layout.modules if name not in set(experts)]
+    conv = any(isinstance(model.get_submodule(name), Conv1D) for name in layers)
+    own, weights = by_weight(layers, model)
+    if weights and (dropout or layout.dora):
+        key, off = (f"dropout={dropout:g}", "dropout=0") if dropout else ("dora=true", "dora=false")
+        raise UserError(
+            f"adapter.{key}: PEFT has none for '{weights[0].removesuffix('.weight')}', whose name it takes for that of experts;"
+            f" set {off}, or leave it out of targets"
+        )
+    return LoraConfig(
+        r=rank or layout.rank, lora_alpha=layout.alpha, lora_dropout=dropout, use_rslora=layout.rslora, use_dora=layout.dora,  # type: ignore[arg-type]
+        target_modules=_names(own, model), target_parameters=weights + experts or None, fan_in_fan_out=conv, bias="none",
+        task_type="CAUSAL_LM", base_model_name_or_path=base_name, inference_mode=True,
+    )  # fmt: skip
+
+
+def by_weight(modules: Sequence[str], model: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """The ``modules`` that a PEFT config of ``model`` may name, and the weights of the others. PEFT takes the names of
+    linear layers for those of experts where an architecture has had experts of such names; a weight it takes for what it is."""
+    taken = {leaf for leaf in {name.rsplit(".", 1)[-1] for name in modules} if _taken_for_experts(leaf, model)}
+    own = [name for name in modules if name.rsplit(".", 1)[-1] not in taken]
+    return own, [f"{name}.weight" for name in modules if name.rsplit(".", 1)[-1] in taken]
+
+
+def _taken_for_experts(leaf: str, model: PreTrainedModel) -> bool:
+    """Whether PEFT makes something else of the target ``leaf``."""
+    config = LoraConfig(target_modules=[leaf])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # it wants the other names of the same experts as well
+        return True
+    return set(config.target_modules or ()) != {leaf}
+
+
+def peft_places(layout: Layout) -> dict[Entry, str]:
+    """The module in which PEFT keeps each tensor of ``layout``. It wraps a module once for each of its tensors that has an
+    adapter, one around the other."""
+    owned: dict[str, list[str]] = {}
+    for entry in layout.entries:
+        if entry.experts and entry.factor == "A":
+            owned.setdefault(entry.module.rpartition(".")[0], []).append(entry.module)
+
+    def place(entry: Entry) -> str:
+        if not entry.experts:
+            return f"{PREFIX}{entry.module}"
+        owner = entry.module.rpartition(".")[0]
+        inside = len(owned[owner]) - 1 - owned[owner].index(entry.module)
+        return f"{PREFIX}{owner}{'.base_layer' * inside}"
+
+    return {entry: place(entry) for entry in layout.entries}
+
+
+def peft_parameters(layout: Layout) -> dict[Entry, str]:
+    """PEFT's name of each tensor of ``layout`` in a model."""
+    return {
+        entry: f"{place}.lora_magnitude_vector.default.weight" if entry.factor == "magnitude"
+        else f"{place}.lora_{entry.factor}.default.weight"
+        for entry, place in peft_places(layout).items()
+    }  # fmt: skip
+
+
+def peft_names(layout: Layout) -> dict[Entry, str]:
+    """PEFT's name of each tensor of ``layout`` in a folder."""
+    return {
+        entry: name.removesuffix(".default.weight") + (".weight" if entry.factor != "magnitude" else "")
+        for entry, name in peft_parameters(layout).items()
+    }
+
+
+def peft_tensors(row: Tensor, layout: Layout, rank: int) -> dict[str, Tensor]:
+    """The tensors of ``row`` [P] as a PEFT folder names them, of the first ``rank`` ranks."""
+    return {name: _first(entry, row, rank).float().contiguous().cpu() for entry, name in peft_names(layout).items()}
+
+
+def to_peft(
+    folder: Path, row: Tensor, layout: Layout, model: PreTrainedModel, base_name: str, revision: str | None = None
+) -> None:
+    """Write ``row`` [P] as a PEFT folder, of the rank it uses: adapter_config.json and adapter_model.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rank = layout.ranks(row[None])[0]
+    save_file(peft_tensors(row, layout, rank), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = peft_config(layout, model, base_name, rank=rank)
+    config.revision = revision
+    config.save_pretrained(str(folder))
+
+
+def from_peft(folder: Path, layout: Layout) -> Tensor:
+    """Read a PEFT folder back into a row [P]. Raises UserError when its tensors do not fit ``layout``."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    row = torch.empty(layout.size)
+    for entry, name in peft_names(layout).items():
+        if name not in tensors or tuple(tensors[name].shape) != entry.shape:
+            given = tuple(tensors[name].shape) if name in tensors else "nothing"
+            raise UserError(
+                f"{folder}: tensor '{name}' is {given}, expected {entry.shape}; another rank or base model?"
+            )
+        entry.view(row).copy_(tensors[name])
+    if len(tensors) != len(layout.entries):
+        raise UserError(
+            f"{folder}: holds {len(tensors)} tensors, expected {len(layout.entries)}; other target modules?"
+        )
+    return row
+
+
+def _first(entry: Entry, row: Tensor, rank: int) -> Tensor:
+    """The first ``rank`` rows of A, or columns of B; of every expert."""
+    factor, count = entry.view(row), max(entry.experts, 1)
+    if entry.factor == "A":
+        return factor.view(count, -1, factor.shape[1])[:, :rank].flatten(0, 1)
+    if entry.factor == "magnitude":
+        return factor
+    return factor.view(len(factor), -1, count)[:, :rank].flatten(1)
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, nn.Linear):  # bitsandbytes' quantised layers are Linear too
+        return module.in_features, module.out_features
+    assert isinstance(module, Conv1D)
+    return int(module.nx), int(module.nf)
+
+
+def _names(modules: Sequence[str], model: PreTrainedModel) -> list[str]:
+    """Short names, which people and serving engines expect, when they match no other layer; else the full names."""
+    short = sorted({name.rsplit(".", 1)[-1] for name in modules})
+    matched = {name for name, _ in model.named_modules() if ends(name, short)}
+    return short if matched == set(modules) else list(modules)

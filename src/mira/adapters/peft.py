@@ -1,0 +1,195 @@
+"""Any adapter that PEFT makes from a ``PeftConfig`` (IA3, VeRA, LoHa, LoKr, …), trained by the reference engine.
+
+A kind of one's own is a section whose ``on`` returns ``PeftAdapter.of(base, config)`` and whose ``smallest`` is the one here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mira.adapters.reach import plainly, text
+from mira.adapters.targets import PREFIX
+from mira.adapters.types import BaseLike, SingleAdapterModel
+from mira.adapters.weights import on_same_weights
+from mira.core.errors import UserError
+from mira.core.layout import Entry, Layout, end_to_end
+from mira.core.seeds import generator, stream
+
+WEIGHTS = "adapter_model.safetensors"
+_STRENGTH = 0.1  # of the noise that a trial row has on top of the start row
+_TOLERANCE = 1e-3  # of the adapter's effect on the logits; both sides do the same operations
+_LENGTH = 8  # tokens of the text
+
+
+def smallest() -> Layout:
+    """The smallest layout of such a kind: a number in each of two layers."""
+    return Layout((Entry("layers.0.x", "peft", (1,), 0), Entry("layers.1.x", "peft", (1,), 1)))
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """The adapter that PEFT makes from ``config`` on ``base``. Its row is every trainable tensor, end to end, in PEFT's order."""
+
+    base: BaseLike
+    config: PeftConfig
+    layout: Layout
+    dropout: float = 0.0
+    directions: None = None
+
+    @staticmethod
+    def of(base: BaseLike, config: PeftConfig) -> PeftAdapter:
+        """The adapter of ``config``, proven to be what PEFT reads from its folders. Raises UserError where the config is for a
+        prompt, changes the base itself, or trains nothing."""
+        if config.is_prompt_learning:
+            raise UserError(f"adapter: {config.peft_type.value} makes virtual tokens; use adapter.kind=prompt")
+        config = deepcopy(config)
+        config.task_type, config.inference_mode = "CAUSAL_LM", False
+        named = _trainable(_wrapped(on_same_weights(base.model), config))
+        narrow = next((p.dtype for p in named.values() if p.dtype not in (torch.float32, torch.float64)), None)
+        if narrow is not None:
+            raise UserError(
+                f"model.dtype: PEFT keeps {config.peft_type.value} in {str(narrow).removeprefix('torch.')} on this base, which is"
+                " too coarse for training; set model.dtype=float32"
+            )
+        shapes = [(name.removeprefix(PREFIX), "peft", tuple(p.shape)) for name, p in named.items()]
+        adapter = PeftAdapter(base, config, Layout(end_to_end(shapes)))  # type: ignore[arg-type]
+        adapter._prove()
+        return adapter
+
+    @property
+    def in_pass(self) -> PeftAdapter:
+        return self
+
+    def start(self, seed: int) -> Tensor:
+        """PEFT's own initialisation, drawn under ``seed``."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream("start", seed))
+            return self.attached(on_same_weights(self.base.model)).row().float()
+
+    def attached(self, model: PreTrainedModel) -> SingleAdapterModel:
+        own = {id(module) for module in model.modules()}
+        peft = _wrapped(model, self.config)
+        added = [module for module in peft.modules() if id(module) not in own]
+        return SingleAdapterModel(peft, self.layout, list(_trainable(peft).values()), added)
+
+    def save(self, folder: Path, row: Tensor, base_name: str) -> None:
+        single = self.attached(on_same_weights(self.base.model))
+        single.load(row)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = get_peft_model_state_dict(single.module, save_embedding_layers=False)
+        whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
+        config = deepcopy(self.config)
+        config.base_model_name_or_path, config.revision, config.inference_mode = base_name, self.base.revision, True
+        config.save_pretrained(str(folder))
+
+    def read(self, folder: Path) -> Tensor:
+        """The row [P] of a PEFT folder of this kind, float32. Raises UserError where it does not fit."""
+        return self._row_of(self._loaded(folder)).float()
+
+    @contextmanager
+    def merged(self, row: Tensor) -> Iterator[PreTrainedModel]:
+        """A copy of the base, merged by PEFT."""
+        single = self.attached(deepcopy(self.base.unquantised()))
+        single.load(row)
+        try:
+            merged: PreTrainedModel = single.module.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+        except (AttributeError, NotImplementedError, ValueError) as error:
+            kind = self.config.peft_type.value
+            raise UserError(f"--merge: PEFT cannot merge {kind} ({_line(error)}); export the adapter alone") from None
+        yield merged
+
+    def _loaded(self, folder: Path) -> PeftModel:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # missing tensors are looked for below
+                peft = PeftModel.from_pretrained(
+                    on_same_weights(self.base.model), folder, torch_device=str(self.base.model.device)
+                )
+        except Exception as error:  # whatever PEFT trips over
+            raise UserError(f"adapter: PEFT cannot read {folder} ({_line(error)})") from error
+        there, read = (set(tensors) for tensors in (load_file(folder / WEIGHTS), get_peft_model_state_dict(peft)))
+        if odd := sorted(there ^ read):
+            raise UserError(f"adapter: {folder}: PEFT finds {odd[0]} {'only there' if odd[0] in there else 'missing'}")
+        return peft
+
+    def _row_of(self, peft: PeftModel) -> Tensor:
+        """The row that a model read by PEFT has. Raises UserError where it has other tensors."""
+        there = dict(peft.named_parameters())
+        for entry in self.layout.entries:
+            found = there.get(PREFIX + entry.module)
+            if found is None or tuple(found.shape) != entry.shape:
+                given = "nothing" if found is None else tuple(found.shape)
+                raise UserError(f"adapter: tensor '{entry.module}' is {given}, expected {entry.shape}")
+        return torch.cat([there[PREFIX + entry.module].detach().flatten() for entry in self.layout.entries]).cpu()
+
+    @torch.no_grad()
+    def _prove(self) -> None:
+        """A trial row that is written as a PEFT folder and read back is the same, and so are its logits. Raises UserError."""
+        model, draw = self.base.model, generator("proof")
+        row = self.start(0)
+        row += _STRENGTH * torch.randn(row.shape, generator=draw)
+        ids = text(model)[:, :_LENGTH]
+        with plainly(model), TemporaryDirectory(prefix="mira-proof-") as folder:
+            self.save(Path(folder), row, "base")
+            read = self._loaded(Path(folder))
+            single = self.attached(on_same_weights(model))
+            single.load(row)
+            plain, ours, theirs = (_logits(one, ids) for one in (model, single.module, read))
+        effect, error = (float(torch.linalg.vector_norm(x - ours)) for x in (plain, theirs))
+        if not torch.equal(self._row_of(read).float(), row) or not error <= _TOLERANCE * effect:
+            raise UserError(
+                f"adapter.kind: PEFT reads another adapter than {self.config.peft_type.value} computes on this base; use another"
+                " kind"
+            )
+
+
+def _wrapped(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """PEFT's model around ``model``. Raises UserError, the weights put back, where it would change or train the base's own."""
+    before = [(parameter, parameter.data) for parameter in model.parameters()]
+    try:
+        peft = get_peft_model(model, deepcopy(config))
+    except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
+        raise UserError(
+            f"adapter: PEFT cannot put {config.peft_type.value} on architecture '{model.config.model_type}' ({_line(error)});"
+            " set other targets"
+        ) from error
+    changed = [p for p, data in before if p.requires_grad or p.data.data_ptr() != data.data_ptr()]
+    if changed:
+        for parameter, data in before:
+            parameter.data = data
+            parameter.requires_grad_(False)
+        raise UserError(
+            f"adapter: {config.peft_type.value} with these settings changes the base's own weights, which all clients share; set"
+            " others (bias=none, an init that leaves the base alone)"
+        )
+    return peft  # type: ignore[return-value]
+
+
+def _trainable(peft: PeftModel) -> dict[str, nn.Parameter]:
+    """The trainable parameters, in PEFT's order. Raises UserError where there are none."""
+    named = {name: parameter for name, parameter in peft.named_parameters() if parameter.requires_grad}
+    if not named:
+        raise UserError("adapter: PEFT's config trains nothing; name target modules")
+    return named
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.double()
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
