@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import partial
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -89,10 +90,15 @@ def laid_out(found: Arrows) -> tuple[list[list[str]], list[list[str]]]:
     ends = [pair for chain in chains for pair in pairwise(chain)]
     for _ in range(12):
         for row in rows[1:] + rows[-2::-1]:
-            place = {name: (m + 1) / (len(other) + 1) for other in rows for m, name in enumerate(other)}
-            near = {name: [place[b] if a == name else place[a] for a, b in ends if name in (a, b)] for name in row}
-            row.sort(key=lambda name: (sum(near[name]) / max(len(near[name]), 1), name))
+            places = {name: (m + 1) / (len(other) + 1) for other in rows for m, name in enumerate(other)}
+            row.sort(key=partial(mean_place, ends, places))
     return rows, chains
+
+
+def mean_place(ends: list[tuple[str, str]], places: dict[str, float], name: str) -> tuple[float, str]:
+    """The mean place of the names connected to ``name``."""
+    near = [places[b if a == name else a] for a, b in ends if name in (a, b)]
+    return sum(near) / max(len(near), 1), name
 
 
 def picture(found: Arrows) -> str:
@@ -102,7 +108,7 @@ def picture(found: Arrows) -> str:
     height = len(rows) * (high + gap) - gap + 20
     centre: dict[str, tuple[float, float]] = {}
     for n, row in enumerate(rows):
-        y = height - 10 - high - n * (high + gap)
+        y = float(height - 10 - high - n * (high + gap))
         space = [box + 26 if ">" not in name else 34 for name in row]
         x = (width - sum(space)) / 2
         for name, wide in zip(row, space, strict=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import configuration  # noqa: E402
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"\[([^\]]+)\]\((\.\./[^)#\s]+)\)")
 MARKER = re.compile(r"^<!-- (options|configuration|names)(?:: ([^>]+?))? -->$", flags=re.MULTILINE)
-GENERATORS = {
+GENERATORS: dict[str, Callable[[str], str]] = {
     "options": commands.options,
     "configuration": lambda _: configuration.reference(),
     "names": lambda module: names(module),
