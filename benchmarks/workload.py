@@ -19,7 +19,7 @@ from mira.core.types import Work
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.engine.cuda.replay import Replays
-from mira.setup.session import open_session
+from mira.setup.build import open_session
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TASKS = Path(

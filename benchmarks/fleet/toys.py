@@ -132,10 +132,9 @@ def together(plan: Path, out: Path, names: list[str]) -> None:
     from mira import config  # here: other toys do without them, and their memory
     from mira.fleet.server.session import Opener
     from mira.runner import run as experiment
-    from mira.runner.run import Nobody
 
     opener = Opener(InProcessTransport({name: Toy().handle for name in names}), lambda: names, patience=0.0)
-    experiment.run(config.load(plan), out, Nobody(), opener)
+    experiment.run(config.load(plan), out, (), opener)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,31 @@
-"""MIRA: federated multi-task LoRA fine-tuning of large language models."""
+"""MIRA: federated multi-task LoRA fine-tuning of large language models.
+
+Every client trains an adapter for its own task; the server pulls related clients' adapters together along a graph
+(Elbakary et al., IEEE Networking Letters 2025), or combines them by one of eleven other methods.
+
+Run::
+
+    run = mira.run("experiment.yaml")          # or an Experiment, or a mapping of its sections
+    run = mira.run({...}, model=(model, tokenizer), data={"a": examples, ...}, method=HalfWay(), callbacks=[...])
+    run.metrics("validation_loss")             # a DataFrame: round × client
+    run.adapter("a")                           # a PeftModel
+
+    run         run an experiment in a new folder; returns a Run
+    resume      go on with a run from its last committed round
+    open_run    a run folder as a Run: .metrics(), .result, .adapter(), .evaluate(), .generate(), .export(), .report()
+    compare     methods × grid × seeds over one experiment
+    Experiment  everything that can be chosen, typed; Experiment.from_yaml(path) reads a file
+    Client, Example        data given as objects
+    Callback, EarlyStopping    functions called while a run goes, which may stop it
+    UserError   the one error for what the user can mend: one line with the key, the value and the fix
+
+Extend::
+
+    register    offer a method, graph, data source or kind of adapter by its name
+    Method      four pure functions: init, broadcast, aggregate, deployed
+    Setting, ServerState, Work, Trained, Change    the nouns that these functions take and give
+    mira.testing    the contract tests of methods, graphs, sources and adapters, for a plug-in's own tests
+"""
 
 from __future__ import annotations
 
@@ -6,16 +33,47 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mira.config import Experiment, load
-    from mira.runner.run import resume, run
+    from mira.config import Experiment as Experiment
+    from mira.core.errors import UserError as UserError
+    from mira.core.types import Change as Change
+    from mira.core.types import Method as Method
+    from mira.core.types import ServerState as ServerState
+    from mira.core.types import Setting as Setting
+    from mira.core.types import Trained as Trained
+    from mira.core.types import Work as Work
+    from mira.data.types import Client as Client
+    from mira.data.types import Example as Example
+    from mira.library import compare as compare
+    from mira.library import open_run as open_run
+    from mira.library import register as register
+    from mira.library import resume as resume
+    from mira.library import run as run
+    from mira.results.run_folder import Run as Run
+    from mira.runner.callbacks import Callback as Callback
+    from mira.runner.callbacks import EarlyStopping as EarlyStopping
 
-__all__ = ["Experiment", "load", "resume", "run"]
+_HOME = {
+    "mira.config": ("Experiment",),
+    "mira.core.errors": ("UserError",),
+    "mira.core.types": ("Change", "Method", "ServerState", "Setting", "Trained", "Work"),
+    "mira.data.types": ("Client", "Example"),
+    "mira.library": ("compare", "open_run", "register", "resume", "run"),
+    "mira.results.run_folder": ("Run",),
+    "mira.runner.callbacks": ("Callback", "EarlyStopping"),
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
 
-_HOME = {"Experiment": "mira.config", "load": "mira.config", "resume": "mira.runner.run", "run": "mira.runner.run"}
+__all__ = [*sorted(_MODULE), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when first used: `mira --help` need not wait for the deep-learning libraries."""
-    if name not in _HOME:
+    """A public name, imported when it is first used: ``mira --help`` does not wait for the deep-learning libraries."""
+    if name == "__version__":
+        return import_module("mira.core.versions").version_of("mira")
+    if name not in _MODULE:
         raise AttributeError(f"module 'mira' has no attribute '{name}'")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_MODULE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *globals()]

@@ -150,7 +150,7 @@ class Registry(Mapping[str, type]):
         self._add(cls, origin)
 
 
-def recorded(chosen: Iterable[tuple[Registry, str]]) -> dict[str, dict[str, str]]:
+def plugins(chosen: Iterable[tuple[Registry, str]]) -> dict[str, dict[str, str]]:
     """The plug-ins among the classes chosen, for the environment of a run: section → name, place, package, version."""
     found = {registry.section: (name, registry.plugin(name)) for registry, name in chosen}
     return {section: {"name": name} | asdict(plugin) for section, (name, plugin) in found.items() if plugin is not None}

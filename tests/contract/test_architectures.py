@@ -29,7 +29,8 @@ from mira.core.types import Work
 from mira.engine.attention.patching import Way, exchange
 from mira.engine.batched import BatchedEngine
 from mira.engine.reference import ReferenceEngine
-from mira.setup.session import Session, open_session
+from mira.setup.build import open_session
+from mira.setup.session import Session
 
 SHAPE = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -259,7 +259,7 @@ def test_noise_is_not_repeated(world: World) -> None:
 def test_releases_are_counted_over_restarts(world: World, away: set[str]) -> None:
     pytest.importorskip("dp_accounting", reason="needs the extra 'privacy'")
     with pytest.raises(Interrupt.Pulled):
-        world.apart(world.sites(), "apart", Interrupt(2), privacy=PRIVATE, **QUIET)
+        world.apart(world.sites(), "apart", [Interrupt(2)], privacy=PRIVATE, **QUIET)
     before = metrics(world.folder / "apart")[-1]["privacy"]
     assert all(site["releases"] for site in before.values())
     online = {name: site.handle for name, site in world.sites().items() if name not in away}
@@ -325,7 +325,7 @@ def test_a_server_that_died_goes_on_where_it_was(world: World, restarted: bool) 
     world.apart(world.sites("whole"), "whole-run", **plan)
     sites = world.sites()
     with pytest.raises(Interrupt.Pulled):
-        world.apart(sites, "apart", Interrupt(2), **plan)
+        world.apart(sites, "apart", [Interrupt(2)], **plan)
     again = world.sites() if restarted else sites  # new processes in the old folders
     transport = Troubled(InProcessTransport({name: site.handle for name, site in again.items()}))
     experiment.resume(world.folder / "apart", None, world.opener(transport))

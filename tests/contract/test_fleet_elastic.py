@@ -37,7 +37,7 @@ def test_a_site_that_is_away_keeps_its_row_and_comes_back(world: World) -> None:
 def test_nobody_waits_for_a_site_that_does_not_join(world: World) -> None:
     """It is asked beside the others, of whom all are enough: only the first time, before a run goes on, is it waited for."""
     with pytest.raises(Interrupt.Pulled):
-        world.apart(world.sites(), "apart", Interrupt(1))
+        world.apart(world.sites(), "apart", [Interrupt(1)])
     asked: list[tuple[set[str], int]] = []
 
     class Seen(Troubled):
@@ -131,7 +131,7 @@ def test_others_rows_never_travel_to_a_site_that_is_not_willing(world: World) ->
 def test_a_site_whose_data_changed_is_not_taken_back(world: World) -> None:
     sites = world.sites()
     with pytest.raises(Interrupt.Pulled):
-        world.apart(sites, "apart", Interrupt(1), split={"train": 0.5, "validation": 1, "test": 1})
+        world.apart(sites, "apart", [Interrupt(1)], split={"train": 0.5, "validation": 1, "test": 1})
     file = world.data / "bob.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:6]))
     experiment.resume(world.folder / "apart", None, world.opener(world.transport()))
@@ -157,7 +157,7 @@ def test_who_does_not_answer_counts_with_the_last_known_loss(world: World) -> No
     heard = StringIO()
     watcher = RunProgress(Console(file=heard, width=200))
     transport = world.transport(**silent("bob", 1))
-    result = experiment.run(world.experiment(**LOSSES), world.folder / "apart", watcher, world.opener(transport))
+    result = experiment.run(world.experiment(**LOSSES), world.folder / "apart", [watcher], world.opener(transport))
     before, record = metrics(world.folder / "apart")[1:3]
     assert record["unmeasured"] == {"bob": 1}
     assert record["clients"]["bob"] == {"validation_loss": None, "test_loss": None, "perplexity": None}
@@ -177,7 +177,7 @@ def test_who_does_not_answer_counts_with_the_last_known_loss(world: World) -> No
 def test_what_is_known_of_a_silent_site_is_known_after_a_restart(world: World) -> None:
     with pytest.raises(Interrupt.Pulled):
         experiment.run(
-            world.experiment(**LOSSES), world.folder / "apart", Interrupt(1), world.opener(world.transport())
+            world.experiment(**LOSSES), world.folder / "apart", [Interrupt(1)], world.opener(world.transport())
         )
     result = experiment.resume(world.folder / "apart", None, world.opener(world.transport(**silent("bob", 1, 2))))
     records = metrics(world.folder / "apart")
@@ -267,7 +267,7 @@ def test_a_site_that_first_takes_part_in_round_3_starts_from_its_neighbours(
     sites = world.sites()
     away = world.transport(sites, **silent("bob", 0, 1, kind="train"))
     with pytest.raises(Interrupt.Pulled):
-        experiment.run(wanted, world.folder / "apart", Interrupt(2), world.opener(away))
+        experiment.run(wanted, world.folder / "apart", [Interrupt(2)], world.opener(away))
     known = rows(world.folder / "apart")
     assert len(known) == 2, "bob's row was never written"
     ann, cleo = known.values()
@@ -303,7 +303,7 @@ def test_a_site_issued_while_the_run_is_on_takes_its_place(world: World) -> None
     opener = partial(Opener, names=lambda: ("ann", "bob"), patience=0.0)
     away = world.transport(sites, offline=lambda trainings: {"cleo"})
     with pytest.raises(Interrupt.Pulled):
-        experiment.run(wanted, world.folder / "apart", Interrupt(2), opener(away))
+        experiment.run(wanted, world.folder / "apart", [Interrupt(2)], opener(away))
     here = world.transport(sites)
     result = experiment.resume(world.folder / "apart", None, Opener(here, lambda: NAMES, patience=0.0))
     mean = torch.stack([first_row(here, name, 3) for name in ("ann", "bob")]).double().mean(0).float()
@@ -335,7 +335,7 @@ def test_a_site_without_a_place_is_told_so_and_changes_nothing(world: World, cap
     world.apart(world.sites("whole"), "whole-run", **LOSSES)
     sites = world.sites()
     with pytest.raises(Interrupt.Pulled):
-        world.apart(sites, "apart", Interrupt(1), **LOSSES)
+        world.apart(sites, "apart", [Interrupt(1)], **LOSSES)
     more = world.transport({**sites, "aaron": sites["ann"]})
     experiment.resume(world.folder / "apart", None, Opener(more, lambda: ("aaron", *NAMES), patience=0.0))
     whole, apart = rows(world.folder / "whole-run"), rows(world.folder / "apart")

@@ -12,7 +12,7 @@ from helpers.sample_config import Ended, mira, settings, snapshot, write_clients
 from mira import Experiment, run
 from mira.adapters.lora_peft import from_peft
 from mira.config import parse_text
-from mira.setup.session import open_session
+from mira.setup.build import open_session
 from mira.store import Store
 
 NEW = "eve"

@@ -15,7 +15,7 @@ from helpers.sample_config import mira, settings, write_clients, write_config
 from helpers.tiny_models import save_tiny
 from mira import Experiment
 from mira.adapters.prompt import from_peft
-from mira.setup.session import open_session
+from mira.setup.build import open_session
 from mira.store import Store
 
 SECTIONS = {

@@ -20,7 +20,7 @@ from mira.core.errors import UserError
 from mira.core.types import Scores
 from mira.engine.batched import BatchedEngine
 from mira.runner import run as experiment
-from mira.runner.run import Watcher
+from mira.runner.callbacks import Callback
 from mira.setup.git_commit import commit
 from mira.store import Store
 from mira.store.folders import alone_in
@@ -280,10 +280,10 @@ def test_a_comparison_goes_on_within_a_run(tiny_folder: Path, tmp_path: Path, mo
     with monkeypatch.context() as patched:
         count = 0
 
-        def interrupted(wanted: Any, folder: Path, watcher: Watcher) -> dict[str, Any]:
+        def interrupted(wanted: Any, folder: Path, callbacks: Sequence[Callback]) -> dict[str, Any]:
             nonlocal count
             count += 1
-            return experiment_run(wanted, folder, Interrupt(1) if count == 3 else watcher)
+            return experiment_run(wanted, folder, [Interrupt(1)] if count == 3 else callbacks)
 
         experiment_run = experiment.run
         patched.setattr(Interrupt, "Pulled", KeyboardInterrupt)

@@ -18,7 +18,7 @@ from mira import run
 from mira.adapters import lora_peft
 from mira.config import Experiment
 from mira.core.errors import UserError
-from mira.setup.session import open_session
+from mira.setup.build import open_session
 
 
 def values_on(name: str, adapter: dict[str, Any], engine: str, folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from mira.model import Base
 from mira.model.embed import embed
 from mira.results.html.write import write
 from mira.runner.run import resume, state_of
-from mira.setup.session import open_session
+from mira.setup.build import open_session
 from mira.store import Store
 
 

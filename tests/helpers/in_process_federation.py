@@ -85,11 +85,11 @@ class World:
         return {name: SiteHandler(name, Jsonl(self.data), self.folder / where / name, **options) for name in NAMES}
 
     def apart(
-        self, sites: Mapping[str, SiteHandler], out: str = "apart", watcher: Any = None, **sections: Any
+        self, sites: Mapping[str, SiteHandler], out: str = "apart", callbacks: Any = (), **sections: Any
     ) -> tuple[dict[str, Any], Troubled]:
         transport = self.transport(sites)
         wanted = self.experiment(**sections)
-        return experiment.run(wanted, self.folder / out, watcher, self.opener(transport)), transport
+        return experiment.run(wanted, self.folder / out, callbacks, self.opener(transport)), transport
 
     def transport(self, sites: Mapping[str, SiteHandler] | None = None, **options: Any) -> Troubled:
         sites = self.sites() if sites is None else sites

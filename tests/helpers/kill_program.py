@@ -20,6 +20,7 @@ from typing import Any
 
 from mira import config
 from mira.runner import run as experiment
+from mira.runner.callbacks import Callback
 from mira.store import files
 
 POINTS = ("before-write", "before-fsync", "before-rename", "after-rename")
@@ -37,7 +38,7 @@ class Report:
     """Attempts that ended in any other way than killed or finished."""
 
 
-class Announcer(experiment.Nobody):
+class Announcer(Callback):
     """Says in a pipe that the run got somewhere."""
 
     def __init__(self, pipe: int) -> None:
@@ -52,9 +53,9 @@ class Announcer(experiment.Nobody):
 
 def work(folder: Path, yaml: Path, pipe: int) -> None:
     if (folder / "store.json").exists():
-        experiment.resume(folder, Announcer(pipe))
+        experiment.resume(folder, [Announcer(pipe)])
     else:  # killed before there was a run, or never begun
-        experiment.run(config.load(yaml), folder, Announcer(pipe))
+        experiment.run(config.load(yaml), folder, [Announcer(pipe)])
 
 
 def aim(point: str, countdown: int, pipe: int) -> None:

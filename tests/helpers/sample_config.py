@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 from mira import Experiment, cli, run
-from mira.runner.run import Nobody
+from mira.runner.callbacks import Callback
 
 ADAPTERS = "adapters"
 NAMES = ("ann", "bob", "cleo", "dan")
@@ -87,8 +87,8 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
-class Interrupt(Nobody):
-    """A watcher under which a run stops once ``round`` is committed, as if somebody had pulled the plug."""
+class Interrupt(Callback):
+    """A callback under which a run stops once ``round`` is committed, as if somebody had pulled the plug."""
 
     class Pulled(Exception):
         pass
@@ -104,7 +104,7 @@ class Interrupt(Nobody):
 def begin(experiment: Experiment, folder: Path, rounds: int) -> Path:
     """A run folder with ``rounds`` rounds committed, and more to come."""
     with suppress(Interrupt.Pulled):
-        run(experiment, folder, Interrupt(rounds))
+        run(experiment, folder, [Interrupt(rounds)])
     return folder
 
 

@@ -19,7 +19,7 @@ from helpers.sample_config import settings, write_clients
 from mira import Experiment
 from mira.engine.batched import BatchedEngine
 from mira.engine.packing import packed_tokens
-from mira.setup.session import open_session
+from mira.setup.build import open_session
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,9 @@ from mira.core.errors import UserError
 from mira.engine import budget
 from mira.engine.memory import peak_memory
 from mira.runner.run import located, without_nan
+from mira.setup.build import open_session
 from mira.setup.environment import DECIDING, check_environment, taken_over
-from mira.setup.session import enough_memory, open_session
+from mira.setup.session import enough_memory
 from mira.store.folders import replace_folder
 
 ENVIRONMENT: dict[str, Any] = {

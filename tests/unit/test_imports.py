@@ -21,7 +21,7 @@ LEVELS = (
     {"runner"},
     {"results"},
     {"comparison", "fleet"},
-    {"mira"},
+    {"library", "mira"},
     {"cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -19,7 +19,7 @@ from mira.core.text_metrics import chrf, words
 from mira.runner import evaluation as measure
 from mira.runner.evaluation import answers, check_metrics, exact_match, grade, register, rouge_l
 from mira.runner.label_accuracy import label_accuracy
-from mira.setup.session import open_session
+from mira.setup.build import open_session
 
 EQUAL = [
     "你好，世界", "Привет мир", "مرحبا", "हिन्दी", "สวัสดี", "안녕 세계",

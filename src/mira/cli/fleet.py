@@ -32,15 +32,15 @@ def server(
     if (target is None) == (resume is None):
         raise UserError("server: give a configuration, or --resume RUN to go on with a run; not both")
     wanted = None if target is None else configuration(target, overrides or [])
-    watcher = RunProgress(err_console)
+    progress = RunProgress(err_console)
     try:
         options = ServerOptions(out, resume, relay, say, say if verbose else silent)
-        result = run_server(wanted, kit, options, watcher)
+        result = run_server(wanted, kit, options, [progress])
     except KeyboardInterrupt:
         err_console.print("interrupted; committed rounds are kept, go on with: mira server --kit DIR --resume RUN")
         raise typer.Exit(130) from None
     finally:
-        watcher.stop()
+        progress.stop()
     print_result(result, as_json)
 
 

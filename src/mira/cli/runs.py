@@ -9,14 +9,15 @@ import typer
 
 from mira.cli.terminal import Data, Json, Model, Run, Which, err_console, out_console, print_json, print_result
 from mira.core.errors import UserError
+from mira.core.escape import visible
 from mira.runner.progress import RunProgress
 
 
 def evaluate(run: Run, round: Which = "last", data: Data = None, model: Model = None, as_json: Json = False) -> None:
     """Measure every client of a run again: loss, exact match and ROUGE-L under the row it deploys."""
-    from mira.results import run_folder as inspect_run
+    from mira.library import open_run
 
-    print_result(inspect_run.evaluate(run, round, RunProgress(err_console), data, model), as_json)
+    print_result(open_run(run, [RunProgress(err_console)], data=data, model=model).evaluate(round), as_json)
 
 
 def generate(
@@ -37,10 +38,19 @@ def generate(
     model: Model = None,
 ) -> None:
     """Answer a prompt with one client's adapter."""
-    from mira.results import run_folder as inspect_run
+    from mira.library import open_run
 
-    for line in inspect_run.generate(run, client, prompt, instruction, max_new_tokens, round, system, data, model):
-        out_console.print(line, soft_wrap=True)
+    opened = open_run(run, data=data, model=model)
+    if prompt is not None:
+        answer = opened.generate(
+            client, prompt, instruction=instruction, system=system, max_new_tokens=max_new_tokens, round=round
+        )
+        out_console.print(visible(answer), soft_wrap=True)
+        return
+    for answered in opened.answers(client, max_new_tokens=max_new_tokens, round=round):
+        for name, text in (("input", answered.input), ("answer", answered.answer), ("expected", answered.expected)):
+            out_console.print(f"{name + ':':10}{visible(text)}", soft_wrap=True)
+        out_console.print()
 
 
 def export(
@@ -71,7 +81,7 @@ def export(
     model: Model = None,
 ) -> None:
     """Write adapters for PEFT or a server, or merged models, under the run folder, and push them to the model hub."""
-    from mira.results import run_folder as inspect_run
+    from mira.library import open_run
     from mira.serving.push import Hub
 
     if everyone == bool(client):
@@ -79,7 +89,8 @@ def export(
     if push is None and (public or base):
         raise UserError(f"export: {'--public' if public else '--base'} is of use with --push OWNER/NAME alone")
     hub = Hub(push, public, base) if push is not None else None
-    for line in inspect_run.export(run, client, merge, format, round, hub, data, model):
+    opened = open_run(run, data=data, model=model)
+    for line in opened.export(client or None, merge=merge, format=format, round=round, hub=hub):
         out_console.print(line, soft_wrap=True)
 
 
@@ -91,10 +102,10 @@ def report(
     ] = None,
 ) -> None:
     """Write one self-contained HTML page: which method for whom, curves, clients, transfer, graph, what differs."""
-    from mira.results import html as page
+    from mira.results import html
 
     out_console.print(
-        str(page.write(runs, out or (runs[0] if len(runs) == 1 else Path()) / "report.html")), soft_wrap=True
+        str(html.write(runs, out or (runs[0] if len(runs) == 1 else Path()) / "report.html")), soft_wrap=True
     )
 
 

@@ -31,23 +31,23 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Train one adapter per client, measure every client, and write a PEFT folder for each."""
-    from mira.runner import run as experiment
+    from mira import library
 
-    watcher = RunProgress(err_console)
+    progress = RunProgress(err_console)
     try:
         if not resume:
             _only_to_resume(data, model)
-            result = experiment.run(configuration(target, overrides or []), out, watcher)
+            done = library.run(configuration(target, overrides or []), out, [progress])
         else:
             folder, data, model = _to_resume(target, overrides or [], out, data, model)
-            result = experiment.resume(folder, watcher, data=data, model=model)
+            done = library.resume(folder, [progress], data=data, model=model)
     except KeyboardInterrupt:
-        watcher.stop()
-        err_console.print(f"interrupted; {watcher.advice}")
+        progress.stop()
+        err_console.print(f"interrupted; {progress.advice}")
         raise typer.Exit(130) from None
     finally:
-        watcher.stop()
-    print_result(result, as_json)
+        progress.stop()
+    print_result(done.result, as_json)
 
 
 def compare(
@@ -142,7 +142,7 @@ def _to_resume(
         raise UserError(f"--resume: name the run folder, as in 'mira run DIR --resume', or with --out beside {target}")
     asked = config.absolute(config.moved(config.load(target, overrides), data, model))
     with Store.open(out, writable=False) as store:
-        started = config.parse_text(store.config())
+        started = config.recorded(store.config(), store.environment(), store.folder)
     there, here = (getattr(each.data, "path", None) for each in (started, asked))
     data = here if isinstance(there, Path) and isinstance(here, Path) else None
     differences = config.differences(

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from mira.comparison.plan import Job, Plan, shown
-from mira.runner.run import Nobody
+from mira.runner.callbacks import Callback
 from mira.store import Store
 
 Say = Callable[[str], None]
@@ -41,7 +41,7 @@ class Progress:
         self.say(" · ".join(part for part in parts if part))
 
 
-class Estimate(Nobody):
+class Estimate(Callback):
     """A watcher, made when a run is opened, that says once, after the first round, how long ``runs`` runs like it take."""
 
     def __init__(self, runs: int, every: int, say: Say) -> None:

@@ -20,9 +20,11 @@ from mira.comparison.tables import FILES
 from mira.config import Experiment
 from mira.core.errors import UserError
 from mira.runner import run as experiment
-from mira.runner.run import Nobody, Watcher, measured, state_of
+from mira.runner.callbacks import Callback, Callbacks
+from mira.runner.measuring import measured
+from mira.runner.recording import state_of
+from mira.setup.build import open_session
 from mira.setup.environment import check_environment
-from mira.setup.session import open_session
 from mira.store import Store
 from mira.store.files import TESTED, pack_json, read_json, replace
 from mira.store.folders import alone_in
@@ -51,12 +53,13 @@ def _compare(plan: Plan, out: Path, command: str, results: Path | None, say: Say
         _check_writable(results)
     _check_configurations(plan, out)
     progress, same = Progress(plan.total, say), _Same()
-    watcher = Nobody() if by_finished(plan, out, say) else Estimate(plan.total, plan.base.evaluation.every, say)
+    known = by_finished(plan, out, say)
+    callbacks = [] if known else [Estimate(plan.total, plan.base.evaluation.every, say)]
     entries: list[dict[str, Any]] = []
     value: dict[str, Any] = {}
     for name, by_point in plan.jobs.items():
         tuned = [
-            [_run(job, out, same, progress, watcher) for job in jobs if job.seed in plan.tune_seeds]
+            [_run(job, out, same, progress, callbacks) for job in jobs if job.seed in plan.tune_seeds]
             for jobs in by_point
         ]
         means = [_mean_or_inf(losses) for losses in tuned]
@@ -67,7 +70,7 @@ def _compare(plan: Plan, out: Path, command: str, results: Path | None, say: Say
         chosen = by_point[means.index(min(means))]
         for job in chosen:
             if job.seed not in plan.tune_seeds:
-                _run(job, out, same, progress, watcher)
+                _run(job, out, same, progress, callbacks)
         tested = [_tested(out / job.folder) for job in chosen]
         tuning = [(jobs[0].point, losses) for jobs, losses in zip(by_point, tuned, strict=True)]
         entries.append(entry_of(plan, name, chosen, tuning, tested, out))
@@ -76,15 +79,15 @@ def _compare(plan: Plan, out: Path, command: str, results: Path | None, say: Say
     return value
 
 
-def _run(job: Job, out: Path, same: _Same, progress: Progress, watcher: Watcher) -> float | None:
+def _run(job: Job, out: Path, same: _Same, progress: Progress, callbacks: Sequence[Callback]) -> float | None:
     """The lowest validation loss of a run, which is done first, or finished, where it is not yet."""
     folder = out / job.folder
     began = time.perf_counter()
     finished = _is_finished(folder)
     if not finished and Store.exists(folder):
-        experiment.resume(folder, watcher)
+        experiment.resume(folder, callbacks)
     elif not finished:
-        experiment.run(same.dated(job.experiment), folder, watcher)
+        experiment.run(same.dated(job.experiment), folder, callbacks)
     with Store.open(folder, writable=False) as store:
         same.check(job, store.environment())
         best = store.best_round
@@ -121,14 +124,16 @@ def _measured(folder: Path, kept: dict[str, Any]) -> dict[str, Any]:
     with Store.open(folder, writable=False) as store:
         assert store.best_round is not None
         recorded = store.environment()
-        session = open_session(config.parse_text(store.config()), recorded, folder=folder)
+        session = open_session(
+            config.recorded(store.config(), store.environment(), store.folder), recorded, folder=folder
+        )
         check_environment(recorded, session.environment)
-        losses = partial(measured, session, watcher=Nobody(), answers=False, transfer=False)
+        losses = partial(measured, session, callbacks=Callbacks(()), answers=False, transfer=False)
         start = losses(session.initial_state())
         if kept:
             return kept | {"start": start}
         answers = session.experiment.evaluation.generate
-        best = measured(session, state_of(session, store, store.best_round), Nobody(), answers, transfer=True)
+        best = measured(session, state_of(session, store, store.best_round), Callbacks(()), answers, transfer=True)
         last = best if store.last_round == store.best_round else losses(state_of(session, store))
         return {"best_round": store.best_round, "start": start, "best": best, "last": last}
 
@@ -141,7 +146,7 @@ def _check_configurations(plan: Plan, out: Path) -> None:
             if not Store.exists(folder):
                 continue
             with Store.open(folder, writable=False) as store:
-                there = config.parse_text(store.config())
+                there = config.recorded(store.config(), store.environment(), store.folder)
             if differences := config.differences(
                 there, config.dated(config.absolute(job.experiment), there.prompt.date)
             ):

@@ -12,10 +12,11 @@ from mira.config.moved import check_there, moved
 from mira.config.overrides import override
 from mira.config.yaml_io import flat, mapping, read, write
 from mira.core.pydantic_config import expanded
+from mira.registry import plugins as registered
 
 __all__ = [
     "Experiment", "absolute", "check_there", "dated", "differences", "dump", "load", "moved", "override", "parse", "parse_text",
-    "schema",
+    "plugins", "read", "recorded", "schema",
 ]  # fmt: skip
 
 
@@ -36,6 +37,20 @@ def parse(values: Mapping[str, Any]) -> Experiment:
 def parse_text(text: str, where: str = "config.yaml") -> Experiment:
     """The experiment of a YAML text, such as ``dump`` gives. Raises UserError."""
     return parse(mapping(text, where))
+
+
+def recorded(text: str, environment: Mapping[str, Any], where: Path | str) -> Experiment:
+    """The experiment of the run folder ``where``, from its configuration and its environment. Raises UserError where a plug-in
+    that the run was made with is not installed or registered."""
+    for section, origin in environment.get("plugins", {}).items():
+        SECTIONS[section].check_recorded(origin["name"], origin, str(where))
+    return parse_text(text)
+
+
+def plugins(experiment: Experiment) -> dict[str, dict[str, str]]:
+    """The classes of an experiment that come from outside, by section: name, place, package and version."""
+    chosen = [(registry, getattr(getattr(experiment, section), registry.tag)) for section, registry in SECTIONS.items()]
+    return registered(chosen)
 
 
 def dump(experiment: Experiment) -> str:

@@ -64,13 +64,14 @@ def run_rounds(
     names: Sequence[str],
     recorder: Recorder,
     measure: Callable[[ServerState], Record],
-    observe: Callable[[Record], None],
+    observe: Callable[[Record], object],
 ) -> ServerState:
     """From ``state`` to the end of the schedule. ``measure`` evaluates a state after the server step; what it returns
-    becomes part of the round's record. ``observe`` sees each record once it is committed."""
+    becomes part of the round's record. ``observe`` sees each record once it is committed; a true value from it ends the run."""
     while state.round < schedule.rounds:
         state, record = _round(method, engine, state, schedule, names, recorder, measure)
-        observe(record)
+        if observe(record):
+            break
     return state
 
 

@@ -4,6 +4,7 @@ from mira.data.sources.builtin import Builtin
 from mira.data.sources.dolly import Dolly
 from mira.data.sources.hub import Hub
 from mira.data.sources.jsonl import Jsonl
+from mira.data.sources.memory import Memory
 from mira.data.sources.natural_instructions import NaturalInstructions
 from mira.data.sources.sites import Sites
 from mira.registry import Registry
@@ -21,5 +22,6 @@ SOURCES = Registry(
         "jsonl": Jsonl,
         "hub": Hub,
         "sites": Sites,
+        "memory": Memory,
     },
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -83,12 +83,22 @@ class Base:
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "memory") -> Base:
         """A model made in memory. Freezes it and settles its tokens in place, as ``load`` does."""
-        digest = hashlib.sha256()
-        for key, tensor in sorted(model.state_dict().items()):
-            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest = _digest(model)
         _settle(model, tokenizer, name)
-        return cls(model, tokenizer, name, "memory", None, digest.hexdigest())
+        return cls(model, tokenizer, name, "memory", None, digest)
+
+    def as_in_memory(self) -> Base:
+        """The same model, known by its tensors instead of its files."""
+        return replace(self, source="memory", sha256=_digest(self.model))
+
+
+def _digest(model: PreTrainedModel) -> str:
+    """SHA-256 of the state dict: names, types, shapes and bytes of its tensors."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load(

@@ -1,175 +1,245 @@
-"""Looking at and taking from a run folder after the fact: evaluate, generate, export."""
+"""A run as an object: its records, its adapters, and all that can be done with them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from mira import config
+from mira.adapters.loading import load_peft
+from mira.config import Experiment
 from mira.core.errors import UserError
-from mira.core.escape import visible
-from mira.core.types import Overlay, has_private_parts
+from mira.core.loop import Record
+from mira.core.types import Overlay, ServerState, has_private_parts
 from mira.data.sources.sites import Sites
-from mira.data.templates import CHAT
-from mira.runner.run import (
-    ADAPTERS,
-    Result,
-    Watcher,
-    best_answers,
-    located,
-    measured,
-    state_of,
-    summary,
-)
-from mira.serving import lines, push
-from mira.serving.card import Use, card, origin
-from mira.serving.folders import deployed, export_adapters, export_gguf, export_merged
+from mira.results import answers, export, html, metrics
+from mira.results.answers import Answered
+from mira.runner.callbacks import Callback, Callbacks
+from mira.runner.measuring import best_answers, measured
+from mira.runner.objects import Objects
+from mira.runner.recording import state_of
+from mira.runner.summary import Result, located, summary
 from mira.serving.lines import Format
 from mira.serving.push import Hub
 from mira.setup.environment import check_environment, clients_of, taken_over
-from mira.setup.session import Session, open_session
+from mira.setup.session import Session
 from mira.store import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from peft import PeftModel
 
 log = logging.getLogger(__name__)
 
 Which = Literal["last", "best"]
 
 
-def evaluate(
-    folder: Path, which: Which, watcher: Watcher, data: Path | None = None, model: str | None = None
-) -> Result:
-    """The result of the run (docs/cli.md), measured again under the rows of ``which`` round; where the data is at sites, what
-    they measured after the last. Raises UserError where they have not, and for the best round of such a run."""
-    watcher.stage("preparing")
-    session = _session(folder, data, model)
-    with Store.open(folder, writable=False) as store:
-        if isinstance(session.experiment.data, Sites):
-            if which == "best" or (result := store.result()) is None:
-                raise UserError(
-                    f"{folder}: its clients' data is at their sites, which measured on the way; to see it: mira report {folder}"
-                )
-            log.warning("their data is at the sites: shown is what they measured after the last round")
-            return located(result, folder)
-        state = state_of(session, store, _round(store, which))
-        everyone = torch.arange(len(state.rows))
-        rows = Overlay(state.rows, everyone, state.rows[everyone])  # read now: the run may go on meanwhile
-        watcher.stage(f"measuring round {state.round}")
-        record = measured(session, replace(state, rows=rows), watcher, answers=True, transfer=True)
-        best = record["answers"] if state.round == store.best_round else best_answers(session, store)
-        return located(summary(session, store, {"round": state.round} | record, best), folder)
+@dataclass(frozen=True, eq=False)
+class Run(Mapping[str, Any]):
+    """A run folder, finished or under way. Nothing but the reports and exports that are asked for is written into it.
 
-
-def generate(
-    folder: Path, client: str, prompt: str | None, instruction: str | None, max_new_tokens: int, which: Which,
-    system: str | None = None, data: Path | None = None, model: str | None = None,
-) -> Iterator[str]:  # fmt: skip
-    """Answers of one client's adapter, to ``prompt`` or else to its first test inputs beside what was expected. A prompt is put
-    as the client's training examples are: under their instruction or after their system message, where all have the same."""
-    session = _session(folder, data, model, examples=prompt is None)
-    k = session.number(client)
-    with Store.open(folder, writable=False) as store:
-        _check_here(session, store)
-        row = session.method.deployed(state_of(session, store, _round(store, which)), torch.tensor([k]))
-    owner, encoder = session.federation.clients[k], session.corpus.encoder
-    if prompt is not None:
-        if owner.manner.raw and not encoder.wording.wrapped and (option := _given(instruction, system)):
-            raise UserError(f"{option}: the prompts of '{client}' are continued as they stand; put it into --prompt")
-        if system and encoder.template != CHAT:
-            raise UserError(f"--system: prompt.template={encoder.template} has no place for it; put it into --prompt")
-        example = owner.manner.example(prompt, instruction, system)
-        encoded = encoder.encode(example, "--prompt")
-        if encoded.truncated:
-            log.warning("--prompt: cut on the left to fit prompt.max_length=%d tokens", encoder.max_length)
-        yield visible(session.engine.answer(row, [[encoded.asked]], max_new_tokens)[0][0])
-        return
-    shown = owner.test[:4]
-    if not shown:
-        raise UserError(f"{folder}: the data of '{client}' is at its site; give a --prompt")
-    given = session.engine.answer(row, [session.corpus.prompts(k, "test", 4)], max_new_tokens)[0]
-    for example, answer in zip(shown, given, strict=True):
-        question = example.messages[-2].content if example.messages else example.input or example.instruction
-        yield f"input:    {visible(question)}"
-        yield f"answer:   {visible(answer)}"
-        yield f"expected: {visible(example.output)}"
-        yield ""
-
-
-def export(
-    folder: Path, clients: list[str] | None, merge: bool, format: Format, which: Which, hub: Hub | None = None,
-    data: Path | None = None, model: str | None = None,
-) -> Iterator[str]:  # fmt: skip
-    """Write adapters (or merged models) and say where; for a server, its command line too; with ``hub`` push them there.
-
-    A run that is under way is not disturbed: it is only read, as of its last committed round.
+    It reads like its result: ``run["local_loss"]``. ``data``, ``model``: their place now, where they were moved. ``objects``: a
+    model and clients from memory. The base model is loaded when it is first needed, and kept.
     """
-    session = _session(folder, data, model, examples=False)
-    numbers = [session.number(name) for name in clients] if clients else list(range(len(session.names)))
-    lines.check(format, session, merge)
-    base = push.base(hub, session) if hub else None
-    if hub:
-        hub.check([session.federation.clients[k].slug for k in numbers])
-    with Store.open(folder, writable=False) as store:
-        _check_here(session, store)
-        state, metrics = state_of(session, store, _round(store, which)), store.metrics()
-    suffix = "" if which == "last" else f"-{which}"  # a finished run's report stays that of its last round
-    use: Use = "merged" if merge else "gguf" if format == "gguf" else "peft"
-    kept = folder / f"{ADAPTERS if use == 'peft' else use}{suffix}"
-    origins = [origin(session.federation.clients[k], state.round, metrics) for k in numbers]
-    places = [kept / each.client.slug for each in origins]
-    if merge:
-        for k, place, each in zip(numbers, places, origins, strict=True):
-            export_merged(session, place, deployed(session, state, k), each)
-            yield lines.merged(format, place)
-    else:
-        adapters = export_adapters(session, folder / f"{ADAPTERS}{suffix}", state, numbers, metrics)
-        lines.check_folder(format, adapters[0])
-        for adapter, place, each in zip(adapters, places, origins, strict=True):
-            if use == "gguf":
-                export_gguf(session, place, adapter, each)
-        yield from map(str, places)
-        yield from lines.served(format, session, places)
-    if hub and base:
-        for place, each in zip(places, origins, strict=True):
-            yield push.push(hub, place, card(session, each, use, base), base)
+
+    folder: Path
+    data: Path | None = None
+    model: str | None = None
+    objects: Objects = field(default_factory=Objects)
+    callbacks: Sequence[Callback] = ()
+
+    @property
+    def experiment(self) -> Experiment:
+        """The configuration it was started with."""
+        with Store.open(self.folder, writable=False) as store:
+            return self._recorded(store)
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Libraries, weights, data and machine, as recorded when it was started."""
+        with Store.open(self.folder, writable=False) as store:
+            return store.environment()
+
+    @property
+    def records(self) -> list[Record]:
+        """The record of every committed round, from round 0 (the start) on; docs/cli.md documents the fields."""
+        with Store.open(self.folder, writable=False) as store:
+            return store.metrics()
+
+    @property
+    def clients(self) -> list[str]:
+        """The clients' names, in the order of their numbers."""
+        return list(self.records[0]["clients"]) if self.records else self._without_examples.names
+
+    @property
+    def result(self) -> Result:
+        """The result, as ``mira run --json`` prints it. Raises UserError while the run is not finished."""
+        with Store.open(self.folder, writable=False) as store:
+            found = store.result()
+        if found is None:
+            raise UserError(f"{self.folder}: is not finished; go on with: mira run {self.folder} --resume")
+        return located(found, self.folder)
+
+    @property
+    def finished(self) -> bool:
+        with Store.open(self.folder, writable=False) as store:
+            return store.result() is not None
+
+    def __getitem__(self, key: str) -> Any:
+        return self.result[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.result)
+
+    def __len__(self) -> int:
+        return len(self.result)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
+    def metrics(self, metric: str | None = None) -> pd.DataFrame:
+        """The metrics of every round and client: a row for each (round, client), a column for each metric. With the name of a
+        ``metric``, that one alone as round × client. Raises UserError without pandas (mira-fl[pandas])."""
+        records = self.records
+        found = metrics.table(records, list(records[0]["clients"]) if records else [])
+        return found if metric is None else metrics.column(found, metric)
+
+    def state(self, round: int | Which = "last") -> ServerState:
+        """The server state as of a committed round: adapters of all clients as rows [S,P], graph, the method's own tensors."""
+        with Store.open(self.folder, writable=False) as store:
+            return _in_memory(state_of(self._without_examples, store, _number(store, round)))
+
+    def adapter(self, client: str, round: Which = "last") -> PeftModel:
+        """A client's adapter on the base model, as PEFT reads it, in eval mode. Each call loads the base anew; a base from memory
+        is copied. Raises UserError for an unknown client, and for a kind of adapter that PEFT does not have."""
+        session = self._open(examples=False)
+        row = self._rows([client], round)[0]
+        model = session.base.model if session.base.path else deepcopy(session.base.model)
+        with TemporaryDirectory() as place:
+            session.adapter.save(Path(place), row, session.base.name)
+            return load_peft(model, Path(place))
+
+    def evaluate(self, round: Which = "last") -> Result:
+        """The result, measured again with the adapters of a round. Where the data is at sites: their own measurements after the
+        last round. Raises UserError for the best round of such a run, or while it is not finished."""
+        told = Callbacks(self.callbacks)
+        told.stage("preparing")
+        if isinstance(self.experiment.data, Sites):
+            return self._measured_at_sites(round)
+        session = self._with_examples
+        with Store.open(self.folder, writable=False) as store:
+            state = _in_memory(state_of(session, store, _number(store, round)))  # read now: the run may go on meanwhile
+            told.stage(f"measuring round {state.round}")
+            record = {"round": state.round} | measured(session, state, told, answers=True, transfer=True)
+            return located(summary(session, store, record, best_answers(session, store, record)), self.folder)
+
+    def generate(
+        self, client: str, prompt: str, *, instruction: str | None = None, system: str | None = None,
+        max_new_tokens: int = 128, round: Which = "last",
+    ) -> str:  # fmt: skip
+        """The greedy answer of a client's adapter to ``prompt``, put as the client's training examples are. ``instruction``,
+        ``system``: in place of those that its examples share. Raises UserError."""
+        rows = self._rows([client], round)
+        return answers.answer(self._without_examples, client, rows, prompt, instruction, system, max_new_tokens)
+
+    def answers(
+        self, client: str, count: int = 4, *, max_new_tokens: int = 128, round: Which = "last"
+    ) -> list[Answered]:
+        """The greedy answers of a client's adapter to its first ``count`` test examples. Raises UserError."""
+        rows = self._rows([client], round)
+        return answers.test_answers(self._with_examples, client, rows, count, max_new_tokens)
+
+    def export(
+        self, clients: Sequence[str] | None = None, *, merge: bool = False, format: Format = "peft", hub: Hub | None = None,
+        round: Which = "last",
+    ) -> list[str]:  # fmt: skip
+        """Write adapters (or merged models) below the run folder. ``clients``: their names; None: all. Returns lines: folders,
+        the command line of a server where ``format`` names one, and repositories where ``hub`` is given. Raises UserError."""
+        session = self._without_examples
+        numbers = range(len(session.names)) if clients is None else [session.number(name) for name in clients]
+        order = export.Order(list(numbers), merge, format, hub, "" if round == "last" else f"-{round}")
+        export.check(order, session)
+        with Store.open(self.folder, writable=False) as store:
+            self._check_here(session, store)
+            state, records = state_of(session, store, _number(store, round)), store.metrics()
+        return list(export.export(order, session, self.folder, state, records))
+
+    def report(self, out: Path | str | None = None) -> Path:
+        """Write the run as one HTML page (default report.html in its folder), and return its path."""
+        return html.write([self.folder], Path(out) if out is not None else self.folder / "report.html")
+
+    @cached_property
+    def _with_examples(self) -> Session:
+        return self._open(examples=True)
+
+    @cached_property
+    def _without_examples(self) -> Session:
+        known: Session | None = self.__dict__.get("_with_examples")
+        return known or self._open(examples=False)
+
+    def _open(self, examples: bool) -> Session:
+        """The session, on the weights and data of the run. Without ``examples`` its data need not be there: the clients that the
+        run recorded are enough."""
+        with Store.open(self.folder, writable=False) as store:
+            environment, experiment = store.environment(), self._recorded(store)
+        clients = None if examples else clients_of(environment, experiment.seed)
+        if self.objects.base is None:
+            experiment = config.moved(experiment, model=self.model)
+        config.check_there(experiment, self.folder, data=clients is None and self.objects.clients is None)
+        session = self.objects.open(experiment, taken_over(environment), folder=self.folder, clients=clients)
+        now = session.environment if examples else session.surroundings | {"data": environment["data"]}
+        check_environment(environment, now, must=("model", "data"))
+        return session
+
+    def _recorded(self, store: Store) -> Experiment:
+        return config.moved(config.recorded(store.config(), store.environment(), store.folder), self.data)
+
+    def _rows(self, names: Sequence[str], round: Which) -> Tensor:
+        """The adapters [n,P] that the clients ``names`` deploy."""
+        session = self._without_examples
+        numbers = torch.tensor([session.number(name) for name in names])
+        with Store.open(self.folder, writable=False) as store:
+            self._check_here(session, store)
+            return session.method.deployed(state_of(session, store, _number(store, round)), numbers)
+
+    def _check_here(self, session: Session, store: Store) -> None:
+        """Raises UserError where the adapters that clients deploy, or parts of them, never left their sites."""
+        method, first = session.experiment.method, torch.zeros(1, dtype=torch.int64)
+        remote = isinstance(session.experiment.data, Sites)
+        if remote and has_private_parts(method.broadcast(state_of(session, store), first)):
+            raise UserError(
+                f"{self.folder}: with method.name={method.name} adapters never leave their sites; each site has its own in the"
+                " folder adapter of its --state"
+            )
+
+    def _measured_at_sites(self, round: Which) -> Result:
+        if round == "best" or not self.finished:
+            raise UserError(
+                f"{self.folder}: its clients' data is at their sites, which measured on the way; to see it: mira report"
+                f" {self.folder}"
+            )
+        log.warning("the data is at the sites; showing their last measurements")
+        return self.result
 
 
-def _session(folder: Path, data: Path | None, model: str | None, examples: bool = True) -> Session:
-    """The experiment of a run folder, built on the same weights and data, which may lie at ``data`` and ``model`` now; the
-    folder is closed again meanwhile. Without ``examples`` its data need not be there: what the run recorded is enough."""
-    with Store.open(folder, writable=False) as store:
-        environment, experiment = store.environment(), config.parse_text(store.config())
-    clients = None if examples else clients_of(environment, experiment.seed)
-    experiment = config.moved(experiment, data, model)
-    config.check_there(experiment, folder, data=clients is None)
-    session = open_session(experiment, taken_over(environment), folder=folder, clients=clients)
-    now = session.environment if clients is None else session.environment | {"data": environment["data"]}
-    check_environment(environment, now, must=("model", "data"))
-    return session
-
-
-def _given(instruction: str | None, system: str | None) -> str:
-    """The option that says how a prompt is put; "" for none."""
-    return "--instruction" if instruction is not None else "--system" if system is not None else ""
-
-
-def _check_here(session: Session, store: Store) -> None:
-    """Raises UserError where the rows that clients deploy, or parts of them, never left their sites."""
-    state, first = state_of(session, store), torch.zeros(1, dtype=torch.int64)
-    work = session.experiment.method.broadcast(state, first)
-    if isinstance(session.experiment.data, Sites) and has_private_parts(work):
-        raise UserError(
-            f"{store.folder}: with method.name={session.experiment.method.name} rows never leave their sites; each site has"
-            " its own in the folder adapter of its --state"
-        )
-
-
-def _round(store: Store, which: Which) -> int:
-    number = store.last_round if which == "last" else store.best_round
+def _number(store: Store, round: int | Which) -> int:
+    """The number of a round. Raises UserError while none is committed."""
+    number = store.last_round if round == "last" else store.best_round if round == "best" else round
     if number is None:
         raise UserError(f"{store.folder}: no round is committed yet; go on with: mira run {store.folder} --resume")
     return number
+
+
+def _in_memory(state: ServerState) -> ServerState:
+    """``state`` with its adapters read from the run folder."""
+    everyone = torch.arange(len(state.rows))
+    return replace(state, rows=Overlay(state.rows, everyone, state.rows[everyone]))

@@ -27,10 +27,12 @@ from mira.graphs.known import Complete
 from mira.methods.heterogeneous_ranks import with_ranks
 from mira.methods.local import Local
 from mira.model.embed import embed
-from mira.runner.run import state_of, without_nan
+from mira.runner.measuring import without_nan
+from mira.runner.recording import state_of
 from mira.serving.folders import export_adapters
+from mira.setup.build import open_session
 from mira.setup.environment import check_environment, clients_of, taken_over
-from mira.setup.session import Session, open_session
+from mira.setup.session import Session
 from mira.store import Store
 
 log = logging.getLogger(__name__)
@@ -68,7 +70,10 @@ def adapt(
     learning rate; beside it, for comparison, the same from the common start. Raises UserError.
     """
     with Store.open(folder, writable=False) as store:
-        experiment, environment = config.parse_text(store.config()), store.environment()
+        experiment, environment = (
+            config.recorded(store.config(), store.environment(), store.folder),
+            store.environment(),
+        )
         known = _known(environment, experiment, by_group=group is not None)
         _check(name, group, known)
         own = _own(experiment, _Newcomer(name, group or "", tuple(files)), overrides)

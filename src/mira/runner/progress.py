@@ -10,8 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from mira.runner.callbacks import Callback
 
-class RunProgress:
+
+class RunProgress(Callback):
     """Rounds, clients, tokens a second and the time left."""
 
     def __init__(self, console: Console) -> None:
@@ -44,8 +46,8 @@ class RunProgress:
             self._task = self._bar.add_task("", total=rounds, completed=done, speed="")
             self._bar.start()
 
-    def stage(self, what: str) -> None:
-        self._console.print(f"{what} …", style="dim", highlight=False)
+    def stage(self, name: str) -> None:
+        self._console.print(f"{name} …", style="dim", highlight=False)
 
     def tokens(self, count: int) -> None:
         self._tokens += count

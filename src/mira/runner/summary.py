@@ -3,14 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mira.config import Experiment
+from mira.core.loop import Record
+from mira.setup.session import Session
 from mira.store import Store
 
 Result = dict[str, Any]
+ADAPTERS = "adapters"  # in the run folder: a PEFT folder of each client as of the last round
 
 _NONE = {"up": 0, "down": 0}  # bytes of a client outside the round's cohort
+
+
+def summary(session: Session, store: Store, last: Record, best_answers: Record) -> Result:
+    """The result of a run of which ``last`` was measured last, with paths relative to the run folder."""
+    clients, joined = session.federation.clients, last.get("joined", {})
+    adapters = [f"{ADAPTERS}/{client.slug}" for client in clients]
+    return summarise(
+        session.experiment,
+        store,
+        last,
+        [client.task for client in clients],
+        [joined.get(client.name, client.num_train) for client in clients],
+        adapters,
+        best_answers,
+    )
+
+
+def located(result: Result, folder: Path) -> Result:
+    """A result with absolute paths: a run folder keeps them relative to itself, so that it can be moved."""
+    root = folder.resolve()
+    places = [root / client["adapter"] for client in result["clients"]]
+    clients = [
+        client | {"adapter": str(place) if place.is_dir() else None}
+        for client, place in zip(result["clients"], places, strict=True)
+    ]
+    return {"run": str(root)} | result | {"clients": clients}
 
 
 def summarise(

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from mira.config import Experiment, plugins
 from mira.core.errors import UserError
 from mira.core.threads import usable_cores
 from mira.core.versions import version_of
@@ -23,22 +24,28 @@ from mira.setup.git_commit import commit
 log = logging.getLogger(__name__)
 
 # Numbers depend on these; a resumed run must find them as they were.
-DECIDING = ("versions", "model", "data", "prompt", "threads", "device", "engine", "prefix", "tokens_per_pass")
+DECIDING = (
+    "versions",
+    "model",
+    "data",
+    "prompt",
+    "threads",
+    "device",
+    "engine",
+    "prefix",
+    "tokens_per_pass",
+    "plugins",
+)
 _LIBRARIES = ("mira", "torch", "transformers", "peft", "tokenizers")
 
 
 def environment_of(
-    base: Base,
-    federation: Federation,
-    threads: int,
-    engine: str,
-    prefix: bool,
-    tokens_per_pass: int | None,
-    truncated: dict[str, int],
+    experiment: Experiment, base: Base, federation: Federation, threads: int, prefix: bool, truncated: dict[str, int],
     encoder: Encoder,
-) -> dict[str, Any]:
-    """The environment that a run records. ``engine``: the one taken; ``prefix``: whether shared prefixes are computed once;
+) -> dict[str, Any]:  # fmt: skip
+    """The environment that a run records, but for its engine. ``prefix``: whether shared prefixes are computed once;
     ``truncated``: the number of each client's inputs that were cut."""
+    foreign = plugins(experiment)
     return {
         "versions": {name: version_of(name) for name in (*_LIBRARIES, *needed_for(base.quantization))},
         "model": {
@@ -47,9 +54,7 @@ def environment_of(
         **clients_told(federation),
         "threads": threads,
         "device": base.model.device.type,
-        "engine": engine,
         "prefix": prefix,
-        "tokens_per_pass": tokens_per_pass,
         "commit": commit(),
         "machine": _machine(),
         "truncated": truncated,
@@ -57,6 +62,7 @@ def environment_of(
             "template": encoder.template, "date": encoder.wording.date, "sha256": encoder.fingerprint,
             "stops": sorted(encoder.wording.stops), "as_before": encoder.as_before and not _raw(federation),
         },
+        **({"plugins": foreign} if foreign else {}),
     }  # fmt: skip
 
 
@@ -134,7 +140,7 @@ def check_environment(recorded: dict[str, Any], now: dict[str, Any], must: Seque
         if set(must) == set(DECIDING):
             raise UserError(f"{text}; go on with that version, or start a new run")
         log.warning("%s; numbers differ from those of the run", text)
-    for key in DECIDING:
+    for key in (key for key in DECIDING if key in now):  # where no engine is built, nothing is known of it
         new = now[key]
         old = recorded.get(key, new)  # of a run that began before it was recorded nothing is known
         if _content(old) != _content(new):

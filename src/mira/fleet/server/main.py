@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,8 @@ from mira.fleet.identity.kit import ServerKit, admitted, load_server, split_addr
 from mira.fleet.identity.signatures import admission
 from mira.fleet.server.session import Opener
 from mira.runner import run as experiment
-from mira.runner.run import Result, Watcher
+from mira.runner.callbacks import Callback
+from mira.runner.summary import Result
 
 Say = Callable[[str], None]
 _PATIENCE = 3600.0  # seconds for all sites to join once, before a run begins
@@ -38,7 +39,9 @@ class ServerOptions:
     tell: Say
 
 
-def run_server(wanted: Experiment | None, kit_folder: Path, options: ServerOptions, watcher: Watcher) -> Result:
+def run_server(
+    wanted: Experiment | None, kit_folder: Path, options: ServerOptions, callbacks: Sequence[Callback]
+) -> Result:
     """Run ``wanted`` with the sites of a server kit, or go on with a run. Raises UserError."""
     kit = load_server(kit_folder)
     if not kit.admitted:
@@ -49,9 +52,9 @@ def run_server(wanted: Experiment | None, kit_folder: Path, options: ServerOptio
     with _by_hand(kit, options) if options.relay else _federation(kit, options) as transport:
         opener = Opener(transport, lambda: _names(kit), _PATIENCE, options.say)
         if options.resume is not None:
-            return experiment.resume(options.resume, watcher, opener)
+            return experiment.resume(options.resume, callbacks, opener)
         assert wanted is not None
-        return experiment.run(wanted, options.out, watcher, opener)
+        return experiment.run(wanted, options.out, callbacks, opener)
 
 
 @contextmanager

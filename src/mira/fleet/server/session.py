@@ -18,8 +18,9 @@ from mira.fleet.messages.transport import NoReply, Transport
 from mira.fleet.server.clients import RemoteClients
 from mira.fleet.site.handler import fingerprints
 from mira.fleet.site.privacy import epsilon
+from mira.setup.build import open_session
 from mira.setup.environment import clients_told
-from mira.setup.session import Session, open_session
+from mira.setup.session import Session
 from mira.store import Store
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class Opener:
         given = experiment.model_dump(mode="json")
         opening = {
             "experiment": {key: value for key, value in given.items() if key not in _NOT_SENT},
-            "threads": session.environment["threads"], **fingerprints(session),
+            "threads": session.surroundings["threads"], **fingerprints(session),
         }  # fmt: skip
         run = RemoteRun(
             number, secrets.token_hex(8), session.names, opening, experiment.clients.rank, data.examples,
@@ -89,7 +90,7 @@ class Opener:
                 )
             counts = {name: engine.run.examples[name] for name in begin if name in engine.run.names}
             session = _with_clients(session, _settled(experiment, data, counts, set(begin) - counts.keys()))
-        session.environment["run"] = number
+        session.surroundings["run"] = number
         return replace(session, remote=engine)
 
     def _admitted(self, names: Sequence[str]) -> list[str]:
@@ -149,8 +150,8 @@ def _with_clients(session: Session, experiment: Experiment) -> Session:
 
     federation = make_federation(experiment.data, experiment.split, experiment.seed)
     corpus = replace(session.corpus, federation=federation)
-    environment = session.environment | clients_told(federation)
-    return replace(session, experiment=experiment, federation=federation, corpus=corpus, environment=environment)
+    surroundings = session.surroundings | clients_told(federation)
+    return replace(session, experiment=experiment, federation=federation, corpus=corpus, surroundings=surroundings)
 
 
 def _number(folder: Path) -> str:

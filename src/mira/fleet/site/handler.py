@@ -27,7 +27,8 @@ from mira.fleet.site.state import SiteState
 from mira.runner import evaluation
 from mira.serving.card import Origin
 from mira.serving.folders import export_row
-from mira.setup.session import Session, open_session
+from mira.setup.build import open_session
+from mira.setup.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +137,8 @@ class SiteHandler:
                 raise RefusedRequest(
                     f"its {what} is not the server's (here {ours[:12]}, there {str(values[what])[:12]})"
                 )
+        # The engine is built now, so that a model it cannot compute is refused when the site joins.
+        log.info("computes with the %s engine", session.environment["engine"])
         session.corpus.keep(state.folder / "tokens")
         start, rank = session.start(), values["rank"]
         return JoinedRun(session, state, number, start if rank is None else start * session.layout.within(rank))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mira.config import parse_text
+from mira.config import recorded
 from mira.config.yaml_io import flat, mapping
 from mira.core.errors import UserError
 from mira.core.graph import Graph, Groups
@@ -111,7 +111,9 @@ def read(folder: Path) -> Run:
             raise UserError(f"{folder}: no round is committed yet; wait, or go on with: mira run {folder} --resume")
         text, environment = store.config(), store.environment()
         # Only a foreign graph needs its section: a run of methods that are not installed is shown all the same.
-        graph, _ = in_use(store.graph(), store.extra(), lambda tensors: restorer(parse_text(text).graph)(tensors))
+        graph, _ = in_use(
+            store.graph(), store.extra(), lambda tensors: restorer(recorded(text, environment, folder).graph)(tensors)
+        )
         names = list(records[0]["clients"])
         return Run(
             folder=folder,

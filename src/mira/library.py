@@ -1,0 +1,130 @@
+"""The library: a run, its resumption, a finished run as an object, a comparison; names or objects, as is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mira import config as configuration
+from mira.adapters import ADAPTERS
+from mira.comparison import compare as run_comparison
+from mira.comparison import load as load_comparison
+from mira.config import Experiment
+from mira.config.experiment import SECTIONS
+from mira.core.errors import UserError
+from mira.core.pydantic_config import expanded
+from mira.data import SOURCES
+from mira.data.sources.memory import clients_from
+from mira.data.types import Client
+from mira.graphs import GRAPHS
+from mira.methods import METHODS
+from mira.model.in_memory import base_of
+from mira.results.run_folder import Run
+from mira.runner import run as runner
+from mira.runner.callbacks import Callback
+from mira.runner.objects import Objects
+
+Config = Experiment | Mapping[str, Any] | Path | str
+Data = Sequence[Client] | Mapping[str, Iterable[Any]]
+Loaded = tuple[Any, Any]
+
+
+def run(
+    config: Config, out: Path | str | None = None, callbacks: Sequence[Callback] = (), *, method: Any = None,
+    graph: Any = None, adapter: Any = None, model: Loaded | None = None, data: Data | None = None,
+) -> Run:  # fmt: skip
+    """Run an experiment in the new folder ``out`` (default runs/NAME-TIME) and return it finished.
+
+    ``config``: an ``Experiment``, a mapping of its sections, or a YAML file. Objects go before what it says. ``method``,
+    ``graph``, ``adapter``: an instance of a class of MIRA's or of anybody's. ``model``: a ``transformers`` model with its
+    tokenizer; it is frozen in place. ``data``: a list of ``Client``, or a dict of names to examples (a list of dicts, a
+    ``datasets.Dataset``). ``callbacks``: see every record and may stop the run. Raises UserError.
+    """
+    chosen = {"method": method, "graph": graph, "adapter": adapter}
+    objects = _objects(model, data, _name(config))
+    experiment = _experiment(config, chosen, objects)
+    if experiment.privacy is not None:
+        raise UserError("privacy: noise is put on by sites (mira server), and one process has none; leave privacy out")
+    result = runner.run(experiment, out, callbacks, objects.open)
+    return Run(Path(result["run"]), objects=objects, callbacks=callbacks)
+
+
+def resume(
+    folder: Path | str, callbacks: Sequence[Callback] = (), *, model: Loaded | str | None = None,
+    data: Data | Path | str | None = None,
+) -> Run:  # fmt: skip
+    """Go on with the run in ``folder`` from its last committed round, and return it finished; the result is bit-identical to that
+    of a run that was not interrupted. ``model``, ``data``: the objects it was started with, or the place of either now, where it
+    was moved. Raises UserError."""
+    found = open_run(folder, model=model, data=data)
+    result = runner.resume(found.folder, callbacks, found.objects.open, found.data, found.model)
+    return Run(Path(result["run"]), found.data, found.model, found.objects, callbacks)
+
+
+def open_run(
+    folder: Path | str, callbacks: Sequence[Callback] = (), *, model: Loaded | str | None = None,
+    data: Data | Path | str | None = None,
+) -> Run:  # fmt: skip
+    """The run in ``folder``, finished or under way. ``model``, ``data``: the objects it was started with, or the place of either
+    now, where it was moved. The folder is read when something is asked of it."""
+    place = Path(data) if isinstance(data, Path | str) else None
+    name = model if isinstance(model, str) else None
+    objects = _objects(None if isinstance(model, str) else model, None if isinstance(data, Path | str) else data)
+    return Run(expanded(Path(folder)), place, name, objects, callbacks)
+
+
+def compare(
+    config: Path | str, out: Path | str | None = None, results: Path | str | None = None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Run the comparison of a YAML file in the folder ``out`` (default runs/NAME), and return the content of its compare.json
+    (docs/cli.md). Finished runs are not done again. ``results``: a folder for the tables too. Raises UserError."""
+    plan = load_comparison(Path(config), overrides)
+    place = Path("runs") / plan.name if out is None else expanded(Path(out))
+    return run_comparison(plan, place, f"mira.compare({str(config)!r})", None if results is None else Path(results))
+
+
+def register(
+    *, method: type | None = None, graph: type | None = None, source: type | None = None, adapter: type | None = None
+) -> None:
+    """Offer classes under their names to every configuration in this process; a package offers its own as entry points of
+    mira.methods, mira.graphs, mira.sources and mira.adapters (docs/extending.md). Raises UserError where one lacks something."""
+    for registry, cls in ((METHODS, method), (GRAPHS, graph), (SOURCES, source), (ADAPTERS, adapter)):
+        if cls is not None:
+            registry.add(cls)
+
+
+def _objects(model: Loaded | None, data: Data | None, name: str | None = None) -> Objects:
+    if model is not None and (not isinstance(model, tuple | list) or len(model) != 2):
+        raise UserError(
+            "model: must be a pair (model, tokenizer); a name belongs into the configuration, as model.name"
+        )
+    return Objects(
+        None if model is None else base_of(*model, name=name), None if data is None else clients_from(data)
+    )  # fmt: skip
+
+
+def _name(given: Config) -> str | None:
+    """The base's name that a mapping gives, under which adapters name it."""
+    section = given.get("model") if isinstance(given, Mapping) else None
+    return section.get("name") if isinstance(section, Mapping) else None
+
+
+def _experiment(given: Config, chosen: Mapping[str, Any], objects: Objects) -> Experiment:
+    """The experiment with its objects in it. Raises UserError."""
+    if isinstance(given, Path | str):
+        values: dict[str, Any] = dict(configuration.read(Path(given)))
+    elif isinstance(given, Experiment):
+        values = {name: getattr(given, name) for name in type(given).model_fields}
+    else:
+        values = dict(given)
+    for section, instance in chosen.items():
+        if instance is not None:
+            SECTIONS[section].adopt(instance)
+            values[section] = instance
+    if (base := objects.base) is not None:
+        dtype = str(base.model.dtype).removeprefix("torch.")
+        values["model"] = {"name": base.name, "dtype": dtype, "quantization": base.quantization}
+    if objects.clients is not None:
+        values["data"] = {"source": "memory"}
+    return configuration.parse(values)

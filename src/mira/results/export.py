@@ -1,0 +1,68 @@
+"""Export of a run's adapters: PEFT folders, merged models, files of llama.cpp, repositories of the model hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mira.core.loop import Record
+from mira.core.types import ServerState
+from mira.runner.summary import ADAPTERS
+from mira.serving import lines, push
+from mira.serving.card import Use, card, origin
+from mira.serving.folders import deployed, export_adapters, export_gguf, export_merged
+from mira.serving.lines import Format
+from mira.serving.push import Hub
+from mira.setup.session import Session
+
+
+@dataclass(frozen=True)
+class Order:
+    """``clients``: their numbers. ``merge``: whole models. ``format``: the server that is to load them. ``hub``: where to push
+    them, or None. ``suffix``: of the folder's name, "" for the last round."""
+
+    clients: Sequence[int]
+    merge: bool
+    format: Format
+    hub: Hub | None
+    suffix: str
+
+    @property
+    def use(self) -> Use:
+        return "merged" if self.merge else "gguf" if self.format == "gguf" else "peft"
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder in the run folder. A finished run's adapters stay those of its last round."""
+        return f"{ADAPTERS if self.use == 'peft' else self.use}{self.suffix}"
+
+
+def check(order: Order, session: Session) -> None:
+    """Raises UserError where the server cannot serve these adapters, or the hub has no place for them."""
+    lines.check(order.format, session, order.merge)
+    if order.hub:
+        push.base(order.hub, session)
+        order.hub.check([session.federation.clients[k].slug for k in order.clients])
+
+
+def export(order: Order, session: Session, run: Path, state: ServerState, metrics: Sequence[Record]) -> Iterator[str]:
+    """Write what is ordered below the folder ``run``; lines are folders, commands, repositories. Raises UserError."""
+    origins = [origin(session.federation.clients[k], state.round, metrics) for k in order.clients]
+    places = [run / order.folder / each.client.slug for each in origins]
+    if order.merge:
+        for k, place, each in zip(order.clients, places, origins, strict=True):
+            export_merged(session, place, deployed(session, state, k), each)
+            yield lines.merged(order.format, place)
+    else:
+        adapters = export_adapters(session, run / f"{ADAPTERS}{order.suffix}", state, order.clients, metrics)
+        lines.check_folder(order.format, adapters[0])
+        for adapter, place, each in zip(adapters, places, origins, strict=True):
+            if order.use == "gguf":
+                export_gguf(session, place, adapter, each)
+        yield from map(str, places)
+        yield from lines.served(order.format, session, places)
+    if order.hub:
+        base = push.base(order.hub, session)
+        for place, each in zip(places, origins, strict=True):
+            yield push.push(order.hub, place, card(session, each, order.use, base), base)

@@ -1,0 +1,110 @@
+"""Measurements of a run: which after which round, and what they give."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from mira.core.loop import Record
+from mira.core.types import ServerState
+from mira.engine.memory import peak_memory
+from mira.runner import evaluation
+from mira.runner.callbacks import Callbacks
+from mira.runner.clients import clients_of
+from mira.runner.recording import state_of
+from mira.setup.session import Session, enough_memory
+from mira.store import Store
+
+log = logging.getLogger(__name__)
+
+
+def measurer(session: Session, callbacks: Callbacks, known: dict[str, Record]) -> Callable[[ServerState], Record]:
+    """What to measure after which round: losses every n rounds, answers at the start and at the end, transfer at the end.
+    All but the validation loss is measured on the test split, and left out where the plan leaves that split alone.
+    ``known``: what is known of each client from earlier rounds, kept up to date."""
+    plan, rounds = session.experiment.evaluation, session.experiment.rounds
+
+    def look(state: ServerState) -> Record:
+        first, last = state.round == 0, state.round == rounds
+        due = last or state.round % plan.every == 0
+        answers = plan.test and plan.generate and (first or last)
+        record = measured(session, state, callbacks, answers, plan.test and last, plan.test, known) if due else {}
+        known.update(evaluation.known_from([{"round": state.round} | record]))
+        record |= clients_of(session).round_extras()
+        return record | {"peak_memory_bytes": peak_memory(session.base.model.device)}
+
+    return look
+
+
+def measured(
+    session: Session, state: ServerState, callbacks: Callbacks, answers: bool, transfer: bool, test: bool = True,
+    known: Mapping[str, Record] | None = None,
+) -> Record:  # fmt: skip
+    """The losses of every client under the row it would deploy in ``state``, if asked for also answers and transfer.
+    Without ``test`` the validation loss alone. ``known``: for the means, as ``evaluation.losses`` takes it.
+
+    Raises UserError when memory runs out.
+    """
+    e, method, clients, names = session.experiment, session.method, clients_of(session), session.names
+    plan = e.evaluation
+    with enough_memory(e):
+        record = evaluation.losses(method, clients.engine, state, names, plan.examples, test, known)
+        if answers:
+            callbacks.stage("generating answers")
+            record["answers"] = _answers(session, state)
+        if transfer:
+            callbacks.stage("measuring transfer")
+            record["transfer"] = evaluation.transfer(
+                method, clients.engine, state, session.layout, names, e.seed, plan.transfer_clients, plan.transfer_examples,
+                clients.allow_transfer(),
+            )  # fmt: skip
+    clean: Record = without_nan(record)
+    shown = ("validation_loss", "test_loss", "perplexity") if test else ("validation_loss",)
+    away = clean.get("unmeasured", {})
+    endless = [
+        name for name, scores in clean["clients"].items() if name not in away and None in [scores[key] for key in shown]
+    ]
+    if endless:
+        log.warning("round %d: no finite loss or perplexity for %s", state.round, ", ".join(endless))
+    return clean
+
+
+def without_nan(value: Any) -> Any:
+    """``value`` with None in the place of NaN and infinities, which JSON does not have: not a finite number."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _answers(session: Session, state: ServerState) -> Record:
+    plan, everyone = session.experiment.evaluation, torch.arange(len(session.names))
+    rows = session.method.deployed(state, everyone)
+    grades = clients_of(session).grade(rows, everyone, plan.examples, plan.max_new_tokens, state.round)
+    return evaluation.answers(session.names, grades)
+
+
+def best_answers(session: Session, store: Store, last: Record) -> Record:
+    """The answers under the rows of the validation-best round; those of the last round when it is the best."""
+    plan = session.experiment.evaluation
+    if not (plan.test and plan.generate) or store.best_round is None:
+        return {}
+    record = last if last["round"] == store.best_round else store.metrics()[store.best_round]
+    if "answers" in record:
+        return dict(record["answers"])
+    with enough_memory(session.experiment):
+        return without_nan(_answers(session, state_of(session, store, store.best_round)))  # type: ignore[no-any-return]
+
+
+def joining(session: Session) -> Record:
+    """What clients sent before the first round, for its record; nothing in most runs."""
+    size = session.description_bytes if clients_of(session).sends_descriptions else 0
+    if not size:
+        return {}
+    each = {name: {"down": 0, "up": size} for name in session.names}
+    return {"bytes_down": 0, "bytes_up": size * len(each), "client_bytes": each}

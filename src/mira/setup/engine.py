@@ -1,0 +1,101 @@
+"""The choice of an engine, and its construction."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mira.adapters.types import Adapter
+from mira.config import Experiment
+from mira.core.types import Engine
+from mira.data.corpus import Corpus
+from mira.data.federation import SPLITS
+from mira.data.text import Encoder
+from mira.engine.attention.hook import CannotPackError
+from mira.engine.batched import BatchedEngine
+from mira.engine.checkpoint import check_gradients
+from mira.engine.reference import ReferenceEngine
+from mira.engine.seeds import SeedsEngine, without_gradients
+from mira.model import Base
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """The parts of an engine that is not built yet. ``recorded``: the environment of a run that goes on, of which the engine and
+    the size of a pass are taken over. ``progress``: called with the tokens done."""
+
+    experiment: Experiment
+    base: Base
+    adapter: Adapter
+    encoder: Encoder
+    corpus: Corpus
+    taken_over: Mapping[str, Any]
+    progress: Callable[[int], None]
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether the tokens that all sequences of a client begin with are computed once. Dropout rules it out: sequences would
+        share one mask."""
+        return self.experiment.engine.prefix != "off" and not self.adapter.in_pass.dropout
+
+    def build(self) -> Engine:
+        """The engine. Raises UserError where it cannot compute the model."""
+        experiment = self.experiment
+        if experiment.engine.checkpointing:
+            check_gradients(self.base.model)  # refuses before the run begins
+        engine = self._with_gradients(self.taken_over.get("engine") or experiment.engine.name)
+        if self.adapter.directions is None:
+            return engine
+        return without_gradients(engine, self.adapter.directions, self.corpus, experiment.training, experiment.seed)
+
+    def recorded(self, engine: Engine) -> dict[str, Any]:
+        """The part of the environment that tells of ``engine``."""
+        inner = engine.inner if isinstance(engine, SeedsEngine) else engine
+        batched = isinstance(inner, BatchedEngine)
+        return {
+            "engine": "batched" if batched else "reference",
+            "tokens_per_pass": inner.budget if isinstance(inner, BatchedEngine) else None,
+        }
+
+    def _with_gradients(self, name: str) -> BatchedEngine | ReferenceEngine:
+        """The engine called ``name``; under "auto" the batched one, where that can compute the model."""
+        if name == "reference":
+            return ReferenceEngine(**self._common())
+        try:
+            engine = self._batched()
+        except CannotPackError as error:
+            if name != "auto":
+                raise
+            log.warning("engine.name=auto takes reference, one client at a time: %s", error.reason)
+            return ReferenceEngine(**self._common())
+        way = engine.carrier.way
+        if not way.decodes:
+            log.info("engine.name=batched: passes are %s; transformers answers, one prompt at a time", way.kind)
+        return engine
+
+    def _batched(self) -> BatchedEngine:
+        section = self.experiment.engine
+        longest = self._longest() + self.adapter.layout.virtual_tokens + self.experiment.evaluation.max_new_tokens
+        return BatchedEngine(
+            **self._common(), tokens_per_pass=self.taken_over.get("tokens_per_pass") or section.tokens_per_pass,
+            prefix=self.shares_prefix, longest=longest, cuda_graphs=section.cuda_graphs == "auto",
+        )  # fmt: skip
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            "model": self.base.model, "pad": self.base.tokenizer.pad_token_id, "stops": self.encoder.stops,
+            "decode": self.encoder.answer, "adapter": self.adapter.in_pass, "corpus": self.corpus,
+            "training": self.experiment.training, "seed": self.experiment.seed, "progress": self.progress,
+            "checkpointing": self.experiment.engine.checkpointing,
+        }  # fmt: skip
+
+    def _longest(self) -> int:
+        """Tokens of the longest sequence."""
+        corpus = self.corpus
+        clients = range(corpus.first, corpus.first + corpus.num_clients)
+        encoded = (item for number in clients for split in SPLITS for item in corpus.encoded(number, split))
+        return max((len(item.tokens) for item in encoded), default=1)
