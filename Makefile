@@ -13,11 +13,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -qq --constraint constraints.txt
 # Two processes side by side, a file of tests in each. A thread for each: more would wait for cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
-EVERYTHING := --editable '.[dev,docs,datasets,flower,privacy,quantized,wandb,mlflow]'
+EVERYTHING := --editable '.[dev,docs,pandas,datasets,flower,privacy,quantized,wandb,mlflow]'
 
-.PHONY: help demo test quick house format lock clean bench docs package
+.PHONY: help demo demo-compare test quick house format lock clean bench docs package
 help:
 	@echo 'make demo     train, measure and export one adapter per client on a small real model (about 7 minutes)'
+	@echo 'make demo-compare   MIRA, FedIT and training alone on the same tasks'
 	@echo 'make test     lint, types, resolve check and all tests, as in CI'
 	@echo 'make quick    lint, types and the fast tests'
 	@echo 'make docs     build the documentation into build/site; a broken link fails'
@@ -30,6 +31,9 @@ help:
 
 demo: $(VENV)/.core
 	$(BIN)/mira run configs/demo.yaml --out runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+demo-compare: $(VENV)/.core
+	$(BIN)/mira compare configs/demo-compare.yaml
 
 bench: $(VENV)/.core
 	$(BIN)/python -m benchmarks
