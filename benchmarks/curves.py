@@ -150,7 +150,7 @@ CURVES = {
 def _engine(workload: Workload, stack: ExitStack, **changed: Any) -> BatchedEngine:
     """The workload's engine with many clients at a time and with what is ``changed``; its hooks go with the stack."""
     engine = replace(workload.made, **{"tokens_per_pass": MANY, "prefix": True, **changed})
-    stack.callback(engine.carrier.attached.detach)
+    stack.callback(engine.adapted.attached.detach)
     return engine
 
 

@@ -59,7 +59,7 @@ class Cost:
         head = model.get_output_embeddings().weight.numel()
         embedding = model.get_input_embeddings().weight
         body = sum(p.numel() for p in model.base_model.parameters() if p is not embedding)
-        last = workload.made.carrier.attached.last
+        last = workload.made.adapted.attached.last
         return Cost(body, sum(p.numel() for p in last.parameters()) if last is not None else 0, head)
 
     def loop(self, tokens: Tokens) -> float:

@@ -18,7 +18,7 @@ from mira.core.seeds import generator
 from mira.core.types import Work
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
-from mira.engine.cuda.replay import Replays
+from mira.engine.cuda.replay import GraphReplayer
 from mira.setup.build import open_session
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -72,7 +72,7 @@ class Workload:
     def of(engine: BatchedEngine, start: Tensor) -> Workload:
         """Modules of its own for ``plain``, weights in common: what the engine exchanges stays with its own model."""
         model = engine.model
-        engine.carrier.attached.detach()
+        engine.adapted.attached.detach()
         plain = deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
         plain.set_attn_implementation("sdpa")
         return Workload(replace(engine), start, plain)
@@ -85,10 +85,10 @@ class Workload:
         self, prefix: bool = True, tokens_per_pass: int | None = None, cuda_graphs: bool = True
     ) -> BatchedEngine:
         """The engine with another shape of pass; it shares the hooks that are on the model."""
-        other, carrier = copy(self.made), replace(self.made.carrier, prefix=prefix)
+        other, adapted = copy(self.made), replace(self.made.adapted, prefix=prefix)
         object.__setattr__(other, "prefix", prefix)
-        object.__setattr__(other, "carrier", carrier)
-        object.__setattr__(other, "replays", Replays(carrier) if self.made.replays and cuda_graphs else None)
+        object.__setattr__(other, "adapted", adapted)
+        object.__setattr__(other, "replayer", GraphReplayer(adapted) if self.made.replayer and cuda_graphs else None)
         object.__setattr__(other, "budget", tokens_per_pass or self.made.budget)
         return other
 

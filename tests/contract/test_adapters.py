@@ -19,7 +19,7 @@ from helpers.engines import RandomCorpus, make_engine
 from helpers.tiny_models import make_tiny
 from mira.adapters.lora import Lora
 from mira.adapters.lora_peft import LoraAdapter, from_peft, merge, peft_config, start_row, to_peft
-from mira.adapters.lowrank import Lane
+from mira.adapters.lowrank import AdapterBatch
 from mira.core.errors import UserError
 from mira.core.layout import Layout
 from mira.core.seeds import generator
@@ -59,7 +59,7 @@ def our_logits(kind: str, layout: Layout, row: Tensor, prefix: bool) -> list[Ten
     """The batched engine's logits of each sequence's own tokens, three other rows in the same pass."""
     engine = make_engine("batched", kind, RandomCorpus((1,)), Training(local_steps=1))
     assert isinstance(engine, BatchedEngine)
-    engine.carrier.attached.detach()
+    engine.adapted.attached.detach()
     engine = BatchedEngine(
         engine.model,
         engine.pad,
@@ -74,8 +74,8 @@ def our_logits(kind: str, layout: Layout, row: Tensor, prefix: bool) -> list[Ten
     )
     rows = torch.stack([random_row(layout, 1), random_row(layout, 2), row, random_row(layout, 3)])
     packed = pack([(n, sequences()) for n in range(4)], prefix)
-    with torch.no_grad(), engine.carrier.lane(Lane(rows, packed.ranges)):
-        logits = engine.carrier.head(engine.carrier.read(packed))
+    with torch.no_grad(), engine.adapted.using(AdapterBatch(rows, packed.ranges)):
+        logits = engine.adapted.head(engine.adapted.read(packed))
     mine = packed.prompts[2 * len(sequences()) : 3 * len(sequences())]
     return [logits[s.start : s.end] for s in mine]
 

@@ -26,7 +26,7 @@ from mira.core.errors import UserError
 from mira.core.layout import Layout
 from mira.core.training import Training
 from mira.core.types import Work
-from mira.engine.attention.patching import Way, exchange
+from mira.engine.attention.patching import PatchedModel, patch_attention
 from mira.engine.batched import BatchedEngine
 from mira.engine.reference import ReferenceEngine
 from mira.setup.build import open_session
@@ -99,8 +99,8 @@ def family(name: str) -> Family:
     return next(one for one in FAMILIES if one.name == name)
 
 
-def way_of(name: str, dtype: torch.dtype = torch.float32) -> Way:
-    return exchange(build(family(name), dtype), Attached(0.0), 48)
+def way_of(name: str, dtype: torch.dtype = torch.float32) -> PatchedModel:
+    return patch_attention(build(family(name), dtype), Attached(0.0), 48)
 
 
 @pytest.mark.filterwarnings("ignore")  # optional kernels that are not installed
@@ -128,7 +128,7 @@ def test_in_16_bits_models_are_told_apart_as_in_32(name: str, kind: str) -> None
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["recurrent_gemma", "llama"])
 def test_passes_over_a_model_that_keeps_what_it_computed_come_in_turn(name: str) -> None:
-    assert way_of(name).in_turn is (name == "recurrent_gemma")
+    assert way_of(name).one_at_a_time is (name == "recurrent_gemma")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -142,7 +142,7 @@ def test_a_chunk_shorter_than_a_sequence_is_seen_without_a_long_probe() -> None:
     model = build(replace(family("llama4_text"), more={"num_hidden_layers": 2, "attention_chunk_size": 2000}))
     for longest, kind in ((1999, PACKED), (2001, APART)):
         attached = Attached(0.0)
-        assert exchange(model, attached, longest).kind == kind
+        assert patch_attention(model, attached, longest).kind == kind
         attached.detach()
 
 

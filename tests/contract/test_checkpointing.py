@@ -18,7 +18,7 @@ from mira.adapters.lora import Lora
 from mira.core.errors import UserError
 from mira.core.training import Training
 from mira.core.types import Trained, Work
-from mira.engine.adapted_model import Carrier
+from mira.engine.adapted_model import AdaptedModel
 from mira.engine.checkpoint import check_gradients, decoder_layers, recomputed
 
 STEPS = (4, 2, 3)
@@ -129,7 +129,7 @@ def test_only_the_inputs_of_layers_are_kept(kind: str, monkeypatch: pytest.Monke
     kept: dict[bool, int] = {}
     for on in (False, True):
         engine: Any = make_engine("batched", kind, RandomCorpus((1, 1)), Training(local_steps=1), checkpointing=on)
-        body = Carrier.hidden
+        body = AdaptedModel.hidden
 
         def measured(self: Any, tokens: Tensor, *rest: Any, on: bool = on, body: Any = body) -> Tensor:
             with counted(self.model) as bytes_:
@@ -140,7 +140,7 @@ def test_only_the_inputs_of_layers_are_kept(kind: str, monkeypatch: pytest.Monke
             return hidden
 
         with monkeypatch.context() as patch:
-            patch.setattr(Carrier, "hidden", measured)
+            patch.setattr(AdaptedModel, "hidden", measured)
             engine.train(Work(torch.arange(2), warm_row(engine.layout).expand(2, -1)), 0, 1e-3)
     assert kept[True] < kept[False] / 4
 

@@ -14,7 +14,7 @@ from helpers import fake_cuda
 from helpers.displacement import LIMIT, displacement_error
 from helpers.engines import RandomCorpus, make_engine, warm_row
 from helpers.tiny_models import KINDS, Kind, make_tiny
-from mira.adapters.lowrank import Lane
+from mira.adapters.lowrank import AdapterBatch
 from mira.core.training import Training
 from mira.core.types import Work
 from mira.engine.attention import packed as attention
@@ -148,11 +148,11 @@ def test_a_pass_reads_no_number_out_of_a_tensor(kind: Kind, monkeypatch: pytest.
     assert isinstance(engine, BatchedEngine)
     packed = pack([(n, engine.corpus.batches(0, n)[0]) for n in range(len(STEPS))], True)
     rows = warm_row(engine.layout).repeat(len(STEPS), 1)
-    lane = Lane(rows, packed.ranges, torch.zeros_like(rows), needed=packed.predict)
-    assert lane.blocks is not None
+    adapters = AdapterBatch(rows, packed.ranges, torch.zeros_like(rows), needed=packed.predict)
+    assert adapters.padded is not None
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v, *rest, **named: _Kernel.apply(q, k, v))
-    with _Questions() as questions, engine.carrier.lane(lane):
-        engine.carrier.read(packed).sum().backward()
+    with _Questions() as questions, engine.adapted.using(adapters):
+        engine.adapted.read(packed).sum().backward()
     assert not questions.found
     with _Questions() as questions:
         rows.sum().item()
@@ -165,18 +165,18 @@ def test_a_pass_reads_no_number_out_of_a_tensor(kind: Kind, monkeypatch: pytest.
     ("dtype", "recorded"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
 )
 def test_a_pass_waits_for_nothing(dtype: torch.dtype, recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs.Graphs, "timed", fake_cuda.timed)
+    monkeypatch.setattr(cuda_graphs.CudaGraphs, "timed", fake_cuda.timed)
     engine = make_engine(
         "batched", "llama", RandomCorpus(STEPS), Training(local_steps=1), model=make_tiny(dtype=dtype).cuda(),
         cuda_graphs=recorded,
     )  # fmt: skip
     assert isinstance(engine, BatchedEngine)
     jobs = [(n, engine.corpus.batches(0, n)[0]) for n in range(len(STEPS))]
-    rows = engine.carrier.rows(warm_row(engine.layout).repeat(len(STEPS), 1))
+    rows = engine.adapted.rows(warm_row(engine.layout).repeat(len(STEPS), 1))
     grad, loss = torch.zeros_like(rows), torch.zeros(len(STEPS), dtype=torch.float64, device=rows.device)
     for _ in range(2):  # kernels are chosen, and the pass is recorded
         engine._accumulate(jobs, rows, grad.zero_(), loss, None, {})
-    assert bool(engine.replays and engine.replays.recordings) == recorded
+    assert bool(engine.replayer and engine.replayer.captured) == recorded
     grad.zero_()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -19,7 +19,7 @@ from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.training import Training
 from mira.core.types import Work
-from mira.engine.attention.decoding import Decode
+from mira.engine.attention.decoding import DecodingAttention
 from mira.engine.batched import BatchedEngine
 from mira.engine.optim import RowOptimizer
 
@@ -145,8 +145,10 @@ def test_answers_that_end_early_are_left_out_of_later_steps(kind: str, monkeypat
     assert len(set(lengths)) > 2
     ending = replace(engine, stops=frozenset([int(end)]))
     sizes: list[int] = []
-    attend = Decode.attend
-    monkeypatch.setattr(Decode, "attend", lambda self, q, *rest: [sizes.append(len(q)), attend(self, q, *rest)][1])
+    attend = DecodingAttention.attend
+    monkeypatch.setattr(
+        DecodingAttention, "attend", lambda self, q, *rest: [sizes.append(len(q)), attend(self, q, *rest)][1]
+    )
     assert ending.generate(rows, torch.arange(3), "test", None, 24) == expected
     assert sizes[-1] < sizes[0] == len(lengths)
     assert sum(sizes) < 0.9 * len(lengths) * len(sizes)

@@ -16,12 +16,12 @@ from helpers.unusual_models import make
 from mira.adapters.attach import Attached, attach
 from mira.adapters.experts import per_client
 from mira.adapters.lora import Lora
-from mira.adapters.lowrank import Factors, Lane
+from mira.adapters.lowrank import AdapterBatch, Factors
 from mira.core.errors import UserError
 from mira.core.layout import Layout
 from mira.core.training import Training
 from mira.core.types import Work
-from mira.engine.adapted_model import Carrier
+from mira.engine.adapted_model import AdaptedModel
 from mira.engine.attention.hook import CannotPackError
 from mira.engine.batched import BatchedEngine
 
@@ -148,8 +148,8 @@ def test_a_gpu_does_not_record_where_each_client_s_tokens_are(monkeypatch: pytes
     recorded = make_engine("batched", "", corpus, training, model=wide("qwen3_moe"), layout=beside)
     assert isinstance(engine, BatchedEngine)
     assert isinstance(recorded, BatchedEngine)
-    assert engine.replays is None
-    assert recorded.replays is not None
+    assert engine.replayer is None
+    assert recorded.replayer is not None
 
 
 def test_a_kept_optimiser_is_the_same_in_both_engines() -> None:
@@ -255,11 +255,13 @@ def test_tokens_are_cut_however_they_lie(shape: tuple[int, ...], turned: bool) -
         leaves = [x.detach().requires_grad_(), share.clone().requires_grad_(), rows.clone().requires_grad_()]
         grad = torch.zeros_like(rows)
         if ours:
-            lane, probe = (
-                Lane(rows, [(0, 0, 2), (1, 2, 2), (1, 2, 5), (1, 5, 6)], grad),
+            adapters, probe = (
+                AdapterBatch(rows, [(0, 0, 2), (1, 2, 2), (1, 2, 5), (1, 5, 6)], grad),
                 torch.empty(0, requires_grad=True),
             )
-            out = per_client(toy, factors, lane, Attached(0.0).on, probe, (leaves[0], expert), {"share": leaves[1]})
+            out = per_client(
+                toy, factors, adapters, Attached(0.0).using, probe, (leaves[0], expert), {"share": leaves[1]}
+            )
         else:
             a, b = (entries[f].view(leaves[2]) for f in "AB")
             delta = torch.einsum("nore,neri->neoi", b.view(2, 3, 2, 2), a.view(2, 2, 2, 3)) * layout.scale
@@ -276,7 +278,7 @@ def test_other_tokens_than_those_of_the_pass_are_refused() -> None:
     family = next(one for one in FAMILIES if one.name == "jetmoe")
     layout = Lora(rank=2, alpha=4.0, targets=("input_linear.weight",)).layout(build(family))
     with pytest.raises(CannotPackError, match=r"'jetmoe' gives its experts other tokens .*use engine\.name=reference"):
-        Carrier.of(build(family), layout, 0.0, prefix=True, longest=32)
+        AdaptedModel.of(build(family), layout, 0.0, prefix=True, longest=32)
 
 
 def test_a_module_that_keeps_what_it_computed_is_refused() -> None:
@@ -286,5 +288,5 @@ def test_a_module_that_keeps_what_it_computed_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"'model\.layers\.0.*input_gate_weight' belongs to a module that keeps"
     ) as told:
-        Carrier.of(build(family), layout, 0.0, prefix=True, longest=32)
+        AdaptedModel.of(build(family), layout, 0.0, prefix=True, longest=32)
     assert not isinstance(told.value, CannotPackError)

@@ -98,7 +98,7 @@ def test_a_family(family: Family, tmp_path: Path) -> None:
             batched_on(model, layout)
         return
     engine = batched_on(model, layout)
-    assert engine.carrier.way.kind == family.kind
+    assert engine.adapted.patched.kind == family.kind
     torch.testing.assert_close(engine.evaluate(rows, client, ["test"]).nll, oracle.nll, rtol=1e-6, atol=0)
     ours, theirs = (one.train(Work(client, rows), 0, 1e-2) for one in (engine, reference))
     torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-6, atol=0)

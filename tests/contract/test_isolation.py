@@ -14,8 +14,8 @@ from helpers.engines import RandomCorpus, make_engine, warm_row
 from mira.core.training import Training
 from mira.core.types import Work
 from mira.engine import reference
-from mira.engine.attention.hook import in_this_thread
-from mira.engine.attention.packed import Packed
+from mira.engine.attention.hook import current_attention
+from mira.engine.attention.packed import PackedAttention
 from mira.engine.generate import positions
 
 TRAINING = Training(local_steps=1)
@@ -90,8 +90,8 @@ def test_measuring_goes_in_pieces_where_memory_runs_out(monkeypatch: pytest.Monk
 
     def scarce(*args: Any, **options: Any) -> Any:
         out = forward(*args, **options)
-        how = in_this_thread()
-        if isinstance(how, Packed) and len(how.segments) > most:  # no step of decoding
+        how = current_attention()
+        if isinstance(how, PackedAttention) and len(how.segments) > most:  # no step of decoding
             raise torch.OutOfMemoryError("pretend")
         return out
 
@@ -113,7 +113,7 @@ def test_nothing_of_a_pass_that_failed_between_two_projections_is_kept(monkeypat
     attention = engine.model.base_model.layers[-1].self_attn
 
     def short(x: torch.Tensor) -> torch.Tensor:
-        made.extend(weakref.ref(out) for _, out in engine.carrier.attached.lane.ready.values())
+        made.extend(weakref.ref(out) for _, out in engine.adapted.attached.adapters.ready.values())
         raise torch.OutOfMemoryError("pretend")
 
     monkeypatch.setitem(vars(attention.k_proj), "forward", short)

@@ -14,7 +14,7 @@ from torch import Tensor
 from helpers.displacement import LIMIT, STEPS, TYPICAL, displacement_errors
 from helpers.engines import RandomCorpus, make_engine, prompt_on, warm_row
 from helpers.tiny_models import KINDS, make_tiny
-from mira.adapters.lowrank import Lane
+from mira.adapters.lowrank import AdapterBatch
 from mira.adapters.prompt import PromptAdapter, VirtualPrompt, from_peft, peft_config, to_peft
 from mira.core.errors import UserError
 from mira.core.training import Training
@@ -103,8 +103,8 @@ def sequences() -> Any:
 def our_logits(engine: BatchedEngine, row: Tensor) -> list[Tensor]:
     rows = torch.stack([warm_row(engine.layout, 1), row])
     packed = pack([(n, sequences()) for n in range(2)], engine.prefix, engine.layout.virtual_tokens)
-    with torch.no_grad(), engine.carrier.lane(Lane(rows, packed.ranges)):
-        logits = engine.carrier.head(engine.carrier.read(packed))
+    with torch.no_grad(), engine.adapted.using(AdapterBatch(rows, packed.ranges)):
+        logits = engine.adapted.head(engine.adapted.read(packed))
     return [logits[s.start : s.end] for s in packed.prompts[len(sequences()) :]]
 
 

@@ -52,7 +52,7 @@ def test_batched_equals_reference_on_smollm2(smollm2: Base) -> None:
     engine = BatchedEngine(**shared(20), tokens_per_pass=4096, prefix=True)
     ours = engine.train(work, 0, lr)
     answers = engine.generate(ours.rows, client, "test", 1, 12)
-    engine.carrier.attached.detach()
+    engine.adapted.attached.detach()
     smollm2.model.set_attn_implementation("sdpa")
     oracle_engine = ReferenceEngine(**shared(20))
     oracle = oracle_engine.train(work, 0, lr)

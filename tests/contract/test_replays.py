@@ -20,11 +20,11 @@ from mira.core.seeds import generator
 from mira.core.training import Training
 from mira.core.types import Work
 from mira.data.text import Encoded
-from mira.engine.adapted_model import Carrier, Inputs
+from mira.engine.adapted_model import AdaptedModel, PassInputs
 from mira.engine.attention import packed as attention
 from mira.engine.batched import BatchedEngine
 from mira.engine.cuda import graphs as cuda_graphs
-from mira.engine.cuda import replay as replays
+from mira.engine.cuda import replay
 
 _CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: its graphs are not tested here")
 STEPS = 8
@@ -56,7 +56,7 @@ class Steady:
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "cpu":
         fake_cuda.take(monkeypatch)
-    monkeypatch.setattr(cuda_graphs.Graphs, "timed", fake_cuda.timed)
+    monkeypatch.setattr(cuda_graphs.CudaGraphs, "timed", fake_cuda.timed)
     return str(request.param)
 
 
@@ -69,13 +69,13 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The jobs of each pass that was replayed, other than to try a recording."""
     found: list[int] = []
-    real = replays.Replays._replayed
+    real = replay.GraphReplayer._replayed
 
     def counted(self: Any, recording: Any, bucket: Any, *rest: Any) -> Tensor:
-        found.extend([bucket.jobs] * (bucket in self.recordings))
+        found.extend([bucket.jobs] * (bucket in self.captured))
         return real(self, recording, bucket, *rest)
 
-    monkeypatch.setattr(replays.Replays, "_replayed", counted)
+    monkeypatch.setattr(replay.GraphReplayer, "_replayed", counted)
     return found
 
 
@@ -101,9 +101,9 @@ def against_the_oracle(kind: str = "llama", corpus: Any = None) -> BatchedEngine
     return engine
 
 
-def replays_of(engine: BatchedEngine) -> replays.Replays:
-    assert engine.replays is not None
-    return engine.replays
+def replayer_of(engine: BatchedEngine) -> replay.GraphReplayer:
+    assert engine.replayer is not None
+    return engine.replayer
 
 
 def work_on(engine: BatchedEngine) -> Work:
@@ -124,10 +124,10 @@ def test_recorded_passes_train_as_the_oracle_does(
     limit = LIMIT[precise] if device == "cpu" else 1.5 * _error(plain, oracle, work, 0)
     for round in range(2):
         assert _error(engine, oracle, work, round) <= limit
-        assert not replays_of(engine).closed
-        assert len(replays_of(engine).recordings) == 2
+        assert not replayer_of(engine).closed
+        assert len(replayer_of(engine).captured) == 2
     assert replayed == [3] * (2 * STEPS - 4)  # of each size the first is computed as it is, the second recorded
-    assert plain.replays is None
+    assert plain.replayer is None
 
 
 def _error(engine: Any, oracle: Any, work: Work, round: int) -> float:
@@ -145,7 +145,7 @@ def test_cohorts_that_come_and_go_are_recorded_apart(device: str, precise: torch
     for chosen in ([0, 1, 2], [2, 0], [1, 2]):
         work = Work(whole.client[chosen], whole.start[chosen])
         assert _error(engine, oracle, work, 0) <= (LIMIT[precise] if device == "cpu" else 0.2)
-    assert {bucket.jobs for bucket in replays_of(engine).recordings} == set(replayed) == {2, 3}
+    assert {bucket.jobs for bucket in replayer_of(engine).captured} == set(replayed) == {2, 3}
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -180,17 +180,17 @@ def test_a_client_that_diverges_stays_alone_in_a_recording(
 def _in_tiles(patch: pytest.MonkeyPatch) -> None:
     """Where the kernel turns out not to do, and laying out tiles waits for nothing."""
     patch.setattr(attention, "_agrees", lambda *shape: False)
-    patch.setattr(fake_cuda.Graphs, "rehearse", lambda self, compute: compute())
+    patch.setattr(fake_cuda.CudaGraphs, "warm_up", lambda self, compute: compute())
 
 
 def _not_computed(patch: pytest.MonkeyPatch) -> None:
     """A recording of nothing, as of another device."""
-    patch.setattr(fake_cuda.Graphs, "record", lambda self, compute, first: (lambda: None, compute()))
+    patch.setattr(fake_cuda.CudaGraphs, "capture", lambda self, compute, first: (lambda: None, compute()))
 
 
 def _filler_counts(patch: pytest.MonkeyPatch) -> None:
-    whole = Inputs.of
-    patch.setattr(Inputs, "of", staticmethod(lambda packed, jobs=None: whole(packed)))
+    whole = PassInputs.of
+    patch.setattr(PassInputs, "of", staticmethod(lambda packed, jobs=None: whole(packed)))
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -199,8 +199,8 @@ def _filler_counts(patch: pytest.MonkeyPatch) -> None:
     [
         ("gpt2", lambda patch: None, "waits for the device"),  # it reads its input for padding, in every pass
         ("llama", _in_tiles, "attention goes in tiles"),
-        ("llama", _not_computed, "a recording gave other gradients"),
-        ("llama", _filler_counts, "a recording gave other gradients"),
+        ("llama", _not_computed, "the captured pass gave other gradients"),
+        ("llama", _filler_counts, "the captured pass gave other gradients"),
     ],
 )
 def test_what_cannot_be_recorded_is_computed_as_it_is(
@@ -209,9 +209,9 @@ def test_what_cannot_be_recorded_is_computed_as_it_is(
 ) -> None:  # fmt: skip
     broken(monkeypatch)
     with caplog.at_level(logging.WARNING):
-        found = replays_of(against_the_oracle(kind))
+        found = replayer_of(against_the_oracle(kind))
     assert found.closed
-    assert not found.recordings
+    assert not found.captured
     assert found.memory is None
     (line,) = [r.getMessage() for r in caplog.records if r.name == "mira.engine.cuda.replay"]
     assert line.startswith(
@@ -225,7 +225,7 @@ def test_what_cannot_be_recorded_is_computed_as_it_is(
 def test_memory_that_runs_out_over_a_recording_leaves_those_there_are(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, replayed: list[int]
 ) -> None:
-    real, recorded = fake_cuda.Graphs.record, 0
+    real, recorded = fake_cuda.CudaGraphs.capture, 0
 
     def scarce(*given: Any) -> Any:
         nonlocal recorded
@@ -234,10 +234,10 @@ def test_memory_that_runs_out_over_a_recording_leaves_those_there_are(
             raise torch.OutOfMemoryError("out of memory, pretend\nand more about it")
         return real(*given)
 
-    monkeypatch.setattr(fake_cuda.Graphs, "record", scarce)
+    monkeypatch.setattr(fake_cuda.CudaGraphs, "capture", scarce)
     with caplog.at_level(logging.WARNING):
-        found = replays_of(against_the_oracle())
-    assert (found.closed, len(found.recordings)) == (True, 1)
+        found = replayer_of(against_the_oracle())
+    assert (found.closed, len(found.captured)) == (True, 1)
     # Of eight steps every other one is of the size that was recorded, and two of them come before that.
     assert len(replayed) == 2
     assert "at a time: out of memory, pretend" in caplog.text
@@ -247,16 +247,16 @@ def test_memory_that_runs_out_over_a_recording_leaves_those_there_are(
 @pytest.mark.parametrize("way", ["train", "evaluate"])
 def test_memory_that_runs_out_takes_that_of_recordings_first(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is lost who would have fitted without them."""
-    engine, hidden = against_the_oracle(), Carrier.hidden
-    work, held = work_on(engine), replays_of(engine)
-    assert held.recordings
+    engine, hidden = against_the_oracle(), AdaptedModel.hidden
+    work, held = work_on(engine), replayer_of(engine)
+    assert held.captured
 
-    def scarce(self: Carrier, *given: Any) -> Tensor:
+    def scarce(self: AdaptedModel, *given: Any) -> Tensor:
         if held.memory is not None:
             raise torch.OutOfMemoryError("pretend")
         return hidden(self, *given)
 
-    monkeypatch.setattr(Carrier, "hidden", scarce)
+    monkeypatch.setattr(AdaptedModel, "hidden", scarce)
     if way == "train":
         other = replace(work, client=work.client[:2], start=work.start[:2])
         assert not engine.train(other, 1, 1e-3).failed
@@ -265,27 +265,27 @@ def test_memory_that_runs_out_takes_that_of_recordings_first(way: str, monkeypat
         oracle = make_engine("reference", "llama", Steady(), TRAINING, torch.float64)
         found, wanted = (one.score(work.start, sequences)[0] for one in (engine, oracle))
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=0)
-    assert not held.recordings
+    assert not held.captured
 
 
 @pytest.mark.usefixtures("stand_ins")
 def test_a_recording_that_is_not_faster_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """And is tried once for each size, of which there are not more than a few, however many are met."""
-    monkeypatch.setattr(fake_cuda.Graphs, "timed", lambda self, compute: (compute(), 1.0))
-    monkeypatch.setattr(replays, "_MOST", 3)
-    recorded, real = 0, fake_cuda.Graphs.record
+    monkeypatch.setattr(fake_cuda.CudaGraphs, "timed", lambda self, compute: (compute(), 1.0))
+    monkeypatch.setattr(replay, "_MOST", 3)
+    recorded, real = 0, fake_cuda.CudaGraphs.capture
 
     def counted(*given: Any) -> Any:
         nonlocal recorded
         recorded += 1
         return real(*given)
 
-    monkeypatch.setattr(fake_cuda.Graphs, "record", counted)
+    monkeypatch.setattr(fake_cuda.CudaGraphs, "capture", counted)
     for corpus, times in ((Steady(), 2), (RandomCorpus((60, 50, 60)), 3)):
         recorded = 0
-        found = replays_of(against_the_oracle(corpus=corpus))
+        found = replayer_of(against_the_oracle(corpus=corpus))
         assert not found.closed
-        assert not found.recordings
+        assert not found.captured
         assert recorded == times
 
 
@@ -316,9 +316,9 @@ def test_every_kind_of_training_is_recorded(kind: str, replayed: list[int]) -> N
 
 @pytest.mark.usefixtures("stand_ins")
 def test_no_more_recordings_than_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replays, "_MOST", 1)
-    found = replays_of(against_the_oracle())
-    assert len(found.recordings) == 1
+    monkeypatch.setattr(replay, "_MOST", 1)
+    found = replayer_of(against_the_oracle())
+    assert len(found.captured) == 1
     assert not found.closed
 
 
@@ -329,8 +329,8 @@ def test_no_more_recordings_than_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_differs_from_pass_to_pass_is_never_recorded(
     options: dict[str, Any],
 ) -> None:
-    assert batched("llama", torch.float32, "cpu", **options).replays is None
+    assert batched("llama", torch.float32, "cpu", **options).replayer is None
 
 
 def test_on_a_cpu_nothing_is_recorded() -> None:
-    assert batched("llama", torch.float32, "cpu").replays is None
+    assert batched("llama", torch.float32, "cpu").replayer is None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from helpers.engines import RandomCorpus, layout_on, make_engine, prompt_on, warm_row
-from mira.core.threads import side_by_side
+from mira.core.threads import parallel_map
 from mira.core.training import Training
 from mira.core.types import Work
 from mira.engine import batched
@@ -55,10 +55,10 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         used.append(workers)
         assert len(sizes) == len(items)
         assert min(sizes) > 0
-        return side_by_side(work, items, workers, sizes)
+        return parallel_map(work, items, workers, sizes)
 
     for module in (batched, measuring):
-        monkeypatch.setattr(module, "side_by_side", watched)
+        monkeypatch.setattr(module, "parallel_map", watched)
     return used
 
 
@@ -125,7 +125,7 @@ def test_a_small_bound_on_tokens_does_not_cut_a_shared_prefix_to_pieces(several_
     made = make_engine("batched", "llama", RandomCorpus((1,), prefix=40), Training(local_steps=1), tokens_per_pass=100)
     assert isinstance(made, BatchedEngine)
     sequences = RandomCorpus((1,), prefix=40).encoded(16, "test")
-    pieces = list(made._measuring.cut(sequences))
+    pieces = list(made._forward_only.cut(sequences))
     assert sum(map(len, pieces)) == len(sequences) == 20
     assert len(pieces) < 8
 

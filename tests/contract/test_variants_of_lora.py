@@ -24,7 +24,7 @@ from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.training import Training
 from mira.core.types import Work
-from mira.engine.adapted_model import Carrier
+from mira.engine.adapted_model import AdaptedModel
 from mira.engine.batched import BatchedEngine
 from mira.engine.reference import ReferenceEngine
 
@@ -102,6 +102,23 @@ def test_training_is_that_of_peft_with_loraplus(dora: bool, optimizer: Any) -> N
         assert not torch.equal(entry.view(trained), entry.view(start)), entry.module
 
 
+@pytest.mark.parametrize("dora", [True, False])
+def test_dropout_is_on_while_training_and_off_while_measuring(dora: bool) -> None:
+    corpus, training = RandomCorpus((2,)), Training(local_steps=2, optimizer="sgd", clip=None)
+    layout = Lora(rank=4, alpha=8.0, targets=TARGETS["llama"], dora=dora).layout(make_tiny())
+    start = LoraAdapter(make_tiny(), layout).start(0)[None] + 0.01  # B is not zero: dropout would show in a loss
+    engines = [
+        ReferenceEngine(make_tiny(), 1, frozenset({0}), str, LoraAdapter(make_tiny(), layout, p), corpus, training, 0)  # type: ignore[arg-type]
+        for p in (0.0, 0.5)
+    ]
+    before = [engine.evaluate(start, torch.tensor([0]), ("test",)).loss for engine in engines]
+    assert torch.equal(*before)
+    plain, dropped = (engine.train(Work(torch.tensor([0]), start), 0, 0.1).rows for engine in engines)
+    assert not torch.allclose(plain, dropped, atol=1e-4)
+    losses = [engine.evaluate(plain, torch.tensor([0]), ("test",)).loss for engine in engines]
+    assert torch.equal(*losses)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_loraplus_is_the_same_in_both_engines(optimizer: Any) -> None:
     corpus, rows = RandomCorpus((4, 2)), []
@@ -155,7 +172,7 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
     with pytest.raises(
         UserError, match=r"engine\.name=batched: has no magnitudes \(adapter\.dora\); use engine\.name=ref"
     ):
-        Carrier.of(model, layout, 0.0, prefix=False, longest=64)
+        AdaptedModel.of(model, layout, 0.0, prefix=False, longest=64)
     beside_experts = Lora(rank=4, alpha=8.0, targets=("gate_proj",), dora=True).layout(make("deepseek_v3"))
     with pytest.raises(UserError, match=r"adapter\.dora=true: PEFT has none for 'model\.layers\.0\.mlp\.gate_proj'"):
         prove(make("deepseek_v3"), beside_experts)

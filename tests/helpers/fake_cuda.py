@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mira.engine.attention import packed as attention
-from mira.engine.budget import Shares
+from mira.engine.budget import PassPlan
 from mira.engine.cuda import graphs as cuda_graphs
 
 aten = torch.ops.aten
@@ -120,17 +120,17 @@ class Tape(TorchDispatchMode):
                     there.copy_(new)
 
 
-class Graphs:
-    """In the place of ``cuda_graphs.Graphs``."""
+class CudaGraphs:
+    """In the place of ``cuda_graphs.CudaGraphs``."""
 
     def __init__(self, device: torch.device) -> None:
         pass
 
-    def rehearse(self, compute: Callable[[], Tensor]) -> None:
+    def warm_up(self, compute: Callable[[], Tensor]) -> None:
         with Tape():
             compute()
 
-    def record(self, compute: Callable[[], Tensor], first: bool) -> tuple[Callable[[], None], Tensor]:
+    def capture(self, compute: Callable[[], Tensor], first: bool) -> tuple[Callable[[], None], Tensor]:
         with Tape() as tape:
             out = compute()
         out.fill_(torch.nan)  # a GPU records without computing
@@ -154,7 +154,7 @@ def take(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(attention, "_ONE_KERNEL", {"cpu": (torch.float64, torch.float32, torch.bfloat16)})
     patch.setattr("mira.adapters.lowrank._AT_ONCE", ("cpu",))
     patch.setattr(
-        "mira.engine.budget.Shares.of", lambda model, sizes, most, *rest: Shares(1, most)
+        "mira.engine.budget.PassPlan.of", lambda model, sizes, most, *rest: PassPlan(1, most)
     )  # one pass at a time
     patch.setattr(cuda_graphs, "DEVICES", ("cpu",))
-    patch.setattr(cuda_graphs, "Graphs", Graphs)
+    patch.setattr(cuda_graphs, "CudaGraphs", CudaGraphs)

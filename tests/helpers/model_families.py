@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
-PACKED, MIXERS, APART = "packed", "packed, mixers apart", "apart"
+PACKED, MIXERS, APART = "packed", "packed, mixers padded", "padded"
 _TOLD = {PACKED: "packed", MIXERS: "packed, its mixers apart", APART: "apart", None: "no"}
 
 # By the names that configurations give their sizes; each takes what it knows.

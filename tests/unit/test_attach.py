@@ -17,11 +17,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from helpers.tiny_models import draw, make_tiny
 from mira.adapters.attach import Attached, attach
 from mira.adapters.lora import Lora
-from mira.adapters.lowrank import Lane
+from mira.adapters.lowrank import AdapterBatch
 from mira.core.layout import Layout
-from mira.core.threads import side_by_side, still_wanted
-from mira.engine.attention.packed import Packed, Segment
-from mira.engine.attention.patching import exchange, find_last
+from mira.core.threads import check_cancelled, parallel_map
+from mira.engine.attention.packed import PackedAttention, Segment
+from mira.engine.attention.patching import find_last, patch_attention
 
 T, K, M = 7, 5, 6  # tokens, hidden and inner size
 
@@ -101,7 +101,7 @@ def test_a_norm_called_with_more_is_left_to_itself_and_a_new_weight_counts() -> 
     model, x = Bare(norm_of(lambda: Summing(K), 2)).requires_grad_(False), torch.ones(1, K) * 3
     attached = attach(model, Layout((), 2, 1.0), 0.0)  # type: ignore[arg-type]
     expected = model[0](x, residual=torch.arange(5.0))
-    attached.lane = Lane(torch.zeros(1, 0), ((0, 0, 1),))
+    attached.adapters = AdapterBatch(torch.zeros(1, 0), ((0, 0, 1),))
     assert torch.equal(model[0](x, residual=torch.arange(5.0)), expected)
     model[0].weight = nn.Parameter(torch.full((K,), 7.0))
     torch.testing.assert_close(model[0](x), torch.full((1, K), 7.0))
@@ -119,7 +119,7 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it_and_detaching_restores_it() 
     attached = attach(model, layout, 0.0)
     assert sum(vars(module) != before[name] for name, module in model.named_modules()) > 10
     rows = torch.zeros(1, layout.size, dtype=torch.float64)
-    attached.lane = Lane(rows, ((0, 0, T),))
+    attached.adapters = AdapterBatch(rows, ((0, 0, T),))
     assert torch.equal(q(x), expected)
     rows += 0.1
     assert not torch.allclose(q(x), expected)
@@ -148,16 +148,18 @@ def test_outputs_of_a_group_are_never_stale() -> None:
     block = model.model.layers[0].self_attn
     parts = [block.q_proj, block.k_proj, block.v_proj]
     x, other = draw(1, T, 32), draw(1, T, 32, seed=1)
-    lanes = [Lane(draw(1, layout.size, seed=s), ((0, 0, T),)) for s in (1, 2)]
+    adapters = [AdapterBatch(draw(1, layout.size, seed=s), ((0, 0, T),)) for s in (1, 2)]
 
-    def fresh(part: nn.Module, x: Tensor, lane: Lane) -> Tensor:
-        attached.lane = lane
+    def fresh(part: nn.Module, x: Tensor, adapters: AdapterBatch) -> Tensor:
+        attached.adapters = adapters
         out: Tensor = part(x.clone())
         return out
 
-    expected = {(p, i, j): fresh(parts[p], (x, other)[i], lanes[j]) for p in range(3) for i in (0, 1) for j in (0, 1)}
+    expected = {
+        (p, i, j): fresh(parts[p], (x, other)[i], adapters[j]) for p in range(3) for i in (0, 1) for j in (0, 1)
+    }
     assert len({float(out.sum()) for out in expected.values()}) == 12
-    # (projection, input, lane): in order, twice, in between, after a pass that broke off.
+    # (projection, input, adapters): in order, twice, in between, after a pass that broke off.
     calls = [
         (0, 0, 0),
         (1, 0, 0),
@@ -171,9 +173,9 @@ def test_outputs_of_a_group_are_never_stale() -> None:
         (2, 0, 1),
     ]
     for p, i, j in [*calls, *reversed(calls)]:
-        attached.lane = lanes[j]
+        attached.adapters = adapters[j]
         torch.testing.assert_close(parts[p]((x, other)[i]), expected[p, i, j], rtol=1e-12, atol=1e-12)
-    attached.lane = None
+    attached.adapters = None
     assert torch.equal(parts[1](x), linear(x, parts[1].weight))
 
 
@@ -182,7 +184,7 @@ def test_the_last_mlp_computes_only_what_is_read() -> None:
     model = make_tiny("llama", torch.float64)
     layout = Lora(rank=2, alpha=4.0, targets=("q_proj", "gate_proj", "up_proj", "down_proj")).layout(model)
     attached = attach(model, layout, 0.0)
-    way = exchange(model, attached, 8)
+    way = patch_attention(model, attached, 8)
     find_last(way.body, attached, layout.size)
     last = model.model.layers[-1].mlp
     assert attached.last is last
@@ -192,8 +194,8 @@ def test_the_last_mlp_computes_only_what_is_read() -> None:
     def compute(module: nn.Module | None) -> tuple[Tensor, Tensor]:
         attached.last, grad = module, torch.zeros_like(rows)
         ranges = [(n, s.start, s.end) for n, s in enumerate(segments)]
-        attached.lane = Lane(rows, ranges, grad, needed=needed)
-        out = way.body(torch.arange(T)[None] + 1, torch.arange(T)[None], Packed(segments))[0]
+        attached.adapters = AdapterBatch(rows, ranges, grad, needed=needed)
+        out = way.body(torch.arange(T)[None] + 1, torch.arange(T)[None], PackedAttention(segments))[0]
         out[needed].square().sum().backward()
         return out.detach(), grad
 
@@ -202,7 +204,10 @@ def test_the_last_mlp_computes_only_what_is_read() -> None:
     torch.testing.assert_close(part_grad, whole_grad, atol=1e-12, rtol=1e-9)
     assert not torch.allclose(part, whole)  # others were left out indeed
     assert float(whole_grad[0].norm()) > 0
-    attached.last, attached.lane = last, Lane(rows, [(0, 0, T)], needed=needed[:0])  # nothing is read at all
+    attached.last, attached.adapters = (
+        last,
+        AdapterBatch(rows, [(0, 0, T)], needed=needed[:0]),
+    )  # nothing is read at all
     assert not last(draw(1, T, 32)).any()
 
 
@@ -215,7 +220,7 @@ def test_an_mlp_that_later_layers_read_computes_everything() -> None:
     layers[0].forward, layers[1].forward = second, first
     layout = Lora(rank=2, alpha=4.0).layout(model)
     attached = attach(model, layout, 0.0)
-    find_last(exchange(model, attached, 8).body, attached, layout.size)
+    find_last(patch_attention(model, attached, 8).body, attached, layout.size)
     assert len(attached.mlps) == len(layers)
     assert attached.last is None
 
@@ -226,7 +231,7 @@ def test_a_token_whose_embedding_is_zero_is_no_difference() -> None:
     model.get_input_embeddings().weight[0] = 0
     layout = Lora(rank=2, alpha=4.0).layout(model)
     attached = attach(model, layout, 0.0)
-    find_last(exchange(model, attached, 8).body, attached, layout.size)
+    find_last(patch_attention(model, attached, 8).body, attached, layout.size)
     assert attached.last is model.model.layers[-1].mlp
 
 
@@ -243,7 +248,7 @@ def test_a_pass_that_nobody_waits_for_ends_within_a_layer(during: str, dropout: 
         waiting.set()
         with contextlib.suppress(RuntimeError):
             while True:
-                still_wanted()
+                check_cancelled()
 
     def work(item: int) -> None:
         if item == 0:
@@ -251,7 +256,7 @@ def test_a_pass_that_nobody_waits_for_ends_within_a_layer(during: str, dropout: 
             raise KeyError("a bug")
         rows = draw(1, layout.size)
         drawn = [torch.Generator().manual_seed(0)] if dropout else None
-        attached.lane = Lane(rows, [(0, 0, T)], torch.zeros_like(rows), drawn)
+        attached.adapters = AdapterBatch(rows, [(0, 0, T)], torch.zeros_like(rows), drawn)
         if during == "forward":
             nobody_waits()
         hidden = model.model(input_ids=torch.arange(T)[None] + 1, use_cache=False).last_hidden_state
@@ -264,7 +269,7 @@ def test_a_pass_that_nobody_waits_for_ends_within_a_layer(during: str, dropout: 
     torch.set_num_threads(2)
     try:
         with pytest.raises(KeyError, match="a bug"):
-            side_by_side(work, range(2), 2)
+            parallel_map(work, range(2), 2)
     finally:
         torch.set_num_threads(before)
     assert reached == (["hidden states"] if during == "backward" else [])

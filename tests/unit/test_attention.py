@@ -15,10 +15,10 @@ from helpers.packed_sequences import layouts, visible
 from helpers.tiny_models import draw
 from mira.engine.attention import packed as attention
 from mira.engine.attention.decoding import after
-from mira.engine.attention.packed import Form, Packed, Segment, Tile, tiles
+from mira.engine.attention.packed import AttentionSpec, AttentionTile, PackedAttention, Segment, tiles
 
 
-def seen_by(tile: Tile, heads: int, total: int) -> Tensor:
+def seen_by(tile: AttentionTile, heads: int, total: int) -> Tensor:
     """[queries, T] of one tile, the same for every head."""
     hidden = tile.hidden.view(heads, tile.end - tile.start, -1)
     assert bool((hidden == hidden[:1]).all())
@@ -41,10 +41,14 @@ def test_tiles_show_every_query_what_it_may_see(
         assert torch.equal(torch.cat([seen_by(tile, heads, total) for tile in cut]), visible(segments, window))
 
 
-FORMS = [Form(0.7, cap=cap, sinks=draw(4, seed=9) if sinks else None) for cap in (None, 1.5) for sinks in (False, True)]
+FORMS = [
+    AttentionSpec(0.7, cap=cap, sinks=draw(4, seed=9) if sinks else None)
+    for cap in (None, 1.5)
+    for sinks in (False, True)
+]
 
 
-def expected_of(scores: Tensor, form: Form, mask: Tensor, values: Tensor) -> Tensor:
+def expected_of(scores: Tensor, form: AttentionSpec, mask: Tensor, values: Tensor) -> Tensor:
     """softmax over scores [H,T,S] and the sinks [H]; heads of ``values`` as of the scores."""
     scaled = form.scale * scores
     capped = scaled if form.cap is None else form.cap * (scaled / form.cap).tanh()
@@ -55,7 +59,7 @@ def expected_of(scores: Tensor, form: Form, mask: Tensor, values: Tensor) -> Ten
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("window", [None, 3])
-def test_attention(window: int | None, form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention(window: int | None, form: AttentionSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Query heads that share key heads, values of another size, a prefix longer than the window, pieces of 4 tokens."""
     monkeypatch.setattr(attention, "_TILE", 4)
     segments = [Segment(0, 5), Segment(5, 6, 0, 5), Segment(6, 8, 0, 5), Segment(8, 14, 0, 5), Segment(14, 17)]
@@ -66,8 +70,8 @@ def test_attention(window: int | None, form: Form, monkeypatch: pytest.MonkeyPat
     wide = [x.repeat_interleave(2, dim=1) for x in (k, v)]
     form = replace(form, window=window)
     expected = expected_of((q @ wide[0].transpose(-1, -2))[0], form, mask, wide[1][0])[None].transpose(1, 2)
-    torch.testing.assert_close(Packed(segments).attend(q, k, v, form), expected)
-    assert torch.autograd.gradcheck(lambda *x: Packed(segments).attend(*x, form), (q, k, v), fast_mode=True)
+    torch.testing.assert_close(PackedAttention(segments).attend(q, k, v, form), expected)
+    assert torch.autograd.gradcheck(lambda *x: PackedAttention(segments).attend(*x, form), (q, k, v), fast_mode=True)
 
 
 @st.composite
@@ -85,7 +89,7 @@ def decodings(drawing: st.DrawFn) -> list[Segment]:
 
 @settings(deadline=None)
 @given(decodings(), st.sampled_from([None, 1, 3, 12]), st.sampled_from(FORMS), st.integers(0, 1000))
-def test_decoding(segments: list[Segment], window: int | None, form: Form, seed: int) -> None:
+def test_decoding(segments: list[Segment], window: int | None, form: AttentionSpec, seed: int) -> None:
     """Each new token against its own past alone, one sequence at a time, over a growth of the cache; 2 query heads a key
     head, values of another size. Padding of keys would show: its scores are 0, those of real keys are not."""
     draw = torch.Generator().manual_seed(seed)
@@ -107,10 +111,10 @@ def test_decoding(segments: list[Segment], window: int | None, form: Form, seed:
             alive = (torch.rand(len(prompts), generator=draw) < 0.7).nonzero()[:, 0].tolist() or [len(prompts) - 1]
             state.keep(alive)
             prompts, pasts = [prompts[b] for b in alive], [pasts[b] for b in alive]
-            assert len(state.sitting) <= len(prompts), "no prefix is left that nobody reads"
+            assert len(state.slots) <= len(prompts), "no prefix is left that nobody reads"
         state.advance()
         q, k, v = random(len(prompts), 4, 1, 4), random(len(prompts), 2, 1, 4), random(len(prompts), 2, 1, 3)
-        state.attend(q, v[..., :1].expand(k.shape), v, Form(0.7))  # another call of the same step
+        state.attend(q, v[..., :1].expand(k.shape), v, AttentionSpec(0.7))  # another call of the same step
         found = state.attend(q, k, v, replace(form, window=window))
         for b, kept in enumerate(pasts):
             pasts[b] = kept = [torch.cat([old, new], 1) for old, new in zip(kept, (k[b], v[b]), strict=True)]
@@ -119,7 +123,7 @@ def test_decoding(segments: list[Segment], window: int | None, form: Form, seed:
             torch.testing.assert_close(found[b, 0], wanted[:, 0], rtol=0, atol=1e-12)
 
 
-def test_seats_grow_with_the_sequences_not_with_the_largest_client() -> None:
+def test_slots_grow_with_the_sequences_not_with_the_largest_client() -> None:
     """A client of 200 prompts beside 200 of one or two."""
     segments, at = [Segment(9 + n, 10 + n, 0, 9) for n in range(200)], 209
     for n in range(200):
@@ -127,4 +131,4 @@ def test_seats_grow_with_the_sequences_not_with_the_largest_client() -> None:
         segments += [Segment(at + prefix + i, at + prefix + i + 1, at, at + prefix) for i in range(1 + n % 2)]
         at = segments[-1].end
     state = after(segments, {0: (torch.zeros(1, 1, at, 2), torch.zeros(1, 1, at, 2))}, 1)
-    assert state.sitting.numel() <= 4 * len(segments)
+    assert state.slots.numel() <= 4 * len(segments)

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from mira.data.text import Encoded
 from mira.engine.cuda.buckets import Bucket
-from mira.engine.cuda.replay import _Laid
-from mira.engine.packing import Jobs, pack
+from mira.engine.cuda.replay import _FilledPass
+from mira.engine.packing import PassItems, pack
 
 
 @st.composite
-def jobs(draw: st.DrawFn) -> Jobs:
+def jobs(draw: st.DrawFn) -> PassItems:
     """Clients of unlike size, with and without a common prefix, whose labels may be all tokens but one."""
     out = []
     for row in range(draw(st.integers(1, 6))):
@@ -30,7 +30,7 @@ def jobs(draw: st.DrawFn) -> Jobs:
 
 @given(jobs())
 @settings(max_examples=300, deadline=None)
-def test_a_pass_fits_its_bucket_and_stays_what_it_is(given: Jobs) -> None:
+def test_a_pass_fits_its_bucket_and_stays_what_it_is(given: PassItems) -> None:
     packed = pack(given, True)
     bucket = Bucket.of(packed)
     filled = bucket.filled(packed)
@@ -57,37 +57,37 @@ def test_a_pass_fits_its_bucket_and_stays_what_it_is(given: Jobs) -> None:
 
 @given(jobs())
 @settings(max_examples=300, deadline=None)
-def test_spans_of_a_filled_pass_have_as_many_keys_as_any_of_its_bucket(given: Jobs) -> None:
+def test_spans_of_a_filled_pass_have_as_many_keys_as_any_of_its_bucket(given: PassItems) -> None:
     packed = pack(given, True)
     bucket = Bucket.of(packed)
-    spans = bucket.spans(bucket.filled(packed))
-    queries, keys = spans.queries.diff(), spans.keys.diff()
+    metadata = bucket.metadata(bucket.filled(packed))
+    queries, keys = metadata.cu_seqlens_q.diff(), metadata.cu_seqlens_k.diff()
     assert len(queries) == len(keys) == bucket.segments
-    assert int(queries.max()) <= spans.most_queries == bucket.width
-    assert int(keys.max()) <= spans.most_keys
+    assert int(queries.max()) <= metadata.max_seqlen_q == bucket.width
+    assert int(keys.max()) <= metadata.max_seqlen_k
     assert bool((queries <= keys).all())
     assert int(queries.sum()) == bucket.tokens
     if bucket.keys:
-        assert spans.token is not None
-        assert len(spans.token) == int(keys.sum()) == bucket.keys
-        assert int(spans.token.max()) < bucket.tokens
+        assert metadata.key_token is not None
+        assert len(metadata.key_token) == int(keys.sum()) == bucket.keys
+        assert int(metadata.key_token.max()) < bucket.tokens
         # The keys that no real sequence reads are filler's.
-        assert bool((spans.token[spans.keys[-2] :] >= len(packed.tokens)).all())
+        assert bool((metadata.key_token[metadata.cu_seqlens_k[-2] :] >= len(packed.tokens)).all())
     else:
-        assert spans.token is None
+        assert metadata.key_token is None
         assert torch.equal(queries, keys)
 
 
 @given(jobs())
 @settings(max_examples=200, deadline=None)
-def test_passes_of_one_bucket_have_tensors_of_one_shape(given: Jobs) -> None:
+def test_passes_of_one_bucket_have_tensors_of_one_shape(given: PassItems) -> None:
     """Also when a sequence is a token longer and another one shorter."""
     found = {}
     for change in (0, 1, -1):
         jobs = [(row, [_longer(s, change * (-1) ** n) for n, s in enumerate(sequences)]) for row, sequences in given]
         packed = pack(jobs, True)
         bucket = Bucket.of(packed)
-        laid = _Laid.of(bucket, packed)
+        laid = _FilledPass.of(bucket, packed)
         if laid is not None:
             shapes = [(tuple(t.shape), t.dtype) for t in laid.tensors]
             assert found.setdefault(bucket, shapes) == shapes

@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 from helpers.tiny_models import Kind, make_tiny
 from mira.adapters.attach import Attached
 from mira.engine import budget
-from mira.engine.attention.patching import exchange
-from mira.engine.budget import Shares, bytes_a_token, tokens_per_pass
-from mira.engine.generate import kept_bytes
+from mira.engine.attention.patching import patch_attention
+from mira.engine.budget import PassPlan, bytes_per_token, tokens_per_pass
+from mira.engine.generate import cache_bytes_per_token
 
 WIDTH = 16
 W = torch.randn(WIDTH, WIDTH, requires_grad=True)
@@ -26,7 +26,7 @@ def layers(x: torch.Tensor) -> torch.Tensor:
 
 def test_each_storage_counts_once_and_weights_do_not() -> None:
     """Kept are the first input and three outputs; the one who reads an output shares it with exp."""
-    each = bytes_a_token(FROZEN, lambda tokens: layers(torch.ones(tokens, WIDTH)).sum().backward())
+    each = bytes_per_token(FROZEN, lambda tokens: layers(torch.ones(tokens, WIDTH)).sum().backward())
     assert each == 4 * WIDTH * 4
 
 
@@ -39,7 +39,7 @@ def test_what_is_made_again_counts_while_it_is_there() -> None:
             x = checkpoint(layers, x, use_reentrant=True)  # type: ignore[assignment]
         x.sum().backward()
 
-    each = bytes_a_token(FROZEN, train)
+    each = bytes_per_token(FROZEN, train)
     assert 4 * WIDTH * 4 <= each < 2 * 4 * WIDTH * 4
 
 
@@ -73,7 +73,7 @@ def test_as_many_passes_side_by_side_as_memory_and_threads_allow(
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        assert Shares.of(make_tiny("llama"), sizes, most, times) == Shares(workers, tokens)
+        assert PassPlan.of(make_tiny("llama"), sizes, most, times) == PassPlan(workers, tokens)
     finally:
         torch.set_num_threads(before)
 
@@ -84,4 +84,4 @@ def test_what_an_answer_keeps_of_a_token(kind: Kind) -> None:
     model = make_tiny(kind)
     cache = model(input_ids=torch.tensor([[3, 4, 5]]), use_cache=True).past_key_values
     expected = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values)) / 3
-    assert kept_bytes(exchange(model, Attached(0.0), 8).body) == expected
+    assert cache_bytes_per_token(patch_attention(model, Attached(0.0), 8).body) == expected

@@ -23,7 +23,7 @@ def test_the_stand_in_computes_again_from_what_is_there_then() -> None:
         total.add_(x.view(2, 2).sum(0))
         return (total * 2).unsqueeze(0)
 
-    play, out = fake_cuda.Graphs(x.device).record(compute, True)
+    play, out = fake_cuda.CudaGraphs(x.device).capture(compute, True)
     assert out.isnan().all()
     x.add_(1)
     play()

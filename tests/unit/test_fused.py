@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from helpers.tiny_models import draw
 from mira.adapters import lowrank
-from mira.adapters.fused import Adapter, GatedMLP, Projection, Projections, RMSNorm
-from mira.adapters.lowrank import Blocks, Factors, Lane, add_product
+from mira.adapters.fused import AddAdapter, GatedMLP, Projection, Projections, RMSNorm
+from mira.adapters.lowrank import AdapterBatch, Factors, PaddedRanges, add_product
 from mira.core.layout import Layout
 from mira.engine.loss import LabelLoss, label_nll
 
@@ -56,13 +56,17 @@ def adapted(x: Tensor, one: Projection, rows: Tensor) -> Tensor:
 
 
 def same_gradients(
-    fused: Callable[[Tensor, Lane], Any], plain: Callable[[Tensor, Tensor], Any], x: Tensor, rows: Tensor, asks: bool
+    fused: Callable[[Tensor, AdapterBatch], Any],
+    plain: Callable[[Tensor, Tensor], Any],
+    x: Tensor,
+    rows: Tensor,
+    asks: bool,
 ) -> None:
     """Values and the gradients of x and of the rows. fp64: sums of tens of numbers of size 1 to 100, so 1e-9."""
     results = []
     for way in (fused, plain):
         leaf, theta, grad = x.clone().requires_grad_(asks), rows.clone().requires_grad_(), torch.zeros_like(rows)
-        outs = way(leaf, Lane(rows, RANGES, grad) if way is fused else theta)  # type: ignore[arg-type]
+        outs = way(leaf, AdapterBatch(rows, RANGES, grad) if way is fused else theta)  # type: ignore[arg-type]
         outs = outs if isinstance(outs, tuple) else (outs,)
         outs = outs[:1] if len(outs) > 2 else outs  # an output that nobody reads has no gradient
         pairs = [(out, draw(*out.shape, seed=9 + n)) for n, out in enumerate(outs) if out.requires_grad]
@@ -86,7 +90,7 @@ def test_projections_have_the_gradients_of_autograd(used: str, asks: bool) -> No
     group = [Projection(frozen(m), factors[name] if name in used else None) for name, m in modules.items()]
     group = group if used == "abc" else group[:2]
     same_gradients(
-        lambda x, lane: Projections.apply(x, probe(), group, lane),  # type: ignore[no-untyped-call]
+        lambda x, adapters: Projections.apply(x, probe(), group, adapters),  # type: ignore[no-untyped-call]
         lambda x, rows: tuple(adapted(x, one, rows) for one in group),
         draw(1, T, K), draw(3, layout.size), asks,
     )  # fmt: skip
@@ -103,7 +107,7 @@ def test_the_gated_mlp_has_the_gradients_of_autograd(used: str, asks: bool) -> N
         )
     )
     same_gradients(
-        lambda x, lane: GatedMLP.apply(x, probe(), (gate, up), down, lane),  # type: ignore[no-untyped-call]
+        lambda x, adapters: GatedMLP.apply(x, probe(), (gate, up), down, adapters),  # type: ignore[no-untyped-call]
         lambda x, rows: adapted(silu(adapted(x, gate, rows)) * adapted(x, up, rows), down, rows),
         draw(1, T, K), draw(3, layout.size), asks,
     )  # fmt: skip
@@ -115,9 +119,9 @@ def test_the_adapter_alone_has_the_gradients_of_autograd(asks: bool) -> None:
     layout, factors = factors_of(a=(K, M))
     one = Projection(frozen(nn.Linear(K, M)), factors["a"])
 
-    def fused(x: Tensor, lane: Lane) -> Any:
+    def fused(x: Tensor, adapters: AdapterBatch) -> Any:
         out = one(x).detach().transpose(1, 2).contiguous().transpose(1, 2)
-        return Adapter.apply(out, x, probe(), factors["a"], lane)  # type: ignore[no-untyped-call]
+        return AddAdapter.apply(out, x, probe(), factors["a"], adapters)  # type: ignore[no-untyped-call]
 
     def plain(x: Tensor, rows: Tensor) -> Tensor:
         return adapted(x, one, rows) - one(x) + one(x).detach()
@@ -129,10 +133,10 @@ def test_what_layers_give_may_be_changed_in_place() -> None:
     """OLMo clips queries, keys and values so."""
     layout, _ = factors_of(gate=(K, M), up=(K, M), down=(M, K))
     gate, up, down = (Projection(frozen(nn.Linear(*s)), None) for s in ((K, M), (K, M), (M, K)))
-    lane = Lane(draw(3, layout.size), RANGES, torch.zeros(3, layout.size).double())
+    adapters = AdapterBatch(draw(3, layout.size), RANGES, torch.zeros(3, layout.size).double())
     x = draw(1, T, K)
-    group = Projections.apply(x, probe(), (gate, up), lane)  # type: ignore[no-untyped-call]
-    mlp = GatedMLP.apply(x, probe(), (gate, up), down, lane)  # type: ignore[no-untyped-call]
+    group = Projections.apply(x, probe(), (gate, up), adapters)  # type: ignore[no-untyped-call]
+    mlp = GatedMLP.apply(x, probe(), (gate, up), down, adapters)  # type: ignore[no-untyped-call]
     for out in (*group, mlp):
         assert out.requires_grad
         before = out.detach().clone()
@@ -143,7 +147,7 @@ def test_a_layer_that_reads_other_tokens_is_refused() -> None:
     layout, factors = factors_of(a=(K, M))
     one = Projection(frozen(nn.Linear(K, M)), factors["a"])
     with pytest.raises(AssertionError, match="other tokens"):
-        Projections.apply(draw(T - 1, K), probe(), [one], Lane(draw(3, layout.size), RANGES))  # type: ignore[no-untyped-call]
+        Projections.apply(draw(T - 1, K), probe(), [one], AdapterBatch(draw(3, layout.size), RANGES))  # type: ignore[no-untyped-call]
 
 
 def test_rms_norm() -> None:
@@ -178,28 +182,31 @@ def test_even_tokens_of_many_rows_are_one_batch(rows: list[int], dtype: torch.dt
     a, b = layout.entries
     factors, all_rows = Factors(a, b, layout.scale), draw(3, layout.size)
     all_rows = all_rows if dtype == torch.float64 else all_rows.float()
-    lane = Lane(all_rows, [(row, 2 * n, 2 * n + 2) for n, row in enumerate(rows)])
-    assert lane.even is not None
+    adapters = AdapterBatch(all_rows, [(row, 2 * n, 2 * n + 2) for n, row in enumerate(rows)])
+    assert adapters.equal_rows is not None
     x, out = draw(2 * len(rows), K).to(all_rows), draw(2 * len(rows), M).to(dtype)
-    alone = torch.cat([x[s:e] @ a.view(all_rows)[row].T @ b.view(all_rows)[row].T for row, s, e in lane.ranges])
+    alone = torch.cat([x[s:e] @ a.view(all_rows)[row].T @ b.view(all_rows)[row].T for row, s, e in adapters.ranges])
     expected = out.double() + layout.scale * alone.double()
-    u = add_product(out, x, lane, factors)
+    u = add_product(out, x, adapters, factors)
     bound = 1e-12 if dtype == torch.float64 else 0.02  # bf16 rounds at 2^-8 of sums of size 1 or so
     torch.testing.assert_close(out.double(), expected, atol=bound, rtol=bound)
-    torch.testing.assert_close(u, torch.cat([x[s:e] @ a.view(all_rows)[row].T for row, s, e in lane.ranges]))
-    for uneven in (Lane(all_rows, [(0, 0, 1), (1, 1, 3)]), Lane(all_rows, lane.ranges, grad=all_rows)):
-        assert uneven.even is None
+    torch.testing.assert_close(u, torch.cat([x[s:e] @ a.view(all_rows)[row].T for row, s, e in adapters.ranges]))
+    for uneven in (
+        AdapterBatch(all_rows, [(0, 0, 1), (1, 1, 3)]),
+        AdapterBatch(all_rows, adapters.ranges, grad=all_rows),
+    ):
+        assert uneven.equal_rows is None
 
 
 def test_ranges_as_one_batch() -> None:
-    blocks = Blocks.of(RANGES, torch.device("cpu"))
-    assert blocks is not None
+    padded = PaddedRanges.of(RANGES, torch.device("cpu"))
+    assert padded is not None
     x = draw(T, K)
-    split = blocks.split(x)
-    assert torch.equal(blocks.joined(split), x)
-    assert blocks.rows.tolist() == [2, 1], "a range without tokens has no place"
-    assert blocks.real.sum(1).flatten().tolist() == [3, 4]
-    assert torch.equal(split[1][blocks.real[1, :, 0]], x[3:])
+    split = padded.split(x)
+    assert torch.equal(padded.joined(split), x)
+    assert padded.rows.tolist() == [2, 1], "a range without tokens has no place"
+    assert padded.real.sum(1).flatten().tolist() == [3, 4]
+    assert torch.equal(split[1][padded.real[1, :, 0]], x[3:])
     assert torch.equal(split[0], x[[0, 1, 2, 2]]), "padding is of the client's own"
 
 
@@ -207,17 +214,17 @@ def test_few_tokens_each_go_at_once_where_nobody_wants_gradients() -> None:
     """Steps of decoding, of clients with unlike numbers of sequences."""
     layout, factors = factors_of(layer=(K, M))
     rows = draw(3, layout.size)
-    lane = Lane(rows, RANGES)
-    assert lane.blocks is not None
+    adapters = AdapterBatch(rows, RANGES)
+    assert adapters.padded is not None
     x, out = draw(T, K), draw(T, M)
     a, b = factors["layer"].a.view(rows), factors["layer"].b.view(rows)
     expected = out + layout.scale * torch.cat([x[i:j] @ a[row].T @ b[row].T for row, i, j in RANGES])
-    add_product(out, x, lane, factors["layer"])
+    add_product(out, x, adapters, factors["layer"])
     torch.testing.assert_close(out, expected)
-    lane.turn_to([(0, 0, 5), (1, 5, 40)])
-    assert lane.blocks is None or lane.rows.device.type in lowrank._AT_ONCE, "of other ranges"
+    adapters.retarget([(0, 0, 5), (1, 5, 40)])
+    assert adapters.padded is None or adapters.rows.device.type in lowrank._AT_ONCE, "of other ranges"
 
 
 def test_one_range_and_mostly_padding_are_no_batch() -> None:
     for ranges in ([(0, 0, 9)], [(0, 0, 9), (1, 9, 10), (2, 10, 11)]):
-        assert Blocks.of(ranges, torch.device("cpu")) is None
+        assert PaddedRanges.of(ranges, torch.device("cpu")) is None

@@ -41,10 +41,10 @@ def test_each_way_is_what_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     read = {}
     for prefix, recorded in ((True, True), (True, False), (False, True)):
         engine = workload.engine(prefix, cuda_graphs=recorded)
-        packed = engine.carrier.pack([(0, engine.corpus.batches(0, 0)[0])])
+        packed = engine.adapted.pack([(0, engine.corpus.batches(0, 0)[0])])
         read[prefix] = len(packed.tokens)
         engine.train(workload.work(workload.rows()), 0, 1e-4)
-        recordings = engine.replays.recordings if engine.replays else {}
+        recordings = engine.replayer.captured if engine.replayer else {}
         assert [bucket.keys > 0 for bucket in recordings] == [prefix] * recorded
     assert read == {True: 2 * 31 - 16, False: 2 * 31}
 

@@ -25,7 +25,7 @@ from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.engine.packing import common_prefix, pack, packed_tokens, plan, read_tokens
 
-Jobs = list[tuple[int, list[Encoded]]]
+PassItems = list[tuple[int, list[Encoded]]]
 
 
 @st.composite
@@ -41,7 +41,7 @@ def sequences(draw: st.DrawFn, head: tuple[int, ...]) -> Encoded:
 
 
 @st.composite
-def job_lists(draw: st.DrawFn) -> Jobs:
+def job_lists(draw: st.DrawFn) -> PassItems:
     """Jobs whose sequences share a beginning: none, a short one, or one worth sharing."""
     jobs = []
     for row in draw(st.lists(st.integers(0, 9), unique=True, max_size=4)):
@@ -51,7 +51,7 @@ def job_lists(draw: st.DrawFn) -> Jobs:
 
 
 @given(job_lists().filter(bool), st.booleans())
-def test_a_pass_holds_what_is_read_once_and_every_label_where_it_is_predicted(jobs: Jobs, share: bool) -> None:
+def test_a_pass_holds_what_is_read_once_and_every_label_where_it_is_predicted(jobs: PassItems, share: bool) -> None:
     packed = pack(jobs, share)
     flat, total = packed.tokens.tolist(), len(packed.tokens)
     given_sequences = [s for _, job in jobs for s in job]
@@ -152,7 +152,7 @@ def test_a_client_in_pieces_has_its_prefix_once_in_each() -> None:
         model, Lora(rank=2, alpha=4.0, targets=("q_proj",)).layout(model), True, budget=50
     )  # four times in a forward pass
     job = [Encoded((5,) * 40 + (6 + n,) * 10, (False,) * 50, False) for n in range(32)]
-    assert [len(piece) for piece in engine._measuring.cut(job)] == [16, 16]
+    assert [len(piece) for piece in engine._forward_only.cut(job)] == [16, 16]
 
 
 # The numbers.
@@ -197,7 +197,7 @@ def llamas() -> tuple[BatchedEngine, BatchedEngine]:
 
 @settings(max_examples=25)
 @given(job_lists().filter(bool))
-def test_a_shared_prefix_changes_no_loss(jobs: Jobs) -> None:
+def test_a_shared_prefix_changes_no_loss(jobs: PassItems) -> None:
     """fp64, losses of some 5 nats over at most 20 tokens: 1e-12 is rounding."""
     with_prefix, without = llamas()
     rows = torch.stack([warm_row(without.layout, seed) for seed in range(len(jobs))]).double()

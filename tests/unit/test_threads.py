@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mira.core import threads as core_threads
-from mira.core.threads import side_by_side, still_wanted, usable_cores, usable_threads
+from mira.core.threads import check_cancelled, parallel_map, usable_cores, usable_threads
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def test_results_are_in_order_and_threads_are_shared_out() -> None:
         together.wait()
         return item, torch.get_num_threads()
 
-    assert side_by_side(work, range(6), 2) == [(item, 2) for item in range(6)]
+    assert parallel_map(work, range(6), 2) == [(item, 2) for item in range(6)]
     with ThreadPoolExecutor(1) as fresh:
         assert fresh.submit(torch.get_num_threads).result() == torch.get_num_threads() == 4
 
@@ -44,13 +44,13 @@ def test_the_largest_are_begun_first_and_results_are_in_order() -> None:
         together.wait()
         return item
 
-    assert side_by_side(work, range(4), 2, sizes=[1, 3, 2, 5]) == [0, 1, 2, 3]
+    assert parallel_map(work, range(4), 2, sizes=[1, 3, 2, 5]) == [0, 1, 2, 3]
     assert [set(begun[:2]), set(begun[2:])] == [{1, 3}, {0, 2}]
 
 
 @pytest.mark.parametrize(("items", "workers"), [(3, 1), (1, 4), (0, 4)])
 def test_one_at_a_time_is_done_by_the_caller_with_all_threads(items: int, workers: int) -> None:
-    found = side_by_side(lambda item: (item, get_ident(), torch.get_num_threads()), range(items), workers)
+    found = parallel_map(lambda item: (item, get_ident(), torch.get_num_threads()), range(items), workers)
     assert found == [(item, get_ident(), 4) for item in range(items)]
 
 
@@ -67,16 +67,16 @@ def test_an_error_ends_the_others_and_what_has_not_begun_never_does() -> None:
         try:
             first_is_there.set()
             while True:
-                still_wanted()
+                check_cancelled()
         finally:
             ended.set()
 
     with pytest.raises(KeyError, match="of item 1"):
-        side_by_side(work, range(5), 2)
+        parallel_map(work, range(5), 2)
     assert ended.is_set()
     assert sorted(begun) == [0, 1]
     assert torch.get_num_threads() == 4
-    still_wanted()  # outside of any piece of work
+    check_cancelled()  # outside of any piece of work
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from helpers import fake_cuda
 from helpers.packed_sequences import layouts, visible
 from helpers.tiny_models import draw
 from mira.engine.attention import packed as attention
-from mira.engine.attention.packed import Form, Packed, Segment
+from mira.engine.attention.packed import AttentionSpec, PackedAttention, Segment
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +38,9 @@ def test_one_kernel_is_attention(segments: list[Segment], window: int | None, he
     expected = ((q @ wide[0].transpose(-1, -2) * 0.7 + mask).softmax(-1) @ wide[1]).transpose(1, 2)
     with pytest.MonkeyPatch.context() as patch:
         fake_cuda.take(patch)
-        packed = Packed(segments)
-        found = packed.attend(q, k, v, Form(0.7, window))
-    assert packed.spans is not None
+        packed = PackedAttention(segments)
+        found = packed.attend(q, k, v, AttentionSpec(0.7, window))
+    assert packed.metadata is not None
     assert not packed.tiles
     torch.testing.assert_close(found, expected)
     weight = draw(*expected.shape, seed=3)
@@ -77,10 +77,10 @@ def test_a_kernel_that_does_something_else_is_not_taken(
     fake_cuda.take(monkeypatch)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", wrong(fake_cuda.varlen_attn))
     q, k, v = (draw(1, h, 12, 8, seed=n).to(dtype) for n, h in enumerate((4, 2, 2)))
-    packed = Packed([Segment(0, 5), Segment(5, 12, 0, 5)])
+    packed = PackedAttention([Segment(0, 5), Segment(5, 12, 0, 5)])
     for _ in range(2):
-        packed.attend(q, k, v, Form(0.7))
-    assert packed.spans is None
+        packed.attend(q, k, v, AttentionSpec(0.7))
+    assert packed.metadata is None
     assert packed.tiles
     assert caplog.text.count("attention goes in tiles") == 1
 
@@ -89,10 +89,10 @@ def test_a_kernel_that_does_something_else_is_not_taken(
 def test_the_right_kernel_is_taken_and_asked_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cuda.take(monkeypatch)
     q, k, v = (draw(1, h, 12, 8, seed=n).to(dtype) for n, h in enumerate((4, 2, 2)))
-    packed = Packed([Segment(0, 5), Segment(5, 12, 0, 5)])
+    packed = PackedAttention([Segment(0, 5), Segment(5, 12, 0, 5)])
     for _ in range(3):
-        packed.attend(q, k, v, Form(0.7))
-    assert packed.spans is not None
+        packed.attend(q, k, v, AttentionSpec(0.7))
+    assert packed.metadata is not None
     assert attention._agrees.cache_info().misses == 1
 
 
@@ -105,12 +105,12 @@ def test_running_out_of_memory_over_the_proof_is_no_verdict(monkeypatch: pytest.
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", full)
     q, k, v = (draw(1, 2, 5, 8, seed=n) for n in range(3))
     with pytest.raises(torch.OutOfMemoryError):
-        Packed([Segment(0, 5)]).attend(q, k, v, Form(0.7))
+        PackedAttention([Segment(0, 5)]).attend(q, k, v, AttentionSpec(0.7))
     assert attention._agrees.cache_info().currsize == 0
 
 
 def test_values_of_another_width_go_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cuda.take(monkeypatch)
-    packed = Packed([Segment(0, 5)])
-    packed.attend(draw(1, 2, 5, 4), draw(1, 2, 5, 4), draw(1, 2, 5, 3), Form(0.7))
-    assert packed.spans is None
+    packed = PackedAttention([Segment(0, 5)])
+    packed.attend(draw(1, 2, 5, 4), draw(1, 2, 5, 4), draw(1, 2, 5, 3), AttentionSpec(0.7))
+    assert packed.metadata is None

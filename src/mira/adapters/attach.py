@@ -1,4 +1,4 @@
-"""A frozen base made to carry many adapters at once: its layers compute through the fused functions while a lane is set."""
+"""Patch a frozen base so that it computes many adapters at once: its layers use the fused functions while a batch is set."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch.nn.functional import silu
 from transformers import PreTrainedModel
 
 from mira.adapters.experts import per_client
-from mira.adapters.fused import Adapter, GatedMLP, Projection, Projections, RMSNorm, is_plain
-from mira.adapters.lowrank import Factors, Lane, dropout_mask
+from mira.adapters.fused import AddAdapter, GatedMLP, Projection, Projections, RMSNorm, is_plain
+from mira.adapters.lowrank import AdapterBatch, Factors, dropout_mask
 from mira.adapters.virtual import VirtualTokens
 from mira.core.device import sent
 from mira.core.layout import Entry, Layout
-from mira.core.threads import still_wanted
+from mira.core.threads import check_cancelled
 
 Forward = Callable[..., Any]
 
@@ -30,45 +30,45 @@ _GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @dataclass
 class Attached:
-    """Forward functions exchanged in a base model. Set ``lane`` before a pass, in the thread that computes it; ``detach`` leaves
-    the base as it was."""
+    """Patched forward functions of a base model. Set ``adapters`` before a pass, in the thread that computes it; ``detach``
+    restores the base."""
 
     dropout: float
     last: nn.Module | None = None  # the gated MLP after which no token sees another: it computes what is needed alone
-    mlps: list[nn.Module] = field(default_factory=list)  # gated MLPs that were exchanged
+    mlps: list[nn.Module] = field(default_factory=list)  # gated MLPs that were patched
     before: list[tuple[nn.Module, Forward | None]] = field(default_factory=list)
     here: threading.local = field(default_factory=threading.local)
 
     @property
-    def lane(self) -> Lane | None:
+    def adapters(self) -> AdapterBatch | None:
         """Of this thread's pass."""
-        return getattr(self.here, "lane", None)
+        return getattr(self.here, "adapters", None)
 
-    @lane.setter
-    def lane(self, lane: Lane | None) -> None:
-        self.here.lane = lane
+    @adapters.setter
+    def adapters(self, adapters: AdapterBatch | None) -> None:
+        self.here.adapters = adapters
 
     @contextmanager
-    def on(self, lane: Lane) -> Iterator[None]:
-        """``lane`` is this thread's meanwhile."""
-        before, self.lane = self.lane, lane
+    def using(self, adapters: AdapterBatch) -> Iterator[None]:
+        """``adapters`` is this thread's meanwhile."""
+        before, self.adapters = self.adapters, adapters
         try:
             yield
         finally:
-            self.lane = before
+            self.adapters = before
 
     def detach(self) -> None:
         while self.before:
             module, forward = self.before.pop()
             vars(module).pop("forward") if forward is None else vars(module).update(forward=forward)
 
-    def exchange(self, module: nn.Module, make: Callable[[Forward], Forward]) -> None:
+    def patch_forward(self, module: nn.Module, make: Callable[[Forward], Forward]) -> None:
         """``module`` computes through what ``make`` makes of its forward; a pass that nobody waits for any more ends there."""
         self.before.append((module, vars(module).get("forward")))  # what other libraries may have put on the instance
         made = make(module.forward)
 
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            still_wanted()
+            check_cancelled()
             return made(*args, **kwargs) if self is module else type(self).forward(self, *args, **kwargs)
 
         # Bound to its module: a copy of the model then has a method of the copy, not one that leads back here.
@@ -90,7 +90,7 @@ def attach(model: PreTrainedModel, layout: Layout, dropout: float) -> Attached:
         owner, _, leaf = name.rpartition(".")
         owned.setdefault(owner, {})[leaf] = factors[name]
     for owner, own in owned.items():
-        attached.exchange(model.get_submodule(owner), _by_client(attached, model.get_submodule(owner), own))
+        attached.patch_forward(model.get_submodule(owner), _by_client(attached, model.get_submodule(owner), own))
     done = set(layout.experts)
     for name, parent in model.named_modules():
         for group in _GROUPS:
@@ -106,9 +106,9 @@ def attach(model: PreTrainedModel, layout: Layout, dropout: float) -> Attached:
         if is_plain(module):
             _attach_group(attached, [Projection(module, factors[name])])
         else:
-            attached.exchange(module, _adapted(attached, factors[name]))
+            attached.patch_forward(module, _adapted(attached, factors[name]))
     if layout.virtual_tokens:
-        attached.exchange(model.get_input_embeddings(), _prompted(attached, layout.entries))
+        attached.patch_forward(model.get_input_embeddings(), _prompted(attached, layout.entries))
     return attached
 
 
@@ -118,85 +118,85 @@ def _plain_members(parent: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     return members if len(members) == len(names) and all(map(is_plain, members)) else []
 
 
-def _probe(lane: Lane) -> Tensor:
-    return torch.empty(0, requires_grad=lane.grad is not None)
+def _probe(adapters: AdapterBatch) -> Tensor:
+    return torch.empty(0, requires_grad=adapters.grad is not None)
 
 
 def _attach_group(attached: Attached, group: Sequence[Projection]) -> None:
     """The first of the group that is called computes all of them; the others find their output ready."""
 
     def make(number: int) -> Callable[[Forward], Forward]:
-        def exchanged(plain: Forward) -> Forward:
+        def patch(plain: Forward) -> Forward:
             adapted = _adapted(attached, group[number].factors)(plain)
 
             def forward(x: Tensor) -> Tensor:
-                lane = attached.lane
-                if lane is None or lane.dropout is not None:
+                adapters = attached.adapters
+                if adapters is None or adapters.dropout is not None:
                     return adapted(x)  # type: ignore[no-any-return]
-                seen, out = lane.ready.pop(group[number].module, (None, None))
+                seen, out = adapters.ready.pop(group[number].module, (None, None))
                 if seen is x and out is not None:
                     return out
-                outs = Projections.apply(x, _probe(lane), group, lane)  # type: ignore[no-untyped-call]
-                lane.ready.update({one.module: (x, out) for one, out in zip(group, outs, strict=True)})
-                return lane.ready.pop(group[number].module)[1]
+                outs = Projections.apply(x, _probe(adapters), group, adapters)  # type: ignore[no-untyped-call]
+                adapters.ready.update({one.module: (x, out) for one, out in zip(group, outs, strict=True)})
+                return adapters.ready.pop(group[number].module)[1]
 
             return forward
 
-        return exchanged
+        return patch
 
     for number, projection in enumerate(group):
-        attached.exchange(projection.module, make(number))
+        attached.patch_forward(projection.module, make(number))
 
 
 def _adapted(attached: Attached, factors: Factors | None) -> Callable[[Forward], Forward]:
     """Any layer with an adapter beside it; without one, the layer."""
 
-    def exchanged(plain: Forward) -> Forward:
+    def patch(plain: Forward) -> Forward:
         def forward(x: Tensor) -> Tensor:
-            lane = attached.lane
+            adapters = attached.adapters
             out: Tensor = plain(x)
-            if lane is None or factors is None:
+            if adapters is None or factors is None:
                 return out
             seen = x
-            if lane.dropout is not None:
+            if adapters.dropout is not None:
                 flat = x.reshape(-1, x.shape[-1])
-                seen = (flat * dropout_mask(flat, lane, attached.dropout)).view(x.shape)
-            return Adapter.apply(out, seen, _probe(lane), factors, lane)  # type: ignore[no-any-return, no-untyped-call]
+                seen = (flat * dropout_mask(flat, adapters, attached.dropout)).view(x.shape)
+            return AddAdapter.apply(out, seen, _probe(adapters), factors, adapters)  # type: ignore[no-any-return, no-untyped-call]
 
         return forward
 
-    return exchanged
+    return patch
 
 
 def _by_client(attached: Attached, module: nn.Module, factors: dict[str, Factors]) -> Callable[[Forward], Forward]:
     """A module whose own tensors of experts have adapters."""
 
-    def exchanged(plain: Forward) -> Forward:
+    def patch(plain: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            lane = attached.lane
-            if lane is None:
+            adapters = attached.adapters
+            if adapters is None:
                 return plain(*args, **kwargs)
-            return per_client(module, factors, lane, attached.on, _probe(lane), args, kwargs)
+            return per_client(module, factors, adapters, attached.using, _probe(adapters), args, kwargs)
 
         return forward
 
-    return exchanged
+    return patch
 
 
 def _prompted(attached: Attached, entries: Sequence[Entry]) -> Callable[[Forward], Forward]:
     """The input embeddings, with the rows' own in the place of placeholders."""
 
-    def exchanged(plain: Forward) -> Forward:
+    def patch(plain: Forward) -> Forward:
         def forward(ids: Tensor) -> Tensor:
-            lane, virtual = attached.lane, ids.flatten() < 0
-            if lane is None or not bool(virtual.any()):
+            adapters, virtual = attached.adapters, ids.flatten() < 0
+            if adapters is None or not bool(virtual.any()):
                 return plain(ids)  # type: ignore[no-any-return]
             hidden = plain(ids.clamp(min=0))
-            return VirtualTokens.apply(hidden, _probe(lane), ids.flatten(), entries, lane)  # type: ignore[no-any-return, no-untyped-call]
+            return VirtualTokens.apply(hidden, _probe(adapters), ids.flatten(), entries, adapters)  # type: ignore[no-any-return, no-untyped-call]
 
         return forward
 
-    return exchanged
+    return patch
 
 
 def _attach_norm(attached: Attached, module: nn.Module) -> None:
@@ -208,10 +208,10 @@ def _attach_norm(attached: Attached, module: nn.Module) -> None:
     def fused(x: Tensor) -> Tensor:
         return RMSNorm.apply(x, module.weight, epsilon)  # type: ignore[no-any-return, no-untyped-call]
 
-    def exchanged(plain: Forward) -> Forward:
+    def patch(plain: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
             # Others take a gate or a residual too, or an input of another width.
-            alone = attached.lane is not None and len(args) == 1 and not kwargs and args[0].shape[-1] == len(weight)
+            alone = attached.adapters is not None and len(args) == 1 and not kwargs and args[0].shape[-1] == len(weight)
             return fused(*args) if alone else plain(*args, **kwargs)
 
         return forward
@@ -220,7 +220,7 @@ def _attach_norm(attached: Attached, module: nn.Module) -> None:
     # Small: what is added to the mean square shows.
     x = _random(weight).to(torch.promote_types(weight.dtype, torch.float32)) + 1
     if _computes(module, fused, x * x.new_tensor([1e-3, 0.1, 1, 10])[:, None]):
-        attached.exchange(module, exchanged)
+        attached.patch_forward(module, patch)
 
 
 def _attach_mlp(attached: Attached, module: nn.Module, factors: Sequence[Factors | None]) -> None:
@@ -232,8 +232,8 @@ def _attach_mlp(attached: Attached, module: nn.Module, factors: Sequence[Factors
     def unadapted(x: Tensor) -> Tensor:
         return down(silu(gate(x)) * up(x))
 
-    def fused(x: Tensor, lane: Lane) -> Tensor:
-        return GatedMLP.apply(x, _probe(lane), (gate, up), down, lane)  # type: ignore[no-any-return, no-untyped-call]
+    def fused(x: Tensor, adapters: AdapterBatch) -> Tensor:
+        return GatedMLP.apply(x, _probe(adapters), (gate, up), down, adapters)  # type: ignore[no-any-return, no-untyped-call]
 
     # From next to linear, where other activations differ in the curvature, to sizes that somebody may cut off.
     x = _random(gate.weight[0])
@@ -241,28 +241,28 @@ def _attach_mlp(attached: Attached, module: nn.Module, factors: Sequence[Factors
     if not _computes(module, unadapted, x / size * x.new_tensor([0.1, 1, 10, 50])[:, None]):
         return
 
-    def exchanged(plain: Forward) -> Forward:
+    def patch(plain: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            lane = attached.lane
-            if lane is None or lane.dropout is not None or len(args) != 1 or kwargs:
+            adapters = attached.adapters
+            if adapters is None or adapters.dropout is not None or len(args) != 1 or kwargs:
                 return plain(*args, **kwargs)
-            if module is attached.last and lane.needed is not None:
-                return _scattered(fused, args[0], lane)
-            return fused(args[0], lane)
+            if module is attached.last and adapters.needed is not None:
+                return _scattered(fused, args[0], adapters)
+            return fused(args[0], adapters)
 
         return forward
 
-    attached.exchange(module, exchanged)
+    attached.patch_forward(module, patch)
     attached.mlps.append(module)
 
 
-def _scattered(function: Callable[[Tensor, Lane], Tensor], x: Tensor, lane: Lane) -> Tensor:
+def _scattered(function: Callable[[Tensor, AdapterBatch], Tensor], x: Tensor, adapters: AdapterBatch) -> Tensor:
     """``function`` of the needed tokens of x [1,T,k] or [T,k], and 0 for all others."""
-    assert lane.needed is not None
-    if not len(lane.needed):
+    assert adapters.needed is not None
+    if not len(adapters.needed):
         return torch.zeros_like(x)
-    places = sent(lane.needed, x.device)
-    needed = function(x.index_select(-2, places), lane.only(lane.needed))
+    places = sent(adapters.needed, x.device)
+    needed = function(x.index_select(-2, places), adapters.only(adapters.needed))
     return torch.zeros_like(x).index_copy(-2, places, needed)
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from mira.adapters.lowrank import Factors, Lane
+from mira.adapters.lowrank import AdapterBatch, Factors
 from mira.core.errors import UserError
-from mira.core.threads import still_wanted
+from mira.core.threads import check_cancelled
 
 Span = tuple[int, int, int]  # row, first token, end
 
@@ -28,12 +28,12 @@ Span = tuple[int, int, int]  # row, first token, end
 @dataclass(frozen=True)
 class Call:
     """A module called in a pass. ``factors``: of its own tensors of experts, by their names in it. ``leaves`` and ``spec``: what
-    it is given, with None in the ``places`` of tensors. ``within``: inside of what a lane is the thread's."""
+    it is given, with None in the ``places`` of tensors. ``within``: the context in which an adapter batch is the thread's."""
 
     module: nn.Module
     factors: Mapping[str, Factors]
-    lane: Lane
-    within: Callable[[Lane], AbstractContextManager[None]]
+    adapters: AdapterBatch
+    within: Callable[[AdapterBatch], AbstractContextManager[None]]
     spans: Sequence[Span]
     leaves: Sequence[Any]
     places: Sequence[int]
@@ -60,7 +60,7 @@ class Call:
         }
         module = _with(self.module, changed)
         before = dict(vars(module))
-        own = replace(self.lane, ranges=[(row, 0, end - start)], needed=None, ready={}, laid=None)
+        own = replace(self.adapters, ranges=[(row, 0, end - start)], needed=None, ready={}, prepared=None)
         with self.within(own):
             out = type(module).forward(module, *args, **kwargs)
         if any(before.get(key) is not kept for key, kept in vars(module).items()):
@@ -75,20 +75,20 @@ class Call:
 
 
 def per_client(
-    module: nn.Module, factors: Mapping[str, Factors], lane: Lane, within: Callable[[Lane], AbstractContextManager[None]],
-    probe: Tensor, args: Any, kwargs: Any,
+    module: nn.Module, factors: Mapping[str, Factors], adapters: AdapterBatch,
+    within: Callable[[AdapterBatch], AbstractContextManager[None]], probe: Tensor, args: Any, kwargs: Any,
 ) -> Tensor:  # fmt: skip
-    """The output of ``module`` in the pass of ``lane``, each client's tokens with its own experts."""
+    """The output of ``module`` in the pass of ``adapters``, each client's tokens with its own experts."""
     leaves, spec = tree_flatten((args, kwargs))
     places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[n] for n in places]
     rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    call = Call(module, factors, lane, within, list(_spans(lane.ranges)), rest, places, spec)
+    call = Call(module, factors, adapters, within, list(_spans(adapters.ranges)), rest, places, spec)
     return _PerClient.apply(probe, call, *tensors)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _PerClient(torch.autograd.Function):
-    """``probe`` asks for gradients of the rows, which go into the lane's."""
+    """``probe`` asks for gradients of the rows, which go into the batch's."""
 
     @staticmethod
     def forward(ctx: Any, probe: Tensor, call: Call, *tensors: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class _PerClient(torch.autograd.Function):
         out: Tensor | None = None
         for span in call.spans:
             parts = [_cut(x, span, call.tokens) for x in tensors]
-            part = call.of(span, call.pairs(call.lane.rows, span[0]), parts)
+            part = call.of(span, call.pairs(call.adapters.rows, span[0]), parts)
             if out is None:  # as the first input lies, but for the width
                 out = part.new_empty(*tensors[0].shape[: part.ndim - 1], part.shape[-1])
             _put(out, span, call.tokens, part)
@@ -106,16 +106,16 @@ class _PerClient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        still_wanted()
+        check_cancelled()
         call: Call = ctx.call
         asks = ctx.needs_input_grad[2:]
         grads = [  # contiguous, for views to be written into
             torch.zeros_like(x, memory_format=torch.contiguous_format) if ask else None
             for x, ask in zip(ctx.saved_tensors, asks, strict=True)
         ]
-        assert call.lane.grad is not None
+        assert call.adapters.grad is not None
         for span in call.spans:
-            pairs = [one.detach().requires_grad_() for one in call.pairs(call.lane.rows, span[0])]
+            pairs = [one.detach().requires_grad_() for one in call.pairs(call.adapters.rows, span[0])]
             parts = [
                 _cut(x, span, call.tokens).detach().requires_grad_(total is not None)
                 for x, total in zip(ctx.saved_tensors, grads, strict=True)
@@ -124,7 +124,7 @@ class _PerClient(torch.autograd.Function):
                 out = call.of(span, pairs, parts)
             if out.requires_grad:
                 torch.autograd.backward(out, _cut(grad, span, call.tokens))
-            for total, one in zip(call.pairs(call.lane.grad, span[0]), pairs, strict=True):
+            for total, one in zip(call.pairs(call.adapters.grad, span[0]), pairs, strict=True):
                 if one.grad is not None:
                     total += one.grad
             for total_x, part in zip(grads, parts, strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 from transformers.pytorch_utils import Conv1D
 
-from mira.adapters.lowrank import Factors, Lane, add_gradients, add_product
+from mira.adapters.lowrank import AdapterBatch, Factors, add_gradients, add_product
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,19 @@ def is_plain(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module)
 
 
-def project(x: Tensor, group: Sequence[Projection], lane: Lane) -> tuple[list[Tensor], list[Tensor]]:
+def project(x: Tensor, group: Sequence[Projection], adapters: AdapterBatch) -> tuple[list[Tensor], list[Tensor]]:
     """All projections of x [T,k]: their outputs, and A·x of each adapter."""
     outs = [one(x) for one in group]
     adapted = [(out, one.factors) for out, one in zip(outs, group, strict=True) if one.factors]
-    wide = x.to(lane.rows.dtype) if adapted else x
-    return outs, [add_product(out, wide, lane, factors) for out, factors in adapted]
+    wide = x.to(adapters.rows.dtype) if adapted else x
+    return outs, [add_product(out, wide, adapters, factors) for out, factors in adapted]
 
 
 def project_back(
-    grads: Sequence[Tensor], x: Tensor | None, us: Sequence[Tensor], group: Sequence[Projection], lane: Lane, into_x: bool
+    grads: Sequence[Tensor], x: Tensor | None, us: Sequence[Tensor], group: Sequence[Projection], adapters: AdapterBatch,
+    into_x: bool,
 ) -> Tensor | None:  # fmt: skip
-    """The gradient of x, when it is wanted, from those of the outputs; the adapters' go into ``lane.grad``. x is None
+    """The gradient of x, when it is wanted, from those of the outputs; the adapters' go into ``adapters.grad``. x is None
     where there is no adapter."""
     total = None
     if into_x:
@@ -62,11 +63,11 @@ def project_back(
     if not adapted:
         return total
     assert x is not None
-    wide = x.to(lane.rows.dtype)
+    wide = x.to(adapters.rows.dtype)
     narrow = total is not None and total.dtype != wide.dtype
     low_rank = torch.zeros_like(wide) if narrow else total
     for (g, factors), u in zip(adapted, us, strict=True):
-        add_gradients(g.to(wide.dtype), wide, u, lane, factors, low_rank)
+        add_gradients(g.to(wide.dtype), wide, u, adapters, factors, low_rank)
     return total.add_(low_rank) if narrow and total is not None and low_rank is not None else total
 
 
@@ -84,18 +85,20 @@ class Projections(torch.autograd.Function):
     layer's input is frozen, its adapters are not."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, probe: Tensor, group: Sequence[Projection], lane: Lane) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, probe: Tensor, group: Sequence[Projection], adapters: AdapterBatch
+    ) -> tuple[Tensor, ...]:
         flat = _flat(x)
-        outs, us = project(flat, group, lane)
+        outs, us = project(flat, group, adapters)
         ctx.save_for_backward(*((flat, *us) if us else ()))
-        ctx.group, ctx.lane, ctx.shape = group, lane, x.shape
+        ctx.group, ctx.adapters, ctx.shape = group, adapters, x.shape
         return tuple(_shaped(out, x.shape) for out in outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, *us = ctx.saved_tensors or (None,)
         flat = [_flat(g) for g in grads]
-        total = project_back(flat, x, us, ctx.group, ctx.lane, ctx.needs_input_grad[0])
+        total = project_back(flat, x, us, ctx.group, ctx.adapters, ctx.needs_input_grad[0])
         return None if total is None else total.view(ctx.shape), None, None, None
 
 
@@ -104,13 +107,13 @@ class GatedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, probe: Tensor, inner: Sequence[Projection], down: Projection, lane: Lane
+        ctx: Any, x: Tensor, probe: Tensor, inner: Sequence[Projection], down: Projection, adapters: AdapterBatch
     ) -> Tensor:
         flat = _flat(x)
-        (gate, up), us = project(flat, inner, lane)
-        (out,), down_us = project(silu(gate).mul_(up), (down,), lane)
+        (gate, up), us = project(flat, inner, adapters)
+        (out,), down_us = project(silu(gate).mul_(up), (down,), adapters)
         ctx.save_for_backward(gate, up, *down_us, *((flat, *us) if us else ()))
-        ctx.inner, ctx.down, ctx.lane, ctx.shape = inner, down, lane, x.shape
+        ctx.inner, ctx.down, ctx.adapters, ctx.shape = inner, down, adapters, x.shape
         return _shaped(out, x.shape)
 
     @staticmethod
@@ -120,32 +123,32 @@ class GatedMLP(torch.autograd.Function):
         x, *us = rest or (None,)
         active = silu(gate)
         hidden = active * up if ctx.down.factors else None
-        grad_hidden = project_back((_flat(grad),), hidden, down_us, (ctx.down,), ctx.lane, True)
+        grad_hidden = project_back((_flat(grad),), hidden, down_us, (ctx.down,), ctx.adapters, True)
         assert grad_hidden is not None
         grad_up = active.mul_(grad_hidden)
         grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
-        total = project_back((grad_gate, grad_up), x, us, ctx.inner, ctx.lane, ctx.needs_input_grad[0])
+        total = project_back((grad_gate, grad_up), x, us, ctx.inner, ctx.adapters, ctx.needs_input_grad[0])
         return None if total is None else total.view(ctx.shape), None, None, None, None
 
 
-class Adapter(torch.autograd.Function):
+class AddAdapter(torch.autograd.Function):
     """The adapter alone, added to what any layer gave: x [...,k] as the adapter sees it (after dropout)."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, x: Tensor, probe: Tensor, factors: Factors, lane: Lane) -> Tensor:
+    def forward(ctx: Any, out: Tensor, x: Tensor, probe: Tensor, factors: Factors, adapters: AdapterBatch) -> Tensor:
         # A copy: another library's function may need its output as it was. Contiguous: it is written to through a view.
         flat, total = _flat(x), out.clone(memory_format=torch.contiguous_format)
-        u = add_product(_flat(total), flat.to(lane.rows.dtype), lane, factors)
+        u = add_product(_flat(total), flat.to(adapters.rows.dtype), adapters, factors)
         ctx.save_for_backward(flat, u)
-        ctx.factors, ctx.lane, ctx.shape = factors, lane, x.shape
+        ctx.factors, ctx.adapters, ctx.shape = factors, adapters, x.shape
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, u = ctx.saved_tensors
-        wide = x.to(ctx.lane.rows.dtype)
+        wide = x.to(ctx.adapters.rows.dtype)
         total = torch.zeros_like(wide) if ctx.needs_input_grad[1] else None
-        add_gradients(_flat(grad).to(wide.dtype), wide, u, ctx.lane, ctx.factors, total)
+        add_gradients(_flat(grad).to(wide.dtype), wide, u, ctx.adapters, ctx.factors, total)
         return grad, None if total is None else total.to(x.dtype).view(ctx.shape), None, None, None
 
 

@@ -42,8 +42,13 @@ class Lora:
     """A trained length for every row of W + s·B·A (DoRA, Liu et al. 2024), for engine.name=reference."""
     lora_plus_ratio: Annotated[float, Field(gt=0)] = 1.0
     """Learning rate of B, and of DoRA's lengths, over training.lr, which A has (LoRA+, Hayou et al. 2024)."""
+    start: Annotated[str, Field(min_length=1)] | None = None
+    """A PEFT adapter that all clients start from: its folder, or its name on the model hub. Rank, scale, layers and base must be
+    the run's. null: a new one."""
 
     def __post_init__(self) -> None:
+        if self.init == "orthogonal" and self.start is not None:
+            raise UserError("adapter.init=orthogonal: adapter.start gives the start; leave one of the two out")
         if self.init == "orthogonal" and self.rank % 2:
             raise UserError(
                 f"adapter.init=orthogonal: needs an even rank, not adapter.rank={self.rank}; take rank={self.rank + 1}"
@@ -72,4 +77,4 @@ class Lora:
 
         layout = self.layout(base.model)
         prove(base.model, layout)
-        return LoraAdapter(base.model, layout, self.dropout, self.init, base.unquantised, base.revision)
+        return LoraAdapter(base.model, layout, self.dropout, self.init, base, self.start)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mira.adapters.lora import Lora
+from mira.adapters.peft_files import WEIGHTS, weights_header
 from mira.adapters.targets import PREFIX, ends, target_layers
-from mira.adapters.types import SingleAdapterModel
+from mira.adapters.types import BaseLike, SingleAdapterModel
 from mira.adapters.weights import is_transposed, lengths, merge, weights_of
 from mira.core.errors import UserError
 from mira.core.layout import Entry, Layout
@@ -30,15 +31,14 @@ Init = Literal["kaiming", "orthogonal"]
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """LoRA on ``model``. ``unquantised``: gives the model that a quantised one was made from. ``revision``: the hub's commit of
-    the base, where one was asked for."""
+    """LoRA on ``model``, which is that of ``base`` where one is given. ``given``: the PEFT adapter to start from."""
 
     model: PreTrainedModel
     layout: Layout
     dropout: float = 0.0
     init: Init = "kaiming"
-    unquantised: Callable[[], PreTrainedModel] | None = None
-    revision: str | None = None
+    base: BaseLike | None = None
+    given: str | None = None
     directions: None = None
 
     @property
@@ -46,6 +46,10 @@ class LoraAdapter:
         return self
 
     def start(self, seed: int) -> Tensor:
+        if self.given is not None and self.base is not None:
+            from mira.adapters.lora_start import start_of  # it reads what is written here
+
+            return start_of(self.given, self.layout, self.base)
         row = start_row(self.layout, seed, self.init)
         for entry in self.layout.entries:
             if entry.factor == "magnitude":
@@ -55,6 +59,7 @@ class LoraAdapter:
     def attached(self, model: PreTrainedModel) -> SingleAdapterModel:
         config = peft_config(self.layout, self.model, None, self.dropout)
         config.inference_mode = False
+        own = set(model.modules())
         peft = get_peft_model(model, config)
         named = dict(peft.named_parameters())
         layers = [peft.get_submodule(name) for name in set(peft_places(self.layout).values())]
@@ -68,16 +73,16 @@ class LoraAdapter:
             peft,
             self.layout,
             [named[name] for name in peft_parameters(self.layout).values()],
-            [module for name, module in peft.named_modules() if "lora_dropout" in name],
+            [module for module in peft.modules() if module not in own],
             set_scale,
         )
 
     def save(self, folder: Path, row: Tensor, base_name: str) -> None:
-        to_peft(folder, row, self.layout, self.model, base_name, self.revision)
+        to_peft(folder, row, self.layout, self.model, base_name, self.base)
 
     @contextmanager
     def merged(self, row: Tensor) -> Iterator[PreTrainedModel]:
-        model = self.unquantised() if self.unquantised else self.model
+        model = self.base.unquantised() if self.base else self.model
         original = [(weight, weight.detach().clone()) for weight in weights_of(model, self.layout).values()]
         merge(model, row, self.layout)
         try:
@@ -209,20 +214,20 @@ def peft_tensors(row: Tensor, layout: Layout, rank: int) -> dict[str, Tensor]:
 
 
 def to_peft(
-    folder: Path, row: Tensor, layout: Layout, model: PreTrainedModel, base_name: str, revision: str | None = None
+    folder: Path, row: Tensor, layout: Layout, model: PreTrainedModel, base_name: str, base: BaseLike | None = None
 ) -> None:
     """Write ``row`` [P] as a PEFT folder, of the rank it uses: adapter_config.json and adapter_model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     rank = layout.ranks(row[None])[0]
-    save_file(peft_tensors(row, layout, rank), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(peft_tensors(row, layout, rank), folder / WEIGHTS, metadata=weights_header(base))
     config = peft_config(layout, model, base_name, rank=rank)
-    config.revision = revision
+    config.revision = base.revision if base else None
     config.save_pretrained(str(folder))
 
 
 def from_peft(folder: Path, layout: Layout) -> Tensor:
     """Read a PEFT folder back into a row [P]. Raises UserError when its tensors do not fit ``layout``."""
-    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = load_file(folder / WEIGHTS)
     row = torch.empty(layout.size)
     for entry, name in peft_names(layout).items():
         if name not in tensors or tuple(tensors[name].shape) != entry.shape:

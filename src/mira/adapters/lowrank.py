@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mira.core.device import sent
 from mira.core.layout import Entry
-from mira.core.threads import still_wanted
+from mira.core.threads import check_cancelled
 
 # Devices on which a product of all ranges beats one for each: a kernel's launch costs more than some padding there.
 _AT_ONCE = ("cuda",)
@@ -19,7 +19,7 @@ _FEW = 8  # tokens of a range: with so few, as in a step of decoding, the same i
 
 
 @dataclass(frozen=True)
-class Blocks:
+class PaddedRanges:
     """J ranges of T tokens as one batch [J,M], padded to the longest; empty ones are left out. ``rows`` [J]: of each range.
     ``token`` [J·M]: what is in each place, in padding one of the range's own. ``real`` [J,M,1]: false in padding. ``place`` [T]:
     where each token is among J·M.
@@ -31,7 +31,7 @@ class Blocks:
     place: Tensor
 
     @staticmethod
-    def of(ranges: Sequence[tuple[int, int, int]], device: torch.device, width: int = 0) -> Blocks | None:
+    def of(ranges: Sequence[tuple[int, int, int]], device: torch.device, width: int = 0) -> PaddedRanges | None:
         """None where most of the batch would be padding, or nothing is batched. ``width``: M at least."""
         tokens, ranges = ranges[-1][2], [span for span in ranges if span[1] < span[2]]
         row, start, end = (torch.tensor(numbers)[:, None] for numbers in zip(*ranges, strict=True))
@@ -44,7 +44,7 @@ class Blocks:
         token = torch.minimum(start + place, end - 1)
         rows = row.flatten()
         on_device = (sent(t, device) for t in (rows, token.flatten(), real[..., None], real.flatten().nonzero()[:, 0]))
-        return Blocks(*on_device)
+        return PaddedRanges(*on_device)
 
     def split(self, x: Tensor) -> Tensor:
         """[T,k] -> [J,M,k]"""
@@ -56,13 +56,13 @@ class Blocks:
 
 
 @dataclass
-class Lane:
+class AdapterBatch:
     """Whose tokens are where in the current pass. ``ranges``: (row, start, end), which together cover all its tokens.
 
     ``needed`` [m]: the places whose last hidden state is read, in order, on the CPU; None where all are.
     ``grad`` [n,P] receives the gradients of ``rows`` [n,P]; None while evaluating. ``dropout`` holds one generator
     per row, so that a client's masks do not depend on who else is in the pass. ``ready``: the input a layer will be called
-    with and what it gives then, where that was made together with another's. ``laid``: its ``blocks``, if they are made already.
+    with and what it gives then, where that was made together with another's. ``prepared``: its ``padded``, if made already.
     """
 
     rows: Tensor
@@ -71,10 +71,10 @@ class Lane:
     dropout: Sequence[torch.Generator] | None = None
     needed: Tensor | None = None
     ready: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    laid: Blocks | None = None
+    prepared: PaddedRanges | None = None
 
     @property
-    def even(self) -> slice | list[int] | None:
+    def equal_rows(self) -> slice | list[int] | None:
         """The rows, where all have the same number of tokens and nobody wants gradients, as in a step of decoding: their
         products are then one batch."""
         rows = [row for row, _, _ in self.ranges]
@@ -84,24 +84,24 @@ class Lane:
         return slice(rows[0], rows[-1] + 1) if rows == list(range(rows[0], rows[-1] + 1)) else rows
 
     @cached_property
-    def blocks(self) -> Blocks | None:
+    def padded(self) -> PaddedRanges | None:
         """The ranges as one batch, where that is faster."""
-        if self.laid is not None:
-            return self.laid
+        if self.prepared is not None:
+            return self.prepared
         few = self.grad is None and self.ranges[-1][2] <= _FEW * len(self.ranges)
-        return Blocks.of(self.ranges, self.rows.device) if few or self.rows.device.type in _AT_ONCE else None
+        return PaddedRanges.of(self.ranges, self.rows.device) if few or self.rows.device.type in _AT_ONCE else None
 
-    def turn_to(self, ranges: Sequence[tuple[int, int, int]]) -> None:
+    def retarget(self, ranges: Sequence[tuple[int, int, int]]) -> None:
         """From here on passes have other tokens, and all are needed."""
-        self.ranges, self.needed, self.laid = ranges, None, None
-        vars(self).pop("blocks", None)
+        self.ranges, self.needed, self.prepared = ranges, None, None
+        vars(self).pop("padded", None)
 
-    def only(self, places: Tensor) -> Lane:
-        """The lane of the tokens at ``places`` [m], sorted, of its own."""
+    def only(self, places: Tensor) -> AdapterBatch:
+        """The batch of the tokens at ``places`` [m], sorted, alone."""
         ends = torch.tensor([end for _, _, end in self.ranges])
         counts = torch.searchsorted(places, ends).tolist()
         ranges = [(row, a, b) for (row, _, _), a, b in zip(self.ranges, [0, *counts], counts, strict=False) if a < b]
-        return replace(self, ranges=ranges, needed=None, laid=None)
+        return replace(self, ranges=ranges, needed=None, prepared=None)
 
 
 @dataclass(frozen=True)
@@ -113,24 +113,24 @@ class Factors:
     scale: float
 
 
-def add_product(out: Tensor, x: Tensor, lane: Lane, factors: Factors) -> Tensor:
+def add_product(out: Tensor, x: Tensor, adapters: AdapterBatch, factors: Factors) -> Tensor:
     """out [T,m] += s·B·A·x in place, in the rows' precision; x [T,k] has it already. Returns u = A·x [T,r]."""
-    assert lane.ranges[-1][2] == len(x), "the layer reads other tokens than the pass has; a routed expert?"
-    a, b = factors.a.view(lane.rows), factors.b.view(lane.rows)
-    rows = lane.even
+    assert adapters.ranges[-1][2] == len(x), "the layer reads other tokens than the pass has; a routed expert?"
+    a, b = factors.a.view(adapters.rows), factors.b.view(adapters.rows)
+    rows = adapters.equal_rows
     if rows is not None:
-        low = torch.bmm(x.view(len(lane.ranges), -1, x.shape[-1]), a[rows].transpose(1, 2))
+        low = torch.bmm(x.view(len(adapters.ranges), -1, x.shape[-1]), a[rows].transpose(1, 2))
         out.add_(torch.bmm(low, b[rows].transpose(1, 2)).view(out.shape), alpha=factors.scale)
         return low.view(len(x), -1)
-    blocks = lane.blocks
-    if blocks is not None:
-        low = torch.bmm(blocks.split(x), a[blocks.rows].transpose(1, 2))
-        out.add_(blocks.joined(torch.bmm(low, b[blocks.rows].transpose(1, 2))), alpha=factors.scale)
-        return blocks.joined(low)
+    padded = adapters.padded
+    if padded is not None:
+        low = torch.bmm(padded.split(x), a[padded.rows].transpose(1, 2))
+        out.add_(padded.joined(torch.bmm(low, b[padded.rows].transpose(1, 2))), alpha=factors.scale)
+        return padded.joined(low)
     u = torch.empty(len(x), factors.a.shape[0], dtype=a.dtype, device=x.device)
     same = out.dtype == a.dtype
     delta = out if same else torch.empty(out.shape, dtype=a.dtype, device=out.device)
-    for row, start, end in lane.ranges:
+    for row, start, end in adapters.ranges:
         torch.mm(x[start:end], a[row].T, out=u[start:end])
         if same:
             out[start:end].addmm_(u[start:end], b[row].T, alpha=factors.scale)
@@ -141,24 +141,26 @@ def add_product(out: Tensor, x: Tensor, lane: Lane, factors: Factors) -> Tensor:
     return u
 
 
-def add_gradients(g: Tensor, x: Tensor, u: Tensor, lane: Lane, factors: Factors, grad_x: Tensor | None) -> None:
+def add_gradients(
+    g: Tensor, x: Tensor, u: Tensor, adapters: AdapterBatch, factors: Factors, grad_x: Tensor | None
+) -> None:
     """With g = ∂F/∂y [T,m]:  ∂F/∂B += s·gᵀu,  ∂F/∂A += s·(gB)ᵀx,  and grad_x [T,k] += s·(gB)A in place; all in the
-    rows' precision. Gradients go straight into ``lane.grad``: one flat buffer instead of two tensors a layer and client.
+    rows' precision. Gradients go straight into ``adapters.grad``: one flat buffer instead of two tensors a layer and client.
     """
-    assert lane.grad is not None
-    still_wanted()
-    a, b = factors.a.view(lane.rows), factors.b.view(lane.rows)
-    grad_a, grad_b = factors.a.view(lane.grad), factors.b.view(lane.grad)
-    blocks = lane.blocks
-    if blocks is not None:
-        part = blocks.split(g) * blocks.real  # nothing comes from padding
-        low = torch.bmm(part, b[blocks.rows]).mul_(factors.scale)
-        grad_b.index_add_(0, blocks.rows, torch.bmm(part.transpose(1, 2), blocks.split(u)), alpha=factors.scale)
-        grad_a.index_add_(0, blocks.rows, torch.bmm(low.transpose(1, 2), blocks.split(x)))
+    assert adapters.grad is not None
+    check_cancelled()
+    a, b = factors.a.view(adapters.rows), factors.b.view(adapters.rows)
+    grad_a, grad_b = factors.a.view(adapters.grad), factors.b.view(adapters.grad)
+    padded = adapters.padded
+    if padded is not None:
+        part = padded.split(g) * padded.real  # nothing comes from padding
+        low = torch.bmm(part, b[padded.rows]).mul_(factors.scale)
+        grad_b.index_add_(0, padded.rows, torch.bmm(part.transpose(1, 2), padded.split(u)), alpha=factors.scale)
+        grad_a.index_add_(0, padded.rows, torch.bmm(low.transpose(1, 2), padded.split(x)))
         if grad_x is not None:
-            grad_x.add_(blocks.joined(torch.bmm(low, a[blocks.rows])))
+            grad_x.add_(padded.joined(torch.bmm(low, a[padded.rows])))
         return
-    for row, start, end in lane.ranges:
+    for row, start, end in adapters.ranges:
         part = g[start:end]
         low = torch.mm(part, b[row]).mul_(factors.scale)
         grad_b[row].addmm_(part.T, u[start:end], alpha=factors.scale)
@@ -167,10 +169,10 @@ def add_gradients(g: Tensor, x: Tensor, u: Tensor, lane: Lane, factors: Factors,
             grad_x[start:end].addmm_(low, a[row])
 
 
-def dropout_mask(x: Tensor, lane: Lane, p: float) -> Tensor:
+def dropout_mask(x: Tensor, adapters: AdapterBatch, p: float) -> Tensor:
     """0 with probability ``p``, else 1/(1−p), for every element of x [T,k]."""
-    assert lane.dropout is not None
+    assert adapters.dropout is not None
     keep = torch.empty(x.shape, dtype=x.dtype)
-    for row, start, end in lane.ranges:
-        keep[start:end].bernoulli_(1 - p, generator=lane.dropout[row])
+    for row, start, end in adapters.ranges:
+        keep[start:end].bernoulli_(1 - p, generator=adapters.dropout[row])
     return sent(keep / (1 - p), x.device)

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mira.adapters.peft_files import WEIGHTS, weights_header
+from mira.adapters.pretrained import Pretrained
 from mira.adapters.reach import plainly, text
 from mira.adapters.targets import PREFIX
 from mira.adapters.types import BaseLike, SingleAdapterModel
@@ -27,7 +29,6 @@ from mira.core.errors import UserError
 from mira.core.layout import Entry, Layout, end_to_end
 from mira.core.seeds import generator, stream
 
-WEIGHTS = "adapter_model.safetensors"
 _STRENGTH = 0.1  # of the noise that a trial row has on top of the start row
 _TOLERANCE = 1e-3  # of the adapter's effect on the logits; both sides do the same operations
 _LENGTH = 8  # tokens of the text
@@ -40,31 +41,34 @@ def smallest() -> Layout:
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """The adapter that PEFT makes from ``config`` on ``base``. Its row is every trainable tensor, end to end, in PEFT's order."""
+    """The adapter that PEFT makes from ``config`` on ``base``. Its row is every trainable tensor, end to end, in PEFT's order.
+    ``given``: the PEFT adapter to start from."""
 
     base: BaseLike
     config: PeftConfig
     layout: Layout
+    given: str | None = None
     dropout: float = 0.0
     directions: None = None
 
     @staticmethod
-    def of(base: BaseLike, config: PeftConfig) -> PeftAdapter:
-        """The adapter of ``config``, proven to be what PEFT reads from its folders. Raises UserError where the config is for a
-        prompt, changes the base itself, or trains nothing."""
+    def of(base: BaseLike, config: PeftConfig, start: str | None = None) -> PeftAdapter:
+        """The adapter of ``config``, proven to be what PEFT reads from its folders. ``start``: a PEFT adapter to start from, as
+        adapter.start gives it; None: PEFT's initialisation. Raises UserError where the config is for a prompt, changes the base
+        itself, or trains nothing."""
         if config.is_prompt_learning:
-            raise UserError(f"adapter: {config.peft_type.value} makes virtual tokens; use adapter.kind=prompt")
+            raise UserError(f"adapter: {_kind(config)} makes virtual tokens; use adapter.kind=prompt")
         config = deepcopy(config)
         config.task_type, config.inference_mode = "CAUSAL_LM", False
         named = _trainable(_wrapped(on_same_weights(base.model), config))
         narrow = next((p.dtype for p in named.values() if p.dtype not in (torch.float32, torch.float64)), None)
         if narrow is not None:
             raise UserError(
-                f"model.dtype: PEFT keeps {config.peft_type.value} in {str(narrow).removeprefix('torch.')} on this base, which is"
+                f"model.dtype: PEFT keeps {_kind(config)} in {str(narrow).removeprefix('torch.')} on this base, which is"
                 " too coarse for training; set model.dtype=float32"
             )
         shapes = [(name.removeprefix(PREFIX), "peft", tuple(p.shape)) for name, p in named.items()]
-        adapter = PeftAdapter(base, config, Layout(end_to_end(shapes)))  # type: ignore[arg-type]
+        adapter = PeftAdapter(base, config, Layout(end_to_end(shapes)), start)  # type: ignore[arg-type]
         adapter._prove()
         return adapter
 
@@ -73,24 +77,37 @@ class PeftAdapter:
         return self
 
     def start(self, seed: int) -> Tensor:
-        """PEFT's own initialisation, drawn under ``seed``."""
+        """The given adapter; else PEFT's own initialisation, drawn under ``seed``."""
+        if self.given is not None:
+            return self._given(self.given)
+        return self._drawn(seed)
+
+    def _given(self, given: str) -> Tensor:
+        found = Pretrained.find(given)
+        found.check(_kind(self.config), self.base)
+        try:
+            return found.finite(self.read(found.folder))
+        except UserError as error:
+            raise found.refused(f"does not fit ({error}); set the run's adapter section to its settings") from None
+
+    def _drawn(self, seed: int) -> Tensor:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream("start", seed))
             return self.attached(on_same_weights(self.base.model)).row().float()
 
     def attached(self, model: PreTrainedModel) -> SingleAdapterModel:
-        own = {id(module) for module in model.modules()}
+        own = set(model.modules())
         peft = _wrapped(model, self.config)
-        added = [module for module in peft.modules() if id(module) not in own]
+        added = [module for module in peft.modules() if module not in own]
         return SingleAdapterModel(peft, self.layout, list(_trainable(peft).values()), added)
 
     def save(self, folder: Path, row: Tensor, base_name: str) -> None:
         single = self.attached(on_same_weights(self.base.model))
         single.load(row)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = get_peft_model_state_dict(single.module, save_embedding_layers=False)
+        tensors = _tensors(single.module)
         whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(whole, folder / WEIGHTS, metadata=weights_header(self.base))
         config = deepcopy(self.config)
         config.base_model_name_or_path, config.revision, config.inference_mode = base_name, self.base.revision, True
         config.save_pretrained(str(folder))
@@ -107,7 +124,7 @@ class PeftAdapter:
         try:
             merged: PreTrainedModel = single.module.merge_and_unload(safe_merge=True)  # type: ignore[operator]
         except (AttributeError, NotImplementedError, ValueError) as error:
-            kind = self.config.peft_type.value
+            kind = _kind(self.config)
             raise UserError(f"--merge: PEFT cannot merge {kind} ({_line(error)}); export the adapter alone") from None
         yield merged
 
@@ -120,7 +137,7 @@ class PeftAdapter:
                 )
         except Exception as error:  # whatever PEFT trips over
             raise UserError(f"adapter: PEFT cannot read {folder} ({_line(error)})") from error
-        there, read = (set(tensors) for tensors in (load_file(folder / WEIGHTS), get_peft_model_state_dict(peft)))
+        there, read = (set(tensors) for tensors in (load_file(folder / WEIGHTS), _tensors(peft)))
         if odd := sorted(there ^ read):
             raise UserError(f"adapter: {folder}: PEFT finds {odd[0]} {'only there' if odd[0] in there else 'missing'}")
         return peft
@@ -139,7 +156,7 @@ class PeftAdapter:
     def _prove(self) -> None:
         """A trial row that is written as a PEFT folder and read back is the same, and so are its logits. Raises UserError."""
         model, draw = self.base.model, generator("proof")
-        row = self.start(0)
+        row = self._drawn(0)
         row += _STRENGTH * torch.randn(row.shape, generator=draw)
         ids = text(model)[:, :_LENGTH]
         with plainly(model), TemporaryDirectory(prefix="mira-proof-") as folder:
@@ -151,7 +168,7 @@ class PeftAdapter:
         effect, error = (float(torch.linalg.vector_norm(x - ours)) for x in (plain, theirs))
         if not torch.equal(self._row_of(read).float(), row) or not error <= _TOLERANCE * effect:
             raise UserError(
-                f"adapter.kind: PEFT reads another adapter than {self.config.peft_type.value} computes on this base; use another"
+                f"adapter.kind: PEFT reads another adapter than {_kind(self.config)} computes on this base; use another"
                 " kind"
             )
 
@@ -163,7 +180,7 @@ def _wrapped(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         peft = get_peft_model(model, deepcopy(config))
     except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
         raise UserError(
-            f"adapter: PEFT cannot put {config.peft_type.value} on architecture '{model.config.model_type}' ({_line(error)});"
+            f"adapter: PEFT cannot put {_kind(config)} on architecture '{model.config.model_type}' ({_line(error)});"
             " set other targets"
         ) from error
     changed = [p for p, data in before if p.requires_grad or p.data.data_ptr() != data.data_ptr()]
@@ -172,10 +189,10 @@ def _wrapped(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
             parameter.data = data
             parameter.requires_grad_(False)
         raise UserError(
-            f"adapter: {config.peft_type.value} with these settings changes the base's own weights, which all clients share; set"
+            f"adapter: {_kind(config)} with these settings changes the base's own weights, which all clients share; set"
             " others (bias=none, an init that leaves the base alone)"
         )
-    return peft  # type: ignore[return-value]
+    return peft
 
 
 def _trainable(peft: PeftModel) -> dict[str, nn.Parameter]:
@@ -186,9 +203,20 @@ def _trainable(peft: PeftModel) -> dict[str, nn.Parameter]:
     return named
 
 
+def _tensors(peft: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors as a PEFT folder names them. Embeddings are the base's own: PEFT would ask the hub about them."""
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(peft, save_embedding_layers=False)
+    return tensors
+
+
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits.double()
+
+
+def _kind(config: PeftConfig) -> str:
+    """PEFT's name of a kind, such as IA3."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def _line(error: BaseException) -> str:

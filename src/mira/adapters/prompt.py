@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass as plain_dataclass
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mira.adapters.peft_files import PROMPT_ROW, WEIGHTS, weights_header
 from mira.adapters.types import BaseLike, SingleAdapterModel
 from mira.adapters.virtual import encode
 from mira.core.errors import UserError
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
     from peft import PromptEncoderConfig
     from transformers import PreTrainedModel
 
-ROW = "prompt_encoder.safetensors"  # beside PEFT's files, which hold the computed prompt alone
-
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class VirtualPrompt:
@@ -41,6 +41,9 @@ class VirtualPrompt:
     """How many; the model's positions must leave room for them."""
     encoder_hidden: Count = 128
     """Width of the MLP, whose weights are part of the adapter."""
+    start: Annotated[str, Field(min_length=1)] | None = None
+    """An exported prompt that all clients start from: its folder, or its name on the model hub. Sizes and base must be the run's.
+    null: a new one."""
 
     def smallest(self) -> Layout:
         return Layout((Entry("embedding.weight", "prompt", (self.virtual_tokens, 1), 0),))
@@ -57,15 +60,17 @@ class VirtualPrompt:
         return Layout(end_to_end(tensors))
 
     def on(self, base: BaseLike, seed: int) -> PromptAdapter:
-        return PromptAdapter(base.model, self.layout(base.model))
+        return PromptAdapter(base.model, self.layout(base.model), base, self.start)
 
 
 @plain_dataclass(frozen=True)
 class PromptAdapter:
-    """A prompt on ``model``."""
+    """A prompt on ``model``, which is that of ``base`` where one is given. ``given``: the exported prompt to start from."""
 
     model: PreTrainedModel
     layout: Layout
+    base: BaseLike | None = None
+    given: str | None = None
     dropout: float = 0.0
     directions: None = None
 
@@ -74,6 +79,8 @@ class PromptAdapter:
         return self
 
     def start(self, seed: int) -> Tensor:
+        if self.given is not None and self.base is not None:
+            return start_of(self.given, self.layout, self.base)
         return start_row(self.layout, seed)
 
     def attached(self, model: PreTrainedModel) -> SingleAdapterModel:
@@ -88,7 +95,7 @@ class PromptAdapter:
         )
 
     def save(self, folder: Path, row: Tensor, base_name: str) -> None:
-        to_peft(folder, row, self.layout, base_name)
+        to_peft(folder, row, self.layout, base_name, self.base)
 
     @contextmanager
     def merged(self, row: Tensor) -> Iterator[PreTrainedModel]:
@@ -111,6 +118,25 @@ def start_row(layout: Layout, seed: int) -> Tensor:
     return row
 
 
+def start_of(given: str, layout: Layout, base: BaseLike) -> Tensor:
+    """The row [P] of the exported prompt ``given``. Raises UserError, one line with the way out, where it does not fit."""
+    from mira.adapters.pretrained import Pretrained  # the configuration is read without the hub's library
+
+    found = Pretrained.find(given)
+    found.check("P_TUNING", base)
+    hidden = layout.entries[1].shape[0]
+    for key, there, here in (
+        ("virtual_tokens", found.settings["num_virtual_tokens"], layout.virtual_tokens),
+        ("encoder_hidden", found.settings["encoder_hidden_size"], hidden),
+    ):
+        if there != here:
+            raise found.refused(f"its {key} is {there}, and adapter.{key}={here}; set adapter.{key}={there}")
+    try:
+        return found.finite(from_peft(found.folder, layout))
+    except UserError as error:
+        raise found.refused(str(error).removeprefix(f"{found.folder}: ")) from None
+
+
 def peft_config(layout: Layout, base_name: str | None, inference: bool) -> PromptEncoderConfig:
     """The PEFT config of ``layout``."""
     from peft import PromptEncoderConfig  # the configuration is read without PEFT
@@ -122,22 +148,24 @@ def peft_config(layout: Layout, base_name: str | None, inference: bool) -> Promp
     )  # fmt: skip
 
 
-def to_peft(folder: Path, row: Tensor, layout: Layout, base_name: str) -> None:
+def to_peft(folder: Path, row: Tensor, layout: Layout, base_name: str, base: BaseLike | None = None) -> None:
     """Write ``row`` [P] as a PEFT folder. PEFT keeps and loads the computed prompt, not what it is computed from; that
     lies beside it, in a file PEFT does not read."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {entry.module: entry.view(row).contiguous().cpu() for entry in layout.entries}
     prompt = encode(list(tensors.values())).float()
-    save_file({"prompt_embeddings": prompt}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    save_file(tensors, folder / ROW, metadata={"format": "pt"})
+    save_file({"prompt_embeddings": prompt}, folder / WEIGHTS, metadata=weights_header(base))
+    save_file(tensors, folder / PROMPT_ROW, metadata={"format": "pt"})
     peft_config(layout, base_name, inference=True).save_pretrained(str(folder))
 
 
 def from_peft(folder: Path, layout: Layout) -> Tensor:
     """The row [P] that ``to_peft`` wrote. Raises UserError when it does not fit ``layout`` or was written by PEFT itself."""
-    if not (folder / ROW).is_file():
-        raise UserError(f"{folder}: has no {ROW}; PEFT keeps the computed prompt alone, from which no row can be made")
-    tensors = load_file(folder / ROW)
+    if not (folder / PROMPT_ROW).is_file():
+        raise UserError(
+            f"{folder}: has no {PROMPT_ROW}; PEFT keeps the computed prompt alone, from which no row can be made"
+        )
+    tensors = load_file(folder / PROMPT_ROW)
     for entry in layout.entries:
         given = tuple(tensors[entry.module].shape) if entry.module in tensors else "nothing"
         if given != entry.shape:

@@ -35,6 +35,11 @@ class BaseLike(Protocol):
         """The hub's commit, where one was asked for."""
         ...
 
+    @property
+    def sha256(self) -> str:
+        """Of its weights."""
+        ...
+
     def unquantised(self) -> PreTrainedModel:
         """The model that a quantised one was made from; else the model itself."""
         ...
@@ -64,15 +69,19 @@ class AdapterKind(Protocol):
 class SingleAdapterModel:
     """A model that computes with one adapter at a time, made by PEFT.
 
-    ``parameters``: the adapter's, in the order of the layout's entries. ``dropouts``: modules that are in training mode while
-    the adapter is trained; the base stays in eval mode. ``prepare``: called with each row [P] before it is loaded.
+    ``parameters``: the adapter's, in the order of the layout's entries. ``added``: the modules that PEFT added, which are in
+    training mode while the adapter is trained, so that its dropout is on; the base's own stay in eval mode. ``prepare``: called
+    with each row [P] before it is loaded.
     """
 
     module: nn.Module
     layout: Layout
     parameters: Sequence[nn.Parameter] = ()
-    dropouts: Sequence[nn.Module] = ()
+    added: Sequence[nn.Module] = ()
     prepare: Callable[[Tensor], None] = lambda row: None
+
+    def __post_init__(self) -> None:
+        self._train(False)  # PEFT makes its modules in training mode
 
     def views(self, row: Tensor) -> list[Tensor]:
         """The part of ``row`` [P] that belongs to each parameter."""
@@ -93,12 +102,14 @@ class SingleAdapterModel:
     def training(self) -> Iterator[None]:
         """The adapter's dropout is on meanwhile."""
         try:
-            for module in self.dropouts:
-                module.training = True
+            self._train(True)
             yield
         finally:
-            for module in self.dropouts:
-                module.training = False
+            self._train(False)
+
+    def _train(self, on: bool) -> None:
+        for module in self.added:
+            module.training = on
 
 
 class PassAdapter(Protocol):

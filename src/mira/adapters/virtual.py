@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, relu
 
-from mira.adapters.lowrank import Lane
+from mira.adapters.lowrank import AdapterBatch
 from mira.core.layout import Entry
 
 
@@ -21,37 +21,39 @@ def encode(tensors: Sequence[Tensor]) -> Tensor:
 
 class VirtualTokens(torch.autograd.Function):
     """Input embeddings with ``encode`` of each range's row where its tokens are placeholders: −1 the first virtual token,
-    −2 the second. ``probe`` asks for gradients, which go into ``lane.grad``: the embeddings themselves are frozen.
+    −2 the second. ``probe`` asks for gradients, which go into ``adapters.grad``: the embeddings themselves are frozen.
 
     hidden [...,d] of T tokens, ids [T].
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, probe: Tensor, ids: Tensor, entries: Sequence[Entry], lane: Lane) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, probe: Tensor, ids: Tensor, entries: Sequence[Entry], adapters: AdapterBatch
+    ) -> Tensor:
         out = hidden.clone()
         flat = out.view(len(ids), -1)
-        for row, place, number in _places(ids, lane):
-            flat[place] = encode([entry.view(lane.rows)[row] for entry in entries])[number].to(out.dtype)
-        ctx.ids, ctx.entries, ctx.lane = ids, entries, lane
+        for row, place, number in _places(ids, adapters):
+            flat[place] = encode([entry.view(adapters.rows)[row] for entry in entries])[number].to(out.dtype)
+        ctx.ids, ctx.entries, ctx.adapters = ids, entries, adapters
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        lane: Lane = ctx.lane
-        assert lane.grad is not None
+        adapters: AdapterBatch = ctx.adapters
+        assert adapters.grad is not None
         flat = grad.reshape(len(ctx.ids), -1)
-        for row, place, number in _places(ctx.ids, lane):
+        for row, place, number in _places(ctx.ids, adapters):
             with torch.enable_grad():  # made again: the encoder is small beside one layer
-                weights = [entry.view(lane.rows)[row].detach().requires_grad_() for entry in ctx.entries]
+                weights = [entry.view(adapters.rows)[row].detach().requires_grad_() for entry in ctx.entries]
                 prompt = encode(weights)
             total = torch.zeros_like(prompt).index_add_(0, number, flat[place].to(prompt.dtype))
             for entry, part in zip(ctx.entries, torch.autograd.grad(prompt, weights, total), strict=True):
-                entry.view(lane.grad)[row] += part
+                entry.view(adapters.grad)[row] += part
         return None, None, None, None, None
 
 
-def _places(ids: Tensor, lane: Lane) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _places(ids: Tensor, adapters: AdapterBatch) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(row, where its virtual tokens are in the pass, which ones these are) of each range."""
-    for row, start, end in lane.ranges:
+    for row, start, end in adapters.ranges:
         place = start + (ids[start:end] < 0).nonzero()[:, 0]
         yield row, place, -1 - ids[place]

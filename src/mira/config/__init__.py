@@ -68,6 +68,9 @@ def absolute(experiment: Experiment) -> Experiment:
         value: Any = getattr(experiment, section)
         paths = {f.name: p.absolute() for f in fields(value) if isinstance(p := getattr(value, f.name), Path)}
         update[section] = replace(value, **paths)
+    start = getattr(experiment.adapter, "start", None)
+    if start is not None and (folder := expanded(Path(start))).is_dir():
+        update["adapter"] = replace(experiment.adapter, start=str(folder.absolute()))
     if (folder := expanded(Path(experiment.model.name))).is_dir():
         update["model"] = replace(experiment.model, name=str(folder.absolute()))
     return experiment.model_copy(update=update)

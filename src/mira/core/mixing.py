@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from mira.core.threads import side_by_side
+from mira.core.threads import parallel_map
 
 _TILE = 2**17  # numbers: they stay in a core's cache, and allocating as many again costs no page faults
 _SPARSE = 0.25  # at most this share of weights that are not zero: summing neighbours is faster than a matrix product
@@ -114,4 +114,4 @@ def _each(tiles: Sequence[slice], work: Callable[[slice], object]) -> None:
         for tile in tiles[first::workers]:
             work(tile)
 
-    side_by_side(some, range(workers), workers)
+    parallel_map(some, range(workers), workers)

@@ -39,13 +39,13 @@ def _limit() -> int | None:
     return None if quota == "max" else max(1, int(quota) // int(period))
 
 
-def side_by_side(
+def parallel_map(
     work: Callable[[_Item], _Made], items: Sequence[_Item], workers: int, sizes: Sequence[int] = ()
 ) -> list[_Made]:
     """``[work(item) for item in items]``, as many at a time as there are ``workers``; in the caller's thread where that is one.
 
     Items are begun in order, or the largest first where their ``sizes`` are given: then nobody is left alone with a large one
-    at the end. The first error, or an interrupt, is raised once the others have come to ``still_wanted``; what has not begun
+    at the end. The first error, or an interrupt, is raised once the others have come to ``check_cancelled``; what has not begun
     never does. A thread of the process that calls torch for the first time meanwhile has no more threads of torch than a
     worker for good.
     """
@@ -74,7 +74,7 @@ def side_by_side(
         torch.set_num_threads(threads)  # each worker set it for all threads that are yet to come
 
 
-def still_wanted() -> None:
+def check_cancelled() -> None:
     """For work that takes long, now and then: ends it where another piece has failed and nobody waits for this one."""
     stop: threading.Event | None = getattr(_here, "stop", None)
     if stop is not None and stop.is_set():

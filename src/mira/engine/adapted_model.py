@@ -12,23 +12,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mira.adapters.attach import Attached, attach
-from mira.adapters.lowrank import Lane
+from mira.adapters.lowrank import AdapterBatch
 from mira.core.device import sent
 from mira.core.errors import UserError
 from mira.core.layout import Layout
 from mira.data.text import Encoded
-from mira.engine.attention.hook import CannotPackError, attending, in_this_thread
-from mira.engine.attention.packed import Attention, Packed
-from mira.engine.attention.patching import Way, exchange, find_last
+from mira.engine.attention.hook import CannotPackError, current_attention, using_attention
+from mira.engine.attention.packed import Attention, PackedAttention
+from mira.engine.attention.patching import PatchedModel, find_last, patch_attention
 from mira.engine.body import Body, Head
-from mira.engine.budget import Shares
+from mira.engine.budget import PassPlan
 from mira.engine.loss import LabelLoss
-from mira.engine.packing import Jobs, Pass, common_prefix, pack, packed_tokens, plan, prepended, read_tokens
+from mira.engine.packing import Pass, PassItems, common_prefix, pack, packed_tokens, plan, prepended, read_tokens
 from mira.engine.trial import try_adapters
 
 
 @dataclass(frozen=True)
-class Inputs:
+class PassInputs:
     """What a training pass of T tokens, N labels and J jobs reads: ``tokens`` and ``positions`` [T]; of each label the place
     that predicts it, the ``target`` and its ``job`` [N]; ``weight`` [J] (float64): one over the labels of a job's whole batch, or
     0 where its loss does not count."""
@@ -41,42 +41,42 @@ class Inputs:
     weight: Tensor
 
     @staticmethod
-    def of(packed: Pass, jobs: int | None = None) -> Inputs:
+    def of(packed: Pass, jobs: int | None = None) -> PassInputs:
         """On the CPU. ``jobs``: of so many the loss counts; None: of all."""
         job = packed.job[packed.owner]
         weight = packed.labels.double().reciprocal()
         weight[len(weight) if jobs is None else jobs :] = 0
-        return Inputs(packed.tokens, packed.positions, packed.predict, packed.target, job, weight)
+        return PassInputs(packed.tokens, packed.positions, packed.predict, packed.target, job, weight)
 
-    def sent(self, device: torch.device) -> Inputs:
-        return Inputs(*(sent(tensor, device) for tensor in vars(self).values()))
+    def sent(self, device: torch.device) -> PassInputs:
+        return PassInputs(*(sent(tensor, device) for tensor in vars(self).values()))
 
 
 @dataclass(frozen=True)
-class Carrier:
+class AdaptedModel:
     """``prefix``: compute once the tokens that all sequences of a client begin with."""
 
     model: PreTrainedModel
     layout: Layout
     attached: Attached
-    way: Way
+    patched: PatchedModel
     prefix: bool
 
     @staticmethod
-    def of(model: PreTrainedModel, layout: Layout, dropout: float, prefix: bool, longest: int) -> Carrier:
+    def of(model: PreTrainedModel, layout: Layout, dropout: float, prefix: bool, longest: int) -> AdaptedModel:
         """``longest``: tokens of the run's longest sequence. Raises CannotPackError where the architecture cannot be packed."""
         if layout.alone:
             raise CannotPackError(layout.alone)
         attached = attach(model, layout, dropout)
         try:
-            way = exchange(model, attached, longest)
-            try_adapters(way.body, attached, layout)
+            patched = patch_attention(model, attached, longest)
+            try_adapters(patched.body, attached, layout)
         except UserError:
             attached.detach()
             raise
-        find_last(way.body, attached, layout.size)
+        find_last(patched.body, attached, layout.size)
         # What is computed apart computes a prefix for each of its readers.
-        return Carrier(model, layout, attached, way, prefix and not way.body.apart)
+        return AdaptedModel(model, layout, attached, patched, prefix and not patched.body.padded)
 
     @property
     def device(self) -> torch.device:
@@ -84,11 +84,11 @@ class Carrier:
 
     @property
     def body(self) -> Body:
-        return self.way.body
+        return self.patched.body
 
     @property
     def head(self) -> Head:
-        return self.way.head
+        return self.patched.head
 
     def rows(self, rows: Tensor) -> Tensor:
         """Rows on the device in the adapters' precision: fp32, or fp64 on an fp64 base."""
@@ -96,7 +96,7 @@ class Carrier:
         return rows.to(device=self.device, dtype=dtype, copy=True)
 
     def stretched(self, rows: Tensor) -> Tensor:
-        """``rows`` as a lane reads them, whose scale is that of the layout's rank."""
+        """``rows`` as an adapter batch reads them, whose scale is that of the layout's rank."""
         on_device = self.rows(rows)
         stretch = self.layout.scale_ratio(on_device)
         return on_device if stretch is None else on_device * stretch
@@ -105,28 +105,28 @@ class Carrier:
         return sent(x, self.device)
 
     @contextmanager
-    def lane(self, lane: Lane) -> Iterator[Lane]:
+    def using(self, adapters: AdapterBatch) -> Iterator[AdapterBatch]:
         try:
-            with self.attached.on(lane):
-                yield lane
+            with self.attached.using(adapters):
+                yield adapters
         finally:
-            lane.ready.clear()  # of a pass that failed; its graph holds the lane
+            adapters.ready.clear()  # of a pass that failed; its graph holds the adapter batch
 
     @property
-    def own_lane(self) -> Lane:
-        assert self.attached.lane is not None, "within a pass"
-        return self.attached.lane
+    def current_adapters(self) -> AdapterBatch:
+        assert self.attached.adapters is not None, "within a pass"
+        return self.attached.adapters
 
     @contextmanager
-    def _again(self, lane: Lane, how: Attention | None) -> Iterator[None]:
-        with self.attached.on(lane), attending(how):
+    def _again(self, adapters: AdapterBatch, how: Attention | None) -> Iterator[None]:
+        with self.attached.using(adapters), using_attention(how):
             yield
 
     def again(self) -> Callable[[], AbstractContextManager[None]]:
         """The surroundings of this thread's pass, for computing its layers again."""
-        return partial(self._again, self.own_lane, in_this_thread())
+        return partial(self._again, self.current_adapters, current_attention())
 
-    def pack(self, jobs: Jobs, labels: Mapping[int, int] | None = None) -> Pass:
+    def pack(self, jobs: PassItems, labels: Mapping[int, int] | None = None) -> Pass:
         """``labels``: of each row's whole batch, where a job may be a part of it."""
         return pack(jobs, self.prefix, self.layout.virtual_tokens, labels)
 
@@ -142,29 +142,29 @@ class Carrier:
         """Of one client in a pass, each sequence with so many ``more``."""
         return packed_tokens(sequences, self.prefix, self.layout.virtual_tokens) + more * len(sequences)
 
-    def shares(self, sizes: Sequence[int], most: int, times: int = 1) -> Shares:
-        return Shares.of(self.model, sizes, most, times, self.way.in_turn)
+    def pass_plan(self, sizes: Sequence[int], most: int, times: int = 1) -> PassPlan:
+        return PassPlan.of(self.model, sizes, most, times, self.patched.one_at_a_time)
 
-    def passes(self, jobs: Jobs, budget: int, multiple: int = 1, more: int = 0) -> Iterator[Jobs]:
+    def passes(self, jobs: PassItems, budget: int, multiple: int = 1, more: int = 0) -> Iterator[PassItems]:
         for chosen in plan([[self.tokens(sequences, more)] for _, sequences in jobs], budget, multiple):
             yield [jobs[n] for n in chosen]
 
-    def hidden(self, tokens: Tensor, positions: Tensor, packed: Packed) -> Tensor:
+    def hidden(self, tokens: Tensor, positions: Tensor, packed: PackedAttention) -> Tensor:
         """Last hidden states [T,d] of ``tokens`` and ``positions`` [T], on the device."""
         return self.body(tokens[None], positions[None], packed)[0]
 
     def read(self, packed: Pass) -> Tensor:
         """Last hidden states [T,d] of a pass."""
-        return self.hidden(self.sent(packed.tokens), self.sent(packed.positions), Packed(packed.segments))
+        return self.hidden(self.sent(packed.tokens), self.sent(packed.positions), PackedAttention(packed.segments))
 
-    def learn(self, packed: Pass, lane: Lane) -> Tensor:
-        """One pass forward and back, gradients into ``lane.grad``; what each job [J] adds to the mean label loss of its batch
+    def learn(self, packed: Pass, adapters: AdapterBatch) -> Tensor:
+        """One pass forward and back, gradients into ``adapters.grad``; what each job [J] adds to the mean label loss of its batch
         (float64)."""
-        return self.learn_from(Inputs.of(packed).sent(self.device), Packed(packed.segments), lane)
+        return self.learn_from(PassInputs.of(packed).sent(self.device), PackedAttention(packed.segments), adapters)
 
-    def learn_from(self, given: Inputs, packed: Packed, lane: Lane) -> Tensor:
+    def learn_from(self, given: PassInputs, packed: PackedAttention, adapters: AdapterBatch) -> Tensor:
         """``learn`` from what is on the device already: the same operations whatever the numbers in ``given`` are."""
-        with self.lane(lane):
+        with self.using(adapters):
             hidden = self.hidden(given.tokens, given.positions, packed)[given.predict]
             each = LabelLoss.apply(hidden, self.head, given.target)  # type: ignore[no-untyped-call]
             each.backward(given.weight[given.job].to(each.dtype))

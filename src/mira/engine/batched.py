@@ -16,26 +16,26 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mira.adapters.lowrank import Lane
+from mira.adapters.lowrank import AdapterBatch
 from mira.adapters.types import PassAdapter
 from mira.core.layout import Layout
 from mira.core.seeds import generator
-from mira.core.threads import side_by_side, still_wanted
+from mira.core.threads import check_cancelled, parallel_map
 from mira.core.training import Training
 from mira.core.types import Failure, Scores, Trained, Work
 from mira.data.corpus import Corpus
 from mira.data.text import Encoded
-from mira.engine.adapted_model import Carrier
+from mira.engine.adapted_model import AdaptedModel
 from mira.engine.attention.packed import in_one_kernel
-from mira.engine.budget import bytes_a_token, of_use, tokens_per_pass
+from mira.engine.budget import bytes_per_token, tokens_per_pass, useful_tokens
 from mira.engine.checkpoint import recomputed
 from mira.engine.cuda import graphs
-from mira.engine.cuda.replay import Replays
-from mira.engine.forward_only import FORWARD, Measuring
-from mira.engine.generate import kept_bytes
-from mira.engine.memory import HALVING, OUT_OF_MEMORY, unless_out_of_memory
+from mira.engine.cuda.replay import GraphReplayer
+from mira.engine.forward_only import FORWARD_FACTOR, ForwardOnly
+from mira.engine.generate import cache_bytes_per_token
+from mira.engine.memory import HALVING, OUT_OF_MEMORY, none_if_out_of_memory
 from mira.engine.optim import RowOptimizer, pull
-from mira.engine.packing import Jobs, halves, labels_of, plan
+from mira.engine.packing import PassItems, halves, labels_of, plan
 from mira.engine.reference import ReferenceEngine
 from mira.engine.step import Step
 
@@ -65,17 +65,17 @@ class BatchedEngine:
     checkpointing: bool = False
     cuda_graphs: bool = True
     progress: Callable[[int], None] = lambda tokens: None
-    carrier: Carrier = field(init=False)
-    replays: Replays | None = field(init=False)
+    adapted: AdaptedModel = field(init=False)
+    replayer: GraphReplayer | None = field(init=False)
     plain: ReferenceEngine | None = field(init=False)
     budget: int = field(init=False)  # tokens of all training passes at a time
     reporting: Lock = field(init=False, default_factory=Lock)
 
     def __post_init__(self) -> None:
-        carrier = Carrier.of(self.model, self.layout, self.dropout, self.prefix, self.longest)
-        object.__setattr__(self, "carrier", carrier)
-        object.__setattr__(self, "plain", None if carrier.way.decodes else self._by_transformers())
-        object.__setattr__(self, "replays", Replays(self.carrier) if self._recordable else None)
+        adapted = AdaptedModel.of(self.model, self.layout, self.dropout, self.prefix, self.longest)
+        object.__setattr__(self, "adapted", adapted)
+        object.__setattr__(self, "plain", None if adapted.patched.decodes else self._by_transformers())
+        object.__setattr__(self, "replayer", GraphReplayer(self.adapted) if self._recordable else None)
         object.__setattr__(self, "budget", self.tokens_per_pass or self._fitting())
 
     @property
@@ -91,7 +91,7 @@ class BatchedEngine:
         """Whether a pass is the same each time. It is not where masks are drawn, layers are computed again, placeholders are
         looked for, experts are computed client by client, or attention goes in tiles."""
         unlike = self.dropout or self.checkpointing or self.layout.virtual_tokens or self.layout.experts
-        same = not unlike and self.carrier.way.kind == "packed"
+        same = not unlike and self.adapted.patched.kind == "packed"
         there = self.model.device.type in graphs.DEVICES and in_one_kernel(self.model.device, self.model.dtype)
         return self.cuda_graphs and same and there
 
@@ -99,18 +99,18 @@ class BatchedEngine:
         batches = [self.corpus.batches(round, int(client)) for client in work.client]
         # Longest first: who is still active in a step are then the first.
         order = sorted(range(len(batches)), key=lambda j: -len(batches[j]))
-        sizes = [[self.carrier.tokens(step) for step in batches[j]] for j in order]
-        shares = self.carrier.shares([max(size) for size in sizes], self.budget)
-        planned = plan(sizes, _TOGETHER * shares.tokens, shares.workers)
+        sizes = [[self.adapted.tokens(step) for step in batches[j]] for j in order]
+        pass_plan = self.adapted.pass_plan([max(size) for size in sizes], self.budget)
+        planned = plan(sizes, _TOGETHER * pass_plan.tokens, pass_plan.workers)
         groups = [[order[n] for n in group] for group in planned]
         tokens = [sum(sum(sizes[n]) for n in group) for group in planned]
 
         def train(jobs: list[int]) -> Trained:
-            return self._train(work, jobs, [batches[j] for j in jobs], round, lr, shares.tokens)
+            return self._train(work, jobs, [batches[j] for j in jobs], round, lr, pass_plan.tokens)
 
         with self._recomputing():
-            trained = Trained.joined(side_by_side(train, groups, shares.workers, tokens))
-            if not trained.failed or min(shares.workers, len(groups)) < 2:
+            trained = Trained.joined(parallel_map(train, groups, pass_plan.workers, tokens))
+            if not trained.failed or min(pass_plan.workers, len(groups)) < 2:
                 return trained
             # Once more with nobody beside: memory may have been short for the others' sake.
             lost = sorted(set(order) - set(trained.job.tolist()))
@@ -122,10 +122,10 @@ class BatchedEngine:
     ) -> Trained:  # fmt: skip
         """All steps of the ``jobs``, with as many steps as their ``batches``, longest first: their rows, gradients and moments
         are in memory together. ``budget``: tokens of a pass."""
-        client, rows = work.client[jobs], self.carrier.rows(work.start[jobs])
+        client, rows = work.client[jobs], self.adapted.rows(work.start[jobs])
         kept = [work.kept_state(j) for j in jobs]
         optimizer = RowOptimizer.start(self.training, rows, kept, work.trainable, self.layout.rate)
-        anchor = None if work.anchor is None else self.carrier.rows(work.anchor[jobs])
+        anchor = None if work.anchor is None else self.adapted.rows(work.anchor[jobs])
         prox = None if work.prox is None else work.prox[jobs].to(self.model.device)
         grad = torch.zeros_like(rows)
         loss = torch.zeros(len(jobs), dtype=torch.float64, device=self.model.device)
@@ -137,7 +137,7 @@ class BatchedEngine:
             whole = {n: batches[n][step] for n in range(active) if n not in lost}
             grad[:active].zero_()
             now = Step(rows if stretch is None else rows * stretch, grad, loss, dropout, lost, whole)
-            for part in self.carrier.passes(self._pieces(whole), budget):
+            for part in self.adapted.passes(self._pieces(whole), budget):
                 self._accumulate(part, now)
             if stretch is not None:
                 grad[:active].mul_(stretch[:active])
@@ -172,7 +172,7 @@ class BatchedEngine:
 
     def score(self, rows: Tensor, sequences: Sequence[Sequence[Encoded]]) -> tuple[Tensor, Tensor]:
         """Summed loss (nats, float64) and label tokens of every sequence, row by row in the given order."""
-        return self._measuring.score(rows, sequences)
+        return self._forward_only.score(rows, sequences)
 
     def generate(
         self, rows: Tensor, client: Tensor, split: str, limit: int | None, max_new_tokens: int
@@ -184,7 +184,7 @@ class BatchedEngine:
         """Greedy answers of row i [n,P] to each of prompts[i] (token ids), rows together in one batch."""
         if self.plain is not None:
             return self.plain.answer(rows, prompts, max_new_tokens)
-        answers = self._measuring.answer(rows, prompts, self.stops, max_new_tokens)
+        answers = self._forward_only.answer(rows, prompts, self.stops, max_new_tokens)
         return [[self.decode(tokens) for tokens in row] for row in answers]
 
     def _by_transformers(self) -> ReferenceEngine:
@@ -201,24 +201,24 @@ class BatchedEngine:
         )
 
     @property
-    def _measuring(self) -> Measuring:
+    def _forward_only(self) -> ForwardOnly:
         # Keys and values of an answer are a small part of what training keeps of a token, but not of a layer's input alone.
-        most = self.budget if self.checkpointing else FORWARD * self.budget
-        return Measuring(self.carrier, self.budget, most, self._report, self._released)
+        most = self.budget if self.checkpointing else FORWARD_FACTOR * self.budget
+        return ForwardOnly(self.adapted, self.budget, most, self._report, self._released)
 
-    def _pieces(self, batches: Mapping[int, Sequence[Encoded]]) -> Jobs:
-        """Jobs of at most the budget, where a batch has more than is of use in a pass."""
-        room = max(self.budget, of_use(self.model.dtype))
-        return [(row, piece) for row, batch in batches.items() for piece in self.carrier.cut(batch, room)]
+    def _pieces(self, batches: Mapping[int, Sequence[Encoded]]) -> PassItems:
+        """PassItems of at most the budget, where a batch has more than is of use in a pass."""
+        room = max(self.budget, useful_tokens(self.model.dtype))
+        return [(row, piece) for row, batch in batches.items() for piece in self.adapted.cut(batch, room)]
 
-    def _accumulate(self, part: Jobs, now: Step) -> None:
+    def _accumulate(self, part: PassItems, now: Step) -> None:
         """Add the gradient and the loss of one pass. Out of memory: without recordings, then halve the pass; a client of whom one
         sequence does not fit alone is lost."""
         index = [row for row, _ in part]
         undo = now.undo(index)
-        each = unless_out_of_memory(lambda: self._backward(part, now))
+        each = none_if_out_of_memory(lambda: self._backward(part, now))
         if each is not None:
-            now.loss.index_add_(0, self.carrier.sent(torch.tensor(index)), each)
+            now.loss.index_add_(0, self.adapted.sent(torch.tensor(index)), each)
             now.begun.update(index)
             self._report(part)
             return
@@ -236,43 +236,45 @@ class BatchedEngine:
             if kept:
                 self._accumulate(kept, now)
 
-    def _backward(self, part: Jobs, now: Step) -> Tensor:
+    def _backward(self, part: PassItems, now: Step) -> Tensor:
         """One pass forward and back; what each job adds to the mean label loss of its batch (float64)."""
-        packed = self.carrier.pack(part, {row: sum(map(labels_of, batch)) for row, batch in now.whole.items()})
-        lane = Lane(now.rows, packed.ranges, now.grad, now.dropout, packed.predict)
+        packed = self.adapted.pack(part, {row: sum(map(labels_of, batch)) for row, batch in now.whole.items()})
+        adapters = AdapterBatch(now.rows, packed.ranges, now.grad, now.dropout, packed.predict)
         complete = all(len(sequences) == len(now.whole[row]) for row, sequences in part)
-        return (self.replays if self.replays and complete else self.carrier).learn(packed, lane)
+        return (self.replayer if self.replayer and complete else self.adapted).learn(packed, adapters)
 
     def _released(self) -> bool:
         """Whether recordings held memory until now."""
-        return self.replays is not None and self.replays.release()
+        return self.replayer is not None and self.replayer.release()
 
     def _recomputing(self) -> AbstractContextManager[None]:
         """Around all training passes, since threads share the model."""
         if not self.checkpointing:
             return nullcontext()
-        base = self.carrier
-        return recomputed(self.model, lambda: base.own_lane.dropout or (), base.again)
+        base = self.adapted
+        return recomputed(self.model, lambda: base.current_adapters.dropout or (), base.again)
 
     def _fitting(self) -> int:
         if not self.layout.entries:  # the base alone has no backward pass to measure
-            each = FORWARD * max(1.0, kept_bytes(self.carrier.body))
+            each = FORWARD_FACTOR * max(1.0, cache_bytes_per_token(self.adapted.body))
             return tokens_per_pass(self.model.device, self.model.dtype, each, torch.get_num_threads())
-        rows = self.carrier.rows(torch.zeros(1, self.layout.size))
+        rows = self.adapted.rows(torch.zeros(1, self.layout.size))
         tensors = (*self.model.parameters(), *self.model.buffers(), rows)
 
         def train(tokens: int) -> None:
             sequence = Encoded((1,) * tokens, (False,) * (tokens - 1) + (True,), False)
             with self._recomputing():
-                packed = self.carrier.pack([(0, [sequence])])
-                self.carrier.learn(packed, Lane(rows, packed.ranges, torch.zeros_like(rows), needed=packed.predict))
+                packed = self.adapted.pack([(0, [sequence])])
+                self.adapted.learn(
+                    packed, AdapterBatch(rows, packed.ranges, torch.zeros_like(rows), needed=packed.predict)
+                )
 
-        each = bytes_a_token({tensor.untyped_storage().data_ptr() for tensor in tensors}, train)
+        each = bytes_per_token({tensor.untyped_storage().data_ptr() for tensor in tensors}, train)
         return tokens_per_pass(
-            self.model.device, self.model.dtype, each, torch.get_num_threads(), self.replays is not None
+            self.model.device, self.model.dtype, each, torch.get_num_threads(), self.replayer is not None
         )
 
-    def _report(self, part: Jobs) -> None:
-        still_wanted()
+    def _report(self, part: PassItems) -> None:
+        check_cancelled()
         with self.reporting:
             self.progress(sum(len(s.tokens) for _, job in part for s in job))

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from mira.adapters.attach import Attached, Forward
-from mira.engine.attention.hook import attending, in_this_thread
-from mira.engine.attention.one_by_one import Apart
-from mira.engine.attention.packed import Attention, Packed
-from mira.engine.model_errors import FAULTS, is_no_fault
+from mira.engine.attention.hook import current_attention, using_attention
+from mira.engine.attention.packed import Attention, PackedAttention
+from mira.engine.attention.padded import PaddedBatches
+from mira.engine.model_errors import MODEL_ERRORS, is_not_model_error
 
 Head = Callable[[Tensor], Tensor]
 
@@ -36,7 +36,7 @@ def usual_tokens(model: PreTrainedModel) -> Tensor:
 
 @dataclass(frozen=True)
 class Body:
-    """``module`` makes the hidden states. ``apart``: its sequences are computed one by one, with the model's own attention, as
+    """``module`` makes the hidden states. ``padded``: its sequences are computed one by one, with the model's own attention, as
     nothing else gives what the model does. ``token`` []: one that means nothing special."""
 
     model: PreTrainedModel
@@ -44,7 +44,7 @@ class Body:
     output: type[ModelOutput]
     attached: Attached
     token: Tensor
-    apart: bool = False
+    padded: bool = False
     here: threading.local = field(default_factory=threading.local)
 
     @staticmethod
@@ -66,26 +66,26 @@ class Body:
                 hook.remove()
         module, output = found[-1]
         body = Body(model, module, output, attached, token)
-        attached.exchange(module, body._given)
+        attached.patch_forward(module, body._given)
         return body
 
     def __call__(self, ids: Tensor, positions: Tensor, how: Attention) -> Tensor:
         """Last hidden states [B,L,d] of ``ids`` and ``positions`` [B,L]."""
-        if self.apart and isinstance(how, Packed):
-            return self._apart(ids, how)
-        with attending(how):
+        if self.padded and isinstance(how, PackedAttention):
+            return self._padded_forward(ids, how)
+        with using_attention(how):
             out = self.module(input_ids=ids, position_ids=positions, use_cache=False)
         return out.last_hidden_state  # type: ignore[no-any-return]
 
-    def _apart(self, ids: Tensor, packed: Packed) -> Tensor:
-        groups = self.groups(packed, ids.device)
+    def _padded_forward(self, ids: Tensor, packed: PackedAttention) -> Tensor:
+        batches = self.batches(packed, ids.device)
         outs = []
-        for group in groups.groups:
-            mask = group.real.long()
-            with self.laned(group.lane):
-                out = self.module(input_ids=group.split(ids), attention_mask=mask, use_cache=False)
+        for batch in batches.batches:
+            mask = batch.real.long()
+            with self.using(batch.adapters):
+                out = self.module(input_ids=batch.split(ids), attention_mask=mask, use_cache=False)
             outs.append(out.last_hidden_state)
-        return groups.joined(outs)
+        return batches.joined(outs)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N,V] of hidden states [N,d]: the model's own forward, whose body answers with these."""
@@ -104,52 +104,52 @@ class Body:
         try:
             size = plain(hidden).abs().amax().clamp(min=1e-6)
         except (
-            FAULTS
+            MODEL_ERRORS
         ) as error:  # hidden states of another precision than its weights, which the model's own forward converts
-            if is_no_fault(error):
+            if is_not_model_error(error):
                 raise
             return self.logits
         same = all(torch.equal(plain(x), self.logits(x)) for x in (hidden, hidden / size, hidden * (100 / size)))
         return plain if same else self.logits
 
-    def alone(self, mixer: nn.Module) -> None:
+    def pad_mixer(self, mixer: nn.Module) -> None:
         """From here on the sequences of a pass come to ``mixer`` one by one."""
 
-        def exchanged(plain: Forward) -> Forward:
+        def patch(plain: Forward) -> Forward:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                packed = in_this_thread()
-                if not isinstance(packed, Packed):
+                packed = current_attention()
+                if not isinstance(packed, PackedAttention):
                     return plain(*args, **kwargs)
-                return self._one_by_one(plain, packed, args, kwargs)
+                return self._padded_mixer(plain, packed, args, kwargs)
 
             return forward
 
-        self.attached.exchange(mixer, exchanged)
+        self.attached.patch_forward(mixer, patch)
 
-    def _one_by_one(self, plain: Forward, packed: Packed, args: Any, kwargs: Any) -> Any:
+    def _padded_mixer(self, plain: Forward, packed: PackedAttention, args: Any, kwargs: Any) -> Any:
         total = packed.segments[-1].end
-        groups = self.groups(packed, self.model.device)
+        batches = self.batches(packed, self.model.device)
         outs = []
-        for group in groups.groups:
+        for batch in batches.batches:
 
-            def split(x: Any, group: Any = group) -> Any:
-                return group.split(x) if isinstance(x, Tensor) and x.shape[:2] == (1, total) else x
+            def split(x: Any, batch: Any = batch) -> Any:
+                return batch.split(x) if isinstance(x, Tensor) and x.shape[:2] == (1, total) else x
 
-            with self.laned(group.lane):
+            with self.using(batch.adapters):
                 outs.append(plain(*tree_map(split, args), **tree_map(split, kwargs)))
         if isinstance(outs[0], Tensor):
-            return groups.joined(outs)
-        return (groups.joined([out[0] for out in outs]), *(None for _ in outs[0][1:]))
+            return batches.joined(outs)
+        return (batches.joined([out[0] for out in outs]), *(None for _ in outs[0][1:]))
 
-    def groups(self, packed: Packed, device: torch.device) -> Apart:
+    def batches(self, packed: PackedAttention, device: torch.device) -> PaddedBatches:
         """The sequences of a pass, laid out once for all its layers."""
-        if packed.apart is None:
-            packed.apart = Apart.of(packed.segments, self.attached.lane, device)
-        return packed.apart
+        if packed.batches is None:
+            packed.batches = PaddedBatches.of(packed.segments, self.attached.adapters, device)
+        return packed.batches
 
     @contextmanager
-    def laned(self, lane: Any) -> Iterator[None]:
-        with nullcontext() if lane is None else self.attached.on(lane):
+    def using(self, adapters: Any) -> Iterator[None]:
+        with nullcontext() if adapters is None else self.attached.using(adapters):
             yield
 
     def _given(self, plain: Forward) -> Forward:

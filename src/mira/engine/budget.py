@@ -26,7 +26,7 @@ _PROBE = 64  # tokens
 
 
 @dataclass
-class _Held:
+class ActivationMeter:
     """Bytes that autograd holds, each storage once, and the most there were at a time."""
 
     frozen: set[int]
@@ -34,14 +34,14 @@ class _Held:
     now: int = 0
     peak: int = 0
 
-    def take(self, tensor: Tensor) -> _Ticket:
+    def take(self, tensor: Tensor) -> _SavedTensor:
         storage = tensor.untyped_storage()
         place, size = storage.data_ptr(), storage.nbytes()
         if place not in self.frozen:
             self.count[place] += 1
             self.now += size if self.count[place] == 1 else 0
             self.peak = max(self.peak, self.now)
-        return _Ticket(self, tensor, place, size)
+        return _SavedTensor(self, tensor, place, size)
 
     def give(self, place: int, size: int) -> None:
         if place not in self.frozen:
@@ -50,10 +50,10 @@ class _Held:
 
 
 @dataclass
-class _Ticket:
+class _SavedTensor:
     """A saved tensor for as long as autograd holds it."""
 
-    held: _Held
+    held: ActivationMeter
     tensor: Tensor
     place: int
     size: int
@@ -62,12 +62,12 @@ class _Ticket:
         self.held.give(self.place, self.size)
 
 
-def bytes_a_token(frozen: set[int], train: Callable[[int], None]) -> float:
+def bytes_per_token(frozen: set[int], train: Callable[[int], None]) -> float:
     """What a pass keeps of each token. ``train``: one forward and backward pass of so many tokens; ``frozen``: addresses of
     what is there anyway. Two lengths, so that what a pass keeps whatever its length does not count."""
 
     def peak(tokens: int) -> int:
-        held = _Held(frozen)
+        held = ActivationMeter(frozen)
         with saved_tensors_hooks(held.take, lambda ticket: ticket.tensor):
             train(tokens)
         return held.peak
@@ -78,13 +78,13 @@ def bytes_a_token(frozen: set[int], train: Callable[[int], None]) -> float:
 def tokens_per_pass(device: torch.device, dtype: torch.dtype, each: float, threads: int, recorded: bool = False) -> int:
     """As many tokens at a time as a share of the free memory holds at ``each`` bytes, within what a base of ``dtype`` may need.
     A power of two where memory decides: what is free differs a little from run to run, how they round then seldom does."""
-    most = _GPU if device.type == "cuda" else threads * _CLIENT * of_use(dtype)
+    most = _GPU if device.type == "cuda" else threads * _CLIENT * useful_tokens(dtype)
     fitting = max(_LEAST, int((_SHARE_RECORDED if recorded else _SHARE) * free_memory(device) / each))
     return min(most, 1 << fitting.bit_length() - 1)
 
 
 @dataclass(frozen=True)
-class Shares:
+class PassPlan:
     """``workers``: passes computed side by side, each of at most ``tokens``, or of one job that has more. Threads that are no
     multiple of them leave some idle: a pass with one more would round differently, and who gets it would be chance."""
 
@@ -93,18 +93,18 @@ class Shares:
 
     @staticmethod
     def of(
-        model: PreTrainedModel, sizes: Sequence[int], most: int, times: int = 1, in_turn: bool = False
-    ) -> Shares:  # fmt: skip
+        model: PreTrainedModel, sizes: Sequence[int], most: int, times: int = 1, one_at_a_time: bool = False
+    ) -> PassPlan:  # fmt: skip
         """For jobs of ``sizes`` tokens, of which ``most`` may be in memory at a time. ``times``: what is of use, in terms of
-        training. ``in_turn``: one pass after another."""
-        if model.device.type != "cpu" or in_turn:
-            return Shares(1, most)
+        training. ``one_at_a_time``: one pass after another."""
+        if model.device.type != "cpu" or one_at_a_time:
+            return PassPlan(1, most)
         threads = torch.get_num_threads()
         workers = max(1, min(threads, len(sizes), most // max([1, *sizes])))
-        return Shares(workers, min(most // workers, times * threads // workers * of_use(model.dtype)))
+        return PassPlan(workers, min(most // workers, times * threads // workers * useful_tokens(model.dtype)))
 
 
-def of_use(dtype: torch.dtype) -> int:
+def useful_tokens(dtype: torch.dtype) -> int:
     """Tokens of a pass for each thread of a CPU."""
     return _OF_USE.get(dtype.itemsize, _OF_USE[4])
 

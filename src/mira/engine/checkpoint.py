@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mira.core.errors import UserError
 from mira.engine.body import usual_tokens
-from mira.engine.model_errors import told
+from mira.engine.model_errors import raise_as
 
 _PROBE = 9  # tokens
 
@@ -49,7 +49,7 @@ def check_gradients(model: PreTrainedModel) -> None:
         )
 
     decoder_layers(model)
-    with told(cannot):
+    with raise_as(cannot):
         kept, again = _gradient(model, nullcontext()), _gradient(model, recomputed(model))
         if not torch.allclose(kept, again, rtol=1e-3, atol=1e-3 * float(kept.abs().max())):
             raise cannot("other gradients")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mira.adapters.lowrank import Lane
-from mira.core.threads import still_wanted
-from mira.engine.attention.decoding import Decode, after
-from mira.engine.attention.packed import Packed, Segment
+from mira.adapters.lowrank import AdapterBatch
+from mira.core.threads import check_cancelled
+from mira.engine.attention.decoding import DecodingAttention, after
+from mira.engine.attention.packed import PackedAttention, Segment
 from mira.engine.body import Body, Head
 from mira.engine.packing import Pass
 
@@ -34,10 +34,10 @@ def positions(model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
-def kept_bytes(body: Body) -> float:
+def cache_bytes_per_token(body: Body) -> float:
     """Keys and values that decoding keeps of each token. Measured: architectures count their heads and widths in many ways."""
     tokens = torch.arange(2, device=body.model.device)[None]
-    read = Packed([Segment(0, 2)], keep=True)
+    read = PackedAttention([Segment(0, 2)], keep=True)
     body(tokens, tokens, read)
     return sum(k.nbytes + v.nbytes for k, v in read.cache.values()) / 2
 
@@ -47,19 +47,19 @@ def greedy(
     body: Body,
     head: Head,
     packed: Pass,
-    lane: Lane,
+    adapters: AdapterBatch,
     per_job: Sequence[int],
     stops: Set[int],
     max_new: int,
 ) -> list[list[int]]:
     """The answer tokens of every packed prompt, without the one of ``stops`` that ends them; an answer ends at the model's last
-    position too. ``per_job``: prompts of each range of ``lane``."""
-    state, hidden = _read(body, packed, lane, max_new)
+    position too. ``per_job``: prompts of each range of ``adapters``."""
+    state, hidden = _read(body, packed, adapters, max_new)
     limit, device = positions(body.model), body.model.device
     job = [n for n, count in enumerate(per_job) for _ in range(count)]
     running = list(range(len(job)))  # whose token is in each place; some may have ended
     rows = [row for row, _, _ in packed.ranges]
-    lane.turn_to(_ranges(rows, job))
+    adapters.retarget(_ranges(rows, job))
     token = head(hidden).argmax(-1)
     position = torch.tensor([s.prefix + s.end - s.start for s in packed.prompts], device=device)
     answers: list[list[int]] = [[] for _ in job]
@@ -81,8 +81,8 @@ def greedy(
             state.keep(alive)
             running = [running[place] for place in alive]
             token, position = token[alive], position[alive]
-            lane.turn_to(_ranges(rows, [job[b] for b in running]))
-        still_wanted()
+            adapters.retarget(_ranges(rows, [job[b] for b in running]))
+        check_cancelled()
         state.advance()
         hidden = body(token[:, None], position.clamp(max=limit - 1)[:, None], state)[:, 0]
         token = head(hidden).argmax(-1)
@@ -90,14 +90,14 @@ def greedy(
     return answers
 
 
-def _read(body: Body, packed: Pass, lane: Lane, max_new: int) -> tuple[Decode, Tensor]:
+def _read(body: Body, packed: Pass, adapters: AdapterBatch, max_new: int) -> tuple[DecodingAttention, Tensor]:
     """One pass over the prompts: what decoding goes on from, and the last hidden state of each prompt."""
-    device, all_read = body.model.device, Packed(packed.segments, keep=True)
-    lane.needed = torch.tensor([s.end - 1 for s in packed.prompts])
+    device, all_read = body.model.device, PackedAttention(packed.segments, keep=True)
+    adapters.needed = torch.tensor([s.end - 1 for s in packed.prompts])
     hidden = body(packed.tokens[None].to(device), packed.positions[None].to(device), all_read)[0]
     state = after(packed.prompts, all_read.cache, max_new)
     all_read.cache.clear()
-    return state, hidden[lane.needed.to(device)]
+    return state, hidden[adapters.needed.to(device)]
 
 
 def _ranges(rows: Sequence[int], job: Sequence[int]) -> list[tuple[int, int, int]]:

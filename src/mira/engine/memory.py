@@ -21,7 +21,7 @@ HALVING = "out of memory while %s in one pass; trying halves (engine.tokens_per_
 OUT_OF_MEMORY = "out of memory; lower training.batch_size or prompt.max_length"
 
 
-def unless_out_of_memory(compute: Callable[[], _Made]) -> _Made | None:
+def none_if_out_of_memory(compute: Callable[[], _Made]) -> _Made | None:
     """What it gives, or None when memory ran out. On return nothing it made is alive: an error's traceback is."""
     try:
         return compute()

@@ -37,10 +37,10 @@ class Pass:
     prompts: tuple[Segment, ...]
 
 
-Jobs = Sequence[tuple[int, Sequence[Encoded]]]  # a row and its sequences, each
+PassItems = Sequence[tuple[int, Sequence[Encoded]]]  # a row and its sequences, each
 
 
-def pack(jobs: Jobs, share_prefix: bool, virtual: int = 0, labels: Mapping[int, int] | None = None) -> Pass:
+def pack(jobs: PassItems, share_prefix: bool, virtual: int = 0, labels: Mapping[int, int] | None = None) -> Pass:
     """Lay out the sequences of each (row, sequences) job, each behind ``virtual`` placeholders. The prefix that a job's
     sequences have in common, found on token ids, is laid once; it ends before the token that predicts the first label of
     any of them. Tokens after the one that predicts the last label are left out: nothing reads them. ``labels``: of each
@@ -156,7 +156,7 @@ def _filled(sizes: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
     return passes
 
 
-def halves(jobs: Jobs) -> list[Jobs]:
+def halves(jobs: PassItems) -> list[PassItems]:
     """A pass as two, in order: of several jobs, or of one job's sequences; none of a single sequence."""
     if len(jobs) > 1:
         return [jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]]

@@ -27,7 +27,7 @@ from mira.engine.attention import hook
 from mira.engine.checkpoint import recomputed
 from mira.engine.generate import positions
 from mira.engine.memory import OUT_OF_MEMORY, is_out_of_memory
-from mira.engine.model_errors import FAULTS, cannot_carry, is_no_fault, told
+from mira.engine.model_errors import MODEL_ERRORS, is_not_model_error, raise_as, unsupported
 
 _TRIAL = Encoded((1, 1, 1), (False, False, True), False)
 
@@ -52,11 +52,11 @@ class ReferenceEngine:
         model = on_same_weights(self.model)
         if model.config._attn_implementation == hook.NAME:  # its weights are a batched engine's too
             model.set_attn_implementation("eager")
-        with told(cannot_carry(self.layout)):
+        with raise_as(unsupported(self.layout)):
             object.__setattr__(self, "single", self.adapter.attached(model))
         if not self.layout.entries:  # the base alone
             return
-        with told(cannot_carry(self.layout)), torch.no_grad():
+        with raise_as(unsupported(self.layout)), torch.no_grad():
             self._loss([_TRIAL], "mean")
 
     @property
@@ -192,8 +192,8 @@ class ReferenceEngine:
             )  # fmt: skip
             try:
                 out = generate()
-            except FAULTS as error:  # an architecture whose cache does not do what its layers ask for
-                if is_no_fault(error):
+            except MODEL_ERRORS as error:  # an architecture whose cache does not do what its layers ask for
+                if is_not_model_error(error):
                     raise
                 out = generate(use_cache=False)
         new = out[0, len(prompt) :].tolist()

@@ -1,4 +1,4 @@
-"""The sums over the passes of one training step, and a way to take back the share of one pass."""
+"""The sums over the passes of one training step, and a patched to take back the share of one pass."""
 
 from __future__ import annotations
 

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from mira.adapters.attach import Attached
-from mira.adapters.lowrank import Lane
+from mira.adapters.lowrank import AdapterBatch
 from mira.adapters.peft_check import trial_row
 from mira.core.layout import Layout
-from mira.engine.attention.hook import CannotPackError, attend_by
-from mira.engine.attention.packed import Packed, Segment
+from mira.engine.attention.hook import CannotPackError, temporary_attention
+from mira.engine.attention.packed import PackedAttention, Segment
 from mira.engine.attention.patching import SAME, difference, limit
 from mira.engine.body import Body, usual_tokens
-from mira.engine.model_errors import cannot_carry, told
+from mira.engine.model_errors import raise_as, unsupported
 
 _LENGTH = 4  # tokens of a sequence
 
@@ -24,10 +24,13 @@ def try_adapters(body: Body, attached: Attached, layout: Layout) -> None:
     _check_experts(body, attached, layout)
     device = body.model.device
     ids = body.token.expand(1, _LENGTH)
-    with attached.on(Lane(torch.zeros(1, layout.size, device=device), [(0, 0, _LENGTH)])), told(cannot_carry(layout)):
-        body(ids, torch.arange(_LENGTH, device=device)[None], Packed([Segment(0, _LENGTH)]))
+    with (
+        attached.using(AdapterBatch(torch.zeros(1, layout.size, device=device), [(0, 0, _LENGTH)])),
+        raise_as(unsupported(layout)),
+    ):
+        body(ids, torch.arange(_LENGTH, device=device)[None], PackedAttention([Segment(0, _LENGTH)]))
     if layout.virtual_tokens:
-        with told(cannot_carry(layout)):
+        with raise_as(unsupported(layout)):
             _check_embeddings(body, ids)
 
 
@@ -46,12 +49,12 @@ def _check_experts(body: Body, attached: Attached, layout: Layout) -> None:
     places = torch.arange(_LENGTH, device=ids.device).repeat(2)[None]
     segments = [Segment(0, _LENGTH), Segment(_LENGTH, 2 * _LENGTH)]
     ranges = [(client, s.start, s.end) for client, s in enumerate(segments)]
-    with told(cannot):
-        with attached.on(Lane(rows, ranges)):
-            together = body(ids, places, Packed(segments))[0]
-        with attached.on(Lane(rows, ranges[:1])):
-            first = body(ids[:, :_LENGTH], places[:, :_LENGTH], Packed(segments[:1]))[0]
-        second = body(ids[:, _LENGTH:], places[:, _LENGTH:], Packed(segments[:1]))[0]  # whose row is 0
+    with raise_as(cannot):
+        with attached.using(AdapterBatch(rows, ranges)):
+            together = body(ids, places, PackedAttention(segments))[0]
+        with attached.using(AdapterBatch(rows, ranges[:1])):
+            first = body(ids[:, :_LENGTH], places[:, :_LENGTH], PackedAttention(segments[:1]))[0]
+        second = body(ids[:, _LENGTH:], places[:, _LENGTH:], PackedAttention(segments[:1]))[0]  # whose row is 0
     error = difference(together, torch.cat([first, second]))
     if not error <= limit(model, SAME):
         raise cannot(f"relative difference {error:.2g}")
@@ -60,7 +63,7 @@ def _check_experts(body: Body, attached: Attached, layout: Layout) -> None:
 def _check_embeddings(body: Body, ids: Tensor) -> None:
     """Raises CannotPackError where a token is more to the model than its embedding, which is all that a virtual one has."""
     embeddings = body.model.get_input_embeddings()
-    with attend_by(body.model, "eager"):
+    with temporary_attention(body.model, "eager"):
         found = body.module(inputs_embeds=2 * embeddings(ids), use_cache=False).last_hidden_state[0]
         hook = embeddings.register_forward_hook(lambda module, given, out: 2 * out)
         try:

@@ -12,16 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mira.engine.attention.hook import attend_by
+from mira.engine.attention.hook import temporary_attention
 from mira.engine.body import Body
-from mira.engine.model_errors import FAULTS, is_no_fault
+from mira.engine.model_errors import MODEL_ERRORS, is_not_model_error
 
 _NAME = "mira_watched"
 _TOKENS = 97  # no layer has such a width
 
 
 @dataclass(frozen=True)
-class Seen:
+class PassBehaviour:
     """``numbering``: a layer numbers a pass's tokens itself, whatever positions it is given. ``hiding``: masks hide other keys
     from the last token of the longest sequence than the windows attention is told of. ``keeping``: a module keeps tensors
     until the next pass."""
@@ -32,7 +32,7 @@ class Seen:
 
 
 @torch.no_grad()
-def watch(body: Body, longest: int) -> Seen:
+def watch(body: Body, longest: int) -> PassBehaviour:
     """Watch a pass of ``body`` over a single sequence, with eager attention, and the masks of one of ``longest`` tokens."""
     layers = [module for module in body.module.modules() if isinstance(module, GradientCheckpointingLayer)]
     numbering = _Numbering()
@@ -40,12 +40,12 @@ def watch(body: Body, longest: int) -> Seen:
     hooks += [layer.register_forward_hook(numbering.leave) for layer in layers]
     before = _kept(body.module)
     try:
-        with numbering, attend_by(body.model, "eager"):
+        with numbering, temporary_attention(body.model, "eager"):
             body.module(input_ids=body.token.expand(1, _TOKENS), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return Seen(numbering.found, _hides(body, max(longest, _TOKENS)), _kept(body.module) != before)
+    return PassBehaviour(numbering.found, _hides(body, max(longest, _TOKENS)), _kept(body.module) != before)
 
 
 def _hides(body: Body, longest: int) -> bool:
@@ -53,10 +53,10 @@ def _hides(body: Body, longest: int) -> bool:
     AttentionInterface.register(_NAME, masks.attend)
     AttentionMaskInterface.register(_NAME, masks.mask)
     try:
-        with attend_by(body.model, _NAME):
+        with temporary_attention(body.model, _NAME):
             body.module(input_ids=body.token.expand(1, _TOKENS), use_cache=False)
-    except FAULTS as error:  # it does more with its masks than to hand them on
-        if is_no_fault(error):
+    except MODEL_ERRORS as error:  # it does more with its masks than to hand them on
+        if is_not_model_error(error):
             raise
         return True
     return masks.hiding

@@ -72,7 +72,7 @@ class EnginePlan:
                 raise
             log.warning("engine.name=auto takes reference, one client at a time: %s", error.reason)
             return ReferenceEngine(**self._common())
-        way = engine.carrier.way
+        way = engine.adapted.patched
         if not way.decodes:
             log.info("engine.name=batched: passes are %s; transformers answers, one prompt at a time", way.kind)
         return engine

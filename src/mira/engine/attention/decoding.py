@@ -12,7 +12,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from mira.engine.attention.packed import Form, Segment, wide
+from mira.engine.attention.packed import AttentionSpec, Segment, wide
 
 _ROOM = 32  # the cache grows by this many tokens at a time
 
@@ -20,21 +20,21 @@ Cache = dict[int, tuple[Tensor, Tensor]]  # number of the call of attention in a
 
 
 @dataclass
-class Decode:
+class DecodingAttention:
     """``prefix``: [G,h,L,d] of the G prefixes; ``own``: [B,h,N,d] of what each of B sequences has for itself, with room for
     new tokens; ``length`` of its columns are filled, the new token included. Both are padded on the left, ``pad`` [B,1] is
     how much of ``own``, ``read`` [B,1] how many tokens of its prefix are real.
 
-    Every prefix has the same number of seats: ``sitting`` [G,S] says whose query is in each, any in one left empty;
-    ``seat`` [B]: the one of each sequence among G·S.
+    Every prefix has the same number of num_slots: ``slots`` [G,S] says whose query is in each, any in one left empty;
+    ``slot_of`` [B]: the one of each sequence among G·S.
     """
 
     prefix: Cache
     own: Cache
     pad: Tensor
     read: Tensor
-    sitting: Tensor
-    seat: Tensor
+    slots: Tensor
+    slot_of: Tensor
     length: int
     hidden: dict[int | None, Tensor] = field(default_factory=dict)  # by window: the same in every layer
     calls: int = 0  # of this step
@@ -51,20 +51,20 @@ class Decode:
     def keep(self, alive: Sequence[int]) -> None:
         """Go on with these of the sequences alone, numbered anew in this order. Prefixes that nobody reads any more go too."""
         places = torch.tensor(alive, device=self.pad.device)
-        used, group = (self.seat[places] // self.sitting.shape[1]).unique(return_inverse=True)
+        used, group = (self.slot_of[places] // self.slots.shape[1]).unique(return_inverse=True)
         before = (group == group[:, None]).tril(-1).sum(1)  # of the same group, and earlier
-        seats = int(before.max()) + 1
-        if len(used) < len(self.sitting):
+        num_slots = int(before.max()) + 1
+        if len(used) < len(self.slots):
             self.prefix = {layer: (k[used], v[used]) for layer, (k, v) in self.prefix.items()}
         self.own = {layer: (k[places], v[places]) for layer, (k, v) in self.own.items()}
-        self.pad, self.read, self.seat = self.pad[places], self.read[places], group * seats + before
-        self.sitting = torch.zeros_like(self.sitting[:1, :1]).repeat(len(used), seats)
-        self.sitting.view(-1)[self.seat] = torch.arange(len(places), device=places.device)
+        self.pad, self.read, self.slot_of = self.pad[places], self.read[places], group * num_slots + before
+        self.slots = torch.zeros_like(self.slots[:1, :1]).repeat(len(used), num_slots)
+        self.slots.view(-1)[self.slot_of] = torch.arange(len(places), device=places.device)
         self.hidden.clear()
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         """q [B,H,1,d], k and v [B,h,1,d] -> [B,1,H,d]. Scores and softmax at least in fp32."""
-        layer, window = self.calls, form.window
+        layer, window = self.calls, spec.window
         self.calls += 1
         for cache, new in zip(self.own[layer], (k, v), strict=True):
             cache[:, :, self.length - 1] = new[:, :, 0]
@@ -73,24 +73,24 @@ class Decode:
         shared = shared_keys.shape[2]
         # Query heads that share a key head are rows of one product.
         queries = wide(q).view(len(q), k.shape[1], -1, q.shape[-1])
-        with_prefix = self._stand(self._sit(queries) @ wide(shared_keys).transpose(2, 3))
+        with_prefix = self._scatter(self._gather(queries) @ wide(shared_keys).transpose(2, 3))
         scores = torch.cat([with_prefix, queries @ wide(keys).transpose(2, 3)], -1)
         if window not in self.hidden:
             self.hidden[window] = self._hidden(shared, window).to(scores.dtype)
-        p = form.weights(scores.mul_(form.scale), self.hidden[window]).to(v.dtype)
-        out = p[..., shared:] @ values + self._stand(self._sit(p[..., :shared]) @ shared_values)
+        p = spec.weights(scores.mul_(spec.scale), self.hidden[window]).to(v.dtype)
+        out = p[..., shared:] @ values + self._scatter(self._gather(p[..., :shared]) @ shared_values)
         return out.reshape(len(q), 1, q.shape[1], -1)
 
-    def _sit(self, x: Tensor) -> Tensor:
+    def _gather(self, x: Tensor) -> Tensor:
         """[B,h,g,n] -> [G,h,S·g,n]"""
-        seated = x.index_select(0, self.sitting.flatten()).view(*self.sitting.shape, *x.shape[1:])
-        return seated.transpose(1, 2).flatten(2, 3)
+        gathered = x.index_select(0, self.slots.flatten()).view(*self.slots.shape, *x.shape[1:])
+        return gathered.transpose(1, 2).flatten(2, 3)
 
-    def _stand(self, x: Tensor) -> Tensor:
+    def _scatter(self, x: Tensor) -> Tensor:
         """[G,h,S·g,n] -> [B,h,g,n]"""
-        seats = self.sitting.shape[1]
-        seated = x.view(*x.shape[:2], seats, x.shape[2] // seats, x.shape[3])
-        return seated.transpose(1, 2).flatten(0, 1).index_select(0, self.seat)
+        num_slots = self.slots.shape[1]
+        gathered = x.view(*x.shape[:2], num_slots, x.shape[2] // num_slots, x.shape[3])
+        return gathered.transpose(1, 2).flatten(0, 1).index_select(0, self.slot_of)
 
     def _hidden(self, shared: int, window: int | None) -> Tensor:
         """[B,1,1,L+length]: −∞ for padding and what is further back than ``window``, else 0."""
@@ -102,17 +102,17 @@ class Decode:
         return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None, None]
 
 
-def after(prompts: Sequence[Segment], cache: Cache, new: int) -> Decode:
+def after(prompts: Sequence[Segment], cache: Cache, new: int) -> DecodingAttention:
     """What the pass over ``prompts`` left in ``cache`` [1,h,T,d], laid out to decode up to ``new`` tokens."""
     readers: dict[tuple[int, int], list[int]] = {}
     for b, s in enumerate(prompts):
         readers.setdefault((s.prefix_start, s.prefix_end) if s.prefix else (0, 0), []).append(b)
-    # A prefix of very many readers is laid several times, rather than that all others have as many seats left empty.
+    # A prefix of very many readers is laid several times, rather than that all others have as many num_slots left empty.
     most = ceil(2 * len(prompts) / len(readers))
     parts = [(span, all_[n : n + most]) for span, all_ in readers.items() for n in range(0, len(all_), most)]
     spans, groups = [span for span, _ in parts], [group for _, group in parts]
-    seats = max(map(len, groups))
-    seat = {b: g * seats + n for g, group in enumerate(groups) for n, b in enumerate(group)}
+    num_slots = max(map(len, groups))
+    slot_of = {b: g * num_slots + n for g, group in enumerate(groups) for n, b in enumerate(group)}
     length, room = max(s.end - s.start for s in prompts), min(new, _ROOM)
     some = next(iter(cache.values()))[0]
 
@@ -121,18 +121,18 @@ def after(prompts: Sequence[Segment], cache: Cache, new: int) -> Decode:
     def numbers(values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, device=some.device)
 
-    return Decode(
-        {call: (_laid(k, spans, 0), _laid(v, spans, 0)) for call, (k, v) in cache.items()},
-        {call: (_laid(k, own, room), _laid(v, own, room)) for call, (k, v) in cache.items()},
+    return DecodingAttention(
+        {call: (_columns(k, spans, 0), _columns(v, spans, 0)) for call, (k, v) in cache.items()},
+        {call: (_columns(k, own, room), _columns(v, own, room)) for call, (k, v) in cache.items()},
         pad=numbers([[length - (s.end - s.start)] for s in prompts]),
         read=numbers([[s.prefix] for s in prompts]),
-        sitting=numbers([[*group, *[0] * (seats - len(group))] for group in groups]),
-        seat=numbers([seat[b] for b in range(len(prompts))]),
+        slots=numbers([[*group, *[0] * (num_slots - len(group))] for group in groups]),
+        slot_of=numbers([slot_of[b] for b in range(len(prompts))]),
         length=length,
     )
 
 
-def _laid(x: Tensor, spans: Sequence[tuple[int, int]], room: int) -> Tensor:
+def _columns(x: Tensor, spans: Sequence[tuple[int, int]], room: int) -> Tensor:
     """Of x [1,h,T,d] the columns of each span, ending in the same column: [n,h,width + room,d]. Zeros elsewhere: a mask does
     not keep out NaN (0·NaN is NaN)."""
     width = max(end - start for start, end in spans)

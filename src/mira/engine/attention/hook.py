@@ -1,6 +1,6 @@
 """The attention that transformers calls while a pass of packed sequences is computed, registered under ``NAME``.
 
-The pass is the thread's, as the lane is: not every architecture hands keywords on to its attention.
+The pass is the thread's, as the adapters is: not every architecture hands keywords on to its attention.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from mira.core.errors import UserError
-from mira.engine.attention.packed import Attention, Form
+from mira.engine.attention.packed import Attention, AttentionSpec
 
 NAME = "mira_packed"
 # Given by some architectures for other ways to compute the same attention.
@@ -32,16 +32,16 @@ class CannotPackError(UserError):
 
 
 @contextmanager
-def attending(how: Attention | None) -> Iterator[None]:
+def using_attention(how: Attention | None) -> Iterator[None]:
     """``how`` the model's layers attend in this thread meanwhile."""
-    before, _here.how = in_this_thread(), how
+    before, _here.how = current_attention(), how
     try:
         yield
     finally:
         _here.how = before
 
 
-def in_this_thread() -> Attention | None:
+def current_attention() -> Attention | None:
     return getattr(_here, "how", None)
 
 
@@ -50,17 +50,17 @@ def _attention(
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
     s_aux: Tensor | None = None, **more: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    how = in_this_thread()
+    how = current_attention()
     assert how is not None, "the batched engine tells the thread how to attend"
     unknown = [name for name, given in more.items() if isinstance(given, Tensor) and name not in _NO_MATTER]
     if unknown or attention_mask is not None:
         raise CannotPackError(f"attention is given {', '.join(unknown) or 'a mask'}, which is not supported")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return how.attend(query, key, value, Form(scale, sliding_window, softcap, s_aux)), None
+    return how.attend(query, key, value, AttentionSpec(scale, sliding_window, softcap, s_aux)), None
 
 
 @contextmanager
-def attend_by(model: PreTrainedModel, name: str) -> Iterator[None]:
+def temporary_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
     """``model`` attends by what is registered under ``name`` meanwhile."""
     before = model.config._attn_implementation
     set_attention(model, name)

@@ -20,7 +20,7 @@ from mira.core.device import sent
 from mira.engine.attention import varlen
 
 if TYPE_CHECKING:
-    from mira.engine.attention.one_by_one import Apart
+    from mira.engine.attention.padded import PaddedBatches
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Form:
+class AttentionSpec:
     """The way from scores to weights: ``scale``·QKᵀ of the last ``window`` keys, as ``cap``·tanh(·/``cap``). ``sinks`` [H]: one
     more score for each query head; its weight goes to no value."""
 
@@ -71,7 +71,7 @@ class Form:
 
 
 @dataclass
-class Packed:
+class PackedAttention:
     """Segments in token order, covering all T tokens. With ``keep``, keys and values of each call stay in ``cache``, numbered
     in order: a layer may attend more than once."""
 
@@ -79,25 +79,25 @@ class Packed:
     keep: bool = False
     cache: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     # By window and query heads of a key head: the same in many layers.
-    tiles: dict[tuple[int | None, int], list[Tile]] = field(default_factory=dict)
-    spans: varlen.Spans | None = None
-    apart: Apart | None = None
+    tiles: dict[tuple[int | None, int], list[AttentionTile]] = field(default_factory=dict)
+    metadata: varlen.VarlenMetadata | None = None
+    batches: PaddedBatches | None = None
     calls: int = 0
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         """q [1,H,T,d], k and v [1,h,T,d] -> [1,T,H,d]."""
         if self.keep:
             self.cache[self.calls] = (k, v)
         self.calls += 1
-        if form.plain and _one_kernel(q, k, v):
-            if self.spans is None:
-                self.spans = varlen.Spans.of(self.segments, q.device)
-            return varlen.attend(q[0], k[0], v[0], form.scale, form.window, self.spans)[None]
+        if spec.plain and _one_kernel(q, k, v):
+            if self.metadata is None:
+                self.metadata = varlen.VarlenMetadata.of(self.segments, q.device)
+            return varlen.attend(q[0], k[0], v[0], spec.scale, spec.window, self.metadata)[None]
         heads = q.shape[1] // k.shape[1]
-        key = (form.window, heads)
+        key = (spec.window, heads)
         if key not in self.tiles:
-            self.tiles[key] = tiles(self.segments, form.window, heads, wide(q[:, :, :0]))
-        out: Tensor = _Tiled.apply(q[0], k[0], v[0], form, self.tiles[key])  # type: ignore[no-untyped-call]
+            self.tiles[key] = tiles(self.segments, spec.window, heads, wide(q[:, :, :0]))
+        out: Tensor = _Tiled.apply(q[0], k[0], v[0], spec, self.tiles[key])  # type: ignore[no-untyped-call]
         return out[None]
 
 
@@ -106,13 +106,13 @@ class Attention(Protocol):
 
     calls: int
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor: ...
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor: ...
 
 
 @dataclass(frozen=True)
-class Tile:
+class AttentionTile:
     """Queries start:end see the keys of prefix_start:prefix_end and of key_start:key_end. ``hidden`` [1, heads·queries,
-    keys] is −∞ where one of them may not be seen after all, and 0 elsewhere; once for each head that shares the keys."""
+    keys] is −∞ where one of them may not be seen after all, and 0 elsewhere; once for each head that pass_plan the keys."""
 
     start: int
     end: int
@@ -136,7 +136,7 @@ class Tile:
         total[:, self.key_start : self.key_end] += part[:, prefix:]
 
 
-def tiles(segments: Sequence[Segment], window: int | None, heads: int, like: Tensor) -> list[Tile]:
+def tiles(segments: Sequence[Segment], window: int | None, heads: int, like: Tensor) -> list[AttentionTile]:
     """Attention as few products: long segments in pieces, which leaves out most of what causality hides; short ones
     that read the same prefix together. ``heads``: query heads of a key head. ``like``: what masks are made as."""
     bundles: list[list[Segment]] = []
@@ -167,7 +167,7 @@ def tiles(segments: Sequence[Segment], window: int | None, heads: int, like: Ten
             hidden = (
                 like.new_zeros(visible.shape).masked_fill_(sent(~visible, like.device), -torch.inf).repeat(heads, 1)
             )
-            out.append(Tile(begin, stop, first.prefix_start, first.prefix_end, start, stop, hidden[None]))
+            out.append(AttentionTile(begin, stop, first.prefix_start, first.prefix_end, start, stop, hidden[None]))
     return out
 
 
@@ -180,13 +180,15 @@ class _Tiled(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, form: Form, tiling: Sequence[Tile]) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tiling: Sequence[AttentionTile]
+    ) -> Tensor:
         """q [H,T,d], k [h,T,d], v [h,T,e] -> [T,H,e]."""
-        ctx.form, ctx.tiling = form, tiling
+        ctx.spec, ctx.tiling = spec, tiling
         wide_k = wide(k)
         out = q.new_empty(q.shape[1], q.shape[0], v.shape[-1])
         for tile in tiling:
-            p, _ = _probabilities(_queries(q, tile, len(k)), tile.keys(wide_k), tile, form)
+            p, _ = _probabilities(_queries(q, tile, len(k)), tile.keys(wide_k), tile, spec)
             o = torch.bmm(p, tile.keys(v))
             out[tile.start : tile.end] = o.view(len(q), -1, o.shape[-1]).transpose(0, 1)
         ctx.save_for_backward(q, k, v)
@@ -201,10 +203,10 @@ class _Tiled(torch.autograd.Function):
         by_head = grad.transpose(0, 1)  # [H,T,e]
         for tile in ctx.tiling:
             queries, keys, g = _queries(q, tile, len(k)), tile.keys(k), _queries(by_head, tile, len(k))
-            p, slope = _probabilities(queries, tile.keys(wide_k), tile, ctx.form)
+            p, slope = _probabilities(queries, tile.keys(wide_k), tile, ctx.spec)
             grad_p = torch.bmm(g, tile.keys(v).transpose(1, 2))
             tile.add_to_keys(grad_v, torch.bmm(p.transpose(1, 2), g))
-            grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype).mul_(ctx.form.scale)
+            grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype).mul_(ctx.spec.scale)
             if slope is not None:
                 grad_s.mul_(slope)
             tile.add_to_keys(grad_k, torch.bmm(grad_s.transpose(1, 2), queries))
@@ -216,19 +218,21 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _queries(x: Tensor, tile: Tile, key_heads: int) -> Tensor:
+def _queries(x: Tensor, tile: AttentionTile, key_heads: int) -> Tensor:
     """Of x [H,T,d] the tile's, [h, H/h·queries, d]."""
     return x[:, tile.start : tile.end].reshape(key_heads, -1, x.shape[-1])
 
 
-def _probabilities(queries: Tensor, wide_keys: Tensor, tile: Tile, form: Form) -> tuple[Tensor, Tensor | None]:
+def _probabilities(
+    queries: Tensor, wide_keys: Tensor, tile: AttentionTile, spec: AttentionSpec
+) -> tuple[Tensor, Tensor | None]:
     """[h, H/h·queries, keys] in the model's precision, and the slope of the cap, where there is one."""
-    if form.plain:
-        scores = torch.baddbmm(tile.hidden, wide(queries), wide_keys.transpose(1, 2), alpha=form.scale)
+    if spec.plain:
+        scores = torch.baddbmm(tile.hidden, wide(queries), wide_keys.transpose(1, 2), alpha=spec.scale)
         return scores.softmax(-1).to(queries.dtype), None
-    scaled = torch.bmm(wide(queries), wide_keys.transpose(1, 2)).mul_(form.scale)
-    slope = None if form.cap is None else (1 - (scaled / form.cap).tanh_().square_()).to(queries.dtype)
-    return form.weights(scaled, tile.hidden).to(queries.dtype), slope
+    scaled = torch.bmm(wide(queries), wide_keys.transpose(1, 2)).mul_(spec.scale)
+    slope = None if spec.cap is None else (1 - (scaled / spec.cap).tanh_().square_()).to(queries.dtype)
+    return spec.weights(scaled, tile.hidden).to(queries.dtype), slope
 
 
 def in_one_kernel(device: torch.device, dtype: torch.dtype) -> bool:
@@ -252,21 +256,21 @@ def _agrees(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int
     shapes = [(n, segments[-1].end, width) for n in (heads, key_heads, key_heads)]
     given = [torch.randn(shape, generator=draw).to(device, dtype) for shape in shapes]
     weight = torch.randn(segments[-1].end, heads, width, generator=draw).to(device, dtype)
-    spans, scale = varlen.Spans.of(segments, device), width**-0.5
+    metadata, scale = varlen.VarlenMetadata.of(segments, device), width**-0.5
 
     def tiled(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         cut = tiles(segments, window, heads // key_heads, wide(q[:, :0]))
-        return _Tiled.apply(q, k, v, Form(scale, window), cut)  # type: ignore[no-any-return, no-untyped-call]
+        return _Tiled.apply(q, k, v, AttentionSpec(scale, window), cut)  # type: ignore[no-any-return, no-untyped-call]
 
     def one(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        return varlen.attend(q, k, v, scale, window, spans)
+        return varlen.attend(q, k, v, scale, window, metadata)
 
     try:
         for window in (None, 100):
             found = []
-            for way in (tiled, one):
+            for patched in (tiled, one):
                 q, k, v = leaves = [x.clone().requires_grad_() for x in given]
-                out = way(q, k, v, window)
+                out = patched(q, k, v, window)
                 found.append([out.detach(), *torch.autograd.grad(out, leaves, weight)])
             for ours, theirs in zip(*found, strict=True):
                 # 16 bits round at 2⁻⁸ or finer, in a few places; a key too many or too few changes tenths.

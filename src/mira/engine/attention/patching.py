@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mira.adapters.attach import Attached
-from mira.adapters.lowrank import Lane
+from mira.adapters.lowrank import AdapterBatch
 from mira.engine.attention import hook
 from mira.engine.attention.decoding import after
 from mira.engine.attention.hook import CannotPackError, set_attention
-from mira.engine.attention.packed import Packed, Segment
+from mira.engine.attention.packed import PackedAttention, Segment
 from mira.engine.attention.token_mixers import mixers
 from mira.engine.body import Body, Head, usual_tokens
 from mira.engine.generate import positions
-from mira.engine.model_errors import FAULTS, is_no_fault, told
-from mira.engine.watch import Seen, watch
+from mira.engine.model_errors import MODEL_ERRORS, is_not_model_error, raise_as
+from mira.engine.watch import PassBehaviour, watch
 
 _LONGEST = 1024  # tokens of a probe's first sequence
 _SHORT = 6  # of those beside it
@@ -41,16 +41,16 @@ class _Leak(CannotPackError):
 
 
 @dataclass(frozen=True)
-class Way:
-    """``kind``: 'packed'; 'packed, mixers apart', whose sequences come to some of its modules one by one; or 'apart', where all
-    of the model is computed so. ``decodes``: packed prompts can be answered too. ``in_turn``: passes come one after another,
+class PatchedModel:
+    """``kind``: 'packed'; 'packed, mixers padded', whose sequences come to some of its modules padded; or 'padded', where all
+    of the model is computed so. ``decodes``: packed prompts can be answered too. ``one_at_a_time``: passes go in turn,
     since modules keep what they computed."""
 
     body: Body
     head: Head
     kind: str
     decodes: bool
-    in_turn: bool
+    one_at_a_time: bool
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ class _Probe:
         ends = [p, a, a + b - p, a + b - p + c]
         return [Segment(0, p), Segment(p, ends[1], 0, p), Segment(ends[1], ends[2], 0, p), Segment(ends[2], ends[3])]
 
-    def read(self, body: Body, changed: bool = False) -> tuple[Tensor, Packed]:
+    def read(self, body: Body, changed: bool = False) -> tuple[Tensor, PackedAttention]:
         """Hidden states [T,d] of the pass. ``changed``: with other tokens of the first sequence behind the prefix."""
         a, b, c = (one[:-1] for one in self.sequences)
         own = a[self.shared :].flip(0) if changed else a[self.shared :]
         tokens = torch.cat([a[: self.shared], own, b[self.shared :], c])
         places = [torch.arange(s.prefix, s.prefix + s.end - s.start) for s in self.segments]
-        packed = Packed(self.segments, keep=True)
+        packed = PackedAttention(self.segments, keep=True)
         return body(tokens[None], torch.cat(places).to(tokens.device)[None], packed)[0], packed
 
     def wanted(self) -> Tensor:
@@ -91,18 +91,18 @@ class _Probe:
 
 
 @torch.no_grad()
-def exchange(model: PreTrainedModel, attached: Attached, longest: int) -> Way:
-    """The first way that gives what the model gives by itself, of sequences of ``longest`` tokens. Raises CannotPackError, and
+def patch_attention(model: PreTrainedModel, attached: Attached, longest: int) -> PatchedModel:
+    """The first way that gives what the model gives by itself, of sequences of ``longest`` tokens. Raises CannotPackError and
     leaves the model's attention as it was, where there is none."""
     usual = model.config._attn_implementation
     try:
-        return _exchange(model, attached, longest)
+        return _patch(model, attached, longest)
     except CannotPackError as error:
         set_attention(model, usual)
         raise CannotPackError(f"architecture '{model.config.model_type}' {error.reason}") from None
 
 
-def _exchange(model: PreTrainedModel, attached: Attached, longest: int) -> Way:
+def _patch(model: PreTrainedModel, attached: Attached, longest: int) -> PatchedModel:
     usual = model.config._attn_implementation
     if getattr(model.config, "is_encoder_decoder", False):
         raise CannotPackError("has an encoder, which the engine does not feed")
@@ -116,7 +116,7 @@ def _exchange(model: PreTrainedModel, attached: Attached, longest: int) -> Way:
         kind, hidden, packed = _packed(body, probe, seen)
     except CannotPackError:
         set_attention(model, "eager" if usual == hook.NAME else usual)
-        body, kind = replace(body, apart=True), "apart"
+        body, kind = replace(body, padded=True), "padded"
         _tried(lambda: _check_order(body, longest))
         if longest > _LONGEST:  # a choice among more tokens than the probe has would not show
             probe = _tried(lambda: _Probe.of(body, longest, longest))
@@ -124,7 +124,7 @@ def _exchange(model: PreTrainedModel, attached: Attached, longest: int) -> Way:
     head = _tried(lambda: body.head(probe.alone[-1]))
     if not difference(head(hidden[-len(probe.logits) + 1 :]), probe.logits[:-1]) <= limit(model, SAME):
         raise CannotPackError("makes other logits of the same hidden states")
-    return Way(body, head, kind, kind == "packed" and _decodes(body, probe, packed), seen.keeping)
+    return PatchedModel(body, head, kind, kind == "packed" and _decodes(body, probe, packed), seen.keeping)
 
 
 def _check_order(body: Body, longest: int) -> None:
@@ -142,7 +142,7 @@ def _check_order(body: Body, longest: int) -> None:
         raise CannotPackError("lets a token see those behind it")
 
 
-def _packed(body: Body, probe: _Probe, seen: Seen) -> tuple[str, Tensor, Packed]:
+def _packed(body: Body, probe: _Probe, seen: PassBehaviour) -> tuple[str, Tensor, PackedAttention]:
     """How sequences are packed that is right, and the probe's pass."""
     if seen.numbering:
         raise CannotPackError("numbers the tokens of a pass itself")
@@ -157,17 +157,17 @@ def _packed(body: Body, probe: _Probe, seen: Seen) -> tuple[str, Tensor, Packed]
         if not found:
             raise
         for mixer in found:
-            body.alone(mixer)
+            body.pad_mixer(mixer)
         if _tried(lambda: mixers(body, probe.sequences[0])):
             raise
-        return "packed, mixers apart", *_check(probe, body, leaks=False)
+        return "packed, mixers padded", *_check(probe, body, leaks=False)
 
 
-def _check(probe: _Probe, body: Body, leaks: bool = True) -> tuple[Tensor, Packed]:
+def _check(probe: _Probe, body: Body, leaks: bool = True) -> tuple[Tensor, PackedAttention]:
     """The hidden states [T,d] of the probe's pass. Raises CannotPackError where these are others than the model's by itself, or,
     with ``leaks`` and in 16 bits, where one sequence changes with another."""
     together, packed = _tried(lambda: probe.read(body))
-    if not (packed.calls or packed.apart):
+    if not (packed.calls or packed.batches):
         raise CannotPackError("has no attention that can be exchanged")
     error = difference(together, probe.wanted())
     if not error <= limit(body.model, SAME):
@@ -182,7 +182,7 @@ def _check(probe: _Probe, body: Body, leaks: bool = True) -> tuple[Tensor, Packe
     return together, packed
 
 
-def _decodes(body: Body, probe: _Probe, packed: Packed) -> bool:
+def _decodes(body: Body, probe: _Probe, packed: PackedAttention) -> bool:
     """Whether one more token of each sequence is what it is alone, after the keys and values that its pass left."""
     state = after(packed.segments[1:], packed.cache, 1)
     state.advance()
@@ -190,8 +190,8 @@ def _decodes(body: Body, probe: _Probe, packed: Packed) -> bool:
     places = torch.tensor([[len(one) - 1] for one in probe.sequences], device=tokens.device)
     try:
         found = body(tokens, places, state)[:, 0]
-    except FAULTS as error:
-        if is_no_fault(error):
+    except MODEL_ERRORS as error:
+        if is_not_model_error(error):
             raise
         return False
     wanted = torch.stack([one[-1] for one in probe.alone])
@@ -212,7 +212,7 @@ def _sequences(model: PreTrainedModel, longest: int) -> tuple[tuple[Tensor, ...]
 
 def _tried(compute: Callable[[], _Made]) -> _Made:
     """Its result, or CannotPackError with the reason."""
-    with told(lambda reason: CannotPackError(f"cannot be called as the engine calls it ({reason})")):
+    with raise_as(lambda reason: CannotPackError(f"cannot be called as the engine calls it ({reason})")):
         return compute()
 
 
@@ -220,7 +220,7 @@ def _tried(compute: Callable[[], _Made]) -> _Made:
 def find_last(body: Body, attached: Attached, width: int) -> None:
     """Which MLP of ``attached`` may leave out the tokens that nobody reads: one after which no token sees another. The
     order of modules is no proof that the last one is; that a needed token's hidden state stays as it was, is."""
-    if not attached.mlps or body.apart:
+    if not attached.mlps or body.padded:
         return
     device = body.model.device
     row, needed = torch.zeros(1, width, device=device), torch.tensor([_LENGTH - 1])
@@ -229,8 +229,8 @@ def find_last(body: Body, attached: Attached, width: int) -> None:
         attached.last = last
         ids = torch.arange(_LENGTH, device=device)[None]
         try:
-            with attached.on(Lane(row, [(0, 0, _LENGTH)], needed=needed)):
-                return body(ids + 1, ids, Packed([Segment(0, _LENGTH)]))[0]
+            with attached.using(AdapterBatch(row, [(0, 0, _LENGTH)], needed=needed)):
+                return body(ids + 1, ids, PackedAttention([Segment(0, _LENGTH)]))[0]
         finally:
             attached.last = None
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mira.engine.attention.hook import CannotPackError, attending
-from mira.engine.attention.packed import Packed, Segment
+from mira.engine.attention.hook import CannotPackError, using_attention
+from mira.engine.attention.packed import PackedAttention, Segment
 from mira.engine.body import Body
-from mira.engine.model_errors import FAULTS, is_no_fault
+from mira.engine.model_errors import MODEL_ERRORS, is_not_model_error
 
 _LENGTH = 23  # tokens of each of two sequences; no width of a layer is twice that
 _SEGMENTS = (Segment(0, _LENGTH), Segment(_LENGTH, 2 * _LENGTH))
@@ -45,7 +45,7 @@ def mixers(body: Body, ids: Tensor) -> list[nn.Module]:
 
 def _calls(body: Body, ids: Tensor) -> Sequence[_Call]:
     tokens = ids[torch.arange(2 * _LENGTH, device=ids.device) % len(ids)]
-    packed = Packed(_SEGMENTS)
+    packed = PackedAttention(_SEGMENTS)
     names = {module: name for name, module in body.module.named_modules() if name}
     before: list[int] = []
     calls: list[_Call] = []
@@ -83,10 +83,10 @@ def _leaks(call: _Call) -> bool:
     given[place] = torch.cat([given[place][:, :_LENGTH].flip(1), given[place][:, _LENGTH:]], 1)
     args, kwargs = given[: len(call.args)], dict(zip(call.kwargs, given[len(call.args) :], strict=True))
     try:
-        with attending(Packed(_SEGMENTS)):
+        with using_attention(PackedAttention(_SEGMENTS)):
             out = call.module.forward(*args, **kwargs)
-    except FAULTS as error:
-        if is_no_fault(error):
+    except MODEL_ERRORS as error:
+        if is_not_model_error(error):
             raise
         return False
     first = out[0] if isinstance(out, tuple) else out

@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Spans:
+class VarlenMetadata:
     """Where each of N sequences has its queries and its keys: ``queries`` and ``keys`` [N+1] (int32) are the ends of one after
     another. ``token`` [T_k]: which token each key is of; None where they are the queries' own."""
 
-    queries: Tensor
-    keys: Tensor
-    most_queries: int
-    most_keys: int
-    token: Tensor | None
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    key_token: Tensor | None
 
     @staticmethod
-    def of(segments: Sequence[Segment], device: torch.device) -> Spans:
+    def of(segments: Sequence[Segment], device: torch.device) -> VarlenMetadata:
         own = [s for s in segments if s.end > s.start]
         queries, keys = [s.end - s.start for s in own], [s.prefix + s.end - s.start for s in own]
         read = [torch.arange(a, b) for s in own for a, b in ((s.prefix_start, s.prefix_end), (s.start, s.end))]
@@ -43,17 +43,17 @@ class Spans:
             return sent(torch.tensor([0, *accumulate(counts)], dtype=torch.int32), device)
 
         token = sent(torch.cat(read), device) if keys != queries else None
-        return Spans(ends(queries), ends(keys), max(queries), max(keys), token)
+        return VarlenMetadata(ends(queries), ends(keys), max(queries), max(keys), token)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, spans: Spans) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, metadata: VarlenMetadata) -> Tensor:
     """q [H,T,d], k and v [h,T,d] -> [T,H,d]."""
     queries, keys, values = (x.transpose(0, 1) for x in (q, k, v))
-    if spans.token is not None:
-        keys, values = (_Read.apply(x, spans.token) for x in (keys, values))  # type: ignore[no-untyped-call]
+    if metadata.key_token is not None:
+        keys, values = (_Read.apply(x, metadata.key_token) for x in (keys, values))  # type: ignore[no-untyped-call]
     out: Tensor = kernels.varlen_attn(
         queries.contiguous(), keys.contiguous(), values.contiguous(),
-        spans.queries, spans.keys, spans.most_queries, spans.most_keys,
+        metadata.cu_seqlens_q, metadata.cu_seqlens_k, metadata.max_seqlen_q, metadata.max_seqlen_k,
         scale=scale, window_size=(-1 if window is None else window - 1, 0), enable_gqa=len(q) != len(k),
     )  # type: ignore[assignment]  # fmt: skip
     return out

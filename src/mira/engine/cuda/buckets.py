@@ -1,4 +1,4 @@
-"""Passes brought to a few sizes, so that one recording of a pass does for many."""
+"""Passes brought to a few sizes, so that one captured of a pass does for many."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from math import ceil
 import torch
 
 from mira.engine.attention.packed import Segment
-from mira.engine.attention.varlen import Spans
+from mira.engine.attention.varlen import VarlenMetadata
 from mira.engine.packing import Pass
 
 # Sizes from one power of two to the next. A token of filler costs as much as another, so a step of tokens is an eighth at most;
@@ -72,15 +72,18 @@ class Bucket:
             labels=torch.cat([packed.labels, torch.ones(self.filler, dtype=torch.int64)]), prompts=(*packed.prompts, *segments),
         )  # fmt: skip
 
-    def spans(self, filled: Pass) -> Spans:
+    def metadata(self, filled: Pass) -> VarlenMetadata:
         """Of a filled pass, on the CPU: the last sequence has the keys that are lacking too, all of them its own last token's."""
-        spans = replace(Spans.of(filled.segments, torch.device("cpu")), most_queries=self.width, most_keys=self.width)
-        if spans.token is None:
-            return spans
-        lacking = self.keys - len(spans.token)
+        metadata = replace(
+            VarlenMetadata.of(filled.segments, torch.device("cpu")), max_seqlen_q=self.width, max_seqlen_k=self.width
+        )
+        if metadata.key_token is None:
+            return metadata
+        lacking = self.keys - len(metadata.key_token)
         return replace(
-            spans, most_keys=self.width + _step(self.keys, _FINE), keys=torch.cat([spans.keys[:-1], spans.keys[-1:] + lacking]),
-            token=torch.cat([spans.token, spans.token[-1:].expand(lacking)]),
+            metadata, max_seqlen_k=self.width + _step(self.keys, _FINE),
+            cu_seqlens_k=torch.cat([metadata.cu_seqlens_k[:-1], metadata.cu_seqlens_k[-1:] + lacking]),
+            key_token=torch.cat([metadata.key_token, metadata.key_token[-1:].expand(lacking)]),
         )  # fmt: skip
 
 

@@ -17,31 +17,31 @@ Compute = Callable[[], Tensor]
 _Made = TypeVar("_Made")
 
 
-class Graphs:
+class CudaGraphs:
     """Recordings on one device. Streams of its own: what a library sets aside for a stream lives as long as somebody's
-    recordings, so those of two engines must not share one."""
+    captured, so those of two engines must not share one."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.rehearsing, self.recording = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.warm_up_stream, self.capture_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self.pool: Any = None
 
-    def rehearse(self, compute: Compute) -> None:
-        """Once beside the usual stream, as PyTorch asks for before a recording. Raises RuntimeError where it would wait for the
-        GPU, which no recording can."""
+    def warm_up(self, compute: Compute) -> None:
+        """Once beside the usual stream, as PyTorch asks for before a captured. Raises RuntimeError where it would wait for the
+        GPU, which no captured can."""
         with torch.cuda.device(self.device), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Synchronization debug mode")  # it says that it is a prototype
             usual, before = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
-            self.rehearsing.wait_stream(usual)
+            self.warm_up_stream.wait_stream(usual)
             try:
                 torch.cuda.set_sync_debug_mode("error")
-                with torch.cuda.stream(self.rehearsing):
+                with torch.cuda.stream(self.warm_up_stream):
                     compute()
             finally:
                 torch.cuda.set_sync_debug_mode(before)
-                usual.wait_stream(self.rehearsing)
+                usual.wait_stream(self.warm_up_stream)
 
-    def record(self, compute: Compute, first: bool) -> tuple[Callable[[], None], Tensor]:
+    def capture(self, compute: Compute, first: bool) -> tuple[Callable[[], None], Tensor]:
         """What computes the same again from what then is in the same memory, and where its result will lie. Recordings have
         their memory in common, since they are never computed at a time; ``first``: none of them is there any more."""
         if first:
@@ -50,10 +50,10 @@ class Graphs:
         with torch.cuda.device(self.device):
             usual = torch.cuda.current_stream()
             try:
-                with torch.cuda.graph(graph, pool=self.pool, stream=self.recording):
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.capture_stream):
                     out = compute()
             finally:
-                torch.cuda.set_stream(usual)  # which a recording that failed has not gone back to
+                torch.cuda.set_stream(usual)  # which a captured that failed has not gone back to
         return graph.replay, out
 
     def timed(self, compute: Callable[[], _Made]) -> tuple[_Made, float]:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mira.adapters.pretrained import is_folder
 from mira.config import Experiment
 from mira.core.errors import UserError
 from mira.data.sources.sites import Sites
@@ -60,6 +61,12 @@ class Opener:
         begin = sorted(data.examples or set(self.names()) - set(data.expected))
         if not begin:
             raise UserError("data.expected: names every site; a run begins with at least one, leave one out")
+        start = getattr(experiment.adapter, "start", None)
+        if start is not None and is_folder(start):
+            raise UserError(
+                f"adapter.start={start}: sites read no folder that a server names; put the adapter on the model hub and give its"
+                " name there"
+            )
         known = data.examples or dict.fromkeys(begin, 1)  # 1: until they have told
         session = open_session(
             experiment.model_copy(update={"data": replace(data, examples=known)}), recorded, folder=folder

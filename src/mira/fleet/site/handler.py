@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mira import config
+from mira.adapters.pretrained import is_folder
 from mira.core.errors import UserError
 from mira.core.loop import screen
 from mira.core.types import Work
@@ -120,6 +121,9 @@ class SiteHandler:
                 raise RefusedRequest(
                     f"prompt.{key}: a template is a program; a site renders its texts with its model's own alone"
                 )
+        start = given["adapter"].get("start")
+        if start is not None and is_folder(start):
+            raise Refused("adapter.start: a site reads no folder that a server names; the model hub has one for all")
         if self.model is not None:
             given["model"] = given["model"] | {"name": self.model, "source": "auto", "revision": None}
         experiment = config.parse(given | {"data": {"source": "builtin"}})
@@ -271,9 +275,13 @@ def _stays(private: bool, upload: Tensor | None, trainable: Tensor | None, size:
 
 
 def fingerprints(session: Session) -> dict[str, str]:
-    """What a site and its server must have in common: SHA-256 of the base's weights, and of what its tokenizer does."""
+    """What a site and its server must have in common: SHA-256 of the base's weights, of what its tokenizer does,
+    and of the adapter that clients start from where one is given."""
     tokenizer = session.base.tokenizer
     inner = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab()))
     about = json.dumps([inner, tokenizer.chat_template, tokenizer.special_tokens_map], default=str)
     weights = f"{session.base.sha256} {session.base.quantization}"
-    return {"base model": weights, "tokenizer": hashlib.sha256(about.encode()).hexdigest()}
+    found = {"base model": weights, "tokenizer": hashlib.sha256(about.encode()).hexdigest()}
+    if getattr(session.experiment.adapter, "start", None) is None:  # the seed gives the start, everywhere the same
+        return found
+    return found | {"start adapter": hashlib.sha256(session.start().numpy().tobytes()).hexdigest()}

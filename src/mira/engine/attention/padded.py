@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mira.adapters.lowrank import Lane
+from mira.adapters.lowrank import AdapterBatch
 from mira.core.device import sent
 from mira.engine.attention.packed import Segment
 
@@ -20,14 +20,14 @@ _UNLIKE = 2  # times the shortest of a batch that its longest may have
 
 
 @dataclass(frozen=True)
-class Group:
+class PaddedBatch:
     """B sequences as one batch. ``index`` [B·L]: which of the pass's tokens is where, in padding the sequence's last; ``real``
-    [B,L]: false in padding. ``taken`` [n]: the places among B·L of tokens whose outputs are theirs. ``lane``: of the batch."""
+    [B,L]: false in padding. ``taken`` [n]: the places among B·L of tokens whose outputs are theirs. ``adapters``: its own."""
 
     index: Tensor
     real: Tensor
     taken: Tensor
-    lane: Lane | None
+    adapters: AdapterBatch | None
 
     def split(self, x: Tensor) -> Tensor:
         """[1,T,...] -> [B,L,...]"""
@@ -35,17 +35,17 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Apart:
-    """The groups of a pass, and ``order`` [T]: where each of its tokens is among all that are taken."""
+class PaddedBatches:
+    """The batches of a pass, and ``order`` [T]: where each of its tokens is among all that are taken."""
 
-    groups: Sequence[Group]
+    batches: Sequence[PaddedBatch]
     order: Tensor
 
     @staticmethod
-    def of(segments: Sequence[Segment], lane: Lane | None, device: torch.device) -> Apart:
+    def of(segments: Sequence[Segment], adapters: AdapterBatch | None, device: torch.device) -> PaddedBatches:
         together = [_Sequence.of(s, first) for s, first in _readers(segments)]
-        groups, taken = [], []
-        for part in _alike(together, alone=lane is not None and lane.dropout is not None):
+        batches, taken = [], []
+        for part in _alike(together, alone=adapters is not None and adapters.dropout is not None):
             width = max(len(one.tokens) for one in part)
             index = torch.stack(
                 [torch.cat([one.tokens, one.tokens[-1:].expand(width - len(one.tokens))]) for one in part]
@@ -53,13 +53,15 @@ class Apart:
             real = torch.stack([torch.arange(width) < len(one.tokens) for one in part])
             places = torch.cat([n * width + torch.arange(one.own, len(one.tokens)) for n, one in enumerate(part)])
             taken.append(index.flatten()[places])
-            of_group = None if lane is None else _lane(lane, [int(one.tokens[0]) for one in part], width)
-            groups.append(Group(sent(index.flatten(), device), sent(real, device), sent(places, device), of_group))
-        return Apart(groups, sent(torch.cat(taken).argsort(), device))
+            of_batch = None if adapters is None else _adapters(adapters, [int(one.tokens[0]) for one in part], width)
+            batches.append(
+                PaddedBatch(sent(index.flatten(), device), sent(real, device), sent(places, device), of_batch)
+            )
+        return PaddedBatches(batches, sent(torch.cat(taken).argsort(), device))
 
     def joined(self, outs: Sequence[Tensor]) -> Tensor:
-        """[1,T,...] of what each group gave, [B,L,...]"""
-        own = [out.flatten(0, 1).index_select(0, group.taken) for out, group in zip(outs, self.groups, strict=True)]
+        """[1,T,...] of what each batch gave, [B,L,...]"""
+        own = [out.flatten(0, 1).index_select(0, batch.taken) for out, batch in zip(outs, self.batches, strict=True)]
         return torch.cat(own).index_select(0, self.order)[None]
 
 
@@ -100,8 +102,8 @@ def _alike(sequences: Sequence[_Sequence], alone: bool) -> Iterator[list[_Sequen
         waiting = waiting[len(part) :]
 
 
-def _lane(lane: Lane, firsts: Sequence[int], width: int) -> Lane:
-    """The lane of sequences of ``width`` tokens that begin with the tokens ``firsts`` of the pass."""
-    rows = [next(row for row, start, end in lane.ranges if start <= first < end) for first in firsts]
+def _adapters(adapters: AdapterBatch, firsts: Sequence[int], width: int) -> AdapterBatch:
+    """The adapters of sequences of ``width`` tokens that begin with the tokens ``firsts`` of the pass."""
+    rows = [next(row for row, start, end in adapters.ranges if start <= first < end) for first in firsts]
     ranges = [(row, n * width, (n + 1) * width) for n, row in enumerate(rows)]
-    return replace(lane, ranges=ranges, needed=None, laid=None)
+    return replace(adapters, ranges=ranges, needed=None, prepared=None)
