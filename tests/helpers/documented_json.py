@@ -22,13 +22,18 @@ TYPES: dict[str, tuple[type, ...]] = {
 OPEN = ("metrics", "layouts", "unused")  # objects whose keys are names that the user or the data give
 
 
-def documented(section: str) -> dict[str, str]:
-    """Field → type, from the table in the part of docs/commands/ under the heading ``section`` ('mira run')."""
+def part(section: str) -> str:
+    """The part of docs/commands/ under the heading ``section`` ('mira run')."""
     pages = [page.read_text(encoding="utf-8") for page in sorted(PAGES.glob("*.md"))]
     alone = [page for page in pages if page.startswith(f"# {section}\n")]
     parts = [page.split(f"\n## {section}\n")[1].split("\n## ")[0] for page in pages if f"\n## {section}\n" in page]
     [text] = alone or parts
-    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", text, flags=re.MULTILINE)
+    return text
+
+
+def documented(section: str) -> dict[str, str]:
+    """Field → type, from the table in a part of docs/commands/."""
+    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", part(section), flags=re.MULTILINE)
     return {field: kind.strip() for field, kind in rows}
 
 
