@@ -33,24 +33,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mira.config import Experiment as Experiment
-    from mira.core.errors import UserError as UserError
-    from mira.core.types import Change as Change
-    from mira.core.types import Method as Method
-    from mira.core.types import ServerState as ServerState
-    from mira.core.types import Setting as Setting
-    from mira.core.types import Trained as Trained
-    from mira.core.types import Work as Work
-    from mira.data.types import Client as Client
-    from mira.data.types import Example as Example
+    from mira.library import Callback as Callback
+    from mira.library import Change as Change
+    from mira.library import Client as Client
+    from mira.library import EarlyStopping as EarlyStopping
+    from mira.library import Example as Example
+    from mira.library import Experiment as Experiment
+    from mira.library import Method as Method
+    from mira.library import Run as Run
+    from mira.library import ServerState as ServerState
+    from mira.library import Setting as Setting
+    from mira.library import Trained as Trained
+    from mira.library import UserError as UserError
+    from mira.library import Work as Work
     from mira.library import compare as compare
     from mira.library import open_run as open_run
     from mira.library import register as register
     from mira.library import resume as resume
     from mira.library import run as run
-    from mira.results.run_folder import Run as Run
-    from mira.runner.callbacks import Callback as Callback
-    from mira.runner.callbacks import EarlyStopping as EarlyStopping
 
 _HOME = {
     "mira.config": ("Experiment",),

@@ -7,23 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from mira import config as configuration
-from mira.adapters import ADAPTERS
 from mira.comparison import compare as run_comparison
 from mira.comparison import load as load_comparison
 from mira.config import Experiment
-from mira.config.experiment import SECTIONS
+from mira.config.sections import SECTIONS
 from mira.core.errors import UserError
 from mira.core.pydantic_config import expanded
-from mira.data import SOURCES
-from mira.data.sources.memory import clients_from
-from mira.data.types import Client
-from mira.graphs import GRAPHS
-from mira.methods import METHODS
-from mira.model.in_memory import base_of
+from mira.core.types import Change, Method, ServerState, Setting, Trained, Work
 from mira.results.run_folder import Run
 from mira.runner import run as runner
-from mira.runner.callbacks import Callback
-from mira.runner.objects import Objects
+from mira.runner.callbacks import Callback, EarlyStopping
+from mira.runner.objects import Client, Example, Objects
+
+__all__ = [
+    "Callback", "Change", "Client", "EarlyStopping", "Example", "Experiment", "Method", "Run", "ServerState", "Setting",
+    "Trained", "UserError", "Work", "compare", "open_run", "register", "resume", "run",
+]  # fmt: skip
 
 Config = Experiment | Mapping[str, Any] | Path | str
 Data = Sequence[Client] | Mapping[str, Iterable[Any]]
@@ -42,7 +41,7 @@ def run(
     ``datasets.Dataset``). ``callbacks``: see every record and may stop the run. Raises UserError.
     """
     chosen = {"method": method, "graph": graph, "adapter": adapter}
-    objects = _objects(model, data, _name(config))
+    objects = Objects.of(model, data, _name(config))
     experiment = _experiment(config, chosen, objects)
     if experiment.privacy is not None:
         raise UserError("privacy: noise is put on by sites (mira server), and one process has none; leave privacy out")
@@ -70,7 +69,7 @@ def open_run(
     now, where it was moved. The folder is read when something is asked of it."""
     place = Path(data) if isinstance(data, Path | str) else None
     name = model if isinstance(model, str) else None
-    objects = _objects(None if isinstance(model, str) else model, None if isinstance(data, Path | str) else data)
+    objects = Objects.of(None if isinstance(model, str) else model, None if isinstance(data, Path | str) else data)
     return Run(expanded(Path(folder)), place, name, objects, callbacks)
 
 
@@ -89,19 +88,9 @@ def register(
 ) -> None:
     """Offer classes under their names to every configuration in this process; a package offers its own as entry points of
     mira.methods, mira.graphs, mira.sources and mira.adapters (docs/extending.md). Raises UserError where one lacks something."""
-    for registry, cls in ((METHODS, method), (GRAPHS, graph), (SOURCES, source), (ADAPTERS, adapter)):
+    for section, cls in (("method", method), ("graph", graph), ("data", source), ("adapter", adapter)):
         if cls is not None:
-            registry.add(cls)
-
-
-def _objects(model: Loaded | None, data: Data | None, name: str | None = None) -> Objects:
-    if model is not None and (not isinstance(model, tuple | list) or len(model) != 2):
-        raise UserError(
-            "model: must be a pair (model, tokenizer); a name belongs into the configuration, as model.name"
-        )
-    return Objects(
-        None if model is None else base_of(*model, name=name), None if data is None else clients_from(data)
-    )  # fmt: skip
+            SECTIONS[section].add(cls)
 
 
 def _name(given: Config) -> str | None:

@@ -17,11 +17,11 @@ from helpers.sample_config import NAMES, Interrupt, mira, settings, snapshot, wr
 from mira import comparison
 from mira.comparison import run as running
 from mira.core.errors import UserError
+from mira.core.git_commit import commit
 from mira.core.types import Scores
 from mira.engine.batched import BatchedEngine
 from mira.runner import run as experiment
 from mira.runner.callbacks import Callback
-from mira.setup.git_commit import commit
 from mira.store import Store
 from mira.store.folders import alone_in
 

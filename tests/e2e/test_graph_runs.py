@@ -16,7 +16,8 @@ from mira.data.federation import make_federation
 from mira.model import Base
 from mira.model.embed import embed
 from mira.results.html.write import write
-from mira.runner.run import resume, state_of
+from mira.runner.recording import state_of
+from mira.runner.run import resume
 from mira.setup.build import open_session
 from mira.store import Store
 

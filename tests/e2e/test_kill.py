@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from helpers.sample_config import outcome, write_clients, write_config
-from mira import load, run
+from mira import run
+from mira.config import load
 
 KILLS = 20
 SCENARIOS: dict[str, dict[str, Any]] = {

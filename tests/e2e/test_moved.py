@@ -10,7 +10,7 @@ import pytest
 
 from helpers.sample_config import begin, mira, outcome, write_clients, write_config
 from helpers.tiny_models import save_tiny
-from mira import load
+from mira.config import load
 from mira.store import files, manifests
 
 

@@ -19,7 +19,8 @@ import mira.setup.environment
 from helpers.sample_config import begin, outcome, snapshot, write_clients, write_config
 from helpers.sample_config import mira as command
 from helpers.tiny_models import save_tiny
-from mira import Experiment, load, resume, run
+from mira import Experiment, resume, run
+from mira.config import load
 from mira.store import files
 
 

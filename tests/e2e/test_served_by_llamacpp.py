@@ -21,7 +21,7 @@ from helpers.llama_cpp import LlamaCpp
 from helpers.sample_config import mira, settings
 from mira.data.sources.builtin import Builtin
 from mira.results import run_folder as inspect_run
-from mira.runner.run import state_of
+from mira.runner.recording import state_of
 from mira.store import Store
 
 pytestmark = pytest.mark.slow

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from helpers.documented_json import TYPES, documented, fields, one_object, part
 from helpers.sample_config import NAMES, begin, mira, snapshot, write_clients, write_config
-from mira import config, load, run
+from mira import config, run
+from mira.config import load
 from mira.runner.progress import RunProgress
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mira.setup.git_commit import commit
+from mira.core.git_commit import commit
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -15,11 +15,11 @@ from pydantic.dataclasses import dataclass
 
 from mira.config import Experiment, differences, dump, load, parse, parse_text, schema
 from mira.config import yaml_io as yaml_text
-from mira.config.experiment import SECTIONS, OneOf
+from mira.config.sections import SECTIONS, OneOf
 from mira.core.errors import UserError
 from mira.core.pydantic_config import STRICT
+from mira.core.registry import Registry
 from mira.methods import METHODS
-from mira.registry import Registry
 
 MINIMAL: dict[str, Any] = {
     "rounds": 3,

@@ -25,7 +25,8 @@ from mira.core import threads as core_threads
 from mira.core.errors import UserError
 from mira.engine import budget
 from mira.engine.memory import peak_memory
-from mira.runner.run import located, without_nan
+from mira.runner.measuring import without_nan
+from mira.runner.summary import located
 from mira.setup.build import open_session
 from mira.setup.environment import DECIDING, check_environment, taken_over
 from mira.setup.session import enough_memory

@@ -13,7 +13,6 @@ PACKAGE = Path(__file__).parents[2] / "src" / "mira"
 
 LEVELS = (
     {"core"},
-    {"registry"},
     {"adapters", "methods", "graphs", "trackers", "store", "data"},
     {"engine", "model", "config"},
     {"setup"},

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from helpers.sample_config import begin, outcome, write_clients, write_config
-from mira import Experiment, load, resume, run
+from mira import Experiment, resume, run
+from mira.config import load
 from mira.core.errors import UserError
 from mira.trackers import Trackers, Tracking, follow, numbers
 from mira.trackers.mlflow import Mlflow

@@ -3,7 +3,7 @@
 from mira.adapters.lora import Lora
 from mira.adapters.prompt import VirtualPrompt
 from mira.adapters.seeds import Seeds
-from mira.registry import Registry
+from mira.core.registry import Registry
 
 ADAPTERS = Registry(
     "adapter", "kind", "mira.adapters", ("on", "smallest"), "lora",

@@ -23,39 +23,11 @@ def show(file: Path, overrides: Set = None) -> None:
 @config_app.command()
 def check(file: Path, overrides: Set = None) -> None:
     """Check a configuration and its data, without training."""
-    import torch
-
     from mira import config
-    from mira.data.federation import make_federation
-    from mira.data.sources.sites import Sites
-    from mira.methods import uses_graph
-    from mira.methods.heterogeneous_ranks import check_names
-    from mira.model.reader import open_reader
-    from mira.runner import preview as page
-    from mira.runner.evaluation import check_metrics
+    from mira.runner import checking
 
-    experiment = config.load(file, overrides or [])
-    check_metrics(experiment.evaluation.metrics)
-    about = f"{experiment.rounds} rounds of {experiment.method.name}"
-    if isinstance(experiment.data, Sites) and not experiment.data.examples:
-        # Who the clients are stands in the server's kit, what they have is known to them.
-        out_console.print(f"{file}: fine for mira server; {about}; each site checks its own data", soft_wrap=True)
-        return
-    federation = make_federation(experiment.data, experiment.split, experiment.seed)
-    clients, model = federation.clients, experiment.model
-    names, groups = [client.name for client in clients], [client.group for client in clients]
-    check_names(experiment.clients.rank, names)
-    if uses_graph(experiment.method):
-        told = sorted({client.about for client in clients})
-        no_model = torch.tensor([[float(told.index(client.about))] for client in clients])  # in the place of embeddings
-        experiment.graph.build(names, groups, experiment.seed, lambda: no_model)
-    reader = open_reader(model.name, model.source, model.trust_remote_code, model.revision)
-    if reader is not None:
-        encoder = page.check(experiment, federation, reader)
-        for line in (encoder.about, *encoder.cautions):
-            out_console.print(line, soft_wrap=True)
-    unseen = "" if reader else f"; prompts are not checked, as {model.name} is not on this machine yet"
-    out_console.print(f"{file}: fine; {len(clients)} clients, {about}{unseen}", soft_wrap=True)
+    for line in checking.check(config.load(file, overrides or []), str(file)):
+        out_console.print(line, soft_wrap=True)
 
 
 @config_app.command()

@@ -34,36 +34,24 @@ def look(
 ) -> None:
     """Say what is recognised, what each client has, how long it is in tokens, and show the first example as it is learned."""
     from mira.core.escape import visible
-    from mira.data.sources.jsonl import Jsonl, OneFile
-    from mira.model.reader import open_reader
-    from mira.runner import preview as page
+    from mira.runner import preview
 
-    experiment = _experiment(path, model, overrides or [])
-    of = experiment.model
-    reader = None
-    if of.name != _NONE:
-        reader = open_reader(of.name, of.source, of.trust_remote_code, of.revision, fetch=True)
-    source = experiment.data
-    if isinstance(source, Jsonl) and source.path.is_file() and source.client_column is None:
-        source = OneFile(source.path)
-    result = page.look(source, experiment, reader)
+    result = preview.look_at(_experiment(path, model, overrides or []))
     if as_json:
         print_json(result)
     else:
-        for line in page.lines(result, path):
+        for line in preview.lines(result, path):
             out_console.print(visible(line), soft_wrap=True)
-
-
-_NONE = "-"  # no model
 
 
 def _experiment(path: Path, model: str | None, overrides: list[str]) -> Experiment:
     """The configuration in a YAML file, or one around the data at ``path``."""
     from mira import config
+    from mira.runner import preview
 
     told = [f"model.name={model}"] if model is not None else []
     if path.suffix.lower() in (".yaml", ".yml"):
         return config.load(path, [*told, *overrides])
-    values = {"rounds": 1, "model": {"name": _NONE}, "training": {"local_steps": 1}}
+    values = {"rounds": 1, "model": {"name": preview.NO_MODEL}, "training": {"local_steps": 1}}
     source = {"source": "jsonl", "path": str(path)}
     return config.parse(config.override({**values, "data": source}, [*told, *overrides]))

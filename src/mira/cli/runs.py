@@ -82,7 +82,7 @@ def export(
 ) -> None:
     """Write adapters for PEFT or a server, or merged models, under the run folder, and push them to the model hub."""
     from mira.library import open_run
-    from mira.serving.push import Hub
+    from mira.results.export import Hub
 
     if everyone == bool(client):
         raise UserError("export: name the clients with --client NAME (repeatable), or give --all")

@@ -32,14 +32,15 @@ def run(
 ) -> None:
     """Train one adapter per client, measure every client, and write a PEFT folder for each."""
     from mira import library
+    from mira.runner.resuming import to_resume
 
     progress = RunProgress(err_console)
     try:
         if not resume:
-            _only_to_resume(data, model)
+            _onlyto_resume(data, model)
             done = library.run(configuration(target, overrides or []), out, [progress])
         else:
-            folder, data, model = _to_resume(target, overrides or [], out, data, model)
+            folder, data, model = to_resume(target, overrides or [], out, data, model)
             done = library.resume(folder, [progress], data=data, model=model)
     except KeyboardInterrupt:
         progress.stop()
@@ -118,39 +119,7 @@ def configuration(target: Path, overrides: list[str]) -> Experiment:
     return config.load(target, overrides)
 
 
-def _only_to_resume(data: Path | None, model: str | None) -> None:
+def _onlyto_resume(data: Path | None, model: str | None) -> None:
     for option, key, given in (("--data", "data.path", data), ("--model", "model.name", model)):
         if given is not None:
             raise UserError(f"{option} {given}: is for --resume; for a new run use --set {key}={given}")
-
-
-def _to_resume(
-    target: Path, overrides: list[str], out: Path | None, data: Path | None, model: str | None
-) -> tuple[Path, Path | None, str | None]:
-    """The run folder meant, and where its data and model are now; a configuration given beside it must be the one the run was
-    started with, these two places aside."""
-    from mira import config
-    from mira.store import Store
-
-    if target.is_dir():
-        if overrides or out:
-            raise UserError(f"--resume {target}: goes on exactly as started; drop --set and --out, or start a new run")
-        return target, data, model
-    if not target.exists():
-        raise UserError(f"--resume {target}: no such folder or file; name a run folder, one that 'mira run' made")
-    if out is None:
-        raise UserError(f"--resume: name the run folder, as in 'mira run DIR --resume', or with --out beside {target}")
-    asked = config.absolute(config.moved(config.load(target, overrides), data, model))
-    with Store.open(out, writable=False) as store:
-        started = config.recorded(store.config(), store.environment(), store.folder)
-    there, here = (getattr(each.data, "path", None) for each in (started, asked))
-    data = here if isinstance(there, Path) and isinstance(here, Path) else None
-    differences = config.differences(
-        config.moved(started, data, asked.model.name), config.dated(asked, started.prompt.date)
-    )
-    if differences:
-        raise UserError(
-            f"--resume {out}: the configuration changed: {'; '.join(differences)} (here: the run folder, there: what "
-            "you ask for now); go on as started with 'mira run DIR --resume', or start a new run"
-        )
-    return out, data, asked.model.name

@@ -22,9 +22,7 @@ from mira.core.errors import UserError
 from mira.runner import run as experiment
 from mira.runner.callbacks import Callback, Callbacks
 from mira.runner.measuring import measured
-from mira.runner.recording import state_of
-from mira.setup.build import open_session
-from mira.setup.environment import check_environment
+from mira.runner.recording import reopened, state_of
 from mira.store import Store
 from mira.store.files import TESTED, pack_json, read_json, replace
 from mira.store.folders import alone_in
@@ -123,11 +121,7 @@ def _tested(folder: Path) -> dict[str, Any]:
 def _measured(folder: Path, kept: dict[str, Any]) -> dict[str, Any]:
     with Store.open(folder, writable=False) as store:
         assert store.best_round is not None
-        recorded = store.environment()
-        session = open_session(
-            config.recorded(store.config(), store.environment(), store.folder), recorded, folder=folder
-        )
-        check_environment(recorded, session.environment)
+        session = reopened(store)
         losses = partial(measured, session, callbacks=Callbacks(()), answers=False, transfer=False)
         start = losses(session.initial_state())
         if kept:

@@ -10,8 +10,8 @@ from typing import Any
 
 from mira import config
 from mira.comparison.plan import Job, Plan, Point, shown
+from mira.core.git_commit import commit
 from mira.results.statistics import mean, paired
-from mira.setup.git_commit import commit
 from mira.store import Store
 
 # Of each run: what the table averages over seeds.

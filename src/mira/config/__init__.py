@@ -7,26 +7,41 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from mira.config.experiment import SECTIONS, Experiment, refresh
+from mira.config.experiment import Experiment, refresh
 from mira.config.moved import check_there, moved
 from mira.config.overrides import override
+from mira.config.sections import SECTIONS
 from mira.config.yaml_io import flat, mapping, read, write
 from mira.core.pydantic_config import expanded
-from mira.registry import plugins as registered
+from mira.core.registry import plugins as registered
+from mira.data.sources.sites import Sites
+from mira.methods.heterogeneous_ranks import check_names
 
 __all__ = [
-    "Experiment", "absolute", "check_there", "dated", "differences", "dump", "load", "moved", "override", "parse", "parse_text",
-    "plugins", "read", "recorded", "schema",
+    "Experiment",
+    "absolute",
+    "check_ranks",
+    "check_there",
+    "clients_are_remote",
+    "dated",
+    "differences",
+    "dump",
+    "load",
+    "mixes_along_graph",
+    "moved",
+    "override",
+    "parse",
+    "parse_text",
+    "plugins",
+    "read",
+    "recorded",
+    "schema",
 ]  # fmt: skip
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
-    """The experiment of a YAML file. ``overrides``: dotted keys with YAML values, e.g. ``training.lr=3e-4``.
-
-    An override that changes the variant of a section (``method.name=fedit``) drops what the file says of the former
-    variant and the new one does not have. Raises UserError, one line that names the file and line or the key.
-    """
-    return parse(override(read(Path(path)), overrides))
+    """``Experiment.from_yaml``."""
+    return Experiment.from_yaml(path, overrides)
 
 
 def parse(values: Mapping[str, Any]) -> Experiment:
@@ -51,6 +66,21 @@ def plugins(experiment: Experiment) -> dict[str, dict[str, str]]:
     """The classes of an experiment that come from outside, by section: name, place, package and version."""
     chosen = [(registry, getattr(getattr(experiment, section), registry.tag)) for section, registry in SECTIONS.items()]
     return registered(chosen)
+
+
+def check_ranks(experiment: Experiment, names: Sequence[str]) -> None:
+    """Raises UserError where clients.rank names someone who is none of the clients ``names``."""
+    check_names(experiment.clients.rank, names)
+
+
+def mixes_along_graph(method: str) -> bool:
+    """Whether the method called ``method`` has a graph; False where it is not installed."""
+    return bool(getattr(SECTIONS["method"].get(method), "uses_graph", False))
+
+
+def clients_are_remote(experiment: Experiment) -> bool:
+    """Whether its clients are sites on machines of their own, with their data."""
+    return isinstance(experiment.data, Sites)
 
 
 def dump(experiment: Experiment) -> str:

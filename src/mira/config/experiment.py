@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,63 +11,31 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic.dataclasses import dataclass
-from pydantic_core import CoreSchema, core_schema
 
 from mira.adapters import ADAPTERS
 from mira.config import compatibility
+from mira.config.overrides import override
 from mira.config.prompt import PromptSection
+from mira.config.sections import SECTIONS, AdapterSection, DataSection, GraphSection, MethodSection
 from mira.config.validation_errors import explain
+from mira.config.yaml_io import read
 from mira.core.errors import UserError
 from mira.core.pydantic_config import STRICT, Count
 from mira.core.training import Training
-from mira.core.types import Method
 from mira.core.wire import Wire
-from mira.data import SOURCES
 from mira.data.federation import SplitSizes
-from mira.data.types import Source
 from mira.graphs import GRAPHS
 from mira.methods import METHODS
-from mira.registry import Registry
 from mira.trackers import Tracking
 
 CountOrNone = Annotated[int, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(strict=True, gt=0, le=1)]
-
-
-SECTIONS = {registry.section: registry for registry in (ADAPTERS, SOURCES, METHODS, GRAPHS)}
-"""The sections that are one of several classes, told apart by a field."""
-
-
-@plain_dataclass(frozen=True)
-class OneOf:
-    """The schema of a section: one of the classes that its registry has when the schema is made."""
-
-    registry: Registry
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        choices = {name: handler.generate_schema(cls) for name, cls in self.registry.items()}
-        return core_schema.tagged_union_schema(choices, discriminator=self.registry.tag)
-
-    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """The tag of each class is its name alone, so that an editor tells the classes apart."""
-        schema, tag = handler(core), self.registry.tag
-        for name, place in schema["discriminator"]["mapping"].items():
-            handler.resolve_ref_schema({"$ref": place})["properties"][tag]["const"] = name
-        return schema
-
-
-AdapterSection = Annotated[Any, OneOf(ADAPTERS)]
-DataSection = Annotated[Source, OneOf(SOURCES)]
-MethodSection = Annotated[Method, OneOf(METHODS)]
-GraphSection = Annotated[Any, OneOf(GRAPHS)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -212,10 +179,12 @@ class Experiment(BaseModel):
 
     @classmethod
     def from_yaml(cls, path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
-        """``mira.load`` under another name: the experiment of a YAML file."""
-        from mira.config import load
+        """The experiment of a YAML file. ``overrides``: dotted keys with YAML values, such as "training.lr=3e-4".
 
-        return load(path, overrides)
+        An override that changes the variant of a section (``method.name=fedit``) drops the fields of the former variant that the
+        new one does not have. Raises UserError, one line that names the file and line or the key.
+        """
+        return cls(**override(read(Path(path)), overrides))
 
     def __init__(self, **values: Any) -> None:
         """Sections may be given as mappings. Raises UserError, one line for the first fault."""

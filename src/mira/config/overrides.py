@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from mira.config.experiment import SECTIONS
+from mira.config.sections import SECTIONS
 from mira.config.yaml_io import value as yaml_value
 from mira.core.errors import UserError
 

@@ -1,5 +1,6 @@
 """Data: where clients come from, their splits and batches, and how an example becomes tokens."""
 
+from mira.core.registry import Registry
 from mira.data.sources.builtin import Builtin
 from mira.data.sources.dolly import Dolly
 from mira.data.sources.hub import Hub
@@ -7,7 +8,6 @@ from mira.data.sources.jsonl import Jsonl
 from mira.data.sources.memory import Memory
 from mira.data.sources.natural_instructions import NaturalInstructions
 from mira.data.sources.sites import Sites
-from mira.registry import Registry
 
 SOURCES = Registry(
     "data",

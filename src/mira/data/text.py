@@ -128,6 +128,11 @@ class Encoder:
         return tokens.ids[first]
 
     @property
+    def has_chat(self) -> bool:
+        """Whether prompts are messages of the model's chat template."""
+        return self.template == CHAT
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the template and what it is given, the date aside."""
         text = [self.rendering.source(tools) for tools in (False, True)] if self.template == CHAT else self.template

@@ -1,10 +1,10 @@
 """Graphs: who is related to whom, and how strongly. One class and one line here for each."""
 
+from mira.core.registry import Registry
 from mira.graphs.file import File
 from mira.graphs.known import Complete, GroupsGraph
 from mira.graphs.random import Random
 from mira.graphs.similarity import Knn, LearnedGraph, Similarity
-from mira.registry import Registry
 
 GRAPHS = Registry("graph", "name", "mira.graphs", ("build",), "groups", {
     "groups": GroupsGraph, "complete": Complete, "random": Random, "file": File, "knn": Knn, "similarity": Similarity,

@@ -1,5 +1,6 @@
 """Methods: the row that each client trains from, and how trained rows are combined. One file and one line here for each."""
 
+from mira.core.registry import Registry
 from mira.methods.ditto import Ditto
 from mira.methods.fedit import FedIT
 from mira.methods.fedprox import FedProx
@@ -11,7 +12,6 @@ from mira.methods.mira import Mira
 from mira.methods.mr_mtl import MRMTL
 from mira.methods.pfedme import PFedMe
 from mira.methods.server_optimizers import FedAdam, FedAvgM
-from mira.registry import Registry
 
 METHODS = Registry(
     "method",

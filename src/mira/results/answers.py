@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mira.core.errors import UserError
-from mira.data.templates import CHAT
 from mira.setup.session import Session
 
 log = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ def answer(
     option = "--instruction" if instruction is not None else "--system" if system is not None else ""
     if owner.manner.raw and not encoder.wording.wrapped and option:
         raise UserError(f"{option}: the prompts of '{client}' are continued as they stand; put it into --prompt")
-    if system and encoder.template != CHAT:
+    if system and not encoder.has_chat:
         raise UserError(f"--system: prompt.template={encoder.template} has no place for it; put it into --prompt")
     encoded = encoder.encode(owner.manner.example(prompt, instruction, system), "--prompt")
     if encoded.truncated:

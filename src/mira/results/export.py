@@ -16,6 +16,8 @@ from mira.serving.lines import Format
 from mira.serving.push import Hub
 from mira.setup.session import Session
 
+__all__ = ["Hub", "Order", "check", "export"]
+
 
 @dataclass(frozen=True)
 class Order:

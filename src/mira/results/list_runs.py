@@ -13,9 +13,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from mira.config import mixes_along_graph
 from mira.config.yaml_io import mapping
 from mira.core.errors import UserError
-from mira.methods import METHODS, uses_graph
 from mira.results.tables import Fitting, data_size, number
 from mira.store import Store
 from mira.store.files import LOCK, TESTED, is_locked, read_json
@@ -105,7 +105,7 @@ def _summary(folder: Path) -> Summary:
             "seed": config["seed"],
             "method": config["method"]["name"],
             "adapter": adapter.get("kind", "lora") + (f" r{adapter['rank']}" if "rank" in adapter else ""),
-            "graph": graph.get("name", "none") if uses_graph(METHODS.get(config["method"]["name"])) else "none",
+            "graph": graph.get("name", "none") if mixes_along_graph(config["method"]["name"]) else "none",
             "clients": store.environment()["data"]["clients"],
             "round": store.last_round or 0,
             "rounds": config["rounds"],

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from mira import config
-from mira.adapters.loading import load_peft
 from mira.config import Experiment
 from mira.core.errors import UserError
 from mira.core.loop import Record
 from mira.core.types import Overlay, ServerState, has_private_parts
-from mira.data.sources.sites import Sites
 from mira.results import answers, export, html, metrics
 from mira.results.answers import Answered
 from mira.runner.callbacks import Callback, Callbacks
@@ -36,7 +32,6 @@ from mira.store import Store
 
 if TYPE_CHECKING:
     import pandas as pd
-    from peft import PeftModel
 
 log = logging.getLogger(__name__)
 
@@ -118,22 +113,18 @@ class Run(Mapping[str, Any]):
         with Store.open(self.folder, writable=False) as store:
             return _in_memory(state_of(self._without_examples, store, _number(store, round)))
 
-    def adapter(self, client: str, round: Which = "last") -> PeftModel:
-        """A client's adapter on the base model, as PEFT reads it, in eval mode. Each call loads the base anew; a base from memory
+    def adapter(self, client: str, round: Which = "last") -> Any:
+        """A client's adapter on the base model: a ``PeftModel`` in eval mode. Each call loads the base anew; a base from memory
         is copied. Raises UserError for an unknown client, and for a kind of adapter that PEFT does not have."""
         session = self._open(examples=False)
-        row = self._rows([client], round)[0]
-        model = session.base.model if session.base.path else deepcopy(session.base.model)
-        with TemporaryDirectory() as place:
-            session.adapter.save(Path(place), row, session.base.name)
-            return load_peft(model, Path(place))
+        return session.peft_model(self._rows([client], round, session)[0])
 
     def evaluate(self, round: Which = "last") -> Result:
         """The result, measured again with the adapters of a round. Where the data is at sites: their own measurements after the
         last round. Raises UserError for the best round of such a run, or while it is not finished."""
         told = Callbacks(self.callbacks)
         told.stage("preparing")
-        if isinstance(self.experiment.data, Sites):
+        if config.clients_are_remote(self.experiment):
             return self._measured_at_sites(round)
         session = self._with_examples
         with Store.open(self.folder, writable=False) as store:
@@ -203,9 +194,9 @@ class Run(Mapping[str, Any]):
     def _recorded(self, store: Store) -> Experiment:
         return config.moved(config.recorded(store.config(), store.environment(), store.folder), self.data)
 
-    def _rows(self, names: Sequence[str], round: Which) -> Tensor:
+    def _rows(self, names: Sequence[str], round: Which, session: Session | None = None) -> Tensor:
         """The adapters [n,P] that the clients ``names`` deploy."""
-        session = self._without_examples
+        session = session or self._without_examples
         numbers = torch.tensor([session.number(name) for name in names])
         with Store.open(self.folder, writable=False) as store:
             self._check_here(session, store)
@@ -214,7 +205,7 @@ class Run(Mapping[str, Any]):
     def _check_here(self, session: Session, store: Store) -> None:
         """Raises UserError where the adapters that clients deploy, or parts of them, never left their sites."""
         method, first = session.experiment.method, torch.zeros(1, dtype=torch.int64)
-        remote = isinstance(session.experiment.data, Sites)
+        remote = config.clients_are_remote(session.experiment)
         if remote and has_private_parts(method.broadcast(state_of(session, store), first)):
             raise UserError(
                 f"{self.folder}: with method.name={method.name} adapters never leave their sites; each site has its own in the"

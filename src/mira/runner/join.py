@@ -16,6 +16,7 @@ from mira import config
 from mira.config import Experiment
 from mira.config.experiment import ClientsSection
 from mira.config.overrides import override
+from mira.config.sections import SECTIONS
 from mira.core.errors import UserError, did_you_mean
 from mira.core.similarity import cosines
 from mira.core.types import MemoryRows, ServerState, Work
@@ -23,9 +24,6 @@ from mira.data.federation import SplitClient, make_federation
 from mira.data.reading import existing, read_records
 from mira.data.records import Tally
 from mira.data.types import Client, client_data
-from mira.graphs.known import Complete
-from mira.methods.heterogeneous_ranks import with_ranks
-from mira.methods.local import Local
 from mira.model.embed import embed
 from mira.runner.measuring import without_nan
 from mira.runner.recording import state_of
@@ -81,9 +79,7 @@ def adapt(
         session = open_session(own, taken_over(environment) if alike else {})
         check_environment(environment, session.environment | {"data": environment["data"]}, must=("model",))
         related, weight = _of_group(group, known) if group is not None else _of_description(session, known, neighbours)
-        method = with_ranks(
-            experiment.method, session.layout, experiment.clients.rank, [client.name for client in known]
-        )
+        method = session.method_of(experiment, [client.name for client in known])
         state = state_of(session, store)
         warm = session.layout.mean(method.deployed(state, related), weight)
     rows = torch.stack([warm, store.start])
@@ -124,8 +120,8 @@ def _own(experiment: Experiment, source: _Newcomer, overrides: Sequence[str]) ->
     return changed.model_copy(
         update={
             "data": source,
-            "method": Local(),
-            "graph": Complete(),
+            "method": SECTIONS["method"]["local"](),
+            "graph": SECTIONS["graph"]["complete"](),
             "training": training,
             "clients": ClientsSection(),
         }

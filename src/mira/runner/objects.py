@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mira.config import Experiment
+from mira.core.errors import UserError
 from mira.data.federation import Federation, make_federation
-from mira.data.sources.memory import Given
-from mira.data.types import Client
+from mira.data.sources.memory import Given, clients_from
+from mira.data.types import Client, Example
 from mira.model import Base
+from mira.model.in_memory import base_of
 from mira.setup.build import open_session
 from mira.setup.session import Session
+
+__all__ = ["Client", "Example", "Objects"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,21 @@ class Objects:
 
     base: Base | None = None
     clients: Sequence[Client] | None = None
+
+    @staticmethod
+    def of(
+        model: tuple[Any, Any] | None,
+        data: Sequence[Client] | Mapping[str, Iterable[Any]] | None,
+        name: str | None = None,
+    ) -> Objects:
+        """From a model with its tokenizer, and clients with examples. ``name``: the base's. Raises UserError."""
+        if model is not None and (not isinstance(model, tuple | list) or len(model) != 2):
+            raise UserError(
+                "model: must be a pair (model, tokenizer); a name belongs into the configuration, as model.name"
+            )
+        return Objects(
+            None if model is None else base_of(*model, name=name), None if data is None else clients_from(data)
+        )
 
     def open(
         self,

@@ -23,13 +23,27 @@ from mira.data.sources.jsonl import Found, Jsonl, OneFile
 from mira.data.text import Encoded, Encoder
 from mira.data.types import Client, Example, Source, by_question
 from mira.engine.generate import positions
-from mira.model.reader import Reader
+from mira.model.reader import Reader, open_reader
 
 Result = dict[str, Any]
 
 _ENDLESS = 2**31  # tokens: nothing is cut
 _WIDTH = 78
 _CLIENTS, _LINES = 20, 30  # shown to people
+
+
+NO_MODEL = "-"  # the name of no model
+
+
+def look_at(experiment: Experiment) -> Result:
+    """``look`` at the data of an experiment, with its model's tokenizer; fetched where need be. Raises UserError."""
+    model, source = experiment.model, experiment.data
+    reader = None
+    if model.name != NO_MODEL:
+        reader = open_reader(model.name, model.source, model.trust_remote_code, model.revision, fetch=True)
+    if isinstance(source, Jsonl) and source.path.is_file() and source.client_column is None:
+        source = OneFile(source.path)
+    return look(source, experiment, reader)
 
 
 def look(source: Source, experiment: Experiment, reader: Reader | None) -> Result:

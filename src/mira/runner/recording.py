@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mira import config
 from mira.core.graph_io import in_use, restorer, with_graph
 from mira.core.loop import Record
 from mira.core.types import Change, Rows, ServerState
+from mira.setup.build import open_session
+from mira.setup.environment import check_environment
 from mira.setup.session import Session
 from mira.store import Store
 
@@ -20,6 +23,14 @@ def state_of(session: Session, store: Store, as_of: int | None = None) -> Server
         return session.initial_state()
     graph, extra = in_use(store.graph(), store.extra(as_of), restorer(session.experiment.graph))
     return ServerState(store.rows(as_of), graph, extra, done)
+
+
+def reopened(store: Store) -> Session:
+    """The session of a run, in the environment that it recorded. Raises UserError where that is another now."""
+    recorded = store.environment()
+    session = open_session(config.recorded(store.config(), recorded, store.folder), recorded, folder=store.folder)
+    check_environment(recorded, session.environment)
+    return session
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from mira.core.graph_io import to_tensors
 from mira.core.loop import Record, Schedule, run_rounds
 from mira.core.pydantic_config import expanded
 from mira.core.types import ClientBackend, ServerState, has_private_parts
-from mira.methods.warm_start import WarmStart
 from mira.runner import evaluation
 from mira.runner.callbacks import Callback, Callbacks
 from mira.runner.clients import clients_of
@@ -109,7 +108,7 @@ def _go_on(session: Session, store: Store, state: ServerState, told: Callbacks) 
         observer = _Observer(clients, shown, told)
         for record in store.metrics():
             observer.earlier(record)
-        method = session.method_as(WarmStart(experiment.method, session.layout, store.start, clients.needs_warm_start))
+        method = session.method_with_warm_start(store.start, clients.needs_warm_start)
         schedule = Schedule(experiment.seed, experiment.rounds, experiment.cohort, experiment.training, clients.wire)
         if observer.stopped is None:
             run_rounds(method, clients.engine, state, schedule, names, FolderRecorder(store), look, observer.round)

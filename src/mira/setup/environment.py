@@ -13,13 +13,13 @@ from typing import Any
 
 from mira.config import Experiment, plugins
 from mira.core.errors import UserError
+from mira.core.git_commit import commit
 from mira.core.threads import usable_cores
 from mira.core.versions import version_of
 from mira.data.federation import Federation, Manner, SplitClient, slug
 from mira.data.text import Encoder
 from mira.model import Base
 from mira.model.quantise import needed_for
-from mira.setup.git_commit import commit
 
 log = logging.getLogger(__name__)
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mira.adapters.loading import load_peft
 from mira.adapters.types import Adapter
 from mira.config import Experiment
 from mira.core.errors import UserError, did_you_mean
@@ -22,6 +26,7 @@ from mira.data.federation import Federation
 from mira.engine.memory import is_out_of_memory
 from mira.methods import uses_graph
 from mira.methods.heterogeneous_ranks import with_ranks
+from mira.methods.warm_start import WarmStart
 from mira.model import Base
 from mira.model.embed import embed
 from mira.setup.engine import EnginePlan
@@ -73,6 +78,23 @@ class Session:
 
     def method_as(self, method: Method) -> Method:
         return with_ranks(method, self.layout, self.experiment.clients.rank, self.names)
+
+    def method_of(self, experiment: Experiment, names: Sequence[str]) -> Method:
+        """The method of another ``experiment`` on this base model, whose clients are ``names``."""
+        return with_ranks(experiment.method, self.layout, experiment.clients.rank, names)
+
+    def method_with_warm_start(self, start: Tensor, new: Callable[[], Tensor]) -> Method:
+        """The experiment's method, under which clients that are ``new`` [n] start where their neighbours are, and not from the
+        common ``start`` [P]."""
+        return self.method_as(WarmStart(self.experiment.method, self.layout, start, new))
+
+    def peft_model(self, row: Tensor) -> Any:
+        """The base model with the adapter ``row`` [P] on it, as PEFT reads its folder: a ``PeftModel`` in eval mode. PEFT changes
+        the modules of a base loaded from files; one from memory is copied. Raises UserError where PEFT has no such kind."""
+        model = self.base.model if self.base.path else deepcopy(self.base.model)
+        with TemporaryDirectory() as place:
+            self.adapter.save(Path(place), row, self.base.name)
+            return load_peft(model, Path(place))
 
     def start(self) -> Tensor:
         """The common start row [P], in the precision adapters are trained in."""

@@ -123,7 +123,9 @@ class SiteHandler:
                 )
         start = given["adapter"].get("start")
         if start is not None and is_folder(start):
-            raise Refused("adapter.start: a site reads no folder that a server names; the model hub has one for all")
+            raise RefusedRequest(
+                "adapter.start: a site reads no folder that a server names; the model hub has one for all"
+            )
         if self.model is not None:
             given["model"] = given["model"] | {"name": self.model, "source": "auto", "revision": None}
         experiment = config.parse(given | {"data": {"source": "builtin"}})

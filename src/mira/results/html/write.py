@@ -14,9 +14,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from mira.config import mixes_along_graph
+from mira.config.sections import SECTIONS
 from mira.core.errors import UserError
 from mira.core.versions import version_of
-from mira.methods import METHODS, uses_graph
 from mira.results.html import clients, curves, heatmaps
 from mira.results.html.clients import MANY
 from mira.results.html.comparison import FILE, Comparison, comparison
@@ -161,7 +162,7 @@ def _graphs(variants: Sequence[Variant], order: Sequence[tuple[str, str]]) -> li
     """Each graph once, under the names of the variants that mix along it."""
     place = {name: n for n, (_, name) in enumerate(order)}
     found: list[tuple[list[str], heatmaps.Blocks]] = []
-    along = [json.dumps(name) for name, method in METHODS.items() if uses_graph(method)]
+    along = [json.dumps(name) for name in SECTIONS["method"] if mixes_along_graph(name)]
     for variant in variants:
         if variant.first.config.get("method.name") not in along:
             continue

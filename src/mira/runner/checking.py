@@ -1,0 +1,43 @@
+"""A configuration and its data, checked without training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from mira import config
+from mira.config import Experiment
+from mira.data.federation import Federation, make_federation
+from mira.model.reader import open_reader
+from mira.runner import preview
+from mira.runner.evaluation import check_metrics
+
+
+def check(experiment: Experiment, where: str) -> Iterator[str]:
+    """Lines for people: how prompts are made, and that the configuration ``where`` is fine. Raises UserError where it is not."""
+    check_metrics(experiment.evaluation.metrics)
+    about = f"{experiment.rounds} rounds of {experiment.method.name}"
+    if config.clients_are_remote(experiment) and not getattr(experiment.data, "examples", None):
+        # The clients are in the server's kit, and their data is known to them alone.
+        yield f"{where}: fine for mira server; {about}; each site checks its own data"
+        return
+    federation, model = make_federation(experiment.data, experiment.split, experiment.seed), experiment.model
+    config.check_ranks(experiment, [client.name for client in federation.clients])
+    if config.mixes_along_graph(experiment.method.name):
+        _check_graph(experiment, federation)
+    reader = open_reader(model.name, model.source, model.trust_remote_code, model.revision)
+    if reader is not None:
+        encoder = preview.check(experiment, federation, reader)
+        yield from (encoder.about, *encoder.cautions)
+    unseen = "" if reader else f"; prompts are not checked, as {model.name} is not on this machine yet"
+    yield f"{where}: fine; {len(federation.clients)} clients, {about}{unseen}"
+
+
+def _check_graph(experiment: Experiment, federation: Federation) -> None:
+    """Build the graph, with a number for each description in the place of its embedding."""
+    clients = federation.clients
+    told = sorted({client.about for client in clients})
+    vectors = torch.tensor([[float(told.index(client.about))] for client in clients])
+    names, groups = [client.name for client in clients], [client.group for client in clients]
+    experiment.graph.build(names, groups, experiment.seed, lambda: vectors)
