@@ -49,6 +49,8 @@ def check_command(command: str) -> None:
     words = words[: next((n for n, word in enumerate(words) if word in ("|", ">", ">>", "2>", "&&", ";")), None)]
     group: Any = typer.main.get_command(app)
     context, arguments = None, words[1:]
+    if arguments == ["--version"]:
+        return
     while isinstance(group, click.Group):
         context = click.Context(group, parent=context, info_name=group.name)
         _, command_found, arguments = group.resolve_command(context, arguments)
@@ -130,10 +132,10 @@ def test_the_python_that_uses_mira_runs(
     monkeypatch.setattr(mira, "run", small, raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    names: dict[str, Any] = {"__name__": document.stem}  # a document's blocks build on each other
+    names: dict[str, Any] = {"__name__": "__main__"}  # a document's blocks build on each other
     for block in blocks(document.read_text(encoding="utf-8"), "python"):
         if re.search(r"^(from mira[. ]|import mira|mira\.)", block, flags=re.MULTILINE):
-            exec(compile(block, document.name, "exec"), names)
+            exec(compile(block, document.name, "exec", dont_inherit=True), names)
 
 
 @pytest.mark.parametrize(
