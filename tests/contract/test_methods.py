@@ -308,7 +308,7 @@ def test_a_row_that_is_not_finite_never_reaches_a_method(method: Method, poison:
     kept = screen(bad)
     assert sorted(set(kept.client.tolist())) == [0, 4]
     assert [f.client for f in kept.failed] == [3]
-    assert kept.failed[0].reason.startswith("row is not finite; lower training.lr")
+    assert kept.failed[0].reason.startswith("adapter is not finite; lower training.lr")
     state = state_of(method)
     clean = method.aggregate(state, trained(method).select(bad.client != 3, []))
     change = method.aggregate(state, kept)

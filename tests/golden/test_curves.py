@@ -31,6 +31,7 @@ from mira.core.training import Training
 from mira.core.types import ServerState, Setting
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
+from mira.engine.spec import EngineSpec, Text
 from mira.methods import METHODS
 from mira.runner import evaluation as measure
 
@@ -72,17 +73,16 @@ def curves(name: str) -> Curves:
     method, training = METHODS[name](), Training(lr=2e-2, local_steps=3, schedule="cosine", warmup_rounds=1)
     model = make_tiny("llama", torch.float64)
     layout = Lora(rank=4, alpha=8.0, targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")).layout(model)
-    engine = BatchedEngine(
-        model,
-        VOCABULARY[PAD],
-        frozenset([VOCABULARY[EOS]]),
-        str,
-        LoraAdapter(model, layout),
-        Tasks(),
-        training,
-        0,
-        300,
-        True,
+    engine = BatchedEngine.of(
+        EngineSpec(
+            model,
+            Text(VOCABULARY[PAD], frozenset([VOCABULARY[EOS]]), str),
+            LoraAdapter(model, layout),
+            Tasks(),
+            training,
+            0,
+        ),  # type: ignore[arg-type]
+        tokens_per_pass=300,
     )
     setting = Setting(layout, start_row(layout, 0).double(), len(NAMES), Groups(FAMILY), training.lr, 3)
     state = method.init(setting)

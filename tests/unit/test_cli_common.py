@@ -175,7 +175,7 @@ def test_names_are_shown_as_they_are_and_write_nothing_outside(
         ended = mira("run", file, "--out", folder, "--json")
     assert ended.status == 0, ended.err
     assert "run folder " + str(folder) in ended.err
-    assert "round 1 lost [/]: row is not finite" in ended.err
+    assert "round 1 lost [/]: adapter is not finite" in ended.err
     result = json.loads(ended.out)
     assert sorted(client["name"] for client in result["clients"]) == sorted(HOSTILE)
     for client in result["clients"]:

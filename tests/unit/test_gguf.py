@@ -152,10 +152,10 @@ def test_what_llamacpp_cannot_add_is_refused(tmp_path: Path) -> None:
     model = make_tiny("qwen2")
     folder = adapter_of(model, tmp_path / "a", ["v_proj"])
     with pytest.raises(
-        UserError, match=r"architecture 'granitemoe' were not proven .*; --merge writes the whole model"
+        UserError, match=r"architecture 'granitemoe' were not tested .*; --merge writes the whole model"
     ):
         write(folder, GraniteMoeConfig(), tmp_path / "a.gguf", "ann")
-    with pytest.raises(UserError, match=r"architecture 'granitemoehybrid' were not proven"):
+    with pytest.raises(UserError, match=r"architecture 'granitemoehybrid' were not tested"):
         write(folder, GraniteMoeHybridConfig(), tmp_path / "a.gguf", "ann")
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)

@@ -41,7 +41,7 @@ def test_each_way_is_what_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     read = {}
     for prefix, recorded in ((True, True), (True, False), (False, True)):
         engine = workload.engine(prefix, cuda_graphs=recorded)
-        packed = engine.adapted.pack([(0, engine.corpus.batches(0, 0)[0])])
+        packed = engine.adapted.pack([(0, engine.spec.corpus.batches(0, 0)[0])])
         read[prefix] = len(packed.tokens)
         engine.train(workload.work(workload.rows()), 0, 1e-4)
         recordings = engine.replayer.captured if engine.replayer else {}

@@ -131,11 +131,11 @@ class PeftAdapter:
     def _loaded(self, folder: Path) -> PeftModel:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # missing tensors are looked for below
+                warnings.simplefilter("ignore")  # missing tensors are found below
                 peft = PeftModel.from_pretrained(
                     on_same_weights(self.base.model), folder, torch_device=str(self.base.model.device)
                 )
-        except Exception as error:  # whatever PEFT trips over
+        except Exception as error:  # PEFT may raise anything
             raise UserError(f"adapter: PEFT cannot read {folder} ({_line(error)})") from error
         there, read = (set(tensors) for tensors in (load_file(folder / WEIGHTS), _tensors(peft)))
         if odd := sorted(there ^ read):

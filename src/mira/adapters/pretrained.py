@@ -88,7 +88,7 @@ class Pretrained:
                 f"was trained on other weights ({trained_on}, SHA-256 {recorded[:12]}) than those of model.name={base.name}"
                 f" (SHA-256 {base.sha256[:12]}); set model.name to that model"
             )
-        if not all(_ON_HUB.fullmatch(name) for name in (trained_on, base.name)):
+        if not all(_ON_HUB.fullmatch(name) and not Path(name).is_dir() for name in (trained_on, base.name)):
             log.warning(
                 "adapter.start=%s: nothing tells whether it was trained on model.name=%s (its %s says '%s'); its tensors fit",
                 self.given, base.name, CONFIG, trained_on,
@@ -108,11 +108,12 @@ class Pretrained:
 
 
 def refused(given: str, reason: str) -> UserError:
+    """The error for the adapter that was ``given``."""
     return UserError(f"adapter.start={given}: {reason}")
 
 
 def is_folder(given: str) -> bool:
-    """Whether ``given`` is meant as a folder of this machine."""
+    """Tell whether ``given`` is meant as a folder of this machine."""
     return given.startswith((".", "/", "~")) or Path(given).is_dir()
 
 
@@ -131,7 +132,7 @@ def _from_hub(name: str) -> Path:
             " TRANSFORMERS_OFFLINE is set; unset it, or give a folder"
         )  # fmt: skip
     try:
-        # Asked first, as the download itself keeps trying for long where no hub is in reach.
+        # A short request first: the download itself retries for a long time where the hub is out of reach.
         about = huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
         files = {file.rfilename for file in about.siblings or ()}
         if PICKLED in files and WEIGHTS not in files:

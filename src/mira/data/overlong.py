@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
+from mira.core.encoded import Encoded
 from mira.core.errors import UserError
-from mira.data.encoded import Encoded
 from mira.data.types import Example
 
 Draft = Callable[[Example], Encoded]

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from mira.core.encoded import Encoded
 from mira.core.errors import UserError, did_you_mean
 from mira.data.chat import Answer, Chat, Conversation
-from mira.data.encoded import Encoded
 from mira.data.overlong import Limit, without_beginning, without_oldest
 from mira.data.rendering import Rendering
 from mira.data.templates import AUTO, CHAT, TEMPLATES, resolved

@@ -20,7 +20,7 @@ from mira.core.errors import UserError, did_you_mean
 from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.text_metrics import chrf, words
-from mira.core.types import Engine, Grade, Method, ServerState
+from mira.core.types import ClientEngine, Grade, Method, ServerState
 
 Record = dict[str, Any]
 Metric = Callable[[Sequence[str], Sequence[str]], float]  # of a client's answers and the expected ones
@@ -50,7 +50,7 @@ def check_metrics(names: Sequence[str]) -> None:
 
 
 def losses(
-    method: Method, engine: Engine, state: ServerState, names: Sequence[str], limit: int | None, test: bool = True,
+    method: Method, engine: ClientEngine, state: ServerState, names: Sequence[str], limit: int | None, test: bool = True,
     known: Mapping[str, Record] | None = None,
 ) -> Record:  # fmt: skip
     """Validation and test loss of every client, and their means. Without ``test`` that split is not read: None.
@@ -100,7 +100,7 @@ def answers(names: Sequence[str], grades: Sequence[Grade]) -> Record:
 
 
 def grade(
-    engine: Engine, rows: Tensor, client: Tensor, references: Sequence[Sequence[str]], limit: int | None,
+    engine: ClientEngine, rows: Tensor, client: Tensor, references: Sequence[Sequence[str]], limit: int | None,
     max_new_tokens: int, metrics: Sequence[str] = (),
 ) -> list[Grade]:  # fmt: skip
     """Exact match, ROUGE-L F1 and ``metrics`` of row i's greedy answers on the test split of client[i]."""
@@ -113,7 +113,7 @@ def grade(
 
 
 def transfer(
-    method: Method, engine: Engine, state: ServerState, layout: Layout, names: Sequence[str], seed: int, clients: int,
+    method: Method, engine: ClientEngine, state: ServerState, layout: Layout, names: Sequence[str], seed: int, clients: int,
     examples: int, among: Tensor | None = None,
 ) -> Record:  # fmt: skip
     """Each sampled client's row on the test split of each sampled client, and the mean row on each of them. ``among``: the

@@ -9,26 +9,20 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from mira.core.types import Engine
 from mira.data.corpus import Corpus
 from mira.data.types import Example
-from mira.engine.batched import BatchedEngine
-from mira.engine.reference import ReferenceEngine
-from mira.engine.seeds import SeedsEngine
 
 MOST = 20  # different answers; beyond that a task is no choice among few
 
 
-def label_accuracy(
-    engine: BatchedEngine | ReferenceEngine | SeedsEngine, corpus: Corpus, rows: Tensor, limit: int | None
-) -> list[float | None]:
+def label_accuracy(engine: Engine, corpus: Corpus, rows: Tensor, limit: int | None) -> list[float | None]:
     """The share of each client's test examples whose answer is the likeliest of all its training answers, under its row of
     ``rows`` [K,P]; None where the task is not one of few answers."""
     return [_accuracy(engine, corpus, k, row, limit) for k, row in enumerate(rows)]
 
 
-def _accuracy(
-    engine: BatchedEngine | ReferenceEngine | SeedsEngine, corpus: Corpus, k: int, row: Tensor, limit: int | None
-) -> float | None:
+def _accuracy(engine: Engine, corpus: Corpus, k: int, row: Tensor, limit: int | None) -> float | None:
     owner = corpus.federation.clients[k]
     labels = sorted({example.output for example in owner.train})
     if not (2 <= len(labels) <= min(MOST, len(owner.train) // 2)):
