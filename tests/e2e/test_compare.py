@@ -90,7 +90,7 @@ def test_json_is_as_documented(done: tuple[Path, dict[str, Any], str]) -> None:
     for name, item in found:
         if name in shown:
             assert isinstance(item, KINDS[expected[name]]), f"{name}={item!r} is not {expected[name]}"
-    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "commands" / "compare.md").read_text(encoding="utf-8")
     of_runs = [line for line in text.splitlines() if line.startswith("| `entries[].runs[]")]
     for name in inner:
         part = name.rsplit(".", 1)[1]
