@@ -1,16 +1,18 @@
-"""Names of the files in a PEFT folder, and the header that MIRA gives its weights."""
+"""Names of the files in a PEFT folder, and of the files that MIRA writes beside them."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 from mira.adapters.types import BaseLike
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PROMPT_ROW = (
-    "prompt_encoder.safetensors"  # MIRA's own, beside PEFT's files, which hold a prompt's computed embeddings alone
-)
-BASE_SHA256 = "base_model_sha256"  # in the header of the weights: of the base they were trained on
+PROMPT_ROW = "prompt_encoder.safetensors"  # PEFT's own files hold a prompt's computed embeddings alone
+BASE = "base_model.json"  # {"sha256": of the weights of the base that the adapter was trained on}
 
 
-def weights_header(base: BaseLike | None) -> dict[str, str]:
-    """The metadata of an adapter's weights: PEFT's, and the hash of the base's weights."""
-    return {"format": "pt"} | ({} if base is None else {BASE_SHA256: base.sha256})
+def write_base(folder: Path, base: BaseLike | None) -> None:
+    """Record the hash of the base's weights in an adapter's ``folder``."""
+    if base is not None:
+        (folder / BASE).write_text(json.dumps({"sha256": base.sha256}) + "\n", encoding="utf-8")
