@@ -78,7 +78,7 @@ class Curve:
 
 def by_tokens(workload: Callable[[], Workload], stack: ExitStack) -> list[Point]:
     engine = _engine(workload(), stack)
-    sizes = [packed_tokens(engine.corpus.batches(0, k)[0], True) for k in range(max(CLIENTS))]
+    sizes = [packed_tokens(engine.spec.corpus.batches(0, k)[0], True) for k in range(max(CLIENTS))]
     return [Point("", sum(sizes[:n]), _step(engine, range(n))) for n in CLIENTS]
 
 
@@ -94,9 +94,9 @@ def by_clients(workload: Callable[[], Workload], stack: ExitStack) -> list[Point
 
 def by_rank(workload: Callable[[], Workload], stack: ExitStack) -> list[Point]:
     made = workload().made
-    targets = tuple(dict.fromkeys(module.split(".")[-1] for module in made.layout.modules))
-    layouts = {r: Lora(rank=r, alpha=2.0 * r, targets=targets).layout(made.model) for r in RANKS}
-    adapters = {r: LoraAdapter(made.model, layout) for r, layout in layouts.items()}
+    targets = tuple(dict.fromkeys(module.split(".")[-1] for module in made.spec.layout.modules))
+    layouts = {r: Lora(rank=r, alpha=2.0 * r, targets=targets).layout(made.spec.model) for r in RANKS}
+    adapters = {r: LoraAdapter(made.spec.model, layout) for r, layout in layouts.items()}
     return [Point("", r, _step(_engine(workload(), stack, adapter=at), range(4))) for r, at in adapters.items()]
 
 
@@ -147,16 +147,19 @@ CURVES = {
 }  # fmt: skip
 
 
-def _engine(workload: Workload, stack: ExitStack, **changed: Any) -> BatchedEngine:
-    """The workload's engine with many clients at a time and with what is ``changed``; its hooks go with the stack."""
-    engine = replace(workload.made, **{"tokens_per_pass": MANY, "prefix": True, **changed})
+def _engine(
+    workload: Workload, stack: ExitStack, tokens_per_pass: int = MANY, prefix: bool = True, **changed: Any
+) -> BatchedEngine:
+    """An engine like the workload's, with fields of its spec ``changed``; its hooks are removed with the stack."""
+    spec = replace(workload.made.spec, **changed)
+    engine = BatchedEngine.of(spec, tokens_per_pass=tokens_per_pass, prefix=prefix)
     stack.callback(engine.adapted.attached.detach)
     return engine
 
 
 def _step(engine: BatchedEngine, clients: range) -> Callable[[], object]:
     """Forward, backward and AdamW of ``clients``."""
-    work = Work(torch.tensor(clients), start_row(engine.layout, 0).repeat(len(clients), 1))
+    work = Work(torch.tensor(clients), start_row(engine.spec.layout, 0).repeat(len(clients), 1))
 
     def run() -> None:
         assert not engine.train(work, 0, LR).failed
@@ -165,7 +168,7 @@ def _step(engine: BatchedEngine, clients: range) -> Callable[[], object]:
 
 
 def _random(share: Sequence[float], batch: int, workload: Workload) -> Synthetic:
-    vocabulary = int(workload.made.model.config.get_text_config().vocab_size)
+    vocabulary = int(workload.made.spec.model.config.get_text_config().vocab_size)
     return Synthetic(share, batch, vocabulary, LENGTH, LABELS)
 
 

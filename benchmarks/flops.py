@@ -31,7 +31,7 @@ class Tokens:
 
 
 def count(workload: Workload, round: int) -> Tokens:
-    return of_batches([b for k in workload.clients for b in workload.made.corpus.batches(round, k)])
+    return of_batches([b for k in workload.clients for b in workload.made.spec.corpus.batches(round, k)])
 
 
 def of_batches(batches: Sequence[Sequence[Encoded]]) -> Tokens:
@@ -55,7 +55,7 @@ class Cost:
 
     @staticmethod
     def of(workload: Workload) -> Cost:
-        model = workload.made.model
+        model = workload.made.spec.model
         head = model.get_output_embeddings().weight.numel()
         embedding = model.get_input_embeddings().weight
         body = sum(p.numel() for p in model.base_model.parameters() if p is not embedding)

@@ -25,6 +25,7 @@ from mira.adapters.lora import Lora
 from mira.adapters.lora_peft import LoraAdapter, start_row
 from mira.core.training import Training
 from mira.engine.batched import BatchedEngine
+from mira.engine.spec import EngineSpec, Text
 
 OUT = Path(__file__).parent / "out" / "gpu.json"
 STEPS = 4  # of every client in a round
@@ -88,10 +89,11 @@ def random_workload(config: LlamaConfig, crowd: Crowd, device: torch.device, dty
     corpus: Any = Synthetic(
         [0.5] * crowd.clients, crowd.batch, config.vocab_size, crowd.length, crowd.length // 8, STEPS
     )
-    engine = BatchedEngine(
-        model=model, pad=0, stops=frozenset([0]), decode=str, adapter=LoraAdapter(model, layout), corpus=corpus,
-        training=Training(lr=LR, local_steps=STEPS, batch_size=crowd.batch, clip=None), seed=0, tokens_per_pass=None,
-        prefix=True,
+    engine = BatchedEngine.of(
+        EngineSpec(
+            model, Text(0, frozenset([0]), str), LoraAdapter(model, layout), corpus,
+            Training(lr=LR, local_steps=STEPS, batch_size=crowd.batch, clip=None), 0,
+        )
     )  # fmt: skip
     return Workload.of(engine, start_row(layout, 0))
 

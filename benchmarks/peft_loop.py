@@ -30,7 +30,7 @@ class Batch:
 
 def wrapped(workload: Workload) -> PeftModel:
     """The base with one trainable LoRA adapter, in eval mode: no dropout anywhere."""
-    layout = workload.made.layout
+    layout = workload.made.spec.layout
     config = peft_config(layout, workload.plain, None)
     config.inference_mode = False
     peft = get_peft_model(workload.plain, config)
@@ -49,8 +49,8 @@ def evaluate(peft: PeftModel, workload: Workload, rows: Tensor, split: str, batc
     """Mean loss of each client over a split [J]."""
     losses = []
     for k in workload.clients:
-        _load(peft, workload.made.layout, rows[k])
-        sequences = workload.made.corpus.encoded(k, split)
+        _load(peft, workload.made.spec.layout, rows[k])
+        sequences = workload.made.spec.corpus.encoded(k, split)
         total = torch.zeros((), dtype=torch.float64, device=peft.device)
         for start in range(0, len(sequences), batch_size):
             part = sequences[start : start + batch_size]
@@ -64,11 +64,11 @@ def evaluate(peft: PeftModel, workload: Workload, rows: Tensor, split: str, batc
 @torch.no_grad()
 def generate(peft: PeftModel, workload: Workload, rows: Tensor, split: str, limit: int, new: int) -> list[list[str]]:
     """Greedy answers, all prompts of a client in one left-padded batch."""
-    pad, stops = workload.made.pad, sorted(workload.made.stops)
+    pad, stops = workload.made.spec.text.pad, sorted(workload.made.spec.text.stops)
     answers = []
     for k in workload.clients:
-        _load(peft, workload.made.layout, rows[k])
-        prompts = workload.made.corpus.prompts(k, split, limit)
+        _load(peft, workload.made.spec.layout, rows[k])
+        prompts = workload.made.spec.corpus.prompts(k, split, limit)
         width = max(len(p) for p in prompts)
         ids = torch.full((len(prompts), width), pad)
         mask = torch.zeros(len(prompts), width, dtype=torch.int64)
@@ -79,13 +79,13 @@ def generate(peft: PeftModel, workload: Workload, rows: Tensor, split: str, limi
             input_ids=ids.to(peft.device), attention_mask=mask.to(peft.device), max_new_tokens=new, do_sample=False,
             pad_token_id=pad, eos_token_id=stops, repetition_penalty=1.0,
         )  # fmt: skip
-        answers.append([workload.made.decode(line) for line in out[:, width:].tolist()])
+        answers.append([workload.made.spec.text.decode(line) for line in out[:, width:].tolist()])
     return answers
 
 
 def padded(sequences: Sequence[Encoded], workload: Workload) -> Batch:
     width = max(len(s.tokens) for s in sequences)
-    ids = torch.full((len(sequences), width), workload.made.pad)
+    ids = torch.full((len(sequences), width), workload.made.spec.text.pad)
     mask = torch.zeros(len(sequences), width, dtype=torch.int64)
     labels = torch.full((len(sequences), width), IGNORED)
     for i, s in enumerate(sequences):
@@ -97,10 +97,10 @@ def padded(sequences: Sequence[Encoded], workload: Workload) -> Batch:
 
 
 def _train_one(peft: PeftModel, workload: Workload, row: Tensor, round: int, client: int) -> tuple[Tensor, Tensor]:
-    parameters = _load(peft, workload.made.layout, row)
+    parameters = _load(peft, workload.made.spec.layout, row)
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
     losses = []
-    for sequences in workload.made.corpus.batches(round, client):
+    for sequences in workload.made.spec.corpus.batches(round, client):
         batch = padded(sequences, workload)
         optimizer.zero_grad()
         loss = peft(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).loss

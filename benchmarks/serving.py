@@ -65,7 +65,7 @@ def _turns(
 
 def _evaluation_flops(workload: Workload) -> float:
     """Of the loop over ours. A client's split is one batch of the loop, and one piece of ours."""
-    splits = [workload.made.corpus.encoded(k, SPLIT) for k in workload.clients]
+    splits = [workload.made.spec.corpus.encoded(k, SPLIT) for k in workload.clients]
     assert max(map(len, splits)) <= BATCH
     cost, tokens = Cost.of(workload), of_batches(splits)
     return cost.loop(tokens) / cost.ours(tokens, True)  # forward alone is half of both
@@ -73,7 +73,7 @@ def _evaluation_flops(workload: Workload) -> float:
 
 def _generation_flops(workload: Workload) -> float:
     """The same, as if every answer had ``NEW`` tokens."""
-    corpus = workload.made.corpus
+    corpus = workload.made.spec.corpus
     prompts = [
         [Encoded(tuple(p), (False,) * len(p), False) for p in corpus.prompts(k, SPLIT, PROMPTS)]
         for k in workload.clients

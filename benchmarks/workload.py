@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,26 +71,23 @@ class Workload:
     @staticmethod
     def of(engine: BatchedEngine, start: Tensor) -> Workload:
         """Modules of its own for ``plain``, weights in common: what the engine exchanges stays with its own model."""
-        model = engine.model
+        model = engine.spec.model
         engine.adapted.attached.detach()
         plain = deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
         plain.set_attn_implementation("sdpa")
-        return Workload(replace(engine), start, plain)
+        return Workload(BatchedEngine.of(engine.spec), start, plain)
 
     @property
     def clients(self) -> range:
-        return range(self.made.corpus.num_clients)
+        return range(self.made.spec.corpus.num_clients)
 
     def engine(
         self, prefix: bool = True, tokens_per_pass: int | None = None, cuda_graphs: bool = True
     ) -> BatchedEngine:
         """The engine with another shape of pass; it shares the hooks that are on the model."""
-        other, adapted = copy(self.made), replace(self.made.adapted, prefix=prefix)
-        object.__setattr__(other, "prefix", prefix)
-        object.__setattr__(other, "adapted", adapted)
-        object.__setattr__(other, "replayer", GraphReplayer(adapted) if self.made.replayer and cuda_graphs else None)
-        object.__setattr__(other, "budget", tokens_per_pass or self.made.budget)
-        return other
+        adapted = replace(self.made.adapted, prefix=prefix)
+        replayer = GraphReplayer(adapted) if self.made.replayer and cuda_graphs else None
+        return replace(self.made, adapted=adapted, replayer=replayer, budget=tokens_per_pass or self.made.budget)
 
     def work(self, rows: Tensor) -> Work:
         return Work(torch.tensor(list(self.clients)), rows)
@@ -99,7 +96,7 @@ class Workload:
         """Start rows [J,P] whose B is not zero, so that the losses see the adapters."""
         rows = self.start.repeat(len(self.clients), 1)
         draw = generator("benchmark", 0)
-        for entry in self.made.layout.entries:
+        for entry in self.made.spec.layout.entries:
             if entry.factor == "B":
                 entry.view(rows).normal_(0, 0.02, generator=draw)
         return rows

@@ -15,12 +15,14 @@ from mira.core.types import Trained, Work
 from mira.engine import batched, budget
 from mira.engine.batched import BatchedEngine
 
+pytestmark = pytest.mark.quick
+
 STEPS = (3, 2)
 TRAINING = Training(lr=1e-2, local_steps=3, clip=0.5)
 
 
 def train(engine: Any) -> Trained:
-    start = warm_row(engine.layout).expand(len(STEPS), -1).double()
+    start = warm_row(engine.spec.layout).expand(len(STEPS), -1).double()
     trained: Trained = engine.train(Work(torch.arange(len(STEPS)), start), 0, 1e-2)
     return trained
 
@@ -42,7 +44,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         return real(self, part, now)
 
     monkeypatch.setattr(BatchedEngine, "_backward", counted)
-    monkeypatch.setattr(budget, "_OF_USE", {4: 40})
+    monkeypatch.setattr(budget, "_USEFUL", {4: 40})
     return seen
 
 
@@ -60,7 +62,7 @@ def test_a_spread_batch_gives_the_gradient_of_the_whole(kind: str, prefix: bool,
 
 
 def test_a_batch_of_few_tokens_stays_in_one_pass(passes: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "_OF_USE", {4: 512})
+    monkeypatch.setattr(budget, "_USEFUL", {4: 512})
     train(engine_of("llama", 1))
     assert len(passes) == sum(STEPS)
 

@@ -27,6 +27,8 @@ from mira.core.training import Training
 from mira.engine.batched import BatchedEngine
 from mira.engine.packing import pack
 
+pytestmark = pytest.mark.quick
+
 # (architecture, targets, rsLoRA); the comment says what is awkward about it.
 CASES: dict[str, tuple[str, str | tuple[str, ...], bool]] = {
     "llama": ("llama", ("q_proj", "v_proj", "down_proj"), False),
@@ -60,22 +62,13 @@ def our_logits(kind: str, layout: Layout, row: Tensor, prefix: bool) -> list[Ten
     engine = make_engine("batched", kind, RandomCorpus((1,)), Training(local_steps=1))
     assert isinstance(engine, BatchedEngine)
     engine.adapted.attached.detach()
-    engine = BatchedEngine(
-        engine.model,
-        engine.pad,
-        engine.stops,
-        engine.decode,
-        LoraAdapter(engine.model, layout),
-        engine.corpus,
-        engine.training,
-        0,
-        4096,
-        prefix,
+    engine = BatchedEngine.of(
+        replace(engine.spec, adapter=LoraAdapter(engine.spec.model, layout)), tokens_per_pass=4096, prefix=prefix
     )
     rows = torch.stack([random_row(layout, 1), random_row(layout, 2), row, random_row(layout, 3)])
     packed = pack([(n, sequences()) for n in range(4)], prefix)
     with torch.no_grad(), engine.adapted.using(AdapterBatch(rows, packed.ranges)):
-        logits = engine.adapted.head(engine.adapted.read(packed))
+        logits = engine.adapted.head(engine.adapted.hidden_states(packed))
     mine = packed.prompts[2 * len(sequences()) : 3 * len(sequences())]
     return [logits[s.start : s.end] for s in mine]
 
@@ -163,7 +156,7 @@ def test_many_full_names_still_name_the_same_layers(tmp_path: Path) -> None:
     [
         ({"rank": 2}, r"lora_A\.weight' is \(4, 32\), expected \(2, 32\); another rank or base model\?"),
         ({"targets": ("q_proj",)}, r"holds 8 tensors, expected 4; other target modules\?"),
-        ({"targets": ("q_proj", "v_proj", "o_proj")}, r"o_proj\.lora_A\.weight' is nothing, expected"),
+        ({"targets": ("q_proj", "v_proj", "o_proj")}, r"o_proj\.lora_A\.weight' is missing, expected"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from helpers.engines import RandomCorpus, adapter_of, make_engine, warm_row
-from helpers.model_families import APART, FAMILIES, MIXERS, PACKED, Family, build
+from helpers.model_families import FAMILIES, MIXERS, PACKED, PADDED, Family, build
 from helpers.sample_config import settings, write_clients
 from helpers.tiny_models import make_tiny, make_tokenizer
 from mira.adapters.attach import Attached
@@ -29,6 +29,7 @@ from mira.core.types import Work
 from mira.engine.attention.patching import PatchedModel, patch_attention
 from mira.engine.batched import BatchedEngine
 from mira.engine.reference import ReferenceEngine
+from mira.engine.spec import EngineSpec, Text
 from mira.setup.build import open_session
 from mira.setup.session import Session
 
@@ -52,17 +53,13 @@ def model_of(name: str, **more: Any) -> PreTrainedModel:
 
 def engine_on(model: PreTrainedModel) -> BatchedEngine:
     layout = Lora(rank=2, alpha=4.0, targets=".*(q_proj|qkv_proj|query_key_value|in_proj)").layout(model)
-    return BatchedEngine(
-        model,
-        1,
-        frozenset([0]),
-        str,
-        adapter_of(model, layout),
-        RandomCorpus((1,)),
-        Training(local_steps=1),
-        0,
-        4096,
-        True,
+    return BatchedEngine.of(spec_on(model, layout), tokens_per_pass=4096)
+
+
+def spec_on(model: PreTrainedModel, layout: Layout) -> EngineSpec:
+    corpus: Any = RandomCorpus((1,))
+    return EngineSpec(
+        model, Text(1, frozenset([0]), str), adapter_of(model, layout), corpus, Training(local_steps=1), 0
     )
 
 
@@ -91,7 +88,7 @@ def test_packed_losses_equal_the_models_own(name: str, more: dict[str, Any]) -> 
         label = torch.tensor(s.label)[1:]
         oracle.append(cross_entropy(logits[label], torch.tensor(s.tokens)[1:][label], reduction="sum"))
     engine = engine_on(model)
-    ours, _ = engine.score(start_row(engine.layout, 0)[None], [sequences])
+    ours, _ = engine.score(start_row(engine.spec.layout, 0)[None], [sequences])
     torch.testing.assert_close(ours.float(), torch.stack(oracle), rtol=1e-5, atol=0)
 
 
@@ -115,10 +112,10 @@ def way_of(name: str, dtype: torch.dtype = torch.float32) -> PatchedModel:
         ("qwen3_moe", PACKED),  # experts
         ("deepseek_v3", PACKED),
         ("qwen3_5_moe_text", MIXERS),
-        ("zaya", APART),  # a convolution within attention
-        ("gptj", APART),  # an attention of its own
-        ("minimax_m3_vl_text", APART),  # attention to chosen blocks
-        ("llama4_text", APART),  # layers that number the tokens of a pass themselves
+        ("zaya", PADDED),  # a convolution within attention
+        ("gptj", PADDED),  # an attention of its own
+        ("minimax_m3_vl_text", PADDED),  # attention to chosen blocks
+        ("llama4_text", PADDED),  # layers that number the tokens of a pass themselves
     ],
 )
 def test_in_16_bits_models_are_told_apart_as_in_32(name: str, kind: str) -> None:
@@ -140,7 +137,7 @@ def test_every_call_of_attention_has_keys_and_values_of_its_own() -> None:
 
 def test_a_chunk_shorter_than_a_sequence_is_seen_without_a_long_probe() -> None:
     model = build(replace(family("llama4_text"), more={"num_hidden_layers": 2, "attention_chunk_size": 2000}))
-    for longest, kind in ((1999, PACKED), (2001, APART)):
+    for longest, kind in ((1999, PACKED), (2001, PADDED)):
         attached = Attached(0.0)
         assert patch_attention(model, attached, longest).kind == kind
         attached.detach()
@@ -154,19 +151,7 @@ def test_a_refused_model_is_left_as_it_was() -> None:
     with pytest.raises(
         UserError, match=r"^engine\.name=batched: architecture 'deepseek_v32' lets a token see those behind it; use"
     ):
-        BatchedEngine(
-            model,
-            1,
-            frozenset([0]),
-            str,
-            adapter_of(model, layout),
-            RandomCorpus((1,)),
-            Training(local_steps=1),
-            0,
-            4096,
-            True,
-            48,
-        )
+        BatchedEngine.of(spec_on(model, layout), tokens_per_pass=4096, longest=48)
     assert not [module for module in model.modules() if "forward" in vars(module)]
     assert torch.equal(model(input_ids=ids).logits, before)
 
@@ -190,7 +175,8 @@ def test_auto_takes_reference_where_batched_cannot(tmp_path: Path, caplog: pytes
     session = opened("auto")
     assert isinstance(session.engine, ReferenceEngine)
     assert session.environment["engine"] == "reference"
-    line = "engine.name=auto takes reference, one client at a time: architecture 'deepseek_v32' lets a token see those behind it"
+    reason = "architecture 'deepseek_v32' lets a token see those behind it"
+    line = f"engine.name=auto: using 'reference', one client at a time: {reason}"
     assert [record.getMessage() for record in caplog.records].count(line) == 1
     with pytest.raises(UserError, match=r"use engine\.name=reference"):
         opened("batched")

@@ -18,7 +18,7 @@ from mira.adapters.lora import Lora
 from mira.core.errors import UserError
 from mira.core.training import Training
 from mira.core.types import Trained, Work
-from mira.engine.adapted_model import AdaptedModel
+from mira.engine.body import Body
 from mira.engine.checkpoint import check_gradients, decoder_layers, recomputed
 
 STEPS = (4, 2, 3)
@@ -26,7 +26,7 @@ STEPS = (4, 2, 3)
 
 def train(name: str, kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Trained:
     engine = make_engine(name, kind, RandomCorpus(STEPS), Training(lr=1e-2, local_steps=4, clip=0.5), dtype, **options)
-    start = warm_row(engine.layout).expand(len(STEPS), -1)
+    start = warm_row(engine.spec.layout).expand(len(STEPS), -1)
     return engine.train(Work(torch.arange(3), start.double() if dtype == torch.float64 else start), 0, 1e-2)
 
 
@@ -111,7 +111,7 @@ def test_a_backward_pass_in_another_thread_is_the_same(dropout: float, monkeypat
         dropout=dropout,
         prefix=not dropout,
     )
-    work = Work(torch.arange(3), warm_row(engine.layout).expand(3, -1))
+    work = Work(torch.arange(3), warm_row(engine.spec.layout).expand(3, -1))
     here, backward = engine.train(work, 0, 1e-2), Tensor.backward
 
     def elsewhere(self: Tensor, *args: Any) -> None:
@@ -129,19 +129,19 @@ def test_only_the_inputs_of_layers_are_kept(kind: str, monkeypatch: pytest.Monke
     kept: dict[bool, int] = {}
     for on in (False, True):
         engine: Any = make_engine("batched", kind, RandomCorpus((1, 1)), Training(local_steps=1), checkpointing=on)
-        body = AdaptedModel.hidden
+        body = Body.__call__
 
         def measured(self: Any, tokens: Tensor, *rest: Any, on: bool = on, body: Any = body) -> Tensor:
             with counted(self.model) as bytes_:
                 hidden: Tensor = body(self, tokens, *rest)
             kept[on] = sum(bytes_.values())
             # Inputs of two layers and of the last norm with what it keeps, angles, and indices: a few times T·d.
-            assert not on or kept[on] <= 8 * len(tokens) * 32 * 4
+            assert not on or kept[on] <= 8 * tokens.numel() * 32 * 4
             return hidden
 
         with monkeypatch.context() as patch:
-            patch.setattr(AdaptedModel, "hidden", measured)
-            engine.train(Work(torch.arange(2), warm_row(engine.layout).expand(2, -1)), 0, 1e-3)
+            patch.setattr(Body, "__call__", measured)
+            engine.train(Work(torch.arange(2), warm_row(engine.spec.layout).expand(2, -1)), 0, 1e-3)
     assert kept[True] < kept[False] / 4
 
 
@@ -173,7 +173,7 @@ def test_layers_that_leave_something_where_nobody_looks_are_refused(leaving: boo
         return
     model.model.layers[0].forward, model.model.layers[1].forward = leave, take
     with pytest.raises(
-        UserError, match=r"^engine\.checkpointing=true: architecture 'llama' does not let layers be computed again"
+        UserError, match=r"^engine\.checkpointing=true: architecture 'llama' does not support recomputed layers"
     ):
         check_gradients(model)
 

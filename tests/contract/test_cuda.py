@@ -42,11 +42,11 @@ def test_training(kind: Kind, dtype: torch.dtype, prefix: bool, budget: int | No
     oracle = make_engine("reference", kind, corpus, training, dtype)
     model = make_tiny(kind, dtype).to(device)
     ours = make_engine("batched", kind, corpus, training, model=model, prefix=prefix, tokens_per_pass=budget)
-    start = warm_row(ours.layout).expand(len(STEPS), -1).to(torch.promote_types(dtype, torch.float32))
+    start = warm_row(ours.spec.layout).expand(len(STEPS), -1).to(torch.promote_types(dtype, torch.float32))
     work = Work(torch.arange(len(STEPS)), start)
     there, here = (engine.train(work, 0, 1e-3) for engine in (ours, oracle))
     assert there.rows.device.type == "cpu", "rows come back to the server"
-    assert displacement_error(ours.layout, there.rows, here.rows, start) <= LIMIT[dtype]
+    assert displacement_error(ours.spec.layout, there.rows, here.rows, start) <= LIMIT[dtype]
     torch.testing.assert_close(there.loss, here.loss, rtol=1e-5 if dtype == torch.float32 else 1e-10, atol=0)
 
 
@@ -59,10 +59,10 @@ def test_training_in_bfloat16(kind: Kind, prefix: bool, device: str) -> None:
     exact = make_engine("reference", kind, corpus, training, model=make_tiny(kind, torch.bfloat16).float())
     model = make_tiny(kind, torch.bfloat16).to(device)
     ours = make_engine("batched", kind, corpus, training, model=model, prefix=prefix)
-    start = warm_row(ours.layout).expand(len(STEPS), -1)
+    start = warm_row(ours.spec.layout).expand(len(STEPS), -1)
     work = Work(torch.arange(len(STEPS)), start)
     rows = [engine.train(work, 0, 1e-3).rows.float() for engine in (ours, oracle, exact)]
-    errors = [displacement_error(ours.layout, found, rows[2], start) for found in rows[:2]]
+    errors = [displacement_error(ours.spec.layout, found, rows[2], start) for found in rows[:2]]
     assert 1e-4 < errors[0] < 1.5 * errors[1]
     assert attention._agrees.cache_info().currsize, "the kernel for all sequences was asked for"
     assert attention._agrees(model.device, torch.bfloat16, 4, 4 if kind == "gpt2" else 2, 8)
@@ -75,7 +75,7 @@ def test_evaluation_and_answers(kind: Kind, prefix: bool, device: str) -> None:
     oracle = make_engine("reference", kind, corpus, training, torch.float64)
     model = make_tiny(kind, torch.float64).to(device)
     ours = make_engine("batched", kind, corpus, training, model=model, prefix=prefix)
-    rows = torch.stack([warm_row(ours.layout, seed) for seed in range(len(STEPS))]).double()
+    rows = torch.stack([warm_row(ours.spec.layout, seed) for seed in range(len(STEPS))]).double()
     clients = torch.arange(len(STEPS))
     there, here = (engine.evaluate(rows, clients, ["test"]) for engine in (ours, oracle))
     torch.testing.assert_close(there.loss, here.loss, rtol=1e-10, atol=0)
@@ -121,7 +121,7 @@ def test_a_step_launches_no_more_kernels_for_more_clients(monkeypatch: pytest.Mo
         monkeypatch.setattr(
             "torch.nn.attention.varlen.varlen_attn", lambda q, k, v, *rest, **named: _Kernel.apply(q, k, v)
         )
-        work = Work(torch.arange(clients), warm_row(engine.layout).repeat(clients, 1))
+        work = Work(torch.arange(clients), warm_row(engine.spec.layout).repeat(clients, 1))
         with _Count() as count:
             engine.train(work, 0, 1e-3)
         monkeypatch.undo()
@@ -146,13 +146,13 @@ def test_a_pass_reads_no_number_out_of_a_tensor(kind: Kind, monkeypatch: pytest.
     fake_cuda.take(monkeypatch)
     engine = make_engine("batched", kind, RandomCorpus(STEPS), Training(local_steps=1))
     assert isinstance(engine, BatchedEngine)
-    packed = pack([(n, engine.corpus.batches(0, n)[0]) for n in range(len(STEPS))], True)
-    rows = warm_row(engine.layout).repeat(len(STEPS), 1)
+    packed = pack([(n, engine.spec.corpus.batches(0, n)[0]) for n in range(len(STEPS))], True)
+    rows = warm_row(engine.spec.layout).repeat(len(STEPS), 1)
     adapters = AdapterBatch(rows, packed.ranges, torch.zeros_like(rows), needed=packed.predict)
     assert adapters.padded is not None
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v, *rest, **named: _Kernel.apply(q, k, v))
     with _Questions() as questions, engine.adapted.using(adapters):
-        engine.adapted.read(packed).sum().backward()
+        engine.adapted.hidden_states(packed).sum().backward()
     assert not questions.found
     with _Questions() as questions:
         rows.sum().item()
@@ -171,8 +171,8 @@ def test_a_pass_waits_for_nothing(dtype: torch.dtype, recorded: bool, monkeypatc
         cuda_graphs=recorded,
     )  # fmt: skip
     assert isinstance(engine, BatchedEngine)
-    jobs = [(n, engine.corpus.batches(0, n)[0]) for n in range(len(STEPS))]
-    rows = engine.adapted.rows(warm_row(engine.layout).repeat(len(STEPS), 1))
+    jobs = [(n, engine.spec.corpus.batches(0, n)[0]) for n in range(len(STEPS))]
+    rows = engine.adapted.rows(warm_row(engine.spec.layout).repeat(len(STEPS), 1))
     grad, loss = torch.zeros_like(rows), torch.zeros(len(STEPS), dtype=torch.float64, device=rows.device)
     for _ in range(2):  # kernels are chosen, and the pass is recorded
         engine._accumulate(jobs, rows, grad.zero_(), loss, None, {})

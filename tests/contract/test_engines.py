@@ -27,15 +27,15 @@ from mira.engine.optim import RowOptimizer
 def train(name: str, kind: str, training: Training, dtype: torch.dtype, **options: Any) -> tuple[Any, Tensor, Any]:
     corpus = RandomCorpus(STEPS)
     engine = make_engine(name, kind, corpus, training, dtype, **options)
-    start = warm_row(engine.layout).expand(len(STEPS), -1)
+    start = warm_row(engine.spec.layout).expand(len(STEPS), -1)
     start = start.double() if dtype == torch.float64 else start  # rows are fp32 on a bf16 base
     work = Work(torch.tensor([2, 0, 3, 1]), start)
-    return engine.layout, start, engine.train(work, round=1, lr=training.lr)
+    return engine.spec.layout, start, engine.train(work, round=1, lr=training.lr)
 
 
 @pytest.mark.parametrize("prefix", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.quick] * (kind == "llama")) for kind in KINDS])
 def test_batched_equals_reference_after_20_steps(kind: str, dtype: torch.dtype, prefix: bool) -> None:
     training = Training(lr=1e-3, local_steps=20, clip=0.5, weight_decay=0.01)
     layout, start, oracle = train("reference", kind, training, dtype)
@@ -68,6 +68,7 @@ def test_sgd_equals_reference(kind: str, dtype: torch.dtype, optimizer: dict[str
     assert displacement_error(layout, ours.rows, oracle.rows, start) <= LIMIT[dtype]
 
 
+@pytest.mark.quick
 def test_clipping_is_active_and_per_client() -> None:
     training = Training(lr=1e-3, local_steps=20, clip=0.5, optimizer="sgd")
     _, _, clipped = train("batched", "llama", training, torch.float64)
@@ -75,6 +76,7 @@ def test_clipping_is_active_and_per_client() -> None:
     assert not torch.equal(clipped.rows, free.rows)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["batched", "reference"])
 def test_kept_optimiser_state_carries_over(name: str) -> None:
     """Two rounds with kept state differ from fresh ones, and both engines keep the same state."""
@@ -93,13 +95,14 @@ def test_kept_optimiser_state_carries_over(name: str) -> None:
     assert not torch.equal(rows[True].rows, rows[False].rows)
 
 
+@pytest.mark.quick
 def test_kept_state_is_the_same_in_both_engines() -> None:
     training = Training(lr=1e-3, local_steps=5, keep_optimizer=True)
     states, rows = [], []
     for name in ("batched", "reference"):
         kept: dict[int, Tensor] = {}
         engine = make_engine(name, "llama", RandomCorpus((5, 3)), training, torch.float64)
-        start = warm_row(engine.layout).expand(2, -1).double()
+        start = warm_row(engine.spec.layout).expand(2, -1).double()
         for round in range(2):
             trained = engine.train(Work(torch.tensor([0, 1]), start, optimizer=kept), round, 1e-3)
             kept.update({int(k): s for k, s in zip(trained.client, trained.optimizer, strict=True)})
@@ -117,7 +120,7 @@ def test_evaluation_and_answers_equal_reference(kind: str, prefix: bool) -> None
     corpus, training = RandomCorpus((1, 1, 1)), Training(local_steps=1)
     oracle = make_engine("reference", kind, corpus, training, torch.float64)
     ours = make_engine("batched", kind, corpus, training, torch.float64, prefix=prefix, tokens_per_pass=90)
-    rows = torch.stack([warm_row(oracle.layout, seed) for seed in range(3)]).double()
+    rows = torch.stack([warm_row(oracle.spec.layout, seed) for seed in range(3)]).double()
     client = torch.tensor([1, 2, 0])
     a, b = (engine.evaluate(rows, client, ("validation", "test"), 4) for engine in (ours, oracle))
     assert a.tokens.tolist() == b.tokens.tolist()
@@ -135,15 +138,15 @@ def test_answers_that_end_early_are_left_out_of_later_steps(kind: str, monkeypat
     corpus, training = RandomCorpus((1, 1, 1)), Training(local_steps=1)
     made = make_engine("batched", kind, corpus, training, torch.float64)
     assert isinstance(made, BatchedEngine)
-    engine = replace(made, stops=frozenset([10_000]))  # no answer ends
-    rows = torch.stack([warm_row(engine.layout, seed) for seed in range(3)]).double()
+    engine = stopping(made, 10_000)  # no answer ends
+    rows = torch.stack([warm_row(engine.spec.layout, seed) for seed in range(3)]).double()
     long = [[text.split() for text in job] for job in engine.generate(rows, torch.arange(3), "test", None, 24)]
     places = Counter(token for job in long for answer in job for token in set(answer[1:]))
     end = places.most_common(1)[0][0]
     expected = [[" ".join(takewhile(lambda token: token != end, answer)) for answer in job] for job in long]
     lengths = [len(answer.split()) for job in expected for answer in job]
     assert len(set(lengths)) > 2
-    ending = replace(engine, stops=frozenset([int(end)]))
+    ending = stopping(engine, int(end))
     sizes: list[int] = []
     attend = DecodingAttention.attend
     monkeypatch.setattr(
@@ -176,7 +179,7 @@ def test_a_client_trains_alike_alone_and_in_a_crowd_with_dropout() -> None:
     """Dropout masks come from one generator a client, whoever else is in the pass."""
     training = Training(lr=1e-3, local_steps=20)
     engine = make_engine("batched", "llama", RandomCorpus(STEPS), training, torch.float64, dropout=0.2, prefix=False)
-    start = warm_row(engine.layout).expand(4, -1).double()
+    start = warm_row(engine.spec.layout).expand(4, -1).double()
     crowd = engine.train(Work(torch.arange(4), start), 0, 1e-3)
     alone = engine.train(Work(torch.tensor([2]), start[:1]), 0, 1e-3)
     torch.testing.assert_close(crowd.rows[2], alone.rows[0], rtol=1e-10, atol=1e-13)
@@ -192,7 +195,7 @@ def test_a_poisoned_client_leaves_the_others_alone(gpu: bool, monkeypatch: pytes
     engine = make_engine(
         "batched", "llama", RandomCorpus(STEPS), Training(local_steps=20), torch.float64, cuda_graphs=False
     )
-    start = warm_row(engine.layout).expand(4, -1).double().clone()
+    start = warm_row(engine.spec.layout).expand(4, -1).double().clone()
     good = engine.train(Work(torch.arange(4), start), 0, 1e-3)
     start[1, 5] = float("nan")
     bad = engine.train(Work(torch.arange(4), start), 0, 1e-3)
@@ -200,10 +203,11 @@ def test_a_poisoned_client_leaves_the_others_alone(gpu: bool, monkeypatch: pytes
     torch.testing.assert_close(bad.rows[[0, 2, 3]], good.rows[[0, 2, 3]], rtol=0, atol=0)
 
 
+@pytest.mark.quick
 @pytest.mark.usefixtures("one_thread")
 def test_out_of_memory_halves_the_pass_and_drops_who_does_not_fit_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine("batched", "llama", RandomCorpus(STEPS), Training(local_steps=20), torch.float64)
-    start = warm_row(engine.layout).expand(4, -1).double()
+    start = warm_row(engine.spec.layout).expand(4, -1).double()
     good = engine.train(Work(torch.arange(4), start), 0, 1e-3)
     real = type(engine)._backward
 
@@ -240,6 +244,12 @@ def test_bf16_is_as_near_to_fp32_as_the_oracle_in_bf16(kind: str, monkeypatch: p
     assert 1e-4 < displacement_error(layout, ours[0].rows, exact.rows, start.float()) < allowed
 
 
+def stopping(engine: BatchedEngine, token: int) -> BatchedEngine:
+    """The engine whose answers end at ``token``."""
+    text = replace(engine.spec.text, stops=frozenset([token]))
+    return replace(engine, spec=replace(engine.spec, text=text))
+
+
 def personal(layout: Layout, client: list[int], start: Tensor) -> Work:
     """Clients with two jobs each: one pulled to an anchor and one free. Only B and the first half of every A may move."""
     trainable = torch.ones(layout.size, dtype=torch.bool)
@@ -265,7 +275,7 @@ def test_two_jobs_a_client_with_anchors_and_frozen_numbers_equal_reference(
     done = []
     for name in ("batched", "reference"):
         engine = make_engine(name, "llama", RandomCorpus(STEPS), training, dtype, tokens_per_pass=400)
-        done.append(engine.train(work := personal(engine.layout, [2, 0, 3, 1], start), 1, training.lr))
+        done.append(engine.train(work := personal(engine.spec.layout, [2, 0, 3, 1], start), 1, training.lr))
         assert done[-1].client.tolist() == [2, 2, 0, 0, 3, 3, 1, 1]
         assert done[-1].job.tolist() == list(range(8))
         assert torch.equal(done[-1].rows[:, ~work.trainable], start[:, ~work.trainable])
@@ -278,21 +288,23 @@ def test_two_jobs_a_client_with_anchors_and_frozen_numbers_equal_reference(
     assert bool(((free - anchored).norm(dim=1) > 1e-2 * moved[1::2]).all())
 
 
+@pytest.mark.quick
 def test_the_free_job_of_a_client_trains_as_if_it_were_its_only_one() -> None:
     engine = make_engine("batched", "llama", RandomCorpus(STEPS), PERSONAL[0], torch.float64)
-    start = warm_row(engine.layout).expand(8, -1).double()
-    work = personal(engine.layout, [0, 1, 2, 3], start)
+    start = warm_row(engine.spec.layout).expand(8, -1).double()
+    work = personal(engine.spec.layout, [0, 1, 2, 3], start)
     both = engine.train(work, 0, 1e-3)
     alone = engine.train(Work(torch.arange(4), start[::2], trainable=work.trainable), 0, 1e-3)
     torch.testing.assert_close(both.rows[1::2], alone.rows, rtol=1e-10, atol=1e-13)
     torch.testing.assert_close(both.loss[1::2], alone.loss)
 
 
+@pytest.mark.quick
 def test_a_mighty_anchor_holds_the_row_and_leaves_the_reported_loss_the_tasks() -> None:
     training = Training(lr=1e-4, local_steps=1, clip=None, optimizer="sgd")
     for name in ("batched", "reference"):
         engine = make_engine(name, "llama", RandomCorpus((1,)), training, torch.float64)
-        start = warm_row(engine.layout)[None].double()
+        start = warm_row(engine.spec.layout)[None].double()
         free = engine.train(Work(torch.tensor([0]), start), 0, 1e-4)
         # One gradient step on the proximal term alone: w − lr·prox·(w − anchor) = anchor, for lr·prox = 1.
         held = engine.train(Work(torch.tensor([0]), start, start - 1, torch.tensor([1e4]).double()), 0, 1e-4)
@@ -306,9 +318,9 @@ def test_two_jobs_of_a_client_keep_optimiser_states_of_their_own() -> None:
     for name in ("batched", "reference"):
         kept: dict[int, Tensor] = {}
         engine = make_engine(name, "llama", RandomCorpus((5, 3)), training, torch.float64)
-        start = warm_row(engine.layout).expand(4, -1).double()
+        start = warm_row(engine.spec.layout).expand(4, -1).double()
         for round in range(2):
-            work = replace(personal(engine.layout, [0, 1], start), optimizer=kept)
+            work = replace(personal(engine.spec.layout, [0, 1], start), optimizer=kept)
             trained = engine.train(work, round, 1e-3)
             kept.update(zip(work.kept_under, trained.optimizer, strict=True))
             start = trained.rows

@@ -21,6 +21,7 @@ from mira.core.seeds import generator
 from mira.core.training import Training
 from mira.core.types import Setting, Work
 from mira.engine.reference import ReferenceEngine
+from mira.engine.spec import EngineSpec, Text
 from mira.methods import METHODS
 
 EXPERTS = ("o_proj", "experts.gate_up_proj", "experts.down_proj")
@@ -59,8 +60,10 @@ def test_experts_are_adapted_as_peft_does(name: str, targets: tuple[str, ...], t
 def test_a_step_of_training_is_peft_and_torch() -> None:
     corpus, layout = RandomCorpus((2,)), layout_of("qwen3_moe")
     training = Training(local_steps=2, optimizer="sgd", clip=None)
-    engine = ReferenceEngine(
-        make("qwen3_moe"), 1, frozenset({0}), str, adapter_of(make("qwen3_moe"), layout), corpus, training, 0
+    engine = ReferenceEngine.of(
+        EngineSpec(
+            make("qwen3_moe"), Text(1, frozenset({0}), str), adapter_of(make("qwen3_moe"), layout), corpus, training, 0
+        )
     )  # type: ignore[arg-type]
     start = random_row(layout)
     trained = engine.train(Work(torch.tensor([0]), start[None]), round=0, lr=0.05).rows[0]
@@ -112,7 +115,7 @@ def test_every_expert_starts_where_peft_starts_it() -> None:
 
 def test_what_cannot_be_is_refused_in_one_line() -> None:
     model, layout = make("qwen3_moe"), layout_of("qwen3_moe")
-    with pytest.raises(UserError, match=r"adapter\.dropout=0\.1: there is none for experts"):
+    with pytest.raises(UserError, match=r"adapter\.dropout=0\.1: not available for experts"):
         Lora(rank=4, alpha=8.0, dropout=0.1, targets=EXPERTS).layout(model)
     with pytest.raises(
         UserError,
@@ -124,7 +127,7 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
         layout, start_row(layout, 0), 1, Groups(torch.zeros(1, dtype=torch.int64)), max_lr=0.1, max_steps=1
     )
     for method in (METHODS["flexlora"](), METHODS["mira"](space="product")):
-        with pytest.raises(UserError, match="many experts' in one"):
+        with pytest.raises(UserError, match="holds the factors of many experts"):
             method.init(setting)
     for name in ("fedit", "ffa-lora", "fedsa-lora", "mira"):
         METHODS[name]().init(setting)

@@ -44,6 +44,7 @@ def test_rows_and_scores_are_those_of_one_process_to_the_last_bit(world: World, 
         assert (own.parent / "prompt_template.jinja").is_file()
 
 
+@pytest.mark.quick
 def test_every_rounds_rows_on_the_server_are_those_of_one_process(world: World) -> None:
     experiment.run(world.experiment(), world.folder / "together")
     world.apart(world.sites())
@@ -93,6 +94,7 @@ def test_text_and_file_names_never_leave(world: World) -> None:
         assert planted.encode() not in everything
 
 
+@pytest.mark.quick
 def test_what_an_error_says_stays_at_its_site(world: World, caplog: pytest.LogCaptureFixture) -> None:
     sites = world.sites()
     sites["bob"].model = str(world.folder / "secret-model")
@@ -281,6 +283,7 @@ def test_releases_are_counted_over_restarts(world: World, away: set[str]) -> Non
     assert {name: site["releases"] for name, site in result["privacy"].items()} == dict.fromkeys(NAMES, 3) | kept
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("asked", [{}, {"privacy": PRIVATE}])
 def test_a_site_insists_on_its_noise(world: World, asked: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("dp_accounting", reason="needs the extra 'privacy'")
@@ -414,6 +417,7 @@ def test_a_site_and_a_server_of_different_versions_refuse_each_other(world: Worl
         experiment.run(world.experiment(), world.folder / "apart", (), world.opener(world.transport(change=change)))
 
 
+@pytest.mark.quick
 def test_data_of_a_site_is_its_own(world: World) -> None:
     """A file of its name among others, or all that is there as one client."""
     found = Own(Jsonl(world.data), "bob").load(0)
@@ -422,11 +426,13 @@ def test_data_of_a_site_is_its_own(world: World) -> None:
     assert [(client.name, len(client.examples)) for client in alone] == [("nobody", 27)]
 
 
+@pytest.mark.quick
 def test_sites_need_their_server() -> None:
     with pytest.raises(UserError, match="run it with 'mira server'"):
         Sites().load(0)
 
 
+@pytest.mark.quick
 def test_the_run_folder_is_one_like_any_other(world: World) -> None:
     world.apart(world.sites())
     folder = world.folder / "apart"
@@ -446,6 +452,7 @@ def test_the_run_folder_is_one_like_any_other(world: World) -> None:
     )
 
 
+@pytest.mark.quick
 def test_rows_that_stayed_cannot_be_exported(world: World) -> None:
     world.apart(world.sites(), method={"name": "local"})
     error = mira("export", world.folder / "apart", "--all").error

@@ -30,7 +30,7 @@ def test_an_exploding_client_leaves_the_answers_of_others_alone(
     if gpu:
         fake_cuda.take(monkeypatch)
     engine = make_engine("batched", "llama", RandomCorpus((1, 1, 1)), TRAINING, prefix=prefix)
-    rows = torch.stack([warm_row(engine.layout, seed) for seed in range(3)])
+    rows = torch.stack([warm_row(engine.spec.layout, seed) for seed in range(3)])
     client = torch.arange(3)
     good = engine.generate(rows, client, "test", None, 12)
     rows[0] = 1e20
@@ -48,8 +48,8 @@ def test_answers_end_at_the_models_last_position(room: int, monkeypatch: pytest.
     answers = []
     for name in ("batched", "reference"):
         engine = make_engine(name, "gpt2", corpus, TRAINING, torch.float64)
-        engine.model.config.n_positions = longest + room
-        rows = torch.stack([warm_row(engine.layout, seed) for seed in range(2)]).double()
+        engine.spec.model.config.n_positions = longest + room
+        rows = torch.stack([warm_row(engine.spec.layout, seed) for seed in range(2)]).double()
         answers.append(engine.answer(rows, prompts, 20))
     assert answers[0] == answers[1]
     lengths = [len(text.split()) for job in answers[0] for text in job]
@@ -62,7 +62,7 @@ def test_dropout_is_off_after_a_client_ran_out_of_memory(monkeypatch: pytest.Mon
     def scarce(self: Any, *rest: Any) -> Any:
         raise torch.OutOfMemoryError("pretend")
 
-    rows = warm_row(engine.layout)[None]
+    rows = warm_row(engine.spec.layout)[None]
     with monkeypatch.context() as patch:
         patch.setattr(reference.ReferenceEngine, "_loss", scarce)
         assert len(engine.train(Work(torch.tensor([0]), rows), 0, 1e-3).failed) == 1
@@ -74,14 +74,14 @@ def test_training_leaves_the_global_random_state_alone() -> None:
     for name in ("batched", "reference"):
         engine = make_engine(name, "llama", RandomCorpus((1, 1)), TRAINING, dropout=0.5, prefix=False)
         before = torch.get_rng_state()
-        engine.train(Work(torch.arange(2), warm_row(engine.layout).expand(2, -1)), 0, 1e-3)
+        engine.train(Work(torch.arange(2), warm_row(engine.spec.layout).expand(2, -1)), 0, 1e-3)
         assert torch.equal(before, torch.get_rng_state()), name
 
 
 def test_measuring_goes_in_pieces_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Down to single sequences, in order; one that does not fit alone is an error."""
     engine: Any = make_engine("batched", "llama", RandomCorpus((1, 1, 1)), TRAINING, torch.float64)
-    rows = torch.stack([warm_row(engine.layout, seed) for seed in range(3)]).double()
+    rows = torch.stack([warm_row(engine.spec.layout, seed) for seed in range(3)]).double()
     client, most = torch.arange(3), 1
     answers, losses = (
         engine.generate(rows, client, "test", None, 6),
@@ -95,8 +95,8 @@ def test_measuring_goes_in_pieces_where_memory_runs_out(monkeypatch: pytest.Monk
             raise torch.OutOfMemoryError("pretend")
         return out
 
-    forward = engine.model.base_model.forward
-    monkeypatch.setattr(engine.model.base_model, "forward", scarce)
+    forward = engine.spec.model.base_model.forward
+    monkeypatch.setattr(engine.spec.model.base_model, "forward", scarce)
     assert engine.generate(rows, client, "test", None, 6) == answers
     again = engine.evaluate(rows, client, ("test", "train")).nll
     torch.testing.assert_close(again, losses, rtol=1e-12, atol=0)
@@ -108,9 +108,9 @@ def test_measuring_goes_in_pieces_where_memory_runs_out(monkeypatch: pytest.Monk
 def test_nothing_of_a_pass_that_failed_between_two_projections_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and values are made together with the queries; where memory runs out in between, nobody fetches them."""
     engine: Any = make_engine("batched", "llama", RandomCorpus((1, 1)), TRAINING)
-    rows = torch.stack([warm_row(engine.layout, seed) for seed in range(2)])
+    rows = torch.stack([warm_row(engine.spec.layout, seed) for seed in range(2)])
     made: list[weakref.ref[torch.Tensor]] = []
-    attention = engine.model.base_model.layers[-1].self_attn
+    attention = engine.spec.model.base_model.layers[-1].self_attn
 
     def short(x: torch.Tensor) -> torch.Tensor:
         made.extend(weakref.ref(out) for _, out in engine.adapted.attached.adapters.ready.values())

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from helpers.engines import RandomCorpus, make_engine, warm_row
-from helpers.memory_recorder import MemoryRecorder
 from helpers.method_variants import ONE_ROW, VARIANTS, used_by
 from mira.adapters.lora_peft import from_peft, to_peft
 from mira.core.graph import Groups
@@ -20,6 +19,7 @@ from mira.core.loop import Schedule, run_rounds
 from mira.core.training import Training
 from mira.core.types import Scores, ServerState, Setting, Trained, Work
 from mira.runner import evaluation as measure
+from mira.testing.recorders import MemoryRecorder
 
 NAMES = ("a", "b", "c", "d")
 STEPS = (3, 2, 3, 1)
@@ -49,9 +49,9 @@ def federate(name: str, engine: Any, rounds: int = 2, share: float = 0.75) -> tu
     method = VARIANTS[name]
     # Strong enough that the paper's step shows: c = 0.01 · 3 · 8 = 0.24 on a graph with λ_max = 4.
     method = replace(method, regularisation=8.0) if name.startswith("mira-paper") else method
-    start = warm_row(engine.inner.layout).double()
+    start = warm_row(engine.inner.spec.layout).double()
     related = used_by(VARIANTS[name], Groups(torch.zeros(4, dtype=torch.int64)))
-    state = method.init(Setting(engine.inner.layout, start, 4, related, 1e-2, 3))
+    state = method.init(Setting(engine.inner.spec.layout, start, 4, related, 1e-2, 3))
     recorder = MemoryRecorder(state.rows)
     final = run_rounds(
         method, engine, state, Schedule(0, rounds, share, TRAINING), NAMES, recorder,
@@ -74,7 +74,7 @@ def test_both_engines_run_every_method_to_the_same_rows(name: str) -> None:
         everyone = torch.arange(len(state.rows))
         finals.append(state.rows[everyone])
         records.append(recorder.records)
-    start = warm_row(watched.inner.layout).double()
+    start = warm_row(watched.inner.spec.layout).double()
     moved = (finals[1] - start).norm(dim=1)
     assert int((moved > 0).sum()) >= (1 if name in ONE_ROW else 3)
     # Singular vectors amplify rounding by how near the kept singular values lie to the first that is cut off.
@@ -102,7 +102,7 @@ def test_mixing_takes_effect_end_to_end(kind: str, tmp_path: Path) -> None:
     assert torch.equal(watched.rows[0], recorder.changes[0].value)  # evaluated under
     assert torch.equal(watched.starts[1].start, recorder.changes[0].value)  # trained from next
     assert recorder.records[0]["local_loss"] != local.records[0]["local_loss"]
-    layout, model = watched.inner.layout, watched.inner.model
+    layout, model = watched.inner.spec.layout, watched.inner.spec.model
     for k in range(4):
         to_peft(tmp_path / str(k), VARIANTS["mira"].deployed(final, torch.tensor([k]))[0], layout, model, "base")
         assert torch.equal(from_peft(tmp_path / str(k), layout), recorder.changes[1].value[k].float())

@@ -13,9 +13,9 @@ from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, Peft
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from helpers.engines import RandomCorpus
+from helpers.engines import TEXT, RandomCorpus
 from helpers.sample_config import mira, settings, write_clients
-from helpers.tiny_models import EOS, PAD, VOCABULARY, make_tiny, save_tiny
+from helpers.tiny_models import make_tiny, save_tiny
 from mira import Experiment
 from mira.adapters import ADAPTERS
 from mira.adapters.peft import PeftAdapter, smallest
@@ -25,8 +25,9 @@ from mira.core.layout import Layout
 from mira.core.training import Training
 from mira.core.types import Work
 from mira.engine.reference import ReferenceEngine
+from mira.engine.spec import EngineSpec
 from mira.runner.run import resume, run
-from mira.setup.session import open_session
+from mira.setup.build import open_session
 from mira.store import Store
 
 
@@ -81,9 +82,7 @@ def test_training_is_a_plain_loop_around_peft(name: str) -> None:
     corpus, training = RandomCorpus((3,)), Training(local_steps=3, clip=None)
     adapter = adapter_on(CONFIGS[name], torch.float64)
     start = adapter.start(0).double()
-    engine = ReferenceEngine(
-        adapter.base.model, VOCABULARY[PAD], frozenset([VOCABULARY[EOS]]), str, adapter, corpus, training, 0
-    )
+    engine = ReferenceEngine.of(EngineSpec(adapter.base.model, TEXT, adapter, corpus, training, 0))
     trained = engine.train(Work(torch.tensor([0]), start[None]), 0, 1e-2).rows[0]
 
     single = adapter.attached(make_tiny("llama", torch.float64))
@@ -199,9 +198,9 @@ def test_batched_refuses_it_and_methods_of_factors_too(registered: None, tmp_pat
     model, data = save_tiny(tmp_path / "model"), write_clients(tmp_path / "clients.jsonl")
     values = settings(model, data) | {"adapter": {"kind": "ia3"}}
     with pytest.raises(UserError, match=r"engine\.name=batched: has no arithmetic for this adapter\.kind; use"):
-        open_session(Experiment(**values | {"engine": {"name": "batched"}}))
+        open_session(Experiment(**values | {"engine": {"name": "batched"}})).engine  # noqa: B018
     assert isinstance(open_session(Experiment(**values)).engine, ReferenceEngine)
-    with pytest.raises(UserError, match=r"method\.name=ffa-lora: works on the factors A and B"):
+    with pytest.raises(UserError, match=r"method\.name=ffa-lora: needs the factors A and B"):
         Experiment(**values | {"method": {"name": "ffa-lora"}})
     with pytest.raises(UserError, match=r"clients\.rank\.ann=2: ranks belong to adapter\.kind=lora"):
         Experiment(**values | {"clients": {"rank": {"ann": 2}}})

@@ -27,7 +27,7 @@ TRAINING = Training(lr=1e-3, local_steps=20, clip=0.5, weight_decay=0.01)
 
 def train(name: str, kind: str, dtype: torch.dtype, training: Training = TRAINING, **options: Any) -> Trained:
     engine = make_engine(name, kind, RandomCorpus(STEPS), training, dtype, layout=prompt_on(kind), **options)
-    start = warm_row(engine.layout).expand(len(STEPS), -1).to(dtype)
+    start = warm_row(engine.spec.layout).expand(len(STEPS), -1).to(dtype)
     return engine.train(Work(torch.tensor([2, 0, 3, 1]), start), round=1, lr=training.lr)
 
 
@@ -55,7 +55,10 @@ def test_evaluation_and_answers_equal_reference(kind: str, prefix: bool) -> None
         make_engine(name, kind, RandomCorpus((1, 1, 1)), Training(local_steps=1), torch.float64, **dict(options))
         for name in ("batched", "reference")
     )
-    rows, client = torch.stack([warm_row(oracle.layout, seed) for seed in range(3)]).double(), torch.tensor([1, 2, 0])
+    rows, client = (
+        torch.stack([warm_row(oracle.spec.layout, seed) for seed in range(3)]).double(),
+        torch.tensor([1, 2, 0]),
+    )
     a, b = (engine.evaluate(rows, client, ("validation", "test"), 4) for engine in (ours, oracle))
     assert a.tokens.tolist() == b.tokens.tolist()
     torch.testing.assert_close(a.nll, b.nll, rtol=1e-10, atol=0)
@@ -69,13 +72,13 @@ def test_an_answer_ends_where_the_models_positions_do() -> None:
     prompt = [list(range(3, 103))]
     for name in ("batched", "reference"):
         engine = make_engine(name, "llama", RandomCorpus((1,)), Training(local_steps=1), layout=prompt_on("llama", 400))
-        answer = engine.answer(warm_row(engine.layout)[None], [prompt], 40)[0][0]
+        answer = engine.answer(warm_row(engine.spec.layout)[None], [prompt], 40)[0][0]
         assert len(answer.split()) == 512 - 400 - 100 + 1  # the last token need not be read again
 
 
 def test_a_row_trains_in_a_crowd_as_alone_and_a_poisoned_one_stays_alone() -> None:
     engine = make_engine("batched", "llama", RandomCorpus(STEPS), TRAINING, torch.float64, layout=prompt_on("llama"))
-    start = warm_row(engine.layout).expand(4, -1).double().clone()
+    start = warm_row(engine.spec.layout).expand(4, -1).double().clone()
     crowd = engine.train(Work(torch.arange(4), start), 0, 1e-3)
     alone = engine.train(Work(torch.tensor([2]), start[:1]), 0, 1e-3)
     torch.testing.assert_close(crowd.rows[2], alone.rows[0], rtol=1e-9, atol=1e-12)
@@ -101,10 +104,10 @@ def sequences() -> Any:
 
 
 def our_logits(engine: BatchedEngine, row: Tensor) -> list[Tensor]:
-    rows = torch.stack([warm_row(engine.layout, 1), row])
-    packed = pack([(n, sequences()) for n in range(2)], engine.prefix, engine.layout.virtual_tokens)
+    rows = torch.stack([warm_row(engine.spec.layout, 1), row])
+    packed = pack([(n, sequences()) for n in range(2)], engine.adapted.prefix, engine.spec.layout.virtual_tokens)
     with torch.no_grad(), engine.adapted.using(AdapterBatch(rows, packed.ranges)):
-        logits = engine.adapted.head(engine.adapted.read(packed))
+        logits = engine.adapted.head(engine.adapted.hidden_states(packed))
     return [logits[s.start : s.end] for s in packed.prompts[len(sequences()) :]]
 
 
@@ -132,7 +135,7 @@ def test_a_row_comes_back_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'embedding\.weight' is \(5, 32\), expected \(6, 32\); another adapter"):
         from_peft(tmp_path, prompt_on("llama", 6))
     (tmp_path / "prompt_encoder.safetensors").unlink()
-    with pytest.raises(UserError, match="PEFT keeps the computed prompt alone"):
+    with pytest.raises(UserError, match="PEFT keeps only the computed prompt"):
         from_peft(tmp_path, layout)
 
 

@@ -70,7 +70,7 @@ def whole(kind: Kind, model: PreTrainedModel) -> PreTrainedModel:
 def train(name: str, kind: Kind, model: PreTrainedModel, optimizer: str = "adamw", **options: Any) -> Trained:
     training = Training(lr=1e-3 if optimizer == "adamw" else 0.5, local_steps=6, clip=0.5, optimizer=optimizer)
     engine = make_engine(name, kind, RandomCorpus(STEPS), training, model=model, **options)
-    assert engine.layout == layout_on(kind)
+    assert engine.spec.layout == layout_on(kind)
     return engine.train(Work(torch.arange(3), start(kind)), 0, training.lr)
 
 
@@ -180,7 +180,7 @@ def test_a_run_on_a_quantised_base(tiny_folder: Path, tmp_path: Path, bits: str)
         assert torch.equal(named[name.replace(".weight", ".default.weight")], tensor)
     merged = mira("export", folder, "--client", "ann", "--merge")
     assert merged.out == f"{folder}/merged/ann\n"
-    assert "--merge: into the unquantised weights of" in merged.err
+    assert "--merge: merging into the unquantised weights of" in merged.err
     plain = PeftModel.from_pretrained(load(str(tiny_folder)).model, str(adapter))
     ids = torch.arange(20, 40)[None]
     of_merged = load(f"{folder}/merged/ann").model(input_ids=ids).logits

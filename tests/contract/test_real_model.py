@@ -20,6 +20,7 @@ from mira.data.sources.builtin import Builtin
 from mira.data.text import Encoder
 from mira.engine.batched import BatchedEngine
 from mira.engine.reference import ReferenceEngine
+from mira.engine.spec import EngineSpec, Text
 from mira.model import Base
 
 pytestmark = pytest.mark.slow
@@ -41,24 +42,24 @@ def test_batched_equals_reference_on_smollm2(smollm2: Base) -> None:
     start = start_row(layout, 0)
     work = Work(client, start.expand(2, -1))
 
-    def shared(steps: int) -> dict[str, Any]:
-        return {
-            "model": smollm2.model, "pad": smollm2.tokenizer.pad_token_id, "stops": frozenset([smollm2.tokenizer.eos_token_id]),
-            "decode": smollm2.tokenizer.decode, "adapter": LoraAdapter(smollm2.model, layout),
-            "corpus": Corpus(federation, Encoder(smollm2.tokenizer, "plain", 256), 2, steps, None),
-            "training": Training(lr=lr, local_steps=steps, batch_size=2), "seed": 0,
-        }  # fmt: skip
+    def spec(steps: int) -> EngineSpec:
+        tokenizer = smollm2.tokenizer
+        return EngineSpec(
+            smollm2.model, Text(tokenizer.pad_token_id, frozenset([tokenizer.eos_token_id]), tokenizer.decode),
+            LoraAdapter(smollm2.model, layout), Corpus(federation, Encoder(tokenizer, "plain", 256), 2, steps, None),
+            Training(lr=lr, local_steps=steps, batch_size=2), 0,
+        )  # fmt: skip
 
-    engine = BatchedEngine(**shared(20), tokens_per_pass=4096, prefix=True)
+    engine = BatchedEngine.of(spec(20), tokens_per_pass=4096)
     ours = engine.train(work, 0, lr)
     answers = engine.generate(ours.rows, client, "test", 1, 12)
     engine.adapted.attached.detach()
     smollm2.model.set_attn_implementation("sdpa")
-    oracle_engine = ReferenceEngine(**shared(20))
+    oracle_engine = ReferenceEngine.of(spec(20))
     oracle = oracle_engine.train(work, 0, lr)
     expected = oracle_engine.generate(oracle.rows, client, "test", 1, 12)
     oracle_engine.peft.unload()
-    first_engine = ReferenceEngine(**shared(1))
+    first_engine = ReferenceEngine.of(spec(1))
     first = first_engine.train(work, 0, lr)
     first_engine.peft.unload()
     assert answers == expected

@@ -20,9 +20,10 @@ from mira.core.seeds import generator
 from mira.core.training import Training
 from mira.core.types import Work
 from mira.data.text import Encoded
-from mira.engine.adapted_model import AdaptedModel, PassInputs
+from mira.engine.adapted_model import PassInputs
 from mira.engine.attention import packed as attention
 from mira.engine.batched import BatchedEngine
+from mira.engine.body import Body
 from mira.engine.cuda import graphs as cuda_graphs
 from mira.engine.cuda import replay
 
@@ -107,8 +108,8 @@ def replayer_of(engine: BatchedEngine) -> replay.GraphReplayer:
 
 
 def work_on(engine: BatchedEngine) -> Work:
-    rows = torch.stack([warm_row(engine.layout, seed) for seed in range(3)])
-    return Work(torch.arange(3), rows.to(torch.promote_types(engine.model.dtype, torch.float32)))
+    rows = torch.stack([warm_row(engine.spec.layout, seed) for seed in range(3)])
+    return Work(torch.arange(3), rows.to(torch.promote_types(engine.spec.model.dtype, torch.float32)))
 
 
 @pytest.mark.parametrize("shared", [12, 0])
@@ -133,7 +134,7 @@ def test_recorded_passes_train_as_the_oracle_does(
 def _error(engine: Any, oracle: Any, work: Work, round: int) -> float:
     ours, theirs = (one.train(work, round, 1e-3) for one in (engine, oracle))
     torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-10 if ours.rows.dtype == torch.float64 else 0.05, atol=0)
-    error: float = displacement_error(engine.layout, ours.rows, theirs.rows, work.start)
+    error: float = displacement_error(engine.spec.layout, ours.rows, theirs.rows, work.start)
     return error
 
 
@@ -157,7 +158,9 @@ def test_random_sizes_train_the_same_with_and_without(
     rows = [engine.train(work_on(engine), 0, 1e-3).rows for engine in (on, off)]
     assert replayed
     # In 16 bits another length makes other products round differently.
-    assert displacement_error(on.layout, rows[0], rows[1], work_on(on).start) <= (1e-12 if device == "cpu" else 0.2)
+    assert displacement_error(on.spec.layout, rows[0], rows[1], work_on(on).start) <= (
+        1e-12 if device == "cpu" else 0.2
+    )
 
 
 def test_a_client_that_diverges_stays_alone_in_a_recording(
@@ -198,7 +201,7 @@ def _filler_counts(patch: pytest.MonkeyPatch) -> None:
     ("kind", "broken", "why"),
     [
         ("gpt2", lambda patch: None, "waits for the device"),  # it reads its input for padding, in every pass
-        ("llama", _in_tiles, "attention goes in tiles"),
+        ("llama", _in_tiles, "attention is tiled"),
         ("llama", _not_computed, "the captured pass gave other gradients"),
         ("llama", _filler_counts, "the captured pass gave other gradients"),
     ],
@@ -212,10 +215,10 @@ def test_what_cannot_be_recorded_is_computed_as_it_is(
         found = replayer_of(against_the_oracle(kind))
     assert found.closed
     assert not found.captured
-    assert found.memory is None
+    assert found.buffers is None
     (line,) = [r.getMessage() for r in caplog.records if r.name == "mira.engine.cuda.replay"]
     assert line.startswith(
-        "training passes are not recorded any more (engine.cuda_graphs), but computed one operation at a time: "
+        "CUDA graph capture disabled for this run (engine.cuda_graphs); running kernels one by one: "
     )
     assert why in line
     assert "\n" not in line
@@ -240,23 +243,23 @@ def test_memory_that_runs_out_over_a_recording_leaves_those_there_are(
     assert (found.closed, len(found.captured)) == (True, 1)
     # Of eight steps every other one is of the size that was recorded, and two of them come before that.
     assert len(replayed) == 2
-    assert "at a time: out of memory, pretend" in caplog.text
+    assert "one by one: out of memory, pretend" in caplog.text
 
 
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("way", ["train", "evaluate"])
 def test_memory_that_runs_out_takes_that_of_recordings_first(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is lost who would have fitted without them."""
-    engine, hidden = against_the_oracle(), AdaptedModel.hidden
+    engine, hidden = against_the_oracle(), Body.__call__
     work, held = work_on(engine), replayer_of(engine)
     assert held.captured
 
-    def scarce(self: AdaptedModel, *given: Any) -> Tensor:
-        if held.memory is not None:
+    def scarce(self: Body, *given: Any) -> Tensor:
+        if held.buffers is not None:
             raise torch.OutOfMemoryError("pretend")
         return hidden(self, *given)
 
-    monkeypatch.setattr(AdaptedModel, "hidden", scarce)
+    monkeypatch.setattr(Body, "__call__", scarce)
     if way == "train":
         other = replace(work, client=work.client[:2], start=work.start[:2])
         assert not engine.train(other, 1, 1e-3).failed

@@ -33,8 +33,8 @@ def test_side_by_side_clients_train_as_one_after_another(options: dict[str, Any]
         training = Training(lr=1e-3, local_steps=20)
         made = make_engine("batched", "llama", RandomCorpus(STEPS), training, torch.float64, **options)
         assert isinstance(made, BatchedEngine)
-        engine, everyone = replace(made, progress=told.append), torch.arange(4)
-        trained = engine.train(Work(everyone, warm_row(engine.layout).expand(4, -1).double()), 0, 1e-3)
+        engine, everyone = replace(made, spec=replace(made.spec, progress=told.append)), torch.arange(4)
+        trained = engine.train(Work(everyone, warm_row(engine.spec.layout).expand(4, -1).double()), 0, 1e-3)
         assert sum(told) == int(trained.tokens.sum())
         found.append(trained.rows)
         measured.append(engine.evaluate(trained.rows, everyone, ("test",)).nll)
@@ -95,14 +95,14 @@ def test_who_runs_out_of_memory_beside_others_trains_alone(
 ) -> None:
     """Client 2 fits into what memory there is, but not while another is computed."""
     engine = make_engine("batched", "llama", RandomCorpus(STEPS), Training(local_steps=20), torch.float64)
-    work = Work(torch.arange(4), warm_row(engine.layout).expand(4, -1).double())
+    work = Work(torch.arange(4), warm_row(engine.spec.layout).expand(4, -1).double())
     good = engine.train(work, 0, 1e-3)
-    draw, real, alone = RandomCorpus(STEPS), type(engine)._train, False
+    draw, real, alone = RandomCorpus(STEPS), type(engine)._train_group, False
 
-    def watched(self: Any, work: Any, jobs: Any, *args: Any) -> Any:
+    def watched(self: Any, now: Any, jobs: Any) -> Any:
         nonlocal alone
         alone = list(jobs) == [2] and threading.current_thread() is threading.main_thread()
-        return real(self, work, jobs, *args)
+        return real(self, now, jobs)
 
     def scarce(self: Any, part: Any, *args: Any) -> Tensor:
         if not alone and any(list(job) in crowded for _, job in part):
@@ -110,7 +110,7 @@ def test_who_runs_out_of_memory_beside_others_trains_alone(
         return backward(self, part, *args)
 
     crowded, backward = [list(step) for step in draw.batches(0, 2)], type(engine)._backward
-    monkeypatch.setattr(type(engine), "_train", watched)
+    monkeypatch.setattr(type(engine), "_train_group", watched)
     monkeypatch.setattr(type(engine), "_backward", scarce)
     again = engine.train(work, 0, 1e-3)
     assert not again.failed
@@ -125,7 +125,7 @@ def test_a_small_bound_on_tokens_does_not_cut_a_shared_prefix_to_pieces(several_
     made = make_engine("batched", "llama", RandomCorpus((1,), prefix=40), Training(local_steps=1), tokens_per_pass=100)
     assert isinstance(made, BatchedEngine)
     sequences = RandomCorpus((1,), prefix=40).encoded(16, "test")
-    pieces = list(made._forward_only.cut(sequences))
+    pieces = list(made.forward_only.cut(sequences))
     assert sum(map(len, pieces)) == len(sequences) == 20
     assert len(pieces) < 8
 
@@ -151,7 +151,7 @@ def test_answers_to_come_count_where_memory_is_short(
         return real(model, head, packed, *args)
 
     monkeypatch.setattr(measuring, "greedy", watched)
-    engine.generate(warm_row(engine.layout).expand(2, -1), torch.arange(2), "test", None, new)
+    engine.generate(warm_row(engine.spec.layout).expand(2, -1), torch.arange(2), "test", None, new)
     assert sum(sizes) == 9
     assert max(sizes) <= most
     assert (max(sizes) == 9) is (most > 9)
@@ -159,7 +159,7 @@ def test_answers_to_come_count_where_memory_is_short(
 
 def test_side_by_side_only_who_does_not_fit_is_lost(several_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine("batched", "llama", RandomCorpus((2, 2, 2, 2)), Training(local_steps=2), torch.float64)
-    start = warm_row(engine.layout).expand(4, -1).double()
+    start = warm_row(engine.spec.layout).expand(4, -1).double()
     good = engine.train(Work(torch.arange(4), start), 0, 1e-3)
     draw, real = RandomCorpus((2, 2, 2, 2)), type(engine)._backward
     crowded = [sequence for step in draw.batches(0, 2) for sequence in step]
@@ -188,5 +188,5 @@ def test_a_bug_in_one_thread_ends_all_of_them(several_threads: None, monkeypatch
 
     monkeypatch.setattr(type(engine), "_backward", broken)
     with pytest.raises(KeyError, match="a bug"):
-        engine.train(Work(torch.arange(3), warm_row(engine.layout).expand(3, -1).double()), 0, 1e-3)
+        engine.train(Work(torch.arange(3), warm_row(engine.spec.layout).expand(3, -1).double()), 0, 1e-3)
     assert passes < 20  # of 102

@@ -20,6 +20,8 @@ from mira.core.errors import UserError
 from mira.core.layout import Layout
 from mira.core.seeds import generator
 
+pytestmark = pytest.mark.quick
+
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _LATENT = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
 AUTO = {
@@ -89,7 +91,7 @@ def test_what_is_left_out_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         Lora(rank=2, alpha=4.0, targets=".*").layout(make("mamba"))
     assert {record.message for record in caplog.records} == {
-        "adapter.targets: backbone.layers.*.mixer.dt_proj is left out, as it is not on the way of a text through the model",
+        "adapter.targets: backbone.layers.*.mixer.dt_proj is left out, as it is not used when the model reads a text",
         "adapter.targets: backbone.layers.*.mixer.out_proj is left out, as it is left out by PEFT in architecture 'mamba'",
     }
 
@@ -103,8 +105,8 @@ def test_what_is_left_out_is_said(caplog: pytest.LogCaptureFixture) -> None:
             r"'out_proj': .*out_proj is left out by PEFT .*; name others, among in_proj",
         ),
         ("mamba2", ".*out_proj", r"out_proj is left out by PEFT"),
-        ("llama4", ("router",), r"router computes something else than a product with its weight"),
-        ("deepseek_v32", ("wq_b",), r"wq_b is not on the way of a text through the model"),
+        ("llama4", ("router",), r"router computes more than a product with its weight"),
+        ("deepseek_v32", ("wq_b",), r"wq_b is not used when the model reads a text"),
     ],
 )
 def test_layers_that_cannot_learn_are_refused_in_one_line(
@@ -155,7 +157,9 @@ def test_the_proof_sees_another_scale(monkeypatch: pytest.MonkeyPatch) -> None:
         return config
 
     monkeypatch.setattr(lora_peft, "peft_config", doubled)
-    with pytest.raises(UserError, match=r"another one in PEFT \(of what it changes in the logits \d+\.\d% differs\)"):
+    with pytest.raises(
+        UserError, match=r"another adapter than this run \(\d+\.\d% of its effect on the logits differs\)"
+    ):
         prove(model, layout)
 
 
@@ -193,5 +197,7 @@ def test_a_model_that_takes_no_text_is_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_dropout_where_peft_has_none_is_refused() -> None:
     model = make("deepseek_v3")
     layout = Lora(rank=2, alpha=4.0, dropout=0.1, targets=("gate_proj", "o_proj")).layout(model)
-    with pytest.raises(UserError, match=r"adapter\.dropout=0\.1: PEFT has none for 'model\.layers\.0\.mlp\.gate_proj'"):
+    with pytest.raises(
+        UserError, match=r"adapter\.dropout=0\.1: not available in PEFT for 'model\.layers\.0\.mlp\.gate_proj'"
+    ):
         peft_config(layout, model, None, 0.1)

@@ -20,6 +20,7 @@ from mira.data.text import Encoded, Encoder, Wording
 from mira.data.types import Example, Message
 from mira.engine.batched import BatchedEngine
 from mira.engine.reference import ReferenceEngine
+from mira.engine.spec import EngineSpec, Text
 
 DATE = "2026-11-29"
 KINDS = get_args(Kind)
@@ -115,14 +116,13 @@ def test_losses_and_greedy_answers_are_transformers_own(name: str) -> None:
         ended = next((n for n, token in enumerate(out) if token in encoder.stops), len(out))
         answers.append(encoder.answer(out[:ended]))
     layout = Lora(rank=2, alpha=4.0, targets=("q_proj",)).layout(model)
-    shared = dict(
-        model=model, pad=encoder.tokenizer.pad_token_id, stops=encoder.stops, decode=encoder.answer,
-        adapter=LoraAdapter(model, layout),
-        corpus=Corpus(Federation((), 0), encoder, 1, steps=1), training=Training(local_steps=1), seed=0,
+    spec = EngineSpec(
+        model, Text(encoder.tokenizer.pad_token_id, encoder.stops, encoder.answer), LoraAdapter(model, layout),
+        Corpus(Federation((), 0), encoder, 1, steps=1), Training(local_steps=1), 0,
     )  # fmt: skip
     row = start_row(layout, 0)[None].double()
     # The reference engine first: it copies the model as it is.
-    for engine in (ReferenceEngine(**shared), BatchedEngine(**shared, tokens_per_pass=4096, prefix=True)):
+    for engine in (ReferenceEngine.of(spec), BatchedEngine.of(spec, tokens_per_pass=4096)):
         ours, _ = engine.score(row, [encoded])
         torch.testing.assert_close(ours, torch.stack(nll), rtol=1e-5, atol=0)
         assert engine.answer(row, [prompts], 12) == [answers]

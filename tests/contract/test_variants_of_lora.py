@@ -27,6 +27,7 @@ from mira.core.types import Work
 from mira.engine.adapted_model import AdaptedModel
 from mira.engine.batched import BatchedEngine
 from mira.engine.reference import ReferenceEngine
+from mira.engine.spec import EngineSpec, Text
 
 IDS = torch.arange(20, 50)[None]
 TARGETS = {"llama": ("q_proj", "down_proj"), "gpt2": ("c_attn", "c_proj"), "qwen2": ("q_proj", "up_proj")}
@@ -75,7 +76,9 @@ def test_training_is_that_of_peft_with_loraplus(dora: bool, optimizer: Any) -> N
     layout = Lora(rank=4, alpha=8.0, targets=TARGETS["llama"], dora=dora, lora_plus_ratio=8.0).layout(make_tiny())
     start = LoraAdapter(make_tiny(), layout).start(0)
     training = Training(local_steps=3, optimizer=optimizer, clip=None)
-    engine = ReferenceEngine(make_tiny(), 1, frozenset({0}), str, LoraAdapter(make_tiny(), layout), corpus, training, 0)  # type: ignore[arg-type]
+    engine = ReferenceEngine.of(
+        EngineSpec(make_tiny(), Text(1, frozenset({0}), str), LoraAdapter(make_tiny(), layout), corpus, training, 0)
+    )  # type: ignore[arg-type]
     trained = engine.train(Work(torch.tensor([0]), start[None]), round=0, lr=0.01).rows[0]
 
     config = peft_config(layout, make_tiny(), None)
@@ -108,7 +111,11 @@ def test_dropout_is_on_while_training_and_off_while_measuring(dora: bool) -> Non
     layout = Lora(rank=4, alpha=8.0, targets=TARGETS["llama"], dora=dora).layout(make_tiny())
     start = LoraAdapter(make_tiny(), layout).start(0)[None] + 0.01  # B is not zero: dropout would show in a loss
     engines = [
-        ReferenceEngine(make_tiny(), 1, frozenset({0}), str, LoraAdapter(make_tiny(), layout, p), corpus, training, 0)  # type: ignore[arg-type]
+        ReferenceEngine.of(
+            EngineSpec(
+                make_tiny(), Text(1, frozenset({0}), str), LoraAdapter(make_tiny(), layout, p), corpus, training, 0
+            )
+        )
         for p in (0.0, 0.5)
     ]
     before = [engine.evaluate(start, torch.tensor([0]), ("test",)).loss for engine in engines]
@@ -174,7 +181,9 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
     ):
         AdaptedModel.of(model, layout, 0.0, prefix=False, longest=64)
     beside_experts = Lora(rank=4, alpha=8.0, targets=("gate_proj",), dora=True).layout(make("deepseek_v3"))
-    with pytest.raises(UserError, match=r"adapter\.dora=true: PEFT has none for 'model\.layers\.0\.mlp\.gate_proj'"):
+    with pytest.raises(
+        UserError, match=r"adapter\.dora=true: not available in PEFT for 'model\.layers\.0\.mlp\.gate_proj'"
+    ):
         prove(make("deepseek_v3"), beside_experts)
     base = {
         "rounds": 1,

@@ -24,7 +24,7 @@ from helpers.tiny_models import save_tiny
 from mira import Experiment, config
 from mira.core.errors import UserError
 from mira.runner.run import resume, run
-from mira.setup.session import open_session
+from mira.setup.build import open_session
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 2, "targets": ["q_proj", "v_proj"]},
@@ -248,7 +248,7 @@ def test_peft_alone_keeps_too_little_of_a_prompt(values: Any, tmp_path: Path) ->
         with pytest.raises(UserError, match=rf"its {key} is \d, and adapter\.{key}={change}; set adapter\.{key}=\d$"):
             open_session(Experiment(**values(section))).start()
     (folder / "prompt_encoder.safetensors").unlink()
-    with pytest.raises(UserError, match="PEFT keeps the computed prompt alone"):
+    with pytest.raises(UserError, match="PEFT keeps only the computed prompt"):
         open_session(Experiment(**values(SECTIONS["prompt"] | {"start": str(folder)}))).start()
 
 

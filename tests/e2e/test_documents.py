@@ -19,7 +19,7 @@ from helpers.sample_config import settings, write_clients
 from mira import Experiment, config
 from mira.cli import app
 from mira.comparison import plan as comparison
-from mira.config.experiment import VARIANTS
+from mira.config.experiment import SECTIONS
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -49,6 +49,8 @@ def check_command(command: str) -> None:
     words = words[: next((n for n, word in enumerate(words) if word in ("|", ">", ">>", "2>", "&&", ";")), None)]
     group: Any = typer.main.get_command(app)
     context, arguments = None, words[1:]
+    if arguments == ["--version"]:
+        return
     while isinstance(group, click.Group):
         context = click.Context(group, parent=context, info_name=group.name)
         _, command_found, arguments = group.resolve_command(context, arguments)
@@ -66,15 +68,15 @@ def completed(block: dict[str, Any]) -> dict[str, Any]:
     """A whole experiment that says what ``block`` says, which may show some sections only."""
     values = settings(Path("model"), Path("data"))
     for key, section in block.items():
-        variants = VARIANTS.get(key)
-        whole = not isinstance(section, dict) or (variants and variants.tag in section)
+        registry = SECTIONS.get(key)
+        whole = not isinstance(section, dict) or (registry and registry.tag in section)
         values[key] = section if whole else {**values.get(key, {}), **section}
     if {"local_steps", "local_epochs"} <= values["training"].keys() and "local_epochs" in block.get("training", {}):
         del values["training"]["local_steps"]
     return values
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_every_yaml_block_is_valid(document: Path) -> None:
     for block in blocks(document.read_text(encoding="utf-8"), "yaml"):
         values = yaml.safe_load(block)
@@ -84,7 +86,7 @@ def test_every_yaml_block_is_valid(document: Path) -> None:
         Experiment(**values if {"model", "rounds", "training", "data"} <= values.keys() else completed(values))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_every_command_exists(document: Path) -> None:
     for command, complete in commands(document.read_text(encoding="utf-8")):
         try:
@@ -94,24 +96,46 @@ def test_every_command_exists(document: Path) -> None:
             pytest.fail(f"{document.name}: '{command}': {error}")
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
+@pytest.fixture
+def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Classes that a document registers are forgotten afterwards."""
+    for registry in SECTIONS.values():
+        for name in ("_added", "_plugins"):
+            monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
+    yield
+    for registry in SECTIONS.values():
+        registry.changes += 1
+
+
+def experiment_of(given: Any) -> Experiment:
+    if isinstance(given, Experiment):
+        return given
+    return Experiment(**given) if isinstance(given, dict) else config.load(given)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.usefixtures("registries")
 def test_the_python_that_uses_mira_runs(
     document: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a tiny model and tiny data in the place of those named; everything else as shown."""
+    """On a tiny model, for one round, and on tiny data in the place of files; everything else as shown."""
     data = write_clients(tmp_path / "data.jsonl")
     whole = mira.run
 
-    def small(experiment: Experiment, *rest: Any) -> dict[str, Any]:
+    def small(given: Any, out: Any = None, **objects: Any) -> mira.Run:
+        experiment = experiment_of(given)
         values = settings(tiny_folder, data, rounds=1, method=experiment.method)
-        return whole(Experiment(**values), *rest)
+        if experiment.data.source == "builtin":
+            values["data"] = {"source": "builtin"}
+        return whole(Experiment(**values), out, **objects)
 
     monkeypatch.setattr(mira, "run", small, raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    names: dict[str, Any] = {"__name__": "__main__"}  # a document's blocks build on each other
     for block in blocks(document.read_text(encoding="utf-8"), "python"):
-        if re.search(r"^(from mira import|import mira)", block, flags=re.MULTILINE):
-            exec(compile(block, document.name, "exec"), {})
+        if re.search(r"^(from mira[. ]|import mira|mira\.)", block, flags=re.MULTILINE):
+            exec(compile(block, document.name, "exec", dont_inherit=True), names)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from mira.core.training import Training
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.engine.reference import ReferenceEngine
+from mira.engine.spec import EngineSpec, Text
 
 
 @dataclass(frozen=True)
@@ -85,21 +86,24 @@ def warm_row(layout: Layout, seed: int = 0) -> Tensor:
     return row
 
 
+def numbers(tokens: Sequence[int]) -> str:
+    return " ".join(map(str, tokens))
+
+
+TEXT = Text(VOCABULARY[PAD], frozenset([VOCABULARY[EOS]]), numbers)
+
+
 def make_engine(
     name: str, kind: str, corpus: Any, training: Training, dtype: torch.dtype = torch.float32, **options: Any
 ) -> BatchedEngine | ReferenceEngine:
     layout = options.pop("layout", None) or layout_on(kind)
     model = options.pop("model", None) or make_tiny(kind, dtype)
-    shared: dict[str, Any] = {
-        "model": model, "pad": VOCABULARY[PAD],
-        "stops": frozenset([VOCABULARY[EOS]]),
-        "decode": lambda tokens: " ".join(map(str, tokens)), "adapter": adapter_of(model, layout, options.pop("dropout", 0.0)),
-        "corpus": corpus, "training": training, "seed": 0, "checkpointing": options.pop("checkpointing", False),
-    }  # fmt: skip
+    adapter, checkpointing = adapter_of(model, layout, options.pop("dropout", 0.0)), options.pop("checkpointing", False)
+    spec = EngineSpec(model, TEXT, adapter, corpus, training, 0, checkpointing)
     if name == "reference":
-        return ReferenceEngine(**shared)
-    return BatchedEngine(
-        **shared,
+        return ReferenceEngine.of(spec)
+    return BatchedEngine.of(
+        spec,
         tokens_per_pass=options.get("tokens_per_pass", 4096),
         prefix=options.get("prefix", True),
         cuda_graphs=options.get("cuda_graphs", True),

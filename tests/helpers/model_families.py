@@ -17,8 +17,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
-PACKED, MIXERS, APART = "packed", "packed, mixers padded", "padded"
-_TOLD = {PACKED: "packed", MIXERS: "packed, its mixers apart", APART: "apart", None: "no"}
+PACKED, MIXERS, PADDED = "packed", "packed, mixers padded", "padded"
+_TOLD = {PACKED: PACKED, MIXERS: MIXERS, PADDED: PADDED, None: "no"}
 
 # By the names that configurations give their sizes; each takes what it knows.
 _SIZES: dict[str, Any] = {
@@ -75,7 +75,7 @@ FAMILIES = (
     Family("llama", "Llama 1–3.3, SmolLM2, Yi, Vicuna", {}, _ALL, quick=True),
     Family("llama4_text", "Llama 4 (text)", {
         "num_hidden_layers": 4, "intermediate_size_mlp": 48, "num_experts_per_tok": 1,
-    }, kind=APART, quick=True),
+    }, kind=PADDED, quick=True),
     Family("mistral", "Mistral 7B, Nemo, Small 3", quick=True),
     Family("ministral", "Ministral 8B", _SLIDING),
     Family("ministral3", "Ministral 3"),
@@ -107,24 +107,24 @@ FAMILIES = (
     Family("phi", "Phi 1–2", targets=("q_proj", "dense")),
     Family("phi3", "Phi-3, Phi-4", {}, ("qkv_proj", "o_proj"), quick=True),
     Family("phimoe", "Phi-3.5-MoE", {"sliding_window": None}),
-    Family("phimoe", "Phi-3.5-MoE", kind=APART, variant="sequences beyond its window"),
+    Family("phimoe", "Phi-3.5-MoE", kind=PADDED, variant="sequences beyond its window"),
     Family("gpt2", "GPT-2", {}, ("c_attn",), quick=True),
     Family("gpt_neo", "GPT-Neo", {
         "num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 4, "window_size": 12,
-    }, kind=APART),
+    }, kind=PADDED),
     Family("gpt_neox", "Pythia, GPT-NeoX", {}, ("query_key_value",)),
-    Family("gpt_neox_japanese", "GPT-NeoX Japanese", {}, ("query_key_value",), APART),
-    Family("gptj", "GPT-J", {"rotary_dim": 4}, kind=APART, quick=True),
+    Family("gpt_neox_japanese", "GPT-NeoX Japanese", {}, ("query_key_value",), PADDED),
+    Family("gptj", "GPT-J", {"rotary_dim": 4}, kind=PADDED, quick=True),
     Family("gpt_oss", "gpt-oss", _SLIDING, quick=True),
     Family("gpt_bigcode", "StarCoder", {}, ("c_attn",)),
-    Family("openai-gpt", "GPT-1", {}, ("c_attn",), APART),
+    Family("openai-gpt", "GPT-1", {}, ("c_attn",), PADDED),
     Family("starcoder2", "StarCoder2"),
     Family("opt", "OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}, quick=True),
-    Family("bloom", "BLOOM", {"n_layer": 2, "n_head": 4}, ("query_key_value",), APART),
+    Family("bloom", "BLOOM", {"n_layer": 2, "n_head": 4}, ("query_key_value",), PADDED),
     Family("mpt", "MPT", {
         "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "expansion_ratio": 2,
-    }, ("Wqkv",), APART),
-    Family("falcon", "Falcon 7B", {"num_kv_heads": 1}, ("query_key_value",), APART, quick=True),
+    }, ("Wqkv",), PADDED),
+    Family("falcon", "Falcon 7B", {"num_kv_heads": 1}, ("query_key_value",), PADDED, quick=True),
     Family("falcon_h1", "Falcon-H1", {"mamba_d_ssm": 64}, kind=MIXERS),
     Family("falcon_mamba", "Falcon-Mamba", {"state_size": 8, "time_step_rank": 4}, ("in_proj", "x_proj"), MIXERS),
     Family("mamba", "Mamba", {"state_size": 8, "time_step_rank": 4}, ("in_proj", "x_proj"), MIXERS),
@@ -141,7 +141,7 @@ FAMILIES = (
         "mamba_headdim": 8, "attention_hidden_size": 64, "attention_head_dim": 16, "adapter_rank": 4, "num_mem_blocks": 1,
         "num_key_value_heads": 4, "hybrid_layer_ids": [1, 3], "mamba_ngroups": 1,
     }, kind=MIXERS),
-    Family("rwkv", "RWKV-4", {"attention_hidden_size": 32, "context_length": 256}, ("key", "value"), APART),
+    Family("rwkv", "RWKV-4", {"attention_hidden_size": 32, "context_length": 256}, ("key", "value"), PADDED),
     Family("stablelm", "StableLM"),
     Family("olmo", "OLMo 1", {"clip_qkv": 0.5}),
     Family("olmo2", "OLMo 2"),
@@ -161,8 +161,8 @@ FAMILIES = (
     Family("deepseek_v2", "DeepSeek-V2", _LATENT | {"n_group": None, "topk_group": None}, _MLA),
     Family("deepseek_v3", "DeepSeek-V3, R1, Kimi-K2", _LATENT, _MLA, quick=True),
     Family("deepseek_v32", "DeepSeek-V3.2", _LATENT, _MLA, None, True, "lets a token see those behind it"),
-    Family("deepseek_v32", "DeepSeek-V3.2", _LATENT | {"index_topk": 256}, _MLA, APART, variant="sequences within its top-k"),
-    Family("glm_moe_dsa", "GLM-5", _LATENT | _SPARSE | {"index_topk": 256}, _MLA, APART, variant="sequences within its top-k"),
+    Family("deepseek_v32", "DeepSeek-V3.2", _LATENT | {"index_topk": 256}, _MLA, PADDED, variant="sequences within its top-k"),
+    Family("glm_moe_dsa", "GLM-5", _LATENT | _SPARSE | {"index_topk": 256}, _MLA, PADDED, variant="sequences within its top-k"),
     Family("kimi_linear", "Kimi-Linear", _LINEAR | _LATENT, kind=MIXERS),
     Family("dbrx", "DBRX", {
         "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256,
@@ -180,7 +180,7 @@ FAMILIES = (
     Family("minimax_m3_vl_text", "MiniMax-M3", {
         "dense_intermediate_size": 48, "rotary_dim": 4, "index_block_size": 4, "index_topk_blocks": 2,
         "index_local_blocks": 1, "layer_types": ["full_attention", "minimax_m3_sparse"],
-    } | _SPARSE, kind=APART, quick=True),
+    } | _SPARSE, kind=PADDED, quick=True),
     Family("minicpm3", "MiniCPM3", _LATENT | {"dim_model_base": 16}, _MLA),
     Family("glm", "GLM-4-9B"),
     Family("glm4", "GLM-4-0414"),
@@ -203,17 +203,17 @@ FAMILIES = (
     Family("diffllama", "DiffLlama", quick=True),
     Family("seed_oss", "Seed-OSS"),
     Family("bitnet", "BitNet"),
-    Family("xglm", "XGLM", {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4}, kind=APART),
-    Family("codegen", "CodeGen", {"rotary_dim": 4}, ("qkv_proj",), APART),
+    Family("xglm", "XGLM", {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4}, kind=PADDED),
+    Family("codegen", "CodeGen", {"rotary_dim": 4}, ("qkv_proj",), PADDED),
     Family("biogpt", "BioGPT"),
-    Family("bart", "BART's decoder", {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4}, kind=APART, quick=True),
+    Family("bart", "BART's decoder", {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4}, kind=PADDED, quick=True),
     Family("bert", "BERT as a decoder", {"is_decoder": True}, ("query", "value")),
-    Family("roberta", "RoBERTa as a decoder", {"is_decoder": True}, ("query", "value"), APART),
+    Family("roberta", "RoBERTa as a decoder", {"is_decoder": True}, ("query", "value"), PADDED),
     Family("ctrl", "CTRL", {"dff": 48}, ("Wq", "Wv")),
     Family("aria_text", "Aria (text)", {"moe_num_shared_experts": 1}),
     Family("bailing_hybrid", "Ring, Ling", _LINEAR | _LATENT | _SPARSE | {"layer_group_size": 2}, ("kv_b_proj",), MIXERS),
     Family("cwm", "CWM", _SLIDING | {"bos_token_id": 2}),
-    Family("doge", "Doge", kind=APART),
+    Family("doge", "Doge", kind=PADDED),
     Family("hrm_text", "HRM-Text", {
         "H_cycles": 2, "L_cycles": 2, "L_bp_cycles": [1, 2], "num_layers_per_stack": 1, "prefix_lm": False,
     }, quick=True),
@@ -232,7 +232,7 @@ FAMILIES = (
     Family("youtu", "Youtu-LLM", _LATENT, _MLA),
     Family("zaya", "Zaya", {
         "router_hidden_size": 16, "num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid"],
-    }, ("o_proj",), APART),
+    }, ("o_proj",), PADDED),
 )  # fmt: skip
 
 
@@ -266,32 +266,16 @@ def _wake(model: nn.Module) -> None:
 
 
 def page() -> str:
-    lines = [
-        "# Models",
-        "",
-        "Both engines trained, measured and answered with a tiny random model of each family, with its architecture's own",
-        "switches (caps, scales, sinks, windows, experts, shared keys and values): the same losses, gradients, greedy answers,",
-        "and the same loss from the adapter folder in plain transformers and PEFT. `tests/contract/test_families.py` does it.",
-        "",
-        "How `engine.name: batched` computes a family:",
-        "",
-        "- **packed**: sequences of all clients end to end in one row, without padding, a client's shared prompt once.",
-        "- **packed, its mixers apart**: what mixes tokens otherwise than by attention (convolutions, recurrences) gets them a",
-        "  sequence at a time, everything else is packed. transformers answers, one prompt at a time.",
-        "- **apart**: sequences of all clients in padded batches, with the model's own attention. transformers answers.",
-        "- **no**: `engine.name: auto`, the default, takes `reference` by itself: one client at a time with PEFT.",
-        "",
-        "Which of these is right is found out on the spot, by numbers, when a run starts; the table says what is found.",
-        "",
-        "| family | known as | batched | reference | targets tried | served by PEFT |",
-        "|---|---|---|---|---|---|",
-    ]
+    """The page with its table made anew; the prose before it is written by hand."""
+    heading = "| family | known as | batched | reference | targets tried | served by PEFT |"
+    prose = PAGE.read_text(encoding="utf-8").partition(heading)[0]
+    lines = [heading, "|---|---|---|---|---|---|"]
     for family in FAMILIES:
         why = f": it {family.why}" if family.why else ""
         title = f"`{family.name}`" + (f", {family.variant}" if family.variant else "")
         targets = ", ".join(f"`{name}`" for name in family.targets)
         lines.append(f"| {title} | {family.known} | {_TOLD[family.kind]}{why} | yes | {targets} | yes |")
-    return "\n".join(lines) + "\n"
+    return prose + "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from mira.adapters.lowrank import AdapterBatch
 from mira.core.layout import Layout
 from mira.core.threads import check_cancelled, parallel_map
 from mira.engine.attention.packed import PackedAttention, Segment
-from mira.engine.attention.patching import find_last, patch_attention
+from mira.engine.attention.patching import find_last_mlp, patch_attention
 
 T, K, M = 7, 5, 6  # tokens, hidden and inner size
 
@@ -185,7 +185,7 @@ def test_the_last_mlp_computes_only_what_is_read() -> None:
     layout = Lora(rank=2, alpha=4.0, targets=("q_proj", "gate_proj", "up_proj", "down_proj")).layout(model)
     attached = attach(model, layout, 0.0)
     way = patch_attention(model, attached, 8)
-    find_last(way.body, attached, layout.size)
+    find_last_mlp(way.body, attached, layout.size)
     last = model.model.layers[-1].mlp
     assert attached.last is last
     rows, needed = draw(3, layout.size), torch.tensor([1, 2, 6])  # nothing of the second row's is read
@@ -220,7 +220,7 @@ def test_an_mlp_that_later_layers_read_computes_everything() -> None:
     layers[0].forward, layers[1].forward = second, first
     layout = Lora(rank=2, alpha=4.0).layout(model)
     attached = attach(model, layout, 0.0)
-    find_last(patch_attention(model, attached, 8).body, attached, layout.size)
+    find_last_mlp(patch_attention(model, attached, 8).body, attached, layout.size)
     assert len(attached.mlps) == len(layers)
     assert attached.last is None
 
@@ -231,7 +231,7 @@ def test_a_token_whose_embedding_is_zero_is_no_difference() -> None:
     model.get_input_embeddings().weight[0] = 0
     layout = Lora(rank=2, alpha=4.0).layout(model)
     attached = attach(model, layout, 0.0)
-    find_last(patch_attention(model, attached, 8).body, attached, layout.size)
+    find_last_mlp(patch_attention(model, attached, 8).body, attached, layout.size)
     assert attached.last is model.model.layers[-1].mlp
 
 

@@ -34,7 +34,7 @@ def test_a_pass_fits_its_bucket_and_stays_what_it_is(given: PassItems) -> None:
     packed = pack(given, True)
     bucket = Bucket.of(packed)
     filled = bucket.filled(packed)
-    for name in ("tokens", "positions", "predict", "target", "owner", "job"):
+    for name in ("tokens", "positions", "predict", "target", "owner", "range_of"):
         whole, part = getattr(filled, name), getattr(packed, name)
         assert whole.dtype == part.dtype
         assert torch.equal(whole[: len(part)], part), name
@@ -49,9 +49,9 @@ def test_a_pass_fits_its_bucket_and_stays_what_it_is(given: PassItems) -> None:
     assert behind[-1][2] == bucket.tokens
     assert all(0 < end - start <= bucket.width for _, start, end in filled.ranges)
     for place, owner in zip(filled.predict[len(packed.predict) :], filled.owner[len(packed.predict) :], strict=True):
-        _, start, end = filled.ranges[int(filled.job[owner])]
+        _, start, end = filled.ranges[int(filled.range_of[owner])]
         assert start <= place < end
-        assert filled.job[owner] >= bucket.jobs
+        assert filled.range_of[owner] >= bucket.jobs
     assert bucket.tokens <= 1.25 * len(packed.tokens) + 2 * bucket.filler + len(packed.target) / 2 + 2
 
 

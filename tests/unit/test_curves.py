@@ -21,6 +21,8 @@ from mira.engine.batched import BatchedEngine
 from mira.engine.packing import packed_tokens
 from mira.setup.build import open_session
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def workload(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Workload:
@@ -38,7 +40,7 @@ def never() -> Workload:
 
 @pytest.mark.parametrize("name", ["tokens", "clients", "rank", "prefix"])
 def test_a_curve_runs_and_leaves_the_model_as_it_was(name: str, workload: Workload) -> None:
-    model = workload.made.model
+    model = workload.made.spec.model
     before = {path: vars(module).get("forward") for path, module in model.named_modules()}
     with ExitStack() as stack:
         points = CURVES[name].points(lambda: workload, stack)
@@ -131,9 +133,9 @@ def test_ranks_are_those_of_the_axis(workload: Workload) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(curves, "_engine", lambda *a, **k: engines.append(original(*a, **k)) or engines[-1])
             points = curves.by_rank(lambda: workload, stack)
-        assert [engine.layout.rank for engine in engines] == [point.x for point in points]
-        assert {engine.layout.scale for engine in engines} == {2.0}
-        assert all(engine.layout.modules == workload.made.layout.modules for engine in engines)
-        work = curves.Work(torch.arange(1), torch.zeros(1, engines[0].layout.size))
-        engine = replace(engines[0], corpus=Synthetic([0.0], 1, 128, LENGTH, LABELS))
+        assert [engine.spec.layout.rank for engine in engines] == [point.x for point in points]
+        assert {engine.spec.layout.scale for engine in engines} == {2.0}
+        assert all(engine.spec.layout.modules == workload.made.spec.layout.modules for engine in engines)
+        work = curves.Work(torch.arange(1), torch.zeros(1, engines[0].spec.layout.size))
+        engine = replace(engines[0], spec=replace(engines[0].spec, corpus=Synthetic([0.0], 1, 128, LENGTH, LABELS)))
         assert engine.train(work, 0, 0.1).rows.shape == work.start.shape

@@ -15,6 +15,8 @@ pytest.importorskip("flwr", reason="needs Flower: pip install 'mira-fl[flower]'"
 
 from mira.fleet.flower import app_launcher as executor
 
+pytestmark = pytest.mark.slow
+
 
 def _exit(code: int | None) -> Callable[..., NoReturn]:
     return lambda *arguments, **named: sys.exit(code)

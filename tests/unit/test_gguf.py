@@ -152,10 +152,10 @@ def test_what_llamacpp_cannot_add_is_refused(tmp_path: Path) -> None:
     model = make_tiny("qwen2")
     folder = adapter_of(model, tmp_path / "a", ["v_proj"])
     with pytest.raises(
-        UserError, match=r"architecture 'granitemoe' were not proven .*; --merge writes the whole model"
+        UserError, match=r"architecture 'granitemoe' were not tested .*; --merge writes the whole model"
     ):
         write(folder, GraniteMoeConfig(), tmp_path / "a.gguf", "ann")
-    with pytest.raises(UserError, match=r"architecture 'granitemoehybrid' were not proven"):
+    with pytest.raises(UserError, match=r"architecture 'granitemoehybrid' were not tested"):
         write(folder, GraniteMoeHybridConfig(), tmp_path / "a.gguf", "ann")
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -163,8 +163,8 @@ def test_what_llamacpp_cannot_add_is_refused(tmp_path: Path) -> None:
     save_file(
         tensors | {f"base_model.model.model.layers.0.mlp.experts.lora_{f}.weight": one.clone() for f in "AB"}, file
     )
-    with pytest.raises(UserError, match=r"layer model\.layers\.0\.mlp\.experts in llama.cpp; name other layers in"):
+    with pytest.raises(UserError, match=r"layer model\.layers\.0\.mlp\.experts were not tested with llama\.cpp; name other layers"):
         write(folder, model.config, tmp_path / "a.gguf", "ann")
     save_file(tensors | {"base_model.model.model.layers.0.self_attn.v_proj.lora_magnitude_vector": one}, file)
-    with pytest.raises(UserError, match=r"adds A and B of LoRA alone, and here is .*lora_magnitude_vector; --merge"):
+    with pytest.raises(UserError, match=r"applies only A and B of LoRA, and this adapter has .*lora_magnitude_vector; --merge"):
         write(folder, model.config, tmp_path / "a.gguf", "ann")

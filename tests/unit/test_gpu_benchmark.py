@@ -12,6 +12,8 @@ from transformers import LlamaConfig
 
 from helpers import fake_cuda
 
+pytestmark = pytest.mark.slow
+
 CONFIG = LlamaConfig(
     vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, tie_word_embeddings=True,
@@ -41,7 +43,7 @@ def test_each_way_is_what_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     read = {}
     for prefix, recorded in ((True, True), (True, False), (False, True)):
         engine = workload.engine(prefix, cuda_graphs=recorded)
-        packed = engine.adapted.pack([(0, engine.corpus.batches(0, 0)[0])])
+        packed = engine.adapted.pack([(0, engine.spec.corpus.batches(0, 0)[0])])
         read[prefix] = len(packed.tokens)
         engine.train(workload.work(workload.rows()), 0, 1e-4)
         recordings = engine.replayer.captured if engine.replayer else {}

@@ -236,7 +236,7 @@ def test_a_revision_that_is_nowhere_says_so(tiny_folder: Path) -> None:
     in_hub_cache(tiny_folder)
     with pytest.raises(UserError, match=r"of model\.revision='v2': not found .*; leave model\.revision out"):
         load(NAME, revision="v2")
-    with pytest.raises(UserError, match=r"model\.revision=v2: the folder .* holds one revision, the one it is"):
+    with pytest.raises(UserError, match=r"model\.revision=v2: the folder .* holds a single revision; leave"):
         load(str(tiny_folder), revision="v2")
     with pytest.raises(UserError, match=r"model\.revision=v2: wheels have none; leave it out"):
         load(NAME, source="wheel", revision="v2")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from helpers.engines import RandomCorpus, adapter_of, layout_on, warm_row
+from helpers.engines import RandomCorpus, adapter_of, layout_on, numbers, warm_row
 from helpers.tiny_models import PAD, VOCABULARY, make_tiny, norms_in_double
 from mira.adapters.lora import Lora
 from mira.adapters.lora_peft import start_row
@@ -24,6 +24,7 @@ from mira.core.training import Training
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.engine.packing import common_prefix, pack, packed_tokens, plan, read_tokens
+from mira.engine.spec import EngineSpec, Text
 
 PassItems = list[tuple[int, list[Encoded]]]
 
@@ -152,7 +153,7 @@ def test_a_client_in_pieces_has_its_prefix_once_in_each() -> None:
         model, Lora(rank=2, alpha=4.0, targets=("q_proj",)).layout(model), True, budget=50
     )  # four times in a forward pass
     job = [Encoded((5,) * 40 + (6 + n,) * 10, (False,) * 50, False) for n in range(32)]
-    assert [len(piece) for piece in engine._forward_only.cut(job)] == [16, 16]
+    assert [len(piece) for piece in engine.forward_only.cut(job)] == [16, 16]
 
 
 # The numbers.
@@ -183,10 +184,13 @@ def sliding(kind: str) -> PreTrainedModel:
 def engine_on(
     model: PreTrainedModel, layout: Any, prefix: bool, stops: frozenset[int] = frozenset([0]), budget: int = 4096
 ) -> BatchedEngine:
-    return BatchedEngine(
-        model, VOCABULARY[PAD], stops, lambda tokens: " ".join(map(str, tokens)), adapter_of(model, layout), CORPUS,
-        Training(local_steps=1), 0, budget, prefix,
-    )  # fmt: skip
+    return BatchedEngine.of(
+        EngineSpec(
+            model, Text(VOCABULARY[PAD], stops, numbers), adapter_of(model, layout), CORPUS, Training(local_steps=1), 0
+        ),
+        tokens_per_pass=budget,
+        prefix=prefix,
+    )
 
 
 @cache
@@ -200,7 +204,7 @@ def llamas() -> tuple[BatchedEngine, BatchedEngine]:
 def test_a_shared_prefix_changes_no_loss(jobs: PassItems) -> None:
     """fp64, losses of some 5 nats over at most 20 tokens: 1e-12 is rounding."""
     with_prefix, without = llamas()
-    rows = torch.stack([warm_row(without.layout, seed) for seed in range(len(jobs))]).double()
+    rows = torch.stack([warm_row(without.spec.layout, seed) for seed in range(len(jobs))]).double()
     groups = [job for _, job in jobs]
     ours, oracle = with_prefix.score(rows, groups), without.score(rows, groups)
     assert ours[1].tolist() == oracle[1].tolist() == [sum(s.label) for job in groups for s in job]

@@ -14,6 +14,8 @@ import pytest
 from mira.fleet.flower import processes
 from mira.fleet.flower.processes import SupervisedProcess
 
+pytestmark = pytest.mark.slow
+
 
 def wait(until: object, seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds

@@ -160,9 +160,9 @@ def runs(tmp_path: Path) -> Iterator[Any]:
     ("kind", "adapter", "format", "error"),
     [
         ("gpt2", {"targets": ["c_attn"]}, "vllm", "--format vllm: vLLM serves no LoRA on architecture 'gpt2'; use --merge"),
-        ("gpt2", {"targets": ["c_attn"]}, "sglang", "--format sglang: SGLang leaves out adapters on c_attn; it adds"),
-        ("llama", {"rslora": True}, "sglang", "--format sglang: SGLang scales by alpha/rank and takes no notice of"),
-        ("llama", {"targets": r".*\.0\..*q_proj"}, "lorax", "--format lorax: LoRAX adds adapters on q_proj only where"),
+        ("gpt2", {"targets": ["c_attn"]}, "sglang", "--format sglang: SGLang ignores adapters on c_attn; it applies"),
+        ("llama", {"rslora": True}, "sglang", "--format sglang: SGLang scales by alpha/rank and ignores"),
+        ("llama", {"targets": r".*\.0\..*q_proj"}, "lorax", "--format lorax: LoRAX applies adapters on q_proj only where"),
         ("llama", {"rank": 600}, "vllm", "--format vllm: adapter.rank=600 is above 512, the largest vLLM serves"),
     ],
 )  # fmt: skip

@@ -82,7 +82,7 @@ def test_a_kernel_that_does_something_else_is_not_taken(
         packed.attend(q, k, v, AttentionSpec(0.7))
     assert packed.metadata is None
     assert packed.tiles
-    assert caplog.text.count("attention goes in tiles") == 1
+    assert caplog.text.count("using tiled attention") == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

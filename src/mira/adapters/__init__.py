@@ -1,4 +1,4 @@
-"""Adapters: their kinds in the configuration, and their arithmetic. A kind is one class here and one line here."""
+"""Adapters: their kinds in the configuration, and their arithmetic. A kind is one class here and one line in ``ADAPTERS``."""
 
 from mira.adapters.lora import Lora
 from mira.adapters.prompt import VirtualPrompt

@@ -34,14 +34,16 @@ class Attached:
     restores the base."""
 
     dropout: float
-    last: nn.Module | None = None  # the gated MLP after which no token sees another: it computes what is needed alone
+    last: nn.Module | None = (
+        None  # the last gated MLP: no token sees another after it, so it computes only the needed ones
+    )
     mlps: list[nn.Module] = field(default_factory=list)  # gated MLPs that were patched
     before: list[tuple[nn.Module, Forward | None]] = field(default_factory=list)
     here: threading.local = field(default_factory=threading.local)
 
     @property
     def adapters(self) -> AdapterBatch | None:
-        """Of this thread's pass."""
+        """The adapters of this thread's pass."""
         return getattr(self.here, "adapters", None)
 
     @adapters.setter
@@ -50,7 +52,7 @@ class Attached:
 
     @contextmanager
     def using(self, adapters: AdapterBatch) -> Iterator[None]:
-        """``adapters`` is this thread's meanwhile."""
+        """Set ``adapters`` for this thread while the context is open."""
         before, self.adapters = self.adapters, adapters
         try:
             yield
@@ -58,25 +60,26 @@ class Attached:
             self.adapters = before
 
     def detach(self) -> None:
+        """Restore every patched forward function."""
         while self.before:
             module, forward = self.before.pop()
             vars(module).pop("forward") if forward is None else vars(module).update(forward=forward)
 
     def patch_forward(self, module: nn.Module, make: Callable[[Forward], Forward]) -> None:
-        """``module`` computes through what ``make`` makes of its forward; a pass that nobody waits for any more ends there."""
-        self.before.append((module, vars(module).get("forward")))  # what other libraries may have put on the instance
+        """Replace the forward function of ``module`` by ``make(forward)``. A cancelled pass ends at the next such call."""
+        self.before.append((module, vars(module).get("forward")))  # other libraries put theirs on the instance too
         made = make(module.forward)
 
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             check_cancelled()
             return made(*args, **kwargs) if self is module else type(self).forward(self, *args, **kwargs)
 
-        # Bound to its module: a copy of the model then has a method of the copy, not one that leads back here.
+        # A bound method: a deep copy of the model then has one bound to the copy. It must not compute with this module.
         vars(module)["forward"] = MethodType(forward, module)
 
 
 def attach(model: PreTrainedModel, layout: Layout, dropout: float) -> Attached:
-    """Exchange what can be: norms and gated MLPs that compute what they seem to, groups of projections, and every target."""
+    """Patch norms and gated MLPs that compute the usual formula, groups of projections with one input, and every target."""
     attached = Attached(dropout)
     entries = {(entry.module, entry.factor): entry for entry in layout.entries}
     factors = {name: Factors(entries[name, "A"], entries[name, "B"], layout.scale) for name in layout.modules}
@@ -113,7 +116,7 @@ def attach(model: PreTrainedModel, layout: Layout, dropout: float) -> Attached:
 
 
 def _plain_members(parent: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """The children called ``names``, or none where one is missing or not a plain layer."""
+    """The children called ``names``; empty where one is missing or is no plain layer."""
     members = [child for name in names if isinstance(child := getattr(parent, name, None), nn.Module)]
     return members if len(members) == len(names) and all(map(is_plain, members)) else []
 
@@ -123,7 +126,7 @@ def _probe(adapters: AdapterBatch) -> Tensor:
 
 
 def _attach_group(attached: Attached, group: Sequence[Projection]) -> None:
-    """The first of the group that is called computes all of them; the others find their output ready."""
+    """Patch a group of projections: the first one called computes all, and the others return their ready output."""
 
     def make(number: int) -> Callable[[Forward], Forward]:
         def patch(plain: Forward) -> Forward:
@@ -149,7 +152,7 @@ def _attach_group(attached: Attached, group: Sequence[Projection]) -> None:
 
 
 def _adapted(attached: Attached, factors: Factors | None) -> Callable[[Forward], Forward]:
-    """Any layer with an adapter beside it; without one, the layer."""
+    """Patch any layer: its own output, plus that of its adapter where it has one."""
 
     def patch(plain: Forward) -> Forward:
         def forward(x: Tensor) -> Tensor:
@@ -169,7 +172,7 @@ def _adapted(attached: Attached, factors: Factors | None) -> Callable[[Forward],
 
 
 def _by_client(attached: Attached, module: nn.Module, factors: dict[str, Factors]) -> Callable[[Forward], Forward]:
-    """A module whose own tensors of experts have adapters."""
+    """Patch a module that owns tensors of experts with adapters."""
 
     def patch(plain: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -184,7 +187,7 @@ def _by_client(attached: Attached, module: nn.Module, factors: dict[str, Factors
 
 
 def _prompted(attached: Attached, entries: Sequence[Entry]) -> Callable[[Forward], Forward]:
-    """The input embeddings, with the rows' own in the place of placeholders."""
+    """Patch the input embeddings: placeholders get the embeddings that each adapter computes for them."""
 
     def patch(plain: Forward) -> Forward:
         def forward(ids: Tensor) -> Tensor:
@@ -210,14 +213,14 @@ def _attach_norm(attached: Attached, module: nn.Module) -> None:
 
     def patch(plain: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            # Others take a gate or a residual too, or an input of another width.
+            # Some norms also take a gate or a residual, or an input of another width.
             alone = attached.adapters is not None and len(args) == 1 and not kwargs and args[0].shape[-1] == len(weight)
             return fused(*args) if alone else plain(*args, **kwargs)
 
         return forward
 
-    # In fp32 at least: bf16 cannot tell 1 + w from w where w is large. Off centre: LayerNorm would take the mean away.
-    # Small: what is added to the mean square shows.
+    # In fp32 at least: bf16 cannot tell 1 + w from w where w is large. The mean is not 0, as LayerNorm would subtract it.
+    # Some inputs are small, so that the epsilon shows.
     x = _random(weight).to(torch.promote_types(weight.dtype, torch.float32)) + 1
     if _computes(module, fused, x * x.new_tensor([1e-3, 0.1, 1, 10])[:, None]):
         attached.patch_forward(module, patch)
@@ -235,7 +238,7 @@ def _attach_mlp(attached: Attached, module: nn.Module, factors: Sequence[Factors
     def fused(x: Tensor, adapters: AdapterBatch) -> Tensor:
         return GatedMLP.apply(x, _probe(adapters), (gate, up), down, adapters)  # type: ignore[no-any-return, no-untyped-call]
 
-    # From next to linear, where other activations differ in the curvature, to sizes that somebody may cut off.
+    # From small inputs, where activations differ in curvature, to large ones, which some models clip.
     x = _random(gate.weight[0])
     size = torch.linalg.vector_norm(gate(x).detach(), dim=-1, keepdim=True) / len(gate.weight) ** 0.5
     if not _computes(module, unadapted, x / size * x.new_tensor([0.1, 1, 10, 50])[:, None]):
@@ -257,7 +260,7 @@ def _attach_mlp(attached: Attached, module: nn.Module, factors: Sequence[Factors
 
 
 def _scattered(function: Callable[[Tensor, AdapterBatch], Tensor], x: Tensor, adapters: AdapterBatch) -> Tensor:
-    """``function`` of the needed tokens of x [1,T,k] or [T,k], and 0 for all others."""
+    """Apply ``function`` to the needed tokens of x [1,T,k] or [T,k]; the output of all others is 0."""
     assert adapters.needed is not None
     if not len(adapters.needed):
         return torch.zeros_like(x)
@@ -267,21 +270,21 @@ def _scattered(function: Callable[[Tensor, AdapterBatch], Tensor], x: Tensor, ad
 
 
 def _random(like: Tensor) -> Tensor:
-    """Four inputs for a layer with a weight ``like`` [k]: [4,k]."""
+    """Random inputs [4,k] for a layer with a weight ``like`` [k]."""
     return torch.randn(4, len(like), generator=torch.Generator().manual_seed(0)).to(like)
 
 
 @torch.no_grad()
 def _computes(module: nn.Module, guess: Forward, x: Tensor) -> bool:
-    """Whether ``module`` computes ``guess`` on every row of x: names alone do not tell what a layer does with them."""
+    """Try whether ``module`` computes ``guess`` on every row of x: the names of its parts do not tell its formula."""
     try:
         given = module(x)
-    # It wants more than one input, or another shape.
+    # The module needs more than one input, or another shape.
     except (TypeError, AttributeError, IndexError, RuntimeError, ValueError, AssertionError, KeyError):
         return False
     if not isinstance(given, Tensor) or given.shape != x.shape:
         return False
-    # The same operations, at most rounded in another order; another formula differs by far more.
+    # The same formula differs only by rounding; another one differs by far more.
     bound = 0.02 if x.dtype in (torch.bfloat16, torch.float16) else 1e-4
     error, size = (torch.linalg.vector_norm(t, dim=-1) for t in (given - guess(x), given))
     return bool((error <= bound * size).all())

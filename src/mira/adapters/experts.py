@@ -1,8 +1,8 @@
-"""Adapters of experts in a pass of many clients. The module that owns tensors of experts is computed client by client, on the
-client's own tokens, with the tensors W + s·B·A that PEFT's wrapper makes for one.
+"""Adapters on experts in a pass of many clients.
 
-The backward pass computes a client's experts again: changed tensors are as large as the base's own, and one client's are there
-at a time.
+The module that owns tensors of experts is called once for each client, on the client's own tokens, with the tensors W + s·B·A,
+as in PEFT's wrapper. The backward pass computes a client's experts again: its tensors are as large as those of the base, so only
+one client's are in memory at a time.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ Span = tuple[int, int, int]  # row, first token, end
 
 @dataclass(frozen=True)
 class Call:
-    """A module called in a pass. ``factors``: of its own tensors of experts, by their names in it. ``leaves`` and ``spec``: what
-    it is given, with None in the ``places`` of tensors. ``within``: the context in which an adapter batch is the thread's."""
+    """A call of a module in a pass. ``factors``: those of the module's own tensors of experts, by their names in it. ``leaves``
+    and ``spec``: the arguments, flattened, with None at the ``places`` of tensors. ``within``: the context that sets an adapter
+    batch for this thread."""
 
     module: nn.Module
     factors: Mapping[str, Factors]
@@ -48,7 +49,8 @@ class Call:
         return [entry.view(rows)[row] for one in self.factors.values() for entry in (one.a, one.b)]
 
     def of(self, span: Span, pairs: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
-        """The output for one client's tokens, from A and B of each tensor and the part of ``tensors`` that is theirs."""
+        """The output for one client's tokens. ``pairs``: A and B of each tensor of experts; ``tensors``: the client's part of the
+        tensors among the arguments."""
         row, start, end = span
         leaves = list(self.leaves)
         for place, tensor in zip(self.places, tensors, strict=True):
@@ -66,11 +68,11 @@ class Call:
         if any(before.get(key) is not kept for key, kept in vars(module).items()):
             name = next(iter(self.factors.values())).a.module
             raise UserError(
-                f"adapter.targets: '{name}' belongs to a module that keeps what it computed, which PEFT's wrapper hides"
+                f"adapter.targets: '{name}' belongs to a module that keeps state between calls, which PEFT's wrapper hides"
                 " from the model; name other layers"
             )
         if not isinstance(out, Tensor) or out.shape[:-1] != tensors[0].shape[: out.ndim - 1]:
-            raise ValueError("experts give something else than a state of each token")
+            raise ValueError("experts do not return one state for each token")
         return out
 
 
@@ -88,7 +90,7 @@ def per_client(
 
 
 class _PerClient(torch.autograd.Function):
-    """``probe`` asks for gradients of the rows, which go into the batch's."""
+    """Experts computed client by client. ``probe`` makes autograd call backward, which adds gradients to the batch's."""
 
     @staticmethod
     def forward(ctx: Any, probe: Tensor, call: Call, *tensors: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ class _PerClient(torch.autograd.Function):
         for span in call.spans:
             parts = [_cut(x, span, call.tokens) for x in tensors]
             part = call.of(span, call.pairs(call.adapters.rows, span[0]), parts)
-            if out is None:  # as the first input lies, but for the width
+            if out is None:  # of the first input's shape, but for the width
                 out = part.new_empty(*tensors[0].shape[: part.ndim - 1], part.shape[-1])
             _put(out, span, call.tokens, part)
         assert out is not None
@@ -109,7 +111,7 @@ class _PerClient(torch.autograd.Function):
         check_cancelled()
         call: Call = ctx.call
         asks = ctx.needs_input_grad[2:]
-        grads = [  # contiguous, for views to be written into
+        grads = [  # contiguous, so that views of them can be written to
             torch.zeros_like(x, memory_format=torch.contiguous_format) if ask else None
             for x, ask in zip(ctx.saved_tensors, asks, strict=True)
         ]
@@ -134,14 +136,14 @@ class _PerClient(torch.autograd.Function):
 
 
 def _spans(ranges: Sequence[Span]) -> Iterator[Span]:
-    """The ranges with tokens, those of one row that follow each other as one."""
+    """The ranges that have tokens; adjacent ones of the same row are joined."""
     for row, some in groupby((span for span in ranges if span[1] < span[2]), key=lambda span: span[0]):
         together = list(some)
         yield row, together[0][1], together[-1][2]
 
 
 def _changed(module: nn.Module, name: str, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """W + s·B·A of every expert, as the tensor lies: a [E·r,k], b [m,r·E]."""
+    """W + s·B·A of every expert, in the orientation of the stored tensor: a [E·r,k], b [m,r·E]."""
     weight = module.get_parameter(name).detach()
     each_a, each_b = a.view(len(weight), -1, a.shape[1]), b.view(len(b), -1, len(weight)).permute(2, 0, 1)
     turned = getattr(module, "is_transposed", False)
@@ -151,20 +153,20 @@ def _changed(module: nn.Module, name: str, a: Tensor, b: Tensor, scale: float) -
 
 
 def _with(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A shallow copy with other parameters; other threads compute with the module meanwhile."""
+    """A shallow copy with other parameters: other threads compute with the module itself at the same time."""
     one = copy(module)
     vars(one)["_parameters"] = {**module._parameters, **tensors}
     return one
 
 
 def _by_token(x: Tensor, tokens: int) -> Tensor:
-    """A view [c,T,…] of x: [c·T,…], c times all tokens one after the other, or [B,L,…] of B·L = T. Raises ValueError for
-    others."""
+    """A view [c,T,…] of x, which is [c·T,…] (all tokens, c times over) or [B,L,…] with B·L = T. Raises ValueError for other
+    shapes."""
     if x.ndim and x.shape[0] and x.shape[0] % tokens == 0:
         return x.view(-1, tokens, *x.shape[1:])
     if x.ndim > 1 and x.shape[0] * x.shape[1] == tokens:
         return x.flatten(0, 1)[None]
-    raise ValueError(f"experts are given {tuple(x.shape)} where the pass has {tokens} tokens")
+    raise ValueError(f"experts get an input of shape {tuple(x.shape)}, and the pass has {tokens} tokens")
 
 
 def _cut(x: Tensor, span: Span, tokens: int) -> Tensor:
@@ -174,5 +176,6 @@ def _cut(x: Tensor, span: Span, tokens: int) -> Tensor:
 
 
 def _put(x: Tensor, span: Span, tokens: int, part: Tensor) -> None:
+    """Write ``part`` to the places in x that belong to the tokens of ``span``."""
     place = _by_token(x, tokens)[:, span[1] : span[2]]
     place.copy_(part.reshape(place.shape))

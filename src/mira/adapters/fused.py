@@ -1,7 +1,7 @@
-"""Frozen layers and the adapters on them as single autograd functions: less memory kept, fewer passes over it.
+"""Frozen layers with their adapters as single autograd functions, which keep less memory and read it less often.
 
-Of a frozen projection only its adapter needs the input again; projections that read the same input share one copy of
-it and add their input gradients up in place.
+Only the adapter of a frozen projection needs the input in the backward pass. Projections that read the same input share one copy
+of it and accumulate their input gradients in place.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Projection:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether its weight is what it multiplies by; a quantised layer is a subclass, and other libraries put a forward
-    of their own on the instance."""
+    """Tell whether ``module`` multiplies by its weight as stored. A quantised layer is a subclass, and other libraries replace
+    the forward function of an instance: neither is plain."""
     return type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module)
 
 
 def project(x: Tensor, group: Sequence[Projection], adapters: AdapterBatch) -> tuple[list[Tensor], list[Tensor]]:
-    """All projections of x [T,k]: their outputs, and A·x of each adapter."""
+    """Apply all projections to x [T,k]. Returns their outputs, and A·x of each adapter."""
     outs = [one(x) for one in group]
     adapted = [(out, one.factors) for out, one in zip(outs, group, strict=True) if one.factors]
     wide = x.to(adapters.rows.dtype) if adapted else x
@@ -53,8 +53,8 @@ def project_back(
     grads: Sequence[Tensor], x: Tensor | None, us: Sequence[Tensor], group: Sequence[Projection], adapters: AdapterBatch,
     into_x: bool,
 ) -> Tensor | None:  # fmt: skip
-    """The gradient of x, when it is wanted, from those of the outputs; the adapters' go into ``adapters.grad``. x is None
-    where there is no adapter."""
+    """The gradient of x (where ``into_x``) from those of the outputs. Gradients of adapters are added to ``adapters.grad``. x is
+    None where there is no adapter."""
     total = None
     if into_x:
         for g, one in zip(grads, group, strict=True):
@@ -76,13 +76,14 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _shaped(out: Tensor, like: torch.Size) -> Tensor:
-    """[T,m] -> [...,m], not as a view: a model may change in place (clip) what a layer gave it, not a function's view."""
+    """Reshape [T,m] to [...,m], not as a view: a model may change a layer's output in place (clip), which autograd forbids for a
+    view that a function returned."""
     return torch.ops.aten._unsafe_view(out, (*like[:-1], out.shape[-1]))  # type: ignore[no-any-return]
 
 
 class Projections(torch.autograd.Function):
-    """A group of projections that read the same input. ``probe`` asks for gradients where the input does not: the first
-    layer's input is frozen, its adapters are not."""
+    """A group of projections that read the same input. ``probe`` requires a gradient even where the input does not: the first
+    layer's input is frozen, and its adapters are not."""
 
     @staticmethod
     def forward(
@@ -132,11 +133,11 @@ class GatedMLP(torch.autograd.Function):
 
 
 class AddAdapter(torch.autograd.Function):
-    """The adapter alone, added to what any layer gave: x [...,k] as the adapter sees it (after dropout)."""
+    """The adapter's product added to the output of any layer. x [...,k] is the adapter's input, after dropout."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, x: Tensor, probe: Tensor, factors: Factors, adapters: AdapterBatch) -> Tensor:
-        # A copy: another library's function may need its output as it was. Contiguous: it is written to through a view.
+        # A copy, since another library's function may need its output unchanged; contiguous, to be written to through a view.
         flat, total = _flat(x), out.clone(memory_format=torch.contiguous_format)
         u = add_product(_flat(total), flat.to(adapters.rows.dtype), adapters, factors)
         ctx.save_for_backward(flat, u)
@@ -153,7 +154,7 @@ class AddAdapter(torch.autograd.Function):
 
 
 class RMSNorm(torch.autograd.Function):
-    """w ⊙ x/rms(x) over the last dimension (Zhang and Sennrich 2019), at least in fp32 inside; keeps x and 1/rms alone.
+    """w ⊙ x/rms(x) over the last dimension (Zhang and Sennrich 2019), in fp32 at least; only x and 1/rms are kept.
 
     With n = x/rms:  ∂F/∂x = (w⊙g − n·mean(n ⊙ w⊙g)) / rms.
     """

@@ -30,18 +30,18 @@ class Lora:
     alpha: Annotated[float, Field(gt=0)] = 16.0
     """The scale s is alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the adapter's inputs set to 0 in training."""
+    """Share of the adapter's inputs that training sets to 0."""
     rslora: bool = False
-    """Scale alpha / √rank instead (Kalajdzievski 2023)."""
+    """Use the scale alpha / √rank (rsLoRA, Kalajdzievski 2023)."""
     targets: str | tuple[str, ...] = "auto"
-    """Layers: the ends of their names as a list, a regular expression as text, all-linear, or auto: PEFT's choice for the model,
-    else the layers in which tokens meet. A list may name tensors of experts, as experts.down_proj."""
+    """Layers: a list of ends of their names, a regular expression, all-linear, or auto (PEFT's choice for the model, else the
+    layers that mix tokens, such as attention). A list may name tensors of experts, such as experts.down_proj."""
     init: Literal["kaiming", "orthogonal"] = "kaiming"
-    """Start of adapters: B at 0, or both factors in orthogonal halves of an even rank, their product 0."""
+    """Start values. kaiming: B is 0. orthogonal: A and B lie in orthogonal halves of an even rank, so their product is 0."""
     dora: bool = False
-    """A trained length for every row of W + s·B·A (DoRA, Liu et al. 2024), for engine.name=reference."""
+    """Also train the length of every row of W + s·B·A (DoRA, Liu et al. 2024); needs engine.name=reference."""
     lora_plus_ratio: Annotated[float, Field(gt=0)] = 1.0
-    """Learning rate of B, and of DoRA's lengths, over training.lr, which A has (LoRA+, Hayou et al. 2024)."""
+    """Learning rate of B and of DoRA's lengths as a multiple of training.lr, the rate of A (LoRA+, Hayou et al. 2024)."""
     start: Annotated[str, Field(min_length=1)] | None = None
     """A PEFT adapter that all clients start from: its folder, or its name on the model hub. Rank, scale, layers and base must be
     the run's. null: a new one."""
@@ -57,7 +57,7 @@ class Lora:
     def check(self, experiment: Any) -> None:
         """Raise UserError where other sections do not go with this one."""
         if self.init == "orthogonal" and experiment.clients.rank:
-            raise UserError("adapter.init=orthogonal: cut to fewer ranks its product is not 0; leave clients.rank out")
+            raise UserError("adapter.init=orthogonal: the product of fewer ranks is not 0; leave clients.rank out")
 
     def smallest(self) -> Layout:
         features = {"layers.0.x": (1, 1), "layers.1.x": (1, 1)}

@@ -1,4 +1,4 @@
-"""LoRA on a base model: its layout, the start row, PEFT's model of it, and PEFT folders in and out."""
+"""LoRA on a base model: layout, start row, PEFT's model, and reading and writing of PEFT folders."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Literal
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mira.adapters.lora import Lora
-from mira.adapters.peft_files import WEIGHTS, save_weights
+from mira.adapters.peft_files import HEADER, WEIGHTS, write_base
 from mira.adapters.targets import PREFIX, ends, target_layers
 from mira.adapters.types import BaseLike, SingleAdapterModel
 from mira.adapters.weights import is_transposed, lengths, merge, weights_of
@@ -93,12 +93,12 @@ class LoraAdapter:
 
 
 def layout_of(section: Lora, model: PreTrainedModel) -> Layout:
-    """The row layout on ``model``. Raises UserError when the targets name no linear layer."""
+    """The row layout on ``model``. Raises UserError where the targets name no linear layer."""
     layers, experts = target_layers(model, section.targets)
     if experts and (section.dropout or section.dora):
         key, off = (f"dropout={section.dropout:g}", "dropout=0") if section.dropout else ("dora=true", "dora=false")
         raise UserError(
-            f"adapter.{key}: there is none for experts, whose tensors PEFT changes as a whole; set {off}, or leave"
+            f"adapter.{key}: not available for experts, since PEFT changes their tensors as a whole; set {off}, or leave"
             f" {next(iter(experts)).rsplit('.', 1)[-1]} out of targets"
         )
     features: dict[str, tuple[int, ...]] = {name: _features(layer) for name, layer in layers.items()}
@@ -109,8 +109,8 @@ def layout_of(section: Lora, model: PreTrainedModel) -> Layout:
 
 
 def start_row(layout: Layout, seed: int, init: Init = "kaiming") -> Tensor:
-    """The common start row [P], float32: B = 0 and A uniform in ±1/√in, as PEFT draws it (Kaiming with a = √5). Orthogonal:
-    both factors drawn, of which the product is 0. Magnitudes are the model's, and 0 here."""
+    """Draw the common start row [P], float32. "kaiming": B = 0 and A uniform in ±1/√in, as in PEFT (Kaiming with a = √5).
+    "orthogonal": both factors are drawn, and their product is 0. Magnitudes are left at 0: they are those of the model."""
     row = torch.zeros(layout.size)
     draw = generator("start", seed)
     for entry in layout.entries:
@@ -123,10 +123,10 @@ def start_row(layout: Layout, seed: int, init: Init = "kaiming") -> Tensor:
 
 
 def _orthogonal(entry: Entry, seed: int) -> Tensor:
-    """A or B of a layer as PEFT draws them: normal numbers/10 in one half of r orthogonal directions each, A in the one and B
-    in the other."""
+    """A or B of a layer, drawn as PEFT does: normal numbers/10 along half of r orthogonal directions. A has one half, B the
+    other."""
     if entry.experts:
-        raise UserError(f"adapter.init=orthogonal: there is none for experts ({entry.module}); set init=kaiming")
+        raise UserError(f"adapter.init=orthogonal: not available for experts ({entry.module}); set init=kaiming")
     rank, features = entry.shape if entry.factor == "A" else entry.shape[::-1]
     basis: Tensor = torch.linalg.qr(torch.randn(rank, rank, generator=generator("basis", seed, entry.module)))[0]
     numbers = torch.randn(features, rank // 2, generator=generator("start", seed, entry.module, entry.factor))
@@ -137,7 +137,7 @@ def _orthogonal(entry: Entry, seed: int) -> Tensor:
 def peft_config(
     layout: Layout, model: PreTrainedModel, base_name: str | None, dropout: float = 0.0, rank: int | None = None
 ) -> LoraConfig:
-    """The PEFT config that attaches ``layout`` to ``model`` and to nothing else in it; ``rank``: the layout's."""
+    """The PEFT config that attaches ``layout`` to ``model`` and to no other layer. ``rank``: None for the layout's."""
     experts = list(layout.experts)
     layers = [name for name in layout.modules if name not in set(experts)]
     conv = any(isinstance(model.get_submodule(name), Conv1D) for name in layers)
@@ -145,8 +145,8 @@ def peft_config(
     if weights and (dropout or layout.dora):
         key, off = (f"dropout={dropout:g}", "dropout=0") if dropout else ("dora=true", "dora=false")
         raise UserError(
-            f"adapter.{key}: PEFT has none for '{weights[0].removesuffix('.weight')}', whose name it takes for that of experts;"
-            f" set {off}, or leave it out of targets"
+            f"adapter.{key}: not available in PEFT for '{weights[0].removesuffix('.weight')}', which it takes for experts by its"
+            f" name; set {off}, or leave it out of targets"
         )
     return LoraConfig(
         r=rank or layout.rank, lora_alpha=layout.alpha, lora_dropout=dropout, use_rslora=layout.rslora, use_dora=layout.dora,  # type: ignore[arg-type]
@@ -156,26 +156,28 @@ def peft_config(
 
 
 def by_weight(modules: Sequence[str], model: PreTrainedModel) -> tuple[list[str], list[str]]:
-    """The ``modules`` that a PEFT config of ``model`` may name, and the weights of the others. PEFT takes the names of
-    linear layers for those of experts where an architecture has had experts of such names; a weight it takes for what it is."""
+    """Split ``modules`` into those that a PEFT config of ``model`` may name, and the weights of the others.
+
+    Where an architecture once had experts of that name, PEFT takes a linear layer of the name for experts. It does not do so with
+    the name of a weight."""
     taken = {leaf for leaf in {name.rsplit(".", 1)[-1] for name in modules} if _taken_for_experts(leaf, model)}
     own = [name for name in modules if name.rsplit(".", 1)[-1] not in taken]
     return own, [f"{name}.weight" for name in modules if name.rsplit(".", 1)[-1] in taken]
 
 
 def _taken_for_experts(leaf: str, model: PreTrainedModel) -> bool:
-    """Whether PEFT makes something else of the target ``leaf``."""
+    """Tell whether PEFT replaces the target ``leaf`` by another."""
     config = LoraConfig(target_modules=[leaf])
     try:
         convert_peft_config_for_transformers(config, model, None)
-    except ValueError:  # it wants the other names of the same experts as well
+    except ValueError:  # PEFT asks for the other names of the same experts as well
         return True
     return set(config.target_modules or ()) != {leaf}
 
 
 def peft_places(layout: Layout) -> dict[Entry, str]:
-    """The module in which PEFT keeps each tensor of ``layout``. It wraps a module once for each of its tensors that has an
-    adapter, one around the other."""
+    """The module in which PEFT keeps each tensor of ``layout``. A module with several adapted tensors has one wrapper for each,
+    nested in one another."""
     owned: dict[str, list[str]] = {}
     for entry in layout.entries:
         if entry.experts and entry.factor == "A":
@@ -209,29 +211,31 @@ def peft_names(layout: Layout) -> dict[Entry, str]:
 
 
 def peft_tensors(row: Tensor, layout: Layout, rank: int) -> dict[str, Tensor]:
-    """The tensors of ``row`` [P] as a PEFT folder names them, of the first ``rank`` ranks."""
+    """The tensors of ``row`` [P] under the names of a PEFT folder, cut to the first ``rank`` ranks."""
     return {name: _first(entry, row, rank).float().contiguous().cpu() for entry, name in peft_names(layout).items()}
 
 
 def to_peft(
     folder: Path, row: Tensor, layout: Layout, model: PreTrainedModel, base_name: str, base: BaseLike | None = None
 ) -> None:
-    """Write ``row`` [P] as a PEFT folder, of the rank it uses: adapter_config.json and adapter_model.safetensors."""
+    """Write ``row`` [P] as a PEFT folder (adapter_config.json, adapter_model.safetensors) of the rank that it uses."""
     folder.mkdir(parents=True, exist_ok=True)
     rank = layout.ranks(row[None])[0]
-    save_weights(peft_tensors(row, layout, rank), folder / WEIGHTS, base)
+    save_file(peft_tensors(row, layout, rank), folder / WEIGHTS, metadata=HEADER)
+    if base is not None:
+        write_base(folder, base)
     config = peft_config(layout, model, base_name, rank=rank)
     config.revision = base.revision if base else None
     config.save_pretrained(str(folder))
 
 
 def from_peft(folder: Path, layout: Layout) -> Tensor:
-    """Read a PEFT folder back into a row [P]. Raises UserError when its tensors do not fit ``layout``."""
+    """Read a PEFT folder into a row [P]. Raises UserError where its tensors do not fit ``layout``."""
     tensors = load_file(folder / WEIGHTS)
     row = torch.empty(layout.size)
     for entry, name in peft_names(layout).items():
         if name not in tensors or tuple(tensors[name].shape) != entry.shape:
-            given = tuple(tensors[name].shape) if name in tensors else "nothing"
+            given = tuple(tensors[name].shape) if name in tensors else "missing"
             raise UserError(
                 f"{folder}: tensor '{name}' is {given}, expected {entry.shape}; another rank or base model?"
             )
@@ -244,7 +248,7 @@ def from_peft(folder: Path, layout: Layout) -> Tensor:
 
 
 def _first(entry: Entry, row: Tensor, rank: int) -> Tensor:
-    """The first ``rank`` rows of A, or columns of B; of every expert."""
+    """The first ``rank`` rows of A or columns of B, for every expert; magnitudes as they are."""
     factor, count = entry.view(row), max(entry.experts, 1)
     if entry.factor == "A":
         return factor.view(count, -1, factor.shape[1])[:, :rank].flatten(0, 1)
@@ -261,7 +265,7 @@ def _features(module: nn.Module) -> tuple[int, int]:
 
 
 def _names(modules: Sequence[str], model: PreTrainedModel) -> list[str]:
-    """Short names, which people and serving engines expect, when they match no other layer; else the full names."""
+    """Short names, as people and servers expect them, where these match no other layer; else full names."""
     short = sorted({name.rsplit(".", 1)[-1] for name in modules})
     matched = {name for name, _ in model.named_modules() if ends(name, short)}
     return short if matched == set(modules) else list(modules)

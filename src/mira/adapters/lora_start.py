@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from math import isclose, sqrt
 
 import torch
 from safetensors.torch import load_file
@@ -44,12 +45,12 @@ def start_of(given: str, layout: Layout, base: BaseLike) -> Tensor:
 def _check_settings(found: Pretrained, layout: Layout) -> None:
     """Raise UserError for the first setting of the adapter that is not the run's."""
     settings = found.settings
-    rank, alpha, rslora = int(settings["r"]), float(settings["lora_alpha"]), bool(settings.get("use_rslora"))
+    rank, alpha, rslora = (settings.get(key) or 0 for key in ("r", "lora_alpha", "use_rslora"))
     if rank != layout.rank:
         raise found.refused(f"its rank is {rank}, and adapter.rank={layout.rank}; set adapter.rank={rank}")
-    if alpha / (rank**0.5 if rslora else rank) != layout.scale:
-        if rslora != layout.rslora:
-            value = str(rslora).lower()
+    if not isclose(alpha / (sqrt(rank) if rslora else rank), layout.scale):
+        if bool(rslora) != layout.rslora:
+            value = str(bool(rslora)).lower()
             raise found.refused(f"its use_rslora is {value}; set adapter.rslora={value}")
         raise found.refused(f"its alpha is {alpha:g}, and adapter.alpha={layout.alpha:g}; set adapter.alpha={alpha:g}")
     if bool(settings.get("use_dora")) != layout.dora:

@@ -1,4 +1,4 @@
-"""The low-rank products of many adapters in one pass: every range of tokens under its own row."""
+"""The low-rank products of many adapters in one pass: each range of tokens has its own adapter."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from mira.core.device import sent
 from mira.core.layout import Entry
 from mira.core.threads import check_cancelled
 
-# Devices on which a product of all ranges beats one for each: a kernel's launch costs more than some padding there.
+# Devices on which one batched product beats one product for each range: launching a kernel costs more than some padding.
 _AT_ONCE = ("cuda",)
-_FEW = 8  # tokens of a range: with so few, as in a step of decoding, the same is true of a CPU
+_FEW = 8  # tokens of a range: with this few, as in a step of decoding, the same holds on a CPU
 
 
 @dataclass(frozen=True)
 class PaddedRanges:
-    """J ranges of T tokens as one batch [J,M], padded to the longest; empty ones are left out. ``rows`` [J]: of each range.
-    ``token`` [J·M]: what is in each place, in padding one of the range's own. ``real`` [J,M,1]: false in padding. ``place`` [T]:
-    where each token is among J·M.
+    """J ranges of T tokens as one batch [J,M], padded to the longest; empty ranges are left out.
+
+    ``rows`` [J]: the row of each range. ``token`` [J·M]: the token at each place; padding repeats one of the range's own.
+    ``real`` [J,M,1]: false in padding. ``place`` [T]: the place of each token among J·M.
     """
 
     rows: Tensor
@@ -32,7 +33,7 @@ class PaddedRanges:
 
     @staticmethod
     def of(ranges: Sequence[tuple[int, int, int]], device: torch.device, width: int = 0) -> PaddedRanges | None:
-        """None where most of the batch would be padding, or nothing is batched. ``width``: M at least."""
+        """Pad ``ranges``; None where most of the batch would be padding, or there is one range. ``width``: the least M."""
         tokens, ranges = ranges[-1][2], [span for span in ranges if span[1] < span[2]]
         row, start, end = (torch.tensor(numbers)[:, None] for numbers in zip(*ranges, strict=True))
         width = max(width, *(b - a for _, a, b in ranges))
@@ -40,7 +41,7 @@ class PaddedRanges:
             return None
         place = torch.arange(width)
         real = place < end - start
-        # Padding repeats the range's own last token: what is not finite in one client's never meets another's, 0·NaN is NaN.
+        # Padding repeats the range's own last token: 0·NaN is NaN, so one client's NaN must not reach another's products.
         token = torch.minimum(start + place, end - 1)
         rows = row.flatten()
         on_device = (sent(t, device) for t in (rows, token.flatten(), real[..., None], real.flatten().nonzero()[:, 0]))
@@ -57,12 +58,12 @@ class PaddedRanges:
 
 @dataclass
 class AdapterBatch:
-    """Whose tokens are where in the current pass. ``ranges``: (row, start, end), which together cover all its tokens.
+    """The adapters of a pass and the tokens of each. ``ranges``: (row, start, end), which together cover all tokens.
 
-    ``needed`` [m]: the places whose last hidden state is read, in order, on the CPU; None where all are.
-    ``grad`` [n,P] receives the gradients of ``rows`` [n,P]; None while evaluating. ``dropout`` holds one generator
-    per row, so that a client's masks do not depend on who else is in the pass. ``ready``: the input a layer will be called
-    with and what it gives then, where that was made together with another's. ``prepared``: its ``padded``, if made already.
+    ``rows`` [n,P]: the adapters. ``grad`` [n,P] receives their gradients; None in evaluation. ``dropout``: one generator for each
+    row, so that a client's masks do not depend on the other clients in the pass. ``needed`` [m]: the places whose last hidden
+    state is read, in order, on the CPU; None: all. ``ready``: outputs that were computed together with another layer's, each with
+    the input it belongs to. ``prepared``: the value of ``padded``, where it was computed before.
     """
 
     rows: Tensor
@@ -75,12 +76,12 @@ class AdapterBatch:
 
     @property
     def equal_rows(self) -> slice | list[int] | None:
-        """The rows, where all have the same number of tokens and nobody wants gradients, as in a step of decoding: their
-        products are then one batch."""
+        """The rows of the ranges where all have the same number of tokens and no gradients are needed, as in a step of decoding:
+        their products are then one batch. Else None."""
         rows = [row for row, _, _ in self.ranges]
         if self.grad is not None or len({end - start for _, start, end in self.ranges}) > 1:
             return None
-        # A view of neighbouring rows, rather than a copy of each step's.
+        # A slice gives a view of neighbouring rows; a list would copy them in each step.
         return slice(rows[0], rows[-1] + 1) if rows == list(range(rows[0], rows[-1] + 1)) else rows
 
     @cached_property
@@ -92,12 +93,12 @@ class AdapterBatch:
         return PaddedRanges.of(self.ranges, self.rows.device) if few or self.rows.device.type in _AT_ONCE else None
 
     def retarget(self, ranges: Sequence[tuple[int, int, int]]) -> None:
-        """From here on passes have other tokens, and all are needed."""
+        """Change the tokens of the following passes to ``ranges``, of which all are needed."""
         self.ranges, self.needed, self.prepared = ranges, None, None
         vars(self).pop("padded", None)
 
     def only(self, places: Tensor) -> AdapterBatch:
-        """The batch of the tokens at ``places`` [m], sorted, alone."""
+        """The same adapters, for only the tokens at ``places`` [m], which are sorted."""
         ends = torch.tensor([end for _, _, end in self.ranges])
         counts = torch.searchsorted(places, ends).tolist()
         ranges = [(row, a, b) for (row, _, _), a, b in zip(self.ranges, [0, *counts], counts, strict=False) if a < b]
@@ -106,7 +107,7 @@ class AdapterBatch:
 
 @dataclass(frozen=True)
 class Factors:
-    """Where the two factors of one layer are in a row, and the scale s of their product."""
+    """The places of a layer's two factors in a row, and the scale s of their product."""
 
     a: Entry
     b: Entry
@@ -114,8 +115,8 @@ class Factors:
 
 
 def add_product(out: Tensor, x: Tensor, adapters: AdapterBatch, factors: Factors) -> Tensor:
-    """out [T,m] += s·B·A·x in place, in the rows' precision; x [T,k] has it already. Returns u = A·x [T,r]."""
-    assert adapters.ranges[-1][2] == len(x), "the layer reads other tokens than the pass has; a routed expert?"
+    """Add s·B·A·x to out [T,m] in place, in the rows' precision, which x [T,k] has already. Returns u = A·x [T,r]."""
+    assert adapters.ranges[-1][2] == len(x), "the layer reads other tokens than the pass has; is it a routed expert?"
     a, b = factors.a.view(adapters.rows), factors.b.view(adapters.rows)
     rows = adapters.equal_rows
     if rows is not None:
@@ -144,8 +145,9 @@ def add_product(out: Tensor, x: Tensor, adapters: AdapterBatch, factors: Factors
 def add_gradients(
     g: Tensor, x: Tensor, u: Tensor, adapters: AdapterBatch, factors: Factors, grad_x: Tensor | None
 ) -> None:
-    """With g = ∂F/∂y [T,m]:  ∂F/∂B += s·gᵀu,  ∂F/∂A += s·(gB)ᵀx,  and grad_x [T,k] += s·(gB)A in place; all in the
-    rows' precision. Gradients go straight into ``adapters.grad``: one flat buffer instead of two tensors a layer and client.
+    """Accumulate gradients in place, in the rows' precision. With g = ∂F/∂y [T,m]:  ∂F/∂B += s·gᵀu,  ∂F/∂A += s·(gB)ᵀx,  and
+    grad_x [T,k] += s·(gB)A. Those of A and B go straight into ``adapters.grad``: one flat buffer instead of two tensors for each
+    layer and client.
     """
     assert adapters.grad is not None
     check_cancelled()
@@ -153,7 +155,7 @@ def add_gradients(
     grad_a, grad_b = factors.a.view(adapters.grad), factors.b.view(adapters.grad)
     padded = adapters.padded
     if padded is not None:
-        part = padded.split(g) * padded.real  # nothing comes from padding
+        part = padded.split(g) * padded.real  # padding has no gradient
         low = torch.bmm(part, b[padded.rows]).mul_(factors.scale)
         grad_b.index_add_(0, padded.rows, torch.bmm(part.transpose(1, 2), padded.split(u)), alpha=factors.scale)
         grad_a.index_add_(0, padded.rows, torch.bmm(low.transpose(1, 2), padded.split(x)))
@@ -170,7 +172,7 @@ def add_gradients(
 
 
 def dropout_mask(x: Tensor, adapters: AdapterBatch, p: float) -> Tensor:
-    """0 with probability ``p``, else 1/(1−p), for every element of x [T,k]."""
+    """Draw the mask of x [T,k]: 0 with probability ``p``, else 1/(1−p), from each row's own generator."""
     assert adapters.dropout is not None
     keep = torch.empty(x.shape, dtype=x.dtype)
     for row, start, end in adapters.ranges:

@@ -15,11 +15,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mira.adapters.peft_files import WEIGHTS, save_weights
+from mira.adapters.peft_files import HEADER, WEIGHTS, write_base
 from mira.adapters.pretrained import Pretrained
 from mira.adapters.reach import plainly, text
 from mira.adapters.targets import PREFIX
@@ -107,7 +107,8 @@ class PeftAdapter:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = _tensors(single.module)
         whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        save_weights(whole, folder / WEIGHTS, self.base)
+        save_file(whole, folder / WEIGHTS, metadata=HEADER)
+        write_base(folder, self.base)
         config = deepcopy(self.config)
         config.base_model_name_or_path, config.revision, config.inference_mode = base_name, self.base.revision, True
         config.save_pretrained(str(folder))
@@ -131,11 +132,11 @@ class PeftAdapter:
     def _loaded(self, folder: Path) -> PeftModel:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # missing tensors are looked for below
+                warnings.simplefilter("ignore")  # missing tensors are found below
                 peft = PeftModel.from_pretrained(
                     on_same_weights(self.base.model), folder, torch_device=str(self.base.model.device)
                 )
-        except Exception as error:  # whatever PEFT trips over
+        except Exception as error:  # PEFT may raise anything
             raise UserError(f"adapter: PEFT cannot read {folder} ({_line(error)})") from error
         there, read = (set(tensors) for tensors in (load_file(folder / WEIGHTS), _tensors(peft)))
         if odd := sorted(there ^ read):

@@ -1,4 +1,4 @@
-"""Before a run trains: what PEFT will read from its adapter folders is what the run computes."""
+"""The check before a run that PEFT reads from its adapter folders what the run computes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from mira.core.errors import UserError
 from mira.core.layout import Layout
 from mira.core.seeds import generator
 
-_STRENGTH = 0.3  # of the trial adapter's part beside a layer's own output, roughly
-# Of what the adapter changes. Either side does the same operations once more, in another order at most; where PEFT adds to a
-# weight in 16 bits, the sum is rounded to 2⁻⁹ of it. An adapter left out, on another layer or in another scale is all of it.
+_STRENGTH = 0.3  # of the trial adapter's output beside the layer's own, roughly
+# Allowed error as a share of the adapter's effect. Both sides do the same operations, at most in another order; where PEFT adds
+# to a weight in 16 bits, the sum is rounded to 2⁻⁹ of it. A missing adapter, another layer or another scale is an error of 1.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
 _COARSE = 0.1
 _LENGTH = 8  # tokens of the text
@@ -34,8 +34,8 @@ _LENGTH = 8  # tokens of the text
 
 @torch.no_grad()
 def prove(model: PreTrainedModel, layout: Layout) -> None:
-    """A trial row written as a PEFT folder and read back by PEFT gives the logits of W + s·B·A. Raises UserError where it
-    does not, or PEFT reads something else."""
+    """Write a trial row as a PEFT folder, read it back with PEFT, and compare tensors and logits with W + s·B·A. Raises UserError
+    where they differ."""
     row, ids = trial_row(model, layout), text(model)[:, :_LENGTH]
     with plainly(model), TemporaryDirectory(prefix="mira-proof-") as folder:
         plain = _logits(model, ids)
@@ -46,15 +46,15 @@ def prove(model: PreTrainedModel, layout: Layout) -> None:
         _same_tensors(peft, row, layout)
         theirs = _logits(peft, ids)
     effect, error = (float(torch.linalg.vector_norm(x - ours)) for x in (plain, theirs))
-    if not error <= _TOLERANCE.get(model.dtype, _COARSE) * effect:  # not a number is no proof either
+    if not error <= _TOLERANCE.get(model.dtype, _COARSE) * effect:  # NaN fails too
         raise UserError(
-            f"adapter.targets: the adapter of this run would be another one in PEFT (of what it changes in the logits"
-            f" {error / effect:.1%} differs); name other layers"
+            f"adapter.targets: PEFT would compute another adapter than this run ({error / effect:.1%} of its effect on the"
+            " logits differs); name other layers"
         )
 
 
 def trial_row(model: PreTrainedModel, layout: Layout) -> Tensor:
-    """A row [P] whose every product shows: A·x about as large as x, s·B·A·x a good part of it."""
+    """A row [P] whose every product is visible: A·x is about as large as x, and s·B·A·x a good part of it."""
     row, draw = torch.empty(layout.size), generator("proof")
     for entry in layout.entries:
         size = 1 / sqrt(entry.shape[-1]) if entry.factor == "A" else _STRENGTH / (layout.scale * sqrt(layout.rank))
@@ -66,8 +66,8 @@ def trial_row(model: PreTrainedModel, layout: Layout) -> Tensor:
 
 @contextmanager
 def beside(model: PreTrainedModel, row: Tensor, layout: Layout) -> Iterator[None]:
-    """Layers give what they do with ``row`` [P] meanwhile: s·B·A·x beside their own; with magnitudes, and in experts, what their
-    weight gives when it is changed."""
+    """Add the adapter of ``row`` [P] with hooks while the context is open: s·B·A·x is added to a layer's output; with magnitudes,
+    and in experts, the changed weight is used."""
     factors = {(entry.module, entry.factor): entry.view(row).to(model.device) for entry in layout.entries}
     experts = {entry.module for entry in layout.entries if entry.experts}
 
@@ -101,12 +101,12 @@ def beside(model: PreTrainedModel, row: Tensor, layout: Layout) -> Iterator[None
 
 
 def _read(model: PreTrainedModel, folder: Path) -> nn.Module:
-    """PEFT's model of ``folder`` on the same weights; the modules are its own."""
+    """PEFT's model of ``folder``, with its own modules on the same weights."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is missing is looked for below
+            warnings.simplefilter("ignore")  # missing tensors are found below
             peft: nn.Module = PeftModel.from_pretrained(on_same_weights(model), folder, torch_device=str(model.device))
-    except Exception as error:  # whatever PEFT trips over
+    except Exception as error:  # PEFT may raise anything
         raise UserError(
             f"adapter.targets: PEFT cannot read the adapter of this run back ({type(error).__name__}:"
             f" {' '.join(str(error).split())[:200]}); name other layers"
@@ -115,7 +115,7 @@ def _read(model: PreTrainedModel, folder: Path) -> nn.Module:
 
 
 def _same_tensors(peft: nn.Module, row: Tensor, layout: Layout) -> None:
-    """Every tensor of ``row`` is where it belongs, and there are no others."""
+    """Raise UserError unless PEFT's model has every tensor of ``row`` in its place, and no others."""
     there = {name: p for name, p in peft.named_parameters() if ".lora_" in name}
     names, written = peft_parameters(layout), list(peft_tensors(row, layout, layout.rank).values())
     ours = dict(zip(names.values(), written, strict=True))

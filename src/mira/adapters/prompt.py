@@ -1,7 +1,7 @@
-"""P-tuning: virtual tokens in front of every sequence, the output of a small encoder that is trained with them.
+"""P-tuning: trained virtual tokens in front of every sequence, computed by a small encoder.
 
-Liu et al., "GPT Understands, Too", 2021 (P-tuning), with the MLP encoder of PEFT's PromptEncoder. The encoder's weights are
-part of the row: rows are mixed and trained further as they are, never as the prompt computed from them.
+Liu et al., "GPT Understands, Too", 2021 (P-tuning), with the MLP encoder of PEFT's PromptEncoder. The encoder's weights are part
+of the row, so rows are mixed and trained further, never the prompts computed from them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mira.adapters.peft_files import PROMPT_ROW, WEIGHTS, save_weights
+from mira.adapters.peft_files import HEADER, PROMPT_ROW, WEIGHTS, write_base
 from mira.adapters.types import BaseLike, SingleAdapterModel
 from mira.adapters.virtual import encode
 from mira.core.errors import UserError
@@ -38,7 +38,7 @@ class VirtualPrompt:
 
     kind: Literal["prompt"] = "prompt"
     virtual_tokens: Count = 20
-    """How many; the model's positions must leave room for them."""
+    """Number of virtual tokens; the model's positions must leave room for them."""
     encoder_hidden: Count = 128
     """Width of the MLP, whose weights are part of the adapter."""
     start: Annotated[str, Field(min_length=1)] | None = None
@@ -99,13 +99,13 @@ class PromptAdapter:
 
     @contextmanager
     def merged(self, row: Tensor) -> Iterator[PreTrainedModel]:
-        raise UserError("--merge: a prompt is input, no change of the weights; export the adapter alone")
+        raise UserError("--merge: a prompt is input and changes no weights; export the adapter alone")
         yield self.model
 
 
 def start_row(layout: Layout, seed: int) -> Tensor:
-    """The common start row [P], float32, from the distributions of PEFT's PromptEncoder: E normal, and of each linear
-    layer weights and biases uniform in ±1/√in."""
+    """Draw the common start row [P], float32, as PEFT's PromptEncoder does: embeddings normal, weights and biases of each linear
+    layer uniform in ±1/√in."""
     row = torch.empty(layout.size)
     draw = generator("start", seed)
     fan_in = 1
@@ -126,8 +126,8 @@ def start_of(given: str, layout: Layout, base: BaseLike) -> Tensor:
     found.check("P_TUNING", base)
     hidden = layout.entries[1].shape[0]
     for key, there, here in (
-        ("virtual_tokens", found.settings["num_virtual_tokens"], layout.virtual_tokens),
-        ("encoder_hidden", found.settings["encoder_hidden_size"], hidden),
+        ("virtual_tokens", found.settings.get("num_virtual_tokens"), layout.virtual_tokens),
+        ("encoder_hidden", found.settings.get("encoder_hidden_size"), hidden),
     ):
         if there != here:
             raise found.refused(f"its {key} is {there}, and adapter.{key}={here}; set adapter.{key}={there}")
@@ -149,25 +149,28 @@ def peft_config(layout: Layout, base_name: str | None, inference: bool) -> Promp
 
 
 def to_peft(folder: Path, row: Tensor, layout: Layout, base_name: str, base: BaseLike | None = None) -> None:
-    """Write ``row`` [P] as a PEFT folder. PEFT keeps and loads the computed prompt, not what it is computed from; that
-    lies beside it, in a file PEFT does not read."""
+    """Write ``row`` [P] as a PEFT folder. PEFT keeps only the computed prompt; the row itself is in a file beside it that PEFT
+    does not read."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {entry.module: entry.view(row).contiguous().cpu() for entry in layout.entries}
     prompt = encode(list(tensors.values())).float()
-    save_weights({"prompt_embeddings": prompt}, folder / WEIGHTS, base)
+    save_file({"prompt_embeddings": prompt}, folder / WEIGHTS, metadata=HEADER)
+    if base is not None:
+        write_base(folder, base)
     save_file(tensors, folder / PROMPT_ROW, metadata={"format": "pt"})
     peft_config(layout, base_name, inference=True).save_pretrained(str(folder))
 
 
 def from_peft(folder: Path, layout: Layout) -> Tensor:
-    """The row [P] that ``to_peft`` wrote. Raises UserError when it does not fit ``layout`` or was written by PEFT itself."""
+    """Read the row [P] that ``to_peft`` wrote. Raises UserError where it does not fit ``layout``, or PEFT itself wrote the
+    folder."""
     if not (folder / PROMPT_ROW).is_file():
         raise UserError(
-            f"{folder}: has no {PROMPT_ROW}; PEFT keeps the computed prompt alone, from which no row can be made"
+            f"{folder}: has no {PROMPT_ROW}; PEFT keeps only the computed prompt, and training needs its encoder"
         )
     tensors = load_file(folder / PROMPT_ROW)
     for entry in layout.entries:
-        given = tuple(tensors[entry.module].shape) if entry.module in tensors else "nothing"
+        given = tuple(tensors[entry.module].shape) if entry.module in tensors else "missing"
         if given != entry.shape:
             raise UserError(
                 f"{folder}: tensor '{entry.module}' is {given}, expected {entry.shape}; another adapter or base model?"

@@ -1,4 +1,4 @@
-"""Which layers a text passes in a model, found by passing one: what its output depends on, and where its tokens meet."""
+"""Layers that a text passes in a model, and layers that mix its tokens, found by passing a short text."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from mira.core.errors import UserError
 
-_LENGTH = 32  # tokens of the text: more than what sparse attention takes together in one block
+_LENGTH = 32  # tokens of the text: more than a block of sparse attention
 
 
 @torch.enable_grad()
 def reached(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> set[str]:
-    """The ``layers`` whose output the model's output for a text depends on. Raises UserError where it takes no text."""
+    """The ``layers`` on whose output the model's output for a text depends. Raises UserError where the model takes no text."""
     outs: list[tuple[str, Tensor]] = []
 
     def seen(name: str, layer: nn.Module, args: Any, out: Any) -> None:
@@ -34,8 +34,7 @@ def reached(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> set[str]
 
 @torch.enable_grad()
 def mixers(model: PreTrainedModel, layers: Iterable[str]) -> set[str]:
-    """The innermost modules around some of ``layers`` in which a token sees an earlier one: attention, or what stands in its
-    place."""
+    """The innermost modules around some of ``layers`` in which a token sees an earlier one: attention, or its substitute."""
     mixing: set[str] = set()
 
     def tried(name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
@@ -52,7 +51,7 @@ def mixers(model: PreTrainedModel, layers: Iterable[str]) -> set[str]:
 
 @contextmanager
 def plainly(model: PreTrainedModel) -> Iterator[None]:
-    """``model`` attends meanwhile in the way that every architecture has; an engine may have put its own in place."""
+    """Use eager attention, which every architecture has, while the context is open: an engine may have installed its own."""
     attention = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -62,7 +61,7 @@ def plainly(model: PreTrainedModel) -> Iterator[None]:
 
 
 def text(model: PreTrainedModel) -> Tensor:
-    """Token ids [1,T] that mean nothing special to ``model``, T at most what it has positions for."""
+    """Ids [1,T] of tokens that are not special to ``model``, no more than it has positions."""
     special = {value for key, value in _settings(model.config.to_dict()) if key.endswith(("token_id", "token_index"))}
     known = len(model.get_input_embeddings().get_parameter("weight"))
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -72,16 +71,16 @@ def text(model: PreTrainedModel) -> Tensor:
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The logits of ``ids`` [1,T], whose gradients reach back to the embeddings: the weights stay frozen."""
+    """The logits of ``ids`` [1,T], differentiable with respect to the embeddings; the weights stay frozen."""
 
     def unfrozen(embedding: nn.Module, args: Any, out: Tensor) -> Tensor:
-        return out.detach().requires_grad_().clone()  # a copy, as some models scale them in place
+        return out.detach().requires_grad_().clone()  # a copy, since some models scale it in place
 
     hook = model.get_input_embeddings().register_forward_hook(unfrozen)
     try:
         with plainly(model):
             logits = model(input_ids=ids, use_cache=False).logits
-    except Exception as error:  # whatever the code of the architecture trips over
+    except Exception as error:  # the architecture's code may raise anything
         raise UserError(
             f"model.name={model.config.name_or_path}: architecture '{model.config.model_type}' cannot compute a text of"
             f" {ids.shape[1]} tokens ({type(error).__name__}: {' '.join(str(error).split())[:200]}); take another model"
@@ -93,7 +92,7 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def _mixes(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool:
-    """Whether the last token of a module's output [1,T,k] depends on earlier ones of its input."""
+    """Tell whether the last token of a module's output [1,T,k] depends on earlier tokens of its input."""
     ins = [x for x in _tensors([*args, *kwargs.values()]) if x.requires_grad and x.ndim == 3][:1]
     given = [y for y in _tensors([out])[:1] if y.requires_grad and y.ndim == 3]
     if not ins or not given or ins[0].shape[:2] != given[0].shape[:2]:
@@ -104,7 +103,7 @@ def _mixes(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool:
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """Tensors among ``values`` and what lies in tuples and lists among them."""
+    """The tensors among ``values``, and in tuples and lists among them."""
     flat = [inner for value in values for inner in (value if isinstance(value, tuple | list) else [value])]
     return [value for value in flat if isinstance(value, Tensor)]
 
@@ -115,6 +114,6 @@ def _parents(name: str) -> list[str]:
 
 
 def _settings(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """All settings of a configuration and of those inside it."""
+    """All integer settings of a configuration and of the configurations inside it."""
     inner = [pair for value in config.values() if isinstance(value, dict) for pair in _settings(value)]
     return [(key, value) for key, value in config.items() if isinstance(key, str) and isinstance(value, int)] + inner

@@ -1,4 +1,4 @@
-"""Seed coefficients: w = w0 + Σ_s c_s·z_s, where everybody can make the directions z_s and only the N numbers c travel.
+"""Seed coefficients: w = w0 + Σ_s c_s·z_s. Everyone can draw the directions z_s, so only the N numbers c travel.
 
 Qin et al., "Federated Full-Parameter Tuning of Billion-Sized Language Models with Communication Cost under 18 Kilobytes"
 (FedKSeed), ICML 2024. Averaging coefficients averages weights: the row is linear in them.
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Seeds:
-    """Seed coefficients (FedKSeed, Qin et al. 2024): w = w0 + Σ c·z, trained by forward passes alone, a client at a time.
-    training.lr is η: 1e-4 to 3e-4 for LoRA's target matrices in a model of 135M (1e-3 diverged), smaller the more weights have
-    directions; optimizer, momentum, weight_decay, clip and keep_optimizer do not apply."""
+    """Seed coefficients (FedKSeed, Qin et al. 2024): w = w0 + Σ c·z, trained by forward passes alone, one client at a time.
+    training.lr is η: 1e-4 to 3e-4 for LoRA's target matrices in a model of 135M parameters (1e-3 diverged); the more weights have
+    directions, the smaller. optimizer, momentum, weight_decay, clip and keep_optimizer do not apply."""
 
     kind: Literal["seeds"] = "seeds"
     count: Count = 128
-    """N, the directions z and the numbers of an adapter; 4096 in the paper."""
+    """N, the number of directions z and of the coefficients of an adapter; 4096 in the paper."""
     epsilon: Annotated[float, Field(gt=0)] = 5e-4
-    """ε, how far along a direction the loss is measured on either side."""
+    """ε, the distance along a direction at which the loss is measured, on either side."""
     targets: str | tuple[str, ...] = "auto"
     """Layers whose weights have directions, as for LoRA; all: every weight of the model, as published."""
 
@@ -48,8 +48,8 @@ class Seeds:
         model = experiment.model
         if model.quantization != "none" or model.dtype in ("bfloat16", "float16"):
             raise UserError(
-                f"adapter.kind=seeds: moves the base's own weights by steps that model.dtype={model.dtype} with "
-                f"model.quantization={model.quantization} would round away; set dtype=float32 and quantization=none"
+                f"adapter.kind=seeds: moves the base's own weights by steps that model.dtype={model.dtype} with"
+                f" model.quantization={model.quantization} rounds away; set dtype=float32 and quantization=none"
             )
 
     def smallest(self) -> Layout:
@@ -66,24 +66,24 @@ def coefficients(count: int) -> Layout:
 
 @plain_dataclass(frozen=True)
 class Directions:
-    """z_s: standard normal numbers for every tensor of ``tensors``, in fp32 on the CPU, from a generator of their own for
-    (``seed``, s, number of the tensor); never kept, always drawn again. ``epsilon``: how far along one the loss is measured on
-    either side."""
+    """Directions z_s: standard normal numbers for every tensor of ``tensors``, in fp32 on the CPU. They are drawn again at each
+    use, from a generator keyed by (``seed``, s, number of the tensor). ``epsilon``: the distance along a direction at which the
+    loss is measured, on either side."""
 
     tensors: Mapping[str, nn.Parameter]
     seed: int
     epsilon: float = 5e-4
 
     def add(self, s: int, factor: float) -> None:
-        """w += factor·z_s in place, a tensor at a time."""
+        """Add factor·z_s to the weights in place, one tensor at a time."""
         for number, tensor in enumerate(self.tensors.values()):
             z = torch.empty(tensor.shape).normal_(generator=generator("direction", self.seed, s, number))
             tensor.data.add_(z.to(tensor), alpha=factor)
 
     @contextmanager
     def applied(self, row: Tensor) -> Iterator[None]:
-        """w0 + Σ_s c_s·z_s in the weights meanwhile, c = ``row`` [N]; w0 to the last bit afterwards, whatever was added
-        in between, from a copy of the tensors concerned: the one thing that is kept beside the model."""
+        """Set the weights to w0 + Σ_s c_s·z_s, c = ``row`` [N], while the context is open. Afterwards they are w0 to the last
+        bit, whatever was added in between: a copy of the tensors is kept meanwhile."""
         before = [tensor.detach().clone() for tensor in self.tensors.values()]
         try:
             for s, c in enumerate(row.tolist()):
@@ -96,7 +96,7 @@ class Directions:
 
 
 def directions(model: PreTrainedModel, targets: str | tuple[str, ...], seed: int, epsilon: float = 5e-4) -> Directions:
-    """Over the weights of LoRA's target layers, or over "all" of the model's, as published."""
+    """Directions over the weights of LoRA's target layers, or over "all" weights of the model, as published."""
     if targets == "all":
         return Directions(dict(model.named_parameters()), seed, epsilon)
     from mira.adapters.targets import target_layers  # the configuration is read without PEFT
@@ -120,15 +120,15 @@ class SeedsAdapter:
 
     @property
     def in_pass(self) -> PassAdapter:
-        """Nothing: the row is in the weights."""
+        """No adapter: the row changes the weights."""
         return Unadapted()
 
     def start(self, seed: int) -> Tensor:
-        """w0 itself: c = 0."""
+        """The base itself: c = 0."""
         return torch.zeros(self.count)
 
     def save(self, folder: Path, row: Tensor, base_name: str) -> None:
-        """coefficients.safetensors, and in coefficients.json what makes the weights of them; PEFT has no such kind."""
+        """Write coefficients.safetensors, and coefficients.json with the recipe for the weights. PEFT has no such kind."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"coefficients": row.contiguous().cpu()}, folder / "coefficients.safetensors")
         seed = self.directions.seed

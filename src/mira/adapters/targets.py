@@ -1,4 +1,4 @@
-"""Which layers of a model carry an adapter: by name, by pattern, by default."""
+"""The layers of a model that carry an adapter, chosen by name, by pattern, or by default."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from mira.core.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
 
-PREFIX = "base_model.model."  # how PEFT names a module of the wrapped model
+PREFIX = "base_model.model."  # before the names of modules in PEFT's model
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The linear layers of a model without its head. ``usable``: those that can carry an adapter; ``why``: of the others, why
-    not."""
+    """The linear layers of a model, except its head. ``usable``: those that can carry an adapter. ``why``: the reason why each of
+    the others cannot."""
 
     usable: Mapping[str, nn.Module]
     why: Mapping[str, str]
@@ -42,8 +42,8 @@ class Layers:
 def target_layers(
     model: PreTrainedModel, targets: str | Sequence[str]
 ) -> tuple[dict[str, nn.Module], dict[str, nn.Parameter]]:
-    """The layers that ``targets`` choose: "auto", "all-linear", a pattern for whole names, or ends of names; and the tensors
-    of experts [E,…,…] that have such a name, where no layer has."""
+    """The layers that ``targets`` choose ("auto", "all-linear", a pattern for whole names, or ends of names), and the tensors of
+    experts [E,…,…] with such a name, where no layer has it."""
     if not isinstance(targets, str):
         return _by_name(model, targets)
     return _layers(model, targets), {}
@@ -72,7 +72,7 @@ def _by_name(model: PreTrainedModel, targets: Sequence[str]) -> tuple[dict[str, 
 
 
 def experts_of(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """The tensors of ``model`` that hold a matrix of each of several experts [E,…,…]."""
+    """The tensors [E,…,…] of ``model`` that hold one matrix for each of several experts."""
     return {
         f"{name}.{key}": tensor
         for name, module in model.named_modules()
@@ -89,7 +89,7 @@ def _names_experts(target: str, layers: Layers, tensors: Iterable[str]) -> bool:
 
 
 def layers_of(model: PreTrainedModel) -> Layers:
-    """Every linear layer of ``model``, its head aside, found usable or not."""
+    """Every linear layer of ``model`` except its head, sorted into usable and unusable ones."""
     head = model.get_output_embeddings()
     every: dict[str, nn.Module] = {
         name: module
@@ -97,12 +97,12 @@ def layers_of(model: PreTrainedModel) -> Layers:
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
     linear_layers = {name: module for name, module in every.items() if _is_linear(module)}
-    # By name without numbers: an expert that this text did not meet is one that others do.
+    # By names without numbers: other texts reach experts that this one did not.
     passed = {_starred(name) for name in reached(model, linear_layers)}
-    why = {name: "is not on the way of a text through the model" for name in every if _starred(name) not in passed}
+    why = {name: "is not used when the model reads a text" for name in every if _starred(name) not in passed}
     why |= {name: "is read by PEFT under another name" for name in _renamed(model, every)}
     why |= {name: f"is left out by PEFT in architecture '{model.config.model_type}'" for name in _refused(model, every)}
-    why |= {name: "computes something else than a product with its weight" for name in every.keys() - linear_layers}
+    why |= {name: "computes more than a product with its weight" for name in every.keys() - linear_layers}
     return Layers({name: module for name, module in every.items() if name not in why}, why)
 
 
@@ -111,7 +111,7 @@ def ends(name: str, targets: Iterable[str]) -> bool:
 
 
 def _refused(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """Those of the layers ``names`` to which PEFT attaches nothing."""
+    """The layers among ``names`` to which PEFT attaches no adapter."""
 
     def is_refused(leaf: str) -> bool:
         try:
@@ -124,8 +124,8 @@ def _refused(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
 
 
 def _renamed(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """Those of the layers ``names`` whose tensors PEFT looks for elsewhere when it reads a folder: it does to their names
-    what transformers does to those in the checkpoint."""
+    """The layers among ``names`` whose tensors PEFT looks for under other names when it reads a folder: it converts names as
+    transformers does for checkpoints."""
     keys = {name: f"{PREFIX}{name}.lora_A.weight" for name in names}
     read = convert_peft_adapter_state_dict_for_transformers(
         model, LoraConfig(), {key: torch.zeros(1, 1) for key in keys.values()}
@@ -135,7 +135,7 @@ def _renamed(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
 
 @torch.no_grad()
 def _is_linear(module: nn.Module) -> bool:
-    """Whether ``module`` computes W·x + b. Subclasses are tried: some are routers or work in groups."""
+    """Tell whether ``module`` computes W·x + b. Subclasses are tried: some are routers or work in groups."""
     if type(module) in (nn.Linear, Conv1D) or type(module).__module__.startswith("bitsandbytes"):
         return True
     weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
@@ -150,7 +150,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _defaults(model: PreTrainedModel, layers: Layers) -> list[str]:
-    """PEFT's choice for the architecture or that of its text model; else the layers in which tokens meet, else all."""
+    """PEFT's choice for the architecture or for its text model; else the layers that mix tokens, else all."""
     for kind in (model.config.model_type, model.config.get_text_config().model_type):
         choice = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, ())
         if isinstance(choice, str):
@@ -198,7 +198,7 @@ def _named(
 
 
 def _experts_hint(model: PreTrainedModel, target: str, tensors: Iterable[str]) -> str:
-    """The name of the one tensor for all experts that took the place of their layers ``target``; none where there is none."""
+    """A hint at the tensor for all experts that replaces their layers ``target``; "" where there is none."""
     names = sorted({".".join(name.rsplit(".", 2)[1:]) for name in tensors})
     part = target.rsplit(".", 1)[-1].removesuffix("_proj")
     if not names or not any(part in name.rsplit(".", 1)[-1].split("_") for name in names):
@@ -207,7 +207,7 @@ def _experts_hint(model: PreTrainedModel, target: str, tensors: Iterable[str]) -
 
 
 def _told(layers: Layers, chosen: Sequence[str]) -> dict[str, nn.Module]:
-    """The usable ones of ``chosen``, in the model's order; what is left out is said."""
+    """The usable layers of ``chosen``, in the model's order. Logs the others with the reason."""
     left = {_starred(name): layers.why[name] for name in chosen if name in layers.why}
     for name, reason in left.items():
         log.info("adapter.targets: %s is left out, as it %s", name, reason)
@@ -223,5 +223,5 @@ def _list(layers: Layers) -> str:
 
 
 def _starred(name: str) -> str:
-    """The name without the numbers of layers and experts."""
+    """``name`` with "*" in the place of numbers of layers and experts."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -37,7 +37,7 @@ class BaseLike(Protocol):
 
     @property
     def sha256(self) -> str:
-        """Of its weights."""
+        """The hash of its weights."""
         ...
 
     def unquantised(self) -> PreTrainedModel:
@@ -100,7 +100,7 @@ class SingleAdapterModel:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """The adapter's dropout is on meanwhile."""
+        """Switch the adapter's dropout on while the context is open."""
         try:
             self._train(True)
             yield
@@ -163,6 +163,6 @@ class Adapter(Protocol):
         ...
 
     def merged(self, row: Tensor) -> AbstractContextManager[PreTrainedModel]:
-        """The base model with ``row`` [P] in its weights meanwhile; for a quantised base the model it was made from. Raises
-        UserError where that is not possible."""
+        """The base model with ``row`` [P] merged into its weights, while the context is open; for a quantised base, the model it
+        was made from. Raises UserError where that is not possible."""
         ...

@@ -1,4 +1,4 @@
-"""Virtual tokens of many prompts in one pass: placeholders whose embeddings each row computes from its own numbers."""
+"""Virtual tokens of many prompts in one pass: each adapter computes the embeddings of its own placeholders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from mira.core.layout import Entry
 
 
 def encode(tensors: Sequence[Tensor]) -> Tensor:
-    """P-tuning's prompt W₃·relu(W₂·relu(W₁·E + b₁) + b₂) + b₃, row by row of E [V,d]: tensors E, W₁, b₁, W₂, b₂, W₃, b₃."""
+    """P-tuning's prompt [V,d]: W₃·relu(W₂·relu(W₁·e + b₁) + b₂) + b₃ for every row e of E [V,d]. ``tensors``: E, W₁, b₁, W₂, b₂,
+    W₃, b₃."""
     e, w1, b1, w2, b2, w3, b3 = tensors
     return linear(relu(linear(relu(linear(e, w1, b1)), w2, b2)), w3, b3)
 
@@ -43,7 +44,7 @@ class VirtualTokens(torch.autograd.Function):
         assert adapters.grad is not None
         flat = grad.reshape(len(ctx.ids), -1)
         for row, place, number in _places(ctx.ids, adapters):
-            with torch.enable_grad():  # made again: the encoder is small beside one layer
+            with torch.enable_grad():  # computed again: the encoder is small beside one layer
                 weights = [entry.view(adapters.rows)[row].detach().requires_grad_() for entry in ctx.entries]
                 prompt = encode(weights)
             total = torch.zeros_like(prompt).index_add_(0, number, flat[place].to(prompt.dtype))
@@ -53,7 +54,7 @@ class VirtualTokens(torch.autograd.Function):
 
 
 def _places(ids: Tensor, adapters: AdapterBatch) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(row, where its virtual tokens are in the pass, which ones these are) of each range."""
+    """For each range its row, the places of its virtual tokens in the pass, and their numbers."""
     for row, start, end in adapters.ranges:
         place = start + (ids[start:end] < 0).nonzero()[:, 0]
         yield row, place, -1 - ids[place]

@@ -1,4 +1,4 @@
-"""Weights of a model with a row in them: W + s·B·A, of a layer or of every expert; with DoRA of another length."""
+"""Weights of a model with an adapter merged: W + s·B·A of layers and experts, rescaled with DoRA."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def weights_of(model: PreTrainedModel, layout: Layout) -> dict[str, nn.Parameter
 
 
 def changes(model: PreTrainedModel, row: Tensor, layout: Layout) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Functions that make of a weight, as it lies, the one of ``row`` [P], in float64, by the names of modules."""
+    """For each module a function from its stored weight to that with ``row`` [P] merged, in float64."""
     entries = {(entry.module, entry.factor): entry for entry in layout.entries}
     scale = layout.scale_at(layout.ranks(row[None])[0])
 
@@ -38,7 +38,7 @@ def changes(model: PreTrainedModel, row: Tensor, layout: Layout) -> dict[str, Ca
             product = torch.einsum("ore,eri->eoi", b.view(len(b), -1, count), a.view(count, -1, a.shape[1]))
             delta = product.transpose(1, 2) if is_transposed(model, name) else product
             return weight.double() + scale * delta.to(weight.device)
-        turned = isinstance(model.get_submodule(name), Conv1D)  # it keeps its weight as [in, out]
+        turned = isinstance(model.get_submodule(name), Conv1D)  # Conv1D stores its weight as [in, out]
         total = (weight.T if turned else weight).double() + scale * (b @ a).to(weight.device)
         if (name, "magnitude") in entries:
             length = entries[name, "magnitude"].view(row).double().to(weight.device)
@@ -49,11 +49,11 @@ def changes(model: PreTrainedModel, row: Tensor, layout: Layout) -> dict[str, Ca
 
 
 def merge(model: PreTrainedModel, row: Tensor, layout: Layout) -> None:
-    """Make the base weights those of ``row`` [P], in place. Raises UserError where they are quantised."""
+    """Merge ``row`` [P] into the weights of ``model`` in place. Raises UserError where they are quantised."""
     if getattr(model, "is_quantized", False):
         raise UserError(
-            "--merge: not into a quantised base (model.quantization), where rounding the sum would lose much of the adapter; "
-            "export the adapter alone"
+            "--merge: not possible into a quantised base (model.quantization), since rounding the sum would lose much of the"
+            " adapter; export the adapter alone"
         )
     weights = weights_of(model, layout)
     for name, changed in changes(model, row, layout).items():
@@ -67,11 +67,11 @@ def lengths(model: PreTrainedModel, name: str) -> Tensor:
 
 
 def plain_weight(layer: nn.Module) -> Tensor:
-    """W [out,in] of a layer, made whole where it is quantised."""
+    """W [out,in] of a layer, dequantised where it is quantised."""
     weight: Tensor = dequantize_module_weight(layer).detach()
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
 def is_transposed(model: PreTrainedModel, name: str) -> bool:
-    """Whether a tensor of experts lies as [E,in,out], as PEFT asks."""
+    """Tell, as PEFT does, whether a tensor of experts is stored as [E,in,out]."""
     return bool(getattr(model.get_submodule(name.rpartition(".")[0]), "is_transposed", False))

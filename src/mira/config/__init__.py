@@ -64,8 +64,8 @@ def recorded(text: str, environment: Mapping[str, Any], where: Path | str) -> Ex
 
 def plugins(experiment: Experiment) -> dict[str, dict[str, str]]:
     """The classes of an experiment that come from outside, by section: name, place, package and version."""
-    chosen = [(registry, getattr(getattr(experiment, section), registry.tag)) for section, registry in SECTIONS.items()]
-    return registered(chosen)
+    named = {section: getattr(getattr(experiment, section), registry.tag, "") for section, registry in SECTIONS.items()}
+    return registered((SECTIONS[section], name) for section, name in named.items())  # "": a site's own data
 
 
 def check_ranks(experiment: Experiment, names: Sequence[str]) -> None:

@@ -61,29 +61,29 @@ class ModelSection:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class EngineSection:
-    """How training and evaluation are computed. It decides speed, and results up to rounding."""
+    """The computation of training and evaluation. It affects speed, and results up to rounding."""
 
     name: Literal["auto", "batched", "reference"] = "auto"
-    """batched: many clients in one pass; it refuses a model that it cannot compute as the model does. reference: one client
-    at a time with PEFT; slow. auto: batched where it can, else reference."""
+    """batched: many clients in one pass; refuses a model whose own results it cannot reproduce. reference: one client at a time
+    with PEFT; slow. auto: batched where possible, else reference."""
     tokens_per_pass: Count | None = None
-    """Tokens of all clients together in the training passes of the base model that are computed at a time, on a CPU one for each
-    thread, on a GPU one; less takes less memory. Passes without gradients may have four times as many. null: as many as half of
-    the free memory holds (0.3 of it where passes are recorded), by what a token is measured to keep, down to a power of two.
-    A client's batch of more tokens is spread over passes, whose gradients add up to that of the whole batch; one of at most 512
-    (1 024 where the base has 16 bits) stays in one, whatever this is. On a CPU clients are not put together beyond as many for
-    each thread (four times as many without gradients): more are of no use."""
+    """Maximum number of tokens of all training passes that run at the same time: one pass for each thread on a CPU, one on a GPU.
+    Fewer tokens need less memory. Passes without gradients may have four times as many. null: as many as half of the free memory
+    holds (0.3 of it where passes are captured), by the measured memory of a token, rounded down to a power of two. A larger batch
+    of a client is split into passes whose gradients add up to that of the whole batch; a batch of at most 512 tokens (1 024 with
+    a 16-bit base) is never split. On a CPU a pass combines clients up to that number of tokens for each thread (four times as
+    many without gradients): more would not be faster."""
     prefix: Literal["auto", "on", "off"] = "auto"
-    """Compute a prompt that a client's sequences have in common once. auto: on where there is no dropout."""
+    """Compute the common prefix of a client's sequences once per pass. auto: on unless there is dropout."""
     checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations: less memory, half more work."""
     cuda_graphs: Literal["auto", "off"] = "auto"
-    """On a GPU, record training passes of a few sizes and compute them in one go. auto: where a recording gives the same again in
-    less time, and nothing (dropout, checkpointing, a virtual prompt, the model itself) makes passes differ in more than their
-    numbers."""
+    """On a GPU, capture training passes of a few sizes as CUDA graphs and replay them. auto: where a replay gives the same
+    results in less time. Dropout, checkpointing, virtual tokens, experts and some models rule it out: their passes differ in
+    more than their numbers."""
     threads: Count | None = None
-    """CPU threads, shared out among the passes computed at a time; null: as many as PyTorch takes, within the share of the
-    processors that a container is given."""
+    """CPU threads, divided among the passes that run at the same time; null: PyTorch's number, within the CPU limit of a
+    container."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

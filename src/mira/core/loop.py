@@ -1,4 +1,4 @@
-"""The one round loop: sample, train, aggregate, measure, commit. It knows no method, no engine and no disk."""
+"""The round loop: sample, train, aggregate, measure, commit. It is independent of the method, the engine and the disk."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Record = dict[str, Any]
 
 
 class Recorder(Protocol):
-    """Where rounds are kept. ``commit`` is atomic: after a crash a round is there as a whole or not at all."""
+    """Storage of rounds. ``commit`` is atomic: after a crash a round is stored completely or not at all."""
 
     def commit(self, round: int, change: Change, optimizer: dict[int, Tensor], record: Record) -> None: ...
 
@@ -47,7 +47,7 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """``share`` of the clients takes part in each of ``rounds`` rounds; rows travel in the format ``wire``."""
+    """``share`` of the clients takes part in each of ``rounds`` rounds; adapters travel in the format ``wire``."""
 
     seed: int
     rounds: int
@@ -66,8 +66,11 @@ def run_rounds(
     measure: Callable[[ServerState], Record],
     observe: Callable[[Record], object],
 ) -> ServerState:
-    """From ``state`` to the end of the schedule. ``measure`` evaluates a state after the server step; what it returns
-    becomes part of the round's record. ``observe`` sees each record once it is committed; a true value from it ends the run."""
+    """Run all rounds from ``state`` to the end of the schedule, and return the last state.
+
+    ``measure`` evaluates the state after a server step; its result becomes part of the round's record. ``observe`` is called with
+    each record once it is committed; a true value from it ends the run.
+    """
     while state.round < schedule.rounds:
         state, record = _round(method, engine, state, schedule, names, recorder, measure)
         if observe(record):
@@ -84,7 +87,7 @@ def _round(
     recorder: Recorder,
     measure: Callable[[ServerState], Record],
 ) -> tuple[ServerState, Record]:
-    """One round, committed. In a function of its own, so that no round holds the rows of the one before."""
+    """Run and commit one round. A function of its own, so that the rows of the round before are freed."""
     began = perf_counter()
     cohort = sample_cohort(schedule.seed, state.round, len(names), schedule.share)
     lr = schedule.training.lr_at(state.round, schedule.rounds)
@@ -104,13 +107,13 @@ def _round(
 
 
 def sample_cohort(seed: int, round: int, num_clients: int, share: float) -> Tensor:
-    """The sorted client numbers [C] of a round, C = max(1, round(share·K)); depends on (seed, round) alone."""
+    """The sorted client numbers [C] of a round, C = max(1, round(share·K)); a function of (seed, round, K, share) alone."""
     size = max(1, round_half_up(share * num_clients))
     if size == num_clients:
         return torch.arange(num_clients)
     if num_clients < 10 * size:
         return torch.randperm(num_clients, generator=generator("cohort", seed, round))[:size].sort().values
-    # Of very many clients few are drawn: drawing until enough differ does not cost what a permutation of all costs.
+    # Few of very many clients: drawing until enough differ is cheaper than a permutation of all.
     draw, chosen = generator("cohort", seed, round), set[int]()
     while len(chosen) < size:
         chosen.add(int(torch.randint(num_clients, (1,), generator=draw)))
@@ -122,15 +125,16 @@ def round_half_up(number: float) -> int:
 
 
 def screen(trained: Trained) -> Trained:
-    """Drop the rows that no method may touch: a NaN or infinite loss or row would spread to every neighbour.
+    """Drop clients with a NaN or infinite loss or adapter: a method would spread it to every neighbour.
 
-    A client that lost one of its jobs loses all of them: a method finds a client as a whole or not at all.
+    A client that lost one of its jobs loses all of them: methods rely on complete clients.
     """
-    whole = torch.tensor([bool(row.isfinite().all()) for row in trained.rows], dtype=torch.bool)  # no mask of all rows
+    # Row by row: a mask of all rows would be large.
+    whole = torch.tensor([bool(row.isfinite().all()) for row in trained.rows], dtype=torch.bool)
     good = torch.isfinite(trained.loss) & whole
     fix = "lower training.lr or set training.clip"
     failed = [
-        Failure(int(k), f"row is not finite; {fix}" if isfinite(loss) else f"loss is {loss:g}; {fix}")
+        Failure(int(k), f"adapter is not finite; {fix}" if isfinite(loss) else f"loss is {loss:g}; {fix}")
         for k, loss in zip(trained.client[~good], trained.loss[~good].tolist(), strict=True)
     ]
     lost = torch.tensor([f.client for f in (*trained.failed, *failed)], dtype=torch.int64)
@@ -139,7 +143,7 @@ def screen(trained: Trained) -> Trained:
 
 
 def nothing(rows: Tensor) -> Change:
-    """The change of a round from which no client came back."""
+    """The change of a round in which all clients were lost."""
     return Change(torch.empty(0, dtype=torch.int64), rows[:0], {}, {})
 
 
@@ -153,9 +157,11 @@ def apply(state: ServerState, change: Change) -> ServerState:
 def describe(
     round: int, work: Work, trained: Trained, change: Change, names: Sequence[str], wire: Wire = "fp32"
 ) -> Record:
-    """What happened in a round, as plain numbers. Bytes: of the rows that travel to a client and back, in the format of
-    ``wire``; a private job sends none, and nothing goes to a client that was not asked. Of a client with several jobs: bytes of
-    all of them, loss and steps of the last."""
+    """The record of a round, as plain numbers.
+
+    Bytes count the adapters that travel to a client and back in the format ``wire``; a private job sends none, and a client that
+    was not asked gets none. For a client with several jobs: bytes of all, loss and steps of the last one.
+    """
     came = [names[k] for k in trained.client.tolist()]
     back = set(trained.job.tolist())
     away = {failure.client for failure in trained.failed if not failure.asked}

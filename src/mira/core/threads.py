@@ -1,7 +1,7 @@
-"""Whole pieces of work side by side, each in a thread with its share of torch's threads.
+"""Parallel work in threads, each with its share of torch's threads.
 
-What torch's threads would do together inside one operation is often over before the second of them is awake; work that is
-cut into pieces beforehand keeps all of them busy.
+One operation is often finished before the second of torch's threads has woken up. Work that is split beforehand keeps all
+of them busy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 
 _Item = TypeVar("_Item")
-_Made = TypeVar("_Made")
+_Result = TypeVar("_Result")
 
 _CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 
@@ -25,12 +25,12 @@ _here = threading.local()
 
 
 def usable_threads() -> int:
-    """As many threads as PyTorch takes, within ``usable_cores`` where a container has a limit of them."""
+    """Number of PyTorch's threads, but at most ``usable_cores`` where a container has a limit of them."""
     return min(torch.get_num_threads(), _limit() or sys.maxsize)
 
 
 def usable_cores() -> int:
-    """Processors of this machine, or the share of them that a container is given (cgroup v2)."""
+    """Number of processors of this machine, or of the share that a container has of them (cgroup v2)."""
     return min(os.cpu_count() or 1, _limit() or sys.maxsize)
 
 
@@ -40,42 +40,44 @@ def _limit() -> int | None:
 
 
 def parallel_map(
-    work: Callable[[_Item], _Made], items: Sequence[_Item], workers: int, sizes: Sequence[int] = ()
-) -> list[_Made]:
-    """``[work(item) for item in items]``, as many at a time as there are ``workers``; in the caller's thread where that is one.
+    work: Callable[[_Item], _Result], items: Sequence[_Item], workers: int, sizes: Sequence[int] = ()
+) -> list[_Result]:
+    """``[work(item) for item in items]`` with up to ``workers`` threads; in the caller's thread where ``workers`` is 1.
 
-    Items are begun in order, or the largest first where their ``sizes`` are given: then nobody is left alone with a large one
-    at the end. The first error, or an interrupt, is raised once the others have come to ``check_cancelled``; what has not begun
-    never does. A thread of the process that calls torch for the first time meanwhile has no more threads of torch than a
-    worker for good.
+    Items start in order or, with ``sizes``, the largest first, so that no large one runs alone at the end. The first exception
+    cancels items that have not started. It is raised once the running ones have reached their next ``check_cancelled``.
+    Side effect: a thread that first uses torch meanwhile keeps the number of threads of a worker.
     """
     threads, workers = torch.get_num_threads(), min(workers, len(items))
     if workers < 2:
         return [work(item) for item in items]
-    stop = threading.Event()
+    cancelled = threading.Event()
 
-    def begin() -> None:
+    def start_worker() -> None:
         torch.set_num_threads(max(1, threads // workers))
-        _here.stop = stop
+        _here.cancelled = cancelled
 
     try:
-        with ThreadPoolExecutor(workers, "side", begin) as pool:
+        with ThreadPoolExecutor(workers, "parallel", start_worker) as pool:
             order = sorted(range(len(items)), key=lambda n: -sizes[n]) if sizes else range(len(items))
-            begun = {n: pool.submit(work, items[n]) for n in order}
-            made = [begun[n] for n in range(len(items))]
+            submitted = {n: pool.submit(work, items[n]) for n in order}
+            futures = [submitted[n] for n in range(len(items))]
             try:
-                done, _ = wait(made, return_when=FIRST_EXCEPTION)
-                return [one.result() for one in made if one in done]  # all of them, or one that failed and raises here
-            except BaseException:
-                stop.set()
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in futures:
+                    if future in done:
+                        future.result()  # raises here where one failed; otherwise all are done
+                return [future.result() for future in futures]
+            except BaseException:  # an interrupt too
+                cancelled.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     finally:
-        torch.set_num_threads(threads)  # each worker set it for all threads that are yet to come
+        torch.set_num_threads(threads)  # a worker sets the number for all threads that start later
 
 
 def check_cancelled() -> None:
-    """For work that takes long, now and then: ends it where another piece has failed and nobody waits for this one."""
-    stop: threading.Event | None = getattr(_here, "stop", None)
-    if stop is not None and stop.is_set():
+    """Raise RuntimeError if another item of the same ``parallel_map`` has failed. Long work calls it now and then."""
+    cancelled: threading.Event | None = getattr(_here, "cancelled", None)
+    if cancelled is not None and cancelled.is_set():
         raise RuntimeError("another piece of the same work has failed; this one is given up")

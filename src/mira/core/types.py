@@ -1,7 +1,7 @@
-"""The nouns every room shares. A method turns server state into work (plain rows) and trained rows into a change.
+"""The types that all packages share. A method turns server state into work, and trained rows into a change.
 
 Letters in tensor names: K clients · C cohort of a round · J jobs of a round · M jobs that came back ·
-S rows the server keeps · P numbers in a row · T tokens · E local steps · r rank.
+S rows on the server · P numbers in a row · T tokens · E local steps · r rank.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mira.core.encoded import Encoded
 from mira.core.graph import Graph
 from mira.core.layout import Layout
 from mira.core.ranks import Ranks
@@ -20,7 +21,7 @@ from mira.core.wire import Wire
 
 
 class Rows(Protocol):
-    """Adapter rows [S,P], in memory or on disk. A row never written reads as the common start row."""
+    """Adapters as rows [S,P], in memory or on disk. A row that was never written reads as the common start row."""
 
     def __len__(self) -> int: ...
 
@@ -31,7 +32,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class MemoryRows:
-    """``num_rows`` rows of which only the written ones take memory; all others read as ``start`` [P]."""
+    """``num_rows`` rows, of which only those ``written`` take memory; all others read as ``start`` [P]."""
 
     start: Tensor
     num_rows: int
@@ -46,7 +47,7 @@ class MemoryRows:
 
 @dataclass(frozen=True)
 class Overlay:
-    """Rows as they will read once ``value`` [n,P] is written at ``index`` [n]; the rows beneath stay untouched."""
+    """The rows ``beneath`` with ``value`` [n,P] in the place of the rows ``index`` [n]; nothing is written."""
 
     beneath: Rows
     index: Tensor
@@ -70,9 +71,9 @@ class OptimizerStates(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method may know of the experiment before the first round.
+    """The facts about an experiment that a method gets before the first round.
 
-    ``max_lr`` and ``max_steps`` bound the local training of any of ``rounds``; a method checks its stability with them.
+    ``max_lr`` and ``max_steps`` bound the local training of every round; a method checks its stability with them.
     """
 
     layout: Layout
@@ -81,14 +82,16 @@ class Setting:
     graph: Graph
     max_lr: float
     max_steps: int
-    rank: Tensor | None = None  # [K] int64, how many of the layout's ranks each client uses; None: all use all
+    rank: Tensor | None = None  # [K] int64, the number of the layout's ranks that each client uses; None: all
     rounds: int = 1
 
 
 @dataclass(frozen=True)
 class ServerState:
-    """All the server knows after ``round`` rounds. ``extra``: small tensors the method owns; ``ranks``: where clients differ
-    in rank, for the methods' means."""
+    """The server's state after ``round`` rounds.
+
+    ``extra``: small tensors that the method owns. ``ranks``: the ranks of the clients, for the methods' means; None: all equal.
+    """
 
     rows: Rows
     graph: Graph
@@ -99,37 +102,35 @@ class ServerState:
 
 @dataclass(frozen=True)
 class Work:
-    """Jobs of one round, plain data: job j minimises F_client[j](w) + prox[j]/2·‖w − anchor[j]‖² from w = start[j].
+    """Jobs of one round, as plain data: job j minimises F_client[j](w) + prox[j]/2·‖w − anchor[j]‖² from w = start[j].
 
-    A client may have several jobs in a round; they see the same batches. Numbers that are not ``trainable`` never move.
+    The jobs of one client see the same batches. Numbers that are not ``trainable`` never move.
     """
 
     client: Tensor  # [J] int64
     start: Tensor  # [J,P]
-    anchor: Tensor | None = None  # [J,P]; given with prox or not at all
+    anchor: Tensor | None = None  # [J,P]; set if and only if prox is
     prox: Tensor | None = None  # [J] float64, not negative
     trainable: Tensor | None = None  # [P] bool; None: all
-    upload: Tensor | None = None  # [P] or [J,P] bool: what of a row travels, each way; None: all
-    private: Tensor | None = None  # [J] bool: the row stays where the client is and nothing of it is sent; None: no job
-    slot: Tensor | None = None  # [J] int64: where a job's optimiser state is kept; None: under its client's number
-    optimizer: OptimizerStates | None = (
-        None  # kept states, read when a job begins; None: every job begins with a fresh one
-    )
+    upload: Tensor | None = None  # [P] or [J,P] bool: numbers of a row that travel, each way; None: all
+    private: Tensor | None = None  # [J] bool: the row stays with the client and is never sent; None: none
+    slot: Tensor | None = None  # [J] int64: the number of a job's kept optimiser state; None: its client's
+    optimizer: OptimizerStates | None = None  # kept states, read when a job begins; None: all begin fresh
 
     @property
     def kept_under(self) -> list[int]:
-        """The number under which each job's optimiser state is kept: two jobs of a client must not share one."""
+        """The number of each job's optimiser state [J]. Jobs of one client must have different numbers."""
         numbers: list[int] = (self.client if self.slot is None else self.slot).tolist()
         return numbers
 
     def kept_state(self, job: int) -> Tensor | None:
-        """The optimiser state [1+2P] that ``job`` goes on from; None: a fresh one."""
+        """The optimiser state [1+2P] that ``job`` continues from; None: a fresh one."""
         return None if self.optimizer is None else self.optimizer.get(self.kept_under[job])
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that was dropped from a round, and why (one line for people); ``asked``: whether its work was sent to it."""
+    """A client that was lost from a round, and the reason in one line. ``asked``: whether its work was sent to it."""
 
     client: int
     reason: str
@@ -138,24 +139,23 @@ class Failure:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came back: the M ≤ J jobs that finished. A lost client is absent here and named in ``failed``."""
+    """The results of a round: the M ≤ J jobs that finished. A lost client is absent and named in ``failed``."""
 
     client: Tensor  # [M] int64
-    job: Tensor  # [M] int64, the place of each in the Work
+    job: Tensor  # [M] int64, the place of each job in the Work
     rows: Tensor  # [M,P]
     examples: Tensor  # [M] int64, the client's number of training examples: FedAvg's weights
     tokens: Tensor  # [M] int64, tokens trained on, without padding, counted once per sequence
     steps: Tensor  # [M] int64, local optimiser steps done
-    loss: (
-        Tensor  # [M] float64, mean over local steps of the batch loss (nats per label token), without the proximal term
-    )
+    # [M] float64: mean over local steps of the batch loss (nats per label token), without the proximal term
+    loss: Tensor
     lr: float  # learning rate of this round
     failed: tuple[Failure, ...] = ()
-    optimizer: Tensor | None = None  # [M,1+2P] kept optimiser state, None when it is fresh every round
+    optimizer: Tensor | None = None  # [M,1+2P] optimiser states to keep; None: not kept
 
     @staticmethod
     def joined(parts: Sequence[Trained], failed: Sequence[Failure] = ()) -> Trained:
-        """What some parts of a round's jobs, one at least, came to, in the order of the Work; ``failed``: whom else it lost."""
+        """The results of a round's jobs from ``parts``, one at least, in the order of the Work. ``failed``: more lost clients."""
 
         def column(name: str) -> Tensor:
             found = [getattr(part, name) for part in parts]
@@ -169,7 +169,7 @@ class Trained:
         return whole.select(whole.job.argsort(), failed)
 
     def select(self, keep: Tensor, failed: Sequence[Failure]) -> Trained:
-        """The jobs at ``keep`` (numbers, or a bool mask over M); the others are named in ``failed``."""
+        """The results of the jobs at ``keep`` (numbers, or a bool mask over M). ``failed``: clients lost with the others."""
         return Trained(
             client=self.client[keep], job=self.job[keep], rows=self.rows[keep], examples=self.examples[keep],
             tokens=self.tokens[keep], steps=self.steps[keep], loss=self.loss[keep], lr=self.lr,
@@ -195,8 +195,10 @@ class Change:
 
 @dataclass(frozen=True)
 class Scores:
-    """Summed loss of label tokens: ``nll`` [n,s] in nats and ``tokens`` [n,s], per evaluated row and split; NaN and 0 tokens
-    where the client did not answer."""
+    """Summed loss of label tokens ``nll`` [n,s] (nats) and their number ``tokens`` [n,s], for each row and split.
+
+    NaN and 0 tokens where the client did not answer.
+    """
 
     nll: Tensor  # float64
     tokens: Tensor  # int64
@@ -208,7 +210,7 @@ class Scores:
 
 
 class Method(Protocol):
-    """Four pure functions over a frozen set of hyper-parameters: no I/O, no model, no mutation, no touching of all S rows."""
+    """Four pure functions over frozen hyper-parameters: no I/O, no model, no mutation, and no access to all S rows at once."""
 
     @property
     def name(self) -> str: ...
@@ -222,11 +224,11 @@ class Method(Protocol):
         ...
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
-        """What the trained rows change on the server."""
+        """The change that the trained rows make on the server."""
         ...
 
     def deployed(self, state: ServerState, client: Tensor) -> Tensor:
-        """Rows [n,P] that ``client`` [n] would deploy now. The only way evaluation, generation and export get a row."""
+        """Rows [n,P] that ``client`` [n] would deploy now. Evaluation, generation and export get rows from here only."""
         ...
 
 
@@ -240,16 +242,21 @@ def has_private_parts(work: Work) -> bool:
 
 
 class Trainer(Protocol):
-    """Where training runs: all that the round loop needs of an engine."""
+    """Training of clients: the part of an engine that the round loop needs."""
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
-        """Local training of every job at learning rate ``lr``. A client that runs out of memory is left out, named in
-        ``failed``; all others are unaffected."""
+        """Train every job at learning rate ``lr``, in ``round`` (from 0).
+
+        A client that runs out of memory is named in ``failed``; all others are unaffected.
+        """
         ...
 
 
-class Engine(Trainer, Protocol):
-    """Where training and evaluation run. Every engine and every method sees the same batches, keyed (seed, round, client)."""
+class ClientEngine(Trainer, Protocol):
+    """Training and measurement of clients, in this process or at their sites.
+
+    All engines see the same batches, which are functions of (seed, round, client).
+    """
 
     def evaluate(self, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None) -> Scores:
         """Loss of row i [n,P] on the data of client[i] [n], for each split; at most ``limit`` examples of a split."""
@@ -262,14 +269,29 @@ class Engine(Trainer, Protocol):
         ...
 
 
-Grade = dict[str, float]  # exact_match and rouge_l, shares
+class Engine(ClientEngine, Protocol):
+    """An engine with a model in this process: besides clients' examples it takes any text."""
+
+    def score(self, rows: Tensor, sequences: Sequence[Sequence[Encoded]]) -> tuple[Tensor, Tensor]:
+        """Summed loss [N] (nats, float64) and number of label tokens [N] (int64) of each sequence.
+
+        ``sequences[i]`` are read under row i [n,P]; the results of all rows follow each other.
+        """
+        ...
+
+    def answer(self, rows: Tensor, prompts: Sequence[Sequence[Sequence[int]]], max_new_tokens: int) -> list[list[str]]:
+        """Greedy answers of row i [n,P] to each of ``prompts[i]`` (token ids)."""
+        ...
+
+
+Grade = dict[str, float]  # exact_match and rouge_l, from 0 to 1
 
 
 class ClientBackend(Protocol):
     """Training and measurement of a run's clients: in this process, or at sites on machines of their own."""
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> ClientEngine:
         """Numbers that never leave a site (``has_private_parts``) are missing in the rows that the engine of sites gives back,
         and are put into the rows that it evaluates."""
         ...

@@ -1,4 +1,4 @@
-"""A frozen base that carries adapters, and what one pass over it computes."""
+"""A frozen base model with the adapters of many clients, and the computation of one pass over it."""
 
 from __future__ import annotations
 
@@ -14,47 +14,63 @@ from transformers import PreTrainedModel
 from mira.adapters.attach import Attached, attach
 from mira.adapters.lowrank import AdapterBatch
 from mira.core.device import sent
+from mira.core.encoded import Encoded
 from mira.core.errors import UserError
 from mira.core.layout import Layout
-from mira.data.text import Encoded
 from mira.engine.attention.hook import CannotPackError, current_attention, using_attention
 from mira.engine.attention.packed import Attention, PackedAttention
-from mira.engine.attention.patching import PatchedModel, find_last, patch_attention
+from mira.engine.attention.patching import PatchedModel, find_last_mlp, patch_attention
 from mira.engine.body import Body, Head
 from mira.engine.budget import PassPlan
 from mira.engine.loss import LabelLoss
-from mira.engine.packing import Pass, PassItems, common_prefix, pack, packed_tokens, plan, prepended, read_tokens
+from mira.engine.packing import (
+    Pass,
+    PassItems,
+    common_prefix,
+    pack,
+    packed_tokens,
+    plan,
+    prepended,
+    read_tokens,
+)
 from mira.engine.trial import try_adapters
 
 
 @dataclass(frozen=True)
 class PassInputs:
-    """What a training pass of T tokens, N labels and J jobs reads: ``tokens`` and ``positions`` [T]; of each label the place
-    that predicts it, the ``target`` and its ``job`` [N]; ``weight`` [J] (float64): one over the labels of a job's whole batch, or
-    0 where its loss does not count."""
+    """Tensors that a training pass reads: T tokens, N labels, J ranges.
+
+    ``tokens``, ``positions`` [T]. For each label [N]: ``predict``, the place whose hidden state predicts it; ``target``, the
+    label itself; ``range_of``, its range. ``weight`` [J] (float64): 1 over the number of labels in the range's whole batch, 0
+    where the loss does not count.
+    """
 
     tokens: Tensor
     positions: Tensor
     predict: Tensor
     target: Tensor
-    job: Tensor
+    range_of: Tensor
     weight: Tensor
 
     @staticmethod
-    def of(packed: Pass, jobs: int | None = None) -> PassInputs:
-        """On the CPU. ``jobs``: of so many the loss counts; None: of all."""
-        job = packed.job[packed.owner]
+    def of(packed: Pass, counted: int | None = None) -> PassInputs:
+        """Inputs on the CPU. ``counted``: the number of ranges whose loss counts, the first ones; None: all."""
         weight = packed.labels.double().reciprocal()
-        weight[len(weight) if jobs is None else jobs :] = 0
-        return PassInputs(packed.tokens, packed.positions, packed.predict, packed.target, job, weight)
+        weight[len(weight) if counted is None else counted :] = 0
+        return PassInputs(
+            packed.tokens, packed.positions, packed.predict, packed.target, packed.range_of[packed.owner], weight
+        )
 
-    def sent(self, device: torch.device) -> PassInputs:
+    def to(self, device: torch.device) -> PassInputs:
         return PassInputs(*(sent(tensor, device) for tensor in vars(self).values()))
 
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """``prefix``: compute once the tokens that all sequences of a client begin with."""
+    """A base model whose layers compute each range of tokens with its own adapter.
+
+    ``prefix``: compute the tokens that all sequences of a client begin with once per pass.
+    """
 
     model: PreTrainedModel
     layout: Layout
@@ -64,7 +80,10 @@ class AdaptedModel:
 
     @staticmethod
     def of(model: PreTrainedModel, layout: Layout, dropout: float, prefix: bool, longest: int) -> AdaptedModel:
-        """``longest``: tokens of the run's longest sequence. Raises CannotPackError where the architecture cannot be packed."""
+        """Patch ``model`` in place. ``longest``: tokens of the run's longest sequence.
+
+        Raises CannotPackError, and restores the model, where its architecture cannot be packed.
+        """
         if layout.alone:
             raise CannotPackError(layout.alone)
         attached = attach(model, layout, dropout)
@@ -74,8 +93,8 @@ class AdaptedModel:
         except UserError:
             attached.detach()
             raise
-        find_last(patched.body, attached, layout.size)
-        # What is computed apart computes a prefix for each of its readers.
+        find_last_mlp(patched.body, attached, layout.size)
+        # Padded batches compute a prefix once for each of its readers.
         return AdaptedModel(model, layout, attached, patched, prefix and not patched.body.padded)
 
     @property
@@ -91,81 +110,90 @@ class AdaptedModel:
         return self.patched.head
 
     def rows(self, rows: Tensor) -> Tensor:
-        """Rows on the device in the adapters' precision: fp32, or fp64 on an fp64 base."""
+        """A copy of ``rows`` on the device in the precision of the adapters: fp32, or fp64 on an fp64 base."""
         dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
         return rows.to(device=self.device, dtype=dtype, copy=True)
 
-    def stretched(self, rows: Tensor) -> Tensor:
-        """``rows`` as an adapter batch reads them, whose scale is that of the layout's rank."""
+    def scaled_rows(self, rows: Tensor) -> Tensor:
+        """``rows`` on the device, rescaled where a client's rank is not the layout's: an adapter batch has one scale."""
         on_device = self.rows(rows)
-        stretch = self.layout.scale_ratio(on_device)
-        return on_device if stretch is None else on_device * stretch
+        ratio = self.layout.scale_ratio(on_device)
+        return on_device if ratio is None else on_device * ratio
 
-    def sent(self, x: Tensor) -> Tensor:
+    def to_device(self, x: Tensor) -> Tensor:
         return sent(x, self.device)
 
     @contextmanager
     def using(self, adapters: AdapterBatch) -> Iterator[AdapterBatch]:
+        """Compute the passes of this thread with ``adapters`` within the block."""
         try:
             with self.attached.using(adapters):
                 yield adapters
         finally:
-            adapters.ready.clear()  # of a pass that failed; its graph holds the adapter batch
+            adapters.ready.clear()  # outputs that a failed pass left; their graph holds the batch
+
+    def dropout_generators(self) -> Sequence[torch.Generator]:
+        """The generators of the masks in this thread's pass."""
+        return self._current.dropout or ()
+
+    def surroundings(self) -> Callable[[], AbstractContextManager[None]]:
+        """A context in which another thread can recompute layers of this thread's pass."""
+        return partial(self._within, self._current, current_attention())
 
     @property
-    def current_adapters(self) -> AdapterBatch:
+    def _current(self) -> AdapterBatch:
         assert self.attached.adapters is not None, "within a pass"
         return self.attached.adapters
 
     @contextmanager
-    def _again(self, adapters: AdapterBatch, how: Attention | None) -> Iterator[None]:
-        with self.attached.using(adapters), using_attention(how):
+    def _within(self, adapters: AdapterBatch, attention: Attention | None) -> Iterator[None]:
+        with self.attached.using(adapters), using_attention(attention):
             yield
 
-    def again(self) -> Callable[[], AbstractContextManager[None]]:
-        """The surroundings of this thread's pass, for computing its layers again."""
-        return partial(self._again, self.current_adapters, current_attention())
-
-    def pack(self, jobs: PassItems, labels: Mapping[int, int] | None = None) -> Pass:
-        """``labels``: of each row's whole batch, where a job may be a part of it."""
-        return pack(jobs, self.prefix, self.layout.virtual_tokens, labels)
+    def pack(self, items: PassItems, labels: Mapping[int, int] | None = None) -> Pass:
+        """``packing.pack`` with this model's prefix sharing and virtual tokens."""
+        return pack(items, self.prefix, self.layout.virtual_tokens, labels)
 
     def cut(self, sequences: Sequence[Encoded], room: int, more: int = 0) -> Iterator[Sequence[Encoded]]:
-        """Pieces of one client's sequences of at most ``room`` tokens, of a single sequence at least. ``more``: tokens that come
-        to each meanwhile."""
+        """Split one client's sequences into pieces of at most ``room`` tokens, but of one sequence at least.
+
+        ``more``: tokens to be generated for each sequence.
+        """
         whole = prepended(sequences, self.layout.virtual_tokens)
         shared = common_prefix(whole) if self.prefix else 0  # once in each piece
         for chosen in plan([[read_tokens(s) - shared + more] for s in whole], room - shared):
             yield [sequences[n] for n in chosen]
 
     def tokens(self, sequences: Sequence[Encoded], more: int = 0) -> int:
-        """Of one client in a pass, each sequence with so many ``more``."""
+        """Tokens of one client in a pass, with ``more`` for each sequence."""
         return packed_tokens(sequences, self.prefix, self.layout.virtual_tokens) + more * len(sequences)
 
-    def pass_plan(self, sizes: Sequence[int], most: int, times: int = 1) -> PassPlan:
-        return PassPlan.of(self.model, sizes, most, times, self.patched.one_at_a_time)
+    def pass_plan(self, sizes: Sequence[int], most: int, factor: int = 1) -> PassPlan:
+        """``PassPlan.of`` for this model."""
+        return PassPlan.of(self.model, sizes, most, factor, self.patched.one_at_a_time)
 
-    def passes(self, jobs: PassItems, budget: int, multiple: int = 1, more: int = 0) -> Iterator[PassItems]:
-        for chosen in plan([[self.tokens(sequences, more)] for _, sequences in jobs], budget, multiple):
-            yield [jobs[n] for n in chosen]
+    def passes(self, items: PassItems, budget: int, multiple: int = 1, more: int = 0) -> Iterator[PassItems]:
+        """Group ``items``, in order, into passes of at most ``budget`` tokens (see ``packing.plan``)."""
+        for chosen in plan([[self.tokens(sequences, more)] for _, sequences in items], budget, multiple):
+            yield [items[n] for n in chosen]
 
-    def hidden(self, tokens: Tensor, positions: Tensor, packed: PackedAttention) -> Tensor:
-        """Last hidden states [T,d] of ``tokens`` and ``positions`` [T], on the device."""
-        return self.body(tokens[None], positions[None], packed)[0]
-
-    def read(self, packed: Pass) -> Tensor:
+    def hidden_states(self, packed: Pass) -> Tensor:
         """Last hidden states [T,d] of a pass."""
-        return self.hidden(self.sent(packed.tokens), self.sent(packed.positions), PackedAttention(packed.segments))
+        tokens, positions = self.to_device(packed.tokens), self.to_device(packed.positions)
+        return self.body(tokens[None], positions[None], PackedAttention(packed.segments))[0]
 
-    def learn(self, packed: Pass, adapters: AdapterBatch) -> Tensor:
-        """One pass forward and back, gradients into ``adapters.grad``; what each job [J] adds to the mean label loss of its batch
-        (float64)."""
-        return self.learn_from(PassInputs.of(packed).sent(self.device), PackedAttention(packed.segments), adapters)
+    def learn(self, inputs: PassInputs, attention: PackedAttention, adapters: AdapterBatch) -> Tensor:
+        """One pass forward and backward; adds the gradients to ``adapters.grad``.
 
-    def learn_from(self, given: PassInputs, packed: PackedAttention, adapters: AdapterBatch) -> Tensor:
-        """``learn`` from what is on the device already: the same operations whatever the numbers in ``given`` are."""
+        ``inputs`` are on the device. Returns the contribution of each range [J] to the mean label loss of its batch
+        (float64). Runs the same operations whatever the numbers in ``inputs`` are, so that a pass can be captured.
+        """
         with self.using(adapters):
-            hidden = self.hidden(given.tokens, given.positions, packed)[given.predict]
-            each = LabelLoss.apply(hidden, self.head, given.target)  # type: ignore[no-untyped-call]
-            each.backward(given.weight[given.job].to(each.dtype))
-        return torch.zeros_like(given.weight).index_add_(0, given.job, each.detach().double()) * given.weight
+            hidden = self.body(inputs.tokens[None], inputs.positions[None], attention)[0, inputs.predict]
+            each = LabelLoss.apply(hidden, self.head, inputs.target)  # type: ignore[no-untyped-call]
+            each.backward(inputs.weight[inputs.range_of].to(each.dtype))
+        return torch.zeros_like(inputs.weight).index_add_(0, inputs.range_of, each.detach().double()) * inputs.weight
+
+    def learn_packed(self, packed: Pass, adapters: AdapterBatch) -> Tensor:
+        """``learn`` from a pass on the CPU."""
+        return self.learn(PassInputs.of(packed).to(self.device), PackedAttention(packed.segments), adapters)

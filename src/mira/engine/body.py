@@ -1,4 +1,4 @@
-"""A model as its body, which makes hidden states, and its head, which makes logits of them: both as the model calls them."""
+"""A model in two parts, as the model itself calls them: the body computes hidden states, the head computes logits from them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Head = Callable[[Tensor], Tensor]
 
 
 def usual_tokens(model: PreTrainedModel) -> Tensor:
-    """Tokens that mean nothing special."""
+    """Token ids without a special meaning."""
     config = model.config
     named = [
         value for one in (config, config.get_text_config()) for name, value in vars(one).items() if "token_i" in name
@@ -36,8 +36,8 @@ def usual_tokens(model: PreTrainedModel) -> Tensor:
 
 @dataclass(frozen=True)
 class Body:
-    """``module`` makes the hidden states. ``padded``: its sequences are computed one by one, with the model's own attention, as
-    nothing else gives what the model does. ``token`` []: one that means nothing special."""
+    """``module`` computes the hidden states. ``padded``: sequences reach it in padded batches, with the model's own attention,
+    since nothing else gives the model's results. ``token`` []: a token id without a special meaning."""
 
     model: PreTrainedModel
     module: nn.Module
@@ -50,7 +50,7 @@ class Body:
     @staticmethod
     @torch.no_grad()
     def of(model: PreTrainedModel, attached: Attached) -> Body:
-        """Found by calling the model: the outermost module within it that gives hidden states."""
+        """Find the body by calling the model: the outermost module within it that returns hidden states."""
         found: list[tuple[nn.Module, type[ModelOutput]]] = []
 
         def note(module: nn.Module, args: Any, out: Any) -> None:
@@ -66,14 +66,14 @@ class Body:
                 hook.remove()
         module, output = found[-1]
         body = Body(model, module, output, attached, token)
-        attached.patch_forward(module, body._given)
+        attached.patch_forward(module, body._with_given_states)
         return body
 
-    def __call__(self, ids: Tensor, positions: Tensor, how: Attention) -> Tensor:
+    def __call__(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Last hidden states [B,L,d] of ``ids`` and ``positions`` [B,L]."""
-        if self.padded and isinstance(how, PackedAttention):
-            return self._padded_forward(ids, how)
-        with using_attention(how):
+        if self.padded and isinstance(attention, PackedAttention):
+            return self._padded_forward(ids, attention)
+        with using_attention(attention):
             out = self.module(input_ids=ids, position_ids=positions, use_cache=False)
         return out.last_hidden_state  # type: ignore[no-any-return]
 
@@ -88,7 +88,7 @@ class Body:
         return batches.joined(outs)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N,V] of hidden states [N,d]: the model's own forward, whose body answers with these."""
+        """Logits [N,V] of hidden states [N,d], by the model's own forward with these in the place of its body's result."""
         self.here.given = hidden[None]
         try:
             return self.model(input_ids=self.token.expand(1, 1), use_cache=False).logits[0]  # type: ignore[no-any-return]
@@ -96,8 +96,10 @@ class Body:
             self.here.given = None
 
     def head(self, hidden: Tensor) -> Head:
-        """The embeddings' layer alone where it gives the same of ``hidden`` [N,d], which is faster: also where its logits
-        are so large that a cap would show."""
+        """The fastest head that gives the model's own logits of ``hidden`` [N,d]: the output embeddings alone, or ``logits``.
+
+        Tried also on large hidden states, where a cap on the logits shows.
+        """
         plain = self.model.get_output_embeddings()
         if plain is None:
             return self.logits
@@ -105,7 +107,7 @@ class Body:
             size = plain(hidden).abs().amax().clamp(min=1e-6)
         except (
             MODEL_ERRORS
-        ) as error:  # hidden states of another precision than its weights, which the model's own forward converts
+        ) as error:  # the model's own forward may convert hidden states to the precision of the weights
             if is_not_model_error(error):
                 raise
             return self.logits
@@ -113,7 +115,7 @@ class Body:
         return plain if same else self.logits
 
     def pad_mixer(self, mixer: nn.Module) -> None:
-        """From here on the sequences of a pass come to ``mixer`` one by one."""
+        """Patch ``mixer``: the sequences of a pass reach it in padded batches."""
 
         def patch(plain: Forward) -> Forward:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -142,7 +144,7 @@ class Body:
         return (batches.joined([out[0] for out in outs]), *(None for _ in outs[0][1:]))
 
     def batches(self, packed: PackedAttention, device: torch.device) -> PaddedBatches:
-        """The sequences of a pass, laid out once for all its layers."""
+        """The padded batches of a pass, laid out once for all its layers."""
         if packed.batches is None:
             packed.batches = PaddedBatches.of(packed.segments, self.attached.adapters, device)
         return packed.batches
@@ -152,7 +154,7 @@ class Body:
         with nullcontext() if adapters is None else self.attached.using(adapters):
             yield
 
-    def _given(self, plain: Forward) -> Forward:
+    def _with_given_states(self, plain: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = getattr(self.here, "given", None)
             return plain(*args, **kwargs) if given is None else self.output(last_hidden_state=given)

@@ -1,9 +1,8 @@
-"""Recomputing each decoder layer in the backward pass instead of keeping what it computed.
+"""Gradient checkpointing: the backward pass recomputes each decoder layer instead of keeping its intermediate results.
 
-Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016. Only a layer's inputs are kept, and the inside of one
-layer at a time. transformers' own switch takes effect in train mode alone, which would bring the base's dropout back; and
-torch's checkpoint with hooks on saved tensors keeps what functions of other libraries (bitsandbytes' 8-bit product) store
-by themselves.
+Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016. Only the inputs of the layers are kept, and the inside of one
+layer at a time. The switch of transformers works in train mode only, which would enable the base's dropout; and torch's
+checkpoint with hooks on saved tensors keeps what functions of other libraries (bitsandbytes' 8-bit product) store themselves.
 """
 
 from __future__ import annotations
@@ -29,8 +28,12 @@ _PROBE = 9  # tokens
 Surroundings = Callable[[], AbstractContextManager[Any]]
 
 
+def _no_surroundings() -> Surroundings:
+    return nullcontext
+
+
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that transformers marks as fit for recomputing. Raises UserError when there are none."""
+    """The layers that transformers marks for checkpointing. Raises UserError when there are none."""
     layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         kind = model.config.model_type if isinstance(model, PreTrainedModel) else type(model).__name__
@@ -39,13 +42,12 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def check_gradients(model: PreTrainedModel) -> None:
-    """Raises UserError where layers that are computed again send other gradients back: a layer may leave something for later ones
-    where nobody looks for it."""
+    """Raise UserError where recomputed layers give other gradients: a layer may leave something for later ones elsewhere."""
 
     def cannot(reason: str) -> UserError:
         kind = model.config.model_type
         return UserError(
-            f"engine.checkpointing=true: architecture '{kind}' does not let layers be computed again ({reason}); set it to false"
+            f"engine.checkpointing=true: architecture '{kind}' does not support recomputed layers ({reason}); set it to false"
         )
 
     decoder_layers(model)
@@ -61,7 +63,7 @@ def _gradient(model: PreTrainedModel, block: AbstractContextManager[None]) -> Te
 
     def ask(module: nn.Module, given: Any, out: Tensor) -> Tensor:
         leaves.append(out.detach().requires_grad_())
-        return leaves[-1].clone()  # some models change it in place
+        return leaves[-1].clone()  # some models change their embeddings in place
 
     hook = model.get_input_embeddings().register_forward_hook(ask)
     try:
@@ -79,20 +81,19 @@ def _gradient(model: PreTrainedModel, block: AbstractContextManager[None]) -> Te
 def recomputed(
     model: nn.Module,
     generators: Callable[[], Sequence[torch.Generator]] = tuple,
-    again: Callable[[], Surroundings] = lambda: nullcontext,
+    surroundings: Callable[[], Surroundings] = _no_surroundings,
 ) -> Iterator[None]:
-    """Forward passes in this block, in any thread, keep the inputs of the decoder layers alone; the backward pass may come after
-    it.
+    """Recompute the decoder layers in the backward passes of the block's forward passes, which may run in any thread.
 
-    Each layer computes the same numbers twice, so gradients are those without recomputing. ``generators``: asked in each forward
-    pass for whatever its layers draw from, such as dropout masks; they draw the same again, and are then where they were.
-    ``again``: asked then too, for what to be inside of while they compute again; on a GPU that is in another thread. The model
-    must be called with use_cache=False: a layer would write to the cache twice.
+    A backward pass may come after the block. Gradients are those without recomputing. ``generators``: called in each forward pass
+    for the generators of the layers' random numbers, such as dropout masks; the second computation draws the same numbers.
+    ``surroundings``: called then too; returns the context for the second computation, which a GPU runs in another thread. The
+    model must be called with use_cache=False: a layer would write to the cache twice.
     """
     layers = decoder_layers(model)
-    own = [vars(layer).get("forward") for layer in layers]  # what other libraries may have put on the instance
+    own = [vars(layer).get("forward") for layer in layers]  # set by another library, if any
     for layer in layers:
-        vars(layer)["forward"] = partial(_call, layer.forward, generators, again)
+        vars(layer)["forward"] = partial(_call, layer.forward, generators, surroundings)
     try:
         yield
     finally:
@@ -102,14 +103,14 @@ def recomputed(
 
 def _call(
     forward: Callable[..., Any], generators: Callable[[], Sequence[torch.Generator]],
-    again: Callable[[], Surroundings], *args: Any, **kwargs: Any,
+    surroundings: Callable[[], Surroundings], *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
     top, shape = tree_flatten((args, tuple(kwargs.values())), is_leaf=_is_shared)
     flat, inner = tree_flatten([dict(leaf) if _is_shared(leaf) else leaf for leaf in top])
     places = [n for n, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
     tensors, names = [flat[place] for place in places], tuple(kwargs)
     for place in places:
-        flat[place] = None  # kept by autograd alone, which lets go of them after the backward pass
+        flat[place] = None  # autograd alone keeps them, and drops them after the backward pass
     shared = [leaf if _is_shared(leaf) else None for leaf in top]
     top.clear()
     made: list[TreeSpec] = []
@@ -130,9 +131,9 @@ def _call(
         made[:] = [spec]
         return tuple(leaves)
 
-    # Without a tensor that asks for gradients the first layer would not be recorded: its input is frozen.
+    # The input of the first layer is frozen: without a tensor that requires gradients, autograd would skip the layer.
     probe = torch.empty(0, requires_grad=True)
-    leaves = _Recomputed.apply(run, generators(), again(), probe, *tensors)  # type: ignore[no-untyped-call]
+    leaves = _Recomputed.apply(run, generators(), surroundings(), probe, *tensors)  # type: ignore[no-untyped-call]
     out, written = tree_unflatten(leaves, made[0])
     for one, new in zip(shared, written, strict=True):
         if one is not None:
@@ -141,12 +142,12 @@ def _call(
 
 
 def _is_shared(x: Any) -> bool:
-    """Whether a layer may leave something in it for later layers, such as keys and values."""
+    """Whether a layer may write to it for later layers, such as keys and values."""
     return isinstance(x, MutableMapping)
 
 
 def _with(shared: MutableMapping[Any, Any], content: dict[Any, Any]) -> MutableMapping[Any, Any]:
-    """One of the same kind with other content."""
+    """A mapping of the same kind with other content."""
     made = copy(shared)
     made.clear()
     made.update(content)
@@ -156,9 +157,9 @@ def _with(shared: MutableMapping[Any, Any], content: dict[Any, Any]) -> MutableM
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, run: Callable[..., Any], generators: Any, again: Surroundings, probe: Tensor, *tensors: Tensor
+        ctx: Any, run: Callable[..., Any], generators: Any, surroundings: Surroundings, probe: Tensor, *tensors: Tensor
     ) -> Any:
-        ctx.run, ctx.generators, ctx.again = run, generators, again
+        ctx.run, ctx.generators, ctx.surroundings = run, generators, surroundings
         ctx.states = [generator.get_state() for generator in generators]
         ctx.save_for_backward(*tensors)
         return run(*tensors)
@@ -167,18 +168,18 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         asks = ctx.needs_input_grad[4:]
         inputs = [t.detach().requires_grad_(ask) for t, ask in zip(ctx.saved_tensors, asks, strict=True)]
-        with torch.enable_grad(), _rewound(ctx.generators, ctx.states), ctx.again():
+        with torch.enable_grad(), _rewound(ctx.generators, ctx.states), ctx.surroundings():
             outs = ctx.run(*inputs)
-        # None below the first adapter.
+        # Below the first adapter no output requires gradients.
         asking = [n for n, tensor in enumerate(outs) if isinstance(tensor, Tensor) and tensor.requires_grad]
-        # Not torch.autograd.grad: the adapters' gradients go where they go without recomputing.
+        # Not torch.autograd.grad: the adapters' functions write their gradients themselves.
         torch.autograd.backward([outs[n] for n in asking], [grads[n] for n in asking])
         return None, None, None, None, *(t.grad for t in inputs)
 
 
 @contextmanager
 def _rewound(generators: Sequence[torch.Generator], states: Sequence[Tensor]) -> Iterator[None]:
-    """Generators as they were at ``states``, and afterwards as they are now."""
+    """Set ``generators`` to ``states`` within the block, and restore them."""
     now = [generator.get_state() for generator in generators]
     _set(generators, states)
     try:

@@ -1,4 +1,4 @@
-"""Passes without gradients: losses and greedy answers of many rows, together as far as memory allows."""
+"""Passes without gradients: losses and greedy answers of many rows, batched as far as memory allows."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ import torch
 from torch import Tensor
 
 from mira.adapters.lowrank import AdapterBatch
+from mira.core.encoded import Encoded
 from mira.core.threads import parallel_map
-from mira.data.text import Encoded
 from mira.engine.adapted_model import AdaptedModel
 from mira.engine.budget import PassPlan, useful_tokens
 from mira.engine.generate import greedy
 from mira.engine.loss import label_nll
-from mira.engine.memory import HALVING, none_if_out_of_memory
+from mira.engine.memory import HALVING, is_out_of_memory
 from mira.engine.packing import PassItems, halves
 
 log = logging.getLogger(__name__)
 
-FORWARD_FACTOR = 4  # times the tokens of a training pass in one without gradients
+FORWARD_FACTOR = 4  # tokens of a pass without gradients, relative to a training pass
 
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class ForwardOnly:
-    """``budget``: tokens of all training passes at a time; ``most``: of all passes without gradients. ``report``: called with
-    the passes done. ``release``: gives back memory that is held for training; whether there was any."""
+    """``budget``: tokens of all training passes at a time; ``most``: tokens of all passes without gradients. ``report``:
+    called with each finished pass. ``release``: frees memory held for training; returns whether there was any."""
 
     adapted: AdaptedModel
     budget: int
@@ -42,77 +42,84 @@ class ForwardOnly:
     release: Callable[[], bool]
 
     def score(self, rows: Tensor, sequences: Sequence[Sequence[Encoded]]) -> tuple[Tensor, Tensor]:
-        """Summed loss (nats, float64) and label tokens of every sequence, row by row in the given order."""
-        adapted, on_device = self.adapted, self.adapted.stretched(rows)
-
-        def losses(part: PassItems) -> tuple[Tensor, Tensor]:
-            packed = adapted.pack(part)
-            with torch.no_grad(), adapted.using(AdapterBatch(on_device, packed.ranges, needed=packed.predict)):
-                hidden = adapted.read(packed)
-                each = label_nll(hidden[adapted.sent(packed.predict)], adapted.head, adapted.sent(packed.target))
-            number = sum(len(job) for _, job in part)
-            nll = torch.zeros(number, dtype=torch.float64).index_add_(0, packed.owner, each.double().cpu())
-            return nll, packed.owner.bincount(minlength=number)
-
-        nll, tokens = zip(*(found for _, found in self._measured(sequences, losses)), strict=True)
+        """See ``Engine.score``."""
+        results = self._run(sequences, partial(self._losses, self.adapted.scaled_rows(rows)))
+        nll, tokens = zip(*(found for _, found in results), strict=True)
         return torch.cat(nll), torch.cat(tokens)
 
     def answer(
         self, rows: Tensor, prompts: Sequence[Sequence[Sequence[int]]], stops: Set[int], max_new: int
     ) -> list[list[list[int]]]:
-        """Greedy answers (token ids, without the one of ``stops`` that ends them) of row i [n,P] to each of prompts[i] (token
-        ids), rows together in one batch."""
-        sequences = [[Encoded(tuple(p), (False,) * len(p), False) for p in job] for job in prompts]
+        """Greedy answers of row i [n,P] to each of ``prompts[i]``: token ids, without the one of ``stops`` that ends them."""
+        sequences = [[Encoded(tuple(p), (False,) * len(p), False) for p in given] for given in prompts]
         answers: list[list[list[int]]] = [[] for _ in prompts]
-        adapted, on_device = self.adapted, self.adapted.stretched(rows)
-
-        def new_tokens(part: PassItems) -> list[list[int]]:
-            packed = adapted.pack(part)
-            with torch.no_grad(), adapted.using(AdapterBatch(on_device, packed.ranges)) as adapters:
-                per_job = [len(job) for _, job in part]
-                return greedy(adapted.body, adapted.head, packed, adapters, per_job, stops, max_new)
-
-        for part, new in self._measured(sequences, new_tokens, max_new):
-            owners = [row for row, job in part for _ in job]
+        generate = partial(self._new_tokens, self.adapted.scaled_rows(rows), stops, max_new)
+        for items, new in self._run(sequences, generate, max_new):
+            owners = [row for row, given in items for _ in given]
             for row, tokens in zip(owners, new, strict=True):
                 answers[row].append(tokens)
         return answers
 
+    def _losses(self, rows: Tensor, items: PassItems) -> tuple[Tensor, Tensor]:
+        """Summed loss and label count of each sequence of a pass."""
+        adapted, packed = self.adapted, self.adapted.pack(items)
+        with torch.no_grad(), adapted.using(AdapterBatch(rows, packed.ranges, needed=packed.predict)):
+            hidden = adapted.hidden_states(packed)
+            each = label_nll(hidden[adapted.to_device(packed.predict)], adapted.head, adapted.to_device(packed.target))
+        count = sum(len(given) for _, given in items)
+        nll = torch.zeros(count, dtype=torch.float64).index_add_(0, packed.owner, each.double().cpu())
+        return nll, packed.owner.bincount(minlength=count)
+
+    def _new_tokens(self, rows: Tensor, stops: Set[int], max_new: int, items: PassItems) -> list[list[int]]:
+        """Generated token ids of each sequence of a pass."""
+        adapted, packed = self.adapted, self.adapted.pack(items)
+        with torch.no_grad(), adapted.using(AdapterBatch(rows, packed.ranges)) as adapters:
+            counts = [len(given) for _, given in items]
+            return greedy(adapted.body, adapted.head, packed, adapters, counts, stops, max_new)
+
     def cut(self, sequences: Sequence[Encoded], more: int = 0) -> Iterator[Sequence[Encoded]]:
-        """Pieces of one client's sequences that fit a pass. ``more``: tokens that come to each sequence meanwhile."""
+        """Split one client's sequences into pieces that fit a pass. ``more``: tokens to be generated for each sequence."""
         spread = self._pass_plan([1] * torch.get_num_threads()).tokens
-        # Smaller pieces would not pay for their prefix.
+        # Smaller pieces would not be worth computing their prefix again.
         room = max(spread, min(self.budget, useful_tokens(self.adapted.model.dtype)))
         return self.adapted.cut(sequences, room, more)
 
-    def _measured(
-        self, sequences: Sequence[Sequence[Encoded]], compute: Callable[[PassItems], _Found], new: int = 0
-    ) -> Iterator[tuple[PassItems, _Found]]:
-        """Passes over the sequences of each row, in order, and what ``compute`` gives for each. ``new``: tokens that come to
-        each sequence meanwhile."""
-        adapted = self.adapted
-        # A new token takes memory alone, of which a pass that is as large as is of use may need but a share.
-        more = ceil(new * adapted.pass_plan([1], self.budget).tokens / self.budget)
-        jobs = [(row, part) for row, job in enumerate(sequences) for part in self.cut(job, more)]
-        assert jobs, "something to measure"
-        pass_plan = self._pass_plan([adapted.tokens(part, more) for _, part in jobs])
-        passes = list(adapted.passes(jobs, pass_plan.tokens, pass_plan.workers, more))
-        sizes = [sum(adapted.tokens(job, more) for _, job in part) for part in passes]
-        return chain.from_iterable(parallel_map(partial(self._measure, compute), passes, pass_plan.workers, sizes))
+    def _run(
+        self, sequences: Sequence[Sequence[Encoded]], compute: Callable[[PassItems], _Result], new: int = 0
+    ) -> Iterator[tuple[PassItems, _Result]]:
+        """Pass after pass over the sequences of each row, in order, with the result of ``compute``.
 
-    def _measure(self, compute: Callable[[PassItems], _Found], part: PassItems) -> list[tuple[PassItems, _Found]]:
-        """One pass, in pieces where memory runs out."""
-        found = none_if_out_of_memory(lambda: compute(part))
-        if found is not None:
-            self.report(part)
-            return [(part, found)]
+        ``new``: tokens to be generated for each sequence.
+        """
+        adapted = self.adapted
+        # A generated token costs memory alone. Where computation bounds a pass to fewer tokens than memory does, it counts
+        # for that ratio of a token.
+        more = ceil(new * adapted.pass_plan([1], self.budget).tokens / self.budget)
+        items = [(row, part) for row, given in enumerate(sequences) for part in self.cut(given, more)]
+        assert items, "something to measure"
+        plan = self._pass_plan([adapted.tokens(part, more) for _, part in items])
+        passes = list(adapted.passes(items, plan.tokens, plan.workers, more))
+        sizes = [sum(adapted.tokens(given, more) for _, given in part) for part in passes]
+        return chain.from_iterable(parallel_map(partial(self._run_pass, compute), passes, plan.workers, sizes))
+
+    def _run_pass(self, compute: Callable[[PassItems], _Result], items: PassItems) -> list[tuple[PassItems, _Result]]:
+        """One pass, in halves where memory runs out."""
+        try:
+            found = compute(items)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            self.report(items)
+            return [(items, found)]
+        # Not in the except block: the traceback keeps the tensors of the failed pass alive.
         if self.release():
-            return self._measure(compute, part)
-        pieces = halves(part)
-        if not pieces:
+            return self._run_pass(compute, items)
+        parts = halves(items)
+        if not parts:
             raise torch.OutOfMemoryError("out of memory over a single sequence; lower prompt.max_length")
         log.warning(HALVING, "measuring", self.budget)
-        return [one for piece in pieces for one in self._measure(compute, piece)]
+        return [result for part in parts for result in self._run_pass(compute, part)]
 
     def _pass_plan(self, sizes: Sequence[int]) -> PassPlan:
         return self.adapted.pass_plan(sizes, self.most, FORWARD_FACTOR)

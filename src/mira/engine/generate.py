@@ -13,17 +13,21 @@ from transformers import PreTrainedModel
 from mira.adapters.lowrank import AdapterBatch
 from mira.core.threads import check_cancelled
 from mira.engine.attention.decoding import DecodingAttention, after
-from mira.engine.attention.packed import PackedAttention, Segment
+from mira.engine.attention.packed import PackedAttention
+from mira.engine.attention.segment import Segment
 from mira.engine.body import Body, Head
 from mira.engine.packing import Pass
 
 _UNLIMITED = 1 << 30
-_ALIVE = 0.75  # of the sequences of a step; where fewer go on, the others are left out of the next
+_ALIVE = 0.75  # share of the sequences of a step; where fewer go on, the ended ones are dropped from the next
 
 
 def positions(model: PreTrainedModel) -> int:
-    """Tokens of the longest sequence ``model`` can read. Under LongRoPE only as far as its frequencies do not depend on the
-    longest sequence of a pass, which may be another client's."""
+    """Number of tokens of the longest sequence that ``model`` can read.
+
+    Under LongRoPE this is the length up to which its frequencies do not depend on the longest sequence of a pass, which may be
+    another client's.
+    """
     config = model.config.get_text_config()
     given = int(getattr(config, "max_position_embeddings", None) or 0)
     limit = given if given > 0 else _UNLIMITED  # some have −1 in its place
@@ -35,7 +39,7 @@ def positions(model: PreTrainedModel) -> int:
 
 @torch.no_grad()
 def cache_bytes_per_token(body: Body) -> float:
-    """Keys and values that decoding keeps of each token. Measured: architectures count their heads and widths in many ways."""
+    """Bytes of keys and values that decoding keeps of each token, measured: configurations count heads in many ways."""
     tokens = torch.arange(2, device=body.model.device)[None]
     read = PackedAttention([Segment(0, 2)], keep=True)
     body(tokens, tokens, read)
@@ -48,21 +52,23 @@ def greedy(
     head: Head,
     packed: Pass,
     adapters: AdapterBatch,
-    per_job: Sequence[int],
+    counts: Sequence[int],
     stops: Set[int],
     max_new: int,
 ) -> list[list[int]]:
-    """The answer tokens of every packed prompt, without the one of ``stops`` that ends them; an answer ends at the model's last
-    position too. ``per_job``: prompts of each range of ``adapters``."""
+    """Greedy answer tokens of every packed prompt, without the one of ``stops`` that ends them.
+
+    An answer also ends after ``max_new`` tokens, and at the model's last position. ``counts``: number of prompts in each range.
+    """
     state, hidden = _read(body, packed, adapters, max_new)
     limit, device = positions(body.model), body.model.device
-    job = [n for n, count in enumerate(per_job) for _ in range(count)]
-    running = list(range(len(job)))  # whose token is in each place; some may have ended
+    range_of = [n for n, count in enumerate(counts) for _ in range(count)]
+    running = list(range(len(range_of)))  # the prompt in each place; some may have ended
     rows = [row for row, _, _ in packed.ranges]
-    adapters.retarget(_ranges(rows, job))
+    adapters.retarget(_ranges(rows, range_of))
     token = head(hidden).argmax(-1)
     position = torch.tensor([s.prefix + s.end - s.start for s in packed.prompts], device=device)
-    answers: list[list[int]] = [[] for _ in job]
+    answers: list[list[int]] = [[] for _ in range_of]
     ended: set[int] = set()
     for step in range(max_new):
         for b, value, at in zip(running, token.tolist(), position.tolist(), strict=True):
@@ -81,7 +87,7 @@ def greedy(
             state.keep(alive)
             running = [running[place] for place in alive]
             token, position = token[alive], position[alive]
-            adapters.retarget(_ranges(rows, [job[b] for b in running]))
+            adapters.retarget(_ranges(rows, [range_of[b] for b in running]))
         check_cancelled()
         state.advance()
         hidden = body(token[:, None], position.clamp(max=limit - 1)[:, None], state)[:, 0]
@@ -91,7 +97,7 @@ def greedy(
 
 
 def _read(body: Body, packed: Pass, adapters: AdapterBatch, max_new: int) -> tuple[DecodingAttention, Tensor]:
-    """One pass over the prompts: what decoding goes on from, and the last hidden state of each prompt."""
+    """One pass over the prompts: the state that decoding starts from, and the last hidden state of each prompt."""
     device, all_read = body.model.device, PackedAttention(packed.segments, keep=True)
     adapters.needed = torch.tensor([s.end - 1 for s in packed.prompts])
     hidden = body(packed.tokens[None].to(device), packed.positions[None].to(device), all_read)[0]
@@ -100,8 +106,8 @@ def _read(body: Body, packed: Pass, adapters: AdapterBatch, max_new: int) -> tup
     return state, hidden[adapters.needed.to(device)]
 
 
-def _ranges(rows: Sequence[int], job: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Which places a job has, of the sorted ``job`` of each, and its row."""
-    count = Counter(job)
+def _ranges(rows: Sequence[int], range_of: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(row, start, end) of the places of each range. ``range_of``: the range of each place, sorted."""
+    count = Counter(range_of)
     ends = list(accumulate(count[n] for n in range(len(rows))))
     return [(row, a, b) for row, a, b in zip(rows, [0, *ends], ends, strict=False) if a < b]

@@ -1,4 +1,4 @@
-"""Cross-entropy on label tokens only, in chunks: the [tokens, vocabulary] logits are never all in memory."""
+"""Cross-entropy on label tokens, in chunks: the [tokens, vocabulary] logits are never all in memory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _CHUNK = 256  # label tokens at a time: 50 MB of logits with a vocabulary of 49 
 class LabelLoss(torch.autograd.Function):
     """-log p(target) for each label token [N] from hidden states [N,d] through the frozen ``head``.
 
-    The gradient with respect to the hidden states is made in the forward pass, chunk by chunk, since the logits are
-    at hand there: ∂/∂logits = softmax − onehot(target). Backward only scales it.
+    The forward pass computes the gradient with respect to the hidden states, chunk by chunk, while the logits are in memory:
+    ∂/∂logits = softmax − onehot(target). The backward pass only scales it.
     """
 
     @staticmethod
@@ -44,7 +44,7 @@ class LabelLoss(torch.autograd.Function):
 
 @torch.no_grad()
 def label_nll(hidden: Tensor, head: Head, target: Tensor) -> Tensor:
-    """The same losses [N] without gradients."""
+    """-log p(target) for each label token [N], without gradients."""
     parts = [_nll(head(h), t) for h, t in zip(hidden.split(_CHUNK), target.split(_CHUNK), strict=True)]
     return torch.cat(parts)
 

@@ -1,4 +1,4 @@
-"""Failures of a model that is called otherwise than it foresees, told in one line."""
+"""Errors of a model that is called in a way it does not expect, reported in one line."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ MODEL_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError
 
 
 @contextmanager
-def raise_as(tell: Callable[[str], UserError]) -> Iterator[None]:
-    """Raise for any fault within the error that ``tell`` makes of its first line. Running out of memory, and faults told
-    already, pass as they are."""
+def raise_as(make: Callable[[str], UserError]) -> Iterator[None]:
+    """Replace model errors within the block by the error that ``make`` makes of their first line.
+
+    Out-of-memory errors and UserErrors pass unchanged.
+    """
     try:
         yield
     except MODEL_ERRORS as error:
         if is_not_model_error(error):
             raise
         first = (str(error).strip().splitlines() or [""])[0]
-        raise tell(f"{type(error).__name__}: {first}") from None
+        raise make(f"{type(error).__name__}: {first}") from None
 
 
 def is_not_model_error(error: Exception) -> bool:
+    """Whether ``error``, one of MODEL_ERRORS, says nothing about the model: a UserError, or out of memory."""
     return isinstance(error, UserError) or (isinstance(error, RuntimeError) and is_out_of_memory(error))
 
 
 def unsupported(layout: Layout) -> Callable[[str], UserError]:
-    """The error of a model that cannot be computed with adapters of ``layout``."""
+    """A function from a reason to the error for a model that cannot compute adapters of ``layout``."""
     if layout.virtual_tokens:
-        problem, advice = (
-            f"adapter.virtual_tokens={layout.virtual_tokens}: the model cannot read them",
-            "use adapter.kind=lora",
-        )
+        problem = f"adapter.virtual_tokens={layout.virtual_tokens}: the model cannot read them"
+        advice = "use adapter.kind=lora"
     elif layout.entries:
         problem, advice = "adapter.targets: a layer among them cannot carry an adapter", "name other layers"
     else:

@@ -18,10 +18,10 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 @dataclass
 class RowOptimizer:
-    """State of J rows: ``steps`` [J] done so far, first and second moments [J,P] (SGD: momentum and nothing).
+    """State of J rows: ``steps`` [J,1] done so far, first and second moments [J,P] (SGD: momentum and nothing).
 
-    ``frozen`` [n]: the places in a row that never move, neither by a gradient nor by weight decay. ``rate`` [P]: the learning
-    rate of each number over that of the step; None: all the same.
+    ``frozen`` [n]: places of a row that never move, neither by a gradient nor by weight decay. ``rate`` [P]: learning rate of
+    each number relative to that of the step; None: 1.
     """
 
     training: Training
@@ -33,12 +33,13 @@ class RowOptimizer:
 
     @staticmethod
     def start(
-        training: Training, rows: Tensor, kept: list[Tensor | None], trainable: Tensor | None = None,
+        training: Training, rows: Tensor, states: list[Tensor | None], trainable: Tensor | None = None,
         rate: Tensor | None = None,
     ) -> RowOptimizer:  # fmt: skip
-        """Fresh state for ``rows`` [J,P], or the state that was kept [1+2P] for a row where there is one.
+        """A fresh state for ``rows`` [J,P], or the kept state [1+2P] of a row where ``states`` has one.
 
-        ``trainable`` [P] bool: the entries of a row that may move; None: all. ``rate`` [P]: as above."""
+        ``trainable`` [P] bool: numbers of a row that may move; None: all. ``rate`` [P]: see the class.
+        """
         optimizer = RowOptimizer(
             training, torch.zeros(len(rows), 1, dtype=rows.dtype, device=rows.device), torch.zeros_like(rows),
             torch.zeros_like(rows) if training.optimizer == "adamw" else rows.new_zeros(len(rows), 0),
@@ -46,7 +47,7 @@ class RowOptimizer:
             None if rate is None else rate.to(rows),
         )  # fmt: skip
         width = rows.shape[1]
-        for j, state in enumerate(kept):
+        for j, state in enumerate(states):
             if state is not None:
                 optimizer.steps[j] = state[0]
                 optimizer.first[j] = state[1 : 1 + width]
@@ -64,7 +65,7 @@ class RowOptimizer:
             self._move(w, g, active, lr)
             return
         held = w[:, self.frozen]
-        g[:, self.frozen] = 0  # before clipping: what is frozen has no gradient, and no part in its norm
+        g[:, self.frozen] = 0  # before clipping: frozen numbers have no part in the norm
         self._move(w, g, active, lr)
         w[:, self.frozen] = held
 
@@ -87,7 +88,7 @@ class RowOptimizer:
         second = self.second[:active]
         first.lerp_(g, 1 - BETA1)
         second.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
-        # In torch.optim.AdamW's order of operations, its scalars made in double: then even the rounding agrees.
+        # The order of operations of torch.optim.AdamW, with its scalars in double: the rounding agrees too.
         exact = count.double()
         root = second.sqrt().div_((1 - BETA2**exact).sqrt().to(w.dtype)).add_(EPSILON)
         step = (first * (-lr / (1 - BETA1**exact)).to(w.dtype)).div_(root)
@@ -95,7 +96,7 @@ class RowOptimizer:
 
 
 def pull(grad: Tensor, rows: Tensor, anchor: Tensor, prox: Tensor) -> None:
-    """grad [J,P] += prox·(rows − anchor) in place, the gradient of prox/2·‖rows − anchor‖²: prox [J]."""
+    """Add prox·(rows − anchor) to grad [J,P] in place: the gradient of prox/2·‖rows − anchor‖², prox [J]."""
     grad.add_((rows - anchor).mul_(prox[:, None].to(rows.dtype)))
 
 

@@ -9,20 +9,20 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from mira.data.text import Encoded
-from mira.engine.attention.packed import Segment
+from mira.core.encoded import Encoded
+from mira.engine.attention.segment import Segment
 
 _WORTH = 8  # a shared prefix shorter than this saves less than its bookkeeping costs
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass: T tokens, each range of them under one row.
+    """One forward pass over T tokens in J ranges, each under one row. S sequences, N labels.
 
-    ``predict`` [N]: places whose hidden state predicts a label; ``target`` [N]: that label; ``owner`` [N]: which
-    sequence it belongs to, numbered in the order given to ``pack``; ``job`` [S]: which range each of these is in; ``labels`` [J]:
-    of each range's whole batch, of which a pass may have a part.
-    ``prompts``: the segment of each sequence, without those of the shared prefixes.
+    ``ranges``: (row, start, end). For each label [N]: ``predict``, the place whose hidden state predicts it; ``target``, the
+    label itself; ``owner``, its sequence, numbered in the order given to ``pack``. ``range_of`` [S]: the range of each sequence.
+    ``labels`` [J]: labels in the whole batch of each range, of which the pass may have a part. ``prompts``: the segment of each
+    sequence, without the shared prefixes.
     """
 
     tokens: Tensor
@@ -32,19 +32,21 @@ class Pass:
     predict: Tensor
     target: Tensor
     owner: Tensor
-    job: Tensor
+    range_of: Tensor
     labels: Tensor
     prompts: tuple[Segment, ...]
 
 
-PassItems = Sequence[tuple[int, Sequence[Encoded]]]  # a row and its sequences, each
+PassItems = Sequence[tuple[int, Sequence[Encoded]]]  # (row, sequences) pairs
 
 
-def pack(jobs: PassItems, share_prefix: bool, virtual: int = 0, labels: Mapping[int, int] | None = None) -> Pass:
-    """Lay out the sequences of each (row, sequences) job, each behind ``virtual`` placeholders. The prefix that a job's
-    sequences have in common, found on token ids, is laid once; it ends before the token that predicts the first label of
-    any of them. Tokens after the one that predicts the last label are left out: nothing reads them. ``labels``: of each
-    row's whole batch; None: of its job. Raises ValueError where a label is a sequence's first token."""
+def pack(items: PassItems, share_prefix: bool, virtual: int = 0, labels: Mapping[int, int] | None = None) -> Pass:
+    """Lay out the sequences of each item, each behind ``virtual`` placeholders.
+
+    The common prefix of an item's sequences, found on token ids, is laid once. It ends before the first token that predicts a
+    label. Tokens after the one that predicts the last label are left out: nothing reads them. ``labels``: labels in the whole
+    batch of each row; None: in the item. Raises ValueError where a label is the first token of a sequence.
+    """
     tokens: list[int] = []
     positions: list[int] = []
     ranges: list[tuple[int, int, int]] = []
@@ -53,7 +55,7 @@ def pack(jobs: PassItems, share_prefix: bool, virtual: int = 0, labels: Mapping[
     target: list[int] = []
     owner: list[int] = []
     own_segments: list[Segment] = []
-    for row, given in jobs:
+    for row, given in items:
         sequences = prepended(given, virtual)
         begin = len(tokens)
         shared = common_prefix(sequences) if share_prefix else 0
@@ -77,12 +79,12 @@ def pack(jobs: PassItems, share_prefix: bool, virtual: int = 0, labels: Mapping[
                     target.append(sequence.tokens[i])
                     owner.append(len(own_segments) - 1)
         ranges.append((row, begin, len(tokens)))
-    counts = [sum(map(labels_of, given)) if labels is None else labels[row] for row, given in jobs]
+    counts = [sum(map(labels_of, given)) if labels is None else labels[row] for row, given in items]
     return Pass(
         torch.tensor(tokens), torch.tensor(positions), tuple(ranges), tuple(segments),
         torch.tensor(predict, dtype=torch.int64), torch.tensor(target, dtype=torch.int64),
         torch.tensor(owner, dtype=torch.int64),
-        torch.repeat_interleave(torch.arange(len(jobs)), torch.tensor([len(job) for _, job in jobs])),
+        torch.repeat_interleave(torch.arange(len(items)), torch.tensor([len(given) for _, given in items])),
         torch.tensor(counts), tuple(own_segments),
     )  # fmt: skip
 
@@ -92,19 +94,19 @@ def labels_of(sequence: Encoded) -> int:
 
 
 def read_tokens(sequence: Encoded) -> int:
-    """How many of its tokens a pass reads: up to the one that predicts the last label, all where there is no label."""
+    """Number of tokens that a pass reads: up to the one that predicts the last label; all where there is no label."""
     if True not in sequence.label:
         return len(sequence.tokens)
     return len(sequence.label) - 1 - sequence.label[::-1].index(True)
 
 
 def common_prefix(sequences: Sequence[Encoded]) -> int:
-    """Tokens that all ``sequences`` begin with and that predict no label; 0 when sharing them would not pay."""
+    """Number of tokens that all ``sequences`` begin with and that predict no label; 0 when sharing would not pay."""
     if len(sequences) < 2:
         return 0
     first = min(sequences, key=lambda sequence: sequence.tokens).tokens
     last = max(sequences, key=lambda sequence: sequence.tokens).tokens
-    # The first and the last in sorted order differ the earliest.
+    # In sorted order the first and the last differ earliest.
     shared = next((i for i, (x, y) in enumerate(zip(first, last, strict=False)) if x != y), min(len(first), len(last)))
     shared = min(shared, *((s.label.index(True) if True in s.label else len(s.tokens)) - 1 for s in sequences))
     return shared if shared >= _WORTH else 0
@@ -121,30 +123,34 @@ def prepended(sequences: Sequence[Encoded], virtual: int) -> Sequence[Encoded]:
 
 
 def packed_tokens(given: Sequence[Encoded], share_prefix: bool, virtual: int = 0) -> int:
-    """Tokens that ``pack`` lays out for one job."""
+    """Number of tokens that ``pack`` lays out for one item."""
     sequences = prepended(given, virtual)
     total = sum(map(read_tokens, sequences))
     return total - (len(sequences) - 1) * common_prefix(sequences) if share_prefix else total
 
 
 def plan(sizes: Sequence[Sequence[int]], budget: int, multiple: int = 1) -> list[list[int]]:
-    """Jobs of the given token counts, step by step, in order, cut into as few passes of at most ``budget`` tokens in any step
-    (one job at least) as that takes and make a ``multiple``, where there are as many jobs; and these as even as they can be:
-    the largest decides how much memory is held."""
-    passes = _filled(sizes, budget)
-    most = min(len(sizes), -(-len(passes) // multiple) * multiple)
+    """Group jobs, in order, into the fewest passes of at most ``budget`` tokens in any step.
+
+    ``sizes[n]``: tokens of job n in each of its steps. A pass has one job at least, even above the budget. The number of passes
+    is rounded up to a multiple of ``multiple``, the passes that run in parallel, where there are as many jobs. Passes are made
+    as equal as possible, since the largest determines the peak memory.
+    """
+    fewest = len(_first_fit(sizes, budget))
+    allowed = min(len(sizes), -(-fewest // multiple) * multiple)
+    # Bisection for the smallest budget that needs no more passes than allowed.
     low, high = 1, budget
     while low < high:
         middle = (low + high) // 2
-        if len(_filled(sizes, middle)) <= most:
+        if len(_first_fit(sizes, middle)) <= allowed:
             high = middle
         else:
             low = middle + 1
-    return _filled(sizes, low)
+    return _first_fit(sizes, low)
 
 
-def _filled(sizes: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
-    """Each pass filled before the next is begun."""
+def _first_fit(sizes: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
+    """Fill each pass up to ``budget`` tokens in any step before the next begins."""
     passes: list[list[int]] = []
     used: Sequence[int] = ()
     for job, size in enumerate(sizes):
@@ -156,10 +162,10 @@ def _filled(sizes: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
     return passes
 
 
-def halves(jobs: PassItems) -> list[PassItems]:
-    """A pass as two, in order: of several jobs, or of one job's sequences; none of a single sequence."""
-    if len(jobs) > 1:
-        return [jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]]
-    [(row, sequences)] = jobs
+def halves(items: PassItems) -> list[PassItems]:
+    """Split a pass into two, in order: several items, or the sequences of one; nothing where there is a single sequence."""
+    if len(items) > 1:
+        return [items[: len(items) // 2], items[len(items) // 2 :]]
+    [(row, sequences)] = items
     middle = len(sequences) // 2
     return [[(row, sequences[:middle])], [(row, sequences[middle:])]] if middle else []

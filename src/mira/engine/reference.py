@@ -1,11 +1,11 @@
-"""The oracle: PEFT and a plain loop, one client at a time. Slow, obvious, never optimised; every engine must equal it."""
+"""The oracle: PEFT and a plain loop, one client at a time. Slow, obvious, never optimised; every engine must agree with it."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -13,55 +13,42 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
-from mira.adapters.types import PassAdapter, SingleAdapterModel
+from mira.adapters.types import SingleAdapterModel
 from mira.adapters.weights import on_same_weights
-from mira.core.layout import PLUS, Layout
+from mira.core.encoded import Encoded
+from mira.core.layout import PLUS
 from mira.core.seeds import stream
-from mira.core.training import Training
 from mira.core.types import Failure, Scores, Trained, Work
-from mira.data.corpus import Corpus
-from mira.data.text import Encoded
 from mira.engine.attention import hook
 from mira.engine.checkpoint import recomputed
 from mira.engine.generate import positions
 from mira.engine.memory import OUT_OF_MEMORY, is_out_of_memory
 from mira.engine.model_errors import MODEL_ERRORS, is_not_model_error, raise_as, unsupported
+from mira.engine.spec import EngineSpec
 
 _TRIAL = Encoded((1, 1, 1), (False, False, True), False)
 
 
 @dataclass(frozen=True)
 class ReferenceEngine:
-    """Fields as in BatchedEngine."""
+    """Made by ``of``. ``single``: a copy of the model's modules, on the same weights, with PEFT's adapter attached."""
 
-    model: PreTrainedModel
-    pad: int
-    stops: frozenset[int]
-    decode: Callable[[Sequence[int]], str]
-    adapter: PassAdapter
-    corpus: Corpus
-    training: Training
-    seed: int
-    checkpointing: bool = False
-    progress: Callable[[int], None] = lambda tokens: None
-    single: SingleAdapterModel = field(init=False)
+    spec: EngineSpec
+    single: SingleAdapterModel
 
-    def __post_init__(self) -> None:
-        model = on_same_weights(self.model)
-        if model.config._attn_implementation == hook.NAME:  # its weights are a batched engine's too
+    @staticmethod
+    def of(spec: EngineSpec) -> ReferenceEngine:
+        """Raises UserError where the model cannot compute the adapter."""
+        model = on_same_weights(spec.model)
+        if model.config._attn_implementation == hook.NAME:  # a batched engine uses the same weights
             model.set_attn_implementation("eager")
-        with raise_as(unsupported(self.layout)):
-            object.__setattr__(self, "single", self.adapter.attached(model))
-        if not self.layout.entries:  # the base alone
-            return
-        with raise_as(unsupported(self.layout)), torch.no_grad():
-            self._loss([_TRIAL], "mean")
-
-    @property
-    def layout(self) -> Layout:
-        return self.adapter.layout
+        with raise_as(unsupported(spec.layout)):
+            engine = ReferenceEngine(spec, spec.adapter.attached(model))
+        if spec.layout.entries:
+            with raise_as(unsupported(spec.layout)), torch.no_grad():
+                engine._loss([_TRIAL], "mean")
+        return engine
 
     @property
     def peft(self) -> Any:
@@ -69,6 +56,7 @@ class ReferenceEngine:
         return self.single.module
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
+        """See ``Engine.train``."""
         done: list[Trained] = []
         failed: list[Failure] = []
         for job, client in enumerate(work.client.tolist()):
@@ -88,33 +76,33 @@ class ReferenceEngine:
     def _train_one(self, work: Work, job: int, round: int, lr: float) -> Trained:
         client = int(work.client[job])
         parameters = self._load(work.start[job])
-        batches = self.corpus.batches(round, client)
+        batches = self.spec.corpus.batches(round, client)
         optimizer = self._optimizer(parameters, lr)
         if (kept := work.kept_state(job)) is not None:
             self._restore(optimizer, parameters, kept)
         losses = []
         with torch.random.fork_rng(), self.single.training():
-            torch.manual_seed(stream("dropout", self.seed, round, client))
+            torch.manual_seed(stream("dropout", self.spec.seed, round, client))
             for batch in batches:
                 optimizer.zero_grad()
-                with recomputed(self.peft, _drawn_from) if self.checkpointing else nullcontext():
+                with recomputed(self.peft, _dropout_generators) if self.spec.checkpointing else nullcontext():
                     loss = self._loss(batch, "mean")
                 (loss + self._proximal(work, job, parameters)).backward()
-                for p in parameters:  # in layers that text does not reach
+                for p in parameters:  # a layer that no text reaches has no gradient
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 self._freeze(work, parameters)
-                if self.training.clip is not None:
-                    torch.nn.utils.clip_grad_norm_(parameters, self.training.clip)
+                if self.spec.training.clip is not None:
+                    torch.nn.utils.clip_grad_norm_(parameters, self.spec.training.clip)
                 optimizer.step()
                 self._hold(work, job, parameters)
                 losses.append(loss.detach().double().cpu())
-                self.progress(sum(len(s.tokens) for s in batch))
+                self.spec.progress(sum(len(s.tokens) for s in batch))
         return Trained(
             client=torch.tensor([client]), job=torch.tensor([job]), rows=self.single.row()[None],
-            examples=torch.tensor([self.corpus.num_train(client)]),
+            examples=torch.tensor([self.spec.corpus.num_train(client)]),
             tokens=torch.tensor([sum(len(s.tokens) for batch in batches for s in batch)]),
             steps=torch.tensor([len(batches)]), loss=torch.stack(losses).mean()[None], lr=lr,
-            optimizer=self._packed(optimizer, parameters)[None] if self.training.keep_optimizer else None,
+            optimizer=self._packed(optimizer, parameters)[None] if self.spec.training.keep_optimizer else None,
         )  # fmt: skip
 
     def _proximal(self, work: Work, job: int, parameters: Sequence[torch.nn.Parameter]) -> Tensor:
@@ -127,7 +115,7 @@ class ReferenceEngine:
         )
 
     def _freeze(self, work: Work, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """What is not trainable has no gradient, and no part in its norm."""
+        """Set the gradients of numbers that are not trainable to 0, before clipping."""
         if work.trainable is not None:
             for trainable, p in zip(self._views(work.trainable), parameters, strict=True):
                 assert p.grad is not None
@@ -135,7 +123,7 @@ class ReferenceEngine:
 
     @torch.no_grad()
     def _hold(self, work: Work, job: int, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """What is not trainable is where it was, weight decay or not."""
+        """Restore the numbers that are not trainable: weight decay moves them too."""
         if work.trainable is not None:
             pairs = zip(self._views(work.trainable), self._views(work.start[job]), strict=True)
             for p, (trainable, start) in zip(parameters, pairs, strict=True):
@@ -143,36 +131,38 @@ class ReferenceEngine:
 
     @torch.no_grad()
     def evaluate(self, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None) -> Scores:
+        """See ``ClientEngine.evaluate``."""
         nll = torch.zeros(len(rows), len(splits), dtype=torch.float64)
         tokens = torch.zeros(len(rows), len(splits), dtype=torch.int64)
         for i, k in enumerate(client):
             self._load(rows[i])
             for j, split in enumerate(splits):
-                for sequence in self.corpus.encoded(int(k), split, limit):
+                for sequence in self.spec.corpus.encoded(int(k), split, limit):
                     nll[i, j] += self._loss([sequence], "sum").double().cpu()
                     tokens[i, j] += sum(sequence.label)
         return Scores(nll, tokens)
 
     @torch.no_grad()
     def score(self, rows: Tensor, sequences: Sequence[Sequence[Encoded]]) -> tuple[Tensor, Tensor]:
-        """As BatchedEngine.score."""
+        """See ``Engine.score``."""
         nll, tokens = [], []
-        for row, job in zip(rows, sequences, strict=True):
+        for row, given in zip(rows, sequences, strict=True):
             self._load(row)
-            nll += [self._loss([sequence], "sum").double().cpu() for sequence in job]
-            tokens += [sum(sequence.label) for sequence in job]
+            nll += [self._loss([sequence], "sum").double().cpu() for sequence in given]
+            tokens += [sum(sequence.label) for sequence in given]
         return torch.stack(nll), torch.tensor(tokens)
 
     @torch.no_grad()
     def generate(
         self, rows: Tensor, client: Tensor, split: str, limit: int | None, max_new_tokens: int
     ) -> list[list[str]]:
-        prompts = [[list(p) for p in self.corpus.prompts(int(k), split, limit)] for k in client]
+        """See ``ClientEngine.generate``."""
+        prompts = [[list(p) for p in self.spec.corpus.prompts(int(k), split, limit)] for k in client]
         return self.answer(rows, prompts, max_new_tokens)
 
     @torch.no_grad()
     def answer(self, rows: Tensor, prompts: Sequence[Sequence[Sequence[int]]], max_new_tokens: int) -> list[list[str]]:
-        """Greedy answers of row i [n,P] to each of prompts[i] (token ids)."""
+        """See ``Engine.answer``."""
         answers: list[list[str]] = []
         for i in range(len(prompts)):
             self._load(rows[i])
@@ -180,29 +170,29 @@ class ReferenceEngine:
         return answers
 
     def _answer(self, prompt: Sequence[int], max_new_tokens: int) -> str:
-        ids = torch.tensor([prompt], device=self.model.device)
-        taken = self.layout.virtual_tokens + len(prompt) - 1  # the last token need not be read again
-        room = positions(self.model) - taken
+        ids = torch.tensor([prompt], device=self.spec.model.device)
+        taken = self.spec.layout.virtual_tokens + len(prompt) - 1  # the last new token is not read
+        room = positions(self.spec.model) - taken
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Position ids are not supported")  # a prompt's: PEFT counts them anew
+            warnings.filterwarnings("ignore", "Position ids are not supported")  # PEFT numbers virtual tokens itself
             generate = partial(
                 self.peft.generate, input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                max_new_tokens=min(max_new_tokens, room), eos_token_id=sorted(self.stops), pad_token_id=self.pad,
-                repetition_penalty=1.0,
+                max_new_tokens=min(max_new_tokens, room), eos_token_id=sorted(self.spec.text.stops), 
+                pad_token_id=self.spec.text.pad, repetition_penalty=1.0,
             )  # fmt: skip
             try:
                 out = generate()
-            except MODEL_ERRORS as error:  # an architecture whose cache does not do what its layers ask for
+            except MODEL_ERRORS as error:  # the cache of some architectures lacks what their layers ask for
                 if is_not_model_error(error):
                     raise
                 out = generate(use_cache=False)
         new = out[0, len(prompt) :].tolist()
-        return self.decode(list(takewhile(lambda token: token not in self.stops, new)))
+        return self.spec.text.decode(list(takewhile(lambda token: token not in self.spec.text.stops, new)))
 
     def _loss(self, batch: Sequence[Encoded], reduction: str) -> Tensor:
         """Cross-entropy over the label tokens of a right-padded batch."""
         width = max(len(s.tokens) for s in batch)
-        ids = torch.full((len(batch), width), self.pad)
+        ids = torch.full((len(batch), width), self.spec.text.pad)
         mask = torch.zeros(len(batch), width, dtype=torch.int64)
         labels = torch.full((len(batch), width), -100)
         for i, s in enumerate(batch):
@@ -210,9 +200,9 @@ class ReferenceEngine:
             ids[i, :n] = torch.tensor(s.tokens)
             mask[i, :n] = 1
             labels[i, :n] = torch.where(torch.tensor(s.label), ids[i, :n], -100)
-        device = self.model.device
+        device = self.spec.model.device
         out = self.peft(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
-        logits = out.logits[:, self.layout.virtual_tokens : -1]
+        logits = out.logits[:, self.spec.layout.virtual_tokens : -1]
         wide = logits if logits.dtype == torch.float64 else logits.float()
         return cross_entropy(wide.flatten(0, 1), labels[:, 1:].flatten().to(device), reduction=reduction)
 
@@ -224,22 +214,22 @@ class ReferenceEngine:
         return self.single.parameters
 
     def _optimizer(self, parameters: Sequence[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        t, plus = self.training, self.layout.plus
+        t, plus = self.spec.training, self.spec.layout.plus
         groups = [
             {"params": [p], "lr": lr * plus if entry.factor in PLUS else lr}
-            for entry, p in zip(self.layout.entries, parameters, strict=True)
+            for entry, p in zip(self.spec.layout.entries, parameters, strict=True)
         ]
         if t.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=lr, momentum=t.momentum, weight_decay=t.weight_decay)
         return torch.optim.AdamW(groups, lr=lr, weight_decay=t.weight_decay)
 
     def _packed(self, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter]) -> Tensor:
-        """Optimiser state as RowOptimizer keeps it: steps, first and (AdamW) second moments, end to end."""
+        """The optimiser state in the format of RowOptimizer: steps, first and (AdamW) second moments, end to end."""
         state = [optimizer.state[p] for p in parameters]
-        if self.training.optimizer == "sgd":
+        if self.spec.training.optimizer == "sgd":
             zero = torch.zeros(1)
             moments = [
-                s["momentum_buffer"].flatten() if self.training.momentum else torch.zeros_like(p).flatten()
+                s["momentum_buffer"].flatten() if self.spec.training.momentum else torch.zeros_like(p).flatten()
                 for s, p in zip(state, parameters, strict=True)
             ]
             return torch.cat([zero, *moments]).cpu()
@@ -249,9 +239,9 @@ class ReferenceEngine:
     def _restore(
         self, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter], kept: Tensor
     ) -> None:
-        width = self.layout.size
-        for entry, p in zip(self.layout.entries, parameters, strict=True):
-            if self.training.optimizer == "sgd":
+        width = self.spec.layout.size
+        for entry, p in zip(self.spec.layout.entries, parameters, strict=True):
+            if self.spec.training.optimizer == "sgd":
                 optimizer.state[p] = {"momentum_buffer": entry.view(kept[1 : 1 + width]).clone().to(p.device)}
             else:
                 optimizer.state[p] = {
@@ -261,6 +251,6 @@ class ReferenceEngine:
                 }
 
 
-def _drawn_from() -> list[torch.Generator]:
-    """Where PEFT's dropout masks come from."""
+def _dropout_generators() -> list[torch.Generator]:
+    """The generators of PEFT's dropout masks."""
     return [torch.default_generator, *torch.cuda.default_generators]

@@ -1,4 +1,4 @@
-"""Training by forward passes alone: the row is N coefficients of random directions in the base's own weights.
+"""Training with forward passes only: a row is N coefficients of random directions in the base's own weights.
 
 FedKSeed (Qin et al., ICML 2024), local steps after MeZO (Malladi et al., NeurIPS 2023): draw s, then
 g = (F(w + ε·z_s) − F(w − ε·z_s)) / 2ε and c_s ← c_s − η·g, which moves w by −η·g·z_s. That is a step along ∂F/∂c_s, so a
@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 
 from mira.adapters.seeds import Directions
+from mira.core.encoded import Encoded
 from mira.core.seeds import generator
 from mira.core.training import Training
-from mira.core.types import Failure, Scores, Trained, Work
+from mira.core.types import Engine, Failure, Scores, Trained, Work
 from mira.data.corpus import Corpus
-from mira.data.text import Encoded
-from mira.engine.batched import BatchedEngine
 from mira.engine.memory import OUT_OF_MEMORY, is_out_of_memory
-from mira.engine.reference import ReferenceEngine
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +28,7 @@ _OF_OPTIMIZERS = ("optimizer", "momentum", "weight_decay", "clip", "keep_optimiz
 
 
 def without_gradients(
-    inner: BatchedEngine | ReferenceEngine, directions: Directions, corpus: Corpus, training: Training, seed: int
+    inner: Engine, directions: Directions, corpus: Corpus, training: Training, seed: int
 ) -> SeedsEngine:
     """The engine that trains coefficients of ``directions`` on ``inner``. Warns of settings that only optimisers have."""
     given = [name for name in _OF_OPTIMIZERS if getattr(training, name) != getattr(Training, name)]
@@ -41,15 +39,19 @@ def without_gradients(
 
 @dataclass(frozen=True)
 class SeedsEngine:
-    """``inner`` runs the base without an adapter; its weights hold one row at a time, and are w0 again afterwards.
-    Memory is that of inference and a copy of the tensors that have directions."""
+    """Computes rows by changing the base's weights: ``inner`` runs the base without an adapter.
 
-    inner: BatchedEngine | ReferenceEngine
+    The weights hold one row at a time and are restored afterwards. Memory use is that of inference plus a copy of the tensors
+    that have directions.
+    """
+
+    inner: Engine
     directions: Directions
     corpus: Corpus
     seed: int
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
+        """See ``Engine.train``."""
         batches = [self.corpus.batches(round, int(client)) for client in work.client]
         rows, loss, failed = work.start.clone(), torch.zeros(len(batches), dtype=torch.float64), {}
         for job, steps in enumerate(batches):
@@ -72,7 +74,7 @@ class SeedsEngine:
     def _descend(
         self, row: Tensor, work: Work, job: int, batches: Sequence[Sequence[Encoded]], draw: torch.Generator, lr: float
     ) -> float:
-        """Moves ``row`` [N] in place; the mean of F(w ± ε·z) over the steps."""
+        """Train ``row`` [N] in place; returns the mean of F(w ± ε·z) over the steps."""
         seeds = torch.arange(len(row)) if work.trainable is None else work.trainable.nonzero()[:, 0]
         total = 0.0
         with self.directions.applied(row):
@@ -95,6 +97,7 @@ class SeedsEngine:
         return float(nll.sum() / tokens.sum())
 
     def evaluate(self, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None) -> Scores:
+        """See ``ClientEngine.evaluate``."""
         nll = torch.zeros(len(rows), len(splits), dtype=torch.float64)
         tokens = torch.zeros(len(rows), len(splits), dtype=torch.int64)
         for places in _alike(rows):
@@ -104,7 +107,7 @@ class SeedsEngine:
         return Scores(nll, tokens)
 
     def score(self, rows: Tensor, sequences: Sequence[Sequence[Encoded]]) -> tuple[Tensor, Tensor]:
-        """As BatchedEngine.score."""
+        """See ``Engine.score``."""
         scores = []
         for row, job in zip(rows, sequences, strict=True):
             with self.directions.applied(row):
@@ -115,11 +118,12 @@ class SeedsEngine:
     def generate(
         self, rows: Tensor, client: Tensor, split: str, limit: int | None, max_new_tokens: int
     ) -> list[list[str]]:
+        """See ``ClientEngine.generate``."""
         prompts = [self.corpus.prompts(int(k), split, limit) for k in client]
         return self.answer(rows, prompts, max_new_tokens)
 
     def answer(self, rows: Tensor, prompts: Sequence[Sequence[Sequence[int]]], max_new_tokens: int) -> list[list[str]]:
-        """Greedy answers of row i [n,N] to each of prompts[i] (token ids); equal rows together in one batch."""
+        """See ``Engine.answer``; equal rows go together in one batch."""
         answers: list[list[str]] = [[] for _ in prompts]
         for places in _alike(rows):
             with self.directions.applied(rows[places[0]]):
@@ -130,6 +134,6 @@ class SeedsEngine:
 
 
 def _alike(rows: Tensor) -> Iterator[Tensor]:
-    """The places of each distinct row: building the weights of one is what evaluation costs beyond its passes."""
+    """The places of each distinct row: beyond its passes, evaluation costs one change of the weights for each."""
     _, group = rows.unique(dim=0, return_inverse=True)
     return ((group == number).nonzero()[:, 0] for number in group.unique())

@@ -1,4 +1,4 @@
-"""The sums over the passes of one training step, and a patched to take back the share of one pass."""
+"""Gradient and loss sums over the passes of one training step, and a way to undo one pass."""
 
 from __future__ import annotations
 
@@ -8,32 +8,35 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mira.data.text import Encoded
+from mira.core.encoded import Encoded
 
 
 @dataclass(frozen=True)
-class Step:
-    """One step of many jobs: ``rows`` [J,P], their ``grad`` [J,P] and ``loss`` [J] so far. ``dropout``: the generators of
-    masks; ``lost``: the rows given up, each with the reason; ``whole``: each row's whole batch; ``begun``: the rows that have
-    gradients of a part of theirs."""
+class StepSums:
+    """Sums of one optimiser step over R rows, updated in place pass by pass.
+
+    ``rows`` [R,P]: the adapters. ``grad`` [R,P] and ``loss`` [R]: the sums so far. ``dropout``: the generator of each row's
+    masks. ``batches``: the whole batch of each active row. ``lost``: rows that were given up, with the reason. ``started``:
+    rows with gradients of a part of their batch.
+    """
 
     rows: Tensor
     grad: Tensor
     loss: Tensor
     dropout: Sequence[torch.Generator] | None
+    batches: Mapping[int, Sequence[Encoded]]
     lost: dict[int, str]
-    whole: Mapping[int, Sequence[Encoded]]
-    begun: set[int] = field(default_factory=set)
+    started: set[int] = field(default_factory=set)
 
     def undo(self, index: Sequence[int]) -> Callable[[], None]:
-        """A function that puts the gradients of these rows, and the generators of their masks, back to their present state."""
-        before = self.grad[index] if self.begun.intersection(index) else 0
-        states = {n: self.dropout[n].get_state() for n in index} if self.dropout else {}
+        """A function that restores the present gradients of the rows ``index``, and the present state of their generators."""
+        before = self.grad[index] if self.started.intersection(index) else 0
+        states = {row: self.dropout[row].get_state() for row in index} if self.dropout else {}
 
         def undo() -> None:
             self.grad[index] = before
-            for n, state in states.items():
+            for row, state in states.items():
                 assert self.dropout is not None
-                self.dropout[n].set_state(state)
+                self.dropout[row].set_state(state)
 
         return undo

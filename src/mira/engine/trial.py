@@ -1,4 +1,4 @@
-"""Before an engine computes a run: adapters in a pass of few tokens, and what of a model would not let them be right."""
+"""A trial pass before a run, for errors of a model that only show with adapters."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from mira.adapters.lowrank import AdapterBatch
 from mira.adapters.peft_check import trial_row
 from mira.core.layout import Layout
 from mira.engine.attention.hook import CannotPackError, temporary_attention
-from mira.engine.attention.packed import PackedAttention, Segment
+from mira.engine.attention.packed import PackedAttention
 from mira.engine.attention.patching import SAME, difference, limit
+from mira.engine.attention.segment import Segment
 from mira.engine.body import Body, usual_tokens
 from mira.engine.model_errors import raise_as, unsupported
 
@@ -20,7 +21,7 @@ _LENGTH = 4  # tokens of a sequence
 
 @torch.no_grad()
 def try_adapters(body: Body, attached: Attached, layout: Layout) -> None:
-    """Raises UserError where a layer cannot carry an adapter, or virtual tokens would lack what real ones have."""
+    """Raise UserError where a layer cannot carry an adapter, or where a token is more to the model than its embedding."""
     _check_experts(body, attached, layout)
     device = body.model.device
     ids = body.token.expand(1, _LENGTH)
@@ -35,7 +36,7 @@ def try_adapters(body: Body, attached: Attached, layout: Layout) -> None:
 
 
 def _check_experts(body: Body, attached: Attached, layout: Layout) -> None:
-    """Raises CannotPackError where a pass of two clients does not compute the tokens of each with its own experts."""
+    """Raise CannotPackError where a pass of two clients does not compute each client's tokens with its own experts."""
     if not layout.experts:
         return
     model = body.model
@@ -61,7 +62,7 @@ def _check_experts(body: Body, attached: Attached, layout: Layout) -> None:
 
 
 def _check_embeddings(body: Body, ids: Tensor) -> None:
-    """Raises CannotPackError where a token is more to the model than its embedding, which is all that a virtual one has."""
+    """Raise CannotPackError where a token is more to the model than its embedding: a virtual token has nothing else."""
     embeddings = body.model.get_input_embeddings()
     with temporary_attention(body.model, "eager"):
         found = body.module(inputs_embeds=2 * embeddings(ids), use_cache=False).last_hidden_state[0]

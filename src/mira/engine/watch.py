@@ -1,4 +1,4 @@
-"""Behaviour of a model in a pass, beyond its numbers, that a short probe would not show."""
+"""Behaviour of a model in a pass that a comparison of its results on short sequences would not show."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ _TOKENS = 97  # no layer has such a width
 
 @dataclass(frozen=True)
 class PassBehaviour:
-    """``numbering``: a layer numbers a pass's tokens itself, whatever positions it is given. ``hiding``: masks hide other keys
-    from the last token of the longest sequence than the windows attention is told of. ``keeping``: a module keeps tensors
-    until the next pass."""
+    """``numbers_tokens``: a layer numbers the tokens of a pass itself, ignoring the positions it is given. ``hides_keys``: masks
+    hide other keys from the last token of the longest sequence than the sliding windows passed to attention. ``keeps_tensors``:
+    a module keeps tensors until the next pass."""
 
-    numbering: bool
-    hiding: bool
-    keeping: bool
+    numbers_tokens: bool
+    hides_keys: bool
+    keeps_tensors: bool
 
 
 @torch.no_grad()
 def watch(body: Body, longest: int) -> PassBehaviour:
-    """Watch a pass of ``body`` over a single sequence, with eager attention, and the masks of one of ``longest`` tokens."""
+    """Watch a pass over a single sequence, with eager attention, and the masks of a sequence of ``longest`` tokens."""
     layers = [module for module in body.module.modules() if isinstance(module, GradientCheckpointingLayer)]
     numbering = _Numbering()
     hooks = [layer.register_forward_pre_hook(numbering.enter) for layer in layers]
     hooks += [layer.register_forward_hook(numbering.leave) for layer in layers]
-    before = _kept(body.module)
+    before = _held(body.module)
     try:
         with numbering, temporary_attention(body.model, "eager"):
             body.module(input_ids=body.token.expand(1, _TOKENS), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return PassBehaviour(numbering.found, _hides(body, max(longest, _TOKENS)), _kept(body.module) != before)
+    return PassBehaviour(numbering.found, _hides(body, max(longest, _TOKENS)), _held(body.module) != before)
 
 
 def _hides(body: Body, longest: int) -> bool:
@@ -55,7 +55,7 @@ def _hides(body: Body, longest: int) -> bool:
     try:
         with temporary_attention(body.model, _NAME):
             body.module(input_ids=body.token.expand(1, _TOKENS), use_cache=False)
-    except MODEL_ERRORS as error:  # it does more with its masks than to hand them on
+    except MODEL_ERRORS as error:  # it does more with its masks than to pass them on
         if is_not_model_error(error):
             raise
         return True
@@ -63,7 +63,7 @@ def _hides(body: Body, longest: int) -> bool:
 
 
 class _Numbering(TorchDispatchMode):
-    """Record whether the pass's tokens are numbered within a layer."""
+    """Records whether a layer numbers the tokens of a pass."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -83,7 +83,7 @@ class _Numbering(TorchDispatchMode):
 
 @dataclass
 class _Masks:
-    """Stand-ins: for a mask, the keys that its last query of ``longest`` sees; for attention, zeros."""
+    """Stand-ins for masks and attention: masks of the last of ``longest`` queries only, and zeros from attention."""
 
     longest: int
     hiding: bool = False
@@ -103,8 +103,8 @@ class _Masks:
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
 
 
-def _kept(module: nn.Module) -> set[tuple[str, str, int]]:
-    """Tensors that modules hold beside their parameters and buffers."""
+def _held(module: nn.Module) -> set[tuple[str, str, int]]:
+    """Tensors that modules hold besides their parameters and buffers: module, attribute and identity of each."""
     return {
         (name, key, id(value))
         for name, part in module.named_modules()

@@ -37,7 +37,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen model in eval mode, its tokenizer (with an eos and a pad token), and where they came from.
+    """A frozen model in eval mode, its tokenizer (with an eos and a pad token), and their origin.
 
     ``sha256`` is over the bytes of the weight files in name order, so of a single file it is the file's own; of a model
     from memory it is over the state dict. ``path``: the folder the weights lie in, None for a model from memory.
@@ -55,7 +55,7 @@ class Base:
 
     @property
     def stops(self) -> frozenset[int]:
-        """Tokens at which the model's own ``generation_config`` ends an answer."""
+        """The tokens that end an answer, by the model's own ``generation_config``."""
         config = self.model.generation_config
         stops = config.eos_token_id if config else None
         return frozenset([] if stops is None else [stops] if isinstance(stops, int) else stops)
@@ -74,8 +74,8 @@ class Base:
         assert self.path is not None
         dtype: Any = config_value(self.path, "dtype") or config_value(self.path, "torch_dtype") or "float32"
         log.warning(
-            "--merge: into the unquantised weights of %s in %s; the adapter was trained beside those of %s, so answers may"
-            " differ a little",
+            "--merge: merging into the unquantised weights of %s in %s; the adapter was trained on those in %s, so answers may"
+            " differ slightly",
             self.name, dtype, self.quantization.replace("bit", " bits"),
         )  # fmt: skip
         return load(str(self.path), dtype=dtype, device="cpu", trust_remote_code=self.trust_remote_code).model
@@ -110,12 +110,11 @@ def load(
     quantization: Quantization = "none",
     revision: str | None = None,
 ) -> Base:
-    """The base model ``name``: a folder or a name on the model hub; ``find`` has the order of places and the fallback.
-    ``revision``: the hub's commit, tag or branch.
+    """Load the base model ``name``: a folder or a name on the model hub (``find`` has the order of places and the fallback).
+    ``revision``: the hub's commit, tag or branch. The network is used only where no local copy is found.
 
-    Raises UserError when the name leads nowhere, the model is incomplete or not in safetensors, its hash is not the
-    recorded one, the device is absent, or what quantises is not installed. The network is used only when no local copy
-    is found.
+    Raises UserError where nothing is found under the name, the model is incomplete or not in safetensors, its hash is not the
+    recorded one, the device is absent, or the library for the quantisation is not installed.
     """
     target = _device(device)
     options = loading(quantization, getattr(torch, dtype), target)
@@ -134,15 +133,15 @@ def load(
     log.info("base model %s from %s, sha256 %s, %s on %s", name, origin, digest[:12], kind, target)
     if model.dtype == torch.bfloat16 and target.type == "cpu" and not has_fast_bfloat16():
         log.warning(
-            "model.dtype=bfloat16: this processor has no instructions for it, and its products take many times as long as those"
-            " in float32 (seventy times, where measured); use float32"
+            "model.dtype=bfloat16: this processor has no instructions for it, so products take many times as long as in float32"
+            " (seventy times, where measured); use float32"
         )
     return Base(model, tokenizer, name, origin, folder, digest, revision and folder.name, trust_remote_code)
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether oneDNN multiplies bfloat16 matrices on this processor; where it cannot, torch does one number after the other.
-    Builds without oneDNN are not judged."""
+    """Tell whether oneDNN multiplies bfloat16 matrices on this processor. Where it cannot, torch multiplies number by number.
+    True for builds without oneDNN, of which nothing is known."""
     return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -167,14 +166,14 @@ def _open(
             f"model.name={name}: {folder} cannot be loaded ({first_line(error)}){way_out(error)}"
         ) from error
     model, report = loaded
-    if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers
+    if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
         raise UserError(f"model.name={name}: the weights in {folder} lack {len(missing)} tensors, such as {missing[0]}")
     return model, tokenizer
 
 
 def _class(folder: Path, local: Mapping[str, Any]) -> type[_BaseAutoModelClass]:
-    """The class that loads the model in ``folder``. A model for images and text of which no class loads the text alone is loaded
-    whole; only its text is used."""
+    """The class that loads the model in ``folder``. A model for images and text is loaded whole where no class loads its text
+    model alone; only the text model is used."""
     config = AutoConfig.from_pretrained(folder, **local)
     causal = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
         config, "auto_map", {}
@@ -187,7 +186,8 @@ def _class(folder: Path, local: Mapping[str, Any]) -> type[_BaseAutoModelClass]:
 
 
 def _settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Frozen, eval mode, a pad token, and greedy generation without sampling settings from the model's folder."""
+    """Freeze the model, set eval mode, give the tokenizer a pad token, and make generation greedy, without the sampling settings
+    of the model's folder."""
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.name={name}: its tokenizer has no end-of-sequence token, and every answer ends with one"
@@ -215,7 +215,7 @@ def _settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: st
 
 
 def norms_in_double(model: PreTrainedModel) -> None:
-    """transformers' RMSNorm rounds to fp32 inside, whatever the model's precision; an fp64 run is there to be exact."""
+    """Replace transformers' RMSNorm, which rounds to fp32 inside, by an exact one: an fp64 run is there to be exact."""
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             weight = module.get_parameter("weight")

@@ -1,4 +1,4 @@
-"""Texts as vectors, by the base model itself: no second model to get."""
+"""Texts as vectors, computed by the base model itself: no second model is needed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 from mira.adapters.reach import plainly
 from mira.model.base import Base
 
-_LONGEST = 512  # tokens of a text that are read
+_LONGEST = 512  # tokens; the rest of a text is not read
 
 
 @torch.no_grad()
 def embed(base: Base, texts: Sequence[str]) -> Tensor:
-    """Mean over tokens of the last hidden state, [n,d] float32. The plain model: no adapter, its own attention."""
+    """Embed each text as the mean over tokens of the last hidden state: [n,d] float32. No adapter, and eager attention."""
     model, tokenizer, rows = base.model, base.tokenizer, []
     with plainly(model):
         for text in texts:
@@ -28,7 +28,7 @@ def embed(base: Base, texts: Sequence[str]) -> Tensor:
 
 
 def _last(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """The last hidden state of ``tokens`` [1,T]: [T,d] float32. Some models do not tell where their body without a head is."""
+    """The last hidden state of ``tokens`` [1,T]: [T,d] float32. Not every model names its body without the head."""
     if model.base_model is not model:
         return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0].float()  # type: ignore[no-any-return]
     return model(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states[-1][0].float()  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""What a model folder holds, and its hash."""
+"""The files of a model folder, and their hash."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in name order. Raises UserError when they are no complete set."""
+    """The safetensors files of a model folder, in name order. Raises UserError where the set is incomplete."""
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"model.name={folder}: holds an adapter, not a base model; give the model it was trained on")
     if not (folder / "config.json").is_file():
@@ -47,7 +47,7 @@ def config_value(folder: Path, key: str) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """What fits into a one-line error of another library's many-line one."""
+    """The first line of another library's error, cut to fit into a one-line error."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
@@ -62,7 +62,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def way_out(error: Exception) -> str:
-    """Advice for a model folder that transformers cannot load with ``error``; "" where there is none."""
+    """Advice for a model folder that transformers refused with ``error``; "" where there is none."""
     if "custom code" in str(error):
         return "; model.trust_remote_code=true would run it"
     if "backend tokenizer" in str(error):

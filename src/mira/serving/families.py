@@ -1,7 +1,7 @@
-"""The form in which llama.cpp keeps the weights of each family: the name of its architecture, and the order of rows it keeps.
+"""The form in which llama.cpp stores the weights of each family of models: the name of the architecture, and the order of rows.
 
-The adapters of a family are listed here once llama.cpp gave the same probabilities with them as transformers with PEFT: the
-test of the formats proves every one.
+A family is listed here only where llama.cpp gives the same probabilities with its adapters as transformers with PEFT. The test of
+the formats proves each one.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from gguf import MODEL_ARCH
 from torch import Tensor
 
 Rows = Callable[[int, Any], Tensor]
-"""Which row of a layer's output stands at each place in llama.cpp, by the number of rows and the configuration: [out]."""
+"""The row of a layer's output at each place in llama.cpp [out], from the number of rows and the configuration."""
 
 
 def pairs(heads: str) -> Rows:
-    """The rows of each head, of which rotary embeddings turn the first half against the second, pair by pair."""
+    """The rows of each head in pairs: rotary embeddings rotate a row of the first half with one of the second."""
 
     def order(out: int, config: Any) -> Tensor:
         return torch.arange(out).view(getattr(config, heads), 2, -1).transpose(1, 2).reshape(-1)
@@ -28,13 +28,13 @@ def pairs(heads: str) -> Rows:
 
 
 def thirds(out: int, config: Any) -> Tensor:
-    """All queries, all keys, all values: a fused layer keeps them head by head."""
+    """All queries, then all keys, then all values; transformers' fused layer has them head by head."""
     return torch.arange(out).view(config.num_attention_heads, 3, -1).transpose(0, 1).reshape(-1)
 
 
 def tiled(head: str | None, fixed: str | None = None) -> Rows:
-    """The values of linear attention: those that share a key stand one by one, not side by side. ``head``: the configuration's
-    key of a head's width, None where it is 1; ``fixed``: that of a key's, where queries and keys come first."""
+    """The values of linear attention: those that share a key are spread out, not adjacent. ``head``: the configuration's key for
+    the width of a head; None: the width is 1. ``fixed``: its key for the width of a key, where queries and keys come first."""
 
     def order(out: int, config: Any) -> Tensor:
         keys, width = config.linear_num_key_heads, getattr(config, head) if head else 1
@@ -63,9 +63,12 @@ _EXPERTS = {"gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "down_proj": ("ffn
 
 @dataclass(frozen=True)
 class Family:
-    """``rows``: by the end of a tensor's name, where rows are kept in another order; ``columns``: where columns are.
-    ``parts``: by the end of a layer's name, the tensors that it is cut into; ``experts``: by that of a tensor of experts, which
-    lies as [E,out,in]; in the order of their module. ``proven``: for which configurations."""
+    """A family of models.
+
+    ``rows`` and ``columns``: the order of a tensor's rows or columns where llama.cpp has another, by the end of its name.
+    ``parts``: the tensors that a layer is split into, by the end of the layer's name. ``experts``: the same for a tensor of
+    experts [E,out,in], in the order of their module. ``proven``: tells whether a configuration was tested.
+    """
 
     arch: MODEL_ARCH
     rows: dict[str, Rows]
@@ -76,7 +79,7 @@ class Family:
 
 
 def _dense(config: Any) -> bool:
-    """Whether every layer has attention and one MLP."""
+    """Tell whether every layer has attention and one MLP."""
     return set(config.layer_types) == {"full_attention"} and not config.num_local_experts
 
 

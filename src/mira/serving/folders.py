@@ -1,4 +1,4 @@
-"""The folders that are made of a run's rows: adapters as PEFT has them, merged models, and adapters as GGUF files."""
+"""Folders exported from a run: adapters for PEFT, merged models, and adapters as GGUF files."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from mira.store.folders import replace_folder
 def export_adapters(
     session: Session, folder: Path, state: ServerState, clients: Sequence[int], metrics: Sequence[Record] = ()
 ) -> list[Path]:
-    """In ``folder``, a folder for each client (PEFT's, where PEFT has the kind), of the row it deploys in ``state``. ``metrics``:
-    those of the rounds, for the card."""
+    """Write the adapter that each client deploys in ``state`` to a folder of its own in ``folder``; it is PEFT's where PEFT has
+    the kind. ``metrics``: the records of the rounds, for the card. Returns the folders."""
     places = []
     for k in clients:
         client = session.federation.clients[k]
@@ -31,12 +31,12 @@ def export_adapters(
 
 
 def deployed(session: Session, state: ServerState, client: int) -> Tensor:
-    """The row [P] of a client in ``state``."""
+    """The row [P] that ``client`` deploys in ``state``."""
     return session.method.deployed(state, torch.tensor([client]))[0]
 
 
 def export_row(session: Session, folder: Path, row: Tensor, origin: Origin) -> None:
-    """Write the adapter of ``row`` [P], with all that a server needs beside it."""
+    """Write the adapter of ``row`` [P], with the other files that a server needs."""
 
     def write(place: Path) -> None:
         session.adapter.save(place, row, card.base_name(session))
@@ -46,7 +46,7 @@ def export_row(session: Session, folder: Path, row: Tensor, origin: Origin) -> N
 
 
 def export_merged(session: Session, folder: Path, row: Tensor, origin: Origin) -> None:
-    """Write the whole model with the adapter of ``row`` [P] in its weights; the base is put back afterwards."""
+    """Write the whole model with the adapter of ``row`` [P] merged into its weights. The base is restored afterwards."""
 
     def write(place: Path) -> None:
         with session.adapter.merged(row) as model:
@@ -57,7 +57,7 @@ def export_merged(session: Session, folder: Path, row: Tensor, origin: Origin) -
 
 
 def export_gguf(session: Session, folder: Path, adapter: Path, origin: Origin) -> None:
-    """Write the folder ``adapter`` as one with a GGUF file of its name."""
+    """Convert the PEFT folder ``adapter`` into a folder with a GGUF file of its name."""
 
     def write(place: Path) -> None:
         place.mkdir()

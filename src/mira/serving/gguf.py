@@ -1,6 +1,7 @@
-"""A PEFT folder as a GGUF file, the format of llama.cpp's adapters.
+"""Conversion of a PEFT folder into a GGUF file, the format of llama.cpp's adapters.
 
-llama.cpp computes α/r·B·A·x with r the rows of A: one α for the file, so a layer with another scale has it in its B.
+llama.cpp computes α/r·B·A·x, where r is the number of rows of A. A file has one α, so B carries the scale of a layer whose scale
+differs.
 """
 
 from __future__ import annotations
@@ -21,26 +22,26 @@ from mira.serving.families import FAMILIES, TENSORS, Family
 
 _PREFIX = "base_model.model."
 _FACTOR = {".lora_A.weight": "A", ".lora_B.weight": "B"}
-_INSIDE = {("mistral3", "mistral"): "ministral3"}  # a text model that has another name in llama.cpp inside of this one
+_INSIDE = {("mistral3", "mistral"): "ministral3"}  # a text model that llama.cpp calls otherwise inside this one
 _WAY_OUT = "--merge writes the whole model, for llama.cpp's convert_hf_to_gguf.py"
 
 
 def check(config: Any) -> Family:
-    """The family of a base model. Raises UserError where llama.cpp was not seen to serve its adapters."""
+    """The family of a base model. Raises UserError where its adapters were not tested with llama.cpp."""
     text = config.get_text_config()
     kind = _INSIDE.get((config.model_type, text.model_type), text.model_type)
     if kind not in FAMILIES or not FAMILIES[kind].proven(text):
         raise UserError(
-            f"--format gguf: adapters on architecture '{kind}' were not proven on llama.cpp (docs/serving.md names those that"
+            f"--format gguf: adapters on architecture '{kind}' were not tested with llama.cpp (docs/serving.md lists those that"
             f" were); {_WAY_OUT}"
         )
     return FAMILIES[kind]
 
 
 def write(peft: Path, config: Any, out: Path, name: str) -> None:
-    """Write the adapter in the folder ``peft`` on a base of ``config`` as the file ``out``, called ``name`` in it.
+    """Write the adapter in the folder ``peft``, for a base of ``config``, as the file ``out`` with ``name`` as its name inside.
 
-    Raises UserError for an adapter that llama.cpp cannot add to a model.
+    Raises UserError for an adapter that llama.cpp cannot apply.
     """
     family = check(config)
     settings = json.loads((peft / "adapter_config.json").read_text(encoding="utf-8"))
@@ -61,7 +62,7 @@ def write(peft: Path, config: Any, out: Path, name: str) -> None:
 def _converted(
     tensors: dict[str, Tensor], settings: dict[str, Any], family: Family, config: Any
 ) -> list[tuple[str, Tensor]]:
-    """A and B of PEFT under the names, and in the order of rows and columns, of llama.cpp."""
+    """PEFT's A and B under llama.cpp's names, with rows and columns in its order."""
     names, converted = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers), []
     for module, (a, b) in _factors(tensors).items():
         if leaf := _expert_tensor(module, settings.get("target_parameters") or (), family):
@@ -80,7 +81,7 @@ def _converted(
 
 
 def _expert_tensor(module: str, parameters: Sequence[str], family: Family) -> str | None:
-    """The tensor of experts that PEFT wraps as ``module``: a wrapper for each with an adapter, the first of them innermost."""
+    """The tensor of experts in PEFT's wrapper ``module``: each adapted tensor has a wrapper, the first one innermost."""
     owner = re.sub(r"(\.base_layer)*$", "", module)
     owned = [leaf for leaf in family.experts if any(f".{owner}.{leaf}".endswith(f".{name}") for name in parameters)]
     depth = module.removeprefix(owner).count(".base_layer")
@@ -88,7 +89,7 @@ def _expert_tensor(module: str, parameters: Sequence[str], family: Family) -> st
 
 
 def _in_layer(module: str, names: Sequence[str]) -> list[str]:
-    """Tensors of the layer that ``module`` is in."""
+    """llama.cpp's tensors ``names`` in the layer that ``module`` is in."""
     return [f"blk.{next(part for part in module.split('.') if part.isdigit())}.{name}" for name in names]
 
 
@@ -98,30 +99,32 @@ def _factors(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     for name, tensor in sorted(tensors.items()):
         end = next((end for end in _FACTOR if name.endswith(end)), None)
         if end is None or not name.startswith(_PREFIX) or tensor.dim() != 2:
-            raise UserError(f"--format gguf: llama.cpp adds A and B of LoRA alone, and here is {name}; {_WAY_OUT}")
+            raise UserError(
+                f"--format gguf: llama.cpp applies only A and B of LoRA, and this adapter has {name}; {_WAY_OUT}"
+            )
         found.setdefault(name.removeprefix(_PREFIX).removesuffix(end), {})[_FACTOR[end]] = tensor
     return {module: (pair["A"], pair["B"]) for module, pair in found.items()}
 
 
 def _names(module: str, names: gguf.TensorNameMap, family: Family) -> list[str]:
-    """The names llama.cpp has for the weight of ``module``, or for the parts it is cut into, without their ends."""
+    """llama.cpp's names for the weight of ``module``, or for the parts that it is split into, without their ends."""
     if parts := family.parts.get(module.rsplit(".", 1)[-1]):
         return _in_layer(module, parts)
     name: str | None = names.get_name(module.replace("language_model.", "", 1))
     if name is None or not name.endswith(tuple(f".{tensor}" for tensor in TENSORS)):
         raise UserError(
-            f"--format gguf: no way was proven to add an adapter to layer {module} in llama.cpp; name other layers in"
+            f"--format gguf: adapters on layer {module} were not tested with llama.cpp; name other layers in"
             f" adapter.targets, or {_WAY_OUT}"
         )
     return [name]
 
 
 def _scale(module: str, rank: int, settings: dict[str, Any]) -> float:
-    """The scale of PEFT for a layer of ``rank``."""
+    """PEFT's scale for a layer of ``rank``."""
     alpha = _of(settings.get("alpha_pattern") or {}, module, settings["lora_alpha"])
     return float(alpha) / (sqrt(rank) if settings.get("use_rslora") else rank)
 
 
 def _of(pattern: dict[str, float], module: str, default: float) -> float:
-    """The value for ``module`` in a pattern of PEFT's: its keys match the end of a name."""
+    """The value for ``module`` in one of PEFT's patterns, whose keys match the end of a name."""
     return next((value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", module)), default)

@@ -1,4 +1,4 @@
-"""Which server takes what, and the command line that starts it with the adapters of all clients."""
+"""The formats that each server takes, and the command line that serves the adapters of all clients."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _VLLM_NO_LORA = (  # architectures vLLM serves without LoRA support
 )  # fmt: skip
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_SGLANG = (*_ATTENTION, *_MLP, "qkv_proj", "gate_up_proj")  # the layers --lora-target-modules may name
-_LORAX = {  # of each architecture, the layers whose adapters LoRAX adds; others it leaves out with a warning
+_SGLANG = (*_ATTENTION, *_MLP, "qkv_proj", "gate_up_proj")  # the layers that --lora-target-modules may name
+_LORAX = {  # the layers whose adapters LoRAX applies, for each architecture; it ignores others with a warning
     "bloom": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
     "cohere": (*_ATTENTION, *_MLP),
     "gemma": (*_ATTENTION, *_MLP),
@@ -41,7 +41,7 @@ _LORAX = {  # of each architecture, the layers whose adapters LoRAX adds; others
 
 
 def check(format: Format, session: Session, merge: bool) -> None:
-    """Raises UserError where the server of ``format`` cannot serve what would be exported."""
+    """Raise UserError where the server of ``format`` cannot serve the export."""
     if format == "peft":
         return
     if merge:
@@ -62,7 +62,7 @@ def check(format: Format, session: Session, merge: bool) -> None:
 
 
 def check_folder(format: Format, place: Path) -> None:
-    """Raises UserError where the server of ``format`` would serve another model than PEFT does with the adapter in ``place``."""
+    """Raise UserError where the server of ``format`` would compute another model than PEFT with the adapter in ``place``."""
     file = place / "adapter_config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) if format != "peft" and file.is_file() else {}
     if settings.get("use_dora"):
@@ -74,8 +74,7 @@ def check_folder(format: Format, place: Path) -> None:
         )
     if format == "sglang" and settings.get("use_rslora") and settings["r"] > 1:
         raise UserError(
-            "--format sglang: SGLang scales by alpha/rank and takes no notice of adapter.rslora; use --merge and serve the whole"
-            " model"
+            "--format sglang: SGLang scales by alpha/rank and ignores adapter.rslora; use --merge and serve the whole model"
         )
 
 
@@ -92,14 +91,14 @@ def _refusal(format: Format, session: Session) -> str | None:
         return f"LoRAX serves no LoRA on architecture '{kind}', but on {', '.join(_LORAX)}"
     served = _SGLANG if format == "sglang" else _LORAX[kind]
     if other := sorted(ends - set(served)):
-        return f"{_NAMES[format]} leaves out adapters on {', '.join(other)}; it adds those on {', '.join(served)}"
+        return f"{_NAMES[format]} ignores adapters on {', '.join(other)}; it applies those on {', '.join(served)}"
     if format == "lorax" and (some := _on_some_layers(session)):
-        return f"LoRAX adds adapters on {some} only where every layer has one"
+        return f"LoRAX applies adapters on {some} only where every layer has one"
     return None
 
 
 def _on_some_layers(session: Session) -> str | None:
-    """A kind of layer that has an adapter here and none there."""
+    """The name of a kind of layer that has an adapter in some places and none in others."""
     targets = set(session.layout.modules)
     ends = {name.rsplit(".", 1)[-1] for name in targets}
     others = {name.rsplit(".", 1)[-1] for name, _ in session.base.model.named_modules() if name not in targets}
@@ -117,8 +116,7 @@ def merged(format: Format, place: Path) -> str:
 
 
 def served(format: Format, session: Session, places: Sequence[Path]) -> Iterator[str]:
-    """The line that serves the base with the adapters in ``places``; before it, where one is needed, the line that makes the
-    base."""
+    """The command that serves the base with the adapters in ``places``, after the one that makes the base's file, if any."""
     base = shlex.quote(base_name(session))
     named = " ".join(shlex.quote(f"{path.name}={path.resolve()}") for path in places)
     template = f" --chat-template {_template(places)}" if is_own(session.corpus.encoder) and _template(places) else ""
@@ -134,7 +132,7 @@ def served(format: Format, session: Session, places: Sequence[Path]) -> Iterator
 
 
 def _template(places: Sequence[Path]) -> str:
-    """The chat template in one of the folders; "" where none has one."""
+    """The path of the chat template in one of the folders; "" where none has one."""
     found = next((file for place in places if (file := place / CHAT_TEMPLATE).is_file()), None)
     return "" if found is None else shlex.quote(str(found.resolve()))
 

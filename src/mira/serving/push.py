@@ -1,4 +1,4 @@
-"""Folders onto the model hub, each into a repository of its own, with the token that the user has for it."""
+"""Upload of folders to the model hub, each to its own repository, with the user's token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLIENT = "{client}"
 
 @dataclass(frozen=True)
 class Hub:
-    """Target of a push. ``name``: OWNER/NAME, in which {client} stands for a client's; ``base``: the base model's name there."""
+    """Target of a push. ``name``: OWNER/NAME, where {client} stands for a client's name. ``base``: the base's name there."""
 
     name: str
     public: bool = False
@@ -33,7 +33,7 @@ class Hub:
         return self.name.replace(CLIENT, client)
 
     def check(self, clients: Sequence[str]) -> None:
-        """Raises UserError where the name cannot be that of a repository for each client."""
+        """Raise UserError where the name cannot name a repository for each client."""
         if len(clients) > 1 and CLIENT not in self.name:
             raise UserError(
                 f"--push {self.name}: each of the {len(clients)} clients has a repository of its own; put {CLIENT} into the name,"
@@ -51,8 +51,8 @@ class Hub:
             raise UserError("--push: HF_HUB_OFFLINE is set, so the hub is not asked; unset it")
 
     def push(self, folder: Path, client: str, changed: Mapping[str, str]) -> str:
-        """Put ``folder``, with the texts of ``changed`` for its own, into the repository of ``client``, which is made where it is
-        not there. Returns its address; raises UserError."""
+        """Upload ``folder`` to the repository of ``client``, which is created where it does not exist. ``changed``: texts that
+        replace those of its files. Returns the address; raises UserError."""
         name = self.repository(client)
         api = huggingface_hub.HfApi()
         try:
@@ -66,8 +66,10 @@ class Hub:
             added = [_added(path, content) for path, content in contents.items()]
             api.create_commit(name, added, commit_message="Adapter trained with MIRA")
         except LocalTokenNotFoundError:
-            raise UserError(f"--push {name}: no token for the hub is here; log in first: hf auth login") from None
-        except ValueError as error:  # the hub read the card and does not take it
+            raise UserError(
+                f"--push {name}: no token for the hub is stored here; log in first: hf auth login"
+            ) from None
+        except ValueError as error:  # the hub refuses the card
             raise UserError(f"--push {name}: the hub refuses it ({' '.join(str(error).split())})") from None
         except HfHubHTTPError as error:
             raise UserError(f"--push {name}: {_reason(error)}") from None
@@ -77,7 +79,7 @@ class Hub:
 
 
 def base(hub: Hub, session: Session) -> str:
-    """The name of the base on the hub. Raises UserError where nobody gave one."""
+    """The name of the base on the hub. Raises UserError where none is given or known."""
     name = hub.base or hub_name(session)
     if name is None:
         raise UserError(
@@ -87,7 +89,7 @@ def base(hub: Hub, session: Session) -> str:
 
 
 def push(hub: Hub, place: Path, card: str, base: str) -> str:
-    """Push the folder of a client, with ``base``, which others find, where the folder names this machine's."""
+    """Push the folder of a client. ``base`` replaces the base's name, which may be a folder of this machine."""
     settings = place / "adapter_config.json"
     changed = {"README.md": card}
     if settings.is_file():

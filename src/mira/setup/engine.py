@@ -18,6 +18,7 @@ from mira.engine.batched import BatchedEngine
 from mira.engine.checkpoint import check_gradients
 from mira.engine.reference import ReferenceEngine
 from mira.engine.seeds import SeedsEngine, without_gradients
+from mira.engine.spec import EngineSpec, Text
 from mira.model import Base
 
 log = logging.getLogger(__name__)
@@ -64,34 +65,36 @@ class EnginePlan:
     def _with_gradients(self, name: str) -> BatchedEngine | ReferenceEngine:
         """The engine called ``name``; under "auto" the batched one, where that can compute the model."""
         if name == "reference":
-            return ReferenceEngine(**self._common())
+            return ReferenceEngine.of(self._spec())
         try:
             engine = self._batched()
         except CannotPackError as error:
             if name != "auto":
                 raise
-            log.warning("engine.name=auto takes reference, one client at a time: %s", error.reason)
-            return ReferenceEngine(**self._common())
-        way = engine.adapted.patched
-        if not way.decodes:
-            log.info("engine.name=batched: passes are %s; transformers answers, one prompt at a time", way.kind)
+            log.warning("engine.name=auto: using 'reference', one client at a time: %s", error.reason)
+            return ReferenceEngine.of(self._spec())
+        if engine.fallback is not None:
+            kind = engine.adapted.patched.kind
+            log.info("engine.name=batched: passes are %s; transformers generates answers, one prompt at a time", kind)
         return engine
 
     def _batched(self) -> BatchedEngine:
         section = self.experiment.engine
         longest = self._longest() + self.adapter.layout.virtual_tokens + self.experiment.evaluation.max_new_tokens
-        return BatchedEngine(
-            **self._common(), tokens_per_pass=self.taken_over.get("tokens_per_pass") or section.tokens_per_pass,
-            prefix=self.shares_prefix, longest=longest, cuda_graphs=section.cuda_graphs == "auto",
-        )  # fmt: skip
+        return BatchedEngine.of(
+            self._spec(),
+            tokens_per_pass=self.taken_over.get("tokens_per_pass") or section.tokens_per_pass,
+            prefix=self.shares_prefix,
+            longest=longest,
+            cuda_graphs=section.cuda_graphs == "auto",
+        )
 
-    def _common(self) -> dict[str, Any]:
-        return {
-            "model": self.base.model, "pad": self.base.tokenizer.pad_token_id, "stops": self.encoder.stops,
-            "decode": self.encoder.answer, "adapter": self.adapter.in_pass, "corpus": self.corpus,
-            "training": self.experiment.training, "seed": self.experiment.seed, "progress": self.progress,
-            "checkpointing": self.experiment.engine.checkpointing,
-        }  # fmt: skip
+    def _spec(self) -> EngineSpec:
+        text = Text(self.base.tokenizer.pad_token_id, self.encoder.stops, self.encoder.answer)
+        return EngineSpec(
+            self.base.model, text, self.adapter.in_pass, self.corpus, self.experiment.training, self.experiment.seed,
+            self.experiment.engine.checkpointing, self.progress,
+        )  # fmt: skip
 
     def _longest(self) -> int:
         """Tokens of the longest sequence."""

@@ -1,6 +1,6 @@
-"""Attention of one decoding step: a new token for each of many sequences, after the keys and values their prompts left.
+"""Attention of one decoding step: a new token for each of many sequences, over the cached keys and values of its prompt.
 
-A prefix that several sequences share is kept and read once: their queries are rows of one product with its keys.
+A prefix that several sequences share is cached and read once: their queries are rows of one product with its keys.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from mira.engine.attention.packed import AttentionSpec, Segment, wide
+from mira.engine.attention.packed import AttentionSpec, wide
+from mira.engine.attention.segment import Segment
 
 _ROOM = 32  # the cache grows by this many tokens at a time
 
@@ -21,12 +22,14 @@ Cache = dict[int, tuple[Tensor, Tensor]]  # number of the call of attention in a
 
 @dataclass
 class DecodingAttention:
-    """``prefix``: [G,h,L,d] of the G prefixes; ``own``: [B,h,N,d] of what each of B sequences has for itself, with room for
-    new tokens; ``length`` of its columns are filled, the new token included. Both are padded on the left, ``pad`` [B,1] is
-    how much of ``own``, ``read`` [B,1] how many tokens of its prefix are real.
+    """Cache of B sequences and their G prefixes.
 
-    Every prefix has the same number of num_slots: ``slots`` [G,S] says whose query is in each, any in one left empty;
-    ``slot_of`` [B]: the one of each sequence among G·S.
+    ``prefix`` [G,h,L,d]: keys and values of the prefixes. ``own`` [B,h,N,d]: those of each sequence itself, with room for new
+    tokens; ``length`` columns are filled, the new token included. Both are padded on the left: ``pad`` [B,1] columns of
+    ``own``; ``read`` [B,1] tokens of the prefix are real.
+
+    Each prefix has S slots for the queries of its readers. ``slots`` [G,S]: the sequence in each slot, any sequence in an empty
+    one. ``slot_of`` [B]: the slot of each sequence among G·S.
     """
 
     prefix: Cache
@@ -36,11 +39,11 @@ class DecodingAttention:
     slots: Tensor
     slot_of: Tensor
     length: int
-    hidden: dict[int | None, Tensor] = field(default_factory=dict)  # by window: the same in every layer
+    hidden: dict[int | None, Tensor] = field(default_factory=dict)  # masks by window: the same in every layer
     calls: int = 0  # of this step
 
     def advance(self) -> None:
-        """Make a place for one more token."""
+        """Make room for one more token."""
         self.length += 1
         self.calls = 0
         self.hidden.clear()
@@ -49,10 +52,10 @@ class DecodingAttention:
                 self.own[layer] = (_longer(keys), _longer(values))
 
     def keep(self, alive: Sequence[int]) -> None:
-        """Go on with these of the sequences alone, numbered anew in this order. Prefixes that nobody reads any more go too."""
+        """Keep the sequences ``alive`` only, renumbered in this order. Prefixes without readers are dropped."""
         places = torch.tensor(alive, device=self.pad.device)
         used, group = (self.slot_of[places] // self.slots.shape[1]).unique(return_inverse=True)
-        before = (group == group[:, None]).tril(-1).sum(1)  # of the same group, and earlier
+        before = (group == group[:, None]).tril(-1).sum(1)  # earlier ones of the same group
         num_slots = int(before.max()) + 1
         if len(used) < len(self.slots):
             self.prefix = {layer: (k[used], v[used]) for layer, (k, v) in self.prefix.items()}
@@ -82,18 +85,18 @@ class DecodingAttention:
         return out.reshape(len(q), 1, q.shape[1], -1)
 
     def _gather(self, x: Tensor) -> Tensor:
-        """[B,h,g,n] -> [G,h,S·g,n]"""
+        """Queries of the sequences into the slots of their prefixes: [B,h,g,n] -> [G,h,S·g,n]."""
         gathered = x.index_select(0, self.slots.flatten()).view(*self.slots.shape, *x.shape[1:])
         return gathered.transpose(1, 2).flatten(2, 3)
 
     def _scatter(self, x: Tensor) -> Tensor:
-        """[G,h,S·g,n] -> [B,h,g,n]"""
+        """Slots of the prefixes back to the sequences: [G,h,S·g,n] -> [B,h,g,n]."""
         num_slots = self.slots.shape[1]
         gathered = x.view(*x.shape[:2], num_slots, x.shape[2] // num_slots, x.shape[3])
         return gathered.transpose(1, 2).flatten(0, 1).index_select(0, self.slot_of)
 
     def _hidden(self, shared: int, window: int | None) -> Tensor:
-        """[B,1,1,L+length]: −∞ for padding and what is further back than ``window``, else 0."""
+        """Mask [B,1,1,L+length]: −∞ for padding and for keys further back than ``window``, else 0."""
         column = torch.arange(-shared, self.length, device=self.pad.device)  # prefixes end where own tokens begin
         seen = column >= torch.where(column < 0, -self.read, self.pad)
         if window is not None:
@@ -103,11 +106,11 @@ class DecodingAttention:
 
 
 def after(prompts: Sequence[Segment], cache: Cache, new: int) -> DecodingAttention:
-    """What the pass over ``prompts`` left in ``cache`` [1,h,T,d], laid out to decode up to ``new`` tokens."""
+    """Lay out the ``cache`` [1,h,T,d] of the pass over ``prompts`` for decoding up to ``new`` tokens."""
     readers: dict[tuple[int, int], list[int]] = {}
     for b, s in enumerate(prompts):
         readers.setdefault((s.prefix_start, s.prefix_end) if s.prefix else (0, 0), []).append(b)
-    # A prefix of very many readers is laid several times, rather than that all others have as many num_slots left empty.
+    # A prefix with very many readers is laid several times: otherwise all other prefixes would have as many empty slots.
     most = ceil(2 * len(prompts) / len(readers))
     parts = [(span, all_[n : n + most]) for span, all_ in readers.items() for n in range(0, len(all_), most)]
     spans, groups = [span for span, _ in parts], [group for _, group in parts]
@@ -133,8 +136,10 @@ def after(prompts: Sequence[Segment], cache: Cache, new: int) -> DecodingAttenti
 
 
 def _columns(x: Tensor, spans: Sequence[tuple[int, int]], room: int) -> Tensor:
-    """Of x [1,h,T,d] the columns of each span, ending in the same column: [n,h,width + room,d]. Zeros elsewhere: a mask does
-    not keep out NaN (0·NaN is NaN)."""
+    """The columns of each span in x [1,h,T,d], aligned at their ends: [n,h,width + room,d].
+
+    Zeros elsewhere, since a mask does not keep out NaN (0·NaN is NaN).
+    """
     width = max(end - start for start, end in spans)
     out = x.new_zeros(len(spans), x.shape[1], width + room, x.shape[3])
     for row, (start, end) in zip(out, spans, strict=True):

@@ -1,6 +1,6 @@
-"""The attention that transformers calls while a pass of packed sequences is computed, registered under ``NAME``.
+"""The attention function of packed passes, registered with transformers under ``NAME``.
 
-The pass is the thread's, as the adapters is: not every architecture hands keywords on to its attention.
+The current pass is kept per thread, as the adapter batch is: not every architecture passes keywords on to its attention.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from mira.core.errors import UserError
 from mira.engine.attention.packed import Attention, AttentionSpec
 
 NAME = "mira_packed"
-# Given by some architectures for other ways to compute the same attention.
-_NO_MATTER = ("position_ids", "output_attentions")
+# Tensors that some architectures pass for other implementations of the same attention.
+_IGNORED = ("position_ids", "output_attentions")
 
 _here = threading.local()
 
@@ -32,36 +32,38 @@ class CannotPackError(UserError):
 
 
 @contextmanager
-def using_attention(how: Attention | None) -> Iterator[None]:
-    """``how`` the model's layers attend in this thread meanwhile."""
-    before, _here.how = current_attention(), how
+def using_attention(attention: Attention | None) -> Iterator[None]:
+    """Compute the attention of this thread's layers with ``attention`` within the block."""
+    before, _here.attention = current_attention(), attention
     try:
         yield
     finally:
-        _here.how = before
+        _here.attention = before
 
 
 def current_attention() -> Attention | None:
-    return getattr(_here, "how", None)
+    """The attention of this thread's pass; None outside of a pass."""
+    return getattr(_here, "attention", None)
 
 
-def _attention(
+def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
     s_aux: Tensor | None = None, **more: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    how = current_attention()
-    assert how is not None, "the batched engine tells the thread how to attend"
-    unknown = [name for name, given in more.items() if isinstance(given, Tensor) and name not in _NO_MATTER]
+    """Attention in the signature of transformers. Raises CannotPackError where a model passes a mask or an unknown tensor."""
+    attention = current_attention()
+    assert attention is not None, "within a pass of the batched engine"
+    unknown = [name for name, given in more.items() if isinstance(given, Tensor) and name not in _IGNORED]
     if unknown or attention_mask is not None:
         raise CannotPackError(f"attention is given {', '.join(unknown) or 'a mask'}, which is not supported")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return how.attend(query, key, value, AttentionSpec(scale, sliding_window, softcap, s_aux)), None
+    return attention.attend(query, key, value, AttentionSpec(scale, sliding_window, softcap, s_aux)), None
 
 
 @contextmanager
 def temporary_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """``model`` attends by what is registered under ``name`` meanwhile."""
+    """Set the attention of ``model`` to the one registered under ``name`` within the block."""
     before = model.config._attn_implementation
     set_attention(model, name)
     try:
@@ -71,11 +73,11 @@ def temporary_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Let ``model`` attend by ``name``, where its architecture lets others attend for it."""
+    """Set the attention of ``model`` to the one registered under ``name``, where its architecture allows a choice."""
     if model._can_set_attn_implementation():
         model.set_attn_implementation(name)
 
 
 def register() -> None:
-    """No mask is registered under the name: then transformers makes none, and asks the device for nothing about it."""
-    AttentionInterface.register(NAME, _attention)
+    """Register the attention. Without a mask function under the same name, transformers makes no mask."""
+    AttentionInterface.register(NAME, _attend)

@@ -1,7 +1,7 @@
-"""Attention of a pass over packed sequences; ``seam`` hands it to transformers.
+"""Attention of a pass over packed sequences; ``hook`` registers it with transformers.
 
 All tokens lie end to end in one row [1,T]; each sequence sees only itself and, when it has one, its client's shared
-prefix, whose keys and values are computed once. Gradients of all its readers add up in the prefix: that is exact.
+prefix, whose keys and values are computed once. The gradients of all readers add up in the prefix, which is exact.
 """
 
 from __future__ import annotations
@@ -11,42 +11,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from math import ceil
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mira.core.device import sent
 from mira.engine.attention import varlen
-
-if TYPE_CHECKING:
-    from mira.engine.attention.padded import PaddedBatches
+from mira.engine.attention.padded import PaddedBatches
+from mira.engine.attention.segment import Segment
 
 log = logging.getLogger(__name__)
 
 _TILE = 160  # queries of one product: enough to fill it, few enough to skip most of what causality hides
-_ONE_KERNEL = {"cuda": (torch.bfloat16, torch.float16)}  # where there is one for all sequences of a pass
+_ONE_KERNEL = {"cuda": (torch.bfloat16, torch.float16)}  # devices and precisions with one kernel for all sequences
 
-
-@dataclass(frozen=True)
-class Segment:
-    """Tokens start:end attend causally to themselves and to all of prefix_start:prefix_end: another segment, or none
-    when these are equal."""
-
-    start: int
-    end: int
-    prefix_start: int = 0
-    prefix_end: int = 0
-
-    @property
-    def prefix(self) -> int:
-        return self.prefix_end - self.prefix_start
+_TILED = "variable-length attention kernel unavailable or inaccurate on this device (%s); using tiled attention"
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """The way from scores to weights: ``scale``·QKᵀ of the last ``window`` keys, as ``cap``·tanh(·/``cap``). ``sinks`` [H]: one
-    more score for each query head; its weight goes to no value."""
+    """Computation of attention weights: softmax over the last ``window`` keys of ``scale``·QKᵀ.
+
+    ``cap``: scores are cap·tanh(score/cap). ``sinks`` [H]: one more score for each query head; its weight goes to no value.
+    """
 
     scale: float
     window: int | None = None
@@ -58,8 +46,10 @@ class AttentionSpec:
         return self.cap is None and self.sinks is None
 
     def weights(self, scaled: Tensor, hidden: Tensor) -> Tensor:
-        """softmax over keys of ``scaled`` scores, which it changes, with ``hidden`` added: [h, H/h·queries, keys], the queries of
-        a head one after another, or [B,h,H/h,keys]."""
+        """softmax over keys of the ``scaled`` scores plus ``hidden``: [h, H/h·queries, keys] or [B,h,H/h,keys].
+
+        In the first form the queries of a head follow each other. ``scaled`` is changed in place.
+        """
         if self.cap is not None:
             scaled.div_(self.cap).tanh_().mul_(self.cap)
         scores = scaled.add_(hidden)
@@ -70,10 +60,21 @@ class AttentionSpec:
         return torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
 
 
+class Attention(Protocol):
+    """Attention of a pass, called once for each attention layer."""
+
+    calls: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor: ...
+
+
 @dataclass
 class PackedAttention:
-    """Segments in token order, covering all T tokens. With ``keep``, keys and values of each call stay in ``cache``, numbered
-    in order: a layer may attend more than once."""
+    """Attention of a pass whose ``segments``, in token order, cover all T tokens.
+
+    ``keep``: store keys and values of each call in ``cache``, by number of the call: a layer may attend more than once.
+    The other fields are made when first needed.
+    """
 
     segments: Sequence[Segment]
     keep: bool = False
@@ -101,18 +102,12 @@ class PackedAttention:
         return out[None]
 
 
-class Attention(Protocol):
-    """What a pass does with the queries, keys and values of a layer."""
-
-    calls: int
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class AttentionTile:
-    """Queries start:end see the keys of prefix_start:prefix_end and of key_start:key_end. ``hidden`` [1, heads·queries,
-    keys] is −∞ where one of them may not be seen after all, and 0 elsewhere; once for each head that pass_plan the keys."""
+    """Queries start:end, which see the keys of prefix_start:prefix_end and of key_start:key_end.
+
+    ``hidden`` [1, heads·queries, keys]: −∞ where a query must not see a key, else 0; repeated for each head that shares the keys.
+    """
 
     start: int
     end: int
@@ -123,22 +118,25 @@ class AttentionTile:
     hidden: Tensor
 
     def keys(self, x: Tensor) -> Tensor:
-        """Of x [h,T,d] what the queries see: [h,keys,d]."""
+        """The part of x [h,T,d] that the queries see: [h,keys,d]."""
         own = x[:, self.key_start : self.key_end]
         if self.prefix_start == self.prefix_end:
             return own
         return torch.cat([x[:, self.prefix_start : self.prefix_end], own], dim=1)
 
     def add_to_keys(self, total: Tensor, part: Tensor) -> None:
-        """total [h,T,d] += part [h,keys,d], each where its key is."""
+        """Add part [h,keys,d] to total [h,T,d] at the places of the keys."""
         prefix = self.prefix_end - self.prefix_start
         total[:, self.prefix_start : self.prefix_end] += part[:, :prefix]
         total[:, self.key_start : self.key_end] += part[:, prefix:]
 
 
 def tiles(segments: Sequence[Segment], window: int | None, heads: int, like: Tensor) -> list[AttentionTile]:
-    """Attention as few products: long segments in pieces, which leaves out most of what causality hides; short ones
-    that read the same prefix together. ``heads``: query heads of a key head. ``like``: what masks are made as."""
+    """Cut attention into few products.
+
+    Long segments are split, which skips most of what causality hides. Short segments that read the same prefix are joined.
+    ``heads``: query heads of a key head. ``like``: a tensor with the device and precision of the masks.
+    """
     bundles: list[list[Segment]] = []
     for s in segments:
         last = bundles[-1] if bundles else []
@@ -151,7 +149,7 @@ def tiles(segments: Sequence[Segment], window: int | None, heads: int, like: Ten
     for bundle in bundles:
         first, start, end = bundle[0], bundle[0].start, bundle[-1].end
         if start == end:
-            continue  # nothing of a sequence but its prefix
+            continue  # a sequence without tokens of its own
         owner = torch.repeat_interleave(torch.arange(len(bundle)), torch.tensor([s.end - s.start for s in bundle]))
         place = torch.cat([torch.arange(s.prefix, s.prefix + s.end - s.start) for s in bundle])
         owner = torch.cat([torch.full((first.prefix,), -1), owner])  # -1: the prefix, which all of them see
@@ -172,8 +170,10 @@ def tiles(segments: Sequence[Segment], window: int | None, heads: int, like: Ten
 
 
 class _Tiled(torch.autograd.Function):
-    """softmax(s·QKᵀ + hidden)·V tile by tile; scores and softmax at least in fp32, all other products in the model's
-    precision. Probabilities are made again in the backward pass: they grow with the square of the length.
+    """softmax(s·QKᵀ + hidden)·V tile by tile.
+
+    Scores and softmax are in fp32 at least, all other products in the model's precision. The backward pass recomputes the
+    probabilities, whose size grows with the square of the length.
 
     With probabilities P and g = ∂F/∂O:  ∂F/∂V = Pᵀg,  ∂F/∂(s·QKᵀ) = P ⊙ (gVᵀ − rowsum(P ⊙ gVᵀ)), and 1 − tanh² times that
     where scores are capped. Query heads that share a key head are rows of one product.
@@ -198,7 +198,7 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         q, k, v = ctx.saved_tensors
         wide_k = wide(k)
-        # Sums over many readers, in more than the model's precision.
+        # Sums over many readers: in fp32 at least.
         grad_q, grad_k, grad_v = q.new_empty(q.shape), torch.zeros_like(wide_k), torch.zeros_like(wide(v))
         by_head = grad.transpose(0, 1)  # [H,T,e]
         for tile in ctx.tiling:
@@ -219,14 +219,14 @@ def wide(x: Tensor) -> Tensor:
 
 
 def _queries(x: Tensor, tile: AttentionTile, key_heads: int) -> Tensor:
-    """Of x [H,T,d] the tile's, [h, H/h·queries, d]."""
+    """The tile's part of x [H,T,d]: [h, H/h·queries, d]."""
     return x[:, tile.start : tile.end].reshape(key_heads, -1, x.shape[-1])
 
 
 def _probabilities(
     queries: Tensor, wide_keys: Tensor, tile: AttentionTile, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor | None]:
-    """[h, H/h·queries, keys] in the model's precision, and the slope of the cap, where there is one."""
+    """Attention weights [h, H/h·queries, keys] in the model's precision, and the derivative of the cap, if there is one."""
     if spec.plain:
         scores = torch.baddbmm(tile.hidden, wide(queries), wide_keys.transpose(1, 2), alpha=spec.scale)
         return scores.softmax(-1).to(queries.dtype), None
@@ -236,7 +236,7 @@ def _probabilities(
 
 
 def in_one_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether there may be one for all sequences of a pass."""
+    """Whether one kernel may compute all sequences of a pass."""
     return dtype in _ONE_KERNEL.get(device.type, ())
 
 
@@ -249,8 +249,8 @@ def _one_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
 @cache
 @torch.enable_grad()
 def _agrees(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int) -> bool:
-    """Whether the kernel gives, forward and back, what the tiles give: it is not there on every GPU, nor for every width."""
-    # Longer than the blocks that such a kernel works in, and shorter.
+    """Whether the kernel agrees with the tiles, forward and backward: it is missing on some GPUs and for some widths."""
+    # Longer and shorter than the blocks of such a kernel.
     segments = [Segment(0, 150), Segment(150, 290, 0, 150), Segment(290, 297, 0, 150), Segment(297, 306)]
     draw = torch.Generator().manual_seed(0)
     shapes = [(n, segments[-1].end, width) for n in (heads, key_heads, key_heads)]
@@ -273,11 +273,11 @@ def _agrees(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int
                 out = patched(q, k, v, window)
                 found.append([out.detach(), *torch.autograd.grad(out, leaves, weight)])
             for ours, theirs in zip(*found, strict=True):
-                # 16 bits round at 2⁻⁸ or finer, in a few places; a key too many or too few changes tenths.
+                # 16 bits round at 2⁻⁸ or finer, a few times; a key too many or too few changes a result by tenths.
                 torch.testing.assert_close(theirs, ours, rtol=0.05, atol=0.05)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        log.warning("attention goes in tiles, since the kernel for all sequences does not do here: %s", error)
+        log.warning(_TILED, error)
         return False
     return True

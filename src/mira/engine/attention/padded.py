@@ -1,7 +1,8 @@
-"""Sequences of a pass one by one again, each with its prefix before it: for layers that mix tokens otherwise than by attention.
+"""Sequences of a packed pass as padded batches, each with its prefix before it: for layers that mix tokens otherwise than by
+attention.
 
-Sequences of like length are one batch, padded on the right, where no token sees it. A shared prefix is computed for each of
-its readers; their gradients add up in it.
+Sequences of similar length form one batch, padded on the right, where no token sees the padding. A shared prefix is computed
+for each of its readers; autograd sums their gradients.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ from torch import Tensor
 
 from mira.adapters.lowrank import AdapterBatch
 from mira.core.device import sent
-from mira.engine.attention.packed import Segment
+from mira.engine.attention.segment import Segment
 
-_UNLIKE = 2  # times the shortest of a batch that its longest may have
+_RATIO = 2  # the longest sequence of a batch is at most this many times as long as the shortest
 
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """B sequences as one batch. ``index`` [B·L]: which of the pass's tokens is where, in padding the sequence's last; ``real``
-    [B,L]: false in padding. ``taken`` [n]: the places among B·L of tokens whose outputs are theirs. ``adapters``: its own."""
+    """B sequences of at most L tokens as one batch.
+
+    ``index`` [B·L]: the token of the pass in each place; padding repeats the sequence's last token. ``real`` [B,L]: False in
+    padding. ``taken`` [n]: the places, among B·L, whose outputs belong to the sequences themselves. ``adapters``: of the batch.
+    """
 
     index: Tensor
     real: Tensor
@@ -36,16 +40,17 @@ class PaddedBatch:
 
 @dataclass(frozen=True)
 class PaddedBatches:
-    """The batches of a pass, and ``order`` [T]: where each of its tokens is among all that are taken."""
+    """The padded batches of a pass. ``order`` [T]: the place of each token of the pass among all taken outputs."""
 
     batches: Sequence[PaddedBatch]
     order: Tensor
 
     @staticmethod
     def of(segments: Sequence[Segment], adapters: AdapterBatch | None, device: torch.device) -> PaddedBatches:
-        together = [_Sequence.of(s, first) for s, first in _readers(segments)]
+        sequences = [_Sequence.of(s, first) for s, first in _readers(segments)]
         batches, taken = [], []
-        for part in _alike(together, alone=adapters is not None and adapters.dropout is not None):
+        # With dropout each sequence is a batch of its own: its masks must not depend on the other sequences.
+        for part in _alike(sequences, single=adapters is not None and adapters.dropout is not None):
             width = max(len(one.tokens) for one in part)
             index = torch.stack(
                 [torch.cat([one.tokens, one.tokens[-1:].expand(width - len(one.tokens))]) for one in part]
@@ -53,21 +58,19 @@ class PaddedBatches:
             real = torch.stack([torch.arange(width) < len(one.tokens) for one in part])
             places = torch.cat([n * width + torch.arange(one.own, len(one.tokens)) for n, one in enumerate(part)])
             taken.append(index.flatten()[places])
-            of_batch = None if adapters is None else _adapters(adapters, [int(one.tokens[0]) for one in part], width)
-            batches.append(
-                PaddedBatch(sent(index.flatten(), device), sent(real, device), sent(places, device), of_batch)
-            )
+            own = None if adapters is None else _adapters(adapters, [int(one.tokens[0]) for one in part], width)
+            batches.append(PaddedBatch(sent(index.flatten(), device), sent(real, device), sent(places, device), own))
         return PaddedBatches(batches, sent(torch.cat(taken).argsort(), device))
 
     def joined(self, outs: Sequence[Tensor]) -> Tensor:
-        """[1,T,...] of what each batch gave, [B,L,...]"""
+        """The outputs [B,L,...] of all batches -> [1,T,...]."""
         own = [out.flatten(0, 1).index_select(0, batch.taken) for out, batch in zip(outs, self.batches, strict=True)]
         return torch.cat(own).index_select(0, self.order)[None]
 
 
 @dataclass(frozen=True)
 class _Sequence:
-    """``tokens`` [n] of a pass; from ``own`` on the outputs are its own, before that another reader's of the same prefix."""
+    """``tokens`` [n] of a pass. Outputs from ``own`` on belong to the sequence, earlier ones to another reader of its prefix."""
 
     tokens: Tensor
     own: int
@@ -79,7 +82,7 @@ class _Sequence:
 
 
 def _readers(segments: Sequence[Segment]) -> Iterator[tuple[Segment, bool]]:
-    """All segments but the prefixes of others, and whether each is the first that reads its prefix."""
+    """All segments but the shared prefixes, and whether each is the first that reads its prefix."""
     prefixes, met = {(s.prefix_start, s.prefix_end) for s in segments if s.prefix}, set()
     for s in segments:
         prefix = (s.prefix_start, s.prefix_end)
@@ -89,14 +92,14 @@ def _readers(segments: Sequence[Segment]) -> Iterator[tuple[Segment, bool]]:
             met.add(prefix)
 
 
-def _alike(sequences: Sequence[_Sequence], alone: bool) -> Iterator[list[_Sequence]]:
-    """Groups of like length, each in the order given; each sequence ``alone`` where company must not matter."""
-    if alone:
+def _alike(sequences: Sequence[_Sequence], single: bool) -> Iterator[list[_Sequence]]:
+    """Groups of similar length, each in the given order; one group for each sequence if ``single``."""
+    if single:
         yield from ([one] for one in sequences)
         return
     waiting = sorted(range(len(sequences)), key=lambda n: len(sequences[n].tokens))
     while waiting:
-        most = _UNLIKE * len(sequences[waiting[0]].tokens)
+        most = _RATIO * len(sequences[waiting[0]].tokens)
         part = [n for n in waiting if len(sequences[n].tokens) <= most]
         yield [sequences[n] for n in sorted(part)]
         waiting = waiting[len(part) :]

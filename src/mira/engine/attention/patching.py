@@ -1,10 +1,10 @@
-"""How the passes of a model are computed, and proof on the spot that they give what it gave."""
+"""The choice of the way to compute a model's passes, verified against the model's own output."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,36 +15,39 @@ from mira.adapters.lowrank import AdapterBatch
 from mira.engine.attention import hook
 from mira.engine.attention.decoding import after
 from mira.engine.attention.hook import CannotPackError, set_attention
-from mira.engine.attention.packed import PackedAttention, Segment
-from mira.engine.attention.token_mixers import mixers
+from mira.engine.attention.packed import PackedAttention
+from mira.engine.attention.segment import Segment
+from mira.engine.attention.token_mixers import find_token_mixers
 from mira.engine.body import Body, Head, usual_tokens
 from mira.engine.generate import positions
 from mira.engine.model_errors import MODEL_ERRORS, is_not_model_error, raise_as
 from mira.engine.watch import PassBehaviour, watch
 
 _LONGEST = 1024  # tokens of a probe's first sequence
-_SHORT = 6  # of those beside it
-_FEW, _MIDDLE = (
-    4,
-    96,
-)  # sequences that show whether a token sees those behind it, of at most so many tokens; one of more
-_LENGTH = 4  # of the probe for the last MLP; short, so that what leaks from the token before weighs
-# Of one token's hidden state, relative. bf16 rounds at 2⁻⁸ in every layer (0.02 on SmolLM2); a leak or a missing term moves some
-# token by tenths or more. Of the same pass with one sequence changed nothing but another's rounding may differ.
+_SHORT = 6  # tokens of its other sequences
+# Sequences for the test of causality: a few short ones, or a single one of more tokens.
+_FEW, _MIDDLE = 4, 96
+_LENGTH = 4  # of the probe for the last MLP; short, so that a leak from the token before shows
+# Relative difference of one token's hidden state. bf16 rounds at 2⁻⁸ in every layer (0.02 on SmolLM2); a leak or a missing term
+# changes some token by tenths or more. The same pass with one sequence changed may differ by the rounding of others only.
 SAME = {torch.bfloat16: 0.2, torch.float16: 0.2}
 _LEAK = {torch.bfloat16: 0.01, torch.float16: 0.01}
-_Made = TypeVar("_Made")
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
 
 
 class _Leak(CannotPackError):
-    """Raised where a sequence changes with another, which may be rounding."""
+    """Raised where a sequence changes with another one, possibly by rounding only."""
 
 
 @dataclass(frozen=True)
 class PatchedModel:
-    """``kind``: 'packed'; 'packed, mixers padded', whose sequences come to some of its modules padded; or 'padded', where all
-    of the model is computed so. ``decodes``: packed prompts can be answered too. ``one_at_a_time``: passes go in turn,
-    since modules keep what they computed."""
+    """A model whose passes are computed by MIRA.
+
+    ``kind``: 'packed'; 'packed, mixers padded', where sequences reach some modules in padded batches; or 'padded', where they
+    reach the whole model so. ``decodes``: answers can be generated from packed prompts. ``one_at_a_time``: passes cannot run in
+    parallel, since modules keep tensors between calls.
+    """
 
     body: Body
     head: Head
@@ -55,8 +58,11 @@ class PatchedModel:
 
 @dataclass(frozen=True)
 class _Probe:
-    """Three sequences, two of which share a prefix, as the model gives them by itself: hidden states ``alone`` of each, with one
-    more token than a pass has of it, and the ``logits`` [n,V] of the last."""
+    """Three sequences, of which two share a prefix, and the model's own output for them.
+
+    ``shared``: tokens of the prefix. ``alone``: hidden states of each sequence, with one more token than a pass has of it.
+    ``logits`` [n,V]: of the last sequence.
+    """
 
     sequences: tuple[Tensor, ...]
     shared: int
@@ -77,7 +83,7 @@ class _Probe:
         return [Segment(0, p), Segment(p, ends[1], 0, p), Segment(ends[1], ends[2], 0, p), Segment(ends[2], ends[3])]
 
     def read(self, body: Body, changed: bool = False) -> tuple[Tensor, PackedAttention]:
-        """Hidden states [T,d] of the pass. ``changed``: with other tokens of the first sequence behind the prefix."""
+        """Hidden states [T,d] of the packed pass. ``changed``: with other tokens of the first sequence after the prefix."""
         a, b, c = (one[:-1] for one in self.sequences)
         own = a[self.shared :].flip(0) if changed else a[self.shared :]
         tokens = torch.cat([a[: self.shared], own, b[self.shared :], c])
@@ -86,14 +92,17 @@ class _Probe:
         return body(tokens[None], torch.cat(places).to(tokens.device)[None], packed)[0], packed
 
     def wanted(self) -> Tensor:
+        """The model's own hidden states [T,d] for the tokens of the pass."""
         a, b, c = (one[:-1] for one in self.alone)
         return torch.cat([a, b[self.shared :], c])
 
 
 @torch.no_grad()
 def patch_attention(model: PreTrainedModel, attached: Attached, longest: int) -> PatchedModel:
-    """The first way that gives what the model gives by itself, of sequences of ``longest`` tokens. Raises CannotPackError and
-    leaves the model's attention as it was, where there is none."""
+    """Patch ``model`` so that packed passes give its own results: the first kind that does, for sequences of ``longest`` tokens.
+
+    Raises CannotPackError where there is none, and restores the model's attention.
+    """
     usual = model.config._attn_implementation
     try:
         return _patch(model, attached, longest)
@@ -106,29 +115,29 @@ def _patch(model: PreTrainedModel, attached: Attached, longest: int) -> PatchedM
     usual = model.config._attn_implementation
     if getattr(model.config, "is_encoder_decoder", False):
         raise CannotPackError("has an encoder, which the engine does not feed")
-    set_attention(model, "eager")  # which every architecture has; also where this is not the first engine
-    body = _tried(lambda: Body.of(model, attached))
-    seen = _tried(lambda: watch(body, longest))
-    probe = _tried(lambda: _Probe.of(body, longest))
+    set_attention(model, "eager")  # every architecture has it; another engine may have set its own
+    body = _tried(Body.of, model, attached)
+    behaviour = _tried(watch, body, longest)
+    probe = _tried(_Probe.of, body, longest)
     hook.register()
     set_attention(model, hook.NAME)
     try:
-        kind, hidden, packed = _packed(body, probe, seen)
+        kind, hidden, packed = _packed(body, probe, behaviour)
     except CannotPackError:
         set_attention(model, "eager" if usual == hook.NAME else usual)
         body, kind = replace(body, padded=True), "padded"
-        _tried(lambda: _check_order(body, longest))
-        if longest > _LONGEST:  # a choice among more tokens than the probe has would not show
-            probe = _tried(lambda: _Probe.of(body, longest, longest))
+        _tried(_check_order, body, longest)
+        if longest > _LONGEST:  # sparse attention may choose only among more tokens than the probe has
+            probe = _tried(_Probe.of, body, longest, longest)
         hidden, packed = _check(probe, body)
-    head = _tried(lambda: body.head(probe.alone[-1]))
+    head = _tried(body.head, probe.alone[-1])
     if not difference(head(hidden[-len(probe.logits) + 1 :]), probe.logits[:-1]) <= limit(model, SAME):
         raise CannotPackError("makes other logits of the same hidden states")
-    return PatchedModel(body, head, kind, kind == "packed" and _decodes(body, probe, packed), seen.keeping)
+    return PatchedModel(body, head, kind, kind == "packed" and _decodes(body, probe, packed), behaviour.keeps_tensors)
 
 
 def _check_order(body: Body, longest: int) -> None:
-    """Raises CannotPackError where what a token becomes changes with those behind it, as in a choice among all tokens."""
+    """Raise CannotPackError where a token depends on later ones, as with a choice among all tokens."""
     draw = torch.Generator().manual_seed(1)
     usual = usual_tokens(body.model)
     length = max(2, min(longest, positions(body.model) - 1))
@@ -142,31 +151,34 @@ def _check_order(body: Body, longest: int) -> None:
         raise CannotPackError("lets a token see those behind it")
 
 
-def _packed(body: Body, probe: _Probe, seen: PassBehaviour) -> tuple[str, Tensor, PackedAttention]:
-    """How sequences are packed that is right, and the probe's pass."""
-    if seen.numbering:
+def _packed(body: Body, probe: _Probe, behaviour: PassBehaviour) -> tuple[str, Tensor, PackedAttention]:
+    """The kind of packing that gives the model's own results, and the probe's pass: hidden states and attention."""
+    if behaviour.numbers_tokens:
         raise CannotPackError("numbers the tokens of a pass itself")
-    if seen.hiding:
+    if behaviour.hides_keys:
         raise CannotPackError("hides other tokens than its attention is told")
     try:
         return "packed", *_check(probe, body)
     except CannotPackError as error:
-        found = _tried(lambda: mixers(body, probe.sequences[0]))
-        if not found and isinstance(error, _Leak):  # not one of its modules lets them: experts round by who is beside
+        found = _tried(find_token_mixers, body, probe.sequences[0])
+        if not found and isinstance(error, _Leak):  # no module mixes tokens; experts round differently in other company
             return "packed", *_check(probe, body, leaks=False)
         if not found:
             raise
         for mixer in found:
             body.pad_mixer(mixer)
-        if _tried(lambda: mixers(body, probe.sequences[0])):
+        if _tried(find_token_mixers, body, probe.sequences[0]):
             raise
         return "packed, mixers padded", *_check(probe, body, leaks=False)
 
 
 def _check(probe: _Probe, body: Body, leaks: bool = True) -> tuple[Tensor, PackedAttention]:
-    """The hidden states [T,d] of the probe's pass. Raises CannotPackError where these are others than the model's by itself, or,
-    with ``leaks`` and in 16 bits, where one sequence changes with another."""
-    together, packed = _tried(lambda: probe.read(body))
+    """The hidden states [T,d] of the probe's pass, and its attention.
+
+    Raises CannotPackError where they differ from the model's own or, with ``leaks`` and in 16 bits, where one sequence changes
+    with another.
+    """
+    together, packed = _tried(probe.read, body)
     if not (packed.calls or packed.batches):
         raise CannotPackError("has no attention that can be exchanged")
     error = difference(together, probe.wanted())
@@ -183,7 +195,7 @@ def _check(probe: _Probe, body: Body, leaks: bool = True) -> tuple[Tensor, Packe
 
 
 def _decodes(body: Body, probe: _Probe, packed: PackedAttention) -> bool:
-    """Whether one more token of each sequence is what it is alone, after the keys and values that its pass left."""
+    """Whether decoding one more token of each sequence, from the keys and values of the pass, gives the model's own result."""
     state = after(packed.segments[1:], packed.cache, 1)
     state.advance()
     tokens = torch.stack([one[-1:] for one in probe.sequences])
@@ -199,7 +211,7 @@ def _decodes(body: Body, probe: _Probe, packed: PackedAttention) -> bool:
 
 
 def _sequences(model: PreTrainedModel, longest: int) -> tuple[tuple[Tensor, ...], int]:
-    """The probe's, and how many tokens the first two share."""
+    """The sequences of the probe, and the number of tokens that the first two share."""
     usual = usual_tokens(model)
     length = max(2, min(longest, positions(model) - 1))
     short = min(_SHORT, length)
@@ -210,16 +222,18 @@ def _sequences(model: PreTrainedModel, longest: int) -> tuple[tuple[Tensor, ...]
     return tuple(one.to(model.device) for one in (a, b, c)), shared
 
 
-def _tried(compute: Callable[[], _Made]) -> _Made:
-    """Its result, or CannotPackError with the reason."""
+def _tried(compute: Callable[_Args, _Result], *args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+    """The result of ``compute``; raises CannotPackError where the model fails."""
     with raise_as(lambda reason: CannotPackError(f"cannot be called as the engine calls it ({reason})")):
-        return compute()
+        return compute(*args, **kwargs)
 
 
 @torch.no_grad()
-def find_last(body: Body, attached: Attached, width: int) -> None:
-    """Which MLP of ``attached`` may leave out the tokens that nobody reads: one after which no token sees another. The
-    order of modules is no proof that the last one is; that a needed token's hidden state stays as it was, is."""
+def find_last_mlp(body: Body, attached: Attached, width: int) -> None:
+    """Set ``attached.last`` to the gated MLP after which no token sees another, if there is one: it may skip unread tokens.
+
+    The order of modules does not prove that the last one is: the hidden state of a needed token must stay the same.
+    """
     if not attached.mlps or body.padded:
         return
     device = body.model.device
@@ -245,7 +259,7 @@ def limit(model: PreTrainedModel, limits: dict[torch.dtype, float]) -> float:
 
 
 def difference(x: Tensor, y: Tensor) -> float:
-    """Largest relative difference over tokens; none where they are equal, also to 0, as a padding token's may be."""
+    """Largest relative difference of a token; 0 where both are equal, also where both are 0, as a padding token may be."""
     x, y = x.double(), y.double()
     error = (x - y).norm(dim=-1)
     return float(torch.where(error == 0, error, error / y.norm(dim=-1)).max()) if len(x) else 0.0

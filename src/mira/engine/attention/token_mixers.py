@@ -1,4 +1,4 @@
-"""Which modules of a model mix tokens otherwise than by attention: convolutions, recurrences, shifts. Found by numbers."""
+"""Modules of a model that mix tokens otherwise than by attention: convolutions, recurrences, shifts. Found by experiment."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from mira.engine.attention.hook import CannotPackError, using_attention
-from mira.engine.attention.packed import PackedAttention, Segment
+from mira.engine.attention.packed import PackedAttention
+from mira.engine.attention.segment import Segment
 from mira.engine.body import Body
 from mira.engine.model_errors import MODEL_ERRORS, is_not_model_error
 
 _LENGTH = 23  # tokens of each of two sequences; no width of a layer is twice that
 _SEGMENTS = (Segment(0, _LENGTH), Segment(_LENGTH, 2 * _LENGTH))
-# Of a token, relative: what one module rounds is less.
+# Relative difference of a token; the rounding of one module is smaller.
 _LIMITS = {torch.bfloat16: 0.03, torch.float16: 0.03}
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A module in a pass over two sequences. ``attends``: our attention was called within."""
+    """A call of a module in a pass over two sequences. ``attends``: it called the packed attention."""
 
     name: str
     module: nn.Module
@@ -33,9 +34,11 @@ class _Call:
 
 
 @torch.no_grad()
-def mixers(body: Body, ids: Tensor) -> list[nn.Module]:
-    """The innermost modules [1,T,d] → [1,T,e] whose output for the second of two packed sequences changes with the first. Raises
-    CannotPackError where one of them is an attention."""
+def find_token_mixers(body: Body, ids: Tensor) -> list[nn.Module]:
+    """The innermost modules [1,T,d] -> [1,T,e] whose output for the second of two packed sequences changes with the first.
+
+    Raises CannotPackError where one of them is an attention.
+    """
     leaking = {call.name: call for call in _calls(body, ids) if _leaks(call)}
     found = [call for name, call in leaking.items() if not any(other.startswith(f"{name}.") for other in leaking)]
     if any(call.attends for call in found):
@@ -75,7 +78,7 @@ def _of_tokens(x: Any) -> bool:
 
 
 def _leaks(call: _Call) -> bool:
-    """Its first input of all tokens, with the first sequence's in another order."""
+    """Whether the output for the second sequence changes when the tokens of the first one are reversed."""
     given = [*call.args, *call.kwargs.values()]
     place = next((n for n, one in enumerate(given) if _of_tokens(one)), None)
     if place is None:

@@ -1,4 +1,4 @@
-"""Passes brought to a few sizes, so that one captured of a pass does for many."""
+"""Size classes of passes: passes filled up to the same sizes can replay one captured pass."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from math import ceil
 
 import torch
 
-from mira.engine.attention.packed import Segment
+from mira.engine.attention.segment import Segment
 from mira.engine.attention.varlen import VarlenMetadata
 from mira.engine.packing import Pass
 
-# Sizes from one power of two to the next. A token of filler costs as much as another, so a step of tokens is an eighth at most;
-# that of labels, which are few, and of places in the adapters' products is a quarter, for the sake of fewer buckets.
+# Sizes from one power of two to the next. A filler token costs as much as any other: tokens go in eighths at most. Labels,
+# which are few, and the width of the adapters' products go in quarters, which makes fewer buckets.
 _FINE, _COARSE = 8, 4
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sizes of a pass that is filled up: ``jobs`` that train and ``filler`` ones behind them, ``segments`` and ``tokens`` of all,
-    of any job at most ``width``, ``labels``, and ``keys`` that attention reads, 0 where no prefix is shared."""
+    """Sizes of a filled pass: ``jobs`` that train, then ``filler`` jobs.
+
+    ``segments``, ``tokens`` and ``labels`` count both kinds. ``width``: the most tokens of a job. ``keys``: keys that attention
+    reads, 0 where no prefix is shared.
+    """
 
     jobs: int
     filler: int
@@ -31,11 +34,11 @@ class Bucket:
 
     @staticmethod
     def of(packed: Pass) -> Bucket:
-        """The smallest that ``packed`` fits into with a token and a label of filler."""
+        """The smallest bucket that holds ``packed`` with one token and one label of filler."""
         tokens, labels = len(packed.tokens), len(packed.target)
         width = _up(max(2, *(end - start for _, start, end in packed.ranges)), _COARSE)
         all_labels, step = _up(labels + 1, _COARSE), _step(tokens, _FINE)
-        # Of less than one step of tokens, and of those that the labels lacking, or that many jobs, take at least.
+        # Enough filler jobs for less than one step of tokens plus the tokens that the missing labels need.
         filler = ceil((step + _step(all_labels, _COARSE)) / (width - 1))
         needed = max(filler, all_labels - labels)
         whole = ceil((tokens + needed) / step) * step
@@ -47,8 +50,11 @@ class Bucket:
         )  # fmt: skip
 
     def filled(self, packed: Pass) -> Pass:
-        """``packed`` and filler jobs under the first job's row: its first token again and again, all at position 0, so that what
-        is computed of them is finite where the client's own is; the last ones are labels."""
+        """Append filler jobs to ``packed``, under the first job's row.
+
+        They repeat its first token at position 0, so that their numbers are finite where the client's own are. Their last tokens
+        are labels.
+        """
         at, lacking = len(packed.tokens), self.labels - len(packed.target)
         sizes = _even(self.tokens - at, self.filler)
         assert 1 <= min(sizes) <= max(sizes) <= self.width, "a bucket has room for its filler"
@@ -60,7 +66,7 @@ class Bucket:
             labels = min(size, lacking - len(predict))
             predict += range(at + size - labels, at + size)
             at += size
-        sequences = len(packed.job)
+        sequences = len(packed.range_of)
         places = torch.tensor(predict, dtype=torch.int64)
         owner = torch.bucketize(places, torch.tensor([s.end for s in segments]), right=True) + sequences
         return replace(
@@ -68,12 +74,12 @@ class Bucket:
             positions=torch.cat([packed.positions, packed.positions.new_zeros(sum(sizes))]),
             ranges=tuple(ranges), segments=(*packed.segments, *segments), predict=torch.cat([packed.predict, places]),
             target=torch.cat([packed.target, torch.zeros_like(places)]), owner=torch.cat([packed.owner, owner]),
-            job=torch.cat([packed.job, self.jobs + torch.arange(self.filler)]),
+            range_of=torch.cat([packed.range_of, self.jobs + torch.arange(self.filler)]),
             labels=torch.cat([packed.labels, torch.ones(self.filler, dtype=torch.int64)]), prompts=(*packed.prompts, *segments),
         )  # fmt: skip
 
     def metadata(self, filled: Pass) -> VarlenMetadata:
-        """Of a filled pass, on the CPU: the last sequence has the keys that are lacking too, all of them its own last token's."""
+        """Metadata of a filled pass, on the CPU. The last sequence gets the missing keys: copies of its own last key."""
         metadata = replace(
             VarlenMetadata.of(filled.segments, torch.device("cpu")), max_seqlen_q=self.width, max_seqlen_k=self.width
         )

@@ -1,4 +1,4 @@
-"""What a GPU was asked for once, to be asked for again in one go: CUDA graphs."""
+"""Capture and replay of computations as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ DEVICES = ("cuda",)
 
 Compute = Callable[[], Tensor]
 
-_Made = TypeVar("_Made")
+_Result = TypeVar("_Result")
 
 
 class CudaGraphs:
-    """Recordings on one device. Streams of its own: what a library sets aside for a stream lives as long as somebody's
-    captured, so those of two engines must not share one."""
+    """Captures on one device, on streams of their own.
+
+    What a library allocates for a stream lives as long as a captured graph uses it: two engines must not share a stream.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -27,8 +29,10 @@ class CudaGraphs:
         self.pool: Any = None
 
     def warm_up(self, compute: Compute) -> None:
-        """Once beside the usual stream, as PyTorch asks for before a captured. Raises RuntimeError where it would wait for the
-        GPU, which no captured can."""
+        """Compute once on a side stream, as PyTorch requires before a capture.
+
+        Raises RuntimeError where ``compute`` synchronises with the GPU: such an operation cannot be captured.
+        """
         with torch.cuda.device(self.device), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Synchronization debug mode")  # it says that it is a prototype
             usual, before = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
@@ -42,8 +46,11 @@ class CudaGraphs:
                 usual.wait_stream(self.warm_up_stream)
 
     def capture(self, compute: Compute, first: bool) -> tuple[Callable[[], None], Tensor]:
-        """What computes the same again from what then is in the same memory, and where its result will lie. Recordings have
-        their memory in common, since they are never computed at a time; ``first``: none of them is there any more."""
+        """Capture ``compute``. Returns a function that replays it on the present content of the same memory, and the tensor
+        that will hold the result.
+
+        All captures share one memory pool, since only one runs at a time. ``first``: no earlier capture exists any more.
+        """
         if first:
             self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
@@ -53,13 +60,13 @@ class CudaGraphs:
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.capture_stream):
                     out = compute()
             finally:
-                torch.cuda.set_stream(usual)  # which a captured that failed has not gone back to
+                torch.cuda.set_stream(usual)  # a failed capture does not restore it
         return graph.replay, out
 
-    def timed(self, compute: Callable[[], _Made]) -> tuple[_Made, float]:
-        """What it gives, and the seconds until the GPU has it."""
+    def timed(self, compute: Callable[[], _Result]) -> tuple[_Result, float]:
+        """The result of ``compute``, and the seconds until the GPU has finished it."""
         torch.cuda.synchronize(self.device)
         start = perf_counter()
-        made = compute()
+        result = compute()
         torch.cuda.synchronize(self.device)
-        return made, perf_counter() - start
+        return result, perf_counter() - start

@@ -1,4 +1,4 @@
-"""Training passes that are computed again and again, on a GPU, recorded once for each of a few sizes.
+"""Training passes on a GPU, captured once for each of a few sizes and replayed.
 
 A pass over many clients is some five thousand kernels, which take longer to launch one by one than to compute.
 """
@@ -16,7 +16,8 @@ from torch import Tensor
 from mira.adapters.lowrank import AdapterBatch, PaddedRanges
 from mira.core.device import put, sent
 from mira.engine.adapted_model import AdaptedModel, PassInputs
-from mira.engine.attention.packed import PackedAttention, Segment
+from mira.engine.attention.packed import PackedAttention
+from mira.engine.attention.segment import Segment
 from mira.engine.attention.varlen import VarlenMetadata
 from mira.engine.cuda import graphs
 from mira.engine.cuda.buckets import Bucket
@@ -25,17 +26,15 @@ from mira.engine.packing import Pass
 
 log = logging.getLogger(__name__)
 
-_MOST = 16  # captured that are tried, each of some thousand kernels
-# Of a client's largest gradient: rounding in 16 bits and sums in another order stay far below, another pass does not.
-_LIKE = 0.05
-_NOT_RECORDED = (
-    "training passes are not recorded any more (engine.cuda_graphs), but computed one operation at a time: %s"
-)
+_MOST = 16  # buckets for which a capture is tried, each of some thousand kernels
+# Relative to a client's largest gradient: rounding in 16 bits and sums in another order stay far below, another pass does not.
+_TOLERANCE = 0.05
+_CAPTURE_OFF = "CUDA graph capture disabled for this run (engine.cuda_graphs); running kernels one by one: %s"
 
 
 @dataclass(frozen=True)
 class _FilledPass:
-    """A filled pass: what is the same for all of its bucket, and ``tensors``, which are not."""
+    """A pass filled up to its bucket: ``tensors`` differ from pass to pass, everything else is the same for the bucket."""
 
     inputs: PassInputs
     padded: PaddedRanges
@@ -45,7 +44,7 @@ class _FilledPass:
 
     @staticmethod
     def of(bucket: Bucket, packed: Pass) -> _FilledPass | None:
-        """On the CPU; row n is the n-th job's. None where most of what the adapters multiply would be padding."""
+        """On the CPU, with one adapter row for each job. None where most of the padded ranges would be padding."""
         filled = bucket.filled(packed)
         ranges = [(n if n < bucket.jobs else 0, start, end) for n, (_, start, end) in enumerate(filled.ranges)]
         padded = PaddedRanges.of(ranges, torch.device("cpu"), bucket.width)
@@ -55,31 +54,29 @@ class _FilledPass:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        token = () if self.metadata.key_token is None else (self.metadata.key_token,)
+        metadata = self.metadata
+        keys = () if metadata.key_token is None else (metadata.key_token,)
         return (
-            *vars(self.inputs).values(),
-            *vars(self.padded).values(),
-            self.metadata.cu_seqlens_q,
-            self.metadata.cu_seqlens_k,
-            *token,
-        )
+            *vars(self.inputs).values(), *vars(self.padded).values(), metadata.cu_seqlens_q, metadata.cu_seqlens_k, *keys,
+        )  # fmt: skip
 
-    def at(self, tensors: Sequence[Tensor]) -> _FilledPass:
-        """The same, of other ``tensors``."""
+    def with_tensors(self, tensors: Sequence[Tensor]) -> _FilledPass:
+        """The same pass with other ``tensors``."""
         inputs, rest = tensors[: len(vars(self.inputs))], tensors[len(vars(self.inputs)) :]
-        padded, (queries, keys, *token) = rest[: len(vars(self.padded))], rest[len(vars(self.padded)) :]
-        metadata = replace(
-            self.metadata, cu_seqlens_q=queries, cu_seqlens_k=keys, key_token=token[0] if token else None
-        )
+        padded, (q, k, *key_token) = rest[: len(vars(self.padded))], rest[len(vars(self.padded)) :]
+        metadata = replace(self.metadata, cu_seqlens_q=q, cu_seqlens_k=k, key_token=key_token[0] if key_token else None)
         return replace(self, inputs=PassInputs(*inputs), padded=PaddedRanges(*padded), metadata=metadata)
 
 
 @dataclass(frozen=True)
 class CapturedPass:
-    """``given``: what a pass reads, where it will be read; ``loss`` [J] and ``grad`` [J,P] of ``rows`` [J,P], once ``replay`` was
-    called."""
+    """A captured training pass of J jobs.
 
-    given: tuple[Tensor, ...]
+    ``inputs``: the tensors that it reads. ``rows`` [J,P]: the adapters that it reads. ``loss`` [J] and ``grad`` [J,P]: its
+    results after ``replay`` was called.
+    """
+
+    inputs: tuple[Tensor, ...]
     rows: Tensor
     grad: Tensor
     loss: Tensor
@@ -88,26 +85,29 @@ class CapturedPass:
 
 @dataclass
 class GraphReplayer:
-    """Recordings of one adapted's passes. The first pass of a size is computed as it is, so is the second, which is recorded;
-    later ones are replayed, where that was faster: large passes over a large base do not wait to be launched, and what fills them
-    up costs time."""
+    """Captured passes of one model, by bucket.
+
+    The first pass of a bucket runs as it is. The second does too and is then captured. Later ones are replayed, if that was
+    faster: large passes over a large base do not wait for launches, and filling a pass up costs time.
+    """
 
     adapted: AdaptedModel
     met: set[Bucket] = field(default_factory=set)
     tried: set[Bucket] = field(default_factory=set)
     captured: dict[Bucket, CapturedPass] = field(default_factory=dict)
-    # Rows and gradients that captured have in common, since they are never computed at a time.
-    memory: tuple[Tensor, Tensor] | None = None
-    closed: bool = False  # nothing more is recorded
+    buffers: tuple[Tensor, Tensor] | None = (
+        None  # rows and gradients of all captured passes, of which one runs at a time
+    )
+    closed: bool = False  # nothing more is captured
 
     def learn(self, packed: Pass, adapters: AdapterBatch) -> Tensor:
-        """What ``AdaptedModel.learn`` gives, where a client's gradient in ``adapters.grad`` is zero before."""
+        """See ``AdaptedModel.learn``. The gradients of the pass's rows in ``adapters.grad`` must be zero."""
         if self.closed and not self.captured:
-            return self.adapted.learn(packed, adapters)
+            return self.adapted.learn_packed(packed, adapters)
         bucket = Bucket.of(packed)
         if bucket in self.captured:
             return self._replayed(self.captured[bucket], bucket, packed, adapters)
-        loss = self.adapted.learn(packed, adapters)
+        loss = self.adapted.learn_packed(packed, adapters)
         if bucket not in self.met:
             self.met.add(bucket)
         elif not (self.closed or bucket in self.tried or len(self.tried) == _MOST):
@@ -116,9 +116,9 @@ class GraphReplayer:
         return loss
 
     def release(self) -> bool:
-        """Give back the memory of all captured, for good; whether there was any."""
-        held = self.memory is not None
-        self.closed, self.memory = True, None
+        """Free all captured passes and stop capturing; returns whether they held memory."""
+        held = self.buffers is not None
+        self.closed, self.buffers = True, None
         self.captured.clear()
         return held
 
@@ -126,7 +126,7 @@ class GraphReplayer:
         filled = _FilledPass.of(bucket, packed)
         assert filled is not None
         assert adapters.grad is not None
-        for there, new in zip(captured.given, filled.tensors, strict=True):
+        for there, new in zip(captured.inputs, filled.tensors, strict=True):
             put(new, there)
         index = _rows(packed, adapters)
         torch.index_select(adapters.rows, 0, index, out=captured.rows)
@@ -135,8 +135,11 @@ class GraphReplayer:
         return captured.loss[: bucket.jobs].clone()
 
     def _try(self, bucket: Bucket, packed: Pass, adapters: AdapterBatch, loss: Tensor) -> None:
-        """Keep a capture of passes like ``packed`` where it gives the same ``loss`` [J] and gradients, which are in the batch,
-        in less time. Where it does not give the same, or there is no captured such passes, nothing is recorded any more."""
+        """Capture passes like ``packed``, and keep the capture if it gives the same results in less time.
+
+        ``loss`` [J], and the gradients in ``adapters``, are the results of the pass itself. Where the results differ, or the
+        pass cannot be captured, nothing is captured any more.
+        """
         filled = _FilledPass.of(bucket, packed)
         if filled is None:
             return
@@ -145,50 +148,52 @@ class GraphReplayer:
         grad = adapters.grad[index]
         try:
             captured = self._capture(bucket, filled, adapters.rows[index])
-            again = partial(self._again, adapters, index)
-            found, _ = again(lambda: self._replayed(captured, bucket, packed, adapters))
+            replay = partial(self._replayed, captured, bucket, packed, adapters)
+            found, _ = self._timed(replay, adapters, index)
             if not (_alike(found[:, None], loss[:, None]) and _alike(adapters.grad[index], grad)):
                 raise RuntimeError("the captured pass gave other gradients")
-            _, replayed = again(lambda: self._replayed(captured, bucket, packed, adapters))
-            _, plain = again(lambda: self.adapted.learn(packed, replace(adapters, ready={})))
+            _, replayed = self._timed(replay, adapters, index)
+            plain = partial(self.adapted.learn_packed, packed, replace(adapters, ready={}))
+            _, launched = self._timed(plain, adapters, index)
         except RuntimeError as error:
-            log.warning(_NOT_RECORDED, str(error).splitlines()[0])
+            log.warning(_CAPTURE_OFF, str(error).splitlines()[0])
             self.closed = True
             if not is_out_of_memory(error):
                 self.release()
         else:
-            if replayed < plain:
+            if replayed < launched:
                 self.captured[bucket] = captured
         finally:
             adapters.grad[index] = grad
 
-    def _again(self, adapters: AdapterBatch, index: Tensor, compute: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    def _timed(self, compute: Callable[[], Tensor], adapters: AdapterBatch, index: Tensor) -> tuple[Tensor, float]:
+        """The result of ``compute`` after the gradients of rows ``index`` are set to zero, and its seconds."""
         assert adapters.grad is not None
         adapters.grad[index] = 0
         return self._graphs.timed(compute)
 
     def _capture(self, bucket: Bucket, filled: _FilledPass, rows: Tensor) -> CapturedPass:
-        """Its loss and gradients are not numbers before the first replay."""
-        given = tuple(sent(tensor, rows.device).clone() for tensor in filled.tensors)
-        if self.memory is None or len(self.memory[0]) < bucket.jobs:
-            self.memory = torch.empty_like(rows), torch.empty_like(rows)
-        own, grad = (whole[: bucket.jobs] for whole in self.memory)
+        """A capture for ``bucket``. Its loss and gradients are NaN before the first replay."""
+        inputs = tuple(sent(tensor, rows.device).clone() for tensor in filled.tensors)
+        if self.buffers is None or len(self.buffers[0]) < bucket.jobs:
+            self.buffers = torch.empty_like(rows), torch.empty_like(rows)
+        own, grad = (whole[: bucket.jobs] for whole in self.buffers)
         own.copy_(rows)
-        here = filled.at(given)
-        adapters = AdapterBatch(own, filled.ranges, grad, prepared=here.padded)
-        attention = PackedAttention(filled.segments, metadata=here.metadata)
+        there = filled.with_tensors(inputs)
+        adapters = AdapterBatch(own, filled.ranges, grad, prepared=there.padded)
+        attention = PackedAttention(filled.segments, metadata=there.metadata)
 
         def compute() -> Tensor:
             grad.zero_()
-            return self.adapted.learn_from(here.inputs, attention, adapters)
+            return self.adapted.learn(there.inputs, attention, adapters)
 
         self._graphs.warm_up(compute)
         if attention.tiles:
-            raise RuntimeError("attention goes in tiles")
+            raise RuntimeError("attention is tiled")
         replay, loss = self._graphs.capture(compute, not self.captured)
         for result in (loss, grad):
             result.fill_(torch.nan)
-        return CapturedPass(given, own, grad, loss, replay)
+        return CapturedPass(inputs, own, grad, loss, replay)
 
     @cached_property
     def _graphs(self) -> graphs.CudaGraphs:
@@ -196,12 +201,12 @@ class GraphReplayer:
 
 
 def _alike(found: Tensor, wanted: Tensor) -> bool:
-    """Row by row of [J,n]; what is not a number is so in both."""
+    """Whether two [J,n] agree row by row; NaN must be at the same places."""
     size = wanted.abs().nan_to_num(0, 0).amax(1, keepdim=True)
-    same = ((found - wanted).abs() <= _LIKE * size) | (found.isnan() & wanted.isnan())
+    same = ((found - wanted).abs() <= _TOLERANCE * size) | (found.isnan() & wanted.isnan())
     return bool(same.all())
 
 
 def _rows(packed: Pass, adapters: AdapterBatch) -> Tensor:
-    """Of each job, on the device."""
+    """The adapter row of each job [J], on the device."""
     return sent(torch.tensor([row for row, _, _ in packed.ranges]), adapters.rows.device)

@@ -1,4 +1,4 @@
-"""Clients with a handful of numbers each and a quadratic loss, trained by exact gradient steps on what a Work asks for."""
+"""Clients with a handful of numbers each and a quadratic loss: training is exact, and takes no time."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ LAYOUT = Layout.of({"layer": (3, 2)}, rank=2, alpha=1.0)  # P = 10
 
 
 @dataclass(frozen=True)
-class Toy:
-    """F_k(w) = ½ Σ_i curvature_ki·(w_i − target_ki)²: target and curvature [K,P] float64."""
+class QuadraticClients:
+    """Clients that train by exact gradient steps on F_k(w) = ½ Σ_i curvature_ki·(w_i − target_ki)², as a ``Work`` asks:
+    from its start, pulled to its anchor, and only where it is trainable. ``target`` and ``curvature``: [K,P] float64;
+    ``steps``: local steps of a round."""
 
     target: Tensor
     curvature: Tensor
     steps: int = 3
 
     @staticmethod
-    def draw(num_clients: int, seed: int = 0, size: int = LAYOUT.size, steps: int = 3) -> Toy:
+    def draw(num_clients: int, seed: int = 0, size: int = LAYOUT.size, steps: int = 3) -> QuadraticClients:
+        """Random targets and curvatures for ``num_clients`` clients of ``size`` numbers each."""
         draw = torch.Generator().manual_seed(seed)
         target = torch.randn(num_clients, size, generator=draw, dtype=torch.float64)
-        return Toy(target, 0.5 + torch.rand(num_clients, size, generator=draw, dtype=torch.float64), steps)
+        curvature = 0.5 + torch.rand(num_clients, size, generator=draw, dtype=torch.float64)
+        return QuadraticClients(target, curvature, steps)
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
         w, k = work.start.clone(), work.client
@@ -41,9 +45,10 @@ class Toy:
 
 
 def all_rows(state: ServerState) -> Tensor:
+    """Every row of the server [S,P]."""
     return state.rows[torch.arange(len(state.rows))]
 
 
 def numbered(rows: Rows, start: Tensor) -> MemoryRows:
-    """Rows of which row i is all i."""
+    """As many rows as ``rows`` has, of which row i is all i."""
     return MemoryRows(start, len(rows), {i: torch.full_like(start, float(i)) for i in range(len(rows))})
