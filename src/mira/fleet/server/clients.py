@@ -22,7 +22,15 @@ from mira.fleet.messages.policy import RemoteRun, RoundPolicy
 from mira.fleet.messages.replies import RejectedReply, column, grade_of, is_count, read_reply, unlike_scores
 from mira.fleet.messages.transport import NoReply, Reply, Transport
 from mira.fleet.server.requests import (
-    Request, Values, addressed, astray, evaluation_request, read_training, stragglers, training_request, unasked,
+    Request,
+    Values,
+    addressed,
+    astray,
+    evaluation_request,
+    read_training,
+    stragglers,
+    training_request,
+    unasked,
 )  # fmt: skip
 from mira.fleet.site.privacy import epsilon
 
