@@ -21,6 +21,17 @@ settings.register_profile("mira", deadline=None)  # machines are shared: a slow 
 settings.load_profile("mira")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of contract/ and e2e/ are slow, but for those marked quick."""
+    for item in items:
+        tier = item.path.parent.name
+        if tier == "e2e":
+            item.add_marker(pytest.mark.e2e)
+        if tier in ("contract", "e2e") and item.get_closest_marker("quick") is None:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def tiny_llama() -> PreTrainedModel:
     return make_tiny("llama")

@@ -35,7 +35,7 @@ def train(name: str, kind: str, training: Training, dtype: torch.dtype, **option
 
 @pytest.mark.parametrize("prefix", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.quick] * (kind == "llama")) for kind in KINDS])
 def test_batched_equals_reference_after_20_steps(kind: str, dtype: torch.dtype, prefix: bool) -> None:
     training = Training(lr=1e-3, local_steps=20, clip=0.5, weight_decay=0.01)
     layout, start, oracle = train("reference", kind, training, dtype)
@@ -68,6 +68,7 @@ def test_sgd_equals_reference(kind: str, dtype: torch.dtype, optimizer: dict[str
     assert displacement_error(layout, ours.rows, oracle.rows, start) <= LIMIT[dtype]
 
 
+@pytest.mark.quick
 def test_clipping_is_active_and_per_client() -> None:
     training = Training(lr=1e-3, local_steps=20, clip=0.5, optimizer="sgd")
     _, _, clipped = train("batched", "llama", training, torch.float64)
@@ -75,6 +76,7 @@ def test_clipping_is_active_and_per_client() -> None:
     assert not torch.equal(clipped.rows, free.rows)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["batched", "reference"])
 def test_kept_optimiser_state_carries_over(name: str) -> None:
     """Two rounds with kept state differ from fresh ones, and both engines keep the same state."""
@@ -93,6 +95,7 @@ def test_kept_optimiser_state_carries_over(name: str) -> None:
     assert not torch.equal(rows[True].rows, rows[False].rows)
 
 
+@pytest.mark.quick
 def test_kept_state_is_the_same_in_both_engines() -> None:
     training = Training(lr=1e-3, local_steps=5, keep_optimizer=True)
     states, rows = [], []
@@ -200,6 +203,7 @@ def test_a_poisoned_client_leaves_the_others_alone(gpu: bool, monkeypatch: pytes
     torch.testing.assert_close(bad.rows[[0, 2, 3]], good.rows[[0, 2, 3]], rtol=0, atol=0)
 
 
+@pytest.mark.quick
 @pytest.mark.usefixtures("one_thread")
 def test_out_of_memory_halves_the_pass_and_drops_who_does_not_fit_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine("batched", "llama", RandomCorpus(STEPS), Training(local_steps=20), torch.float64)
@@ -284,6 +288,7 @@ def test_two_jobs_a_client_with_anchors_and_frozen_numbers_equal_reference(
     assert bool(((free - anchored).norm(dim=1) > 1e-2 * moved[1::2]).all())
 
 
+@pytest.mark.quick
 def test_the_free_job_of_a_client_trains_as_if_it_were_its_only_one() -> None:
     engine = make_engine("batched", "llama", RandomCorpus(STEPS), PERSONAL[0], torch.float64)
     start = warm_row(engine.spec.layout).expand(8, -1).double()
@@ -294,6 +299,7 @@ def test_the_free_job_of_a_client_trains_as_if_it_were_its_only_one() -> None:
     torch.testing.assert_close(both.loss[1::2], alone.loss)
 
 
+@pytest.mark.quick
 def test_a_mighty_anchor_holds_the_row_and_leaves_the_reported_loss_the_tasks() -> None:
     training = Training(lr=1e-4, local_steps=1, clip=None, optimizer="sgd")
     for name in ("batched", "reference"):

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from helpers.engines import RandomCorpus, make_engine, warm_row
-from helpers.memory_recorder import MemoryRecorder
 from helpers.method_variants import ONE_ROW, VARIANTS, used_by
 from mira.adapters.lora_peft import from_peft, to_peft
 from mira.core.graph import Groups
@@ -20,6 +19,7 @@ from mira.core.loop import Schedule, run_rounds
 from mira.core.training import Training
 from mira.core.types import Scores, ServerState, Setting, Trained, Work
 from mira.runner import evaluation as measure
+from mira.testing.recorders import MemoryRecorder
 
 NAMES = ("a", "b", "c", "d")
 STEPS = (3, 2, 3, 1)

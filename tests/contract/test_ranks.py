@@ -13,8 +13,6 @@ from safetensors.torch import load_file
 
 from helpers import engines
 from helpers.engines import RandomCorpus, layout_on, make_engine, warm_row
-from helpers.memory_recorder import MemoryRecorder
-from helpers.quadratic_clients import LAYOUT, Toy
 from helpers.tiny_models import make_tiny
 from mira.adapters.lora_peft import from_peft, merge, to_peft
 from mira.core.errors import UserError
@@ -26,6 +24,8 @@ from mira.core.training import Training
 from mira.core.types import Setting, Trained, Work
 from mira.methods import METHODS
 from mira.methods.heterogeneous_ranks import HeterogeneousRanks, with_ranks
+from mira.testing.quadratic import LAYOUT, QuadraticClients
+from mira.testing.recorders import MemoryRecorder
 
 STEPS = (8, 5, 8)
 
@@ -189,7 +189,7 @@ def test_nothing_beyond_a_clients_rank_is_sent_served_or_pulled_to(name: str) ->
             assert bool(each[~low][:, beyond].any())
         served = method.deployed(state, everyone)
         assert not bool(served[RANK == 1][:, beyond].any())
-        done = Toy.draw(3).train(work, round, 0.1)
+        done = QuadraticClients.draw(3).train(work, round, 0.1)
         done.rows[low] *= ~beyond  # as training leaves them
         change = method.aggregate(state, done)
         sent = describe(1, work, done, change, ["a", "b", "c"])["client_bytes"]
@@ -201,7 +201,7 @@ def test_nothing_beyond_a_clients_rank_is_sent_served_or_pulled_to(name: str) ->
 def test_flexlora_averages_scaled_products_and_gives_each_the_best_of_its_rank() -> None:
     method = of_rank("flexlora")
     state = method.init(Setting(LAYOUT, torch.zeros(LAYOUT.size).double(), 3, Groups(RANK), 0.1, 3))
-    done = Toy.draw(3).train(method.broadcast(state, torch.arange(3)), 0, 0.1)
+    done = QuadraticClients.draw(3).train(method.broadcast(state, torch.arange(3)), 0, 0.1)
     done = replace(done, rows=done.rows * torch.stack([LAYOUT.within(int(rank)) for rank in RANK]))
     state = apply(state, method.aggregate(state, done))
     a, b = LAYOUT.entries

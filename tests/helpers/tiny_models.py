@@ -10,8 +10,6 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -19,6 +17,7 @@ from transformers import (
 )
 
 from mira.model.base import norms_in_double
+from mira.testing.models import tiny_llama
 
 Kind = Literal["llama", "gpt2", "qwen2"]
 KINDS: tuple[Kind, ...] = ("llama", "gpt2", "qwen2")
@@ -51,7 +50,7 @@ def make_tiny(kind: Kind = "llama", dtype: torch.dtype = torch.float32, seed: in
         torch.manual_seed(seed)
         model: PreTrainedModel
         if kind == "llama":
-            model = LlamaForCausalLM(LlamaConfig(**grouped, **special, **wide, tie_word_embeddings=True))
+            model = tiny_llama(seed=seed)
         elif kind == "qwen2":
             model = Qwen2ForCausalLM(Qwen2Config(**grouped, **special, **wide, tie_word_embeddings=False))
         else:

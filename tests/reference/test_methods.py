@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.memory_recorder import MemoryRecorder
-from helpers.quadratic_clients import LAYOUT, Toy, all_rows
 from mira.core.errors import UserError
 from mira.core.graph import Edges
 from mira.core.layout import Entry, Layout
@@ -20,6 +18,8 @@ from mira.core.training import Training
 from mira.core.types import MemoryRows, Method, ServerState, Setting, Trained
 from mira.methods import METHODS
 from mira.methods.flexlora import best_factors
+from mira.testing.quadratic import LAYOUT, QuadraticClients, all_rows
+from mira.testing.recorders import MemoryRecorder
 
 K = 5
 COHORT = torch.tensor([3, 0, 4])
@@ -38,16 +38,20 @@ def start_of(method: Method, layout: Layout = LAYOUT) -> ServerState:
 
 def one_round(method: Method, state: ServerState, seed: int = 0) -> tuple[ServerState, Trained]:
     """A round of the toy for COHORT."""
-    done = Toy.draw(K, seed).train(method.broadcast(state, COHORT), state.round, 0.1)
+    done = QuadraticClients.draw(K, seed).train(method.broadcast(state, COHORT), state.round, 0.1)
     return apply(state, method.aggregate(state, done)), done
 
 
-def go(method: Method, rounds: int, lr: float = 0.1, share: float = 0.6, toy: Toy | None = None) -> ServerState:
+def go(
+    method: Method, rounds: int, lr: float = 0.1, share: float = 0.6, toy: QuadraticClients | None = None
+) -> ServerState:
     state = start_of(method)
     schedule = Schedule(0, rounds, share, Training(lr=lr, local_steps=1))
     names = [f"c{k}" for k in range(K)]
     recorder = MemoryRecorder(state.rows)
-    return run_rounds(method, toy or Toy.draw(K), state, schedule, names, recorder, lambda s: {}, lambda r: None)
+    return run_rounds(
+        method, toy or QuadraticClients.draw(K), state, schedule, names, recorder, lambda s: {}, lambda r: None
+    )
 
 
 def weights(done: Trained) -> Any:
@@ -61,7 +65,7 @@ def same(ours: Tensor, expected: Any) -> None:
 
 def descent(w: Any, client: int, anchor: Any, prox: float, seed: int = 0) -> Any:
     """The toy's three local steps in numpy."""
-    toy = Toy.draw(K, seed)
+    toy = QuadraticClients.draw(K, seed)
     for _ in range(3):
         w = w - 0.1 * (toy.curvature[client].numpy() * (w - toy.target[client].numpy()) + prox * (w - anchor))
     return w
@@ -211,7 +215,7 @@ def test_the_penalty_of_mr_mtl_is_miras_on_the_complete_graph_with_weights_one_o
 def test_mr_mtl_and_mira_end_in_the_same_rows_as_steps_shrink() -> None:
     """min Σ F_k + λ/2·tr(ΘᵀLΘ) has a closed form on quadratics. MR-MTL ends there at any step; MIRA's distance from it
     shrinks in proportion to its step c = ηλ."""
-    lam, toy = 0.8, Toy.draw(K, steps=1)
+    lam, toy = 0.8, QuadraticClients.draw(K, steps=1)
     a = (torch.ones(K, K) - torch.eye(K)).double() / K
     laplacian = a.sum(1).diag() - a
     exact = torch.stack(

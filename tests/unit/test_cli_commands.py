@@ -273,7 +273,7 @@ def test_what_looks_at_a_run_needs_its_weights_but_not_its_versions(
     file = write_config(tmp_path / "config.yaml", model, write_clients(tmp_path / "data.jsonl"))
     folder = begin(load(file), tmp_path / "run", rounds=1)
     with monkeypatch.context() as patched:
-        patched.setattr("mira.setup.environment.version", lambda name: "99.0")
+        patched.setattr("mira.setup.environment.version_of", lambda name: "99.0")
         ended = mira("export", folder, "--all")
         assert ended.status == 0
         assert "versions was" in ended.err

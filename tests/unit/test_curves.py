@@ -21,6 +21,8 @@ from mira.engine.batched import BatchedEngine
 from mira.engine.packing import packed_tokens
 from mira.setup.build import open_session
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def workload(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Workload:

@@ -35,7 +35,7 @@ from mira.store.folders import replace_folder
 ENVIRONMENT: dict[str, Any] = {
     "versions": {"torch": "2.13.0", "peft": "0.21"}, "model": {"sha256": "a"}, "data": {"sha256": "b"}, "threads": 2,
     "prompt": {"template": "chat", "date": None, "sha256": "c", "as_before": True},
-    "device": "cpu", "engine": "batched", "prefix": True, "tokens_per_pass": 1024, "machine": {"cores": 2},
+    "device": "cpu", "engine": "batched", "plugins": {}, "prefix": True, "tokens_per_pass": 1024, "machine": {"cores": 2},
 }  # fmt: skip
 
 
@@ -79,6 +79,7 @@ def test_peak_memory_is_in_bytes() -> None:
     assert 50 * 2**20 < peak_memory(torch.device("cpu")) < 2**40
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system's figure is all there is")
 def test_peak_memory_is_not_that_of_the_process_before() -> None:
     held = bytearray(b"1") * 2**30

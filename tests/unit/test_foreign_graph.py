@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from helpers.quadratic_clients import Toy
 from mira.core.errors import UserError
 from mira.core.graph import Graph
-from mira.core.graph_io import in_use, restorer, to_tensors, with_graph
+from mira.core.graph_io import in_use, restorer, to_tensors
 from mira.core.layout import Layout
 from mira.core.loop import Schedule, run_rounds
 from mira.core.training import Training
-from mira.core.types import Change, Rows, ServerState, Setting
+from mira.core.types import ServerState, Setting
 from mira.methods import METHODS
 from mira.store import Store
+from mira.testing.quadratic import QuadraticClients
+from mira.testing.recorders import FolderRecorder
 
 LAYOUT, K = Layout.of({"layer": (3, 2)}, rank=1, alpha=1.0), 6
 
@@ -65,21 +65,13 @@ class RingSection:
         return Ring(clients, bool(turns), trained)
 
 
-@dataclass
-class Folder:
-    store: Store
-
-    def commit(self, round: int, change: Change, optimizer: dict[int, Tensor], record: dict[str, Any]) -> None:
-        extra = with_graph(change.extra, change.graph)
-        self.store.commit(round, change.index, change.value, extra, optimizer, record)
-
-    def rows(self) -> Rows:
-        return self.store.rows()
-
-
-def train(state: ServerState, rounds: int, folder: Folder) -> ServerState:
+def train(state: ServerState, rounds: int, folder: FolderRecorder) -> ServerState:
     schedule = Schedule(0, rounds, 1.0, Training(lr=0.05, local_steps=2))
-    method, toy, names = METHODS["mira"](form="paper"), Toy.draw(K, size=LAYOUT.size), [f"c{k}" for k in range(K)]
+    method, toy, names = (
+        METHODS["mira"](form="paper"),
+        QuadraticClients.draw(K, size=LAYOUT.size),
+        [f"c{k}" for k in range(K)],
+    )
     return run_rounds(method, toy, state, schedule, names, folder, lambda s: {"validation_loss": 1.0}, lambda r: None)
 
 
@@ -96,16 +88,16 @@ def test_a_run_resumes_with_a_graph_of_somebody_elses_class(turns: bool, tmp_pat
     graph, everyone = Ring(K, turns), torch.arange(K)
     store, state = begin(tmp_path / "whole", graph)
     with store:
-        whole = train(state, 4, Folder(store))
+        whole = train(state, 4, FolderRecorder(store))
         expected = whole.rows[everyone]
     store, state = begin(tmp_path / "halves", graph)
     with store:
-        train(state, 2, Folder(store))
+        train(state, 2, FolderRecorder(store))
     with Store.open(tmp_path / "halves") as store:
         found, extra = in_use(store.graph(), store.extra(), restorer(RingSection()))
         assert found == Ring(K, turns, trained=2 if turns else 0)
         assert extra.keys() == state.extra.keys()
-        resumed = train(ServerState(store.rows(), found, extra, 2), 4, Folder(store))
+        resumed = train(ServerState(store.rows(), found, extra, 2), 4, FolderRecorder(store))
         assert torch.equal(resumed.rows[everyone], expected)
         assert resumed.graph == whole.graph == Ring(K, turns, trained=4 if turns else 0)
 

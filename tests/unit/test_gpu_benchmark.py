@@ -12,6 +12,8 @@ from transformers import LlamaConfig
 
 from helpers import fake_cuda
 
+pytestmark = pytest.mark.slow
+
 CONFIG = LlamaConfig(
     vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, tie_word_embeddings=True,

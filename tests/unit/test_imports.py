@@ -20,16 +20,18 @@ LEVELS = (
     {"runner"},
     {"results"},
     {"comparison", "fleet"},
-    {"library", "mira"},
+    {"testing"},
+    {"library"},
+    {"mira"},
     {"cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 ONLY_IN = {
-    "transformers": ("model", "data/tokenizing", "adapters", "engine"),
+    "transformers": ("model", "data/tokenizing", "adapters", "engine", "testing"),
     "flwr": ("fleet/flower",),
     "cryptography": ("fleet/identity",),
     "h11": ("fleet/gate",),
-    "peft": ("adapters", "engine"),
+    "peft": ("adapters", "engine", "testing"),
 }
 CORE_MAY = {"torch", "pydantic", "mira"} | set(sys.stdlib_module_names)
 

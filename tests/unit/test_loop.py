@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers.memory_recorder import MemoryRecorder
 from mira.core.graph import Edges
 from mira.core.layout import Layout
 from mira.core.loop import Record, Schedule, apply, describe, nothing, run_rounds, sample_cohort, screen
 from mira.core.training import Training
 from mira.core.types import Change, Failure, MemoryRows, ServerState, Setting, Trained, Work
 from mira.methods import METHODS
+from mira.testing.recorders import MemoryRecorder
 
 LAYOUT = Layout.of({"layer": (1, 1)}, rank=1, alpha=1.0)  # P = 2
 TARGET = torch.tensor([[1.0, -2.0], [4.0, 0.5], [-3.0, 7.0]], dtype=torch.float64)
@@ -80,6 +80,7 @@ def minimiser(strength: float) -> Tensor:
     return torch.linalg.solve(torch.eye(3, dtype=torch.float64) + strength * LAPLACIAN, TARGET)
 
 
+@pytest.mark.slow
 def test_mira_converges_to_the_minimiser_within_the_bias_of_its_steps() -> None:
     """A round maps Θ to (I − cL)(T + ρ(Θ − T)), ρ = (1 − η)^E, c = ηEλ. Its fixed point is (I + λL)⁻¹T up to O(ηE)."""
     strength, bias = 0.8, []

@@ -29,6 +29,7 @@ libc.fclose(told)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="heaps of threads are those of glibc")
 @pytest.mark.parametrize(
     ("arguments", "chosen", "one"),

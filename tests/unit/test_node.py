@@ -22,6 +22,8 @@ from mira.fleet.flower.superlink import free_port
 from mira.fleet.gate.proxy import server_tls
 from mira.fleet.identity import kit
 
+pytestmark = pytest.mark.slow
+
 Answer = tuple[int, bytes]
 PATIENCE = 120.0  # seconds; it takes a few
 ALIVE: Answer = (200, SendNodeHeartbeatResponse(success=True).SerializeToString())

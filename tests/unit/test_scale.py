@@ -22,6 +22,8 @@ from mira.core.types import Change, Rows, ServerState, Setting, Trained, Work
 from mira.methods.mira import Mira
 from mira.store import Store
 
+pytestmark = pytest.mark.slow
+
 K, C = 20_000, 20
 LAYOUT = Layout.of({"layer": (2, 1)}, rank=1, alpha=1.0)  # P = 3
 START = torch.zeros(LAYOUT.size)

@@ -31,6 +31,7 @@ def crashes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_instant_goes_on_bit_for_bit(crashes: Path) -> None:
     whole = fingerprint(crashes / "whole")
     prefixes = json.loads((crashes / "prefixes.json").read_text())
