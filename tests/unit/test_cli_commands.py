@@ -36,7 +36,7 @@ def base(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def as_documented(out: str) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
-    """The one object that was printed, and its fields, each there as docs/cli.md says."""
+    """The one object that was printed, and its fields, each there as docs/commands/run.md says."""
     result, expected = one_object(out), documented("mira run")
     found = list(fields(result))
     assert {name for name, _ in found} == set(expected)

@@ -52,7 +52,7 @@ def run(
     experiment: Experiment, out: Path | str | None = None, callbacks: Sequence[Callback] = (), open: Open = open_session
 ) -> Result:
     """Run ``experiment`` in the new folder ``out`` (default runs/NAME-TIME) and return its result: the object that
-    ``mira run --json`` prints (docs/cli.md). Raises UserError for anything the user can mend."""
+    ``mira run --json`` prints (docs/commands/run.md). Raises UserError for anything the user can mend."""
     told = Callbacks(callbacks)
     began = time.strftime("%Y%m%d-%H%M%S")
     folder = Path("runs") / f"{experiment.name}-{began}" if out is None else expanded(Path(out))
