@@ -158,7 +158,9 @@ def test_random_sizes_train_the_same_with_and_without(
     rows = [engine.train(work_on(engine), 0, 1e-3).rows for engine in (on, off)]
     assert replayed
     # In 16 bits another length makes other products round differently.
-    assert displacement_error(on.spec.layout, rows[0], rows[1], work_on(on).start) <= (1e-12 if device == "cpu" else 0.2)
+    assert displacement_error(on.spec.layout, rows[0], rows[1], work_on(on).start) <= (
+        1e-12 if device == "cpu" else 0.2
+    )
 
 
 def test_a_client_that_diverges_stays_alone_in_a_recording(

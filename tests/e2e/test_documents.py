@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,12 @@ def test_the_python_that_uses_mira_runs(
 ) -> None:
     """On a tiny model and tiny data in the place of those named; everything else as shown."""
     data = write_clients(tmp_path / "data.jsonl")
-    whole = mira.run
+    whole, made = mira.run, []
 
-    def small(experiment: Experiment, *rest: Any) -> dict[str, Any]:
+    def small(experiment: Experiment, *rest: Any) -> Any:
         values = settings(tiny_folder, data, rounds=1, method=experiment.method)
-        return whole(Experiment(**values), *rest)
+        made.append((experiment.method.name, whole(Experiment(**values), *rest)))
+        return made[-1][1]
 
     monkeypatch.setattr(mira, "run", small, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -112,6 +114,10 @@ def test_the_python_that_uses_mira_runs(
     for block in blocks(document.read_text(encoding="utf-8"), "python"):
         if re.search(r"^(from mira import|import mira)", block, flags=re.MULTILINE):
             exec(compile(block, document.name, "exec"), {})
+    assert made or document.name != "README.md"
+    for method, result in made:
+        assert (result["method"], result["rounds"], len(result["clients"])) == (method, 1, 4)
+        assert all(isfinite(client["loss"]) and client["loss"] != client["loss_start"] for client in result["clients"])
 
 
 @pytest.mark.parametrize(

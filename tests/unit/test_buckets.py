@@ -11,6 +11,8 @@ from mira.engine.cuda.buckets import Bucket
 from mira.engine.cuda.replay import _FilledPass
 from mira.engine.packing import PassItems, pack
 
+pytestmark = pytest.mark.slow
+
 
 @st.composite
 def jobs(draw: st.DrawFn) -> PassItems:
