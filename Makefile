@@ -13,21 +13,27 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -qq --constraint constraints.txt
 # Two processes side by side, a file of tests in each. A thread for each: more would wait for cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
-EVERYTHING := --editable '.[dev,datasets,flower,privacy,quantized,wandb,mlflow]'
+EVERYTHING := --editable '.[dev,docs,pandas,datasets,flower,privacy,quantized,wandb,mlflow]'
 
-.PHONY: help demo test quick house format lock clean bench
+.PHONY: help demo demo-compare test quick house format lock clean bench docs package
 help:
-	@echo 'make demo    train, measure and export one adapter per client on a small real model (about 5 minutes)'
-	@echo 'make test    lint, types, resolve check and all tests: what CI runs'
-	@echo 'make quick   lint, types and the tests that take 90 seconds'
-	@echo 'make house   count how the package is built, against targets'
-	@echo 'make bench   speed and memory against PEFT loops, on real tasks in MIRA_NI_DATA (about 8 minutes)'
-	@echo 'make format  format and mend what ruff can'
-	@echo 'make lock    rewrite constraints.txt with the newest versions that resolve together'
-	@echo 'make clean   remove .venv and caches (runs/ stays)'
+	@echo 'make demo     train, measure and export one adapter per client on a small real model (about 7 minutes)'
+	@echo 'make demo-compare   MIRA, FedIT and training alone on the same tasks'
+	@echo 'make test     lint, types, resolve check and all tests, as in CI'
+	@echo 'make quick    lint, types and the tests that take 90 seconds'
+	@echo 'make docs     build the documentation into build/site; a broken link fails'
+	@echo 'make package  build wheel and sdist into dist'
+	@echo 'make house    count the structure of the package against its targets'
+	@echo 'make bench    speed and memory against PEFT loops, on real tasks in MIRA_NI_DATA (about 8 minutes)'
+	@echo 'make format   format, and fix lint where ruff can'
+	@echo 'make lock     rewrite constraints.txt with the newest versions that resolve together'
+	@echo 'make clean    remove .venv and caches (runs/ stays)'
 
 demo: $(VENV)/.core
 	$(BIN)/mira run configs/demo.yaml --out runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+demo-compare: $(VENV)/.core
+	$(BIN)/mira compare configs/demo-compare.yaml
 
 bench: $(VENV)/.core
 	$(BIN)/python -m benchmarks
@@ -49,6 +55,14 @@ lint: $(VENV)/.dev
 house: $(VENV)/.dev
 	$(BIN)/python -m tools.house
 
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+	@echo 'build/site/index.html'
+
+package: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
@@ -66,7 +80,7 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: $(VENV)/.core
 	@echo 'installing pinned developer tools, data set readers, bitsandbytes, Flower and trackers (about 330 MB) ...'
-	@$(INSTALL) --editable '.[dev,datasets,flower,privacy,quantized,wandb,mlflow]'
+	@$(INSTALL) $(EVERYTHING)
 	@touch $@
 
 $(VENV)/.resolves: $(VENV)/.dev

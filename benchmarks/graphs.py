@@ -19,7 +19,7 @@ from torch import Tensor
 from mira.core.errors import UserError
 from mira.core.graph import Graph
 from mira.core.seeds import generator
-from mira.results.html.load import Run, read
+from mira.results.html.load import RunData, read
 
 OUT = Path(__file__).parent / "out" / "graphs.json"
 _SHUFFLES = 200
@@ -53,7 +53,7 @@ def auc(weight: Tensor, related: Tensor) -> float:
     return float(((difference > 0).double() + 0.5 * (difference == 0).double()).mean())
 
 
-def _figures(run: Run) -> dict[str, Any]:
+def _figures(run: RunData) -> dict[str, Any]:
     weight, pairs = _weights(run.graph, len(run.names))
     family = torch.tensor([sorted(set(run.groups)).index(group) for group in run.groups])
     related = family[pairs[0]] == family[pairs[1]]

@@ -29,7 +29,8 @@ from flwr.supernode.fleet_http_connection import http_request_response
 from mira.fleet.flower import frames
 from mira.fleet.flower.apps import _bytes, _content
 from mira.fleet.identity.kit import load_site
-from mira.fleet.messages.transport import InProcessTransport, Packet, pack, unpack
+from mira.fleet.messages.packet import PROTOCOL, Packet, pack, unpack
+from mira.fleet.messages.transport import InProcessTransport
 
 STEP = 1e-3  # by which each number of a row moves
 ONE = threading.Lock()  # a row at a time: all sites of a benchmark share one machine's memory
@@ -54,7 +55,7 @@ class Toy:
     def _answer(self, asked: Packet) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         values = asked.values
         if asked.head.kind == "open":
-            return {"examples": 4, "releases": 0, "allow_transfer": False}, {}
+            return {"protocol": PROTOCOL, "examples": 4, "releases": 0, "allow_transfer": False}, {}
         if asked.head.kind == "train":
             [job] = values["jobs"]
             row = asked.tensors[job["start"]]
@@ -62,7 +63,7 @@ class Toy:
             answer = {"job": 0, "examples": 4, "tokens": 4, "steps": 1, "loss": 1.0}
             return {"jobs": [answer], "releases": 0}, {"row0": row}
         if asked.head.kind == "evaluate":
-            shape = len(values["rows"]), len(values["splits"])
+            shape = values["rows"], len(values["splits"])
             return {}, {"nll": torch.ones(shape, dtype=torch.float64), "tokens": torch.ones(shape, dtype=torch.int64)}
         return ({"grade": {"exact_match": 0.0, "rouge_l": 0.0}} if asked.head.kind == "grade" else {}), {}
 

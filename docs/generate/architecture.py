@@ -10,7 +10,9 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import partial
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -73,33 +75,71 @@ def direct(found: Arrows) -> Arrows:
     }
 
 
+def laid_out(found: Arrows) -> tuple[list[list[str]], list[list[str]]]:
+    """(rows of names, the lowest first; the chain of names along each arrow). An arrow over several rows passes through a
+    place of its own in each row between, so that no room covers it; rows are ordered to keep connected names close."""
+    rows = [list(row) for row in floors(found)]
+    level = {room: n for n, row in enumerate(rows) for room in row}
+    chains = []
+    for room, targets in sorted(direct(found).items()):
+        for target in sorted(targets):
+            between = [f"{room}>{target}>{n}" for n in range(level[room] - 1, level[target], -1)]
+            for n, place in zip(range(level[room] - 1, level[target], -1), between, strict=True):
+                rows[n].append(place)
+            chains.append([room, *between, target])
+    ends = [pair for chain in chains for pair in pairwise(chain)]
+    for _ in range(12):
+        for row in rows[1:] + rows[-2::-1]:
+            places = {name: (m + 1) / (len(other) + 1) for other in rows for m, name in enumerate(other)}
+            row.sort(key=partial(mean_place, ends, places))
+    return rows, chains
+
+
+def mean_place(ends: list[tuple[str, str]], places: dict[str, float], name: str) -> tuple[float, str]:
+    """The mean place of the names connected to ``name``."""
+    near = [places[b if a == name else a] for a, b in ends if name in (a, b)]
+    return sum(near) / max(len(near), 1), name
+
+
 def picture(found: Arrows) -> str:
-    """Floors as rows, the lowest at the bottom; an arrow points at what is imported."""
-    rows = floors(found)
-    width, box, gap, high = 760, 112, 62, 34
+    """Floors as rows, the lowest at the bottom; an arrow points at an imported room."""
+    rows, chains = laid_out(found)
+    box, gap, high, width = 112, 58, 34, 780
     height = len(rows) * (high + gap) - gap + 20
     centre: dict[str, tuple[float, float]] = {}
     for n, row in enumerate(rows):
-        y = height - 10 - high - n * (high + gap)
-        for m, room in enumerate(row):
-            centre[room] = (width * (m + 1) / (len(row) + 1), y)
+        y = float(height - 10 - high - n * (high + gap))
+        space = [box + 26 if ">" not in name else 34 for name in row]
+        x = (width - sum(space)) / 2
+        for name, wide in zip(row, space, strict=True):
+            centre[name] = (x + wide / 2, y)
+            x += wide
     lines = []
-    for room, targets in direct(found).items():
-        for target in sorted(targets):
-            (x, y), (u, v) = centre[room], centre[target]
-            lines.append(f'<path class="arrow" d="M{x:.0f} {y + high:.0f}L{u + (x - u) * 0.12:.0f} {v - 3:.0f}"/>')
+    for chain in chains:
+        x, y = centre[chain[0]]
+        path = f"M{x:.0f} {y + high:.0f}"
+        for name in chain[1:]:
+            u, v = centre[name]
+            bend = (v - y - high) / 2
+            end = v if ">" in name else v - 4
+            path += f"C{x:.0f} {y + high + bend:.0f} {u:.0f} {end - bend:.0f} {u:.0f} {end:.0f}"
+            if ">" in name:
+                path += f"V{v + high:.0f}"
+            x, y = u, v
+        lines.append(f'<path class="arrow" d="{path}"/>')
     boxes = [
         f'<rect class="room" x="{x - box / 2:.0f}" y="{y:.0f}" width="{box}" height="{high}" rx="6"/>'
         f'<text x="{x:.0f}" y="{y + 22:.0f}">{escape(room)}</text>'
         for room, (x, y) in centre.items()
+        if ">" not in room
     ]
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
         "<title>The rooms of the package and their imports, each pointing down</title>",
         "<style>text{font:15px system-ui,sans-serif;text-anchor:middle;fill:#1f2937}.room{fill:#e0e7ff;stroke:#4f46e5}"
-        ".arrow{stroke:#8b93a7;fill:none;stroke-width:1.2;marker-end:url(#head)}#head path{fill:#8b93a7}"
+        ".arrow{stroke:#8b93a7;fill:none;stroke-width:1.3;marker-end:url(#head)}#head path{fill:#8b93a7}"
         "@media(prefers-color-scheme:dark){text{fill:#e5e7eb}.room{fill:#312e81;stroke:#a5b4fc}}</style>",
-        '<defs><marker id="head" markerWidth="7" markerHeight="7" refX="6" refY="3" orient="auto">'
+        '<defs><marker id="head" markerWidth="8" markerHeight="7" refX="5" refY="3" orient="auto">'
         '<path d="M0 0L7 3L0 6z"/></marker></defs>',
         *lines, *boxes, "</svg>", "",
     ])  # fmt: skip

@@ -19,11 +19,13 @@ from mira.core.errors import UserError
 from mira.core.wire import Wire, decode
 from mira.data.sources.jsonl import Jsonl
 from mira.data.sources.sites import Own, Sites
-from mira.fleet.messages.transport import Head, InProcessTransport, NoReply, Packet, Reply, pack, unpack
+from mira.fleet.messages.packet import PROTOCOL, Head, Packet, pack, unpack
+from mira.fleet.messages.transport import InProcessTransport, NoReply, Reply
 from mira.fleet.site.handler import SEE_LOG
 from mira.fleet.site.privacy import epsilon
 from mira.methods import METHODS
 from mira.runner import run as experiment
+from mira.setup.session import Session
 
 
 @pytest.mark.parametrize(("name", "keep"), [*((name, False) for name in METHODS), ("mira", True), ("ditto", True)])
@@ -48,6 +50,17 @@ def test_every_rounds_rows_on_the_server_are_those_of_one_process(world: World) 
     together, apart = rows(world.folder / "together"), rows(world.folder / "apart")
     assert together.keys() == apart.keys()
     assert all(torch.equal(together[name], apart[name]) for name in together)
+
+
+def test_the_server_builds_no_engine(world: World) -> None:
+    opener, opened_here = world.opener(world.transport()), list[Session]()
+
+    def opening(*given: Any, **named: Any) -> Session:
+        opened_here.append(opener(*given, **named))
+        return opened_here[-1]
+
+    experiment.run(world.experiment(rounds=1), world.folder / "apart", open=opening)
+    assert "engine" not in vars(opened_here[0])
 
 
 @pytest.mark.parametrize("name", ["ditto", "local", "fedsa-lora"])
@@ -86,7 +99,7 @@ def test_what_an_error_says_stays_at_its_site(world: World, caplog: pytest.LogCa
     sites["bob"].model = str(world.folder / "secret-model")
     transport = Troubled(InProcessTransport({name: site.handle for name, site in sites.items()}))
     with pytest.raises(UserError, match="bob did not join"):
-        experiment.run(world.experiment(), world.folder / "apart", None, world.opener(transport))
+        experiment.run(world.experiment(), world.folder / "apart", (), world.opener(transport))
     everything = b"".join(data for _, data in transport.received)
     assert SEE_LOG.encode() in everything
     assert b"secret-model" not in everything
@@ -105,7 +118,7 @@ def test_a_round_of_nobody_is_not_held(world: World, monkeypatch: pytest.MonkeyP
 
     online = {name: site.handle for name, site in world.sites().items()} | {"stranger": lambda request: b""}
     transport = Troubled(InProcessTransport(online), away)
-    experiment.run(world.experiment(), world.folder / "apart", None, world.opener(transport))
+    experiment.run(world.experiment(), world.folder / "apart", (), world.opener(transport))
     assert names_of(metrics(world.folder / "apart")) == [[*NAMES]] * 3
 
 
@@ -124,7 +137,7 @@ def test_a_reply_is_used_for_its_own_request_alone(world: World) -> None:
         return reply
 
     transport = Troubled(InProcessTransport({name: site.handle for name, site in world.sites().items()}), change=change)
-    experiment.run(world.experiment(method={"name": "ditto"}), world.folder / "apart", None, world.opener(transport))
+    experiment.run(world.experiment(method={"name": "ditto"}), world.folder / "apart", (), world.opener(transport))
     records = metrics(world.folder / "apart")
     assert [sorted(record["lost"]) for record in records[1:]] == [[], ["ann", "bob", "cleo"], []]
     assert records[2]["lost"]["ann"] == "its reply is of round '0', asked was 1"
@@ -164,8 +177,8 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     ),
     "jobs": (odd(jobs=[7]), "does not hold one result"),
     "no jobs": (odd(jobs={}), "does not hold one result"),
-    "counts": (odd(jobs=[ODD_JOB | {"examples": 2**80}]), "no numbers a training gives"),
-    "loss": (odd(jobs=[ODD_JOB | {"loss": None}]), "no numbers a training gives"),
+    "counts": (odd(jobs=[ODD_JOB | {"examples": 2**80}]), "are not those of a training"),
+    "loss": (odd(jobs=[ODD_JOB | {"loss": None}]), "are not those of a training"),
     "weight": (odd(jobs=[ODD_JOB | {"examples": 4000}]), "it joined with"),
     "length": (odd(jobs=[ODD_JOB | {"steps": 2**40}]), "was asked for"),
 }  # fmt: skip
@@ -190,7 +203,7 @@ def test_what_is_not_the_reply_asked_for_is_rejected_for_its_reason_and_the_othe
         rounds=len(wrongs), method={"name": "fedit"}, training={"local_steps": 1},
         evaluation={"every": 100, "transfer_clients": 0},
     )  # fmt: skip
-    experiment.run(asked, world.folder / "apart", None, world.opener(transport))
+    experiment.run(asked, world.folder / "apart", (), world.opener(transport))
     records = metrics(world.folder / "apart")
     for record, (_, why) in zip(records[1:], wrongs, strict=True):
         assert sorted(record["train_loss"]) == ["bob", "cleo"]
@@ -210,7 +223,7 @@ def test_a_reply_of_a_site_that_was_asked_nothing_changes_nothing(
 
     sites = InProcessTransport({name: site.handle for name, site in world.sites().items()})
     wanted = world.experiment(rounds=1, evaluation={"generate": False, "transfer_clients": 0})
-    experiment.run(wanted, world.folder / "apart", None, world.opener(Doubling(sites)))
+    experiment.run(wanted, world.folder / "apart", (), world.opener(Doubling(sites)))
     assert sorted(metrics(world.folder / "apart")[1]["train_loss"]) == list(NAMES)
     assert "a reply from dan: rejected, it was asked nothing" in caplog.text
 
@@ -230,7 +243,7 @@ def test_noise_is_put_on_at_the_site_and_every_release_counts(world: World, wire
         else reply
     )
     wanted = world.experiment(privacy=PRIVATE, server={"wire": wire}, **QUIET)
-    result = experiment.run(wanted, world.folder / "apart", None, world.opener(transport))
+    result = experiment.run(wanted, world.folder / "apart", (), world.opener(transport))
     records = metrics(world.folder / "apart")
     assert records[0]["privacy"] == {name: {"releases": 0, "epsilon": 0.0, "delta": 1e-5} for name in NAMES}
     assert [record["privacy"]["bob"]["releases"] for record in records] == [0, 1, 2, 3]
@@ -264,7 +277,7 @@ def test_releases_are_counted_over_restarts(world: World, away: set[str]) -> Non
     before = metrics(world.folder / "apart")[-1]["privacy"]
     assert all(site["releases"] for site in before.values())
     online = {name: site.handle for name, site in world.sites().items() if name not in away}
-    result = experiment.resume(world.folder / "apart", None, world.opener(Troubled(InProcessTransport(online))))
+    result = experiment.resume(world.folder / "apart", (), world.opener(Troubled(InProcessTransport(online))))
     kept = {name: before[name]["releases"] for name in away}
     assert {name: site["releases"] for name, site in result["privacy"].items()} == dict.fromkeys(NAMES, 3) | kept
 
@@ -296,7 +309,7 @@ def test_a_row_that_went_astray_is_rejected_with_the_reason_and_the_others_are_u
         return pack(replace(message, tensors=wrong))
 
     transport = Troubled(InProcessTransport({name: site.handle for name, site in world.sites().items()}), change=change)
-    experiment.run(world.experiment(method={"name": "fedit"}), world.folder / "apart", None, world.opener(transport))
+    experiment.run(world.experiment(method={"name": "fedit"}), world.folder / "apart", (), world.opener(transport))
     records = metrics(world.folder / "apart")
     assert [sorted(record["lost"]) for record in records[1:]] == [[], ["ann"], ["ann"]]
     assert "more than 10 times the round's median" in records[2]["lost"]["ann"]
@@ -306,7 +319,7 @@ def test_a_row_that_went_astray_is_rejected_with_the_reason_and_the_others_are_u
 def test_a_largest_norm_of_the_configuration_is_kept(world: World) -> None:
     transport = Troubled(InProcessTransport({name: site.handle for name, site in world.sites().items()}))
     asked = world.experiment(rounds=1, server={"max_norm": 1e-9})
-    experiment.run(asked, world.folder / "apart", None, world.opener(transport))
+    experiment.run(asked, world.folder / "apart", (), world.opener(transport))
     lost = metrics(world.folder / "apart")[1]["lost"]
     assert sorted(lost) == list(NAMES)
     assert all("server.max_norm is 1e-09" in reason for reason in lost.values())
@@ -330,7 +343,7 @@ def test_a_server_that_died_goes_on_where_it_was(world: World, restarted: bool) 
         world.apart(sites, "apart", [Interrupt(2)], **plan)
     again = world.sites() if restarted else sites  # new processes in the old folders
     transport = Troubled(InProcessTransport({name: site.handle for name, site in again.items()}))
-    experiment.resume(world.folder / "apart", None, world.opener(transport))
+    experiment.resume(world.folder / "apart", (), world.opener(transport))
     whole, resumed = metrics(world.folder / "whole-run"), metrics(world.folder / "apart")
     assert [record["clients"] for record in whole] == [record["clients"] for record in resumed]
     for site in NAMES:
@@ -350,18 +363,20 @@ def test_a_site_with_another_model_does_not_take_part(
     sites["bob"].model = str(other)
     transport = Troubled(InProcessTransport({name: site.handle for name, site in sites.items()}))
     with pytest.raises(UserError, match=r"server: bob did not join within 0 s"):
-        experiment.run(world.experiment(), world.folder / "apart", None, world.opener(transport))
+        experiment.run(world.experiment(), world.folder / "apart", (), world.opener(transport))
     assert f"bob does not take part: its {what} is not the server's" in caplog.text
 
 
+def opened(world: World, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Bob's reply to the opening of a run whose values were changed."""
+    values = {"protocol": PROTOCOL, "experiment": world.experiment().model_dump(mode="json"), "number": 1, "threads": 1}
+    change(values)
+    request = Packet(Head("open", "0" * 16, "s", 0, "bob"), values | {"rank": None}, {})
+    return unpack(world.sites()["bob"].handle(pack(request))).values
+
+
 def test_a_site_runs_no_code_that_a_model_brings(world: World) -> None:
-    site = world.sites()["bob"]
-    given = world.experiment().model_dump(mode="json")
-    given["model"]["trust_remote_code"] = True
-    request = Packet(
-        Head("open", "0" * 16, "s", 0, "bob"), {"experiment": given, "number": 1, "threads": 1, "rank": None}, {}
-    )
-    told = unpack(site.handle(pack(request))).values
+    told = opened(world, lambda values: values["experiment"]["model"].update(trust_remote_code=True))
     assert told == {"failed": "model.trust_remote_code=true: a site runs no code that a model brings"}
 
 
@@ -371,16 +386,34 @@ def test_a_site_runs_no_code_that_a_model_brings(world: World) -> None:
 )
 def test_a_site_renders_no_template_that_a_server_sends(world: World, key: str, value: object) -> None:
     """It could spell the site's texts in numbers of tokens, read its files, or never end."""
-    site = world.sites()["bob"]
-    given = world.experiment().model_dump(mode="json")
-    given["prompt"][key] = value
-    request = Packet(
-        Head("open", "0" * 16, "s", 0, "bob"), {"experiment": given, "number": 1, "threads": 1, "rank": None}, {}
-    )
-    told = unpack(site.handle(pack(request))).values
+    told = opened(world, lambda values: values["experiment"]["prompt"].update({key: value}))
     assert told == {
         "failed": f"prompt.{key}: a template is a program; a site renders its texts with its model's own alone"
     }
+
+
+@pytest.mark.parametrize("package", ["mira-loha 0.3", None])
+def test_a_site_without_the_plug_in_of_an_adapter_says_what_to_install(world: World, package: str | None) -> None:
+    def change(values: dict[str, Any]) -> None:
+        values["adapter_package"] = package
+        values["experiment"]["adapter"] = {"kind": "loha", "rank": 4}
+
+    source = package or "the plug-in that the server has"
+    assert opened(world, change) == {
+        "failed": f"adapter.kind=loha: this site has no adapter of that kind; install {source} at the site too"
+    }
+
+
+@pytest.mark.parametrize("theirs", [None, PROTOCOL + 1])
+def test_a_site_and_a_server_of_different_versions_refuse_each_other(world: World, theirs: int | None) -> None:
+    line = f"speak different versions of MIRA's messages (here {PROTOCOL}, there {theirs}); install the same version"
+    assert line in opened(world, lambda values: values.update(protocol=theirs))["failed"]
+
+    def change(name: str, request: bytes, reply: bytes) -> Reply:
+        return odd(protocol=theirs)(reply) if name == "bob" else reply
+
+    with pytest.raises(UserError, match="server: bob did not join"):
+        experiment.run(world.experiment(), world.folder / "apart", (), world.opener(world.transport(change=change)))
 
 
 @pytest.mark.quick

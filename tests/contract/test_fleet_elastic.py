@@ -18,7 +18,8 @@ from helpers.sample_config import Interrupt, mira
 from mira.core.errors import UserError
 from mira.core.wire import decode
 from mira.data.sources.sites import Sites
-from mira.fleet.messages.transport import InProcessTransport, NoReply, Reply, pack, unpack
+from mira.fleet.messages.packet import pack, unpack
+from mira.fleet.messages.transport import InProcessTransport, NoReply, Reply
 from mira.fleet.server.session import Opener
 from mira.runner import run as experiment
 from mira.runner.progress import RunProgress
@@ -26,7 +27,7 @@ from mira.runner.progress import RunProgress
 
 def test_a_site_that_is_away_keeps_its_row_and_comes_back(world: World) -> None:
     transport = world.transport(offline=lambda trainings: {"bob"} if trainings == 1 else set())
-    experiment.run(world.experiment(), world.folder / "apart", None, world.opener(transport))
+    experiment.run(world.experiment(), world.folder / "apart", (), world.opener(transport))
     records = metrics(world.folder / "apart")
     assert names_of(records) == [["ann", "bob", "cleo"], ["ann", "cleo"], ["ann", "bob", "cleo"]]
     assert records[2]["lost"] == {"bob": "it is not online"}
@@ -53,7 +54,7 @@ def test_nobody_waits_for_a_site_that_does_not_join(world: World) -> None:
             NoReply("late") if (name, unpack(request).head.kind) == ("bob", "open") else reply
         ),
     )
-    experiment.resume(world.folder / "apart", None, world.opener(deaf))
+    experiment.resume(world.folder / "apart", (), world.opener(deaf))
     assert asked[0] == ({"ann open", "bob open", "cleo open"}, 3)
     assert asked[1] == ({"ann train", "bob open", "cleo train"}, 2)
     assert all(minimum == 2 for whom, minimum in asked[1:] if "ann finish" not in whom and whom != {"bob open"})
@@ -69,7 +70,7 @@ def test_a_refused_reply_is_not_one_of_those_that_are_enough(world: World) -> No
         **broken.inner.sites,
         "ann": lambda request: ann(request)[: -3 if unpack(request).head.kind == "train" else None],
     })  # fmt: skip
-    experiment.run(world.experiment(server={"minimum": 1}), world.folder / "apart", None, world.opener(broken))
+    experiment.run(world.experiment(server={"minimum": 1}), world.folder / "apart", (), world.opener(broken))
     records = metrics(world.folder / "apart")
     assert names_of(records) == [["bob"]] * 3
     for record in records[1:]:
@@ -87,7 +88,7 @@ def test_a_round_does_not_wait_for_the_losses_of_who_is_training_still(world: Wo
             late if (name, (head := unpack(request).head).kind, head.round) == ("bob", "train", 1) else reply
         ),
     )
-    experiment.run(world.experiment(rounds=rounds), world.folder / "apart", None, world.opener(transport))
+    experiment.run(world.experiment(rounds=rounds), world.folder / "apart", (), world.opener(transport))
     heads = [unpack(data).head for _, data in transport.sent]
     measured = [{h.name for h in heads if (h.kind, h.round) == ("evaluate", round)} for round in range(3)]
     assert measured[:rounds] == [{*NAMES}, {"ann", "cleo"} if rounds == 3 else {*NAMES}, {*NAMES}][:rounds]
@@ -134,7 +135,7 @@ def test_a_site_whose_data_changed_is_not_taken_back(world: World) -> None:
         world.apart(sites, "apart", [Interrupt(1)], split={"train": 0.5, "validation": 1, "test": 1})
     file = world.data / "bob.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:6]))
-    experiment.resume(world.folder / "apart", None, world.opener(world.transport()))
+    experiment.resume(world.folder / "apart", (), world.opener(world.transport()))
     records = metrics(world.folder / "apart")
     assert records[2]["lost"] == {"bob": "its data changed: it trained on 4 examples when it joined; restore it"}
     assert names_of(records) == [["ann", "bob", "cleo"], ["ann", "cleo"], ["ann", "cleo"]]
@@ -179,7 +180,7 @@ def test_what_is_known_of_a_silent_site_is_known_after_a_restart(world: World) -
         experiment.run(
             world.experiment(**LOSSES), world.folder / "apart", [Interrupt(1)], world.opener(world.transport())
         )
-    result = experiment.resume(world.folder / "apart", None, world.opener(world.transport(**silent("bob", 1, 2))))
+    result = experiment.resume(world.folder / "apart", (), world.opener(world.transport(**silent("bob", 1, 2))))
     records = metrics(world.folder / "apart")
     assert [record.get("unmeasured") for record in records] == [None, None, {"bob": 1}, {"bob": 1}]
     assert result["local_loss"] == records[3]["local_loss"] is not None
@@ -198,7 +199,7 @@ def test_rounds_are_compared_by_the_same_clients(world: World) -> None:
         return pack(replace(message, tensors=message.tensors | {"nll": message.tensors["nll"] + 1000}))
 
     transport = world.transport(change=change)
-    result = experiment.run(world.experiment(**LOSSES), world.folder / "apart", None, world.opener(transport))
+    result = experiment.run(world.experiment(**LOSSES), world.folder / "apart", (), world.opener(transport))
     records = metrics(world.folder / "apart")
     assert [record.get("unmeasured") for record in records] == [{"bob": None}, {"bob": None}, None, None]
     assert records[0]["validation_loss"] < records[2]["validation_loss"]
@@ -211,7 +212,7 @@ def test_rounds_are_compared_by_the_same_clients(world: World) -> None:
 def test_answers_are_means_over_those_who_answered(world: World) -> None:
     transport = world.transport(**silent("bob", 2, kind="grade"))
     wanted = world.experiment(evaluation={"transfer_clients": 0})
-    result = experiment.run(wanted, world.folder / "apart", None, world.opener(transport))
+    result = experiment.run(wanted, world.folder / "apart", (), world.opener(transport))
     answers = metrics(world.folder / "apart")[-1]["answers"]
     assert answers["unmeasured"] == ["bob"]
     for key in ("exact_match", "rouge_l"):
@@ -232,11 +233,11 @@ def test_a_measurement_that_cannot_be_is_none(
         return pack(replace(message, tensors=message.tensors | {key: torch.full_like(message.tensors[key], value)}))
 
     transport = world.transport(change=change)
-    experiment.run(world.experiment(rounds=2, **LOSSES), world.folder / "apart", None, world.opener(transport))
+    experiment.run(world.experiment(rounds=2, **LOSSES), world.folder / "apart", (), world.opener(transport))
     record = metrics(world.folder / "apart")[2]
     assert record["unmeasured"] == {"ann": 1}
     assert record["validation_loss"] is not None
-    assert "evaluate from ann: its losses are no numbers a measurement gives" in caplog.text
+    assert "evaluate from ann: its losses are not those of a measurement" in caplog.text
 
 
 def first_row(transport: Troubled, name: str, round: int) -> torch.Tensor:
@@ -244,8 +245,8 @@ def first_row(transport: Troubled, name: str, round: int) -> torch.Tensor:
     for site, data in transport.sent:
         message = unpack(data)
         if (site, message.head.kind, message.head.round) == (name, "train", round):
-            size = len(message.tensors["a0"]) // 4
-            return decode(message.tensors["a0"], "fp32", size)
+            size = len(message.tensors["row0"]) // 4
+            return decode(message.tensors["row0"], "fp32", size)
     raise AssertionError("it was asked for nothing")
 
 
@@ -275,7 +276,7 @@ def test_a_site_that_first_takes_part_in_round_3_starts_from_its_neighbours(
     mean = torch.stack([{"ann": ann, "cleo": cleo}[name] for name in near]).double().mean(0).float()
     assert not torch.allclose(mean, start)
     back = world.transport(sites)
-    experiment.resume(world.folder / "apart", None, world.opener(back))
+    experiment.resume(world.folder / "apart", (), world.opener(back))
     given = first_row(back, "bob", 2)
     if rank:
         # Of the row's two ranks the first is his, and only that travels; he uses it with α/1 for α/2, so B is halved.
@@ -291,7 +292,7 @@ def test_a_site_that_first_takes_part_in_round_3_starts_from_its_neighbours(
 def test_a_method_with_a_row_of_all_starts_from_that(world: World) -> None:
     transport = world.transport(**silent("bob", 0, 1, kind="train"))
     wanted = world.experiment(method={"name": "fedit"}, **LOSSES)
-    experiment.run(wanted, world.folder / "apart", None, world.opener(transport))
+    experiment.run(wanted, world.folder / "apart", (), world.opener(transport))
     assert torch.equal(first_row(transport, "bob", 2), first_row(transport, "ann", 2))
 
 
@@ -305,7 +306,7 @@ def test_a_site_issued_while_the_run_is_on_takes_its_place(world: World) -> None
     with pytest.raises(Interrupt.Pulled):
         experiment.run(wanted, world.folder / "apart", [Interrupt(2)], opener(away))
     here = world.transport(sites)
-    result = experiment.resume(world.folder / "apart", None, Opener(here, lambda: NAMES, patience=0.0))
+    result = experiment.resume(world.folder / "apart", (), Opener(here, lambda: NAMES, patience=0.0))
     mean = torch.stack([first_row(here, name, 3) for name in ("ann", "bob")]).double().mean(0).float()
     torch.testing.assert_close(first_row(here, "cleo", 3), mean, rtol=0, atol=1e-7)
     records = metrics(world.folder / "apart")
@@ -327,7 +328,7 @@ def test_a_site_issued_while_the_run_is_on_takes_its_place(world: World) -> None
 def test_somebody_has_to_be_there_when_a_run_begins(world: World) -> None:
     wanted = world.experiment().model_copy(update={"data": Sites(expected=list(NAMES))})
     with pytest.raises(UserError, match=r"data\.expected: names every site"):
-        experiment.run(wanted, world.folder / "apart", None, world.opener(world.transport()))
+        experiment.run(wanted, world.folder / "apart", (), world.opener(world.transport()))
 
 
 def test_a_site_without_a_place_is_told_so_and_changes_nothing(world: World, caplog: pytest.LogCaptureFixture) -> None:
@@ -337,7 +338,7 @@ def test_a_site_without_a_place_is_told_so_and_changes_nothing(world: World, cap
     with pytest.raises(Interrupt.Pulled):
         world.apart(sites, "apart", [Interrupt(1)], **LOSSES)
     more = world.transport({**sites, "aaron": sites["ann"]})
-    experiment.resume(world.folder / "apart", None, Opener(more, lambda: ("aaron", *NAMES), patience=0.0))
+    experiment.resume(world.folder / "apart", (), Opener(more, lambda: ("aaron", *NAMES), patience=0.0))
     whole, apart = rows(world.folder / "whole-run"), rows(world.folder / "apart")
     assert whole.keys() == apart.keys()
     assert all(torch.equal(whole[name], apart[name]) for name in whole)

@@ -200,7 +200,7 @@ def test_batched_refuses_it_and_methods_of_factors_too(registered: None, tmp_pat
     with pytest.raises(UserError, match=r"engine\.name=batched: has no arithmetic for this adapter\.kind; use"):
         open_session(Experiment(**values | {"engine": {"name": "batched"}})).engine  # noqa: B018
     assert isinstance(open_session(Experiment(**values)).engine, ReferenceEngine)
-    with pytest.raises(UserError, match=r"method\.name=ffa-lora: works on the factors A and B"):
+    with pytest.raises(UserError, match=r"method\.name=ffa-lora: needs the factors A and B"):
         Experiment(**values | {"method": {"name": "ffa-lora"}})
     with pytest.raises(UserError, match=r"clients\.rank\.ann=2: ranks belong to adapter\.kind=lora"):
         Experiment(**values | {"clients": {"rank": {"ann": 2}}})

@@ -100,10 +100,10 @@ def test_neighbours_of_other_ranks_count_in_their_own_scale(tiny_folder: Path, t
         # Its start is made of its neighbours' rows: read with another adapter they would be noise.
         (
             ("--set", "adapter.rank=1"),
-            "--set adapter.rank=1: a client that joins has its run's adapter; of its own it may",
+            "--set adapter.rank=1: a client that joins has the adapter of the run; it may",
         ),
-        (("--set", "data.source=builtin"), "a client that joins has its run's data"),
-        (("--set", "clients.rank={eve: 1}"), "a client that joins has its run's clients"),
+        (("--set", "data.source=builtin"), "a client that joins has the data"),
+        (("--set", "clients.rank={eve: 1}"), "a client that joins has the clients"),
     ],
 )
 def test_what_cannot_be_is_one_line(finished: Path, more: tuple[str, ...], message: str) -> None:
@@ -112,7 +112,7 @@ def test_what_cannot_be_is_one_line(finished: Path, more: tuple[str, ...], messa
 
 def test_a_name_that_is_taken_is_refused(finished: Path) -> None:
     ended = mira("adapt", finished / "run", "--client", "ann", "--data", finished / "eve.jsonl")
-    assert ended.error == "--client ann: is a client of this run; give the new one a name of its own"
+    assert ended.error == "--client ann: is a client of this run; give the new client another name"
 
 
 def test_a_human_sees_both_curves(finished: Path) -> None:
@@ -141,7 +141,7 @@ def test_where_all_describe_the_same_task_all_are_neighbours(alike: Path) -> Non
     ended = adapt(alike, "--rounds", 0)
     assert ended.status == 0, ended
     assert ended.out.startswith("starts from c0 (1.00), c1 (1.00), c2 (1.00)\n")
-    assert "every client of the run describes this task: all of them count alike" in ended.err
+    assert "all clients of the run have the same task description: all have the same weight" in ended.err
     assert "its clients have no group, leave --group out" in adapt(alike, "--group", "any").error
 
 
@@ -150,7 +150,7 @@ def test_another_task_than_theirs_starts_from_all_of_them(alike: Path) -> None:
     other.write_text((alike / "eve.jsonl").read_text().replace("Add.", "Sing."))
     ended = mira("adapt", alike / "run", "--client", "other", "--data", other, "--rounds", 0)
     assert ended.out.startswith("starts from c0 (1.00), c1 (1.00), c2 (1.00)\n")
-    assert "no description in the run is like this client's, and its clients have no groups" in ended.err
+    assert "no task description of the run is similar to this client's, and its clients have no groups" in ended.err
 
 
 def test_data_of_the_run_need_not_be_there(alike: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_graph_of_descriptions_that_are_all_the_same_says_so(name: str, alike:
     config.write_text(json.dumps(settings(tiny_folder, alike, graph={"name": name}, data=data)))
     for command in (["config", "check", config], ["run", config, "--out", alike / f"run-{name}"]):
         refused = mira(*command).error
-        assert refused.startswith(f"graph.name={name}: all clients describe the same task, so none is nearer")
+        assert refused.startswith(f"graph.name={name}: all clients have the same task description, so")
     assert mira("config", "check", config, "--set", "graph.source=displacement").status == 0
     assert mira("config", "check", config, "--set", "graph.name=complete").status == 0
 
@@ -190,5 +190,5 @@ def test_data_that_is_needed_and_gone_is_named(tiny_folder: Path, tmp_path: Path
     (tmp_path / "data").rename(tmp_path / "gone")
     refused = adapt(tmp_path, "--rounds", 0).error
     assert refused.startswith(
-        "--client: the run's clients have no descriptions and are compared by their data, which is not at"
+        "--client: the run's clients have no descriptions and are compared by their data, which is no longer at"
     )

@@ -90,7 +90,7 @@ def test_json_is_as_documented(done: tuple[Path, dict[str, Any], str]) -> None:
     for name, item in found:
         if name in shown:
             assert isinstance(item, KINDS[expected[name]]), f"{name}={item!r} is not {expected[name]}"
-    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "commands" / "compare.md").read_text(encoding="utf-8")
     of_runs = [line for line in text.splitlines() if line.startswith("| `entries[].runs[]")]
     for name in inner:
         part = name.rsplit(".", 1)[1]
@@ -152,8 +152,8 @@ def test_wins_are_counted_client_by_client(done: tuple[Path, dict[str, Any], str
 def test_progress_and_files(done: tuple[Path, dict[str, Any], str]) -> None:
     folder, value, err = done
     assert "8 runs: 2 entries × 2 points × 2 seeds" in err
-    assert err.index("for 8 runs, if each takes as long") < err.index("run 1 of 8")
-    assert err.count("comes on top") == 1
+    assert err.index("for 8 runs, estimated from the first round") < err.index("run 1 of 8")
+    assert err.count("plus the evaluation on test data") == 1
     assert "run 1 of 8 · Local · training.lr=0.001 · seed 0 · validation " in err
     assert "run 8 of 8 · MIRA (s = 1) · training.lr=0.03 · seed 1 · validation " in err
     assert json.loads((folder / "o" / "compare.json").read_text()) == value
@@ -219,7 +219,7 @@ def test_an_older_comparison_whose_runs_cannot_be_opened_keeps_its_table(
 
     monkeypatch.setattr(running, "open_session", gone)
     ended = mira("compare", folder / "c.yaml", "--out", tmp_path / "o", "--json")
-    assert ended.err.count("how it began cannot be measured: model.name=x: not here any more") == 4
+    assert ended.err.count("the losses before training cannot be measured: model.name=x: not here any more") == 4
     for entry, before in zip(one_object(ended.out)["entries"], value["entries"], strict=True):
         assert entry["local_loss"] == before["local_loss"]
         assert [run["local_loss_start"] for run in entry["runs"]] == [None, None]
@@ -295,7 +295,7 @@ def test_a_comparison_goes_on_within_a_run(tiny_folder: Path, tmp_path: Path, mo
     assert "2 points × 1 seeds, and 1 more seeds" in ended.err
     lines: list[str] = []
     again = comparison.compare(comparison.load(file), tmp_path / "o", "", say=lines.append)
-    assert lines.pop(0).endswith("for 1 runs, by the 2 finished before; measuring on test data comes on top")
+    assert lines.pop(0).endswith("for 1 runs, estimated from 2 finished runs, plus the evaluation on test data")
     assert [line.endswith("finished before") for line in lines] == [True, True, False]
     for one, other in zip(value["entries"][0]["runs"], again["entries"][0]["runs"], strict=True):
         assert one | {"seconds": 0} == other | {"seconds": 0}
@@ -320,7 +320,7 @@ def test_the_page_shows_what_was_chosen_and_tested(done: tuple[Path, dict[str, A
     ("change", "error"),
     [
         ({"run": "../elsewhere"}, "names a run outside its folder: ../elsewhere"),
-        ({"clients": None}, "not as 'mira compare' writes it"),
+        ({"clients": None}, "not a file of 'mira compare'"),
     ],
 )
 def test_the_page_refuses_a_file_that_was_tampered_with(

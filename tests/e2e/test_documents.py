@@ -50,6 +50,8 @@ def check_command(command: str) -> None:
     words = words[: next((n for n, word in enumerate(words) if word in ("|", ">", ">>", "2>", "&&", ";")), None)]
     group: Any = typer.main.get_command(app)
     context, arguments = None, words[1:]
+    if arguments == ["--version"]:
+        return
     while isinstance(group, click.Group):
         context = click.Context(group, parent=context, info_name=group.name)
         _, command_found, arguments = group.resolve_command(context, arguments)
@@ -75,7 +77,7 @@ def completed(block: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_every_yaml_block_is_valid(document: Path) -> None:
     for block in blocks(document.read_text(encoding="utf-8"), "yaml"):
         values = yaml.safe_load(block)
@@ -85,7 +87,7 @@ def test_every_yaml_block_is_valid(document: Path) -> None:
         Experiment(**values if {"model", "rounds", "training", "data"} <= values.keys() else completed(values))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_every_command_exists(document: Path) -> None:
     for command, complete in commands(document.read_text(encoding="utf-8")):
         try:
@@ -95,29 +97,52 @@ def test_every_command_exists(document: Path) -> None:
             pytest.fail(f"{document.name}: '{command}': {error}")
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
+@pytest.fixture
+def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Classes that a document registers are forgotten afterwards."""
+    for registry in SECTIONS.values():
+        for name in ("_added", "_plugins"):
+            monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
+    yield
+    for registry in SECTIONS.values():
+        registry.changes += 1
+
+
+def experiment_of(given: Any) -> Experiment:
+    if isinstance(given, Experiment):
+        return given
+    return Experiment(**given) if isinstance(given, dict) else config.load(given)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.usefixtures("registries")
 def test_the_python_that_uses_mira_runs(
     document: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a tiny model and tiny data in the place of those named; everything else as shown."""
+    """On a tiny model, for one round, and on tiny data in the place of files; everything else as shown."""
     data = write_clients(tmp_path / "data.jsonl")
-    whole, made = mira.run, []
+    whole, made = mira.run, list[mira.Run]()
 
-    def small(experiment: Experiment, *rest: Any) -> Any:
+    def small(given: Any, out: Any = None, **objects: Any) -> mira.Run:
+        experiment = experiment_of(given)
         values = settings(tiny_folder, data, rounds=1, method=experiment.method)
-        made.append((experiment.method.name, whole(Experiment(**values), *rest)))
-        return made[-1][1]
+        if experiment.data.source == "builtin":
+            values["data"] = {"source": "builtin"}
+        run = whole(Experiment(**values), out, **objects)
+        made.append(run)
+        return run
 
     monkeypatch.setattr(mira, "run", small, raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    names: dict[str, Any] = {"__name__": "__main__"}  # a document's blocks build on each other
     for block in blocks(document.read_text(encoding="utf-8"), "python"):
-        if re.search(r"^(from mira import|import mira)", block, flags=re.MULTILINE):
-            exec(compile(block, document.name, "exec"), {})
+        if re.search(r"^(from mira[. ]|import mira|mira\.)", block, flags=re.MULTILINE):
+            exec(compile(block, document.name, "exec", dont_inherit=True), names)
     assert made or document.name != "README.md"
-    for method, result in made:
-        assert (result["method"], result["rounds"], len(result["clients"])) == (method, 1, 4)
-        assert all(isfinite(client["loss"]) and client["loss"] != client["loss_start"] for client in result["clients"])
+    for run in made:
+        assert (run["rounds"], len(run["clients"])) == (1, len(run.clients))
+        assert all(isfinite(client["loss"]) and client["loss"] != client["loss_start"] for client in run["clients"])
 
 
 @pytest.mark.parametrize(

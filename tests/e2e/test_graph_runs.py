@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+import mira
 from helpers.sample_config import begin, outcome, settings, write_clients
 from helpers.tiny_models import make_tiny, make_tokenizer
 from mira import Experiment, run
+from mira.core.graph import Embed
 from mira.core.graph_io import from_tensors, in_use
 from mira.data.federation import make_federation
 from mira.model import Base
@@ -44,6 +49,66 @@ def test_a_run_that_learns_its_graph_resumes_with_it(tiny_folder: Path, data: Pa
     assert torch.equal(used.weights(everyone, everyone), kept.weights(everyone, everyone))
 
 
+@dataclass(frozen=True)
+class Star:
+    """The first client with all others, of a class of its own. Where ``grows``: by the share of rounds that are trained."""
+
+    num_clients: int
+    grows: bool
+    weight: float
+
+    def weights(self, rows: Tensor, columns: Tensor) -> Tensor:
+        return ((rows == 0)[:, None] ^ (columns == 0)[None, :]).double() * self.weight
+
+    def neighbours(self, client: Tensor) -> Tensor:
+        return torch.arange(self.num_clients) if bool((client == 0).any()) else torch.zeros(1, dtype=torch.int64)
+
+    def laplacian_max(self) -> float:
+        return self.num_clients * self.weight
+
+    def degree_max(self) -> float:
+        return (self.num_clients - 1) * self.weight
+
+    def isolated(self) -> Tensor:
+        return torch.empty(0, dtype=torch.int64)
+
+    def updated(self, round: int, client: Tensor, rows: Tensor) -> Star:
+        return replace(self, weight=self.weight + 0.25) if self.grows else self
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        return {"star": torch.tensor([self.num_clients, self.grows, self.weight], dtype=torch.float64)}
+
+
+@dataclass(frozen=True)
+class StarSection:
+    name: str = "star"
+    grows: bool = False
+
+    def build(self, names: Sequence[str], groups: Sequence[str], seed: int, embed: Embed) -> Star:
+        return Star(len(names), self.grows, 0.5)
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> Star:
+        clients, grows, weight = tensors["star"].tolist()
+        return Star(int(clients), bool(grows), weight)
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_run_resumes_with_a_graph_of_a_foreign_class(
+    grows: bool, tiny_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    mira.register(graph=StarSection)
+    graph = {"name": "star", "grows": grows}
+    experiment = Experiment(**settings(tiny_folder, data, graph=graph, method={"form": "paper"}, rounds=4))
+    run(experiment, tmp_path / "whole")
+    begin(experiment, tmp_path / "halves", 2)
+    resume(tmp_path / "halves")
+    assert outcome(tmp_path / "halves") == outcome(tmp_path / "whole")
+    with Store.open(tmp_path / "whole", writable=False) as store:
+        used = state_of(open_session(experiment, folder=store.folder), store).graph
+    assert used == Star(4, grows, 1.5 if grows else 0.5)
+    assert "Graph between clients" in write([tmp_path / "whole"], tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 def test_descriptions_relate_clients_of_the_same_task(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     """Clients say "Add." or "Take away.", by turns; the run and its resumption see the same graph."""
     experiment = Experiment(**settings(tiny_folder, data, graph={"name": "knn", "neighbours": 1}, rounds=1))
@@ -73,7 +138,7 @@ def test_nobody_is_described_to_a_method_without_a_graph(
     }
     with Store.open(tmp_path / "run", writable=False) as store:
         assert not from_tensors(store.graph()).weights(torch.arange(4), torch.arange(4)).any()
-    assert "Who learns from whom" not in write([tmp_path / "run"], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Graph between clients" not in write([tmp_path / "run"], tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_without_a_description_training_prompts_speak(data: Path, tmp_path: Path, tiny_folder: Path) -> None:

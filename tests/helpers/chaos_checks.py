@@ -15,7 +15,8 @@ import torch
 
 from mira import Experiment
 from mira.data.sources.jsonl import Jsonl
-from mira.fleet.messages.transport import InProcessTransport, NoReply, OnReply, Reply, unpack
+from mira.fleet.messages.packet import unpack
+from mira.fleet.messages.transport import InProcessTransport, NoReply, OnReply, Reply
 from mira.fleet.server.session import Opener
 from mira.fleet.site.handler import SiteHandler
 from mira.runner import run as experiment
@@ -116,7 +117,7 @@ def different(found: Evidence, wanted: Experiment) -> list[str]:
     experiment.run(wanted, folder / "together")
     sites = {name: SiteHandler(name, Jsonl(folder / "all"), folder / "again" / name, threads=1) for name in SITES}
     losing = Losing(InProcessTransport({name: site.handle for name, site in sites.items()}), found.lost)
-    experiment.run(wanted, folder / "replayed", None, Opener(losing, lambda: SITES, 0.0))
+    experiment.run(wanted, folder / "replayed", (), Opener(losing, lambda: SITES, 0.0))
     here, replayed, peace = (digests(folder / run) for run in ("run", "replayed", "together"))
     wrong = [f"round {r}: rows are not those of the same losses in one process" for r in here if here[r] != replayed[r]]
     if wanted.method.name != "ditto":  # whose personal rows are at the sites

@@ -1,4 +1,4 @@
-"""What docs/cli.md says of a command's JSON, and what is in one: tests compare the two."""
+"""Compare the JSON of a command with the tables in docs/commands/."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "cli.md"
+PAGES = Path(__file__).parents[2] / "docs" / "commands"
 TYPES: dict[str, tuple[type, ...]] = {
     "text": (str,),
     "integer": (int,),
@@ -22,10 +22,18 @@ TYPES: dict[str, tuple[type, ...]] = {
 OPEN = ("metrics", "layouts", "unused")  # objects whose keys are names that the user or the data give
 
 
+def part(section: str) -> str:
+    """The part of docs/commands/ under the heading ``section`` ('mira run')."""
+    pages = [page.read_text(encoding="utf-8") for page in sorted(PAGES.glob("*.md"))]
+    alone = [page for page in pages if page.startswith(f"# {section}\n")]
+    parts = [page.split(f"\n## {section}\n")[1].split("\n## ")[0] for page in pages if f"\n## {section}\n" in page]
+    [text] = alone or parts
+    return text
+
+
 def documented(section: str) -> dict[str, str]:
-    """Field → type, from the table in a section of docs/cli.md."""
-    text = DOCUMENT.read_text(encoding="utf-8").split(f"\n## {section}\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", text, flags=re.MULTILINE)
+    """Field → type, from the table in a part of docs/commands/."""
+    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", part(section), flags=re.MULTILINE)
     return {field: kind.strip() for field, kind in rows}
 
 

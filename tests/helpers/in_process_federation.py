@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from helpers.sample_config import settings
 from mira import Experiment
 from mira.data.sources.jsonl import Jsonl
-from mira.fleet.messages.transport import InProcessTransport, NoReply, OnReply, Reply, unpack
+from mira.fleet.messages.packet import unpack
+from mira.fleet.messages.transport import InProcessTransport, NoReply, OnReply, Reply
 from mira.fleet.server.session import Opener
 from mira.fleet.site.handler import SiteHandler
 from mira.runner import run as experiment
@@ -122,5 +123,5 @@ def lost_and_away(world: World, plan: dict[str, Any]) -> None:
         world.sites("a"), change=lambda name, request, reply: NoReply("late") if is_it(request) else reply
     )
     away = world.transport(world.sites("b"), block=is_it)
-    experiment.run(world.experiment(**plan), world.folder / "a-run", None, world.opener(lost))
-    experiment.run(world.experiment(**plan), world.folder / "b-run", None, world.opener(away))
+    experiment.run(world.experiment(**plan), world.folder / "a-run", (), world.opener(lost))
+    experiment.run(world.experiment(**plan), world.folder / "b-run", (), world.opener(away))

@@ -266,33 +266,16 @@ def _wake(model: nn.Module) -> None:
 
 
 def page() -> str:
-    lines = [
-        "# Models",
-        "",
-        "Both engines trained, measured and answered with a tiny random model of each family, with its architecture's own",
-        "switches (caps, scales, sinks, windows, experts, shared keys and values): the same losses, gradients, greedy answers,",
-        "and the same loss from the adapter folder in plain transformers and PEFT. `tests/contract/test_families.py` does it.",
-        "",
-        "How `engine.name: batched` computes a family:",
-        "",
-        "- **packed**: sequences of all clients end to end in one row, without padding; a client's common prefix once.",
-        "- **packed, mixers padded**: modules that mix tokens otherwise than by attention (convolutions, recurrences) get the",
-        "  sequences in padded batches; everything else is packed. transformers generates answers, one prompt at a time.",
-        "- **padded**: sequences of all clients in padded batches, with the model's own attention. transformers generates",
-        "  answers.",
-        "- **no**: `engine.name: auto`, the default, uses `reference`: one client at a time with PEFT.",
-        "",
-        "The first kind that reproduces the model's own results is chosen when a run starts; the table shows the choice.",
-        "",
-        "| family | known as | batched | reference | targets tried | served by PEFT |",
-        "|---|---|---|---|---|---|",
-    ]
+    """The page with its table made anew; the prose before it is written by hand."""
+    heading = "| family | known as | batched | reference | targets tried | served by PEFT |"
+    prose = PAGE.read_text(encoding="utf-8").partition(heading)[0]
+    lines = [heading, "|---|---|---|---|---|---|"]
     for family in FAMILIES:
         why = f": it {family.why}" if family.why else ""
         title = f"`{family.name}`" + (f", {family.variant}" if family.variant else "")
         targets = ", ".join(f"`{name}`" for name in family.targets)
         lines.append(f"| {title} | {family.known} | {_TOLD[family.kind]}{why} | yes | {targets} | yes |")
-    return "\n".join(lines) + "\n"
+    return prose + "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -192,9 +192,9 @@ def test_factors_go_on_from_where_they_were() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"space": "product", "factors": "B"}, "method.factors=B: with space=product"),
+        ({"space": "product", "factors": "B"}, "method.factors=B: space=product mixes products"),
         ({"form": "paper", "strength_end": 0.5}, "method.strength_end=0.5: belongs to form 'normalised'"),
-        ({"upper_layers": (0.5,)}, r"method.upper_layers=\[0.5\]: a list has two shares or more"),
+        ({"upper_layers": (0.5,)}, r"method.upper_layers=\[0.5\]: a list needs two shares or more"),
     ],
 )
 def test_settings_that_exclude_each_other(settings: dict[str, Any], message: str) -> None:

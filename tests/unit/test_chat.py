@@ -86,7 +86,7 @@ def test_the_labels_of_a_call_end_with_its_turn() -> None:
 
 def test_a_template_that_writes_no_calls_is_refused_where_they_are_all_there_is() -> None:
     encoder = Encoder(make_tokenizer(), "chat", 300)
-    with pytest.raises(UserError, match=r"does not write the calls of messages\[1\] of it.*weight: 0"):
+    with pytest.raises(UserError, match=r"leaves out the tool calls of messages\[1\] of it.*weight: 0"):
         encoder.encode(talk(QUESTION, Message("assistant", "", more=CALL)), "it")
 
 
@@ -105,7 +105,7 @@ def test_tags_of_thoughts_that_are_special_tokens_stay_tokens_in_answers() -> No
     assert encoded.asked.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1  # the user's own stays text
     check(encoder, example, "it")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'].split('im_end')[0] }}{% endfor %}"
-    with pytest.raises(UserError, match="takes apart a text of it that spells a special token"):
+    with pytest.raises(UserError, match="splits a text of it that contains a special token"):
         Encoder(tokenizer, "chat", 300).encode(example, "it")
 
 
@@ -128,7 +128,7 @@ def test_roles_and_keys_that_a_template_leaves_out_are_named(caplog: pytest.LogC
     federation = Federation((SplitClient("a", "a", "a", "", "", examples, (), ()),), 0)
     with caplog.at_level(logging.WARNING):
         prove(federation, Encoder(tokenizer_with(quiet), "chat", 300))
-    assert "leaves out what 'system' turns say" in caplog.text
+    assert "leaves out the 'system' turns" in caplog.text
     assert "does not read 'name': ignored in 1 examples" in caplog.text
     with pytest.raises(UserError, match="leaves out the user turns of"):
         prove(federation, Encoder(tokenizer_with(deaf), "chat", 300))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.documented_json import DOCUMENT, TYPES, documented, fields, one_object
+from helpers.documented_json import TYPES, documented, fields, one_object, part
 from helpers.sample_config import NAMES, begin, mira, snapshot, write_clients, write_config
 from mira import config, run
 from mira.config import load
@@ -71,7 +71,7 @@ def test_run_prints_one_json_object_as_documented(generate: bool, file: Path) ->
 
 def test_time_and_memory_fields_are_the_documented_ones(base: Path) -> None:
     volatile = ("seconds", "tokens_per_second", "peak_memory_bytes")
-    text = " ".join(DOCUMENT.read_text(encoding="utf-8").split())
+    text = " ".join(part("mira run").split())
     assert "The time and memory fields are `seconds`, `tokens_per_second` and `peak_memory_bytes`" in text
     records = [json.loads(line) for line in (base / "run" / "metrics.jsonl").read_text().splitlines()]
     for record in records[1:]:
@@ -274,7 +274,7 @@ def test_what_looks_at_a_run_needs_its_weights_but_not_its_versions(
     file = write_config(tmp_path / "config.yaml", model, write_clients(tmp_path / "data.jsonl"))
     folder = begin(load(file), tmp_path / "run", rounds=1)
     with monkeypatch.context() as patched:
-        patched.setattr("mira.setup.environment.version", lambda name: "99.0")
+        patched.setattr("mira.setup.environment.version_of", lambda name: "99.0")
         ended = mira("export", folder, "--all")
         assert ended.status == 0
         assert "versions was" in ended.err

@@ -124,7 +124,7 @@ def test_scalars_are_those_of_yaml_1_2() -> None:
         ({"round": 3}, "round: unknown key; did you mean 'rounds'?"),
         (
             {"method": {"name": "ffa-lora"}, "adapter": {"kind": "prompt"}},
-            "method.name=ffa-lora: works on the factors A and B of LoRA, but this adapter has 'prompt'; "
+            "method.name=ffa-lora: needs the factors A and B of LoRA, but this adapter has 'prompt'; "
             "set adapter.kind=lora, or method.name=fedit",
         ),
         (
@@ -137,7 +137,7 @@ def test_scalars_are_those_of_yaml_1_2() -> None:
         ),
         (
             {"clients": {"rank": {"ann": 2}}, "method": {"space": "product"}},
-            "method.space=product: not with clients of different ranks (clients.rank); use space=factors",
+            "method.space=product: needs the same rank for all clients (clients.rank); use space=factors",
         ),
         ({"lr": 3}, "lr: unknown key; did you mean 'training.lr'?"),
         ({"adapter": {"rnak": 3}}, "adapter.rnak: unknown key; did you mean 'rank'?"),
@@ -149,7 +149,7 @@ def test_scalars_are_those_of_yaml_1_2() -> None:
         ),
         ({"method": "fedit"}, "method='fedit': must be a section of keys and values"),
         ({"method": {"strength": 2}}, "method.strength=2: must be less than or equal to 1"),
-        ({"data": {}}, "data.source: missing; must be one of builtin, dolly, hub, jsonl, natural-instructions, sites"),
+        ({"data": {}}, "data.source: missing; must be one of builtin, dolly, hub, jsonl, memory, natural-instructions, sites"),
         ({"graph": {"name": "file"}}, "graph.path: missing; The CSV file."),
         ({"rounds": None}, "rounds=None: must be a valid integer"),
         ({"rounds": True}, "rounds=True: must be a valid integer"),

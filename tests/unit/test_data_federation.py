@@ -70,7 +70,7 @@ def test_the_first_of_equal_questions_is_kept_and_the_rest_counted(caplog: pytes
         owner = make(Client("a", examples + twins), train=5).clients[0]
     assert sorted(owner.train + owner.validation + owner.test, key=lambda e: e.output) == list(examples)
     assert caplog.messages == [
-        "dropped 2 duplicate examples: a (2); 1 of them answer otherwise, split.answers=all keeps those"
+        "dropped 2 duplicate examples: a (2); 1 of them have another answer: split.answers=all keeps those"
     ]
 
 

@@ -16,7 +16,7 @@ from mira.data.federation import SplitSizes, make_federation
 from mira.data.partition import ByChance, ByColumn
 from mira.data.sources.builtin import TASKS, Builtin
 from mira.data.sources.dolly import Dolly
-from mira.data.sources.hub import Hub
+from mira.data.sources.hub import HubDataset
 from mira.data.sources.jsonl import Jsonl
 from mira.data.sources.natural_instructions import NaturalInstructions
 from mira.data.types import Example, Message, client_data
@@ -97,7 +97,7 @@ def test_jsonl_folder_is_one_client_per_file(tmp_path: Path, caplog: pytest.LogC
         al, bo = Jsonl(tmp_path).load(0)
     *files, fields = caplog.messages
     assert [line.partition(" (data files")[0] for line in files] == [f"{tmp_path}: not read: notes.txt"]
-    assert fields == "not used: 'place' (in 1 of 3 examples)"
+    assert fields == "unused fields: 'place' (in 1 of 3 examples)"
     assert (al.name, al.task, al.group, al.description) == ("al", "al", "", "Sing.")
     assert al.examples == (Example("Sing.", "", "la", raw=True),)
     assert [example.place for example in bo.examples] == [f"{tmp_path}/bo.jsonl:1", f"{tmp_path}/bo.jsonl:3"]
@@ -249,7 +249,7 @@ def test_hub_maps_columns(monkeypatch: pytest.MonkeyPatch) -> None:
         return [{"prompt": "noise", "q": "Who?", "a": name, "kind": name} for name in ("Ann", "Bob")]
 
     hub(monkeypatch, load)
-    source = Hub("some/data", ByColumn("a"), {"instruction": "q", "output": "a", "input": "kind"}, revision="v1")
+    source = HubDataset("some/data", ByColumn("a"), {"instruction": "q", "output": "a", "input": "kind"}, revision="v1")
     assert [c.examples for c in source.load(0)] == [(Example("Who?", n, n),) for n in ("Ann", "Bob")]
     assert asked == [(("some/data", None), {"split": "train", "revision": "v1"})]
 
@@ -260,7 +260,7 @@ def test_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     hub(monkeypatch, load)
     with pytest.raises(UserError, match=r"'some/data' cannot be loaded from the hub \(Couldn't reach the hub\)"):
-        Hub("some/data", ByChance(2)).load(0)
+        HubDataset("some/data", ByChance(2)).load(0)
 
 
 # natural-instructions

@@ -48,11 +48,11 @@ def test_a_fork_ends_with_its_app(
 def test_forks_that_ended_are_buried() -> None:
     if (pid := os.fork()) == 0:  # in a process of its own, since it waits for whichever child there is
         try:
-            executor._bury()  # nobody there
+            executor._reap()  # nobody there
             children = [subprocess.Popen(["sleep", seconds]).pid for seconds in ("0", "0", "5")]
-            executor._bury()  # perhaps nobody ended yet
+            executor._reap()  # perhaps nobody ended yet
             while any(map(_there, children[:2])):
-                executor._bury()
+                executor._reap()
             os._exit(0 if _there(children[2]) else 2)
         finally:
             os._exit(1)
@@ -65,7 +65,7 @@ def test_one_that_was_killed_is_told_of(capfd: pytest.CaptureFixture[str]) -> No
             killed = subprocess.Popen(["sleep", "5"]).pid
             os.kill(killed, signal.SIGKILL)
             while _there(killed):
-                executor._bury()
+                executor._reap()
             os._exit(0)
         finally:
             os._exit(1)

@@ -35,7 +35,7 @@ from mira.store.folders import replace_folder
 ENVIRONMENT: dict[str, Any] = {
     "versions": {"torch": "2.13.0", "peft": "0.21"}, "model": {"sha256": "a"}, "data": {"sha256": "b"}, "threads": 2,
     "prompt": {"template": "chat", "date": None, "sha256": "c", "as_before": True},
-    "device": "cpu", "engine": "batched", "prefix": True, "tokens_per_pass": 1024, "machine": {"cores": 2},
+    "device": "cpu", "engine": "batched", "plugins": {}, "prefix": True, "tokens_per_pass": 1024, "machine": {"cores": 2},
 }  # fmt: skip
 
 

@@ -21,7 +21,8 @@ LEVELS = (
     {"results"},
     {"comparison", "fleet"},
     {"testing"},
-    {"library", "mira"},
+    {"library"},
+    {"mira"},
     {"cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

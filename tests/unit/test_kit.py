@@ -189,7 +189,7 @@ def test_an_expired_certificate_is_refused_shown_and_renewed(tmp_path: Path) -> 
     renewed = kit.renew_server(server, days=30)
     assert renewed.expires > datetime.now(UTC) + timedelta(days=29)
     assert (server / "server.key").read_bytes() == key
-    with pytest.raises(UserError, match=r"the CA holds until .* only"):
+    with pytest.raises(UserError, match=r"the CA is valid until .* only"):
         kit.renew_server(server, days=3650)
 
 

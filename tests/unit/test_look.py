@@ -105,7 +105,7 @@ def test_what_cannot_be_looked_at_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "no data file in this folder" in mira("data", "look", tmp_path / "empty").error
     (tmp_path / "empty" / "a.jsonl").write_text("")
-    assert "holds no example" in mira("data", "look", tmp_path / "empty").error
+    assert "has no examples" in mira("data", "look", tmp_path / "empty").error
 
 
 def test_check_refuses_what_run_refuses(folder: Path, tiny_folder: Path, tmp_path: Path) -> None:

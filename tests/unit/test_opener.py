@@ -13,7 +13,8 @@ from helpers.sample_config import settings
 from mira import Experiment
 from mira.core.errors import UserError
 from mira.data.sources.sites import Sites
-from mira.fleet.messages.transport import InProcessTransport, Packet, pack, unpack
+from mira.fleet.messages.packet import PROTOCOL, Packet, pack, unpack
+from mira.fleet.messages.transport import InProcessTransport
 from mira.fleet.server.clients import RemoteClients
 from mira.fleet.server.session import Opener
 from mira.graphs.known import Complete
@@ -28,6 +29,9 @@ class Joining:
     revoked: Sequence[str] = ("bob",)
     looks: int = 0
     numbers: dict[str, list[int]] = field(default_factory=dict)
+    said: dict[str, Any] = field(
+        default_factory=lambda: {"protocol": PROTOCOL, "examples": 4, "releases": 0, "allow_transfer": False}
+    )
 
     def names(self) -> list[str]:
         self.looks += 1
@@ -37,7 +41,7 @@ class Joining:
         def handle(request: bytes) -> bytes:
             asked = unpack(request)
             self.numbers.setdefault(name, []).append(asked.values["number"])
-            return pack(Packet(asked.head, {"examples": 4, "releases": 0, "allow_transfer": False}, {}))
+            return pack(Packet(asked.head, self.said, {}))
 
         return handle
 
@@ -49,6 +53,7 @@ class Joining:
 @pytest.fixture
 def wanted(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
     monkeypatch.setattr("mira.fleet.server.session._PAUSE", 0.0)
+    monkeypatch.setattr("mira.setup.engine.EnginePlan.build", lambda plan: pytest.fail("the server built an engine"))
     values: dict[str, Any] = settings(tiny_folder, tmp_path, clients={"rank": {"ann": 1, "bob": 1}})
     values["data"] = {"source": "sites", "groups": {"ann": "a", "bob": "a", "cleo": "b"}}
     values["graph"] = {"name": "groups"}

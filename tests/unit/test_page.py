@@ -113,7 +113,7 @@ def test_who_should_use_what(tmp_path: Path) -> None:
     assert sum(wins(variants, NAMES)) == 4
     assert wins(variants, NAMES)[1] == 0
     assert call(variants[:2], [row("everyone", NAMES, variants[:2])]).startswith("Use mira: ")
-    assert "cannot be told from it" in call(variants, [found])
+    assert "not clearly below" in call(variants, [found])
 
 
 def test_without_a_finite_loss_nothing_is_recommended(tmp_path: Path) -> None:
@@ -133,14 +133,14 @@ def test_notes(tmp_path: Path) -> None:
     )
     told = " ".join(notes([first], group([first]), NAMES))
     assert "not finished: 2 of 3 rounds" in told
-    assert "went on without a client once: ann" in told
-    assert "cut inputs to fit prompt.max_length=1024: bob" in told
+    assert "continued without a client once: ann" in told
+    assert "truncated inputs to prompt.max_length=1024: bob" in told
     other = read(write_run(tmp_path / "b", [*NAMES[:3], "eve"], GROUPS, method={"name": "local"}, fall=-1.0))
     other.environment["data"]["sha256"] = other.environment["model"]["sha256"] = "other"
     told = " ".join(notes([first, other], group([first, other]), NAMES[:3]))
     assert "not made on the same data" in told
-    assert "do not share their base model" in told
-    assert "do not have the same clients" in told
+    assert "have different base models" in told
+    assert "have different clients" in told
     assert "Fewer than three seeds" in told
     assert "local: validation loss was lowest in round 0 of 3" in told
 
@@ -163,7 +163,7 @@ def test_a_report_is_one_file_beside_the_run_or_where_asked(tmp_path: Path, monk
         ((), "Missing argument 'RUN...'"),
         (("nowhere",), "nowhere: there is no run here"),
         (("a", "--out", "no/folder.html"), "--out no/folder.html: cannot be written (No such file or directory)"),
-        (("a", "c"), "have no client in common; report them one by one"),
+        (("a", "c"), "have no common client; report them one by one"),
     ],
 )
 def test_what_cannot_be_reported(
@@ -190,16 +190,16 @@ def test_what_cannot_be_reported(
 def test_a_damaged_test_file_of_a_comparison_is_one_line(transfer: Any, tmp_path: Path) -> None:
     folder = write_comparison(tmp_path / "o", {"a": 1.0, "b": 2.0}, NAMES, GROUPS)
     assert mira("report", folder, "--out", tmp_path / "page.html").status == 0
-    assert "Whose adapter on whose data" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Adapters on other clients' data" in (tmp_path / "page.html").read_text(encoding="utf-8")
     broken = folder / "runs" / "1" / "seed-0" / "test.json"
     broken.write_text(json.dumps({"best": {"transfer": transfer}}))
-    assert f"{broken}: not as 'mira compare' writes it" in mira("report", folder, "--out", tmp_path / "page.html").error
+    assert f"{broken}: not a file of 'mira compare'" in mira("report", folder, "--out", tmp_path / "page.html").error
 
 
 def test_a_comparison_without_an_entry_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "compare.json").write_text(json.dumps({"entries": [], "command": "mira compare x.yaml"}))
     told = mira("report", tmp_path, "--out", tmp_path / "page.html").error
-    assert "has no entry yet; wait, or go on with: mira compare x.yaml" in told
+    assert "has no entry yet; wait, or continue with: mira compare x.yaml" in told
 
 
 def test_the_configuration_what_differs_and_whose_graph(tmp_path: Path) -> None:
@@ -210,8 +210,8 @@ def test_the_configuration_what_differs_and_whose_graph(tmp_path: Path) -> None:
     for text in (one, both, other):
         assert "lr: 0.001" in text or "lr: 0.5" in text
         assert "<summary>Versions, machine, model and data</summary>" in text
-        assert ("What differs" in text) is (text is both)
-        assert text.count("Who learns from whom") == (text is not other)
+        assert ("Differences" in text) is (text is both)
+        assert text.count("Graph between clients") == (text is not other)
     row = both.split("<code>training.lr</code>")[1].split("</tr>")[0]
     assert re.findall(r"<td><code>([^<]*)</code>", row) == ["0.001", "0.5"]
     assert both.count("Weight of the edge between two clients") == one.count("Weight of the edge between two clients")

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from mira.core.errors import UserError
 from mira.data.partition import ByChance, ByColumn, ByDirichlet, Partition, split_pool
 from mira.data.sources.dolly import Dolly
-from mira.data.sources.hub import Hub
+from mira.data.sources.hub import HubDataset
 
 SAY = {"instruction": "Say it.", "input": "7", "output": "seven"}
 
@@ -60,7 +60,7 @@ def test_small_alpha_makes_clients_unlike() -> None:
 
 def test_a_cut_that_cannot_be_made_is_told() -> None:
     pytest.importorskip("flwr_datasets", reason="the extra 'datasets' is not installed")
-    with pytest.raises(UserError, match=r"data\.partition: 60 examples cannot be cut for 10 clients"):
+    with pytest.raises(UserError, match=r"data\.partition: 60 examples cannot be divided among 10 clients"):
         split_pool(pool(), {}, ByDirichlet("kind", clients=10, min_examples=20), 0)
 
 
@@ -69,7 +69,7 @@ def test_a_question_under_two_values_belongs_to_both(caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING):
         clients = split_pool(pool() + again, {}, ByColumn("kind"), 0)
     assert [len(c.examples) for c in clients] == [20, 21, 20]
-    assert caplog.messages == ["1 questions stand under several values of 'kind': each has them"]
+    assert caplog.messages == ["1 questions are under several values of 'kind': the clients of each have them"]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_fields_of_a_pool_that_nothing_reads_are_named(caplog: pytest.LogCapture
     records = [(place, {**record, "id": place}) for place, record in pool()]
     with caplog.at_level(logging.WARNING):
         split_pool(records, {}, ByColumn("kind"), 0)
-    assert caplog.messages == ["not used: 'id' (in 60 of 60 examples)"]
+    assert caplog.messages == ["unused fields: 'id' (in 60 of 60 examples)"]
 
 
 def test_a_pool_without_the_label_is_refused() -> None:
@@ -105,7 +105,7 @@ def test_a_random_cut_without_the_extra_says_what_to_install(monkeypatch: pytest
     with pytest.raises(UserError, match=r"pip install 'mira-fl\[datasets\]'"):
         split_pool(pool(), {}, ByChance(3), 0)
     with pytest.raises(UserError, match=r"pip install 'mira-fl\[datasets\]'"):
-        Hub("some/data", ByChance(3)).load(0)
+        HubDataset("some/data", ByChance(3)).load(0)
 
 
 def test_a_partition_is_chosen_by_its_word() -> None:

@@ -93,7 +93,7 @@ def test_what_it_started_ends_with_it(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends the children of what was killed")
 def test_it_does_not_outlive_a_parent_that_was_killed(tmp_path: Path) -> None:
     code = (
-        "import pathlib, sys, time; from mira.fleet.flower.processes import Process;"
+        "import pathlib, sys, time; from mira.fleet.flower.processes import SupervisedProcess;"
         "child = SupervisedProcess('child', ['sleep', '60'], pathlib.Path(sys.argv[1])); child.start();"
         "print(child.pid, flush=True); time.sleep(60)"
     )

@@ -111,7 +111,7 @@ def test_our_fields_may_have_other_names(tmp_path: Path, caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING):
         (client,) = Jsonl(tmp_path, columns={"instruction": "frage", "output": "antwort"}).load(0)
     assert [(e.instruction, e.output) for e in client.examples] == [("Wer?", "Anna")]
-    assert caplog.messages == ["not used: 'nr' (in 1 of 1 examples)"]
+    assert caplog.messages == ["unused fields: 'nr' (in 1 of 1 examples)"]
     with pytest.raises(UserError, match="no column 'ask' for 'instruction'"):
         Jsonl(tmp_path, columns={"instruction": "ask", "output": "antwort"}).load(0)
 
@@ -122,10 +122,10 @@ def test_our_fields_may_have_other_names(tmp_path: Path, caplog: pytest.LogCaptu
         ("a.jsonl", LINES.encode("utf-16"), r"a\.jsonl: is UTF-16, not UTF-8; convert it: iconv"),
         ("a.jsonl", LINES.encode("utf-16-le"), r"a\.jsonl: is UTF-16"),
         ("a.csv", table(",").encode("utf-16"), r"a\.csv: is UTF-16"),
-        ("a.jsonl", LINES.encode() + bytes(64), r"a\.jsonl:4: holds 64 zero bytes, as files cut off"),
+        ("a.jsonl", LINES.encode() + bytes(64), r"a\.jsonl:4: holds 64 zero bytes, as after a crash"),
         ("a.jsonl", bytes(64), r"a\.jsonl:1: holds 64 zero bytes"),
         ("a.jsonl", LINES.encode("latin-1", "replace"), r"a\.jsonl:2: not UTF-8 \(byte 0xe9\); save"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], r"a\.jsonl\.gz: its gzip is damaged or cut off"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], r"a\.jsonl\.gz: damaged or truncated gzip"),
         ("a.csv", b"PK\x03\x04" + bytes(50), r"a\.csv: is a zip archive or an Excel workbook"),
         ("a.json", json.dumps(ROWS, indent=1)[:-3], r"a\.json:13: malformed JSON"),
         ("a.json", json.dumps(ROWS) + "\n{}", r"a\.json:2: text after the end of the JSON array"),

@@ -181,7 +181,7 @@ def test_what_is_not_used_is_named_once_with_its_count(caplog: pytest.LogCapture
     with caplog.at_level(logging.WARNING):
         tally.tell()
     assert caplog.messages == [
-        "not used: 'Text' (in 1 of 4 examples), 'id' (in 1 of 4 examples), 'messages[].rating' (in 1 of 4 examples),"
+        "unused fields: 'Text' (in 1 of 4 examples), 'id' (in 1 of 4 examples), 'messages[].rating' (in 1 of 4 examples),"
         " 'prompt' (in 1 of 4 examples), 'system' (in 1 of 4 examples)"
     ]
     assert tally.layouts == {"instruction + output": 2, "messages": 1, "prompt + completion": 1}

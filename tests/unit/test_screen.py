@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mira.fleet.messages.transport import Head, Packet, pack
+from mira.fleet.messages.packet import Head, Packet, pack
 from mira.fleet.messages.validate import Expected, Rejection, distance, too_far, validate
 
 HEAD = Head("train", "0" * 16, "a1", 3, "hospital-1")

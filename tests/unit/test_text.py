@@ -188,7 +188,7 @@ def test_a_conversation_that_is_too_long_loses_its_oldest_exchange_or_says_what_
 def test_advice_on_length_stays_within_the_models_positions() -> None:
     encoder = Encoder(TOKENIZER, "plain", 12, Wording(positions=12))
     with pytest.raises(
-        UserError, match=r"needs 24 tokens even .* the model reads 12 at most: shorten it, or .*overlong=drop"
+        UserError, match=r"needs 24 tokens even .* the model has 12 positions: shorten it, or .*overlong=drop"
     ):
         encoder.encode(Example("What is asked of it", "", "all"))
     raw = Example("a long prompt", "", "!", raw=True)
@@ -294,7 +294,7 @@ def test_a_system_message_of_the_configuration_is_for_conversations_without_one(
     encoder = Encoder(TOKENIZER, "chat", 200, Wording(system="Sing."))
     assert TOKENIZER.decode(encoder.prompt(CITY)).startswith("<start>system\nSing.<eos>\n<start>user\nName")
     assert TOKENIZER.decode(encoder.prompt(TALK)).startswith("<start>system\nBe brief.<eos>\n")
-    with pytest.raises(UserError, match=r"prompt\.system: prompt\.template='plain' has no place for it"):
+    with pytest.raises(UserError, match=r"prompt\.system: prompt\.template='plain' has no system message"):
         Encoder(TOKENIZER, "plain", 200, Wording(system="Sing."))
 
 

@@ -119,7 +119,7 @@ def doctored(place: slice, values: list[int]) -> Tensor:
 @pytest.mark.parametrize(
     ("data", "wire", "why"),
     [
-        (torch.zeros(11, dtype=torch.uint8), "fp32", "a row of 11 bytes; 3 numbers in fp32 are 12"),
+        (torch.zeros(11, dtype=torch.uint8), "fp32", "an adapter of 11 bytes; 3 numbers in fp32 are 12"),
         (torch.zeros(13, dtype=torch.uint8), "fp32", "13 bytes"),
         (torch.zeros(3, dtype=torch.uint8), "int8", "3 numbers in int8 are 7"),
         (torch.zeros(0, dtype=torch.uint8), "bf16", "0 bytes"),

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mira.adapters.lora import Lora
-from mira.adapters.peft_files import WEIGHTS, weights_header
+from mira.adapters.peft_files import HEADER, WEIGHTS, write_base
 from mira.adapters.targets import PREFIX, ends, target_layers
 from mira.adapters.types import BaseLike, SingleAdapterModel
 from mira.adapters.weights import is_transposed, lengths, merge, weights_of
@@ -221,7 +221,9 @@ def to_peft(
     """Write ``row`` [P] as a PEFT folder (adapter_config.json, adapter_model.safetensors) of the rank that it uses."""
     folder.mkdir(parents=True, exist_ok=True)
     rank = layout.ranks(row[None])[0]
-    save_file(peft_tensors(row, layout, rank), folder / WEIGHTS, metadata=weights_header(base))
+    save_file(peft_tensors(row, layout, rank), folder / WEIGHTS, metadata=HEADER)
+    if base is not None:
+        write_base(folder, base)
     config = peft_config(layout, model, base_name, rank=rank)
     config.revision = base.revision if base else None
     config.save_pretrained(str(folder))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mira.adapters.peft_files import WEIGHTS, weights_header
+from mira.adapters.peft_files import HEADER, WEIGHTS, write_base
 from mira.adapters.pretrained import Pretrained
 from mira.adapters.reach import plainly, text
 from mira.adapters.targets import PREFIX
@@ -107,7 +107,8 @@ class PeftAdapter:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = _tensors(single.module)
         whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, folder / WEIGHTS, metadata=weights_header(self.base))
+        save_file(whole, folder / WEIGHTS, metadata=HEADER)
+        write_base(folder, self.base)
         config = deepcopy(self.config)
         config.base_model_name_or_path, config.revision, config.inference_mode = base_name, self.base.revision, True
         config.save_pretrained(str(folder))

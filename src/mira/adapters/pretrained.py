@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mira.adapters.peft_files import BASE_SHA256, CONFIG, PICKLED, PROMPT_ROW, WEIGHTS
+from mira.adapters.peft_files import CONFIG, PICKLED, PROMPT_ROW, WEIGHTS, recorded_sha256
 from mira.adapters.types import BaseLike
 from mira.core.errors import UserError
 from mira.core.pydantic_config import expanded
@@ -31,13 +31,13 @@ _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A PEFT adapter that was ``given`` as adapter.start. ``settings``: its adapter_config.json; ``header``: the metadata of its
-    weights."""
+    """A PEFT adapter that was ``given`` as adapter.start. ``settings``: its adapter_config.json; ``trained_on_sha256``:
+    the hash of its base's weights, where the folder records it."""
 
     given: str
     folder: Path
     settings: Mapping[str, Any]
-    header: Mapping[str, str]
+    trained_on_sha256: str | None
 
     @staticmethod
     def find(given: str) -> Pretrained:
@@ -55,13 +55,13 @@ class Pretrained:
             raise refused(given, f"holds no {WEIGHTS}; save the adapter again with PEFT's save_pretrained")
         try:
             settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            with safe_open(folder / WEIGHTS, framework="pt") as file:
-                header = file.metadata() or {}
+            with safe_open(folder / WEIGHTS, framework="pt"):
+                sha256 = recorded_sha256(folder)
         except (ValueError, OSError, SafetensorError) as error:
             raise refused(given, f"cannot be read ({_line(error)}); save it again") from None
         if not isinstance(settings, dict):
             raise refused(given, f"its {CONFIG} is no mapping; save it again")
-        return Pretrained(given, folder, settings, header)
+        return Pretrained(given, folder, settings, sha256)
 
     def refused(self, reason: str) -> UserError:
         """The error for this adapter, in one line."""
@@ -77,9 +77,9 @@ class Pretrained:
         self._check_base(base)
 
     def _check_base(self, base: BaseLike) -> None:
-        """The base by its weights where the adapter's header tells them, else by its name on the hub; a warning where neither
+        """The base by its weights where the folder records them, else by its name on the hub; a warning where neither
         can be compared."""
-        recorded = self.header.get(BASE_SHA256)
+        recorded = self.trained_on_sha256
         if recorded == base.sha256:
             return
         trained_on = str(self.settings.get("base_model_name_or_path") or "")

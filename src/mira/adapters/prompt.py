@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mira.adapters.peft_files import PROMPT_ROW, WEIGHTS, weights_header
+from mira.adapters.peft_files import HEADER, PROMPT_ROW, WEIGHTS, write_base
 from mira.adapters.types import BaseLike, SingleAdapterModel
 from mira.adapters.virtual import encode
 from mira.core.errors import UserError
@@ -154,7 +154,9 @@ def to_peft(folder: Path, row: Tensor, layout: Layout, base_name: str, base: Bas
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {entry.module: entry.view(row).contiguous().cpu() for entry in layout.entries}
     prompt = encode(list(tensors.values())).float()
-    save_file({"prompt_embeddings": prompt}, folder / WEIGHTS, metadata=weights_header(base))
+    save_file({"prompt_embeddings": prompt}, folder / WEIGHTS, metadata=HEADER)
+    if base is not None:
+        write_base(folder, base)
     save_file(tensors, folder / PROMPT_ROW, metadata={"format": "pt"})
     peft_config(layout, base_name, inference=True).save_pretrained(str(folder))
 

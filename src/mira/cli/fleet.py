@@ -18,19 +18,19 @@ def server(
     target: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A YAML file; none with --resume.")] = None,
     overrides: Set = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder, new.")] = None,
-    resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on with this run.")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Resume this run.")] = None,
     relay: Annotated[
         Path | None,
-        typer.Option("--relay", metavar="SOCKET", help="For a SuperLink run by hand: where its app connects."),
+        typer.Option("--relay", metavar="SOCKET", help="The socket for the app of a SuperLink that you run."),
     ] = None,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
-    """mira run with clients on machines of their own: every site of the kit that is not revoked."""
+    """Run an experiment whose clients are sites on other machines: all sites of the kit that are not revoked."""
     from mira.fleet.server.main import ServerOptions, run_server
 
     if (target is None) == (resume is None):
-        raise UserError("server: give a configuration, or --resume RUN to go on with a run; not both")
+        raise UserError("server: give either a configuration or --resume RUN")
     wanted = None if target is None else configuration(target, overrides or [])
     progress = RunProgress(err_console)
     try:
@@ -47,26 +47,29 @@ def server(
 def client(
     kit: Annotated[Path, typer.Option("--kit", metavar="DIR", help="The site's kit.")],
     data: Annotated[
-        Path, typer.Option("--data", metavar="PATH", help="A folder of *.jsonl, or a YAML file with a data section.")
+        Path,
+        typer.Option(
+            "--data", metavar="PATH", help="Data files: a folder or one file; or a YAML file with a data section."
+        ),
     ],
     state: Annotated[
-        Path, typer.Option("--state", metavar="DIR", help="Where the site keeps what is its own, its adapter too.")
+        Path, typer.Option("--state", metavar="DIR", help="Folder of the site's private state and its adapter.")
     ] = Path("site"),
     model: Annotated[
-        str | None, typer.Option("--model", help="The base model's name or folder here; default: as the server says.")
+        str | None, typer.Option("--model", help="The base model's name or folder here (default: the server's name).")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="CPU threads; default: as the server.")
+        int | None, typer.Option("--threads", min=1, help="CPU threads (default: as many as the server).")
     ] = None,
     allow_transfer: Annotated[
-        bool, typer.Option("--transfer", help="Let other sites' rows be tried on this site's test data.")
+        bool, typer.Option("--transfer", help="Allow other sites' adapters to be tried on this site's test data.")
     ] = False,
     min_noise: Annotated[
-        float, typer.Option("--min-noise", min=0, help="Take part only where privacy.noise is at least this.")
+        float, typer.Option("--min-noise", min=0, help="Take part only in runs whose privacy.noise is at least this.")
     ] = 0.0,
     verbose: Verbose = False,
 ) -> None:
-    """Take part in a federation with data that stays here, until interrupted."""
+    """Take part in a federation as one site, until interrupted. The data stays here."""
     from mira.fleet.site.main import SiteOptions, run_site
 
     run_site(kit, SiteOptions(data, state, model, threads, allow_transfer, min_noise), say, say if verbose else silent)

@@ -1,4 +1,4 @@
-"""``mira kit``: the folders that say who may take part. Thin: parse, call, print."""
+"""``mira kit``: the key folders of a federation over machines. Thin: parse, call, print."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import typer
 
 from mira.core.errors import UserError
 
-kit_app = typer.Typer(
-    no_args_is_help=True, help="Make the key folders of a federation over machines: server and sites."
-)
+kit_app = typer.Typer(no_args_is_help=True, help="Make the key folders of a federation over machines.")
 
 
 def _kit() -> ModuleType:
@@ -26,7 +24,7 @@ def _kit() -> ModuleType:
 Server = Annotated[Path, typer.Option("--server", metavar="DIR", help="The server's kit.")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="The kit, a new folder.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A site's name: letters, digits, '.', '_' and '-'.")]
-Days = Annotated[int, typer.Option("--days", min=1, max=3650, help="How long the server's certificate holds.")]
+Days = Annotated[int, typer.Option("--days", min=1, max=3650, help="Validity of the server's certificate.")]
 
 
 @kit_app.command()
@@ -35,24 +33,24 @@ def server(
     address: Annotated[
         str,
         typer.Option(
-            "--address", metavar="HOST:PORT", help="Where sites reach the server, e.g. fleet.example.org:9443."
+            "--address", metavar="HOST:PORT", help="The server's address for sites, e.g. fleet.example.org:9443."
         ),
     ],
     days: Days = 365,
 ) -> None:
-    """A CA, the server's certificate, and an empty list of sites."""
+    """Make a CA, the server's certificate, and an empty list of sites."""
     kit = _kit()
 
     made = kit.make_server(out, address, days)
     typer.echo(f"{out}: server kit for {made.address}, {kit.until(made.expires)}")
     typer.echo(
-        "ca.key and server.key let their holder play the server: keep the folder where the server runs, and a copy offline"
+        "anyone with ca.key and server.key can impersonate the server: keep this folder where the server runs, and a copy offline"
     )
 
 
 @kit_app.command()
 def renew(server: Server, days: Days = 365) -> None:
-    """A new certificate for the server; sites need nothing new."""
+    """Make a new certificate for the server; sites need nothing new."""
     kit = _kit()
 
     typer.echo(f"{server}: {kit.until(kit.renew_server(server, days).expires)}")
@@ -60,19 +58,19 @@ def renew(server: Server, days: Days = 365) -> None:
 
 @kit_app.command()
 def site(name: Name, server: Server, out: Out) -> None:
-    """The folder one site gets: the CA's certificate, a key pair of its own, the server's address."""
+    """Make the folder for one site: the CA's certificate, a key pair, the server's address."""
     kit = _kit()
 
     made = kit.make_site(server, name, out)
     typer.echo(
-        f"{out}: kit of {name} for {made.address}, {kit.until(made.expires)}; copy it to the site over a safe way (scp -rp), then"
-        " remove it here"
+        f"{out}: kit of {name} for {made.address}, {kit.until(made.expires)}; copy it to the site over a safe channel (scp -rp),"
+        " then remove it here"
     )
 
 
 @kit_app.command()
 def revoke(name: Name, server: Server) -> None:
-    """Refuse a site from now on, a running server included."""
+    """Refuse a site from now on, also at a running server."""
     kit = _kit()
 
     kit.revoke(server, name)
@@ -81,7 +79,7 @@ def revoke(name: Name, server: Server) -> None:
 
 @kit_app.command("list")
 def list_(server: Server) -> None:
-    """Who was issued a kit, and until when the server's certificate holds."""
+    """List the sites and the end of the server certificate's validity."""
     kit = _kit()
 
     for line in kit.describe(server):

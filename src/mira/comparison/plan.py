@@ -1,4 +1,4 @@
-"""What a comparison file says, and the runs that follow from it."""
+"""Comparison files, and the runs of a comparison."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Scalar = Annotated[bool, Field(strict=True)] | Annotated[int, Field(strict=True)
 Grid = dict[str, Annotated[list[Scalar], Field(min_length=1)]]
 Point = dict[str, Any]  # one point of a grid: dotted key -> value
 
-# What an entry may differ in; of training not what decides which example is seen when.
+# Sections in which entries may differ, except for the training keys that decide the order of examples.
 _OWN = ("method", "graph", "adapter", "training")
 _SHARED = ("training.local_steps", "training.local_epochs", "training.batch_size")
 
@@ -38,22 +38,22 @@ class Comparison(BaseModel):
     model_config = ConfigDict(**STRICT, frozen=True)
 
     base: UserPath | None = None
-    """The experiment all have in common: a YAML file, relative to this one. Give this or experiment."""
+    """The common experiment: a YAML file, relative to this one. Give this or experiment."""
     experiment: dict[str, Any] | None = None
-    """The same, written out here."""
+    """The common experiment, inline."""
     set: dict[str, Any] = {}
-    """Dotted keys set in the experiment for all entries."""
+    """Dotted keys to set in the experiment of all entries."""
     seeds: Annotated[list[Seed], Field(min_length=1)]
-    """Every entry is run with each of them, at the point of the grid that was chosen for it."""
+    """The seeds of every entry, at its chosen point of the grid."""
     tune_seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
-    """The seeds run at every point of the grid, some of seeds; null: all. Fewer of them cost less and choose less surely."""
+    """The seeds for every point of the grid, a part of seeds; null: all. Fewer seeds cost less; the choice is less certain."""
     grid: Grid = {}
-    """Dotted key -> values to try; every combination is a point. The same for every entry."""
+    """Dotted key -> values to try; every combination is a point. All entries have the same grid."""
     entries: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
-    """Name of a row of the table -> the dotted keys it sets, of method, graph, adapter and training. An entry whose steps are
-    of another scale may bring a grid of its own with as many points."""
+    """Name of an entry -> the dotted keys that it sets, in method, graph, adapter and training. An entry may have its own grid
+    with the same number of points, e.g. for steps of another scale."""
     against: list[str] | None = None
-    """The entries every other one is tested against; null: all."""
+    """The baselines that all entries are tested against; null: all entries."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Comparison:
@@ -62,13 +62,13 @@ class Comparison(BaseModel):
         for key in ("seeds", "tune_seeds", "against"):
             values = getattr(self, key) or []
             if len(set(values)) < len(values):
-                raise UserError(f"{key}={values}: names something twice")
+                raise UserError(f"{key}={values}: has a repeated value")
         for key, values, allowed in (
             ("tune_seeds", self.tune_seeds, self.seeds), ("against", self.against, list(self.entries)),
         ):  # fmt: skip
             for value in values or []:
                 if value not in allowed:
-                    raise UserError(f"{key}: {value!r} is not there{did_you_mean(str(value), map(str, allowed))}")
+                    raise UserError(f"{key}: unknown value {value!r}{did_you_mean(str(value), map(str, allowed))}")
         self._check_keys()
         return self
 
@@ -81,27 +81,27 @@ class Comparison(BaseModel):
             for key in keys:
                 if key.split(".")[0] not in _OWN or key in _SHARED or key == "training":
                     raise UserError(
-                        f"{place}.{key}: must be the same for all, so that they see the same data in the same order; what may"
-                        f" differ is method, graph, adapter and training (but {', '.join(_SHARED)}); set it for all under set"
+                        f"{place}.{key}: must be the same for all entries, which see the same data in the same order; entries may"
+                        f" differ in method, graph, adapter and training (except {', '.join(_SHARED)}); set it under set"
                     )
         size = _size(self.grid)
         for name in self.entries:
             for key, values in self.grid_of(name).items():
                 if len(set(map(_text, values))) < len(values):
-                    raise UserError(f"grid.{key}={values}: names something twice; every entry gets as many tries")
+                    raise UserError(
+                        f"grid.{key}={values}: has a repeated value; every entry has the same number of points"
+                    )
             if _size(self.grid_of(name)) != size:
                 raise UserError(
-                    f"entries.{name}.grid: {_size(self.grid_of(name))} points where the others have {size}; every entry"
-                    " gets as many tries"
+                    f"entries.{name}.grid: {_size(self.grid_of(name))} points, but the others have {size}; every entry"
+                    " has the same number of points"
                 )
             if both := sorted(set(self.grid_of(name)) & set(self.sets(name))):
                 raise UserError(f"entries.{name}.{both[0]}: is in the grid too; set it in one of the two")
         slugs = [slug(name) for name in self.entries]
         for name, place in zip(self.entries, slugs, strict=True):
             if not place or slugs.count(place) > 1:
-                raise UserError(
-                    f"entries.{name}: makes no folder name of its own ('{place}'); use other letters or digits"
-                )
+                raise UserError(f"entries.{name}: gives no unique folder name ('{place}'); use other letters or digits")
 
     def grid_of(self, entry: str) -> Grid:
         own = self.entries[entry].get("grid", self.grid)
@@ -115,7 +115,7 @@ class Comparison(BaseModel):
 
 @dataclass(frozen=True)
 class Job:
-    """One run. ``folder``: below the comparison's."""
+    """One run of a comparison. ``folder``: relative to the comparison's folder."""
 
     entry: str
     point: Point
@@ -126,12 +126,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison with every run it may need; all configurations are valid."""
+    """A comparison with all of its possible runs; all configurations are valid."""
 
     name: str
     comparison: Comparison
-    base: Experiment  # without what entries, grid and seeds set
-    jobs: Mapping[str, Sequence[Sequence[Job]]]  # entry -> point -> a job for each seed
+    base: Experiment  # without the settings of entries, grid and seeds
+    jobs: Mapping[str, Sequence[Sequence[Job]]]  # entry -> point -> one job for each seed
 
     @property
     def tune_seeds(self) -> list[int]:
@@ -143,7 +143,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Runs: the tuning seeds at every point, and the other seeds at the chosen one."""
+        """The number of runs: the tuning seeds at every point, and the other seeds at the chosen point."""
         tuned, seeds = len(self.tune_seeds), len(self.comparison.seeds)
         return sum(len(points) * tuned + seeds - tuned for points in self.jobs.values())
 
@@ -156,15 +156,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Plan:
     for text in overrides:
         key = text.partition("=")[0].strip()
         if any(key in comparison.grid_of(name) or key in comparison.sets(name) for name in comparison.entries):
-            raise UserError(f"override '{text}': entries or grid set {key} themselves; change it there")
+            raise UserError(f"override '{text}': entries or grid set {key}; change it there")
     if "seed" in {text.partition("=")[0].strip() for text in [*_texts(comparison.set), *overrides]}:
-        raise UserError("seed: the seeds of a comparison are in seeds")
+        raise UserError("seed: give the seeds of a comparison in seeds")
     jobs = {name: _jobs(comparison, common, name) for name in comparison.entries}
     return Plan(path.stem, comparison, config.parse(common), jobs)
 
 
 def parse(values: Mapping[str, Any]) -> Comparison:
-    """Raises UserError, one line for the first fault."""
+    """The comparison of ``values``. Raises UserError, one line for the first error."""
     try:
         return Comparison(**values)
     except ValidationError as error:
@@ -176,7 +176,7 @@ def points(grid: Grid) -> list[Point]:
 
 
 def shown(settings: Mapping[str, Any]) -> str:
-    """'training.lr=0.001, method.strength=0.5', as for --set."""
+    """``settings`` as text: 'training.lr=0.001, method.strength=0.5', as for --set."""
     return ", ".join(_texts(settings))
 
 
@@ -195,13 +195,13 @@ def _jobs(comparison: Comparison, common: Mapping[str, Any], entry: str) -> list
 
 
 def _job(values: Mapping[str, Any], entry: str, point: Point, seed: int) -> Job:
-    """Its run leaves the test split alone: that is read once the point is chosen."""
+    """A job that does not read the test split, which is read once the point is chosen."""
     experiment = config.parse(override(values, [*_texts(point), f"seed={seed}", "evaluation.test=false"]))
     return Job(entry, point, seed, experiment, Path("runs", slug(entry), _folder(point), f"seed-{seed}"))
 
 
 def _folder(point: Point) -> str:
-    """'training.lr=0.001'; a digest behind what cannot be written out, so that no two points share a folder."""
+    """A unique folder name, e.g. 'training.lr=0.001'; with a digest where the settings cannot be written in full."""
     text = ",".join(_texts(point)) or "only"
     safe = re.sub(r"[^A-Za-z0-9.=,_-]", "_", text)[:100]
     return safe if safe == text else f"{safe}-{blake2b(text.encode(), digest_size=4).hexdigest()}"
@@ -212,7 +212,7 @@ def _texts(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    """A value in YAML; a word as it is."""
+    """A value in YAML; a word without quotes."""
     word = isinstance(value, str) and re.fullmatch(r"[A-Za-z][A-Za-z_-]*", value)
     plain = word and value.lower() not in ("true", "false", "null")
     return value if plain else json.dumps(value, ensure_ascii=False)  # JSON is YAML

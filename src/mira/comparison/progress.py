@@ -1,4 +1,4 @@
-"""How far a comparison is, and how long it will take: from the runs finished in its folder, else from the first round."""
+"""Progress of a comparison, and its remaining time: from finished runs in its folder, else from the first round."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mira.runner.callbacks import Callback
 from mira.store import Store
 
 Say = Callable[[str], None]
-_TESTS = "measuring on test data comes on top"
+_TESTS = "plus the evaluation on test data"
 
 
 @dataclass
@@ -22,11 +22,11 @@ class Progress:
     total: int
     say: Say
     count: int = 0
-    runs: int = 0  # done now, not found finished
+    runs: int = 0  # finished by this process
     began: float | None = None
 
     def done(self, job: Job, loss: float | None, seconds: float | None) -> None:
-        """``seconds``: what its run took just now, None for one that was finished before."""
+        """Count a finished run. ``seconds``: its duration; None for a run that was finished before."""
         self.count += 1
         parts = [f"run {self.count} of {self.total}", job.entry, shown(job.point), f"seed {job.seed}"]
         parts.append("no finite validation loss" if loss is None else f"validation {loss:.4f}")
@@ -42,7 +42,7 @@ class Progress:
 
 
 class Estimate(Callback):
-    """A watcher, made when a run is opened, that says once, after the first round, how long ``runs`` runs like it take."""
+    """A callback, made when a run is opened, that estimates once, after the first round, the duration of ``runs`` such runs."""
 
     def __init__(self, runs: int, every: int, say: Say) -> None:
         """``every``: rounds from one evaluation to the next."""
@@ -64,26 +64,26 @@ class Estimate(Callback):
             + of_a_run(before, record["seconds"], "clients" in record, self._rounds, self._every)
         )
         self._say(
-            f"about {duration(self._runs * run)} for {self._runs} runs, if each takes as long as this one's first round"
-            f" says ({duration(run)}); {_TESTS}"
+            f"about {duration(self._runs * run)} for {self._runs} runs, estimated from the first round ({duration(run)} a run),"
+            f" {_TESTS}"
         )
 
 
 def of_a_run(before: float, first: float, measured: bool, rounds: int, every: int) -> float:
-    """Seconds of a whole run: the start was measured in ``before``, the first round took ``first``, with what was
-    ``measured`` after it; the last round is measured in any case."""
+    """Estimated seconds of a run. ``before``: the evaluation of the start. ``first``: the first round, with an evaluation where
+    ``measured``. ``every``: rounds from one evaluation to the next; the last round is always evaluated."""
     training = max(first - before, 0.0) if measured else first
     measurings = rounds // every + (rounds % every > 0)
     return before + rounds * training + measurings * (first - training if measured else before)
 
 
 def by_finished(plan: Plan, out: Path, say: Say) -> bool:
-    """Say how long the runs that are left will take by those that are finished; False where none is."""
+    """Report the estimated time of the remaining runs from the finished ones. False where none is finished."""
     jobs = [job for by_point in plan.jobs.values() for jobs in by_point for job in jobs]
     took = [seconds for job in jobs if (seconds := _seconds(out / job.folder)) is not None]
     left = max(plan.total - len(took), 0)
     if took and left:
-        say(f"about {duration(left * fmean(took))} for {left} runs, by the {len(took)} finished before; {_TESTS}")
+        say(f"about {duration(left * fmean(took))} for {left} runs, estimated from {len(took)} finished runs, {_TESTS}")
     return bool(took)
 
 
@@ -103,7 +103,7 @@ def duration(seconds: float) -> str:
 
 
 def _seconds(folder: Path) -> float | None:
-    """What a finished run took."""
+    """The duration of a finished run; None where the run is not finished."""
     if not Store.exists(folder):
         return None
     with Store.open(folder, writable=False) as store:

@@ -1,4 +1,4 @@
-"""Runs a comparison: every run in a folder of its own, tuning on validation data, the test split read once at the end."""
+"""Execution of a comparison: each run in its own folder, tuning on validation data, one evaluation of the test split."""
 
 from __future__ import annotations
 
@@ -35,11 +35,10 @@ JSON = "compare.json"
 def compare(
     plan: Plan, out: Path, command: str, results: Path | None = None, say: Say = lambda line: None
 ) -> dict[str, Any]:
-    """Do what is left to do of ``plan`` in the folder ``out``, and return what is in its compare.json (docs/cli.md).
+    """Do the remaining runs of ``plan`` in the folder ``out``, and return the content of its compare.json (docs/cli.md).
 
-    The files with the tables are written anew after each entry, in ``out`` and, all but the LaTeX, in ``results``.
-    Raises UserError when a run there was started with another configuration or on other data, or when another process is at
-    work there.
+    The tables are written after each entry, to ``out`` and, except for LaTeX, to ``results``. Raises UserError where a run there
+    was started with another configuration or on other data, or where another process works there.
     """
     with alone_in(out):
         return _compare(plan, out, command, results, say)
@@ -78,7 +77,7 @@ def _compare(plan: Plan, out: Path, command: str, results: Path | None, say: Say
 
 
 def _run(job: Job, out: Path, same: _Same, progress: Progress, callbacks: Sequence[Callback]) -> float | None:
-    """The lowest validation loss of a run, which is done first, or finished, where it is not yet."""
+    """The lowest validation loss of a run, which is started or continued if it is not finished."""
     folder = out / job.folder
     began = time.perf_counter()
     finished = _is_finished(folder)
@@ -102,8 +101,8 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _tested(folder: Path) -> dict[str, Any]:
-    """Test losses, answers and transfer under the rows of the validation-best round, the losses under the last, and before
-    training. What an older comparison kept has no start yet: it is added where the run can be opened, the rest stays."""
+    """Test losses, answers and transfer at the validation-best round, and test losses after the last round and before training.
+    Files of older comparisons have no losses before training; these are added where the run can be opened."""
     kept: dict[str, Any] = read_json(folder / TESTED) if (folder / TESTED).exists() else {}
     if "start" in kept:
         return kept
@@ -112,7 +111,7 @@ def _tested(folder: Path) -> dict[str, Any]:
     except UserError as error:
         if not kept:
             raise
-        log.warning("%s: how it began cannot be measured: %s", folder, error)
+        log.warning("%s: the losses before training cannot be measured: %s", folder, error)
         return kept
     replace(folder / TESTED, pack_json(value))
     return value
@@ -133,7 +132,7 @@ def _measured(folder: Path, kept: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_configurations(plan: Plan, out: Path) -> None:
-    """Before anything is run: what is there already was started as the plan says."""
+    """Raise UserError, before any run, where an existing run has another configuration than the plan."""
     for by_point in plan.jobs.values():
         for job in (job for jobs in by_point for job in jobs):
             folder = out / job.folder
@@ -146,19 +145,19 @@ def _check_configurations(plan: Plan, out: Path) -> None:
             ):
                 raise UserError(
                     f"{folder}: was started with another configuration: {'; '.join(differences)} (here: the run folder,"
-                    " there: what you ask for now); take it back, give another --out, or remove the folder"
+                    " there: the comparison); undo the change, give another --out, or remove the folder"
                 )
 
 
 @dataclass
 class _Same:
-    """The environment of the first run, and the data of the first run of each seed: all others must have the same."""
+    """The environment of the first run, and the data of the first run of each seed; all other runs must have the same."""
 
     environment: dict[str, Any] = field(default_factory=dict)
     data: dict[int, Any] = field(default_factory=dict)
 
     def dated(self, experiment: Experiment) -> Experiment:
-        """``experiment`` with the day that the first run wrote into its prompts."""
+        """``experiment`` with the date that the first run wrote into its prompts."""
         day = self.environment.get("prompt", {}).get("date")
         return config.dated(experiment, day)
 
@@ -169,7 +168,7 @@ class _Same:
         for key, value in expected.items():
             if environment[key] != value:
                 raise UserError(
-                    f"{job.folder}: {key} is {environment[key]}, of the other runs {value}; runs of one comparison need the"
+                    f"{job.folder}: {key} is {environment[key]}, but {value} in the other runs; runs of a comparison need the"
                     " same: restore it, or start another comparison with --out"
                 )
 
@@ -184,7 +183,7 @@ def _write(value: dict[str, Any], out: Path, results: Path | None) -> None:
 
 
 def _check_writable(results: Path) -> None:
-    """Before anything is run, rather than after the first hours."""
+    """Raise UserError, before any run, where ``results`` cannot be written to."""
     try:
         results.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=results):
@@ -194,5 +193,5 @@ def _check_writable(results: Path) -> None:
 
 
 def _mean_or_inf(losses: Sequence[float | None]) -> float:
-    """A run without a finite loss rules its point out."""
+    """The mean; infinite where a run has no finite loss, which rules out its point."""
     return inf if None in losses else sum(loss for loss in losses if loss is not None) / len(losses)

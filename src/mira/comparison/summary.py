@@ -1,4 +1,4 @@
-"""From the runs of a comparison to plain data: what compare.json holds (docs/cli.md)."""
+"""The content of compare.json (docs/cli.md), from the runs of a comparison."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mira.core.git_commit import commit
 from mira.results.statistics import mean, paired
 from mira.store import Store
 
-# Of each run: what the table averages over seeds.
+# Values of a run that the table averages over seeds.
 MEASURES = (
     "local_loss", "local_loss_last", "global_loss", "mean_row_loss", "rouge_l", "exact_match", "validation_loss",
     "bytes", "seconds",
@@ -25,7 +25,7 @@ def entry_of(
     plan: Plan, name: str, chosen: Sequence[Job], tuning: Sequence[tuple[Point, Sequence[float | None]]],
     tested: Sequence[dict[str, Any]], out: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    """A row of the table: how it was tuned, its runs at the chosen point, and their means over seeds."""
+    """An entry of compare.json: its tuning, its runs at the chosen point, and their means over seeds."""
     runs = [_run(job, test, out) for job, test in zip(chosen, tested, strict=True)]
     return {
         "name": name,
@@ -108,7 +108,7 @@ def _meets(plan: Plan, entry: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _against(entry: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Client by client, each one's test loss at the validation-best round averaged over seeds."""
+    """The paired test over clients of their test losses at the validation-best round, averaged over seeds."""
     mine, theirs = _by_client(entry), _by_client(other)
     assert list(mine) == list(theirs), "runs of the same data"
     if None in mine.values() or None in theirs.values():

@@ -1,4 +1,4 @@
-"""The tables of a comparison: for a terminal, in Markdown, LaTeX and CSV. Everything comes from its compare.json."""
+"""The tables of a comparison, from its compare.json: for a terminal, in Markdown, LaTeX and CSV."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from rich.text import Text
 from mira.comparison.summary import MEASURES
 from mira.results.tables import Fitting, number, probability
 
-Value = dict[str, Any]  # what compare.json holds
-Rows = list[list[str]]  # the first is the head
+Value = dict[str, Any]  # the content of compare.json
+Cells = list[list[str]]  # rows; the first one is the header
 
 _LOSSES = (
     ("local loss", "local_loss", 4),
@@ -31,20 +31,20 @@ _ESCAPES = {
 }  # fmt: skip
 
 
-def losses(value: Value) -> Rows:
+def losses(value: Value) -> Cells:
     rows = [[entry["name"], _short(entry["chosen"]), *_cells(entry, _LOSSES)] for entry in value["entries"]]
     return [["", "chosen", *(title for title, _, _ in _LOSSES)], *rows]
 
 
-def duels(value: Value) -> Rows:
-    """Against each baseline: on how many clients the test loss is lower, and the p of the paired test."""
+def duels(value: Value) -> Cells:
+    """For each baseline the number of clients with a lower test loss, and the p of the paired test."""
     baselines = _baselines(value)
     rows = [[entry["name"], *(_duel(entry, name) for name in baselines)] for entry in value["entries"]]
     return [["", *(f"beats {name} (p)" for name in baselines)], *rows] if baselines else []
 
 
-def costs(value: Value) -> Rows:
-    """Answers at the same rounds, bytes up and down, seconds of a run."""
+def costs(value: Value) -> Cells:
+    """Metrics of answers at the same rounds, bytes up and down, and seconds of a run."""
     return [["", *(title for title, _, _ in _COSTS)], *([e["name"], *_cells(e, _COSTS)] for e in value["entries"])]
 
 
@@ -62,7 +62,7 @@ def latex(value: Value) -> str:
 
 
 def csv_text(value: Value) -> str:
-    """One line an entry, numbers in full; what is no number is empty."""
+    """One line for each entry, with numbers in full; empty for missing numbers."""
     baselines = _baselines(value)
     stream = StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -83,7 +83,7 @@ def csv_text(value: Value) -> str:
 FILES: dict[str, Callable[[Value], str]] = {"table.md": markdown, "table.csv": csv_text, "table.tex": latex}
 
 
-def _tables(value: Value) -> list[Rows]:
+def _tables(value: Value) -> list[Cells]:
     return [rows for rows in (losses(value), duels(value), costs(value)) if rows]
 
 
@@ -93,7 +93,7 @@ def _short(settings: str) -> str:
 
 
 def _baselines(value: Value) -> list[str]:
-    """Those tested against, in the order of the table."""
+    """The baselines, in the order of the table."""
     named = {duel["baseline"] for entry in value["entries"] for duel in entry["against"]}
     return [entry["name"] for entry in value["entries"] if entry["name"] in named]
 
@@ -130,7 +130,7 @@ def _notes(value: Value) -> list[str]:
 
 
 def _warnings(value: Value) -> list[str]:
-    """What a mean does not show: a training that never got better, clients that fell out of rounds."""
+    """Warnings of training without improvement and of lost clients, which a mean does not show."""
     found = []
     for entry in value["entries"]:
         runs = entry.get("runs", ())
@@ -144,7 +144,7 @@ def _warnings(value: Value) -> list[str]:
 
 
 def _older(value: Value) -> str:
-    """The commits of runs that another one than the table's made."""
+    """The commits of runs with another commit than the table."""
     made = {run.get("commit") for entry in value["entries"] for run in entry.get("runs", ())} - {None, value["commit"]}
     return f" (runs of {', '.join(sorted(made))})" if made else ""
 
@@ -165,12 +165,12 @@ def _rich(value: Value) -> list[Fitting]:
     return tables
 
 
-def _pipes(rows: Rows) -> str:
+def _pipes(rows: Cells) -> str:
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def _tabular(rows: Rows) -> str:
+def _tabular(rows: Cells) -> str:
     lines = [" & ".join("".join(_ESCAPES.get(c, c) for c in cell) for cell in row) + r" \\" for row in rows]
     columns = "l" + "r" * (len(rows[0]) - 1)
     body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]

@@ -1,0 +1,1 @@
+"""Nouns and rules that need torch alone: rows and graphs, the round loop, mixing, errors."""

@@ -1,4 +1,4 @@
-"""Which round is the best: one rule for the run folder and for the sites, which keep their own part of it."""
+"""The best round: one rule for the run folder and for the sites, which keep their own part of it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ UNMEASURED: Standing = (0, inf)
 
 
 def standing(metrics: Mapping[str, Any]) -> Standing:
-    """What the best round has the least of, by its record's metrics; of several rounds the first counts. The mean validation
-    loss decides between rounds that know equally many clients: one who was never measured is in no mean, and a round that
-    knows more clients than another is better, since only then its mean is of all that count from now on."""
+    """Sort key of a round, from the metrics of its record; smaller is better, and the earlier of equal rounds wins.
+
+    A round with losses of more clients is better: a client that was never measured is in no mean. Between rounds with losses of
+    equally many clients the mean validation loss decides.
+    """
     loss = metrics.get("validation_loss")
     if not isinstance(loss, float | int):
         return UNMEASURED

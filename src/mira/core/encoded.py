@@ -8,12 +8,12 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Encoded:
     tokens: tuple[int, ...]  # [T]
-    label: tuple[bool, ...]  # [T], True on the tokens that the model is to say, each answer's end included
-    truncated: bool  # whether it lost tokens of its prompt
-    prompt: int = 0  # tokens before the (last) answer, as an encoder counts them
-    question: tuple[int, ...] = ()  # the tokens a server is asked, unless the first ``prompt`` ones
+    label: tuple[bool, ...]  # [T], True on the tokens to learn, the end of each answer included
+    truncated: bool  # whether the prompt lost tokens
+    prompt: int = 0  # tokens before the (last) answer
+    question: tuple[int, ...] = ()  # the prompt as a server gets it, where that is not the first ``prompt`` tokens
 
     @property
     def asked(self) -> tuple[int, ...]:
-        """The tokens that a server is given for the (last) answer."""
+        """The prompt of the (last) answer, as a server gets it."""
         return self.question or self.tokens[: self.prompt]

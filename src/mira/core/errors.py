@@ -1,4 +1,4 @@
-"""The one error meant for users: a single line that names the key, what was given, what is allowed and the nearest fix."""
+"""The error meant for users: a single line that names the key, the given value, the allowed values and the nearest fix."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _SHOWN = 20  # names in a message: a run may have 100 000 clients
 
 
 class UserError(ValueError):
-    """Something the user can mend. The command line prints its text and exits with 2, without a traceback."""
+    """A fault that the user can mend. The command line prints its text and exits with 2, without a traceback."""
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
-    """'; did you mean 'x'?' when something allowed looks alike, else the allowed names."""
+    """'; did you mean 'x'?' where an allowed name is similar, else the allowed names."""
     names = sorted(allowed)
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     if near:

@@ -2,5 +2,5 @@
 
 
 def visible(text: str) -> str:
-    """Text of a model or of somebody's data, with what could command the terminal escaped."""
+    """Text of a model or of a data file, with control characters escaped."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)

@@ -1,4 +1,4 @@
-"""What each of the P numbers of a row is."""
+"""The layout of a row: the meaning of each of its P numbers."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch import Tensor
 Factor = Literal["A", "B", "magnitude", "prompt", "encoder", "seed", "peft"]
 
 
-PLUS = ("B", "magnitude")  # factors that LoRA+ gives another learning rate, as PEFT's optimiser does
+PLUS = ("B", "magnitude")  # factors with the LoRA+ learning rate, as in PEFT's optimiser
 
 
 @dataclass(frozen=True)
 class Entry:
     """One tensor inside a row: ``row[offset : offset + size].view(shape)``.
 
-    LoRA: A [r, in] and B [out, r] of a layer; of a tensor of E ``experts`` A [E·r, in], expert by expert, and B [out, r·E],
-    rank by rank, as PEFT has them; with DoRA the "magnitude" [out] of a layer. Prompt: the virtual tokens "prompt" [V, d] and
-    the weights of the "encoder" they pass. Seeds: the coefficients "seed" [N]. Other kinds of PEFT: their tensors "peft".
+    LoRA: A [r, in] and B [out, r] of a layer. For a tensor of E ``experts``: A [E·r, in], expert by expert, and B [out, r·E],
+    rank by rank, as in PEFT. DoRA: also the "magnitude" [out] of a layer. Prompt: the virtual tokens "prompt" [V, d] and the
+    weights of their "encoder". Seeds: the coefficients "seed" [N]. Other kinds of PEFT: their tensors "peft".
     """
 
-    module: str  # dotted name in the base model, e.g. "model.layers.0.self_attn.q_proj"; elsewhere in the adapter
+    module: str  # dotted name in the base model, e.g. "model.layers.0.self_attn.q_proj"; of other kinds in the adapter
     factor: Factor
     shape: tuple[int, ...]
     offset: int
-    experts: int = 0  # in its tensor; 0 of a layer without
+    experts: int = 0  # experts in the tensor; 0 for a layer without experts
 
     @property
     def size(self) -> int:
@@ -43,8 +43,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of a row, end to end. ``scale`` of a LoRA product is α/r, or α/√r with rsLoRA; other kinds have none.
-    ``plus``: the learning rate of B and magnitudes over that of A."""
+    """The tensors of a row, end to end. ``scale``: of a LoRA product, α/r, or α/√r with rsLoRA; other kinds have none.
+    ``plus``: the learning rate of B and magnitudes divided by that of A (LoRA+)."""
 
     entries: tuple[Entry, ...]
     rank: int = 0
@@ -62,16 +62,16 @@ class Layout:
         return self.scale_at(self.rank)
 
     def scale_at(self, rank: int) -> float:
-        """The scale of a row that uses ``rank`` of the layout's ranks, and is zero beyond: that of a plain row of this rank."""
+        """The scale of a row that uses ``rank`` of the layout's ranks and is zero beyond: that of an adapter of this rank."""
         return self.alpha / (sqrt(rank) if self.rslora else rank)
 
     def within(self, rank: int) -> Tensor:
-        """Which numbers of a row belong to the first ``rank`` rows of A and columns of B: [P] bool."""
+        """Mask [P] of the numbers that belong to the first ``rank`` rows of A and columns of B."""
         return self.level < rank
 
     @cached_property
     def level(self) -> Tensor:
-        """Which of the ranks each number of a LoRA row belongs to: [P] int64 from 0 on."""
+        """The rank (from 0) that each number of a LoRA row belongs to: [P] int64."""
         level, ranks = torch.zeros(self.size, dtype=torch.int64), torch.arange(self.rank)
         for entry in self.entries:
             count = max(entry.experts, 1)
@@ -82,13 +82,13 @@ class Layout:
         return level
 
     def share(self, rank: Tensor, weight: Tensor) -> Tensor:
-        """Of each number of a LoRA row the ``weight`` [n] of those that have it, where they have the ranks ``rank`` [n]:
-        [P]."""
+        """For each number of a LoRA row the sum [P] of ``weight`` [n] over the clients that have it; their ranks are ``rank``
+        [n]."""
         has = rank[:, None] > torch.arange(self.rank)
         return (weight[:, None] * has).sum(0)[self.level]
 
     def ranks(self, rows: Tensor) -> list[int]:
-        """How many ranks each of ``rows`` [n,P] uses: all, but for the last rows of A that are zero."""
+        """The number of ranks that each of ``rows`` [n,P] uses: all, less the last rows of A that are zero."""
         if not self.modules:
             return [self.rank] * len(rows)
         used = (self.entries[0].view(rows) != 0).any(2).view(len(rows), -1, self.rank).any(1)  # [n,r]
@@ -96,8 +96,8 @@ class Layout:
         return [rank or self.rank for rank in last.tolist()]
 
     def scale_ratio(self, rows: Tensor) -> Tensor | None:
-        """What to multiply ``rows`` [n,P] with for ``scale`` to hold for each: B by scale_at(rank)/scale where a row uses less
-        than all ranks. None where all use all."""
+        """Factors [n,P] that bring ``rows`` [n,P] to the layout's ``scale``: scale_at(rank)/scale for B of a row that uses fewer
+        ranks, else 1. None where all rows use all ranks."""
         ranks = self.ranks(rows)
         if all(rank == self.rank for rank in ranks):
             return None
@@ -111,41 +111,44 @@ class Layout:
         return out
 
     def mean(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Mean [P] of ``rows`` [n,P], by ``weight`` [n] where given, each in the scale that it is used with: a row of fewer ranks
-        has a larger one, and no part in the ranks beyond (``mira.core.ranks``). In float64, then in the rows' precision."""
-        stretch = self.scale_ratio(rows)
-        wide = rows.double() if stretch is None else rows.double() * stretch.double()
+        """Mean [P] of ``rows`` [n,P], by ``weight`` [n] where given; computed in float64, returned in the rows' precision.
+
+        Rows of unlike ranks are averaged in the layout's scale, and each number over the rows that have it
+        (``mira.core.ranks``). Where all rows use fewer ranks than the layout so does the mean, and it gets their scale.
+        """
+        ratio = self.scale_ratio(rows)
+        scaled = rows.double() if ratio is None else rows.double() * ratio.double()
         p = torch.ones(len(rows), dtype=torch.float64) if weight is None else weight.double()
-        mean = p @ wide / p.sum()
-        if stretch is not None:
+        mean = p @ scaled / p.sum()
+        if ratio is not None:
             share = self.share(torch.tensor(self.ranks(rows)), p / p.sum())
             mean = torch.where(share > 0, mean / share, mean)
-        back = self.scale_ratio(mean[None])  # where all use fewer ranks so does the mean
-        return (mean if back is None else mean / back[0]).to(rows.dtype)
+        own_ratio = self.scale_ratio(mean[None])
+        return (mean if own_ratio is None else mean / own_ratio[0]).to(rows.dtype)
 
     @property
     def virtual_tokens(self) -> int:
-        """V, what a prompt adds in front of every sequence."""
+        """V, the virtual tokens in front of every sequence; 0 without a prompt."""
         return sum(entry.shape[0] for entry in self.entries if entry.factor == "prompt")
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The layers that carry a LoRA product."""
+        """The layers with a LoRA product."""
         return tuple(entry.module for entry in self.entries if entry.factor == "A")
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Those of the modules that are tensors of experts."""
+        """The modules that are tensors of experts."""
         return tuple(entry.module for entry in self.entries if entry.factor == "A" and entry.experts)
 
     @property
     def dora(self) -> bool:
-        """Whether layers have magnitudes."""
+        """True where layers have magnitudes (DoRA)."""
         return any(entry.factor == "magnitude" for entry in self.entries)
 
     @cached_property
     def rate(self) -> Tensor | None:
-        """The learning rate of each number over that of the run [P]; None where all have the same."""
+        """The learning rate of each number divided by that of the run [P]; None where all are 1."""
         if self.plus == 1:
             return None
         rate = torch.ones(self.size, dtype=torch.float64)
@@ -156,7 +159,7 @@ class Layout:
 
     @property
     def alone(self) -> str:
-        """Why rows can be computed for one client at a time only; empty where they can be in one pass."""
+        """The reason why rows need a pass for each client; empty where several clients fit into one pass."""
         if any(entry.factor == "peft" for entry in self.entries):
             return "has no arithmetic for this adapter.kind"
         return "has no magnitudes (adapter.dora)" if self.dora else ""
@@ -170,8 +173,8 @@ class Layout:
         dora: bool = False,
         plus: float = 1.0,
     ) -> Layout:
-        """The LoRA layout for target modules {name: (in_features, out_features)} or {name: (…, experts)}, in the given order:
-        A then B of each, and with ``dora`` its magnitude."""
+        """The LoRA layout for target modules {name: (in_features, out_features)} or {name: (…, experts)}, in the given order: A
+        of each, B, and with ``dora`` the magnitude."""
         tensors: list[tuple[str, Factor, tuple[int, ...]]] = []
         experts: dict[str, int] = {}
         for module, (fan_in, fan_out, *count) in modules.items():
@@ -184,7 +187,7 @@ class Layout:
 
 
 def end_to_end(tensors: Iterable[tuple[str, Factor, tuple[int, ...]]]) -> tuple[Entry, ...]:
-    """Entries for tensors (module, factor, shape), one after the other."""
+    """Entries for tensors (module, factor, shape), end to end."""
     entries: list[Entry] = []
     offset = 0
     for module, factor, shape in tensors:

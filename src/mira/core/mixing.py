@@ -1,9 +1,9 @@
-"""How rows come together: weighted mean (FedAvg) and the two forms of the Laplacian step (MIRA).
+"""Combining rows: the weighted mean (FedAvg) and the two forms of the Laplacian step (MIRA).
 
 θ_k ← θ̂_k − c·Σ_l a_kl (θ̂_k − θ̂_l)  (paper, after Dinh et al., FedU) and
 θ_k ← (1−s)·θ̂_k + s·Σ_l (a_kl/d_k)·θ̂_l  (normalised). All rows move at once from the old values.
-Coefficients are made in float64, sums run in the rows' own precision. Beyond the rows given and the rows returned a step
-holds one tile of columns for each thread, and one block of the rows of others.
+Coefficients are computed in float64, sums in the precision of the rows. Memory beyond the input and output rows: one tile of
+columns for each thread, and one block of further rows.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch.nn.functional import embedding_bag
 
 from mira.core.threads import parallel_map
 
-_TILE = 2**17  # numbers: they stay in a core's cache, and allocating as many again costs no page faults
-_SPARSE = 0.25  # at most this share of weights that are not zero: summing neighbours is faster than a matrix product
+_TILE = 2**17  # numbers: a tile stays in a core's cache, and allocating another one costs no page faults
+_SPARSE = 0.25  # with at most this share of non-zero weights, summing neighbours is faster than a matrix product
 
 Product = Callable[[Tensor, Tensor], object]
 
 
 def weighted_mean(rows: Tensor, weight: Tensor) -> Tensor:
-    """Σ_k p_k·rows_k with p = weight/Σ weight: rows [M,P], weight [M] -> [P]. Raises ValueError when weights sum to 0."""
+    """Σ_k p_k·rows_k with p = weight/Σ weight: rows [M,P], weight [M] -> [P]. Raises ValueError where weights sum to 0."""
     total = weight.double().sum()
     if not total > 0:
         raise ValueError("weighted mean: weights sum to 0; at least one client with examples is needed")
@@ -35,24 +35,25 @@ def weighted_mean(rows: Tensor, weight: Tensor) -> Tensor:
 def paper_step(rows: Tensor, a: Tensor, c: float, others: Iterable[Tensor] = ()) -> Tensor:
     """rows − c·(d·rows − a·pool), d_k = Σ_l a_kl: rows [M,P] pulled along a [M,N] towards the pool.
 
-    The pool is the M rows themselves, then ``others``: blocks of further rows [n,P], N − M in all, taken one at a time.
+    The pool is the M rows themselves, then ``others``: blocks of further rows [n,P], N − M in all, read one at a time.
     """
     return mix(rows, *paper_weights(a, c), others)
 
 
 def normalised_step(rows: Tensor, a: Tensor, s: float, others: Iterable[Tensor] = ()) -> Tensor:
-    """(1−s)·rows + s·(a/d)·pool, with the pool of ``paper_step``. A row without neighbours in it stays as it is."""
+    """(1−s)·rows + s·(a/d)·pool, with the pool of ``paper_step``. A row without neighbours in the pool does not change."""
     return mix(rows, *normalised_weights(a, s), others)
 
 
 def paper_weights(a: Tensor, c: float) -> tuple[Tensor, Tensor]:
-    """What ``mix`` needs for the step: 1 − c·d [M] and c·a [M,N] in float64."""
+    """Coefficients of ``mix`` for the paper's step: 1 − c·d [M] and c·a [M,N] in float64."""
     a = a.double()
     return 1 - c * a.sum(1), c * a
 
 
 def normalised_weights(a: Tensor, s: float) -> tuple[Tensor, Tensor]:
-    """1 − s [M] and s·a/d [M,N] in float64; 1 and 0 for a row without neighbours."""
+    """Coefficients of ``mix`` for the normalised step: 1 − s [M] and s·a/d [M,N] in float64; 1 and 0 for a row without
+    neighbours."""
     degree = a.double().sum(1)
     related = degree > 0
     return 1 - s * related.double(), s * a / torch.where(related, degree, 1.0)[:, None]
@@ -76,7 +77,7 @@ def mix(rows: Tensor, own: Tensor, pull: Tensor, others: Iterable[Tensor] = ()) 
 
 
 def _add_product(weights: Tensor, pool: Tensor, out: Tensor) -> None:
-    """out += weights·pool. Only rows with a weight are touched: a pool in many blocks costs what its edges cost."""
+    """out += weights·pool. Rows without a weight are skipped, so that a pool in many blocks costs what its edges cost."""
     touched = (weights != 0).any(1).nonzero()[:, 0]
     times = _product(weights[touched], pool.dtype)
 
@@ -89,25 +90,25 @@ def _add_product(weights: Tensor, pool: Tensor, out: Tensor) -> None:
 
 
 def _product(weights: Tensor, dtype: torch.dtype) -> Product:
-    """(pool [N,n], out [M,n]) ↦ out = weights·pool. The one place that decides between neighbour lists and a matrix."""
+    """The function (pool [N,n], out [M,n]) ↦ out = weights·pool, with neighbour lists or with a matrix product."""
     row, neighbour = weights.nonzero(as_tuple=True)
     if len(row) > _SPARSE * weights.numel():
         matrix = weights.to(dtype)
         return lambda pool, out: torch.mm(matrix, pool, out=out)
-    first = torch.searchsorted(row, torch.arange(len(weights)))  # of each row's neighbours
+    first = torch.searchsorted(row, torch.arange(len(weights)))  # the first neighbour of each row
     weight = weights[row, neighbour].to(dtype)
     bag = partial(embedding_bag, neighbour, offsets=first, mode="sum", per_sample_weights=weight)
     return lambda pool, out: out.copy_(bag(pool.contiguous()))
 
 
 def _tiles(columns: int, rows: int) -> list[slice]:
-    """Of very many rows still enough columns to stream through them."""
+    """Slices of columns: ``_TILE`` numbers, but at least 256 columns, so that many rows are still read in sequence."""
     width = max(256, _TILE // rows)
     return [slice(begin, min(begin + width, columns)) for begin in range(0, columns, width)]
 
 
 def _each(tiles: Sequence[slice], work: Callable[[slice], object]) -> None:
-    """``work`` on every tile, whole tiles side by side."""
+    """Run ``work`` on every tile, tiles in parallel."""
     workers = torch.get_num_threads() if len(tiles) >= torch.get_num_threads() else 1
 
     def some(first: int) -> None:

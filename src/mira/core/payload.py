@@ -1,4 +1,4 @@
-"""What of a round's work travels between the server and a client."""
+"""The part of a round's work that travels between the server and a client."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from mira.core.types import Work
 
 @dataclass(frozen=True)
 class Parcel:
-    """What one client is sent: ``rows``, each [P] and sent once; ``start`` and ``anchor``: which of them each of its jobs starts
-    from and is pulled to, None where nothing is sent; ``upload`` [P] bool: what of a row travels, each way, None: all."""
+    """The rows sent to one client. ``rows``: each [P], sent once. ``start`` and ``anchor``: for each job of the client the place
+    in ``rows`` that it starts from and is pulled to; None where nothing is sent. ``upload``: mask [P] of the numbers that
+    travel, each way; None: all."""
 
     rows: tuple[Tensor, ...]
     start: tuple[int | None, ...]
@@ -23,12 +24,12 @@ class Parcel:
 
     @property
     def numbers(self) -> int:
-        """How many numbers of a row travel; 0 where no row does."""
+        """The count of numbers of a row that travel; 0 where no row does."""
         return int(self.upload.sum()) if self.upload is not None else len(self.rows[0]) if self.rows else 0
 
 
 def parcel(work: Work, jobs: Sequence[int]) -> Parcel:
-    """The parcel of the client whose ``jobs`` these are. A private row is with the client already."""
+    """The parcel of the client with these ``jobs``. A private row is at the client already."""
     rows: list[Tensor] = []
 
     def place(row: Tensor) -> int:

@@ -1,8 +1,8 @@
-"""Mixing updates instead of factors: the mean of B_k·A_k is not the product of the means of B_k and of A_k.
+"""Mixing updates B·A instead of factors: the mean of B_k·A_k is not the product of the means of B_k and of A_k.
 
-For a client's new factors: the best rank-r approximation of Σ_l w_l·B_l·A_l by its singular values (Eckart and Young 1936;
-on one shared adapter Bai et al., FlexLoRA, NeurIPS 2024). The sum is never formed: side by side the factors are
-[out,n·r]·[n·r,in], and of both only the triangle R of QR counts.
+A client's new factors are the best rank-r approximation of Σ_l w_l·B_l·A_l by its singular values (Eckart and Young 1936;
+for one shared adapter Bai et al., FlexLoRA, NeurIPS 2024). The sum [out,in] is never formed: the concatenated factors are
+[out,n·r]·[n·r,in], and the SVD needs only the triangle R of the QR decomposition of each.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch.nn.functional import pad
 def product_mix(
     rows: Tensor, own: Tensor, pull: Tensor, others: Iterable[Tensor], pairs: Tensor, share: Tensor
 ) -> Tensor:
-    """Rows [M,P] whose products are own_k·B_kA_k + Σ_l pull_kl·B_lA_l, cut to rank r; own [M], pull [M,N] over the rows and
-    then ``others``. Exact where that sum has rank r, as with one A for all.
+    """Rows [M,P] with the products own_k·B_kA_k + Σ_l pull_kl·B_lA_l, cut to rank r: own [M], pull [M,N] over the rows and then
+    ``others``. Exact where that sum has rank r, as with one A for all.
 
-    ``pairs`` [layers,5] says where A and B are and their sizes; of a layer's step its ``share`` is made. A row that nobody
-    pulls, and a layer without a share, stay as they are.
+    ``pairs`` [layers,5]: the offsets of A and B, then in, out, r of each layer. ``share`` [layers]: the part of the step that a
+    layer makes. Rows without a pull and layers of share 0 do not change.
     """
     pool, mixed = torch.cat([rows, *others]), rows.clone()
     pulled = (pull != 0).any(1).nonzero()[:, 0].tolist()
@@ -41,12 +41,11 @@ def product_mix(
 
 
 def best_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """A [r,in] and B [out,r] whose product is nearest to Σ_k b_k·a_k (Eckart and Young): a [M,r,in], b [M,out,r].
+    """A [r,in] and B [out,r] with the product nearest to Σ_k b_k·a_k (Eckart and Young): a [M,r,in], b [M,out,r].
 
-    With Σ b_k·a_k = U·Σ·Vᵀ: A = Vᵀ, with rows of length 1 much like those A is drawn with, and B = U·Σ. The sum is never
-    formed: side by side the factors are [out,M·r]·[M·r,in], and of both only the triangle R of QR counts. Of a singular
-    vector and its negative the one is taken whose largest number is positive. Where a layer has fewer than r singular
-    values, its rows of A are repeated with zeros in B: they add nothing, and can still be trained.
+    With Σ b_k·a_k = U·Σ·Vᵀ: A = Vᵀ and B = U·Σ. Rows of A have length 1, close to those of a freshly drawn A. The sign of each
+    singular vector is fixed: its largest number is positive. Where a layer has fewer than r singular values, rows of A are
+    repeated with zeros in B: they add nothing and can still be trained.
     """
     rank = a.shape[1]
     q_b, r_b = torch.linalg.qr(b.movedim(0, 1).flatten(1))
@@ -59,8 +58,8 @@ def best_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotated(a: Tensor, b: Tensor, towards: Tensor) -> tuple[Tensor, Tensor]:
-    """A [r,in] and B [out,r] rotated: the same product, and the A nearest to ``towards`` (Procrustes), so that rows go on
-    from where they were and stay comparable."""
+    """A [r,in] and B [out,r] rotated: the same product, and the A nearest to ``towards`` (Procrustes), so that a row continues
+    its former one and rows stay comparable."""
     left, _, right = torch.linalg.svd(towards @ a.T)
     turn = left @ right
     return turn @ a, b @ turn.T

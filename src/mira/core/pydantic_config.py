@@ -1,4 +1,4 @@
-"""Rules of all hyper-parameter classes: unknown keys are errors, docstrings document the fields, "~" is one's home folder."""
+"""Rules of all configuration classes: unknown keys are errors, docstrings document the fields, "~" is the home folder."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan
 
 
 def expanded(path: Path) -> Path:
-    """``path`` with the home folder in the place of a leading "~"."""
+    """``path`` with the home folder in place of a leading "~". Raises UserError where there is no such home folder."""
     try:
         return path.expanduser()
     except RuntimeError:

@@ -1,15 +1,15 @@
-"""Who resembles whom: cosines of centred vectors, and the strongest relations of each client as edges.
+"""Similarity of clients: cosines of centred vectors, and the strongest relations of each client as edges.
 
 Weights solve, for each client k over its candidates l,
 
     min_{a_k ≥ 0, ‖a_k‖₀ ≤ n}  Σ_l a_kl·½‖u_k − u_l‖² − (1 − τ)·Σ_l a_kl + ½·Σ_l a_kl²,    u_k = (x_k − x̄)/‖x_k − x̄‖,
 
-of which the minimiser is a_kl = max(0, cos_kl − τ) on the n largest cosines and 0 elsewhere: smoothness of the vectors on
-the graph, a reward for being connected, and the Frobenius norm, as in Kalofolias, "How to learn a graph from smooth
-signals", AISTATS 2016, and, alternating with the models, in Zantedeschi, Bellet and Tommasi, "Fully Decentralized Joint
-Learning of Personalized Models and Collaboration Graphs", AISTATS 2020. Their reward is Σ_k log d_k; the linear one taken
-here leaves every pair its own problem, so that the pairs of a cohort can be estimated without all others. An edge is
-kept when either end chose it.
+The minimiser is a_kl = max(0, cos_kl − τ) on the n largest cosines and 0 elsewhere. The terms are smoothness of the vectors on
+the graph, a reward for connections, and the Frobenius norm, as in Kalofolias, "How to learn a graph from smooth signals",
+AISTATS 2016, and, alternating with the models, in Zantedeschi, Bellet and Tommasi, "Fully Decentralized Joint Learning of
+Personalized Models and Collaboration Graphs", AISTATS 2020. Their reward is Σ_k log d_k. The linear reward used here separates
+the problem by pairs, so that the pairs of a cohort can be estimated without the other clients. An edge is kept where either end
+chose it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _TILE = 2**20  # numbers of a tile in float64, 8 MiB
 def cosines(rows: Tensor) -> Tensor:
     """cos(x_k − x̄, x_l − x̄) as float64 [M,M] of rows x [M,P], x̄ their mean; 0 for a row equal to the mean.
 
-    What all rows have in common (a common start, the template) says nothing of who is related, so it goes. Computed in
-    tiles of columns: the rows are not copied.
+    Subtracting the mean removes the part that all rows share (the common start, the template), which does not tell clients
+    apart. Computed in tiles of columns: the rows are not copied.
     """
     gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     for part in rows.split(max(1, _TILE // len(rows)), dim=1):
@@ -38,11 +38,13 @@ def cosines(rows: Tensor) -> Tensor:
     return torch.where(size > 0, gram / size.where(size > 0, 1.0), 0.0)
 
 
-Choices = tuple[Tensor, Tensor, Tensor]  # source, target [n] int64, weight [n] float64: whom each client chose
+Choices = tuple[
+    Tensor, Tensor, Tensor
+]  # source, target [n] int64, weight [n] float64: client ``source`` chose ``target``
 
 
 def strongest(choices: Choices, most: int) -> Choices:
-    """Of each source the ``most`` choices of the largest weight, sorted by (source, weight descending)."""
+    """The ``most`` choices of the largest weight for each source, sorted by (source, weight descending)."""
     source, target, weight = choices
     order = weight.argsort(descending=True, stable=True)
     order = order[source[order].argsort(stable=True)]
@@ -53,8 +55,8 @@ def strongest(choices: Choices, most: int) -> Choices:
 
 
 def choices_among_all(vectors: Tensor, most: int, above: float) -> Choices:
-    """Each client's choices among all by the cosine of centred ``vectors`` [K,d], a block of clients at a time: K·most in
-    memory, never [K,K]."""
+    """The choices of all clients among each other by the cosine of centred ``vectors`` [K,d]. Computed in blocks of clients:
+    memory for K·most choices, never [K,K]."""
     x = vectors.double() - vectors.double().mean(0)
     norm = x.norm(dim=1, keepdim=True)
     u = torch.where(norm > 0, x / norm.where(norm > 0, 1.0), 0.0)
@@ -67,7 +69,7 @@ def choices_among_all(vectors: Tensor, most: int, above: float) -> Choices:
 
 
 def pairs_above(cosine: Tensor, source: Tensor, target: Tensor, above: float) -> Choices:
-    """All pairs of ``cosine`` [n,m] above τ = ``above``, of weight cos − τ."""
+    """All pairs of ``cosine`` [n,m] above τ = ``above``, with weight cos − τ."""
     row, column = (cosine > above).nonzero(as_tuple=True)
     return source[row], target[column], cosine[row, column] - above
 

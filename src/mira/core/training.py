@@ -12,12 +12,12 @@ from mira.core.pydantic_config import STRICT
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Training:
-    """What a client does in a round, from the row it is given."""
+    """Local training of a client in a round."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate."""
     local_steps: Annotated[int, Field(gt=0)] | None = None
-    """Optimiser steps a client does in a round. Give this or local_epochs."""
+    """Optimiser steps of a client in a round. Give this or local_epochs."""
     local_epochs: Annotated[int, Field(gt=0)] | None = None
     """Passes over the client's training examples in a round. Give this or local_steps."""
     batch_size: Annotated[int, Field(gt=0)] = 4
@@ -25,17 +25,17 @@ class Training:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW with PyTorch's defaults, or SGD."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls over the rounds, after the warm-up."""
+    """Decay of the learning rate over the rounds, after the warm-up."""
     warmup_rounds: Annotated[int, Field(ge=0)] = 0
-    """Rounds over which the learning rate rises linearly to its peak."""
+    """Rounds in which the learning rate rises linearly to its peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled in AdamW, added to the gradient in SGD."""
+    """Weight decay: decoupled in AdamW, added to the gradient in SGD."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Of SGD."""
+    """Momentum of SGD."""
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest Euclidean norm of a client's gradient; null to switch clipping off."""
     keep_optimizer: bool = False
-    """Keep a client's optimiser state from round to round instead of starting afresh."""
+    """Keep the optimiser state of a client from round to round instead of resetting it."""
 
     def __post_init__(self) -> None:
         if (self.local_steps is None) == (self.local_epochs is None):
@@ -47,7 +47,7 @@ class Training:
             raise UserError(f"training.momentum={self.momentum}: belongs to optimizer 'sgd', not '{self.optimizer}'")
 
     def lr_at(self, round: int, rounds: int) -> float:
-        """Learning rate of ``round`` (from 0) of ``rounds``; linear and cosine reach 0 just after the last round."""
+        """Learning rate of ``round`` (from 0) of ``rounds``; linear and cosine reach 0 one round after the last."""
         if round < self.warmup_rounds:
             return self.lr * (round + 1) / self.warmup_rounds
         progress = (round - self.warmup_rounds) / max(rounds - self.warmup_rounds, 1)
@@ -56,7 +56,7 @@ class Training:
         return self.lr * (1 + cos(pi * progress)) / 2 if self.schedule == "cosine" else self.lr
 
     def steps_for(self, num_examples: int) -> int:
-        """Local steps a client with ``num_examples`` does in a round."""
+        """Local steps in a round of a client with ``num_examples``."""
         if self.local_steps is not None:
             return self.local_steps
         assert self.local_epochs is not None

@@ -1,16 +1,16 @@
-"""How a row travels: one flat array of bytes, as long as its format says and no longer.
+"""The encoding of rows on the wire: one flat array of bytes, of a length that follows from the format.
 
-fp32   the row as it is, 4 bytes a number (8 where rows are float64): exact, both ways
+fp32   the row unchanged, 4 bytes a number (8 where rows are float64): exact in both directions
 bf16   2 bytes a number, rounded to nearest
 int8   1 byte a number and a float32 scale for each block of 256: x ≈ s·q, s = max|x| / 127 over the block, q = round(x / s)
 
-A site sends a rounded *displacement* from the row it was given, which both sides know, and remembers what rounding took away:
-error feedback adds it to the next displacement (Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019), so that the
-sum of all that was sent is the sum of all that was meant, up to the last residual. Rows to a site travel in bf16 with both
-rounded formats: a row has no earlier one to be a displacement from.
+A site sends a rounded *displacement* from the row it received, which both sides know, and keeps the rounding error. Error
+feedback adds that residual to the next displacement (Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019), so that
+the sum of all sent displacements is exact up to the last residual. Rows to a site travel in bf16 with both rounded formats:
+they have no former row to be a displacement from.
 
-Which numbers travel, where not all do, is said by a mask: its bits, deflated. It follows the layout, so that it repeats itself,
-and a mask of millions is some hundred bytes.
+Where not all numbers travel, a mask tells which: its bits, deflated. A mask follows the layout and repeats itself, so that a
+mask of millions of numbers takes some hundred bytes.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def down(wire: Wire) -> Wire:
 
 
 def num_bytes(wire: Wire, size: int, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of ``size`` numbers: what ``encode`` makes and what metrics count."""
+    """The bytes that ``encode`` makes of ``size`` numbers, as metrics count them."""
     if wire == "int8":
         return size + 4 * _blocks(size)
     return size * (2 if wire == "bf16" else dtype.itemsize)
 
 
 def encode(numbers: Tensor, wire: Wire) -> Tensor:
-    """``numbers`` [n] as bytes (uint8). Raises ValueError when one of them is not finite, or too large for the format."""
+    """``numbers`` [n] as bytes (uint8). Raises ValueError where a number is not finite, or too large for the format."""
     if wire == "fp32":
         packed = numbers.detach().cpu().contiguous()
     elif wire == "bf16":
@@ -52,21 +52,21 @@ def encode(numbers: Tensor, wire: Wire) -> Tensor:
 
 
 def decode(data: Tensor, wire: Wire, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The ``size`` numbers in ``data``. Raises ValueError unless it is what ``encode`` makes of so many finite numbers."""
+    """The ``size`` numbers in ``data``. Raises ValueError unless ``data`` is the encoding of so many finite numbers."""
     expected = num_bytes(wire, size, dtype)
     if data.dtype != torch.uint8 or data.dim() != 1:
-        raise ValueError(f"a row is {data.dtype} of {data.dim()} dimensions, not a flat array of bytes")
+        raise ValueError(f"an adapter is {data.dtype} of {data.dim()} dimensions, not a flat array of bytes")
     if len(data) != expected:
-        raise ValueError(f"a row of {len(data)} bytes; {size} numbers in {wire} are {expected}")
-    data = data.clone()  # begins where every dtype may begin
+        raise ValueError(f"an adapter of {len(data)} bytes; {size} numbers in {wire} are {expected}")
+    data = data.clone()  # aligned for every dtype
     found = _from_int8(data, size) if wire == "int8" else data.view(torch.bfloat16 if wire == "bf16" else dtype)
     if not bool(found.isfinite().all()):
-        raise ValueError("a row holds numbers that are not finite")
+        raise ValueError("an adapter holds numbers that are not finite")
     return found.to(dtype)
 
 
 def compress(displacement: Tensor, residual: Tensor | None, wire: Wire) -> tuple[Tensor, Tensor]:
-    """(bytes of ``displacement`` + ``residual``, what rounding took away: the next residual [n]). Raises ValueError as encode."""
+    """(bytes of ``displacement`` + ``residual``, the rounding error: the next residual [n]). Raises ValueError as encode."""
     meant = displacement if residual is None else displacement + residual
     data = encode(meant, wire)
     return data, meant - decode(data, wire, len(meant), meant.dtype)
@@ -80,8 +80,8 @@ def encode_mask(mask: Tensor) -> Tensor:
 
 
 def decode_mask(data: Tensor, size: int) -> Tensor:
-    """The mask [size] in ``data``. Raises ValueError unless it is what ``encode_mask`` makes of one; no more than ``size`` bits
-    are ever unpacked."""
+    """The mask [size] in ``data``. Raises ValueError unless ``data`` is the encoding of such a mask. Never unpacks more than
+    ``size`` bits."""
     if data.dtype != torch.uint8 or data.dim() != 1:
         raise ValueError(f"a mask is {data.dtype} of {data.dim()} dimensions, not a flat array of bytes")
     most, inflate = -(-size // 8), zlib.decompressobj()
@@ -103,7 +103,7 @@ def _blocks(size: int) -> int:
 
 
 def _to_int8(x: Tensor) -> Tensor:
-    """n numbers as int8, then the scales as bytes."""
+    """The numbers [n] as int8, then the scales as bytes."""
     if not bool(x.isfinite().all()):
         raise ValueError("a number is not finite")
     blocks = torch.nn.functional.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
@@ -117,7 +117,7 @@ def _to_int8(x: Tensor) -> Tensor:
 def _from_int8(data: Tensor, size: int) -> Tensor:
     q, scale = data[:size].view(torch.int8), data[size:].clone().view(torch.float32)
     if bool((q < -_LEVELS).any()):
-        raise ValueError("a row holds -128, which is no level of int8 here")
+        raise ValueError("an adapter holds -128, which is not a level of int8 here")
     if not bool((scale.isfinite() & (scale >= 0)).all()):
         raise ValueError("a scale is negative or not finite")
     return q.float() * scale.repeat_interleave(BLOCK)[:size]

@@ -1,9 +1,9 @@
-"""Data: where clients come from, their splits and batches, and how an example becomes tokens."""
+"""Data: the sources of clients, their splits and batches, and the encoding of examples as tokens."""
 
 from mira.core.registry import Registry
 from mira.data.sources.builtin import Builtin
 from mira.data.sources.dolly import Dolly
-from mira.data.sources.hub import Hub
+from mira.data.sources.hub import HubDataset
 from mira.data.sources.jsonl import Jsonl
 from mira.data.sources.memory import Memory
 from mira.data.sources.natural_instructions import NaturalInstructions
@@ -20,7 +20,7 @@ SOURCES = Registry(
         "natural-instructions": NaturalInstructions,
         "dolly": Dolly,
         "jsonl": Jsonl,
-        "hub": Hub,
+        "hub": HubDataset,
         "sites": Sites,
         "memory": Memory,
     },

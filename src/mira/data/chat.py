@@ -1,8 +1,8 @@
-"""Conversations as a chat template writes them, and where in the text each answer begins and ends.
+"""Conversations rendered by a chat template, and the characters of each answer in the text.
 
-A server renders what came before an answer with ``add_generation_prompt``, and the model goes on from there to a stop token. So
-an answer begins where that rendering ends in the rendering of the whole, whatever is written there before its text (a space, an
-empty thought, a header). Where its text ends is found with another text in its place.
+A server renders the turns before an answer with ``add_generation_prompt``, and the model continues from there to a stop token.
+An answer therefore begins where that rendering ends in the rendering of the whole conversation, including what the template
+writes before its text (a space, an empty thought, a header). The end of its text is found by rendering another text in its place.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from mira.data.rendering import ANSWER, Rendering, Turn, turn_of
 from mira.data.tokenizing import Span, Text
 from mira.data.types import Message
 
-_OPENED = re.compile(r"<([^<>/|\s]+)>\s*$")  # a thought that the generation prompt begins
+_OPENED = re.compile(r"<([^<>/|\s]+)>\s*$")  # a thought that the generation prompt opens
 _THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>(.*?)</\1>", re.DOTALL)
 _TAG = re.compile(r"<[^<>]+>\s*$")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Characters of one answer: ``start``, where the model goes on from the prompt; ``text``, its own words; ``limit``, the end
-    of what the template writes of the turn; ``loose``: whether calls of tools may come between its words and the
-    end of the turn."""
+    """The characters of one answer. ``start``: the end of the prompt, from which the model continues. ``text``: the answer's own
+    words. ``limit``: the end of the rendered turn. ``loose``: whether tool calls may stand between the words and the end of the
+    turn."""
 
     start: int
     text: Span
@@ -38,8 +38,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Conversation:
-    """``asked``: what a server is given before the last answer; ``answers``: those that are learned, the last one last;
-    ``rendered``: whether ``whole`` is the template's rendering of the finished conversation to the letter."""
+    """A rendered conversation. ``whole``: the text to train on. ``asked``: the prompt of the last answer. ``answers``: the
+    answers to learn, in order. ``rendered``: whether ``whole`` is exactly the template's rendering."""
 
     whole: Text
     asked: Text
@@ -49,13 +49,13 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Chat:
-    """Conversations as ``rendering`` writes them."""
+    """The conversations of a chat template, ``rendering``."""
 
     rendering: Rendering
 
     def conversation(self, messages: Sequence[Message], tools: str, where: str) -> Conversation:
-        """``messages``, the last of them an answer. Raises UserError, which names ``where``, where the template does not write
-        the answers as they are."""
+        """Render ``messages``, the last of them an answer. Raises UserError, which names ``where``, if the template changes the
+        answers."""
         turns, called = [turn_of(m) for m in messages], json.loads(tools) if tools else None
         last, message = len(turns) - 1, messages[-1]
         whole, asked = (
@@ -70,14 +70,14 @@ class Chat:
             raise _rewritten(last, where)
         if "tool_calls" in message.more and body == end and self._without(turns, last, called, where) == whole.text:
             raise UserError(
-                f"prompt.template='chat': the template does not write the calls of messages[{last}] of {where}, and so nothing"
-                " would be learned there; set weight: 0, or give a template that writes calls with prompt.template_file"
+                f"prompt.template='chat': the template leaves out the tool calls of messages[{last}] of {where}, so there is"
+                " nothing to learn; set weight: 0, or give a template that writes tool calls with prompt.template_file"
             )
         if whole.text.startswith(asked.text):
             start = min(len(asked.text), body)
             final = Answer(start, (body, end), len(whole.text), _calls(message))
             return Conversation(whole, asked, (*answers, final))
-        # A server's prompt ends otherwise than the finished conversation: what is trained goes on from the prompt.
+        # The prompt is no beginning of the finished conversation: train on the prompt, continued by the answer.
         opened, thought = _OPENED.search(asked.text), _thought(message)
         if thought and opened is None:
             raise UserError(
@@ -93,7 +93,7 @@ class Chat:
 
     @cached_property
     def probe(self) -> tuple[str, str]:
-        """The template's text before the words of an only answer, and after them: ("", "<|im_end|>\\n")."""
+        """The template's text before and after the words of a single answer: ("", "<|im_end|>\\n")."""
         messages = (Message("user", "a"), Message("assistant", ANSWER))
         found = self.conversation(messages, "", "a conversation")
         start, end = found.answers[-1].text
@@ -101,8 +101,8 @@ class Chat:
 
     @cached_property
     def marker(self) -> re.Pattern[str] | None:
-        """Matches the text after which the words of an answer begin, where the model itself writes something before them: the end
-        of a thought, or a header. White space in it is the tokenizer's."""
+        """Pattern of the text that the model itself writes before the words of an answer: the end of a thought, or a header. None
+        where there is none. White space may differ, as tokenizers change it."""
         lead = self.probe[0].strip()
         tag = _TAG.search(lead)
         parts = re.findall(r"<[^<>]+>|[^<\s]+|<", tag[0] if tag else lead)
@@ -111,15 +111,15 @@ class Chat:
     def _answer(
         self, messages: Sequence[Message], turns: list[Turn], n: int, asked: str, body: Span, tools: Any, where: str
     ) -> Answer:  # fmt: skip
-        """An earlier answer, in the prompt ``asked`` for the last one."""
+        """Turn ``n``, an earlier answer, in the prompt ``asked`` of the last answer."""
         start = self._start(turns, n, asked, body[0], tools, where)
         message, written = messages[n], asked[start : body[1]]
         if _words(message.content) not in written:
             raise _rewritten(n, where)
         if (thought := _thought(message)) and thought not in written:
             raise UserError(
-                f"prompt.template='chat': the template drops the thoughts of earlier turns (messages[{n}] of {where}), which"
-                " would be learned without them; give one exchange per example, or leave the turn unlearned with weight: 0"
+                f"prompt.template='chat': the template drops the thoughts of earlier turns (messages[{n}] of {where}), so the"
+                " answer would be learned without its thought; give one exchange per example, or exclude the turn with weight: 0"
             )
         limit = body[1]
         if _calls(message):
@@ -129,8 +129,8 @@ class Chat:
     def _bodies(
         self, turns: list[Turn], numbers: Sequence[int], text: str, tools: Any, where: str, prompt: bool = False
     ) -> dict[int, Span]:  # fmt: skip
-        """Characters of the words of the turns with these ``numbers`` in the rendering ``text``: where it changes when other
-        texts stand in their place. All in one rendering, where what stands between them is found again."""
+        """The characters, in the rendering ``text``, of the words of the turns with these ``numbers``: the places that change
+        with another text in the turn. One rendering finds all turns, if the text between them is the same in both."""
         wanted = [n for n in numbers if turns[n]["content"].strip()]
         silent = {
             n: (_common(self.rendering.text(turns[:n], tools, where, prompt=True).text, text),) * 2
@@ -157,7 +157,7 @@ class Chat:
         return {n: self._body(turns, n, text, tools, where, prompt) for n in wanted} | silent
 
     def _body(self, turns: list[Turn], n: int, text: str, tools: Any, where: str, prompt: bool) -> Span:
-        """As ``_bodies``, for one turn that the template may have changed."""
+        """The characters of the words of one turn that the template may have changed (see ``_bodies``)."""
         changed = [*turns[:n], turns[n] | {"content": ANSWER}, *turns[n + 1 :]]
         other = self.rendering.text(changed, tools, where, prompt).text
         if other.count(ANSWER) != 1:
@@ -180,19 +180,19 @@ class Chat:
         header = asked.removeprefix(self.rendering.text(turns[:n], tools, where).text)
         if header == asked or not header:
             raise _rewritten(n, where)
-        # The template writes earlier turns otherwise once others follow: the prompt's last words are still there.
+        # The template changes earlier turns once others follow. The last words of the prompt are still there.
         found = text.rfind(header, 0, body)
         return found + len(header) if found >= 0 else body
 
     @cached_property
     def _header(self) -> tuple[str, str]:
-        """The end of a prompt that begins an answer, and what the model says before its words."""
+        """The end of a prompt, which begins an answer, and the model's text before its words."""
         turn: list[Turn] = [{"role": "user", "content": "a"}]
         texts = [self.rendering.text(turn, None, "a conversation", prompt).text for prompt in (False, True)]
         return (texts[1].removeprefix(texts[0]) if texts[1] != texts[0] else ""), self.probe[0]
 
     def _without(self, turns: list[Turn], n: int, tools: Any, where: str) -> str:
-        """The rendering without the calls of turn ``n``."""
+        """The rendering without the tool calls of turn ``n``."""
         silent = {key: value for key, value in turns[n].items() if key != "tool_calls"}
         return self.rendering.text([*turns[:n], silent, *turns[n + 1 :]], tools, where).text
 
@@ -214,12 +214,12 @@ def _thought(message: Message) -> str:
 
 
 def _common(a: str, b: str) -> int:
-    """The number of characters that both begin with."""
+    """The length of the common beginning."""
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _rewritten(n: int, where: str) -> UserError:
     return UserError(
-        f"prompt.template='chat': the template rewrites earlier turns or the answer (messages[{n}] of {where}), so which"
-        " tokens are the assistant's is not certain; give one exchange per example, or another template with prompt.template_file"
+        f"prompt.template='chat': the template rewrites earlier turns or the answer (messages[{n}] of {where}), so the tokens of"
+        " the answer are unknown; give one exchange per example, or another template with prompt.template_file"
     )

@@ -1,4 +1,4 @@
-"""The federation as tokens: what engines train and evaluate on. Every example is encoded once."""
+"""The federation as tokens, for training and evaluation. Every example is encoded once."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Corpus:
-    """``steps`` or ``epochs`` (exactly one) of local training in batches of ``batch_size``. ``first``: the number of the
-    first client, not 0 where a site holds one client of many."""
+    """The encoded examples and batches of all clients. Local training is ``steps`` or ``epochs`` (exactly one) in batches of
+    ``batch_size``. ``first``: the number of the first client; not 0 at a site, which has one client of many."""
 
     federation: Federation
     encoder: Encoder
@@ -38,7 +38,7 @@ class Corpus:
         return self._client(client).num_train
 
     def encoded(self, client: int, split: str, limit: int | None = None) -> Sequence[Encoded]:
-        """A client's examples of one split, at most the first ``limit``. Raises UserError when one does not fit."""
+        """A client's examples of one split, at most the first ``limit``. Raises UserError where one does not fit."""
         if (client, split) not in self._cache:
             owner = self._client(client)
             examples = owner.split(split)
@@ -51,31 +51,32 @@ class Corpus:
         return [encoded.asked for encoded in self.encoded(client, split, limit)]
 
     def references(self, client: int, split: str, limit: int | None = None) -> list[str]:
-        """The answers that generated text is compared with, in the order of ``prompts``."""
+        """The reference answers of generated text, in the order of ``prompts``."""
         return [self.encoder.reference(example) for example in self._client(client).split(split)[:limit]]
 
     def batches(self, round: int, client: int) -> list[list[Encoded]]:
-        """What ``client`` trains on in ``round``: one list per local step."""
+        """The batches of ``client`` in ``round``: one list for each local step."""
         train = self.encoded(client, "train")
         name, seed = self._client(client).name, self.federation.seed
         order = batches(seed, round, name, len(train), self.batch_size, self.steps, self.epochs)
         return [[train[i] for i in batch] for batch in order]
 
     def truncated(self) -> dict[str, int]:
-        """Truncated examples of each client, over all splits. Encodes everything, so every length error comes now."""
+        """The count of truncated examples of each client, over all splits. Encodes all examples, so that every length error is
+        raised here."""
         return {
             owner.name: sum(item.truncated for split in SPLITS for item in self.encoded(number, split))
             for number, owner in enumerate(self.federation.clients, self.first)
         }
 
     def recall(self, folder: Path) -> None:
-        """Take the examples that ``keep`` left in ``folder`` as encoded, if they are these in every respect."""
+        """Read the encoded examples that ``keep`` left in ``folder``, if they are those of this federation and encoder."""
         if self._key is not None:
             found = tokens.read(folder, self._key, self.federation)
             self._cache.update({(k + self.first, split): encoded for (k, split), encoded in found.items()})
 
     def keep(self, folder: Path) -> None:
-        """Leave all encoded examples in ``folder``, made if need be, for the next who opens the same federation."""
+        """Write all encoded examples to ``folder``, for the next time that the same federation is opened."""
         if self._key is not None:
             everyone = range(self.first, self.first + self.num_clients)
             tokens.write(folder, self._key, {(k, split): self.encoded(k, split) for k in everyone for split in SPLITS})
@@ -89,8 +90,8 @@ class Corpus:
 
 
 def without_overlong(federation: Federation, encoder: Encoder) -> Federation:
-    """``federation`` without the examples that are too long; how many of which client is logged. Raises UserError where a client
-    has none left in a split."""
+    """``federation`` without the examples that are too long; their count for each client is logged. Raises UserError where a
+    client has none left in a split."""
     clients, gone = [], {}
     for client in federation.clients:
         kept: dict[str, tuple[Example, ...]] = {}
@@ -112,7 +113,7 @@ def without_overlong(federation: Federation, encoder: Encoder) -> Federation:
 
 
 def place_of(example: Example, number: int, split: str, client: str) -> str:
-    """Name an example in messages: by file and line, where it was read from one."""
+    """The name of an example in messages: by file and line, where it was read from a file."""
     return (
         f"{example.place} (client '{client}')"
         if example.place

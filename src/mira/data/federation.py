@@ -1,4 +1,4 @@
-"""Clients with their own splits, and the batches each trains on: pure functions of a seed, a round and a name."""
+"""Clients with their own splits and batches: pure functions of a seed, a round and a name."""
 
 from __future__ import annotations
 
@@ -30,24 +30,23 @@ _SLUG = re.compile(r"[a-z0-9][a-z0-9_-]{0,79}")
 
 @pydantic_dataclass(frozen=True, config=STRICT)
 class SplitSizes:
-    """How many of its examples each client gives to each split: a count, or a share (rounded down) of what it has."""
+    """Sizes of the splits of each client: a count, or a share (rounded down) of the client's examples."""
 
     train: Size
-    """Examples a client trains on."""
+    """Examples for training."""
     validation: Size
-    """Examples that choose the best round."""
+    """Examples for choosing the best round."""
     test: Size
-    """Examples behind every reported loss and generation metric."""
+    """Examples for every reported loss and metric."""
     answers: Literal["first", "all"] = "first"
-    """Answers that a client keeps of several to one question: the first, or all that differ. The sizes count questions: all
-    answers to one are in the same split."""
+    """Answers to keep where a question has several: the first, or all that differ. Sizes count questions; all answers to a
+    question are in the same split."""
 
 
 @dataclass(frozen=True)
 class Manner:
-    """The way a client's examples ask, for prompts that come later. ``raw``: by text to be continued. ``talk``: in
-    conversations, after the ``system`` message that all of them have. Neither: by an input under the ``instruction`` that all
-    of them have."""
+    """The form of a client's prompts, for prompts of later users. ``raw``: text to be continued. ``talk``: conversations after
+    the ``system`` message that all examples share. Neither: an input under the ``instruction`` that all examples share."""
 
     raw: bool = False
     talk: bool = False
@@ -55,7 +54,7 @@ class Manner:
     system: str = ""
 
     def example(self, prompt: str, instruction: str | None = None, system: str | None = None) -> Example:
-        """``prompt`` as an example that has no answer yet; ``instruction`` and ``system`` in place of the client's own."""
+        """``prompt`` as an example without an answer; ``instruction`` and ``system`` replace the client's own."""
         system = self.system if system is None else system
         if instruction is None and self.raw:
             return Example(prompt, "", "", raw=True)
@@ -76,8 +75,8 @@ class SplitClient:
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
-    elsewhere: int | None = None  # training examples, where the client has its data on a machine of its own
-    known: Manner | None = None  # how its examples ask, where they are not here
+    elsewhere: int | None = None  # training examples, where the client's data is on a machine of its own
+    known: Manner | None = None  # the form of its prompts, where its data is not here
 
     @property
     def num_train(self) -> int:
@@ -85,13 +84,13 @@ class SplitClient:
 
     @property
     def about(self) -> str:
-        """Its task in words: the description, or where it has none the prompts of its first training examples."""
+        """The client's task in words: its description, else the prompts of its first training examples."""
         shown = [text for example in self.train[:_SHOWN] for text in example.asked]
         return self.description or "\n".join(" ".join(text.split()).casefold() for text in shown)
 
     @property
     def manner(self) -> Manner:
-        """The way in which its training examples ask."""
+        """The form of its training prompts."""
         if self.known is not None:
             return self.known
         instructions = {example.instruction for example in self.train}
@@ -119,7 +118,7 @@ def _permutation(size: int, random: torch.Generator) -> list[int]:
 
 
 def slug(name: str) -> str:
-    """``name`` where it is a safe file name already, else what is safe of it and a hash; at most 80 characters."""
+    """``name`` if it is a safe file name, else its safe characters and a hash; at most 80 characters."""
     if _SLUG.fullmatch(name):
         return name
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
@@ -131,7 +130,7 @@ def _count(size: float, available: int) -> int:
     return size if isinstance(size, int) else max(1, int(size * available + 1e-9))  # 0.7 · 10 is just below 7 in floats
 
 
-Questions = list[list[Example]]  # the answers to each
+Questions = list[list[Example]]  # the answers to each question
 
 
 def _client(data: Client, questions: Questions, sizes: SplitSizes, seed: int) -> SplitClient:
@@ -155,24 +154,24 @@ def _client(data: Client, questions: Questions, sizes: SplitSizes, seed: int) ->
             f" split.validation + split.test = {train} + {validation} + {test}; lower them or leave this client out"
         )
     order = [questions[i] for i in _permutation(len(questions), generator("split", seed, data.name))]
-    # Test from the front, train from the back: the size of one does not change what is in the other.
+    # Test from the front, train from the back: the size of one split does not change the examples of another.
     parts = (order[::-1][:train], order[test : test + validation], order[:test])
     train_, validation_, test_ = (tuple(chain.from_iterable(part)) for part in parts)
     return SplitClient(data.name, slug(data.name), data.task, data.group, data.description, train_, validation_, test_)
 
 
 def make_federation(source: Source, sizes: SplitSizes, seed: int) -> Federation:
-    """Every client of ``source`` with its splits, drawn by (seed, client name) alone and disjoint by content.
+    """All clients of ``source`` with their splits, drawn by (seed, client name) alone and disjoint by content.
 
-    Of examples that ask the same, to the letter, a client keeps the first, or all that answer otherwise (``sizes.answers``); how
-    many went is logged.
-    Raises UserError when the source cannot be read, two clients share a name or a client has too few examples.
+    Of examples with the same question a client keeps the first, or all with different answers (``sizes.answers``); the count of
+    dropped examples is logged. Raises UserError where the source cannot be read, two clients share a name or a client has too
+    few examples.
     """
     data = source.load(seed)
     if not data:
         raise UserError("data: the source holds no client; check data.path")
     for client in data:
-        if not client.name.isprintable():  # also half characters, which file names of another encoding turn into
+        if not client.name.isprintable():  # also surrogates, which file names of another encoding become
             raise UserError(f"data: client name {client.name!a} holds characters that cannot be shown; rename it")
     name, times = Counter(client.name for client in data).most_common(1)[0]
     if times > 1:
@@ -189,12 +188,12 @@ def make_federation(source: Source, sizes: SplitSizes, seed: int) -> Federation:
 
 
 def _tell_dropped(data: Sequence[Client], kept: Sequence[Questions], others: int) -> None:
-    """Warn how many examples of each client repeat a question. ``others``: the number over all clients of those that have an
-    answer of their own."""
+    """Warn about dropped examples: those that repeat a question of their client. ``others``: how many of them, over all clients,
+    have another answer."""
     dropped = {c.name: n for c, questions in zip(data, kept, strict=True) if (n := len(c.examples) - _size(questions))}
     if dropped:
         which = ", ".join(f"{name} ({count})" for name, count in dropped.items())
-        more = f"; {others} of them answer otherwise, split.answers=all keeps those" if others else ""
+        more = f"; {others} of them have another answer: split.answers=all keeps those" if others else ""
         _log.warning("dropped %d duplicate examples: %s%s", sum(dropped.values()), which, more)
 
 
@@ -206,11 +205,11 @@ def batches(
     seed: int, round: int, client: str, num_examples: int, batch_size: int,
     steps: int | None = None, epochs: int | None = None,
 ) -> list[list[int]]:  # fmt: skip
-    """Indices of the training examples of each local step, keyed by (seed, round, client) and nothing else.
+    """Indices of the training examples of each local step, keyed by (seed, round, client) alone.
 
-    ``epochs``: that many permutations, each cut in batches, its last one possibly short. ``steps``: so many batches of
-    ``batch_size`` (all examples when there are fewer) from endless permutations; no batch holds an example twice.
-    Raises ValueError unless exactly one of the two is given.
+    ``epochs``: this many permutations, each cut into batches, the last one possibly short. ``steps``: this many batches of
+    ``batch_size`` (of all examples where there are fewer) from endless permutations; no batch has an example twice. Raises
+    ValueError unless exactly one of the two is given.
     """
     if (steps is None) == (epochs is None):
         raise ValueError(f"batches: exactly one of steps and epochs is needed, got steps={steps}, epochs={epochs}")
@@ -224,9 +223,8 @@ def batches(
     queue: list[int] = []
     made: list[list[int]] = []
     for _ in range(steps or 0):
-        if (
-            len(queue) < size
-        ):  # what the last pass left comes first; its own repeats wait behind the rest of the next pass
+        if len(queue) < size:
+            # The rest of the last pass comes first. Its repeats in the next pass come last, so that no batch has one twice.
             fresh = _permutation(num_examples, random)
             left = set(queue)
             queue += [i for i in fresh if i not in left] + [i for i in fresh if i in left]

@@ -1,4 +1,4 @@
-"""Fields of records as text and as labels; every fault names the place, the field and the fix."""
+"""Fields of records as text and as labels; every error names the place, the field and the fix."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from mira.core.errors import UserError
 
-Record = Mapping[str, Any]
+RawRecord = Mapping[str, Any]  # one record of a data file
 
 
-def text_field(record: Record, field: str, place: str, needed: str = "") -> str:
-    """``record[field]`` as text; numbers and booleans as JSON writes them. Raises UserError when it is absent, null, of another
-    type or cannot be written as UTF-8."""
+def text_field(record: RawRecord, field: str, place: str, needed: str = "") -> str:
+    """``record[field]`` as text; numbers and booleans in JSON's spelling. Raises UserError where it is absent, null, of another
+    type or not valid UTF-8."""
     if field not in record:
         raise UserError(f"{place}: no field '{field}' (found: {names(record)}); needed: {needed or field}")
     value = record[field]
@@ -27,7 +27,7 @@ def text_field(record: Record, field: str, place: str, needed: str = "") -> str:
 
 
 def whole(text: str, field: str, place: str) -> str:
-    """``text`` itself. Raises UserError where it cannot be written as UTF-8."""
+    """``text`` unchanged. Raises UserError where it cannot be written as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -35,7 +35,7 @@ def whole(text: str, field: str, place: str) -> str:
     return text
 
 
-def answer_field(record: Record, field: str, place: str) -> str:
+def answer_field(record: RawRecord, field: str, place: str) -> str:
     """``record[field]`` as text that is not empty."""
     answer = text_field(record, field, place)
     if not answer.strip():
@@ -45,7 +45,7 @@ def answer_field(record: Record, field: str, place: str) -> str:
     return answer
 
 
-def label_field(record: Record, field: str, place: str) -> str:
+def label_field(record: RawRecord, field: str, place: str) -> str:
     """``record[field]`` as a non-empty label; whole numbers count as text."""
     value = record.get(field)
     label = str(value) if isinstance(value, int) else text_field(record, field, place, f"the label column '{field}'")
@@ -55,7 +55,7 @@ def label_field(record: Record, field: str, place: str) -> str:
 
 
 def parsed(value: Any, field: str, place: str) -> Any:
-    """``value``, or where it is text the JSON that it holds: tables keep lists so."""
+    """``value``, parsed as JSON where it is text: tables keep lists in this form."""
     if not isinstance(value, str):
         return value
     try:
@@ -65,7 +65,7 @@ def parsed(value: Any, field: str, place: str) -> Any:
 
 
 def written(value: Any, field: str, place: str) -> str:
-    """``value`` as JSON in text, its keys in the order given; "" for nothing."""
+    """``value`` as JSON text, its keys in the given order; "" for an empty value."""
     try:
         return whole(json.dumps(value, ensure_ascii=False), field, place) if value else ""
     except TypeError as error:
@@ -73,9 +73,9 @@ def written(value: Any, field: str, place: str) -> str:
 
 
 def is_given(value: Any) -> bool:
-    """Whether an optional field says something: no null, no empty text, no empty list."""
-    return value is not None and value != "" and value != [] and value == value  # NaN, in a table, is not itself
+    """True for an optional field with a value: no null, no empty text, no empty list, no NaN."""
+    return value is not None and value != "" and value != [] and value == value  # NaN differs from itself
 
 
-def names(record: Record) -> str:
+def names(record: RawRecord) -> str:
     return ", ".join(sorted(map(str, record))) or "nothing"

@@ -1,4 +1,4 @@
-"""Examples that are longer than a pass may be: what goes, and what is said where nothing can go."""
+"""Examples that exceed the length limit: truncation, and the error where nothing can be truncated."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Draft = Callable[[Example], Encoded]
 
 @dataclass(frozen=True)
 class Limit:
-    """``tokens``: of prompt and answer together; ``positions``: as many as the model has, where that is known; ``where``: names
-    the example."""
+    """The length limit. ``tokens``: of prompt and answer together. ``positions``: of the model, where known. ``where``: the name
+    of the example in messages."""
 
     tokens: int
     positions: int | None
@@ -27,11 +27,11 @@ class Limit:
         return len(encoded.tokens) <= self.tokens
 
     def refuse(self, needed: int, cut: bool = False) -> NoReturn:
-        """Raise the UserError. ``cut``: whether cutting was not tried."""
-        so, way = ("", ", or cut it with prompt.overlong=cut") if cut else (" even with nothing left to cut", "")
+        """Raise the UserError. ``cut``: whether to suggest truncation, which was not tried."""
+        so, way = ("", ", or truncate it with prompt.overlong=cut") if cut else (" even with nothing left to cut", "")
         fix = f"set prompt.max_length to at least {needed} or shorten it"
         if self.positions is not None and needed > self.positions:
-            fix = f"the model reads {self.positions} at most: shorten it"
+            fix = f"the model has {self.positions} positions: shorten it"
         raise UserError(
             f"prompt.max_length={self.tokens}: {self.where} needs {needed} tokens{so}; {fix}, or leave it out with"
             f" prompt.overlong=drop{way}"
@@ -39,7 +39,7 @@ class Limit:
 
 
 def without_oldest(example: Example, draft: Draft, limit: Limit) -> Encoded:
-    """A conversation without as many of its oldest exchanges as must go. Raises UserError where the last one is too long."""
+    """A conversation without its oldest exchanges, as many as needed. Raises UserError where the last exchange is too long."""
     parts = list(_later_parts(example))  # each shorter than the one before
     encoded = draft(parts[bisect_left(parts, True, hi=len(parts) - 1, key=lambda part: limit.allows(draft(part)))])
     if not limit.allows(encoded):
@@ -48,8 +48,8 @@ def without_oldest(example: Example, draft: Draft, limit: Limit) -> Encoded:
 
 
 def without_beginning(example: Example, field: str, starts: Sequence[int], draft: Draft, limit: Limit) -> Encoded:
-    """An example whose ``field`` lost tokens on its left, which begin at the characters ``starts``. What remains is tokenised
-    anew: it reads as if it had been given so. Raises UserError where nothing of it left is still too long."""
+    """An example with ``field`` truncated on the left. ``starts``: the first characters of its tokens. The rest is tokenised
+    again, as if it had been given in this form. Raises UserError where the example is too long without the field."""
     text = getattr(example, field)
     cuts = [*dict.fromkeys(starts[1:]), *([len(text)] if field == "input" else [])] or [0]
 
@@ -63,7 +63,7 @@ def without_beginning(example: Example, field: str, starts: Sequence[int], draft
 
 
 def _later_parts(example: Example) -> Iterator[Example]:
-    """``example`` whole, without its first exchange, without its first two, and so on; a system message stays."""
+    """``example``, then without its first exchange, without its first two, and so on; a system message stays."""
     head = tuple(m for m in example.messages[:1] if m.role == "system")
     rest = example.messages[len(head) :]
     for n, message in enumerate(rest):

@@ -1,6 +1,6 @@
-"""One pool of examples -> clients: by a column, by Dirichlet(α) over a label, or at random.
+"""Partition of one pool of examples into clients: by a column, by Dirichlet(α) over a label, or at random.
 
-The two random cuts are Flower Datasets' partitioners, imported when used; they see row numbers and labels alone.
+The two random partitions are Flower Datasets' partitioners, imported on use; they see row numbers and labels alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from mira.core.errors import UserError
 from mira.core.pydantic_config import STRICT
 from mira.core.seeds import generator, stream
-from mira.data.fields import Record, label_field
+from mira.data.fields import RawRecord, label_field
 from mira.data.records import Columns, Tally
 from mira.data.types import Client, Example, client_data
 
@@ -30,42 +30,50 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class ByColumn:
-    """One client, or several, for every value of a column; the value is also the clients' group."""
+    """One or more clients for each value of a column; the value is also the clients' group."""
 
     column: str
+    """The column to partition by."""
     clients_per_value: Annotated[int, Field(ge=1)] = 1
-    """The value's examples are dealt among so many, in equal numbers; Elbakary et al. 2025 have 10 for each Dolly category."""
+    """Clients that share the examples of a value equally; Elbakary et al. 2025 have 10 for each Dolly category."""
     by: Literal["column"] = "column"
 
 
 @dataclass(frozen=True, config=STRICT)
 class ByDirichlet:
-    """Each label's examples are dealt in shares drawn from Dirichlet(α): the smaller, the less alike clients are."""
+    """Clients with shares of each label's examples, drawn from Dirichlet(α)."""
 
     column: str
-    """The label."""
+    """The column with the label."""
     clients: Annotated[int, Field(ge=1)]
+    """Number of clients."""
     alpha: Annotated[float, Field(gt=0)] = 0.5
+    """α; the smaller it is, the more clients differ."""
     min_examples: Annotated[int, Field(ge=1)] = 10
-    """Draw again (ten times at most) until every client has this many."""
+    """Smallest number of examples of a client; drawn again, at most ten times, until every client has it."""
     by: Literal["dirichlet"] = "dirichlet"
 
 
 @dataclass(frozen=True, config=STRICT)
 class ByChance:
-    """Clients of equal size and like kind (IID)."""
+    """Clients of equal size and the same distribution (IID)."""
 
     clients: Annotated[int, Field(ge=1)]
+    """Number of clients."""
     by: Literal["iid"] = "iid"
 
 
 Partition = Annotated[ByColumn | ByDirichlet | ByChance, Field(discriminator="by")]
 
 
-def split_pool(pool: Iterable[tuple[str, Record]], columns: Columns, partition: Partition, seed: int) -> list[Client]:
-    """Clients from ``pool``, (place for error messages, record). Each question is dealt with all its answers, so that no two
-    clients hold it by chance; one that stands under two values of a column belongs to both.
-    Raises UserError on a bad record, a missing label or a partition that cannot be made."""
+def split_pool(
+    pool: Iterable[tuple[str, RawRecord]], columns: Columns, partition: Partition, seed: int
+) -> list[Client]:
+    """Clients from ``pool`` of (place for error messages, record).
+
+    All answers to a question go to the same client. A question under two values of the column belongs to both. Raises UserError
+    for a bad record, a missing label or an impossible partition.
+    """
     label = None if isinstance(partition, ByChance) else partition.column
     tally = Tally(also={label} if label else (), columns=columns)
     asked: dict[tuple[str, ...], dict[str, list[Example]]] = {}
@@ -88,13 +96,15 @@ def _by_column(asked: Sequence[Mapping[str, list[Example]]], partition: ByColumn
         for label, examples in labels.items():
             groups.setdefault(label, []).append(examples)
     if shared := sum(len(labels) > 1 for labels in asked):
-        _log.warning("%d questions stand under several values of '%s': each has them", shared, partition.column)
+        _log.warning(
+            "%d questions are under several values of '%s': the clients of each have them", shared, partition.column
+        )
     among = partition.clients_per_value
     return [client for value, group in sorted(groups.items()) for client in _dealt(value, group, among, seed)]
 
 
 def _dealt(value: str, questions: Sequence[list[Example]], clients: int, seed: int) -> list[Client]:
-    """``clients`` clients of the group ``value``, each with every ``clients``-th of its questions in a random order."""
+    """``clients`` clients of the group ``value``, which share its questions equally and at random."""
     if clients == 1:
         return [client_data(value, list(chain.from_iterable(questions)), value)]
     order = torch.randperm(len(questions), generator=generator("partition", seed, value)).tolist()
@@ -110,7 +120,7 @@ def _taken(questions: Sequence[list[Example]], numbers: Iterable[int]) -> list[E
 
 
 def _deal(labels: Sequence[str], partition: ByDirichlet | ByChance, seed: int) -> list[list[int]]:
-    """Row numbers for each client."""
+    """The row numbers of each client."""
     try:
         from datasets import Dataset
         from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
@@ -134,6 +144,6 @@ def _deal(labels: Sequence[str], partition: ByDirichlet | ByChance, seed: int) -
             return [list(dealer.load_partition(n)["row"]) for n in range(partition.clients)]
     except ValueError as error:
         raise UserError(
-            f"data.partition: {len(labels)} examples cannot be cut for {partition.clients} clients ({error}); take"
+            f"data.partition: {len(labels)} examples cannot be divided among {partition.clients} clients ({error}); use"
             " fewer clients, a larger alpha or a smaller min_examples"
         ) from error

@@ -1,6 +1,6 @@
-"""Files as people have them, as records: JSON in any layout, CSV and parquet, plain or gzipped, one file or a folder of them.
+"""Data files as records: JSON in any layout, CSV and parquet, plain or gzipped, one file or a folder of files.
 
-The content of a file shows its format; the ending alone tells CSV. Every fault is one line that names file, line and fix.
+The format is recognised by the content, CSV by the ending alone. Every error is one line that names file, line and fix.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mira.core.errors import UserError
-from mira.data.fields import Record
+from mira.data.fields import RawRecord
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _GZIP = ".gz"
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 def existing(path: Path, key: str = "data.path") -> Path:
-    """``path`` itself. Raises UserError when there is nothing."""
+    """``path`` unchanged. Raises UserError where it does not exist."""
     if not path.exists():
         raise UserError(
             f"{key}='{path}': no such file or folder; give a path that exists (relative paths start at {Path.cwd()})"
@@ -36,9 +36,9 @@ def existing(path: Path, key: str = "data.path") -> Path:
 
 
 def client_files(folder: Path) -> tuple[dict[str, Path], list[Path]]:
-    """The data files in and below ``folder`` by the client each one is (its path there, without the ending), and all other files.
+    """The data files in and below ``folder`` by client (the file's path in the folder, without the ending), and all other files.
 
-    Hidden files without the ending of data are passed over. Raises UserError where two files are one client.
+    Hidden files without a data ending are ignored. Raises UserError where two files have the same client.
     """
     files: dict[str, Path] = {}
     rest = []
@@ -56,20 +56,20 @@ def client_files(folder: Path) -> tuple[dict[str, Path], list[Path]]:
 
 
 def client_name(file: Path) -> str:
-    """The client that a file is: its name without the ending."""
+    """The client of a file: its name without the ending."""
     return _without_ending(Path(file.name)) or file.stem
 
 
 def tell_left_out(folder: Path, paths: Sequence[Path]) -> None:
-    """Name in one line the files of ``folder`` that are not read."""
+    """Log in one line the files of ``folder`` that are not read."""
     if paths:
         names = ", ".join(str(path.relative_to(folder)) for path in paths[:_SHOWN])
         more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
         _log.warning("%s: not read: %s%s (data files end with %s)", folder, names, more, ", ".join(ENDINGS))
 
 
-def read_records(path: Path) -> Iterator[tuple[str, Record]]:
-    """(place "file:line", object) for every record of one file."""
+def read_records(path: Path) -> Iterator[tuple[str, RawRecord]]:
+    """(place "file:line", record) for every record of one file."""
     raw = read_bytes(path)
     if raw.startswith(b"PAR1") or _ending(path) == ".parquet":
         return _parquet(raw, path)
@@ -78,23 +78,23 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file, unpacked where it is gzipped."""
+    """The content of a file, decompressed where it is gzipped."""
     try:
         raw = path.read_bytes()
         return gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: its gzip is damaged or cut off ({error}); make or copy the file again") from None
+        raise UserError(f"{path}: damaged or truncated gzip ({error}); write or copy the file again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check that it is a file you may read") from error
 
 
 def read_text(path: Path) -> str:
-    """The whole file as UTF-8, without a byte-order mark. Raises UserError naming the line of the first bad byte."""
+    """The whole file as UTF-8 text, without a byte-order mark. Raises UserError with the line of the first invalid byte."""
     return decoded(read_bytes(path), path)
 
 
 def decoded(raw: bytes, path: Path) -> str:
-    """``raw``, the content of ``path``, as text. Raises UserError with the true cause where it is none."""
+    """``raw``, the content of ``path``, as text. Raises UserError with the cause where it is not text."""
     if raw.startswith(b"PK\x03\x04"):
         raise UserError(f"{path}: is a zip archive or an Excel workbook; unpack it, or save the sheet as CSV")
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or (b"\0" in raw[:4] and raw[:4].strip(b"\0")):
@@ -107,14 +107,15 @@ def decoded(raw: bytes, path: Path) -> str:
     if (at := text.find("\0")) >= 0:
         place = f"{path}:{text.count(chr(10), 0, at) + 1}"
         raise UserError(
-            f"{place}: holds {text.count(chr(0))} zero bytes, as files cut off by a crash or a full disk do; make it again, or"
+            f"{place}: holds {text.count(chr(0))} zero bytes, as after a crash or a full disk; write the file again, or"
             " remove them: tr -d '\\000' < OLD > NEW"
         )
     return text
 
 
 def parse_json(text: str, path: Path, line: int = 1) -> Any:
-    """``text``, which begins at ``line`` of ``path``, as JSON, NaN as null. Raises UserError, also where a key is given twice."""
+    """The JSON value of ``text``, which begins at ``line`` of ``path``; NaN becomes null. Raises UserError for malformed JSON and
+    for a repeated key."""
     start = _skip(text, 0)
     value, end = _value(text, start, path, line)
     if _skip(text, end) < len(text):
@@ -122,8 +123,8 @@ def parse_json(text: str, path: Path, line: int = 1) -> Any:
     return value
 
 
-def _records(text: str, path: Path) -> Iterator[tuple[str, Record]]:
-    """A JSON array; one object a line; or objects one after the other, each over several lines."""
+def _records(text: str, path: Path) -> Iterator[tuple[str, RawRecord]]:
+    """Records of a JSON array, of one object per line, or of objects that span several lines each."""
     start = _skip(text, 0)
     if text.startswith("[", start):
         found = _array(text, start, path)
@@ -137,7 +138,7 @@ def _records(text: str, path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def _is_spread(text: str) -> bool:
-    """Whether the first object goes on after its first line; a line that is broken is followed by another object."""
+    """True where the first object spans several lines. A malformed single line is followed by another object."""
     first, _, rest = text.partition("\n")
     if rest.lstrip().startswith(("{", "[")):
         return False
@@ -149,9 +150,9 @@ def _is_spread(text: str) -> bool:
 
 
 def _lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    # Not splitlines(): U+2028 and its kin may stand unescaped inside a JSON string.
+    # Not splitlines(): U+2028 and similar may be unescaped inside a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
-        line = line.removeprefix("\ufeff")  # files that were joined keep the byte-order mark of each
+        line = line.removeprefix("\ufeff")  # concatenated files keep the byte-order mark of each
         if line.strip():
             yield number, parse_json(line, path, number)
 
@@ -184,7 +185,7 @@ def _array(text: str, start: int, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _value(text: str, at: int, path: Path, line: int) -> tuple[Any, int]:
-    """The JSON value at ``at`` of ``text``, which begins at ``line``, and where it ends."""
+    """The JSON value at ``at`` of ``text``, which begins at ``line``, and the value's end."""
     try:
         return _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
@@ -193,7 +194,7 @@ def _value(text: str, at: int, path: Path, line: int) -> tuple[Any, int]:
     except _Twice as error:
         place = f"{path}:{line + text.count(chr(10), 0, at)}"
         raise UserError(f"{place}: key '{error}' is given twice; remove one of the two") from None
-    except (RecursionError, ValueError) as error:  # nested too deep, or a number of thousands of digits
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
         place = f"{path}:{line + text.count(chr(10), 0, at)}"
         raise UserError(f"{place}: malformed JSON ({error}); mend or remove it") from error
 
@@ -219,14 +220,14 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
 def _skip(text: str, at: int) -> int:
-    """The first position from ``at`` on that is no white space of JSON."""
+    """The first position from ``at`` on that is not JSON white space."""
     while at < len(text) and text[at] in " \t\r\n":
         at += 1
     return at
 
 
-def _table(text: str, path: Path, ending: str) -> Iterator[tuple[str, Record]]:
-    """CSV with a header line. Its separator is the one of ',', ';' and tab that the header has most of."""
+def _table(text: str, path: Path, ending: str) -> Iterator[tuple[str, RawRecord]]:
+    """Records of CSV with a header line. The separator is the most frequent of ',', ';' and tab in the header."""
     head = text.lstrip().partition("\n")[0]
     comma = "\t" if ending == ".tsv" else max(",;\t", key=head.count)
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
@@ -252,7 +253,7 @@ def _table(text: str, path: Path, ending: str) -> Iterator[tuple[str, Record]]:
         raise UserError(f"{path}:{line + 1}: malformed CSV ({error}); mend or remove it") from None
 
 
-def _parquet(raw: bytes, path: Path) -> Iterator[tuple[str, Record]]:
+def _parquet(raw: bytes, path: Path) -> Iterator[tuple[str, RawRecord]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -266,20 +267,20 @@ def _parquet(raw: bytes, path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def _given(value: Any) -> Any:
-    """``value`` without the nulls that a table has where another row has something."""
+    """``value`` without nulls: a table has them where another row has a value."""
     if isinstance(value, dict):
         return {key: _given(item) for key, item in value.items() if item is not None}
     return [_given(item) for item in value] if isinstance(value, list) else value
 
 
 def _ending(path: Path) -> str:
-    """The ending of a file that tells its format, in lower case: '.csv' of 'A.CSV.gz'."""
+    """The ending of a data file in lower case: '.csv' for 'A.CSV.gz'; "" for other files."""
     name = path.name.lower().removesuffix(_GZIP)
     return next((ending for ending in ENDINGS if name.endswith(ending) and name != ending), "")
 
 
 def _without_ending(inside: Path) -> str | None:
-    """'sub/a' of 'sub/a.jsonl.gz'; None for a file that is no data."""
+    """'sub/a' for 'sub/a.jsonl.gz'; None for other than data files."""
     ending, whole = _ending(inside), inside.as_posix()
     bare = whole[: -len(_GZIP)] if whole.lower().endswith(_GZIP) else whole
     return bare[: -len(ending)] if ending else None

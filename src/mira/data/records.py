@@ -1,6 +1,6 @@
-"""Records as examples: the layout of each, and its fields that are used or not.
+"""Records as examples: the layout of each record, and its used and unused fields.
 
-Names of fields may be of any case. A record with two layouts at once is refused, since which is meant is not certain.
+Field names are not case-sensitive. A record of two layouts at once is ambiguous and refused.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mira.core.errors import UserError
-from mira.data.fields import Record, answer_field, is_given, names, text_field
+from mira.data.fields import RawRecord, answer_field, is_given, names, text_field
 from mira.data.turns import conversation, pairs, turns, unused_in_turns
 from mira.data.types import Example, Message
 
 Ours = Literal[
     "instruction", "input", "output", "prompt", "completion", "messages", "conversations", "system", "history", "tools"
 ]
-Columns = Mapping[Ours, str]  # our field -> theirs
+Columns = Mapping[Ours, str]  # our field -> the source's field
 
 _QUESTIONS, _INPUTS, _ANSWERS = (
     ("instruction", "question", "query"),
@@ -28,7 +28,7 @@ _QUESTIONS, _INPUTS, _ANSWERS = (
 )
 _NEEDED = (*_QUESTIONS, *_ANSWERS, "prompt", "completion")
 _TURNS = ("messages", "conversations", "conversation")
-_ALSO = {"system_prompt": "system", "functions": "tools"}  # another name -> ours
+_ALSO = {"system_prompt": "system", "functions": "tools"}  # alternative name -> ours
 _KNOWN = "instruction + output (input optional), prompt + completion, or messages"
 
 _log = logging.getLogger(__name__)
@@ -36,15 +36,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Tally:
-    """The examples of one source, read one by one, and what was met on the way. ``also``: fields that serve for something else,
-    such as the client's name; ``columns``: our fields -> the source's, none means they are ours already."""
+    """A reader of the records of one source, with counts of their layouts and of unused fields. ``also``: fields with another
+    use, such as the client's name. ``columns``: our fields -> the source's; empty: the source has our names."""
 
     also: Collection[str] = ()
     columns: Columns = field(default_factory=dict)
     layouts: Counter[str] = field(default_factory=Counter)
     unused: Counter[str] = field(default_factory=Counter)
 
-    def example(self, place: str, record: Record) -> Example:
+    def example(self, place: str, record: RawRecord) -> Example:
         example, layout, unused = _read(mapped(record, self.columns, place), place)
         taken = {*self.also, *self.columns.values()}
         rest = {key for key in record if is_given(record[key])} - taken if self.columns else set()
@@ -52,24 +52,24 @@ class Tally:
         self.unused.update({*unused, *rest} - taken)
         return example
 
-    def examples(self, records: Iterable[tuple[str, Record]]) -> list[Example]:
+    def examples(self, records: Iterable[tuple[str, RawRecord]]) -> list[Example]:
         return [self.example(place, record) for place, record in records]
 
     def tell(self) -> None:
-        """Name the fields that were not used, once for the whole source."""
+        """Log the unused fields, once for the whole source."""
         if self.unused:
             total = self.layouts.total()
             which = ", ".join(f"'{key}' (in {count} of {total} examples)" for key, count in sorted(self.unused.items()))
-            _log.warning("not used: %s", which)
+            _log.warning("unused fields: %s", which)
 
 
-def to_example(record: Record, place: str) -> Example:
-    """An example from whichever of the known layouts the record has. Raises UserError naming ``place``."""
+def to_example(record: RawRecord, place: str) -> Example:
+    """The example of a record in one of the known layouts. Raises UserError naming ``place``."""
     return _read(record, place)[0]
 
 
-def mapped(record: Record, columns: Columns, place: str) -> Record:
-    """The record under our field names: ``columns`` maps each of ours to theirs, none means they are ours already."""
+def mapped(record: RawRecord, columns: Columns, place: str) -> RawRecord:
+    """The record under our field names; ``columns`` maps ours to the source's, empty where they are the same."""
     for ours, theirs in columns.items():
         if theirs not in record:
             raise UserError(
@@ -78,8 +78,8 @@ def mapped(record: Record, columns: Columns, place: str) -> Record:
     return {ours: record[theirs] for ours, theirs in columns.items()} if columns else record
 
 
-def _read(record: Record, place: str) -> tuple[Example, str, list[str]]:
-    """The example, the name of its layout, and the fields that say something and are not used."""
+def _read(record: RawRecord, place: str) -> tuple[Example, str, list[str]]:
+    """The example, the name of its layout, and its unused fields that have a value."""
     given, spelt = _plain(record, place)
     shown = [key for key in _TURNS if key in given][:1]
     pair = _pair(given, place)
@@ -87,7 +87,7 @@ def _read(record: Record, place: str) -> tuple[Example, str, list[str]]:
     found = [fields for fields in (shown, raw, pair) if fields]
     if len(found) > 1:
         one, other, *_ = (" + ".join(fields) for fields in found)
-        raise UserError(f"{place}: has {one} and {other}, and only one can be learned; remove one of the two")
+        raise UserError(f"{place}: has {one} and {other}, but only one can be learned; remove one of the two")
     if not found:
         raise UserError(f"{place}: {_missing(given, record)}")
     read = _messages if shown else _continued if raw else _answered
@@ -97,8 +97,8 @@ def _read(record: Record, place: str) -> tuple[Example, str, list[str]]:
     return example, " + ".join(found[0]), [*unused, *dict.fromkeys(inside)]
 
 
-def _plain(record: Record, place: str) -> tuple[dict[str, object], dict[str, str]]:
-    """The values of the record by field names in lower case, and the spelling of each name."""
+def _plain(record: RawRecord, place: str) -> tuple[dict[str, object], dict[str, str]]:
+    """The values of the record by field name in lower case, and the original spelling of each name."""
     given: dict[str, object] = {}
     spelt: dict[str, str] = {}
     for key, value in record.items():
@@ -111,14 +111,14 @@ def _plain(record: Record, place: str) -> tuple[dict[str, object], dict[str, str
     for theirs, ours in _ALSO.items():
         if ours not in given and theirs in given:
             given[ours], spelt[ours] = given.pop(theirs), spelt[theirs]
-    for name in (*_QUESTIONS, "prompt"):  # an empty one is one where there is no other: the input may say all
+    for name in (*_QUESTIONS, "prompt"):  # an empty question counts where there is no other: the input may have it all
         if name in spelt and record[spelt[name]] == "" and not {*_QUESTIONS, "prompt"} & set(given):
             given[name] = ""
     return given, spelt
 
 
-def _pair(given: Record, place: str) -> list[str]:
-    """The fields of a question, what it is about, and its answer; nothing where one of the first and last is missing."""
+def _pair(given: RawRecord, place: str) -> list[str]:
+    """The fields of a question, its input and its answer; empty where question or answer is missing."""
     questions = [key for key in _QUESTIONS if key in given]
     inputs, answers = ([key for key in keys if key in given] for keys in (_INPUTS, _ANSWERS))
     if not questions and "prompt" in given and "completion" not in given:
@@ -131,12 +131,12 @@ def _pair(given: Record, place: str) -> list[str]:
     return [*questions, *inputs, *answers]
 
 
-def _messages(given: Record, fields: list[str], place: str) -> tuple[Example, list[str]]:
+def _messages(given: RawRecord, fields: list[str], place: str) -> tuple[Example, list[str]]:
     return conversation(turns(given, fields[0], place), given, fields[0], place), ["system", "tools"]
 
 
-def _continued(given: Record, fields: list[str], place: str) -> tuple[Example, list[str]]:
-    """A prompt that is continued as it stands; lists of messages in it or in the completion are a conversation."""
+def _continued(given: RawRecord, fields: list[str], place: str) -> tuple[Example, list[str]]:
+    """A prompt to be continued without a template; a conversation where prompt or completion is a list of messages."""
     if not any(isinstance(given[key], list) for key in fields):
         prompt, completion = text_field(given, "prompt", place), answer_field(given, "completion", place)
         return Example(prompt, "", completion, raw=True, place=place), []
@@ -149,8 +149,8 @@ def _continued(given: Record, fields: list[str], place: str) -> tuple[Example, l
     return conversation([*asked, *said], given, "completion", place), ["system", "tools"]
 
 
-def _answered(given: Record, fields: list[str], place: str) -> tuple[Example, list[str]]:
-    """A question and its answer; with a system message, tools or earlier turns a conversation."""
+def _answered(given: RawRecord, fields: list[str], place: str) -> tuple[Example, list[str]]:
+    """A question and its answer; a conversation where there are a system message, tools or earlier turns."""
     question, answer = text_field(given, fields[0], place), answer_field(given, fields[-1], place)
     about = text_field(given, fields[1], place) if len(fields) == 3 else ""
     if not any(key in given for key in ("system", "history", "tools")):
@@ -160,12 +160,12 @@ def _answered(given: Record, fields: list[str], place: str) -> tuple[Example, li
     return conversation(messages, given, "history", place), ["system", "history", "tools"]
 
 
-def _missing(given: Record, record: Record) -> str:
-    """A message that names the lack of a record and the way to mend it."""
+def _missing(given: RawRecord, record: RawRecord) -> str:
+    """A message with the missing field of a record and the fix."""
     if "text" in given and not {*_NEEDED} & set(given):
         return "field 'text' is free text without question and answer; give its beginning as 'prompt', the rest as 'completion'"
     if {"chosen", "rejected"} <= set(given):
-        return "holds preferences; to learn what was chosen set data.columns={prompt: prompt, completion: chosen}"
+        return "holds preferences; to learn the chosen answers set data.columns={prompt: prompt, completion: chosen}"
     for key, value in given.items():
         if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
             return f"the examples seem to be the list in field '{key}'; write that list alone into the file"

@@ -1,4 +1,4 @@
-"""A chat template and what it writes: conversations and prompts, with the day of a run and with what the data spells marked."""
+"""Rendering of conversations and prompts by a chat template, with the date of the run and special tokens of the data marked."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 Turn = dict[str, Any]
 
-# Of Unicode's private use, which no text to learn from holds. The first stands for an answer, the others around what spells a
-# special token.
+# Characters of Unicode's private use, which training text does not contain. The first stands for an answer, the others enclose
+# text of the data that reads like a special token.
 ANSWER, _OPEN, _CLOSE = "\ue010answer\ue010", "\ue011", "\ue012"
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """``own``: a template's text in place of the tokenizer's; ``values``: further variables it is given; ``date``: the day that
-    it takes for today."""
+    """A chat template with its variables. ``own``: its text, in place of the tokenizer's. ``values``: further variables.
+    ``date``: the date that the template uses as today's."""
 
     tokenizer: Tokenizer
     own: str | None = None
@@ -42,7 +42,7 @@ class Rendering:
         if not self.tokenizer.chat_template:
             raise UserError(
                 "prompt.template='chat': this model's tokenizer has no chat template; use 'alpaca' or 'plain', give a"
-                " template with prompt.template_file, or take a model tuned for chat"
+                " template with prompt.template_file, or use a model tuned for chat"
             )
         return str(self.tokenizer.get_chat_template(None, [{}] if tools else None))
 
@@ -51,7 +51,7 @@ class Rendering:
         return "strftime_now(" in self.source()
 
     def _text(self, tools: bool) -> str:
-        """The template's text with ``date`` in the place of today's."""
+        """The template's text with ``date`` in place of today's."""
         source = self.source(tools)
         if self.date is None:
             return source
@@ -59,13 +59,13 @@ class Rendering:
         dated = _TODAY.sub(lambda found: repr(day.strftime(found[2])), source)
         if "strftime_now(" in dated:
             raise UserError(
-                "prompt.template='chat': the template writes today's date in a form that is not spelled out in it, so the day of"
-                " a run cannot be kept; give one that does with prompt.template_file"
+                "prompt.template='chat': the template writes today's date in a form that cannot be replaced, so the date of a run"
+                " cannot be kept; give one with strftime_now('FORMAT') with prompt.template_file"
             )
         return dated
 
     def text(self, turns: Sequence[Turn], tools: Any, where: str, prompt: bool = False) -> Text:
-        """The template's text, in which special tokens that the data spells are marked as text."""
+        """The rendering of ``turns``, with special tokens of the data marked as text. Raises UserError naming ``where``."""
         every, control = self._special
         marked = [_marked(turn, control if turn["role"] == "assistant" else every) for turn in turns]
         try:
@@ -73,7 +73,7 @@ class Rendering:
                 marked, tools=_marked(tools, every), chat_template=self._text(bool(tools)), add_generation_prompt=prompt,
                 tokenize=False, **self.values,
             )  # fmt: skip
-        except Exception as error:  # a template is a program: it may fail in any way
+        except Exception as error:  # a template is a program and may raise anything
             reason = str(error) or type(error).__name__
             raise UserError(f"prompt.template='chat': the model's template refuses {where}: {reason}") from error
         return _unmarked(str(text), where)
@@ -83,7 +83,7 @@ class Rendering:
         return str(self._applied(messages, tools, prompt, tokenize=False))
 
     def ignored(self, messages: Sequence[Message], tools: str, where: str) -> set[str]:
-        """The keys of ``messages`` (and ``tools``) that the template does not read: without them it writes the same."""
+        """The keys of ``messages`` (and ``tools``) that the template does not read: the rendering is the same without them."""
         turns, called = [turn_of(m) for m in messages], json.loads(tools) if tools else None
         whole = self.text(turns, called, where).text
         keys = {key for turn in turns for key in turn} - {"role", "content"}
@@ -96,7 +96,7 @@ class Rendering:
         return tuple(self._applied(messages, tools, prompt, return_dict=False))
 
     def unwritten(self, messages: Sequence[Message], tools: str, where: str) -> set[str]:
-        """The roles of which the template leaves out what is said."""
+        """The roles of turns with text that the template leaves out."""
         turns = [turn_of(m) for m in messages]
         said = [n for n, turn in enumerate(turns) if turn["content"]]
         marked = [turn | {"content": f"{ANSWER}{n};"} if n in said else turn for n, turn in enumerate(turns)]
@@ -112,14 +112,14 @@ class Rendering:
 
     @cached_property
     def _special(self) -> tuple[re.Pattern[str] | None, re.Pattern[str] | None]:
-        """Matches special tokens that are text in the data; and those in answers, where what a model says beside the template's
-        own turns (the tags of thoughts and calls) is meant."""
+        """Patterns of the special tokens that stay text in the data: all of them, and, for answers, those that begin or end
+        turns. A model may say other special tokens itself, such as the tags of thoughts and tool calls."""
         tokenizing = Tokenizing(self.tokenizer)
         try:
             whole, asked = (
                 self.plain((Message("user", "a"), Message("assistant", ANSWER)), "", prompt) for prompt in (False, True)
             )
-        except Exception:  # said where examples are rendered
+        except Exception:  # raised again where examples are rendered
             return tokenizing.special_text, tokenizing.special_text
         lead = whole[len(asked) : whole.find(ANSWER)] if whole.startswith(asked) else ""
         turns = whole.replace(lead + ANSWER, "") + asked
@@ -134,7 +134,7 @@ def turn_of(message: Message) -> Turn:
 
 
 def _marked(value: Any, special: re.Pattern[str] | None) -> Any:
-    """``value`` with marks around what spells a special token, in all of its texts."""
+    """``value`` with marks around special tokens, in all of its texts."""
     if special is None:
         return value
     if isinstance(value, str):
@@ -147,7 +147,7 @@ def _marked(value: Any, special: re.Pattern[str] | None) -> Any:
 
 
 def _unmarked(text: str, where: str) -> Text:
-    """The text without its marks. Raises UserError where the template took a marked text apart."""
+    """The text without its marks. Raises UserError where the template split a marked text."""
     clean, literal, opened = "", list[Span](), -1
     for part in re.split(f"([{_OPEN}{_CLOSE}])", text):
         if part == _OPEN and opened < 0:
@@ -166,5 +166,5 @@ def _unmarked(text: str, where: str) -> Text:
 
 def _taken_apart(where: str) -> UserError:
     return UserError(
-        f"prompt.template='chat': the template takes apart a text of {where} that spells a special token; remove it there"
+        f"prompt.template='chat': the template splits a text of {where} that contains a special token; remove the token"
     )

@@ -1,4 +1,4 @@
-"""Wordings of a prompt for models that have no chat template, and the choice of a template."""
+"""Prompt templates for models without a chat template, and the choice of a template."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def alpaca(instruction: str, given: str) -> str:
-    """The wording of Stanford Alpaca (Taori et al. 2023), with or without an input."""
+    """The prompt of Stanford Alpaca (Taori et al. 2023), with or without an input."""
     if not given:
         return (
             "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -31,7 +31,7 @@ CHAT, AUTO = "chat", "auto"
 
 
 def resolved(template: str, tokenizer: Tokenizer, own: str | None = None) -> str:
-    """The template meant by ``auto``: the chat template where there is one, else alpaca."""
+    """``template``, with ``auto`` resolved: the chat template where there is one, else alpaca."""
     if template != AUTO:
         return template
     return CHAT if own is not None or tokenizer.chat_template else "alpaca"

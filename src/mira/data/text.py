@@ -1,8 +1,8 @@
-"""From an example to tokens: what is trained, what a server is asked, and which tokens the loss may see.
+"""Encoding of examples: the tokens to train on, the prompt of a server, and the labels of the loss.
 
-A conversation is rendered whole by the model's chat template and tokenised whole, as ``apply_chat_template`` does; the answers
-are found in it by their characters. Without a chat template the prompt is tokenised as a server that is given text does it, and
-the answer as the text that goes on from there, closed by the tokenizer's end-of-text token.
+The model's chat template renders a whole conversation, which is tokenised whole, as ``apply_chat_template`` does; answers are
+found in it by their characters. Without a chat template the prompt is tokenised as by a server that gets text, and the answer as
+the continuation of that text, closed by the tokenizer's end-of-text token.
 """
 
 from __future__ import annotations
@@ -33,13 +33,12 @@ __all__ = ["Encoded", "Encoder", "Wording"]
 
 @dataclass(frozen=True)
 class Encoder:
-    """One tokenizer, one template and one length. Raises UserError when the three do not fit together.
+    """A tokenizer, a template and a length limit. Raises UserError where the three do not fit together.
 
-    The loss is on every answer and on the token that ends it. Special tokens that the data spells stay text.
+    The loss is on every answer and on the token that ends it. Special tokens in the text of the data stay text.
 
-    Too long: with ``overlong="cut"`` an input (or a prompt to be completed) loses tokens on its left, a conversation its oldest
-    turns after the system message, until it fits. What cannot be cut is a UserError that names the place and says which length
-    would do.
+    Examples that are too long are truncated with ``overlong="cut"``: an input (or a prompt to be completed) on the left, a
+    conversation by its oldest turns after the system message. If that is not enough, a UserError gives place and length.
     """
 
     tokenizer: Tokenizer
@@ -56,38 +55,38 @@ class Encoder:
             self.rendering.source()
         elif self.wording.system:
             raise UserError(
-                f"prompt.system: prompt.template='{self.template}' has no place for it; use prompt.template=chat, or leave it out"
+                f"prompt.system: prompt.template='{self.template}' has no system message; use prompt.template=chat, or remove it"
             )
         if self.tokenizer.eos_token_id is None:
             raise UserError(
-                "model: the tokenizer has no end-of-text token, so no answer could end; choose another model"
+                "model: the tokenizer has no end-of-text token, so answers cannot end; choose another model"
             )
 
     def encode(self, example: Example, where: str = "an example") -> Encoded:
-        """Tokens and labels. ``where`` names the example in the UserError raised when it does not fit."""
+        """Tokens and labels of an example. ``where``: its name in the UserError that is raised where it does not fit."""
         return self.encode_all([example], [where])[0]
 
     def encode_all(self, examples: Sequence[Example], where: Sequence[str]) -> list[Encoded]:
-        """``encode`` for each example, tokenised together: the same tokens, sooner."""
+        """``encode`` for each example, tokenised in one batch: the same tokens, faster."""
         return [
             encoded if len(encoded.tokens) <= self.max_length else self._shorter(example, encoded, place)
             for encoded, example, place in zip(self._drafts(examples, where), examples, where, strict=True)
         ]
 
     def draft(self, example: Example, where: str) -> Encoded:
-        """Tokens and labels, however long."""
+        """Tokens and labels of an example, without the length limit."""
         return self._drafts([example], [where])[0]
 
     def fits(self, examples: Sequence[Example], where: Sequence[str]) -> list[bool]:
-        """Whether each example is within the length as it is."""
+        """For each example, True where it is within the length limit without truncation."""
         return [len(encoded.tokens) <= self.max_length for encoded in self._drafts(examples, where)]
 
     def prompt(self, example: Example, where: str = "an example") -> tuple[int, ...]:
-        """The tokens that a server is given for the (last) answer, cut as ``encode`` cuts them."""
+        """The prompt of the (last) answer as a server gets it, truncated like ``encode``."""
         return self.encode(example, where).asked
 
     def reference(self, example: Example) -> str:
-        """The text a generated answer is compared with."""
+        """The reference text of a generated answer."""
         calls = bool(example.messages) and "tool_calls" in example.messages[-1].more
         if example.output.strip() and not calls:
             return self._after_marker(example.output)
@@ -96,7 +95,7 @@ class Encoder:
         return self.answer([token for token, seen in said if seen])
 
     def answer(self, tokens: Sequence[int]) -> str:
-        """The words of an answer of these tokens: without what the template has before them (an empty thought, a header)."""
+        """The words of a generated answer, without the template's text before them (an empty thought, a header)."""
         if not self._marker:
             return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
         text = str(self.tokenizer.decode(list(tokens), skip_special_tokens=False))
@@ -109,13 +108,13 @@ class Encoder:
 
     @cached_property
     def stops(self) -> frozenset[int]:
-        """Tokens that end a generated answer: those of ``generation_config``, of the template, and the tokenizer's own."""
+        """The tokens that end a generated answer: of ``generation_config``, of the template, and the tokenizer's own."""
         found = {self.tokenizer.eos_token_id, *self.wording.stops}
         return frozenset(found | ({self.ending} if self.ending is not None else set()))
 
     @cached_property
     def ending(self) -> int | None:
-        """The token with which the chat template ends a conversation's last answer; None where it writes none."""
+        """The token with which the chat template ends the last answer of a conversation; None where it writes none."""
         if self.template != CHAT:
             return None
         lead, tail = self.chat.probe
@@ -134,28 +133,28 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the template and what it is given, the date aside."""
+        """SHA-256 of the template and its variables, without the date."""
         text = [self.rendering.source(tools) for tools in (False, True)] if self.template == CHAT else self.template
         wording = asdict(replace(self.wording, date=None, positions=None, stops=frozenset())) | {"stops": []}
         return hashlib.sha256(json.dumps([text, wording], sort_keys=True).encode()).hexdigest()
 
     @property
     def as_before(self) -> bool:
-        """Whether prompts and answers become the tokens that they did when they were tokenised apart."""
+        """True where tokens are the same as of former versions, which tokenised prompt and answer apart."""
         return self.template != CHAT and not self.tokenizing.alters_beginnings
 
     @property
     def about(self) -> str:
-        """The template and the end of its answers in one line."""
+        """The template and the end of its answers, in one line."""
         if self.template != CHAT:
             return f"prompts: {self.template} (text), answers end with {self.tokenizer.eos_token}"
-        whose = "a template of one's own" if self.wording.own is not None else "the tokenizer's template"
+        whose = "prompt.template_file" if self.wording.own is not None else "the tokenizer's template"
         dated = f", dated {self.wording.date}" if self.wording.date else ""
         return f"prompts: chat ({whose}{dated}), answers end with {self._name(self.ending)}"
 
     @property
     def cautions(self) -> list[str]:
-        """Warnings of what a server would do otherwise than training, one line each."""
+        """Warnings of differences between serving and training, one line each."""
         said = []
         if self.template == CHAT and self.ending is None:
             said.append(
@@ -163,8 +162,8 @@ class Encoder:
             )
         if self.wording.stops and self.ending is not None and self.ending not in self.wording.stops:
             said.append(
-                f"answers end with {self._name(self.ending)}, where generation_config.json does not stop: give servers"
-                f" stop_token_ids: [{self.ending}]"
+                f"answers end with {self._name(self.ending)}, which generation_config.json does not list as a stop token: give"
+                f" servers stop_token_ids: [{self.ending}]"
             )
         return said
 
@@ -184,7 +183,7 @@ class Encoder:
         return Tokenizing(self.tokenizer)
 
     def turns(self, example: Example) -> tuple[Message, ...]:
-        """``example`` as a conversation, with the system message that it lacks."""
+        """``example`` as a conversation, with ``wording.system`` where it has no system message."""
         given = f"{example.instruction}\n\n{example.input}" if example.input else example.instruction
         turns = example.messages or (Message("user", given), Message("assistant", example.output))
         lacking = self.wording.system and turns[0].role != "system"
@@ -198,11 +197,11 @@ class Encoder:
         return self._marker.split(text)[-1] if self._marker else text
 
     def is_chat(self, example: Example) -> bool:
-        """Whether the chat template writes ``example``: it does not write prompts that are continued as they stand."""
+        """True where the chat template renders ``example``: always, except for prompts to be continued without a template."""
         return self.template == CHAT and not (example.raw and not self.wording.wrapped)
 
     def _drafts(self, examples: Sequence[Example], where: Sequence[str]) -> list[Encoded]:
-        """Tokens and labels of each example, however long; all texts are tokenised together."""
+        """Tokens and labels of each example, without the length limit; all texts are tokenised in one batch."""
         talks = [self._talk(e, place) if self.is_chat(e) else None for e, place in zip(examples, where, strict=True)]
         prompts = [None if talk else self._raw(e, place) for talk, e, place in zip(talks, examples, where, strict=True)]
         texts: list[Text] = []
@@ -210,7 +209,7 @@ class Encoder:
             if talk:
                 texts += [talk.asked, talk.whole]
             else:
-                raw = example.raw and not self.wording.wrapped  # a server reads special tokens that it is sent as such
+                raw = example.raw and not self.wording.wrapped  # a server reads special tokens in a raw prompt as such
                 as_data = Text if raw else self.tokenizing.literal
                 texts += [as_data(str(prompt)), as_data(f"{prompt}{example.output}")]
         tokens = iter(self.tokenizing.whole(texts))
@@ -227,7 +226,7 @@ class Encoder:
         return self.chat.conversation(self.turns(example), example.tools, where)
 
     def _labelled(self, talk: Conversation, asked: tuple[int, ...], whole: Tokens) -> Encoded:
-        """The whole conversation, each answer labelled from where the prompt before it ends through the token that ends it."""
+        """The whole conversation, with labels on each answer, from the end of its prompt through the token that ends it."""
         ids, label = list(whole.ids), [False] * len(whole.ids)
         same = whole.ids[: len(asked)] == asked
         prompt = len(asked) if same else whole.before(talk.answers[-1].start)
@@ -242,8 +241,8 @@ class Encoder:
         return Encoded(tuple(ids), tuple(label), False, prompt, () if same else asked)
 
     def _stop(self, talk: Conversation, whole: Tokens, answer: Answer) -> int | None:
-        """The number of the token that ends ``answer``: the first that stands for itself, after its words and white space; where
-        calls follow its words, the first at which generation ends."""
+        """The place of the token that ends ``answer``: the first added token after its words and white space, if generation stops
+        at it; where tool calls may follow the words, the first stop token. None where there is none."""
         words_end = answer.text[1]
         if answer.loose:
             turn = range(whole.before(words_end), whole.before(answer.limit))
@@ -255,21 +254,19 @@ class Encoder:
         return None if talk.whole.text[words_end : whole.spans[stop][0]].strip() else stop
 
     def _unended(self, talk: Conversation, whole: Tokens, answer: Answer) -> int:
-        """The number of the first token after an answer that no stop ends: after its words, or after its calls. The last token
-        of them may hold more than them."""
+        """The place after an answer without a stop token: after its words or tool calls, or the token that contains their end."""
         limit = answer.text[1]
         if answer.loose:
             limit = len(talk.whole.text[: answer.limit].rstrip())
         end = next((n for n, (start, _) in enumerate(whole.spans) if start >= limit), len(whole.ids))
-        ends_turn = (
-            answer.loose and whole.ids[end - 1] in self.tokenizing.added and whole.ids[end - 1] not in self.stops
-        )
+        last = whole.ids[end - 1]
+        ends_turn = answer.loose and last in self.tokenizing.added and last not in self.stops
         return end - 1 if ends_turn and whole.spans[end - 1][0] >= answer.text[1] else end
 
     def _raw(self, example: Example, where: str) -> str:
-        """The prompt in a raw template, or as it stands."""
+        """The prompt in a template without turns, or unchanged for a raw example."""
         if example.messages:
-            more = "" if self.tokenizer.chat_template else " and a chat template, with prompt.template_file"
+            more = "" if self.tokenizer.chat_template else " and a chat template in prompt.template_file"
             raise UserError(
                 f"prompt.template='{self.template}': {where} is a conversation ('messages', or history and system), which needs"
                 f" prompt.template='chat'{more}"
@@ -279,17 +276,17 @@ class Encoder:
         return TEMPLATES[self.template](example.instruction, example.input)
 
     def _joined(self, prompt: tuple[int, ...], whole: tuple[int, ...], example: Example, where: str) -> Encoded:
-        """A prompt as a server reads it, the tokens that make the answer after it, and the end."""
+        """The prompt as a server reads it, the tokens of the answer after it, and the end token."""
         if not prompt:
             raise UserError(f"{where}: its prompt is empty, so nothing predicts the answer's first token; fill it in")
-        goes_on = whole[: len(prompt)] == prompt  # else a token reaches over the boundary, and no server is given that
+        goes_on = whole[: len(prompt)] == prompt  # else a token spans the boundary, which no server would see
         answer = whole[len(prompt) :] if goes_on else self.tokenizing.continued(example.output, example.raw).ids
-        ended = bool(answer) and example.raw and answer[-1] in self.stops  # a rendered chat brings its own end
+        ended = bool(answer) and example.raw and answer[-1] in self.stops  # a rendered chat has its own end token
         tokens = (*prompt, *answer, *(() if ended else (self.tokenizer.eos_token_id,)))
         return Encoded(tokens, (False,) * len(prompt) + (True,) * (len(tokens) - len(prompt)), False, len(prompt))
 
     def _shorter(self, example: Example, whole: Encoded, where: str) -> Encoded:
-        """An example that is too long, without as much of its prompt as must go."""
+        """An example that is too long, with its prompt truncated. Raises UserError where that is not allowed or not enough."""
         limit = Limit(self.max_length, self.wording.positions, where)
         if self.wording.overlong != "cut":
             limit.refuse(len(whole.tokens), cut=True)

@@ -1,4 +1,4 @@
-"""From text to tokens and the characters each is of: whole texts, as a server tokenises them, and texts that continue another."""
+"""Tokens with their characters: of whole texts, as a server tokenises them, and of texts that continue another."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     Tokenizer = PreTrainedTokenizerBase
 
 Span = tuple[int, int]  # characters start:end
-_ANCHOR = "\n"  # nothing merges with it in the tokenizers that put a space before every text
+_ANCHOR = "\n"  # merges with nothing in the tokenizers that put a space before every text
 
 
 @dataclass(frozen=True)
 class Text:
-    """Text to be tokenised. ``literal``: stretches that spell special tokens and are meant as text."""
+    """Text to be tokenised. ``literal``: spans that read like special tokens and are text."""
 
     text: str
     literal: tuple[Span, ...] = ()
@@ -30,38 +30,39 @@ class Text:
 
 @dataclass(frozen=True)
 class Tokens:
-    """``ids`` [T], and of each the characters it is of. An inserted space is of none (start = end), or of the next one."""
+    """Token ``ids`` [T], and the characters of each token. A space that the tokenizer inserted has none (start = end), or is part
+    of the next token."""
 
     ids: tuple[int, ...]
     spans: tuple[Span, ...]
 
     def before(self, character: int) -> int:
-        """The number of tokens that end at ``character`` or earlier."""
+        """The count of tokens that end at ``character`` or earlier."""
         return next((n for n, (_, end) in enumerate(self.spans) if end > character), len(self.ids))
 
     def shifted(self, by: int, first: int = 0) -> Tokens:
-        """The tokens from number ``first`` on, ``by`` characters further on."""
+        """The tokens from place ``first`` on, with spans moved by ``by`` characters."""
         return Tokens(self.ids[first:], tuple((a + by, b + by) for a, b in self.spans[first:]))
 
 
 @dataclass(frozen=True)
 class Tokenizing:
-    """A tokenizer as the encoder uses it. ``tokenizer``: any of transformers'."""
+    """The encoder's use of a ``tokenizer`` of transformers."""
 
     tokenizer: Tokenizer
 
     def whole(self, texts: Sequence[Text]) -> list[Tokens]:
-        """Each text as the tokenizer gives it, special tokens in it included, with nothing put around it."""
+        """The tokens of each text, special tokens in it included, with none added around it."""
         easy = iter(self._bare([one.text for one in texts if not one.literal]))
         return [self._pieces(one) if one.literal else next(easy) for one in texts]
 
     def literal(self, text: str) -> Text:
-        """``text`` of data alone, in which nothing is meant as a special token."""
+        """``text`` of the data, in which nothing is a special token."""
         return Text(text, tuple(m.span() for m in self.special_text.finditer(text)) if self.special_text else ())
 
     def continued(self, text: str, special: bool = False) -> Tokens:
-        """``text`` as the rest of a longer one: without the space that some tokenizers put before every text. ``special``:
-        whether it may spell special tokens."""
+        """The tokens of ``text`` as the continuation of another: without the space that some tokenizers put before every text.
+        ``special``: whether special tokens in it count as such."""
         if self.alters_beginnings:
             anchored = self._bare([_ANCHOR + text], special)[0]
             first = anchored.before(len(_ANCHOR))
@@ -71,7 +72,7 @@ class Tokenizing:
 
     @cached_property
     def lead(self) -> tuple[int, ...]:
-        """Tokens that the tokenizer puts before any text, e.g. (BOS,) or none."""
+        """The tokens that the tokenizer puts before every text, e.g. (BOS,) or none."""
         probe = "a b"
         bare = self._bare([probe])[0].ids
         full = tuple(self.tokenizer(probe, verbose=False)["input_ids"])
@@ -85,16 +86,16 @@ class Tokenizing:
 
     @cached_property
     def special_text(self) -> re.Pattern[str] | None:
-        """Matches what spells a special token; None where there is none."""
+        """Pattern of the special tokens; None where there are none."""
         return re.compile("|".join(map(re.escape, self.special))) if self.special else None
 
     @cached_property
     def added(self) -> frozenset[int]:
-        """Tokens that stand for themselves: special ones, and others that no text is split through."""
+        """The added tokens, which text is never split through: the special ones and others."""
         return frozenset(self.tokenizer.added_tokens_decoder)
 
     def _pieces(self, whole: Text) -> Tokens:
-        """A text of which some stretches must not become special tokens, piece by piece."""
+        """The tokens of a text with literal spans, tokenised piece by piece."""
         ids: list[int] = []
         spans: list[Span] = []
         cuts = [0, *(cut for span in whole.literal for cut in span), len(whole.text)]
@@ -107,7 +108,7 @@ class Tokenizing:
         return Tokens(tuple(ids), tuple(spans))
 
     def _bare(self, texts: Sequence[str], special: bool = True) -> list[Tokens]:
-        """The tokens of each text and nothing around them."""
+        """The tokens of each text, with none added around it."""
         if not texts:
             return []
         options: dict[str, Any] = {"add_special_tokens": False, "verbose": False, "split_special_tokens": not special}
@@ -120,7 +121,7 @@ class Tokenizing:
         ]
 
     def _decoded(self, text: str, ids: tuple[int, ...]) -> Tokens:
-        """Spans for a tokenizer written in Python, which tells none: by how much text the tokens so far give."""
+        """Tokens with spans for a slow tokenizer, which gives none: by the length of the text of the first n tokens."""
 
         def length(count: int) -> int:
             return len(self.tokenizer.decode(list(ids[:count]), clean_up_tokenization_spaces=False))
@@ -128,8 +129,8 @@ class Tokenizing:
         ends = [length(n) for n in range(len(ids) + 1)]
         if ends[-1] != len(text) or ends != sorted(ends):
             raise UserError(
-                "model: its tokenizer does not tell which characters a token is of, so which tokens are the answer's is not"
-                " certain; take a model with a fast tokenizer (tokenizer.json)"
+                "model: its tokenizer does not give the characters of a token, so the tokens of an answer are unknown; use a"
+                " model with a fast tokenizer (tokenizer.json)"
             )
         return Tokens(ids, tuple(pairwise(ends)))
 
@@ -139,6 +140,6 @@ class Tokenizing:
 
     @cached_property
     def alters_beginnings(self) -> bool:
-        """Whether a text gets other tokens at the beginning than in the middle of a longer one."""
+        """True where a text has other tokens at the beginning than in the middle of a longer text."""
         alone, after = self._bare(["x", _ANCHOR + "x"])
         return after.ids[after.before(len(_ANCHOR)) :] != alone.ids

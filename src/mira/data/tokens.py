@@ -1,6 +1,6 @@
-"""Encoded examples in a file, so that a run that is opened again need not tokenise them again.
+"""Encoded examples in a file, so that a run that is opened again does not tokenise them again.
 
-They are the clients' texts in another spelling: the file lies in the run folder and only its owner can read it.
+They are as confidential as the clients' texts: the file is in the run folder, and only its owner can read it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mira.data.text import Encoded, Encoder
 
 Encodings = Mapping[tuple[int, str], Sequence[Encoded]]  # by client and split
 
-# [T], [T], [Q], [examples,4]: tokens, those before the last answer, truncated or not, those of a question of its own
+# [T], [T], [Q], [examples,4]; a row of sizes: tokens, tokens before the last answer, truncated, tokens of the question
 PARTS = ("tokens", "label", "questions", "sizes")
 
 _CODE = (*(code.__file__ for code in (chat, overlong, rendering, templates, text, tokenizing)), __file__)
@@ -36,9 +36,9 @@ log = logging.getLogger(__name__)
 
 
 def key(federation: Federation, encoder: Encoder) -> str | None:
-    """SHA-256 of all that decides the tokens: texts, tokenizer, template, length, and the code that makes and keeps them.
+    """SHA-256 of all inputs of the tokens: texts, tokenizer, template, length, and the code that encodes and keeps them.
 
-    None where that cannot be told: tokenizers written in Python, and chat templates that tell today's date.
+    None where these are not known: slow tokenizers, and chat templates that write today's date.
     """
     tokenizer = encoder.tokenizer
     template = [encoder.rendering.source(tools) for tools in (False, True)] if encoder.template == CHAT else None
@@ -46,9 +46,8 @@ def key(federation: Federation, encoder: Encoder) -> str | None:
     undated = encoder.template == CHAT and encoder.wording.date is None and encoder.rendering.tells_the_date
     if undated or not (tokenizer.is_fast and ours):
         return None
-    probe = list(
-        tokenizer("a", verbose=False)["input_ids"]
-    )  # first: a call may change what the tokenizer says of itself
+    # First: a call may change the tokenizer's attributes.
+    probe = list(tokenizer("a", verbose=False)["input_ids"])
     about = [tokenizer.special_tokens_map, tokenizer.eos_token_id, probe]
     wording = asdict(encoder.wording) | {"stops": sorted(encoder.wording.stops)}
     settings = [encoder.template, encoder.max_length, template, about, wording]
@@ -63,7 +62,7 @@ def key(federation: Federation, encoder: Encoder) -> str | None:
 
 
 def read(folder: Path, name: str, federation: Federation) -> Encodings:
-    """What ``write`` left under the key ``name``; nothing where there is none. A damaged file is logged, not used."""
+    """The encodings that ``write`` left under the key ``name``; empty where there are none. A damaged file is logged only."""
     path = _path(folder, name)
     if not path.exists():
         return {}
@@ -84,7 +83,7 @@ def read(folder: Path, name: str, federation: Federation) -> Encodings:
 
 
 def write(folder: Path, name: str, encodings: Encodings) -> None:
-    """Keep ``encodings``, of all clients and splits in order, under the key ``name``: whole or not at all."""
+    """Write ``encodings``, of all clients and splits in order, under the key ``name``, atomically."""
     path = _path(folder, name)
     if path.exists() and _intact(path, name) is not None:
         return
@@ -107,8 +106,8 @@ def write(folder: Path, name: str, encodings: Encodings) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:  # the run does without
-        log.warning("%s: not kept (%s); opening this run again will tokenise again", path, error.strerror)
+    except OSError as error:  # the run does not need the file
+        log.warning("%s: not written (%s); opening this run again will tokenise again", path, error.strerror)
 
 
 def _path(folder: Path, name: str) -> Path:

@@ -1,7 +1,7 @@
-"""Conversations in the spellings people have, as messages: OpenAI's, ShareGPT's, and turns told in fields of their own.
+"""Conversations in the usual formats, as messages: OpenAI's, ShareGPT's, and turns in fields of their own.
 
-Roles may be of any case and of either spelling. Calls of tools are kept as objects: where a file has their arguments as JSON
-text, they are parsed, as servers do before they render a conversation.
+Roles are not case-sensitive and may have the names of any format. Arguments of tool calls that are JSON text are parsed, as
+servers do before they render a conversation.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from mira.core.errors import UserError
-from mira.data.fields import Record, answer_field, is_given, parsed, text_field, written
+from mira.data.fields import RawRecord, answer_field, is_given, parsed, text_field, written
 from mira.data.types import Example, Message
 
 ROLES = {
@@ -25,8 +25,8 @@ _OWN = frozenset({"role", "from", "content", "value", "weight", "function_call",
 _TURN = {"messages": ("role", "content"), "conversations": ("from", "value"), "conversation": ("from", "value")}
 
 
-def conversation(messages: Sequence[Message], record: Record, field: str, place: str) -> Example:
-    """An example that ends with the last turn that is learned. ``record`` gives its ``system`` and ``tools``."""
+def conversation(messages: Sequence[Message], record: RawRecord, field: str, place: str) -> Example:
+    """An example that ends with the last turn to learn. ``record`` has its ``system`` and ``tools``."""
     if is_given(record.get("system")):
         if messages and messages[0].role == "system":
             raise UserError(f"{place}: field 'system' and a system turn in '{field}'; remove one of the two")
@@ -42,14 +42,14 @@ def conversation(messages: Sequence[Message], record: Record, field: str, place:
     learned = [n for n, message in enumerate(messages) if message.role == "assistant" and message.learned]
     if not learned:
         raise UserError(
-            f"{place}: every assistant turn of '{field}' has weight 0, so there is nothing to learn; remove it"
+            f"{place}: every assistant turn of '{field}' has weight 0, so there is nothing to learn; remove the example"
         )
     kept = tuple(messages[: learned[-1] + 1])
     return Example("", "", kept[-1].content, kept, tools=_tools(record.get("tools"), place), place=place)
 
 
-def turns(record: Record, field: str, place: str, learned: bool = True) -> list[Message]:
-    """The messages in ``record[field]``. ``learned``: whether the assistant's are answers to learn."""
+def turns(record: RawRecord, field: str, place: str, learned: bool = True) -> list[Message]:
+    """The messages in ``record[field]``. ``learned``: whether to learn the assistant's turns."""
     found = parsed(record[field], field, place)
     speaker, said = _TURN.get(field, _TURN["messages"])
     if not isinstance(found, list) or not found or not all(isinstance(turn, Mapping) for turn in found):
@@ -58,8 +58,8 @@ def turns(record: Record, field: str, place: str, learned: bool = True) -> list[
     return told if learned else [replace(message, learned=message.role != "assistant") for message in told]
 
 
-def unused_in_turns(record: Record, field: str) -> Iterator[str]:
-    """'messages[].key' for each key of a turn that nothing reads."""
+def unused_in_turns(record: RawRecord, field: str) -> Iterator[str]:
+    """'messages[].key' for each unused key of a turn."""
     found = record[field]
     found = parsed(found, field, "") if isinstance(found, str) and field in _TURN else found
     for turn in found if isinstance(found, list) else ():
@@ -85,7 +85,7 @@ def _said(answer: str) -> Message:
     return Message("assistant", answer)
 
 
-def _each(found: Sequence[Record], field: str, place: str) -> Iterator[Message]:
+def _each(found: Sequence[RawRecord], field: str, place: str) -> Iterator[Message]:
     for number, turn in enumerate(found):
         where = f"{place}: {field}[{number}]"
         speaker, said = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
@@ -103,8 +103,8 @@ def _each(found: Sequence[Record], field: str, place: str) -> Iterator[Message]:
         yield Message(role, content, _learned(turn, where), written(more, ", ".join(more), where))
 
 
-def _content(turn: Record, said: str, where: str) -> str:
-    """The text of a turn; of content in parts the text parts, joined."""
+def _content(turn: RawRecord, said: str, where: str) -> str:
+    """The text of a turn; text parts are joined."""
     value = turn.get(said)
     if not isinstance(value, list):
         return text_field(turn, said, where)
@@ -112,22 +112,20 @@ def _content(turn: Record, said: str, where: str) -> str:
     for number, part in enumerate(value):
         kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
         if kind not in ("text", "input_text", "output_text"):
-            raise UserError(
-                f"{where}: part {number} of its {said} is '{kind}'; a text model learns from text parts alone"
-            )
+            raise UserError(f"{where}: part {number} of its {said} is '{kind}'; only text parts can be learned")
         texts.append(text_field(part, "text", f"{where}: part {number}"))
     return "".join(texts)
 
 
-def _learned(turn: Record, where: str) -> bool:
+def _learned(turn: RawRecord, where: str) -> bool:
     weight = turn.get("weight")
     if weight not in (None, 0, 1):
-        raise UserError(f"{where}: weight {weight!r} is not 0 (context alone) or 1 (learned)")
+        raise UserError(f"{where}: weight {weight!r} is not 0 (context only) or 1 (learned)")
     return weight != 0
 
 
-def _more(turn: Record, spelt: str, said: str, where: str) -> dict[str, Any]:
-    """The further keys of a turn that chat templates read, calls of tools in OpenAI's layout."""
+def _more(turn: RawRecord, spelt: str, said: str, where: str) -> dict[str, Any]:
+    """The further keys of a turn that chat templates read; tool calls in OpenAI's layout."""
     more = {key: turn[key] for key in MORE if key in turn and is_given(turn[key])}
     single = turn.get("function_call") or (parsed(turn.get(said), said, where) if spelt == "function_call" else None)
     if "tool_calls" in more or single:
@@ -149,7 +147,7 @@ def _call(call: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _tools(given: Any, place: str) -> str:
-    """The tools that may be called, as a JSON list, each in OpenAI's layout and with its keys in the order given; "" for none."""
+    """The available tools as a JSON list, each in OpenAI's layout with its keys in the given order; "" for none."""
     found = parsed(given, "tools", place) if is_given(given) else []
     if not isinstance(found, list) or not all(isinstance(tool, Mapping) for tool in found):
         raise UserError(f"{place}: field 'tools' must be a list of {{type, function}} objects")

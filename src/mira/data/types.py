@@ -1,4 +1,4 @@
-"""The nouns of the data room: what a source gives, before anything is split or tokenised."""
+"""The types of the data room: the output of a source, before splitting and tokenising."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. ``learned``: false for an assistant turn that is context alone (``weight: 0``). ``more``: further keys of the
-    turn that chat templates read (tool_calls, tool_call_id, name, reasoning_content), as a JSON object in text; "" for none."""
+    """One turn of a conversation. ``learned``: false for an assistant turn that is only context (``weight: 0``). ``more``:
+    further keys of the turn that chat templates read (tool_calls, tool_call_id, name, reasoning_content), as the text of a JSON
+    object; "" for none."""
 
     role: str  # "system", "user", "assistant" or "tool"
     content: str
@@ -20,11 +21,11 @@ class Message:
 
 @dataclass(frozen=True)
 class Example:
-    """One item. With ``messages`` (the last one the assistant's, repeated in ``output``) ``instruction`` and ``input`` are empty.
+    """One example. With ``messages`` (the last one the assistant's, repeated in ``output``) ``instruction`` and ``input`` are
+    empty.
 
-    ``raw``: ``instruction`` is a prompt to be continued as it stands, without a template (prompt + completion). ``tools``: those
-    that may be called, as a JSON list in text; "" for none. ``place``: where it was read, "file:line", for messages; it does
-    not count when examples are compared.
+    ``raw``: ``instruction`` is a prompt to be continued without a template (prompt + completion). ``tools``: the available tools
+    as the text of a JSON list; "" for none. ``place``: "file:line" of its origin, for messages; ignored in comparisons.
     """
 
     instruction: str
@@ -37,26 +38,26 @@ class Example:
 
     @property
     def system(self) -> bool:
-        """Whether it begins with a system message."""
+        """True where the conversation begins with a system message."""
         return bool(self.messages) and self.messages[0].role == "system"
 
     @property
     def content(self) -> dict[str, Any]:
-        """Everything that decides its tokens, for digests. Rare fields are left out where they are not set, so that the digest of
-        an older run is found again."""
+        """All fields that decide its tokens, for digests. Rare fields are left out where they are not set, so that the digest of
+        an older run stays the same."""
         turns = [_without(asdict(m), {"learned": True, "more": ""}) for m in self.messages]
         given = {"instruction": self.instruction, "input": self.input, "output": self.output, "messages": turns}
         return given | _without({"raw": self.raw, "tools": self.tools}, {"raw": False, "tools": ""})
 
     @property
     def key(self) -> tuple[str, ...]:
-        """The parts that make two examples the same question: everything before the answer, to the letter."""
+        """The identity of its question: all text before the answer, exactly."""
         turns = [text for m in self.messages[:-1] for text in (m.role, m.content, m.more)]
         return (*(turns or (self.instruction, self.input)), self.tools, *(("raw",) if self.raw else ()))
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """Everything before the answer, in words."""
+        """All text before the answer, in words."""
         return tuple(m.role + " " + m.content for m in self.messages[:-1]) or (self.instruction, self.input)
 
 
@@ -65,7 +66,7 @@ def _without(values: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
 
 
 def by_question(examples: Iterable[Example]) -> list[list[Example]]:
-    """The examples of every question with those of another answer, each answer once, in the order given."""
+    """The examples grouped by question, each different answer once, in the given order."""
     asked: dict[tuple[str, ...], dict[object, Example]] = {}
     for example in examples:
         answer = (example.output, example.messages[-1:])
@@ -77,9 +78,9 @@ def by_question(examples: Iterable[Example]) -> list[list[Example]]:
 class Client:
     """A client with its examples, as a source gives it.
 
-    ``task``: the name of its task, the client's own where none is given. ``group``: its family or category, "" for none.
-    ``description``: its task in words, "" for none. ``elsewhere``: the number of training examples it has on a machine of its
-    own, 0 while that is not known; None where its data is here.
+    ``task``: the name of its task; the client's name where none is given. ``group``: its true family or category, "" for none.
+    ``description``: its task in words, "" for none. ``elsewhere``: the count of its training examples on a machine of its own, 0
+    while unknown; None where its data is here.
     """
 
     name: str
@@ -94,12 +95,12 @@ class Client:
 
 
 def client_data(name: str, examples: Sequence[Example], group: str = "") -> Client:
-    """A client whose task is known by its name alone; an instruction that all its examples share describes it."""
+    """A client with its name as its task; an instruction that all examples share is its description."""
     told = {example.instruction for example in examples}
     return Client(name, tuple(examples), group=group, description=told.pop() if len(told) == 1 else "")
 
 
 class Source(Protocol):
     def load(self, seed: int) -> list[Client]:
-        """All clients, in an order that depends on nothing but the source's fields and ``seed``. Raises UserError."""
+        """All clients, in an order that depends on the source's fields and ``seed`` alone. Raises UserError."""
         ...

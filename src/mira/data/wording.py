@@ -1,4 +1,4 @@
-"""The choices beside a template that decide an example's tokens."""
+"""The settings of prompts beside the template."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Overlong = Literal["error", "cut", "drop"]
 
 @dataclass(frozen=True)
 class Wording:
-    """All that decides an example's tokens beside the template. ``system``: the system message of conversations that have none;
-    ``own``, ``values``, ``date``: of the chat template; ``wrapped``: whether prompt + completion go into the template;
-    ``positions``: as many as the model has; ``stops``: the tokens at which servers end an answer (of ``generation_config``)."""
+    """The settings, beside the template, that decide an example's tokens. ``system``: the system message of conversations without
+    one. ``own``, ``values``, ``date``: text, variables and date of the chat template. ``wrapped``: whether prompt + completion
+    are put into the template. ``positions``: of the model. ``stops``: the stop tokens of ``generation_config``."""
 
     system: str = ""
     own: str | None = None

@@ -1,0 +1,1 @@
+"""Training, evaluation and generation: the batched engine, the reference engine, and the engine of seeds."""

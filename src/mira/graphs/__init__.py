@@ -1,4 +1,4 @@
-"""Graphs: who is related to whom, and how strongly. One class and one line here for each."""
+"""Graphs: the relations between clients and their weights. One class and one line here for each."""
 
 from mira.core.registry import Registry
 from mira.graphs.file import File

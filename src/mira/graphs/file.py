@@ -12,7 +12,7 @@ from mira.core.errors import UserError, did_you_mean
 from mira.core.graph import Edges, Embed, Graph
 from mira.core.pydantic_config import STRICT, UserPath
 
-_LARGEST = 1e100  # sums and products of weights stay numbers
+_LARGEST = 1e100  # sums and products of weights do not overflow
 _COLUMNS = ["source", "target", "weight"]
 
 
@@ -26,7 +26,7 @@ class File:
 
     def build(self, names: Sequence[str], groups: Sequence[str], seed: int, embed: Embed | None = None) -> Graph:
         try:
-            with self.path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets put a byte order mark first
+            with self.path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte-order mark
                 edges = self._edges(file, {name: n for n, name in enumerate(names)})
         except OSError as error:
             raise UserError(f"graph.path={self.path}: cannot be read ({error.strerror})") from None

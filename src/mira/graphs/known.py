@@ -1,4 +1,4 @@
-"""Graphs known before training: everybody with everybody, or only within the same group."""
+"""Graphs known before training: all pairs of clients, or the pairs within each group."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -13,7 +13,7 @@ from mira.core.pydantic_config import STRICT
 
 @dataclass(frozen=True, config=STRICT)
 class Complete:
-    """a_kl = 1 between any two clients."""
+    """a_kl = 1 between all clients."""
 
     name: Literal["complete"] = "complete"
 

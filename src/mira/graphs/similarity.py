@@ -1,4 +1,4 @@
-"""Graphs by likeness: of what clients say their task is, or of how training moved their rows."""
+"""Graphs by similarity: of the clients' task descriptions, or of the displacements of their rows in training."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ Cosine = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True, config=STRICT)
 class Knn:
-    """Each client with its nearest neighbours, where either end chose the other; weight: the cosine, if positive."""
+    """Edges from each client to its nearest neighbours (an edge exists where either end chose the other). Weight: the cosine, if
+    positive."""
 
     name: Literal["knn"] = "knn"
     neighbours: Count = 3
-    """Whom a client chooses, at most."""
+    """Largest number of neighbours that a client chooses."""
     source: Literal["description", "displacement"] = "description"
-    """Compare embeddings of the clients' task descriptions by the base model, which leave the client; or θ_k − θ^0, from
-    the first round on and anew in each."""
+    """description: compare embeddings of the clients' task descriptions by the base model; the embeddings leave the client.
+    displacement: compare θ_k − θ^0, re-estimated in every round."""
 
     def build(self, names: Sequence[str], groups: Sequence[str], seed: int, embed: Embed) -> Graph:
         return _related(self, embed, len(names), most=self.neighbours, above=0.0)
@@ -35,11 +36,11 @@ class Knn:
 
 @dataclass(frozen=True, config=STRICT)
 class Similarity:
-    """Every pair whose cosine is above the threshold; weight: the cosine less the threshold."""
+    """Edges between all pairs with a cosine above the threshold. Weight: the cosine less the threshold."""
 
     name: Literal["similarity"] = "similarity"
     threshold: Cosine = 0.0
-    """0: more alike than two clients are on average."""
+    """The cosine that a pair must exceed; 0 is the average pair of clients."""
     source: Literal["description", "displacement"] = "description"
     """As in knn."""
 
@@ -49,16 +50,16 @@ class Similarity:
 
 @dataclass(frozen=True, config=STRICT)
 class LearnedGraph:
-    """Found out while training, from rows alone: nearest neighbours by the cosine of displacements θ_k − θ^0, less what
-    the cohort has in common. Which objective that minimises, after whom: ``mira.core.similarity``."""
+    """Learned while training, from adapters alone: nearest neighbours by the cosine of displacements θ_k − θ^0, less the cohort's
+    mean. ``mira.core.similarity`` has the objective and its sources."""
 
     name: Literal["learned"] = "learned"
     every: Count = 1
-    """Rounds from one estimate to the next, the first in round 1; only clients of the round's cohort are compared."""
+    """Rounds from one estimate to the next, the first in round 1; an estimate compares the clients of the round's cohort."""
     neighbours: Count = 3
-    """Whom a client chooses, at most."""
+    """Largest number of neighbours that a client chooses."""
     threshold: Cosine = 0.0
-    """Cosine that a neighbour must exceed; 0: more alike than two clients are on average."""
+    """The cosine that a neighbour must exceed; 0 is the average pair of clients."""
 
     def build(self, names: Sequence[str], groups: Sequence[str], seed: int, embed: Embed) -> Graph:
         return Learned.start(len(names), self.every, self.neighbours, self.threshold)
@@ -70,7 +71,7 @@ def _related(graph: Knn | Similarity, embed: Embed, num_clients: int, most: int,
     vectors = embed()
     if num_clients > 1 and bool((vectors == vectors[0]).all()):
         raise UserError(
-            f"graph.name={graph.name}: all clients describe the same task, so none is nearer to one than to another; use"
+            f"graph.name={graph.name}: all clients have the same task description, so their similarity is unknown; use"
             " graph.name=complete, or graph.source=displacement"
         )
     return undirected(choices_among_all(vectors, most, above), num_clients)

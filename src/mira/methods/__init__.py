@@ -37,6 +37,6 @@ METHODS = Registry(
 
 
 def uses_graph(method: object) -> bool:
-    """Whether a method, or its class, mixes along the graph (its attribute ``uses_graph``; absent: False). For other methods
-    no graph is built, and no client's description leaves it."""
+    """True for a method, or its class, that mixes along the graph: its attribute ``uses_graph``, False where absent. For other
+    methods no graph is built, and no client's description leaves it."""
     return bool(getattr(method, "uses_graph", False))

@@ -1,7 +1,7 @@
-"""Ditto: FedAvg's row for all, and beside it a private row for each client, pulled towards the row of all.
+"""Ditto: FedAvg's global row, and a personal row for each client, pulled towards the global row.
 
-Li et al., "Ditto: Fair and Robust Federated Learning Through Personalization", ICML 2021, algorithm 1: the anchor is the row
-of all as it was sent. The private row does as many local steps as the other, so a round costs twice FedAvg's training.
+Li et al., "Ditto: Fair and Robust Federated Learning Through Personalization", ICML 2021, algorithm 1: the anchor is the global
+row as it was sent. The personal row does as many local steps as the global one, so a round costs twice FedAvg's training.
 """
 
 from typing import Annotated, Literal
@@ -28,19 +28,25 @@ class Ditto:
         return global_and_personal_state(setting)
 
     def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
-        """Two jobs a client, one after the other: in even places for the row of all, in odd ones for its own."""
-        client = cohort.repeat_interleave(2)
-        own = torch.arange(len(client)) % 2 == 1
+        """Two jobs for each client, one after the other: the global row, then its personal row."""
+        client, num_clients = cohort.repeat_interleave(2), len(state.rows) - 1
+        personal = _is_personal(torch.arange(len(client)))
         anchor = global_rows(state, client)
         start = anchor.clone()
-        start[own] = state.rows[cohort + 1]
-        slot = client + own * (len(state.rows) - 1)
-        return Work(client, start, anchor, prox=self.lam * own.double(), private=own, slot=slot)
+        start[personal] = state.rows[cohort + 1]
+        # The optimiser state of client k is kept under k for its global job, under K + k for its personal job.
+        slot = client + personal * num_clients
+        return Work(client, start, anchor, prox=self.lam * personal.double(), private=personal, slot=slot)
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
-        own = trained.job % 2 == 1
-        value = torch.cat([mean(state, trained.select(~own, ()))[None], trained.rows[own]])
-        return Change(torch.cat([GLOBAL, trained.client[own] + 1]), value, {}, notes={})
+        personal = _is_personal(trained.job)
+        value = torch.cat([mean(state, trained.select(~personal, ()))[None], trained.rows[personal]])
+        return Change(torch.cat([GLOBAL, trained.client[personal] + 1]), value, {}, notes={})
 
     def deployed(self, state: ServerState, client: Tensor) -> Tensor:
         return state.rows[client + 1]
+
+
+def _is_personal(job: Tensor) -> Tensor:
+    """Mask of the jobs that train a personal row: the second job of each client (``Ditto.broadcast``)."""
+    return job % 2 == 1

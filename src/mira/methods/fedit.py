@@ -1,4 +1,4 @@
-"""FedIT: FedAvg on LoRA. One row for all, A and B averaged separately. On prompts it is FedPTuning, on seeds FedKSeed.
+"""FedIT: FedAvg on LoRA. One global row, A and B averaged separately. On prompts it is FedPTuning, on seeds FedKSeed.
 
 McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017. Zhang et al.,
 "Towards Building the Federated GPT: Federated Instruction Tuning" (FedIT), ICASSP 2024. Kuang et al., "FederatedScope-LLM"

@@ -1,7 +1,7 @@
-"""FedProx: FedAvg whose clients are held near the row they were sent.
+"""FedProx: FedAvg with a proximal term that holds each client near the row it was sent.
 
-Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020. Here every client does its full local steps and
-counts with its number of examples, as in FedAvg; the paper also allows partial work, and samples clients by size instead.
+Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020. Here every client does all of its local steps and is
+weighted by its number of examples, as in FedAvg. The paper also allows partial work, and samples clients by size instead.
 """
 
 from typing import Annotated, Literal

@@ -1,4 +1,4 @@
-"""FedSA-LoRA: A is averaged and shared, every client keeps a B of its own.
+"""FedSA-LoRA: A is averaged and shared, every client keeps its own B.
 
 Guo et al., "Selective Aggregation for Low-Rank Adaptation in Federated Learning", ICLR 2025.
 """
@@ -13,7 +13,7 @@ from mira.core.pydantic_config import STRICT
 from mira.core.types import Change, ServerState, Setting, Trained, Work
 from mira.methods.rows import GLOBAL, factor_mask, global_and_personal_state, global_rows, mean
 
-_A = "fedsa-lora.A"  # in extra: which numbers of a row are A, [P] bool
+_A = "fedsa-lora.A"  # in extra: mask [P] of the numbers of A
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -29,7 +29,7 @@ class FedSALoRA:
         return Work(cohort, start=self.deployed(state, cohort), upload=state.extra[_A])
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
-        """Of the row of all only A counts, of a client's row only B."""
+        """Write A to the global row and B to each client's row; their other numbers are never used."""
         together = torch.where(state.extra[_A], mean(state, trained), state.rows[GLOBAL])
         return Change(torch.cat([GLOBAL, trained.client + 1]), torch.cat([together, trained.rows]), {}, notes={})
 

@@ -1,4 +1,4 @@
-"""FFA-LoRA: A stays as it was drawn, B is trained and averaged; then the average of B is the average of B·A.
+"""FFA-LoRA: A is frozen as drawn, B is trained and averaged. The average of B is then the average of B·A.
 
 Sun et al., "Improving LoRA in Privacy-preserving Federated Learning", ICLR 2024.
 """
@@ -13,7 +13,7 @@ from mira.core.pydantic_config import STRICT
 from mira.core.types import Change, ServerState, Setting, Trained, Work
 from mira.methods.rows import GLOBAL, factor_mask, global_rows, global_state, mean
 
-_B = "ffa-lora.B"  # in extra: which numbers of a row are B, [P] bool
+_B = "ffa-lora.B"  # in extra: mask [P] of the numbers of B
 
 
 @dataclass(frozen=True, config=STRICT)

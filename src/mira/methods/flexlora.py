@@ -1,4 +1,4 @@
-"""FlexLoRA: the products are averaged, not the factors, and the average is cut back to rank r by its singular values.
+"""FlexLoRA: averages products instead of factors, and truncates the average to rank r by its singular values.
 
 Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources", NeurIPS 2024.
 """
@@ -15,15 +15,15 @@ from mira.core.types import Change, ServerState, Setting, Trained, Work
 from mira.methods.layers import refuse_experts
 from mira.methods.rows import GLOBAL, factor_pairs, global_rows, global_state
 
-_PLACES = "flexlora.factors"  # in extra: where A and B of each layer begin in a row, and in, out, r: [layers,5] int64
+_PLACES = "flexlora.factors"  # in extra: offsets of A and B of each layer in a row, and in, out, r: [layers,5] int64
 
 
 @dataclass(frozen=True, config=STRICT)
 class FlexLoRA:
     """s·B·A ← the best rank-r approximation of Σ_k p_k·s_k·B̂_k·Â_k, p_k = n_k/Σn.
 
-    Where clients differ in rank, the first r_k singular values go to client k, with B times s/s_k; else the scale cancels. As
-    published, who has fewer ranks counts in the mean as a product of lower rank."""
+    Where clients differ in rank, client k gets the first r_k singular values, with B times s/s_k; else the scale cancels. As
+    published, a client of fewer ranks enters the mean as a product of lower rank."""
 
     name: Literal["flexlora"] = "flexlora"
 

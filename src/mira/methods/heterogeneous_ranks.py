@@ -1,8 +1,8 @@
-"""Clients of different ranks under any method: a wrapper, so that no method needs to know.
+"""Clients of different ranks under any method: a wrapper around the method.
 
-All rows have the layout of the largest rank. Beyond a client's own rank the row it trains from, is pulled to and deploys is
-zero, which training leaves as it is: each factor's gradient there is a product with the other factor's zeros. How the
-server's means treat them is in ``mira.core.ranks``, which methods find in the state.
+All rows have the layout of the largest rank. Beyond a client's own rank the rows that it trains from, is pulled to and deploys
+are zero. Training keeps them zero: the gradient of each factor there is a product with the zeros of the other factor. The
+server's means of such rows are in ``mira.core.ranks``; methods find it in the state.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,12 @@ from mira.core.errors import UserError, did_you_mean
 from mira.core.layout import Layout
 from mira.core.ranks import Ranks
 from mira.core.types import Change, Method, ServerState, Setting, Trained, Work
+from mira.methods import uses_graph
 
 
 @dataclass(frozen=True)
 class HeterogeneousRanks:
-    """``method``, with client k at the first rank[k] of the layout's ranks: rank [K] int64."""
+    """``method`` with clients of different ranks: client k has the first rank[k] of the layout's ranks, rank [K] int64."""
 
     method: Method
     layout: Layout
@@ -29,6 +30,10 @@ class HeterogeneousRanks:
     @property
     def name(self) -> str:
         return self.method.name
+
+    @property
+    def uses_graph(self) -> bool:
+        return uses_graph(self.method)
 
     def init(self, setting: Setting) -> ServerState:
         return self.method.init(replace(setting, rank=self.rank))
@@ -56,8 +61,8 @@ class HeterogeneousRanks:
 
 
 def with_ranks(method: Method, layout: Layout, rank: Mapping[str, int], names: Sequence[str]) -> Method:
-    """``method`` for the clients ``names``, of which those in ``rank`` have a rank of their own. Raises UserError when one of
-    them is no client."""
+    """``method`` for the clients ``names`` with the ranks ``rank``; clients that it does not name have the layout's rank. Raises
+    UserError where it names an unknown client."""
     check_names(rank, names)
     if not rank:
         return method
@@ -65,7 +70,7 @@ def with_ranks(method: Method, layout: Layout, rank: Mapping[str, int], names: S
 
 
 def check_names(rank: Mapping[str, int], names: Sequence[str]) -> None:
-    """Raises UserError when ``rank`` names someone who is no client."""
+    """Raise UserError where ``rank`` names an unknown client."""
     for name in rank:
         if name not in names:
             raise UserError(f"clients.rank.{name}={rank[name]}: no client is named '{name}'{did_you_mean(name, names)}")

@@ -1,4 +1,4 @@
-"""Which part of a mixing step each tensor of a row makes: less of it in higher layers, none for a factor left out."""
+"""The share of a mixing step for each tensor of a row: smaller in higher layers, 0 for a factor that is not mixed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from mira.core.layout import Layout
 
 
 def shares(layout: Layout, factors: str, upper: float | Sequence[float]) -> Tensor:
-    """Share of the step for each entry of the layout [n] float64: ``upper`` from the model's lowest layer to its highest, at
-    equal distances, linear in between; one number is [1, upper]. 0 for factors other than ``factors`` ("A", "B" or "all").
-    Raises UserError where the adapter has no such factor or no layers."""
+    """Share of the step for each entry of the layout [n] float64.
+
+    ``upper``: shares from the model's lowest layer to its highest, at equal distances and linear in between; one number stands
+    for [1, upper]. ``factors``: "A", "B" or "all"; other factors have share 0. Raises UserError where the adapter has no such
+    factor or no layers.
+    """
     if factors != "all" and not any(entry.factor == factors for entry in layout.entries):
         raise UserError(
             f"method.factors={factors}: this adapter has '{layout.entries[0].factor}' and no factors A and B; "
@@ -31,7 +34,8 @@ def shares(layout: Layout, factors: str, upper: float | Sequence[float]) -> Tens
 
 
 def pairs(layout: Layout) -> Tensor:
-    """Of every layer's A and B where they begin in a row, and in, out, r: [layers,5] int64. Raises UserError without them."""
+    """For each layer the offsets of A and B in a row, and in, out, r: [layers,5] int64. Raises UserError where the adapter has
+    other tensors."""
     a = {entry.module: entry for entry in layout.entries if entry.factor == "A"}
     b = {entry.module: entry for entry in layout.entries if entry.factor == "B"}
     if layout.dora:
@@ -51,24 +55,24 @@ def pairs(layout: Layout) -> Tensor:
 
 
 def refuse_experts(layout: Layout, what: str, instead: str) -> None:
-    """Raises UserError for ``what`` where the two factors of a tensor hold many pairs, one of each expert."""
+    """Raise UserError for the setting ``what`` where the adapter has experts: their factors hold many pairs in one tensor."""
     found = next((entry.module for entry in layout.entries if entry.experts), None)
     if found is not None:
         raise UserError(
-            f"{what}: multiplies factors layer by layer, and those of '{found}' are many experts' in one; {instead}, or"
+            f"{what}: multiplies factors layer by layer, but '{found}' holds the factors of many experts; {instead}, or"
             " leave experts out of adapter.targets"
         )
 
 
 def _depths(layout: Layout) -> Tensor:
-    """Of each entry how deep its layer is, from 0 at the lowest to 1 at the highest; 0 outside the numbered layers. A prompt's
-    encoder has numbered layers too, but they are not the model's."""
+    """Depth of each entry's layer, from 0 at the lowest to 1 at the highest; 0 outside the numbered layers. The numbered layers
+    of a prompt's encoder are not layers of the model."""
     on_layers = all(entry.factor in ("A", "B", "magnitude", "peft") for entry in layout.entries)
     numbers = [re.search(r"\.(\d+)\.", f".{entry.module}.") if on_layers else None for entry in layout.entries]
     levels = sorted({int(found[1]) for found in numbers if found})
     if len(levels) < 2:
         raise UserError(
-            "method.upper_layers: needs an adapter on several layers of the model, and this one is not; leave it out"
+            "method.upper_layers: needs an adapter on several layers of the model, but this one has fewer; leave it out"
         )
     return torch.tensor(
         [levels.index(int(found[1])) / (len(levels) - 1) if found else 0.0 for found in numbers], dtype=torch.float64

@@ -1,4 +1,4 @@
-"""Local: every client trains alone. MIRA with λ = 0, and the baseline every federated method has to beat."""
+"""Local: every client trains alone. It is MIRA with λ = 0, and the baseline that a federated method has to beat."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ from mira.core.types import Change, MemoryRows, ServerState, Setting, Trained, W
 
 @dataclass(frozen=True, config=STRICT)
 class Local:
-    """Rows never mix and never leave the client."""
+    """Adapters are never mixed and never leave the client."""
 
     name: Literal["local"] = "local"
 

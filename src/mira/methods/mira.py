@@ -1,4 +1,4 @@
-"""MIRA: every client keeps its own row; the server pulls related rows together along a graph.
+"""MIRA: every client keeps its own row, and the server pulls related rows together along a graph.
 
 Elbakary et al., "MIRA: A Method of Federated Multi-Task Learning for Large Language Models", IEEE Networking
 Letters 7(3), 2025; the Laplacian step after Dinh et al., "A New Look and Convergence Rate of Federated Multi-Task
@@ -29,10 +29,10 @@ from mira.methods.layers import pairs, shares
 log = logging.getLogger(__name__)
 
 _BLOCK = 2**24  # numbers of absent neighbours' rows in memory at a time, 64 MiB in fp32
-_ROUNDS = "mira.rounds"  # in extra: of the whole run
-_PLACES = "mira.places"  # in extra: where each tensor of a row begins and ends [n,2]
+_ROUNDS = "mira.rounds"  # in extra: rounds of the whole run
+_PLACES = "mira.places"  # in extra: begin and end of each tensor in a row [n,2]
 _PAIRS = "mira.pairs"  # in extra: ``layers.pairs``
-_SHARES = "mira.shares"  # in extra: what part of the step each of these makes
+_SHARES = "mira.shares"  # in extra: the share of the step for each of these
 _STEP = "mira.step"  # in extra: the largest lr·steps, for checking a graph that is learned
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -40,31 +40,32 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(frozen=True, config=STRICT)
 class Mira:
-    """min Σ_k F_k(θ_k) + λ/2·tr(ΘᵀLΘ), by local training and one Laplacian step a round on the server."""
+    """min Σ_k F_k(θ_k) + λ/2·tr(ΘᵀLΘ), by local training and one Laplacian step per round on the server."""
 
     uses_graph: ClassVar[bool] = True
 
     name: Literal["mira"] = "mira"
     form: Literal["normalised", "paper"] = "normalised"
-    """normalised: θ_k ← (1−s)·θ̂_k + s·weighted mean of its neighbours. paper: θ_k ← θ̂_k − ηEλ·Σ_l a_kl(θ̂_k − θ̂_l)."""
+    """Form of the server step. normalised: θ_k ← (1−s)·θ̂_k + s·weighted mean of its neighbours. paper: θ_k ← θ̂_k −
+    ηEλ·Σ_l a_kl(θ̂_k − θ̂_l)."""
     strength: Share = 0.5
-    """s of the normalised form; 0 is local training only."""
+    """s of the normalised form; 0 is local training."""
     regularisation: Annotated[float, Field(ge=0)] = 1e-3
-    """λ of the paper's form; the step is c = learning rate × local steps × λ. 0 is local training only."""
+    """λ of the paper's form; the step is c = learning rate × local steps × λ. 0 is local training."""
     neighbours: Literal["cohort", "all"] = "cohort"
-    """Mix with the neighbours that trained this round, or with the last known rows of all graph neighbours."""
+    """cohort: mix with the neighbours that trained in this round. all: with the last known adapters of all neighbours."""
     space: Literal["factors", "product"] = "factors"
-    """Mix A and B of LoRA each by itself, or the updates B·A they stand for, cut to rank r by singular values."""
+    """factors: mix A and B of LoRA separately. product: mix the updates B·A, truncated to rank r by singular values."""
     factors: Literal["all", "A", "B"] = "all"
-    """Mix one factor of LoRA alone; the other stays the client's own."""
+    """The factors of LoRA to mix; a factor that is not mixed stays the client's own."""
     upper_layers: Share | tuple[Share, ...] = 1.0
-    """Share of the step that the model's highest layer makes, falling linearly from the lowest layer, which makes all of it; or
-    a list of shares from the lowest layer to the highest, at equal distances and linear in between: one each, or fewer."""
+    """Share of the step in the model's highest layer, linear from 1 in the lowest layer. A list gives shares from the lowest to
+    the highest layer, at equal distances and linear in between: one for each layer, or fewer."""
     strength_end: Share | None = None
-    """s in the last round, reached linearly from strength in the first; null: the same throughout."""
+    """s in the last round, linear from strength in the first round; null: constant."""
 
     def __post_init__(self) -> None:
-        """A strength of the form that is not in use would be ignored in silence."""
+        """Refuse settings that would have no effect, such as a strength of the other form."""
         unused, form = ("strength", "normalised") if self.form == "paper" else ("regularisation", "paper")
         if getattr(self, unused) != getattr(type(self), unused):
             raise UserError(
@@ -77,12 +78,12 @@ class Mira:
             )
         if isinstance(self.upper_layers, tuple) and len(self.upper_layers) < 2:
             raise UserError(
-                f"method.upper_layers={list(self.upper_layers)}: a list has two shares or more, from the lowest layer to the "
-                "highest; one number is the highest layer's"
+                f"method.upper_layers={list(self.upper_layers)}: a list needs two shares or more, from the lowest layer to the "
+                "highest; give one number for the share of the highest layer"
             )
         if self.space == "product" and self.factors != "all":
             raise UserError(
-                f"method.factors={self.factors}: with space=product there is one product and no factor to choose; "
+                f"method.factors={self.factors}: space=product mixes products and has no factor to choose; "
                 "set method.space=factors or method.factors=all"
             )
 
@@ -90,12 +91,12 @@ class Mira:
         alone = len(setting.graph.isolated())
         if alone and setting.num_clients > 1:
             log.warning(
-                "%d of %d clients have no neighbour in the graph and train alone; graph.name=complete relates everybody",
+                "%d of %d clients have no neighbour in the graph and train alone; graph.name=complete connects all clients",
                 alone, setting.num_clients,
             )  # fmt: skip
         if self.space == "product" and setting.rank is not None:
             raise UserError(
-                "method.space=product: not with clients of different ranks (clients.rank); use space=factors"
+                "method.space=product: needs the same rank for all clients (clients.rank); use space=factors"
             )
         extra = self._parts(setting.layout)
         if self.strength_end is not None:
@@ -130,14 +131,14 @@ class Mira:
         return state.rows[client]
 
     def _strength(self, state: ServerState) -> float:
-        """s of the coming server step."""
+        """s of this round's server step."""
         if self.strength_end is None:
             return self.strength
         done = state.round / max(int(state.extra[_ROUNDS]) - 1, 1)
         return self.strength + (self.strength_end - self.strength) * min(done, 1.0)
 
     def _parts(self, layout: Layout) -> dict[str, Tensor]:
-        """What must be known of the layout when rows are mixed: nothing where all numbers are mixed alike."""
+        """The extra tensors for mixing parts of a row differently; none where all numbers are mixed alike."""
         if self.space == "product":
             a = torch.tensor([entry.factor == "A" for entry in layout.entries])
             return {_PAIRS: pairs(layout), _SHARES: shares(layout, "all", self.upper_layers)[a]}
@@ -175,8 +176,8 @@ class Mira:
         return graph
 
     def _check(self, graph: Graph, per_lambda: float, which: str = "") -> None:
-        """Energy does not increase for c ≤ 2/λ_max(L); an induced cohort graph never has a larger λ_max.
-        ``per_lambda``: the largest lr·steps of any round."""
+        """Raise UserError where rows would diverge. The energy tr(ΘᵀLΘ) does not increase for c ≤ 2/λ_max(L), and the subgraph of
+        a cohort never has a larger λ_max. ``per_lambda``: the largest lr·steps of any round."""
         largest = graph.laplacian_max()
         if largest == 0 or per_lambda == 0:
             return
@@ -185,15 +186,15 @@ class Mira:
         if self.regularisation > admissible:
             raise UserError(
                 f"method.regularisation={self.regularisation:g}: the step c = lr·steps·λ = {c:.4g} must be within "
-                f"[0, {limit:.4g}] = 2/λ_max of the graph{which}, or rows diverge; largest admissible: {_floor(admissible)}"
+                f"[0, {limit:.4g}] = 2/λ_max of the graph{which}, or adapters diverge; largest admissible: {_floor(admissible)}"
             )
         if c * graph.degree_max() > 1:
             log.warning(
-                "method.regularisation=%g: c·max degree = %.3g is above 1: mixed rows are no longer convex combinations",
+                "method.regularisation=%g: c·max degree = %.3g is above 1: mixed adapters are no longer convex combinations",
                 self.regularisation, c * graph.degree_max(),
             )  # fmt: skip
 
 
 def _floor(number: float) -> str:
-    """Four digits, rounded down: what a message names as the largest admissible value must be admissible."""
+    """``number`` with four digits, rounded down, so that the largest admissible value in a message is admissible."""
     return f"{Context(prec=4, rounding=ROUND_FLOOR).create_decimal_from_float(number):g}"

@@ -1,4 +1,4 @@
-"""MR-MTL: mean-regularised multi-task learning. Every client keeps its own row, pulled towards the mean of all of them.
+"""MR-MTL: mean-regularised multi-task learning. Every client keeps its own row, pulled towards the mean of all rows.
 
 Liu et al., "On Privacy and Personalization in Cross-Silo Federated Learning", NeurIPS 2022, after Evgeniou and Pontil,
 "Regularized Multi-Task Learning", KDD 2004. The objective is MIRA's on the complete graph with a_kl = 1/K:
@@ -21,8 +21,8 @@ from mira.methods.rows import GLOBAL, global_and_personal_state, global_rows
 class MRMTL:
     """θ_k ≈ argmin F_k(w) + λ/2·‖w − θ̄‖² from its last value, θ̄ = 1/K·Σ_k θ_k as sent at the start of the round.
 
-    The mean of all K rows as last known, kept up to date by what the cohort changed: θ̄ ← θ̄ + 1/K·Σ_k (θ̂_k − θ_k). Clients
-    count alike, whatever their number of examples, as the objective has it. Where ranks differ θ̄ is over those who have a number.
+    θ̄ is the mean of the last known adapters of all K clients, updated by the changes of the cohort: θ̄ ← θ̄ + 1/K·Σ_k (θ̂_k − θ_k).
+    Clients have equal weights, as in the objective. Where ranks differ, each number is averaged over the clients that have it.
     """
 
     name: Literal["mr-mtl"] = "mr-mtl"

@@ -1,8 +1,8 @@
-"""pFedMe: personal rows by Moreau envelopes, around one row for all.
+"""pFedMe: personal rows by Moreau envelopes, around one global row.
 
-T. Dinh et al., "Personalized Federated Learning with Moreau Envelopes", NeurIPS 2020. Here with ONE outer step a round (the
-paper's R = 1): then its local rate η and its server rate β act only as the product βηλ, which is ``step``. The inner problem
-is solved by the local training every method has, and clients count with their number of examples.
+T. Dinh et al., "Personalized Federated Learning with Moreau Envelopes", NeurIPS 2020. Here with ONE outer step per round (the
+paper's R = 1): its local rate η and its server rate β then act only as the product βηλ, which is ``step``. Local training, the
+same as of every method, solves the inner problem. Clients are weighted by their number of examples.
 """
 
 from typing import Annotated, Literal
@@ -20,13 +20,13 @@ from mira.methods.rows import GLOBAL, global_and_personal_state, global_rows, me
 @dataclass(frozen=True, config=STRICT)
 class PFedMe:
     """θ_k ≈ argmin F_k(w) + λ/2·‖w − θ‖² from w = θ; then θ ← θ − s·(θ − Σ_k p_k·θ_k), s = βηλ. Client k deploys θ_k.
-    One such step a round."""
+    One such step per round."""
 
     name: Literal["pfedme"] = "pfedme"
     lam: Annotated[float, Field(ge=0)] = 0.1
     """λ of the envelope."""
     step: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """s; with 1 the row of all is FedProx's."""
+    """s; with 1 the global adapter is FedProx's."""
 
     def init(self, setting: Setting) -> ServerState:
         return global_and_personal_state(setting)

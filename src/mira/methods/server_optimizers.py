@@ -21,7 +21,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 @dataclass(frozen=True, config=STRICT)
 class FedAvgM:
-    """With Δ = Σ_k p_k·θ̂_k − θ, p_k = n_k/Σn:  m ← β·m + Δ,  θ ← θ + lr·m."""
+    """FedAvg with server momentum. With Δ = Σ_k p_k·θ̂_k − θ, p_k = n_k/Σn:  m ← β·m + Δ,  θ ← θ + lr·m."""
 
     name: Literal["fedavgm"] = "fedavgm"
     lr: Positive = 1.0
@@ -46,17 +46,17 @@ class FedAvgM:
 
 @dataclass(frozen=True, config=STRICT)
 class FedAdam:
-    """With FedAvgM's Δ:  m ← β₁·m + (1−β₁)·Δ,  v ← β₂·v + (1−β₂)·Δ²,  θ ← θ + lr·m/(√v + τ)."""
+    """Adam on the server. With FedAvgM's Δ:  m ← β₁·m + (1−β₁)·Δ,  v ← β₂·v + (1−β₂)·Δ²,  θ ← θ + lr·m/(√v + τ)."""
 
     name: Literal["fedadam"] = "fedadam"
     lr: Positive = 0.01
-    """The server's learning rate: about how far a number may move in a round."""
+    """The server's learning rate: roughly the largest change of a number in a round."""
     beta1: Beta = 0.9
     """β₁ of the first moment."""
     beta2: Beta = 0.99
     """β₂ of the second moment."""
     tau: Positive = 1e-3
-    """τ; the larger, the less the step adapts to each number's own size."""
+    """τ; the larger it is, the less the step adapts to the size of each number."""
 
     def init(self, setting: Setting) -> ServerState:
         zero = torch.zeros_like(setting.start)

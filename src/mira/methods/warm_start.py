@@ -1,4 +1,4 @@
-"""Clients that are new to a run under way, under any method: a wrapper, so that no method needs to know."""
+"""Warm start of clients that join a run under way, under any method: a wrapper around the method."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,13 +9,17 @@ from torch import Tensor
 from mira.core.layout import Layout
 from mira.core.payload import is_private
 from mira.core.types import Change, Method, ServerState, Setting, Trained, Work
+from mira.methods import uses_graph
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """``method``, in which a new client's first row is Σ_l a_kl·θ_l / Σ_l a_kl over its neighbours l that are not new, θ_l what
-    they deploy, in the place of the common ``start`` row [P]. A method that would have it start elsewhere, such as from a row of
-    all, has its way. ``new``: the clients [n] that are new now."""
+    """``method`` with a warm start for new clients.
+
+    The first row of a new client is Σ_l a_kl·θ_l / Σ_l a_kl over its neighbours l that are not new, θ_l the rows that they
+    deploy, in place of the common ``start`` row [P]. Where the method starts the client from another row, such as a global row,
+    that row stays. ``new`` gives the clients [n] that are new now.
+    """
 
     method: Method
     layout: Layout
@@ -25,6 +29,10 @@ class WarmStart:
     @property
     def name(self) -> str:
         return self.method.name
+
+    @property
+    def uses_graph(self) -> bool:
+        return uses_graph(self.method)
 
     def init(self, setting: Setting) -> ServerState:
         return self.method.init(setting)
@@ -44,7 +52,7 @@ class WarmStart:
         return self.method.deployed(state, client)
 
     def _near(self, state: ServerState, client: Tensor, new: Tensor) -> Tensor:
-        """The mean row [P] of a client's neighbours, one after the other: rows may be large and neighbours many."""
+        """The mean row [P] of a client's neighbours, read one at a time: rows may be large and neighbours many."""
         near = state.graph.neighbours(client)
         near = near[~torch.isin(near, new)]
         weights, ranks = state.graph.weights(client, near)[0], state.ranks

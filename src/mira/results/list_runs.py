@@ -24,12 +24,12 @@ Summary = dict[str, Any]
 
 
 def runs(root: Path) -> tuple[list[Summary], list[Summary]]:
-    """(what can be read, what cannot and why) of the runs in or below ``root``, each as docs/cli.md says.
+    """(readable runs, unreadable runs with the reason) in or below ``root``, with the fields that docs/cli.md documents.
 
-    Raises UserError when ``root`` is no folder.
+    Raises UserError where ``root`` is not a folder.
     """
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; 'mira run' makes run folders below runs/ unless --out says otherwise")
+        raise UserError(f"{root}: no such folder; 'mira run' makes run folders below runs/, or as --out says")
     good, broken = list[Summary](), list[Summary]()
     for folder in _folders(root):
         try:
@@ -39,14 +39,12 @@ def runs(root: Path) -> tuple[list[Summary], list[Summary]]:
         except OSError as error:
             broken.append({"run": str(folder), "reason": f"cannot be read ({error.strerror})"})
         except (AttributeError, KeyError, TypeError, ValueError) as error:  # records of another version of mira
-            broken.append(
-                {"run": str(folder), "reason": f"its records are not understood ({type(error).__name__}: {error})"}
-            )
+            broken.append({"run": str(folder), "reason": f"malformed records ({type(error).__name__}: {error})"})
     return good, broken
 
 
 def table(root: Path, good: Sequence[Summary], broken: Sequence[Summary]) -> Group:
-    """A line a run, two where the console is narrow, oldest first, then what could not be read."""
+    """One line for each run, two where the console is narrow, oldest first; then the unreadable runs."""
     runs = sorted(good, key=lambda each: str(each["date"]))
     failed = [Text(f"{each['run']}: {_reason(each)}", style="yellow", overflow="fold") for each in broken]
     grids = [_grid(root, runs, stacked) for stacked in (False, True)]
@@ -54,7 +52,7 @@ def table(root: Path, good: Sequence[Summary], broken: Sequence[Summary]) -> Gro
 
 
 def _grid(root: Path, runs: Sequence[Summary], stacked: bool) -> Table:
-    """``stacked``: what a run is stands below its name."""
+    """The table of ``runs``. ``stacked``: the description of a run is below its name."""
     title = f"runs in {root}"
     grid = Table(
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, title=title, title_justify="left"
@@ -77,7 +75,7 @@ def _grid(root: Path, runs: Sequence[Summary], stacked: bool) -> Table:
 
 
 def _folders(root: Path) -> Iterator[Path]:
-    """Run folders, also those whose creation or manifest is broken; nothing below a run is looked at, no link followed."""
+    """Run folders, also those with a broken creation or manifest. Folders below a run are skipped, links are not followed."""
     for place, names, files in os.walk(root):
         if (
             "store.json" in files
@@ -95,7 +93,7 @@ def _summary(folder: Path) -> Summary:
         records, result = store.metrics(), store.result()
         best = records[store.best_round] if store.best_round is not None else {}
         answers = result["best"] if result else next((r["answers"] for r in reversed(records) if "answers" in r), {})
-        if (folder / TESTED).is_file():  # a run of a comparison, whose own records leave the test split alone
+        if (folder / TESTED).is_file():  # a run of a comparison: its own records have no test losses
             tested = read_json(folder / TESTED)["best"]
             best, answers = {"local_loss": _figure(tested.get("local_loss"))}, tested.get("answers", {})
         graph, adapter = config.get("graph", {}), config.get("adapter", {})
@@ -126,7 +124,7 @@ def _figure(value: Any) -> float | None:
 
 
 def _started(folder: Path) -> str:
-    """When the run was started: its environment is written once, then."""
+    """The start of the run: the time of its environment file, which is written once."""
     return (
         datetime.fromtimestamp((folder / "environment.json").stat().st_mtime).astimezone().isoformat(timespec="seconds")
     )

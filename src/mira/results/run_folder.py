@@ -146,8 +146,9 @@ class Run(Mapping[str, Any]):
         self, client: str, count: int = 4, *, max_new_tokens: int = 128, round: Which = "last"
     ) -> list[Answered]:
         """The greedy answers of a client's adapter to its first ``count`` test examples. Raises UserError."""
-        rows = self._rows([client], round)
-        return answers.test_answers(self._with_examples, client, rows, count, max_new_tokens)
+        session = self._with_examples
+        rows = self._rows([client], round, session)
+        return answers.test_answers(session, client, rows, count, max_new_tokens)
 
     def export(
         self, clients: Sequence[str] | None = None, *, merge: bool = False, format: Format = "peft", hub: Hub | None = None,

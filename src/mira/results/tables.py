@@ -1,4 +1,4 @@
-"""From a run folder to what people and programs read: the result as plain data, and its table."""
+"""The table of a run's result, for a terminal."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _ENDLESS = 10_000  # columns
 
 @dataclass(frozen=True)
 class Fitting:
-    """The first of ``grids`` whose lines fit the console whole; where none does, a block of lines for each row of the first one:
-    its first cell, and below it what each column says. ``bare``: headers that are not repeated there."""
+    """The first of ``grids`` that fits the width of the console. If none fits: the rows of the first grid as blocks of lines, the
+    first cell above the others, each with its header. ``bare``: headers that are left out in blocks."""
 
     grids: Sequence[Table]
     bare: Collection[str] = ()
@@ -45,7 +45,7 @@ class Fitting:
 
 
 def _filled(items: Sequence[str], width: int) -> list[str]:
-    """Lines of at most ``width``, each as many ``items`` as it holds."""
+    """``items`` in lines of at most ``width`` columns, as many per line as fit."""
     lines: list[str] = []
     for item in items:
         longer = f"{lines[-1]}, {item}" if lines else item
@@ -57,7 +57,7 @@ def _filled(items: Sequence[str], width: int) -> list[str]:
 
 
 def table(result: Result) -> Group:
-    """One line a client, before and after, the mean, and what the run cost."""
+    """One line for each client with its values before and after, the mean, and the cost of the run."""
     grid = Table(box=box.SIMPLE_HEAD, title=f"{result['method']}, {result['rounds']} rounds", title_justify="left")
     grid.add_column("task", overflow="fold")
     grid.add_column("examples", justify="right")
@@ -74,7 +74,7 @@ def table(result: Result) -> Group:
     grid.add_row("mean", *_line("", mean, answered), style="bold")
     best, model = result["best"], result["model"]
     lines = [
-        f"global loss {number(result['global_loss'])} (rows on other clients' data)"
+        f"global loss {number(result['global_loss'])} (adapters on other clients' data)"
         if result["global_loss"] is not None
         else "",
         f"best round {best['round']} by validation: test loss {number(best['local_loss'])}"
@@ -98,7 +98,7 @@ _SHOWN = ("loss_start", "loss", "exact_match_start", "exact_match", "rouge_l_sta
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """For people; None is what was not measured or was not a finite number."""
+    """A number for people; "–" for None (not measured, or not finite)."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
@@ -119,9 +119,9 @@ def _mean(clients: Sequence[dict[str, Any]], key: str) -> float | None:
 
 
 def privacy(spent: dict[str, dict[str, Any]]) -> str:
-    """One sentence for people, of a record's ``privacy``: (ε, δ) of each client, as its site counts what it released."""
+    """One sentence for people, from a record's ``privacy``: (ε, δ) of each client, as accounted by its site."""
     each = ", ".join(f"{name} ({s['epsilon']:.3g}, {s['delta']:g}) of {s['releases']}" for name, s in spent.items())
-    return f"differential privacy (ε, δ) of the rows released: {each}; losses, metrics and counts are not covered"
+    return f"differential privacy (ε, δ) of released adapters: {each}; losses, metrics and counts are not covered"
 
 
 def data_size(count: float) -> str:

@@ -1,10 +1,10 @@
-"""Measuring every client under the row it would deploy: loss, answers, transfer.
+"""Evaluation of every client with the row that it deploys: loss, answers, transfer.
 
-Loss is token-weighted cross-entropy in nats; means over clients are unweighted, so that a client with long answers
-counts as much as any other. A client on a machine of its own may not answer: it then counts with its last known loss, since
-a mean over whoever answers would move with who they are. Where every client has a row of its own that is its loss still: the
-row of a client that is away stays as it is. ROUGE-L: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004, F1,
-over the words of ``mira.core.text_metrics``, which are ROUGE's own where the text is ASCII.
+Loss is token-weighted cross-entropy in nats. Means over clients are unweighted, so that long answers do not give a client more
+weight. A client on a machine of its own that does not answer counts with its last known loss: a mean over the clients that
+answer would change with their selection. With a row for each client, that last loss is still exact, as the row of an absent
+client does not change. ROUGE-L: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004, F1, over the words of
+``mira.core.text_metrics``, which are ROUGE's own for ASCII text.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from mira.core.text_metrics import chrf, words
 from mira.core.types import ClientEngine, Grade, Method, ServerState
 
 Record = dict[str, Any]
-Metric = Callable[[Sequence[str], Sequence[str]], float]  # of a client's answers and the expected ones
+Metric = Callable[[Sequence[str], Sequence[str]], float]  # (answers of a client, reference answers) -> value
 
-LABEL_ACCURACY = "label_accuracy"  # measured by likelihood, not of answers: mira.runner.label_accuracy
+LABEL_ACCURACY = "label_accuracy"  # measured by likelihood, without generation: mira.runner.label_accuracy
 _ALWAYS = ("exact_match", "rouge_l")
 _more: dict[str, Metric] = {
     "chrf": lambda given, references: _mean([chrf(g, r) for g, r in zip(given, references, strict=True)])
@@ -33,19 +33,20 @@ _more: dict[str, Metric] = {
 
 
 def register(name: str, metric: Metric) -> None:
-    """Let ``evaluation.metrics`` name ``metric``, a function of a client's answers and the expected ones, in this process."""
+    """Register ``metric``, a function of a client's answers and the reference answers, under ``name`` for
+    ``evaluation.metrics`` in this process. Raises UserError where ``name`` is a built-in metric."""
     if name in (*_ALWAYS, LABEL_ACCURACY):
-        raise UserError(f"metric '{name}': is measured already; register yours under another name")
+        raise UserError(f"metric '{name}': is built in; register yours under another name")
     _more[name] = metric
 
 
 def check_metrics(names: Sequence[str]) -> None:
-    """Raises UserError for a name in ``evaluation.metrics`` that nothing measures here."""
+    """Raise UserError for an unknown name in ``evaluation.metrics``."""
     for name in names:
         if name not in (*_more, LABEL_ACCURACY):
             hint = did_you_mean(name, (*_more, LABEL_ACCURACY))
             raise UserError(
-                f"evaluation.metrics: no metric is named '{name}' here (mira.runner.evaluation.register adds yours){hint}"
+                f"evaluation.metrics: unknown metric '{name}' (add yours with mira.runner.evaluation.register){hint}"
             )
 
 
@@ -53,10 +54,11 @@ def losses(
     method: Method, engine: ClientEngine, state: ServerState, names: Sequence[str], limit: int | None, test: bool = True,
     known: Mapping[str, Record] | None = None,
 ) -> Record:  # fmt: skip
-    """Validation and test loss of every client, and their means. Without ``test`` that split is not read: None.
+    """Validation and test loss of every client, and their means. Without ``test`` the test split is not read, and its losses are
+    None.
 
-    ``unmeasured``, where a client did not answer: for each the round of the losses with which it counts, those that are
-    ``known`` of it, and None for one who was never measured and is in no mean.
+    ``known``: the last losses of each client. ``unmeasured`` of the result, where clients did not answer: for each of them the
+    round of the last losses, which enter the means; None for a client without any, which enters no mean.
     """
     everyone = torch.arange(len(names))
     splits = ("validation", "test") if test else ("validation",)
@@ -79,7 +81,7 @@ def losses(
 
 
 def known_from(records: Iterable[Record]) -> dict[str, Record]:
-    """Of every client its losses when it was last measured, and the ``round``."""
+    """The last losses of every client, and the ``round`` of that measurement."""
     known: dict[str, Record] = {}
     for record in records:
         away = record.get("unmeasured", {})
@@ -89,8 +91,8 @@ def known_from(records: Iterable[Record]) -> dict[str, Record]:
 
 
 def answers(names: Sequence[str], grades: Sequence[Grade]) -> Record:
-    """Every client's exact match, ROUGE-L and further metrics, and their means over those who have each; ``unmeasured`` are those
-    who did not answer."""
+    """Exact match, ROUGE-L and further metrics of every client, and the mean of each over the clients that have it.
+    ``unmeasured``: clients that did not answer."""
     came = [grade for grade in grades if not isnan(grade["exact_match"])]
     keys = dict.fromkeys((*_ALWAYS, *(key for grade in came for key in grade)))
     means = {key: _mean(found) if (found := [g[key] for g in came if key in g]) else nan for key in keys}
@@ -103,7 +105,7 @@ def grade(
     engine: ClientEngine, rows: Tensor, client: Tensor, references: Sequence[Sequence[str]], limit: int | None,
     max_new_tokens: int, metrics: Sequence[str] = (),
 ) -> list[Grade]:  # fmt: skip
-    """Exact match, ROUGE-L F1 and ``metrics`` of row i's greedy answers on the test split of client[i]."""
+    """Exact match, ROUGE-L F1 and ``metrics`` of the greedy answers of row i on the test split of client[i]."""
     given = engine.generate(rows, client, "test", limit, max_new_tokens)
     more = [name for name in metrics if name in _more]
     return [
@@ -116,10 +118,10 @@ def transfer(
     method: Method, engine: ClientEngine, state: ServerState, layout: Layout, names: Sequence[str], seed: int, clients: int,
     examples: int, among: Tensor | None = None,
 ) -> Record:  # fmt: skip
-    """Each sampled client's row on the test split of each sampled client, and the mean row on each of them. ``among``: the
-    clients to sample from, None for all.
+    """Losses of the rows of sampled clients, and of their mean row, on the test splits of all sampled clients. ``among``: the
+    clients to sample from; None: all.
 
-    ``matrix[i][j]``: loss of row i on the data of client j; ``global_loss``: mean off the diagonal.
+    ``matrix[i][j]``: loss of row i on the data of client j. ``global_loss``: the mean off the diagonal.
     """
     pool = torch.arange(len(names)) if among is None else among
     n = min(clients, len(pool))
@@ -139,13 +141,13 @@ def transfer(
 
 
 def exact_match(given: Sequence[str], references: Sequence[str]) -> float:
-    """Share of answers equal to their reference, surrounding white space aside."""
+    """Share of answers that equal their reference, except for surrounding white space."""
     return _mean([float(g.strip() == r.strip()) for g, r in zip(given, references, strict=True)])
 
 
 def rouge_l(given: Sequence[str], references: Sequence[str]) -> float:
     """Mean ROUGE-L F1 with Porter stemming, as Natural Instructions scores it, over words in any script."""
-    # Not above: SciPy and NLTK come with it, 2 s for who asks for no answers.
+    # Imported on use: it brings SciPy and NLTK, which take 2 s.
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
@@ -153,7 +155,7 @@ def rouge_l(given: Sequence[str], references: Sequence[str]) -> float:
 
 
 class _Words:
-    """The words that ROUGE-L compares, those of ASCII stemmed."""
+    """The tokenizer of ROUGE-L: words in any script, ASCII words stemmed."""
 
     def __init__(self) -> None:
         from rouge_score.tokenizers import DefaultTokenizer
@@ -169,12 +171,12 @@ class _Words:
 
 
 def _perplexity(loss: float) -> float | None:
-    """exp(loss), or None where it leaves the range of a float."""
+    """exp(loss), or None where it overflows."""
     return exp(loss) if loss < 700 else None
 
 
 def _mean_known(clients: Sequence[Record], key: str) -> float:
-    """NaN where one of them has no finite loss, or there is none."""
+    """The mean of ``key`` over ``clients``; NaN where a client has no finite loss, or there are no clients."""
     values = [nan if client[key] is None else client[key] for client in clients]
     return _mean(values) if values else nan
 

@@ -1,4 +1,4 @@
-"""A client that joins a finished run later: it starts where its neighbours are, and trains alone from there."""
+"""A client that joins a finished run: it starts from the mean of its neighbours' rows, and trains alone."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from mira.store import Store
 
 log = logging.getLogger(__name__)
 
-Result = dict[str, Any]
-# Sections and keys that may be other than the run's; a row read with another adapter or model would be noise.
+Joined = dict[str, Any]
+# Sections and keys that may differ from the run's; a row with another adapter or model would be noise.
 _ITS_OWN = ("split", "prompt", "training", "evaluation", "engine", "model.name", "model.source", "model.device")
-ADAPTED = "adapted"  # in the run folder: of each client that joined, a PEFT folder and NAME.json
+ADAPTED = "adapted"  # in the run folder: a PEFT folder and NAME.json for each client that joined
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class _Newcomer:
 def adapt(
     folder: Path, name: str, files: Sequence[Path], group: str | None, neighbours: int, rounds: int,
     overrides: Sequence[str] = (),
-) -> Result:  # fmt: skip
+) -> Joined:  # fmt: skip
     """Train an adapter for the new client ``name`` and write it to ``folder``/adapted; the run itself is only read.
 
-    It starts from Σ_l a_l·θ_l / Σ_l a_l over its neighbours l in the run: a_l = 1 for the clients of ``group``; without one
-    the ``neighbours`` clients whose task descriptions are most like its own, a_l their centred cosine; all clients alike where
-    descriptions or the lack of groups tell them apart no further. Then come ``rounds`` rounds of local training at the run's peak
-    learning rate; beside it, for comparison, the same from the common start. Raises UserError.
+    Training starts from Σ_l a_l·θ_l / Σ_l a_l over the neighbours l in the run. With ``group``: the clients of the group, a_l =
+    1. Without: the ``neighbours`` clients with the most similar task descriptions, a_l their centred cosine. All clients, a_l =
+    1, where neither descriptions nor groups tell them apart. Then come ``rounds`` rounds of local training at the run's peak
+    learning rate, and the same from the common start for comparison. Raises UserError.
     """
     with Store.open(folder, writable=False) as store:
         experiment, environment = (
@@ -93,8 +93,8 @@ def adapt(
     return {"run": str(folder.resolve())} | found | {"adapter": str(place.resolve())}
 
 
-def lines(result: Result) -> Iterator[str]:
-    """For people: from whom it starts, the test loss beside that from the common start, where the adapter is."""
+def lines(result: Joined) -> Iterator[str]:
+    """The result for people: the neighbours, the test loss beside that from the common start, and the adapter's folder."""
     yield "starts from " + ", ".join(f"{one['name']} ({one['weight']:.2f})" for one in result["neighbours"])
     yield "steps    test loss    from the common start"
     for point in result["rounds"]:
@@ -102,17 +102,17 @@ def lines(result: Result) -> Iterator[str]:
     yield f"adapter {result['adapter']}"
 
 
-def _number(scores: Result) -> str:
+def _number(scores: Joined) -> str:
     return "  not finite" if scores["test_loss"] is None else f"{scores['test_loss']:9.3f}"
 
 
 def _own(experiment: Experiment, source: _Newcomer, overrides: Sequence[str]) -> Experiment:
-    """The run's experiment with the newcomer as its only client, which trains alone."""
+    """The run's experiment with the new client as its only client, which trains alone."""
     for text in overrides:
         key = text.partition("=")[0].strip()
         if key not in _ITS_OWN and key.partition(".")[0] not in _ITS_OWN:
             raise UserError(
-                f"--set {text}: a client that joins has its run's {key.partition('.')[0]}; of its own it may have"
+                f"--set {text}: a client that joins has the {key.partition('.')[0]} of the run; it may set"
                 f" {', '.join(_ITS_OWN)}"
             )
     changed = config.parse(override(experiment.model_dump(mode="json"), overrides))
@@ -129,22 +129,22 @@ def _own(experiment: Experiment, source: _Newcomer, overrides: Sequence[str]) ->
 
 
 def _known(environment: dict[str, Any], experiment: Experiment, by_group: bool) -> tuple[SplitClient, ...]:
-    """The run's clients. Their data is read only to describe clients that have no description."""
+    """The run's clients. Their data is read only where clients without a description must be compared."""
     recorded = clients_of(environment, experiment.seed)
     if recorded is not None and (by_group or all(client.description for client in recorded.clients)):
         return recorded.clients
     path = getattr(experiment.data, "path", None)
     if isinstance(path, Path) and not path.exists():
         raise UserError(
-            f"--client: the run's clients have no descriptions and are compared by their data, which is not at {path} any more;"
-            " put it back, or name a group with --group"
+            f"--client: the run's clients have no descriptions and are compared by their data, which is no longer at {path};"
+            " put it back, or give a group with --group"
         )
     return make_federation(experiment.data, experiment.split, experiment.seed).clients
 
 
 def _check(name: str, group: str | None, known: Sequence[SplitClient]) -> None:
     if name in (client.name for client in known):
-        raise UserError(f"--client {name}: is a client of this run; give the new one a name of its own")
+        raise UserError(f"--client {name}: is a client of this run; give the new client another name")
     groups = {client.group for client in known if client.group}
     if group is not None and group not in groups:
         hint = did_you_mean(group, groups) if groups else "; its clients have no group, leave --group out"
@@ -159,7 +159,7 @@ def _of_group(group: str, known: Sequence[SplitClient]) -> tuple[Tensor, Tensor]
 def _of_description(session: Session, known: Sequence[SplitClient], most: int) -> tuple[Tensor, Tensor]:
     told = [session.federation.clients[0].about, *(client.about for client in known)]
     if len(set(told)) == 1:
-        log.info("every client of the run describes this task: all of them count alike")
+        log.info("all clients of the run have the same task description: all have the same weight")
         return _everyone(known)
     weight, related = cosines(embed(session.base, told))[0, 1:].sort(descending=True, stable=True)
     alike = weight[:most] > 0
@@ -168,10 +168,11 @@ def _of_description(session: Session, known: Sequence[SplitClient], most: int) -
     groups = sorted({client.group for client in known if client.group})
     if groups:
         raise UserError(
-            f"--client: no description in the run is like this client's; name its group with --group ({', '.join(groups)})"
+            f"--client: no task description of the run is similar to this client's; give its group with --group"
+            f" ({', '.join(groups)})"
         )
     log.warning(
-        "no description in the run is like this client's, and its clients have no groups: all of them count alike"
+        "no task description of the run is similar to this client's, and its clients have no groups: all have the same weight"
     )
     return _everyone(known)
 
@@ -180,7 +181,7 @@ def _everyone(known: Sequence[SplitClient]) -> tuple[Tensor, Tensor]:
     return torch.arange(len(known)), torch.ones(len(known), dtype=torch.float64)
 
 
-def _train(session: Session, rows: Tensor, round: int, rounds: int) -> tuple[list[Result], Tensor]:
+def _train(session: Session, rows: Tensor, round: int, rounds: int) -> tuple[list[Joined], Tensor]:
     """Losses of the two ``rows`` before training and after each round, and the rows then."""
     training, both = session.experiment.training, torch.zeros(2, dtype=torch.int64)
     curve = [_losses(session, rows, 0)]
@@ -193,10 +194,10 @@ def _train(session: Session, rows: Tensor, round: int, rounds: int) -> tuple[lis
     return curve, rows
 
 
-def _losses(session: Session, rows: Tensor, steps: int) -> Result:
+def _losses(session: Session, rows: Tensor, steps: int) -> Joined:
     loss = session.engine.evaluate(rows, torch.zeros(2, dtype=torch.int64), ("validation", "test")).loss.tolist()
     named = [{"validation_loss": validation, "test_loss": test} for validation, test in loss]
-    clean: Result = without_nan({"steps": steps, "warm": named[0], "common": named[1]})
+    clean: Joined = without_nan({"steps": steps, "warm": named[0], "common": named[1]})
     return clean
 
 

@@ -1,6 +1,7 @@
-"""Accuracy of tasks with few answers by likelihood: of all the answers a client knows, is the expected one the likeliest?
+"""Accuracy by likelihood for tasks with few answers: the share of examples with the expected answer as the likeliest one.
 
-It needs no generation, and no answer is wrong for its spelling. The likelihood is of the whole answer with its end.
+The candidates are the answers in the client's training examples. Needs no generation, and does not depend on spelling. The
+likelihood is that of the whole answer with its end token.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from mira.core.types import Engine
 from mira.data.corpus import Corpus
 from mira.data.types import Example
 
-MOST = 20  # different answers; beyond that a task is no choice among few
+MOST = 20  # largest number of different answers of such a task
 
 
 def label_accuracy(engine: Engine, corpus: Corpus, rows: Tensor, limit: int | None) -> list[float | None]:
-    """The share of each client's test examples whose answer is the likeliest of all its training answers, under its row of
-    ``rows`` [K,P]; None where the task is not one of few answers."""
+    """For each client the share of test examples with the expected answer as the likeliest of all training answers, with the
+    client's row of ``rows`` [K,P]; None where the task does not have few answers."""
     return [_accuracy(engine, corpus, k, row, limit) for k, row in enumerate(rows)]
 
 

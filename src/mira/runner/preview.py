@@ -1,4 +1,4 @@
-"""Data before training: what the files are, what each client has, how long it is in tokens, and one example as it is learned."""
+"""Preview of data before training: the files, the examples of each client, their lengths in tokens, and one encoded example."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ from mira.data.types import Client, Example, Source, by_question
 from mira.engine.generate import positions
 from mira.model.reader import Reader, open_reader
 
-Result = dict[str, Any]
+Preview = dict[str, Any]
 
-_ENDLESS = 2**31  # tokens: nothing is cut
+_ENDLESS = 2**31  # tokens: a limit that truncates nothing
 _WIDTH = 78
-_CLIENTS, _LINES = 20, 30  # shown to people
+_CLIENTS, _LINES = 20, 30  # largest numbers of clients and lines shown to people
 
 
-NO_MODEL = "-"  # the name of no model
+NO_MODEL = "-"  # the model name for a preview without a tokenizer
 
 
-def look_at(experiment: Experiment) -> Result:
-    """``look`` at the data of an experiment, with its model's tokenizer; fetched where need be. Raises UserError."""
+def look_at(experiment: Experiment) -> Preview:
+    """The preview of an experiment's data with the tokenizer of its model, which is downloaded if necessary. Raises
+    UserError."""
     model, source = experiment.model, experiment.data
     reader = None
     if model.name != NO_MODEL:
@@ -46,12 +47,12 @@ def look_at(experiment: Experiment) -> Result:
     return look(source, experiment, reader)
 
 
-def look(source: Source, experiment: Experiment, reader: Reader | None) -> Result:
-    """Everything to see of ``source``, as docs/cli.md says. Without a ``reader`` nothing is told of tokens."""
+def look(source: Source, experiment: Experiment, reader: Reader | None) -> Preview:
+    """The preview of ``source``, with the fields that docs/cli.md documents. Without a ``reader`` it has no token counts."""
     found = source.read() if isinstance(source, Jsonl | OneFile) else Found(source.load(experiment.seed), Tally())
     clients = [client for client in found.clients if client.examples]
     if not clients:
-        raise UserError("data: the source holds no example; check data.path")
+        raise UserError("data: the source has no examples; check data.path")
     encoder = encoder_of(experiment, reader, endless=True) if reader else None
     limit = encoder_of(experiment, reader).max_length if reader else experiment.prompt.max_length
     first = clients[0].examples[0]
@@ -70,8 +71,7 @@ def look(source: Source, experiment: Experiment, reader: Reader | None) -> Resul
 
 
 def check(experiment: Experiment, federation: Federation, reader: Reader) -> Encoder:
-    """The encoder of a run. Raises UserError where the run would refuse the examples: they do not fit the template or the
-    length."""
+    """The encoder of a run. Raises UserError where a run would refuse the examples, by template or by length."""
     encoder, training = encoder_of(experiment, reader), experiment.training
     if encoder.wording.overlong == "drop":
         federation = without_overlong(federation, encoder)
@@ -86,8 +86,8 @@ def encoder_of(experiment: Experiment, reader: Reader, endless: bool = False) ->
     return replace(encoder, max_length=_ENDLESS) if endless else encoder
 
 
-def lines(result: Result, path: Path) -> Iterator[str]:
-    """For people, at most 80 columns."""
+def lines(result: Preview, path: Path) -> Iterator[str]:
+    """The preview for people, in lines of at most 80 columns."""
     clients = result["clients"]
     total = sum(client["examples"] for client in clients)
     yield from _row("data", str(path))
@@ -99,7 +99,7 @@ def lines(result: Result, path: Path) -> Iterator[str]:
     others = sum(client["other_answers"] for client in clients)
     told = f"{len(clients)} clients, {total} examples"
     told += f", {repeats} repeat a question of their client ({others} with another answer)" if repeats else ""
-    told += f"; {result['shared']} questions are asked of several clients" if result["shared"] else ""
+    told += f"; {result['shared']} questions occur at several clients" if result["shared"] else ""
     yield from _row("clients", told)
     measured = result["model"] is not None
     if measured:
@@ -108,7 +108,7 @@ def lines(result: Result, path: Path) -> Iterator[str]:
             "tokens", f"of {result['model']}, template {result['template']}; {over} over {result['max_length']}"
         )
     else:
-        yield from _row("tokens", "give --model NAME to see lengths and the first example as it is learned")
+        yield from _row("tokens", "give --model NAME to see lengths and the first example as encoded")
     for n, line in enumerate(result["prompts"]):
         yield from _row("" if n else "prompts", line.removeprefix("prompts: "))
     if result["ignored"]:
@@ -132,13 +132,13 @@ def _row(name: str, text: str) -> Iterator[str]:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Lines of at most ``width`` columns, of which some letters take two."""
+    """Lines of at most ``width`` columns; some characters take two."""
     return [cut for line in wrap(text, width, break_on_hyphens=False) for cut in chop_cells(line, width)]
 
 
-def _first(first: Result) -> Iterator[str]:
+def _first(first: Preview) -> Iterator[str]:
     yield ""
-    yield from _wrapped(f"first example, {first['place'] or 'made'} (* marks what is learned)", _WIDTH)
+    yield from _wrapped(f"first example, {first['place'] or 'generated'} (* marks the tokens to learn)", _WIDTH)
     shown = []
     for part in first["parts"]:
         for line in part["text"].replace("\n", "\\n\n").removesuffix("\n").split("\n"):
@@ -148,7 +148,7 @@ def _first(first: Result) -> Iterator[str]:
         yield f"and {len(shown) - _LINES} more lines; all with --json"
 
 
-def _client(client: Client, encoder: Encoder | None, limit: int) -> Result:
+def _client(client: Client, encoder: Encoder | None, limit: int) -> Preview:
     asked = by_question(client.examples)
     kept = sum(map(len, asked))
     told = {
@@ -172,7 +172,7 @@ def _client(client: Client, encoder: Encoder | None, limit: int) -> Result:
 
 
 def _ignored(clients: Sequence[Client], encoder: Encoder) -> dict[str, int]:
-    """Keys of conversations that the chat template does not read, and in how many examples."""
+    """Keys of conversations that the chat template does not read, with their number of examples."""
     found: Counter[str] = Counter()
     for example in (example for client in clients for example in client.examples):
         if encoder.is_chat(example) and (example.tools or any(m.more for m in example.messages)):
@@ -180,8 +180,8 @@ def _ignored(clients: Sequence[Client], encoder: Encoder) -> dict[str, int]:
     return dict(found)
 
 
-def _parts(example: Example, encoder: Encoder) -> list[Result]:
-    """The example as text, cut where what is learned begins or ends."""
+def _parts(example: Example, encoder: Encoder) -> list[Preview]:
+    """The text of the example, in parts that are learned and parts that are not."""
     encoded = encoder.encode(example, example.place)
     return [
         {"text": _text(encoder, [token for token, _ in run]), "learned": learned}
@@ -198,7 +198,7 @@ def _text(encoder: Encoder, tokens: Sequence[int]) -> str:
 
 
 def _shared(clients: Sequence[Client]) -> int:
-    """Questions that more than one client asks."""
+    """The number of questions of more than one client."""
     holders: dict[tuple[str, ...], int] = {}
     for client in clients:
         for key in {example.key for example in client.examples}:

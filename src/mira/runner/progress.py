@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: bars on a terminal, plain lines anywhere else; always on standard error."""
+"""Progress of a run for people: bars on a terminal, plain lines elsewhere; always on standard error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RunProgress(Callback):
         self._tokens = 0
         self._since = time.perf_counter()
         self.advice = "nothing was started"
-        """What to tell who interrupts the run."""
+        """The message for a user who interrupts the run."""
 
     def start(self, folder: Path, rounds: int, clients: int, done: int) -> None:
         self._rounds, self._clients, self._first = rounds, clients, done

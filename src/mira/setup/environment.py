@@ -45,7 +45,6 @@ def environment_of(
 ) -> dict[str, Any]:  # fmt: skip
     """The environment that a run records, but for its engine. ``prefix``: whether shared prefixes are computed once;
     ``truncated``: the number of each client's inputs that were cut."""
-    foreign = plugins(experiment)
     return {
         "versions": {name: version_of(name) for name in (*_LIBRARIES, *needed_for(base.quantization))},
         "model": {
@@ -62,7 +61,7 @@ def environment_of(
             "template": encoder.template, "date": encoder.wording.date, "sha256": encoder.fingerprint,
             "stops": sorted(encoder.wording.stops), "as_before": encoder.as_before and not _raw(federation),
         },
-        **({"plugins": foreign} if foreign else {}),
+        "plugins": plugins(experiment),
     }  # fmt: skip
 
 

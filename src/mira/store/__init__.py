@@ -1,4 +1,4 @@
-"""The run folder: rows, metrics and all a run needs to go on, committed atomically round by round."""
+"""The store of a run folder: rows, metrics and the state for resuming, committed atomically round by round."""
 
 from mira.store.run import Store
 

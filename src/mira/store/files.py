@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever happens while they are written, and reading that names what is broken."""
+"""Atomic writing of files, which are whole or absent after a crash, and reading that names a broken file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from mira.core.errors import UserError
 
-TESTED = "test.json"  # of a comparison's run, once its point was chosen: what was measured on its test split
+TESTED = "test.json"  # test measurements of a comparison's run, written once its grid point was chosen
 LOCK = ".lock"
 
 
 def _point(name: str) -> None:
-    """The instants at which a crash would be worst; tests replace this to kill the process there."""
+    """Mark an instant at which a crash would do the most harm; tests replace this function to kill the process there."""
 
 
 def digest(data: bytes) -> str:
@@ -30,7 +30,7 @@ def digest(data: bytes) -> str:
 
 
 def take_lock(folder: Path) -> int:
-    """The descriptor that holds the folder's write lock until it is closed. Raises UserError when it is taken."""
+    """Take the folder's write lock. Returns the descriptor that holds it until closed. Raises UserError when it is taken."""
     descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -43,7 +43,7 @@ def take_lock(folder: Path) -> int:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process holds the folder's write lock. Asking shares the lock for an instant, without writing anything."""
+    """Whether a process holds the folder's write lock. The check shares the lock for an instant and writes nothing."""
     try:
         descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -58,12 +58,12 @@ def is_locked(folder: Path) -> bool:
 
 
 def replace(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Puts ``data`` (in pieces, where it is long) at ``path`` whole or not at all. Only ``sync`` of the folder makes the new
-    name durable."""
+    """Write ``data`` (in pieces, where it is long) to ``path``, whole or not at all. The new name is durable only after ``sync``
+    of the folder."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)
-        with open(temporary, "xb") as file:  # exclusive: never follows a link that somebody laid here
+        with open(temporary, "xb") as file:  # exclusive: never follows a link
             _point("before-write")
             file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
@@ -78,7 +78,7 @@ def replace(path: Path, data: bytes | Iterable[bytes]) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Makes the names in ``folder`` durable."""
+    """Make the names in ``folder`` durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -93,8 +93,8 @@ def remove(paths: Iterable[Path]) -> None:
 
 
 def unwritable(path: Path, error: OSError, then: str) -> UserError:
-    """``then``: how to go on once the cause is mended."""
-    fix = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+    """The error for a failed write. ``then``: the step after its cause is removed."""
+    fix = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "fix that"
     return UserError(f"{error.filename or path}: cannot be written ({error.strerror}); {fix}, then {then}")
 
 
@@ -127,7 +127,7 @@ def read_json(path: Path, expected: str | None = None) -> Any:
 
 
 def seal(value: dict[str, Any]) -> bytes:
-    """JSON that carries its own digest."""
+    """``value`` as JSON with its own digest."""
     return pack_json({"check": digest(pack_json(value)), **value})
 
 
@@ -150,12 +150,12 @@ def read_tensors(path: Path, expected: str | None = None) -> dict[str, Tensor]:
     data = read(path, expected)
     try:
         return safetensors.torch.load(data)
-    except (SafetensorError, RuntimeError) as error:  # of torch too: a shape may be more than it can hold
+    except (SafetensorError, RuntimeError) as error:  # torch raises RuntimeError for a shape that it cannot hold
         raise corrupt(path, str(error)) from None
 
 
 def read_tensor(path: Path, expected: str) -> Tensor:
-    """The only tensor of a file."""
+    """The only tensor of a file. Raises UserError for any other number of tensors."""
     tensors = list(read_tensors(path, expected).values())
     if len(tensors) != 1:
         raise corrupt(path, f"{len(tensors)} tensors instead of one")

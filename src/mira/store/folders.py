@@ -1,4 +1,4 @@
-"""Folders that appear under their name only when they are whole."""
+"""Atomic writing of folders: they appear under their name only when complete."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mira.store.files import unwritable
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Puts what ``write`` makes at ``folder``, in the place of a former one. Raises UserError when it cannot be written.
+    """Make ``folder`` with ``write``, in the place of a former one. Raises UserError when it cannot be written.
 
-    Whoever else writes beside it waits its turn: a run that ends and an export may want the same folder.
+    Writers beside each other take turns: the end of a run and an export may want the same folder.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
@@ -35,16 +35,16 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
                 _remove(temporary)
         finally:
             os.close(turn)
-    except (OSError, SafetensorError) as error:  # the writer of safetensors has its own error for a full disk
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         why = " ".join(str(error).split())
         raise UserError(
-            f"{folder}: cannot be written ({why}); mend that, then continue with --resume or export again"
+            f"{folder}: cannot be written ({why}); fix that, then continue with --resume or export again"
         ) from None
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Makes ``folder`` where it is not there. Raises UserError while another process is in it."""
+    """Make ``folder`` where it is missing, and lock it. Raises UserError while another process holds the lock."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

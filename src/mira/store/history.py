@@ -1,7 +1,7 @@
-"""Which version of a row counts: the bookkeeping of a run folder, without its files.
+"""The versions of the rows in a run folder: the bookkeeping without the files.
 
-A round writes new versions of the rows it changed. A row as of round b is its newest version ≤ b. Versions are kept for
-two rounds: the last, and the best (``core.best``: lowest ``validation_loss`` in the metrics, the earlier on ties).
+A round writes new versions of the rows that it changed. A row as of round b is its newest version ≤ b. Versions are kept for two
+rounds: the last, and the best (``core.best_round``: lowest ``validation_loss`` in the metrics, the earlier on ties).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _Digests = dict[Annotated[int, Field(ge=0)], str]
 
 
 class RoundRecord(BaseModel):
-    """What makes a round committed: its metrics, and by kind and key the digest of every file it wrote."""
+    """The commit record of a round: its metrics, and by kind and key the digest of every file that it wrote."""
 
     model_config = ConfigDict(extra="forbid")
     round: int
@@ -38,7 +38,7 @@ class Version(NamedTuple):
 
 
 class History:
-    """The committed rounds so far, replayed record by record."""
+    """The versions after the committed rounds so far, replayed record by record."""
 
     def __init__(self) -> None:
         self.last: int | None = None
@@ -47,14 +47,14 @@ class History:
         self._versions = {kind: _Versions() for kind in KINDS}
 
     def add(self, record: RoundRecord) -> list[tuple[str, int, int]]:
-        """Takes the next round into account; returns (kind, key, round) of the versions that became obsolete."""
+        """Add the next round. Returns (kind, key, round) of the versions that became obsolete."""
         self.last = record.round
         found = standing(record.metrics)
         better = found < self._standing
         if better:
             self.best, self._standing = record.round, found
         both = {self.last} if self.best is None else {self.last, self.best}
-        # Optimiser states are for going on only, and that is always from the last round.
+        # Optimiser states serve resuming only, which is always from the last round.
         needed = {"rows": both, "optim": {self.last}, "extra": both}
         return [
             (kind, key, round)
@@ -78,7 +78,7 @@ class _Versions:
 
     def __init__(self) -> None:
         self.kept: dict[int, list[Version]] = {}
-        self._several: set[int] = set()  # keys with more than one: all that a new best round has to look at
+        self._several: set[int] = set()  # keys with more than one version: the only ones that a new best round affects
 
     def newest(self, key: int, as_of: int) -> Version | None:
         return next((version for version in reversed(self.kept.get(key, [])) if version.round <= as_of), None)
@@ -86,7 +86,7 @@ class _Versions:
     def add(
         self, digests: Mapping[int, str], round: int, needed_at: set[int], everywhere: bool
     ) -> list[tuple[int, int]]:
-        """Adds versions; returns (key, round) of those that are not read as of any round of ``needed_at``."""
+        """Add versions. Returns (key, round) of those that are not read as of any round of ``needed_at``."""
         for key, digest in digests.items():
             self.kept.setdefault(key, []).append(Version(round, digest))
         obsolete = []

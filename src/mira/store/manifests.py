@@ -1,4 +1,4 @@
-"""The manifest of a run folder, which makes it one: written last, with the digests of what never changes."""
+"""The manifest of a run folder: written last, with the digests of the files that never change. Without it there is no run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def exists(folder: Path) -> bool:
 
 
 def read(folder: Path) -> Manifest:
-    """Raises UserError when it is damaged or another version's, or a folder beside it is missing."""
+    """The manifest of ``folder``. Raises UserError when it is damaged or another version's, or a folder beside it is missing."""
     manifest = parse(Manifest, folder / _MANIFEST)
     if manifest.format != _FORMAT or sorted(manifest.files) != sorted(_FIXED):
         raise UserError(f"{folder}: written by another version of mira (format {manifest.format}, here {_FORMAT})")
@@ -46,9 +46,9 @@ def read(folder: Path) -> Manifest:
 
 
 def write(folder: Path, contents: Mapping[str, bytes], num_rows: int) -> int:
-    """Makes ``folder`` a run of ``contents`` (by file name), and returns the descriptor that holds its write lock.
+    """Make ``folder`` a run of ``contents`` (by file name). Returns the descriptor that holds its write lock.
 
-    Raises UserError where something lies there already, or another process is at work, and OSError.
+    Raises UserError where the folder is not empty or another process is at work, and OSError.
     """
     manifest = Manifest(
         format=_FORMAT, num_rows=num_rows, files={name: files.digest(data) for name, data in contents.items()}
@@ -57,7 +57,7 @@ def write(folder: Path, contents: Mapping[str, bytes], num_rows: int) -> int:
     check_vacant(folder)
     lock = files.take_lock(folder)
     try:
-        check_vacant(folder)  # again, now that nobody else can fill it
+        check_vacant(folder)  # again, now that no other process can fill it
         for name in _FOLDERS:
             (folder / name).mkdir(exist_ok=True)
         for name, data in contents.items():
@@ -73,8 +73,7 @@ def write(folder: Path, contents: Mapping[str, bytes], num_rows: int) -> int:
 
 
 def check_vacant(folder: Path) -> None:
-    """Passes an empty folder, and one where a creation was interrupted: locked once, all names known, no manifest. Raises
-    UserError for any other."""
+    """Raises UserError unless ``folder`` is empty, or its creation was interrupted: locked once, all names known, no manifest."""
     names = set(os.listdir(folder))
     known = {files.LOCK, *_FOLDERS, *_FIXED, *(f".{name}.tmp" for name in (*_FIXED, _MANIFEST))}
     filled = any(os.listdir(folder / name) for name in names.intersection(_FOLDERS))
@@ -83,7 +82,7 @@ def check_vacant(folder: Path) -> None:
 
 
 def parse(kind: type[_Parsed], path: Path) -> _Parsed:
-    """A sealed file of ours. Raises UserError where it is damaged or not of this ``kind``."""
+    """The content of a sealed file. Raises UserError where it is damaged or not of this ``kind``."""
     try:
         return kind.model_validate(files.read_sealed(path))
     except ValidationError as error:

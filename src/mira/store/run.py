@@ -1,15 +1,15 @@
 """The run folder: every round is committed atomically, so that a run survives being killed at any instant.
 
     store.json           format, number of rows, digests of the next four; written last: without it there is no run
-    config.yaml  environment.json  graph.safetensors  start.safetensors          what never changes
+    config.yaml  environment.json  graph.safetensors  start.safetensors          never change
     rounds/000007.json   the commit record of round 7: its metrics, and the digest of every file it wrote
     rows/000012.r000007.safetensors      row 12 as of round 7
     optim/  extra/       the same for kept optimiser state by client, and for the method's own tensors (one key, 0)
     metrics.jsonl        a copy of the records' metrics for people and tools; never read, rebuilt when it differs
     result.json          the summary of a finished run
 
-A round is committed if and only if its record exists; the record is renamed into place after all else is on disk.
-Which versions of a file are read and kept is decided in ``history``. A commit costs what its changed rows cost.
+A round is committed if and only if its record exists; the record is renamed into place after all other files are on disk.
+``history`` decides on the versions of a file that are read and kept. The cost of a commit is that of its changed rows.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _CONTINUE = "continue with --resume; committed rounds are intact"
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Rows read from disk when asked for; none is held in memory. ``as_of`` None follows the last committed round."""
+    """Rows that are read from disk at each access; none is held in memory. ``as_of`` None follows the last committed round."""
 
     store: Store
     as_of: int | None
@@ -52,7 +52,7 @@ class StoredRows:
 
 
 class Store:
-    """One run folder, opened. Close it, or use it in a ``with``, to let another process write."""
+    """An opened run folder. Close it, or use it in a ``with``, to let another process write."""
 
     def __init__(self, folder: Path, lock: int | None) -> None:
         """Use ``create`` or ``open``. ``lock``: the descriptor that holds the write lock, None to read only."""
@@ -63,7 +63,7 @@ class Store:
         self.start = files.read_tensor(folder / "start.safetensors", manifest.files["start.safetensors"])
         """The common start row [P]."""
         self._history = History()
-        metrics = hashlib.blake2b()  # a line at a time: of very many rounds not even the metrics fit in memory
+        metrics = hashlib.blake2b()  # a line at a time: with very many rounds not even the metrics fit in memory
         for record in self._records():
             self._history.add(record)
             metrics.update(_metrics_line(record))
@@ -80,7 +80,7 @@ class Store:
         num_rows: int,
         graph: dict[str, Tensor],
     ) -> Store:
-        """A new run in an empty or absent folder, or where a creation was interrupted; UserError for any other."""
+        """Make a run in an empty or absent folder, or where a creation was interrupted. Raises UserError for any other."""
         contents = {
             "config.yaml": config_yaml.encode(),
             "environment.json": files.pack_json(environment),
@@ -100,12 +100,12 @@ class Store:
 
     @staticmethod
     def exists(folder: Path) -> bool:
-        """Whether ``folder`` holds a run; one whose creation was interrupted is none."""
+        """Whether ``folder`` holds a run; an interrupted creation is none."""
         return manifests.exists(folder)
 
     @staticmethod
     def open(folder: Path, writable: bool = True) -> Store:
-        """An existing run. Writable: takes the lock, and removes what an interrupted commit left behind.
+        """Open an existing run. ``writable``: take the lock, and remove the remains of an interrupted commit.
 
         Raises UserError when there is no run, another process writes to it, or a file is missing or corrupt.
         """
@@ -145,7 +145,7 @@ class Store:
         """The resolved configuration, YAML."""
         path, digest = self.folder / "config.yaml", self._manifest.files["config.yaml"]
         if path.is_file() and files.digest(path.read_bytes()) != digest:
-            why = "it is not as the run wrote it: where data or model are now is said with --data and --model"
+            why = "it was edited; give new places of data or model with --data and --model"
             raise files.corrupt(path, why)
         return files.read(path, digest).decode()
 
@@ -184,13 +184,13 @@ class Store:
         optimizer: Mapping[int, Tensor] | None,
         metrics: dict[str, Any],
     ) -> None:
-        """Makes ``round`` the last one: rows ``value`` [n,P] at ``index`` [n], optimiser states by client, metrics.
+        """Make ``round`` the last one: rows ``value`` [n,P] at ``index`` [n], optimiser states by client, metrics.
 
         ``extra``: the method's tensors that change; the others keep their value. Rounds count from 0, without a gap.
         Raises UserError when a file cannot be written; the state of the former round is then untouched.
         """
         self._check_commit(round, index, value)
-        files.pack_json(metrics)  # a number that JSON lacks must be found before anything is written
+        files.pack_json(metrics)  # NaN must be found before anything is written
         new: list[tuple[str, int, dict[str, Tensor]]] = [
             ("rows", key, {"row": row}) for key, row in zip(index.tolist(), value, strict=True)
         ]
@@ -209,7 +209,7 @@ class Store:
             files.replace(path, files.seal(record.model_dump()))
             files.sync(path.parent)
         except OSError as error:
-            with suppress(OSError):  # only to give the space back: opening the run again removes what is left
+            with suppress(OSError):  # only to free the space: the next opening removes the rest
                 files.remove([path, *(self._path(kind, key, round) for kind, key, _ in new)])
             raise files.unwritable(self.folder, error, _CONTINUE) from None
         obsolete = self._history.add(record)
@@ -221,7 +221,7 @@ class Store:
             raise files.unwritable(self.folder, error, _CONTINUE) from None
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Writes the summary of a finished run."""
+        """Write the summary of a finished run."""
         self._write(_RESULT, files.pack_json(summary))
 
     def result(self) -> dict[str, Any] | None:
@@ -248,7 +248,7 @@ class Store:
             yield manifests.parse(RoundRecord, self._record_path(round))
 
     def _tidy(self) -> None:
-        """Removes what an interrupted commit left behind, once it is sure that everything needed is there."""
+        """Remove the remains of an interrupted commit. Raises UserError, before, where a needed file is missing."""
         present = {path for kind in (*KINDS, "rounds") for path in (self.folder / kind).iterdir()}
         present |= {self.folder / f".{name}.tmp" for name in (_METRICS, _RESULT)}
         needed = {self._path(*version) for version in self._history.kept()}
@@ -272,7 +272,7 @@ class Store:
             raise files.unwritable(self.folder / name, error, _CONTINUE) from None
 
     def _version(self, kind: str, key: int, as_of: int | None) -> tuple[Path, str] | None:
-        """File and digest of the version to read; None when there is none up to then."""
+        """File and digest of the version to read; None when there is none as of that round."""
         if as_of is not None and as_of not in (self.last_round, self.best_round):
             kept = f"last: {self.last_round}, best: {self.best_round}"
             raise UserError(f"{self.folder}: round {as_of} is not kept; {kept}")
@@ -297,7 +297,7 @@ class Store:
         return row
 
     def _check_commit(self, round: int, index: Tensor, value: Tensor) -> None:
-        """These are bugs of the caller, not of the user."""
+        """Assert a valid commit; failures are bugs of the caller, not mistakes of the user."""
         assert self._lock is not None, "opened to read only, or closed"
         assert round == self._next_round(), f"round {round} committed, expected {self._next_round()}"
         assert len(index.unique()) == len(index) == len(value), "one value for each row, each row once"
@@ -307,7 +307,7 @@ class Store:
 
 
 def _held(folder: Path, lock: int) -> Store:
-    """The run in ``folder`` for who holds its ``lock``, which is let go where there is none."""
+    """The run in ``folder``, opened with its ``lock``, which is released where that fails."""
     try:
         return Store(folder, lock)
     except BaseException:

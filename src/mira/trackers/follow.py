@@ -24,13 +24,13 @@ from mira.trackers.wandb import Wandb
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 30.0  # seconds a finished run waits for what a slow tracker has not sent yet
-HASTE = 2.0  # seconds an interrupted one waits
+PATIENCE = 30.0  # seconds that a finished run waits for a slow tracker
+HASTE = 2.0  # seconds that an interrupted run waits
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Tracking:
-    """Who may watch a run, beside TensorBoard in its folder. Keys and passwords are taken from the environment alone."""
+    """The trackers of a run, beside TensorBoard in its folder. Keys and passwords are taken from the environment alone."""
 
     wandb: Wandb | None = None
     """Weights & Biases; {} for its defaults, null for off."""
@@ -38,7 +38,7 @@ class Tracking:
     """MLflow; {} for its defaults, null for off."""
 
     def check(self) -> None:
-        """Raises UserError where a tracker's package is missing: better said before the run than after it."""
+        """Raises UserError where a tracker's package is missing, before the run begins."""
         for name, package in (("wandb", "wandb"), ("mlflow", "mlflow")):
             if getattr(self, name) is not None and find_spec(package) is None:
                 raise UserError(
@@ -47,7 +47,7 @@ class Tracking:
 
 
 class Trackers:
-    """Everybody who watches one run. Nothing here raises, and nothing but ``finish`` and ``close`` waits."""
+    """The trackers of one run. No function here raises, and only ``finish`` and ``close`` wait."""
 
     def __init__(self, tracking: Tracking, config: Mapping[str, Any], folder: Path, clients: Sequence[str]) -> None:
         self._near, self._far = numbers.by_name(clients), numbers.by_number(clients)
@@ -60,7 +60,7 @@ class Trackers:
         ]
 
     def record(self, record: dict[str, Any]) -> None:
-        """A committed round; each only once, in order."""
+        """Show a committed round. Call it once for each, in order."""
         number, near, far = record["round"], *(numbers.of_round(record, x) for x in (self._near, self._far))
         self._here.call(lambda live: live.record(number, near))
         for tracker in self._away:
@@ -73,7 +73,7 @@ class Trackers:
         self._end(PATIENCE)
 
     def close(self) -> None:
-        """Whether the run came to its end or not."""
+        """Stop the trackers, whether the run is finished or not."""
         self._end(HASTE)
 
     def _end(self, seconds: float) -> None:
@@ -86,7 +86,7 @@ def _start(tracker: Tracker, parameters: dict[str, Any], name: str, folder: Path
 
 
 class _TrackerThread:
-    """One tracker and its thread."""
+    """One tracker and the thread that runs it."""
 
     def __init__(self, name: str, start: Callable[[], TrackerRun]) -> None:
         self._name = name
@@ -99,18 +99,18 @@ class _TrackerThread:
             self._calls.put(what)
 
     def end(self, seconds: float) -> None:
-        """Waits until all calls are done, but no longer than ``seconds``."""
+        """Wait until all calls are done, at most ``seconds``."""
         if self._thread.is_alive():
             self._calls.put(None)
             self._thread.join(seconds)
             if self._thread.is_alive():
-                log.warning("%s: did not answer for %.0f s; what it has not shown yet may be lost", self._name, seconds)
+                log.warning("%s: did not answer for %.0f s; its last numbers may be lost", self._name, seconds)
 
     def _work(self, start: Callable[[], TrackerRun]) -> None:
         try:
             with closing(start()) as live:
                 while (call := self._calls.get()) is not None:
                     call(live)
-        except Exception as error:  # whatever a foreign library raises: the run is worth more than its picture
+        except Exception as error:  # whatever a foreign library raises must not end the run
             why = " ".join(f"{type(error).__name__}: {error}".split())
             log.warning("%s: off for the rest of this run (%.300s); the run itself goes on", self._name, why)

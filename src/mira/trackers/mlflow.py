@@ -18,7 +18,7 @@ from mira.trackers.tracker import Numbers, Parameters, remembered
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-_AT_ONCE = 100  # parameters a server takes in one request; of metrics it takes 1000, more than a round has
+_AT_ONCE = 100  # parameters in one request to a server; it takes 1000 metrics, more than a round has
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -38,7 +38,7 @@ class Mlflow:
             )
 
     def start(self, parameters: Parameters, name: str, folder: Path) -> MlflowRun:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # both are read when it is imported
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # both are read at the import
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         from mlflow import MlflowClient
         from mlflow.entities import Param
@@ -62,7 +62,7 @@ class Mlflow:
 
 
 class MlflowRun:
-    """``last``: the last round the server has already."""
+    """A run on an MLflow server. ``last``: the last round that the server has already."""
 
     def __init__(self, client: MlflowClient, identity: str, last: int) -> None:
         self._client, self._identity, self._last, self._status = client, identity, last, "KILLED"

@@ -1,4 +1,4 @@
-"""From a run's records to what trackers show: plain functions, numbers only."""
+"""The numbers that trackers show, computed from a run's records by plain functions."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-CLIENTS = 100  # with more of them only means are shown: a curve for each would be slow, and nobody could read them
+CLIENTS = 100  # with more clients only means are shown: a curve for each would be slow and unreadable
 
 Record = Mapping[str, Any]
-Labels = Mapping[str, str]  # client name → what its curves are called
+Labels = Mapping[str, str]  # client name → label of its curves
 
-# In a record: where a client's number is → the group its curve is in.
+# Section and key of a client's number in a record → the group of its curve.
 _OF_CLIENTS = (
     (("clients", "test_loss"), "test"),
     (("clients", "validation_loss"), "validation"),
@@ -26,14 +26,14 @@ def by_name(names: Sequence[str]) -> Labels:
 
 
 def by_number(names: Sequence[str]) -> Labels:
-    """A client's name can be a value of the data; its number, its place in result.json, says nothing."""
+    """Labels that reveal nothing: a client's name can be a value of the data, its number is its place in result.json."""
     width = len(str(len(names) - 1))
     return {name: f"client {k:0{width}}" for k, name in enumerate(names)} if len(names) <= CLIENTS else {}
 
 
 def of_round(record: Record, labels: Labels) -> dict[str, float]:
     """All numbers of a round under their names in metrics.jsonl, the mean training loss, and 'train/CLIENT',
-    'validation/CLIENT', 'test/CLIENT' for each client in ``labels``. What was not measured is absent."""
+    'validation/CLIENT', 'test/CLIENT' for each client in ``labels``. Numbers that were not measured are absent."""
     numbers = _plain(record, without=("round",))
     numbers |= _plain(record.get("answers", {})) | _plain(record.get("transfer", {}))
     numbers |= {"lost": float(len(record["lost"]))} if "lost" in record else {}
@@ -50,15 +50,15 @@ def of_round(record: Record, labels: Labels) -> dict[str, float]:
 
 
 def of_result(result: Record) -> dict[str, float]:
-    """The headline: 'final/...' of the last round, 'best/...' of the validation-best one."""
+    """The headline numbers: 'final/...' of the last round, 'best/...' of the validation-best one."""
     last = _plain(result, without=("seed", "rounds"))
     best = _plain(result["best"])
     return {f"final/{key}": value for key, value in last.items()} | {f"best/{key}": v for key, v in best.items()}
 
 
 def hyper_parameters(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """The configuration under its dotted keys. Of the data section its kinds and its numbers alone: paths, columns and
-    tasks speak of the data. Of any other path its last part. What is null is absent."""
+    """The configuration under its dotted keys. The data section gives its kinds and numbers alone, since paths, columns and tasks
+    reveal the data. Other paths give their last part. Null values are absent."""
     return dict(_leaves("", {key: value for key, value in config.items() if key != "tracking"}))
 
 

@@ -1,4 +1,4 @@
-"""TensorBoard event files in the run folder, written by tensorboardX: it needs numpy and protobuf alone."""
+"""TensorBoard event files in the run folder, written by tensorboardX, which needs numpy and protobuf alone."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _COMPARED = dict.fromkeys(("validation_loss", "local_loss", "final/local_loss", 
 
 @dataclass(frozen=True)
 class TensorBoard:
-    """``tensorboard --logdir RUNS`` shows every run below RUNS by its path."""
+    """Writer of event files: ``tensorboard --logdir RUNS`` shows every run below RUNS by its path."""
 
     def start(self, parameters: Parameters, name: str, folder: Path) -> Board:
-        """Events are written anew from the committed rounds, so that a resumed run has one curve without a gap or a
-        repetition; ``purge_step`` says the same to a TensorBoard that is already looking."""
+        """Write all events anew from the committed rounds, so that a resumed run has one curve without a gap or a repetition.
+        ``purge_step`` has the same effect on a TensorBoard that is running."""
         from tensorboardX import SummaryWriter
         from tensorboardX.summary import hparams
 
@@ -29,13 +29,13 @@ class TensorBoard:
         for old in place.glob("events.out.tfevents.*"):
             old.unlink()
         writer = SummaryWriter(str(place), purge_step=0)
-        for summary in hparams(dict(parameters), _COMPARED)[:2]:  # the third says that the run has ended
+        for summary in hparams(dict(parameters), _COMPARED)[:2]:  # the third marks the end of the run
             writer.file_writer.add_summary(summary)
         return Board(writer, (folder / "config.yaml").stat().st_mtime)
 
 
 class Board:
-    """``now``: the time on the axis, the start of the run and the seconds its rounds took, whenever they were done."""
+    """The event file of a run. ``now``: the time on the axis, the start of the run plus the seconds of its rounds so far."""
 
     def __init__(self, writer: SummaryWriter, now: float) -> None:
         self._writer, self._now = writer, now

@@ -1,4 +1,4 @@
-"""The seam: what a tracker is, and how it finds its run again after a resume."""
+"""The interface of trackers, and their memory of a run across a resume."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Parameters = Mapping[str, bool | int | float | str]
 
 
 class TrackerRun(Protocol):
-    """A run on show. After a resume it is given every committed round again, and shows each once."""
+    """A run at a tracker. After a resume it is given every committed round again, and shows each once."""
 
     def record(self, round: int, numbers: Numbers) -> None: ...
 
@@ -20,20 +20,20 @@ class TrackerRun(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go, finished or not."""
+        """Release the connection, whether the run is finished or not."""
         ...
 
 
 class Tracker(Protocol):
-    """Settings of one tracker. May raise anything at any time: who calls it takes that for 'off'."""
+    """Settings of one tracker. It may raise anything at any time; the caller then turns it off."""
 
     def start(self, parameters: Parameters, name: str, folder: Path) -> TrackerRun:
-        """Put the run in ``folder`` on show as ``name``; it writes there and nowhere else on this machine."""
+        """Show the run in ``folder`` as ``name``. A tracker writes only into that folder on this machine."""
         ...
 
 
 def remembered(folder: Path, tracker: str, make: Callable[[], str]) -> str:
-    """The identity that ``tracker`` gave the run in ``folder``, made and kept there the first time."""
+    """The identity that ``tracker`` gave the run in ``folder``: made the first time, then kept there."""
     place = folder / "tracking" / tracker
     if not place.exists():
         place.parent.mkdir(exist_ok=True)

@@ -26,11 +26,11 @@ class Wandb:
     """User or team; null: the key's own."""
 
     def start(self, parameters: Parameters, name: str, folder: Path) -> WandbRun:
-        """Numbers and hyper-parameters alone are sent: no command line, no code, no git, no machine, no console."""
+        """Start or resume the run. Only numbers and hyper-parameters are sent: no command line, code, git, machine or console."""
         import wandb
 
         offline = wandb.setup().settings.mode not in ("online", "shared")
-        if not offline and not wandb.login(prompt=False):  # a prompt would wait behind a running progress bar
+        if not offline and not wandb.login(prompt=False):  # a prompt would wait behind the progress bar
             raise PermissionError("no key; run 'wandb login', set WANDB_API_KEY, or set WANDB_MODE=offline")
         run = wandb.init(
             project=self.project, entity=self.entity, name=name, dir=str(folder), config=dict(parameters),
@@ -48,7 +48,7 @@ class WandbRun:
         self._run, self._status = run, 1
 
     def record(self, round: int, numbers: Numbers) -> None:
-        if round >= self._run.starting_step:  # a resumed run begins after the last step the server has
+        if round >= self._run.starting_step:  # a resumed run begins after the server's last step
             self._run.log(dict(numbers), step=round)
 
     def finish(self, round: int, numbers: Numbers) -> None:

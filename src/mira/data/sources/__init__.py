@@ -1,1 +1,1 @@
-"""Where clients come from: one short file per source."""
+"""Sources of clients: one short file for each."""

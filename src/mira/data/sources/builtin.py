@@ -1,7 +1,7 @@
 """The demo suite: 12 small tasks in 4 families, generated, so that it needs no download.
 
-The answers of a family follow one house style that no definition spells out: it has to be learned from examples, and
-what one client of the family learns serves the other two. Families are the ground-truth graph.
+The answers of a family follow a house style that no task definition explains. It has to be learned from examples, and helps all
+three clients of the family. Families are the ground-truth graph.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Task:
 
 
 def _thousandfold(large: str, small: str) -> Make:
-    """As "47 km" -> "47000|m"."""
+    """A maker of pairs like "47 km" -> "47000|m"."""
 
     def make(rng: random.Random) -> tuple[str, str]:
         amount = rng.randint(2, 999)
@@ -52,7 +52,7 @@ def _thousandfold(large: str, small: str) -> Make:
 
 
 def _date(spelling: str) -> Make:
-    """Any spelling of a date -> "1987.03.14"."""
+    """A maker of pairs of a date in ``spelling`` -> "1987.03.14"."""
 
     def make(rng: random.Random) -> tuple[str, str]:
         year, month, day = rng.randint(1950, 2029), rng.randint(1, 12), rng.randint(1, 28)
@@ -62,7 +62,7 @@ def _date(spelling: str) -> Make:
 
 
 def _tag(choose: Callable[[list[str]], list[str]]) -> Make:
-    """As "Blue River Stone" -> "[blue-river-stone]", or with some of the words only."""
+    """A maker of pairs like "Blue River Stone" -> "[blue-river-stone]", with the words that ``choose`` picks."""
 
     def make(rng: random.Random) -> tuple[str, str]:
         words = rng.sample(WORDS.split(), 3)
@@ -72,7 +72,7 @@ def _tag(choose: Callable[[list[str]], list[str]]) -> Make:
 
 
 def _record(layout: str) -> Make:
-    """A shipment in any layout -> "Lima: 3 lamps (Anna)"."""
+    """A maker of pairs of a shipment in ``layout`` -> "Lima: 3 lamps (Anna)"."""
 
     def make(rng: random.Random) -> tuple[str, str]:
         name, goods, city = (rng.choice(words.split()) for words in (NAMES, GOODS, CITIES))
@@ -123,7 +123,7 @@ class Builtin:
     """12 clients, one per task; the group is the family."""
 
     examples: Annotated[int, Field(ge=1, le=500)] = 64
-    """Different examples a client has, for all of its splits together."""
+    """Different examples of each client, over all of its splits."""
     source: Literal["builtin"] = "builtin"
 
     def load(self, seed: int) -> list[Client]:
@@ -134,7 +134,7 @@ class Builtin:
 
 
 def _examples(task: Task, count: int, seed: int) -> tuple[Example, ...]:
-    rng = random.Random(f"{seed} {task.name}")  # a text seeds it the same way in every process
+    rng = random.Random(f"{seed} {task.name}")  # text seeds are the same in every process
     made: dict[str, str] = {}
     while len(made) < count:
         given, answer = task.make(rng)

@@ -20,12 +20,12 @@ _COLUMNS: Columns = {"instruction": "instruction", "input": "context", "output":
 
 @dataclass(frozen=True, config=STRICT)
 class Dolly:
-    """By default a client is a category."""
+    """Databricks Dolly 15k; by default each category is a client."""
 
     path: UserPath | None = None
-    """The file (JSONL, JSON, CSV or parquet); without one the data set is fetched from the hub."""
+    """The file (JSONL, JSON, CSV or parquet); null: the data set is downloaded from the hub."""
     partition: Partition = Field(default_factory=lambda: ByColumn("category"))
-    """How the pool becomes clients."""
+    """The partition of the pool into clients."""
     source: Literal["dolly"] = "dolly"
 
     def load(self, seed: int) -> list[Client]:

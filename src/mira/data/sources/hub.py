@@ -1,4 +1,4 @@
-"""Any instruction data set on the model hub, its columns mapped to ours."""
+"""Instruction data sets on the model hub, with their columns mapped to ours."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError
 from mira.core.pydantic_config import STRICT
-from mira.data.fields import Record
+from mira.data.fields import RawRecord
 from mira.data.partition import Partition, split_pool
 from mira.data.records import Columns
 from mira.data.types import Client
 
 
 @dataclass(frozen=True, config=STRICT)
-class Hub:
-    """A pool of examples that a partition turns into clients."""
+class HubDataset:
+    """A data set on the hub, divided into clients by a partition."""
 
     path: str
     """Name on the hub, e.g. databricks/databricks-dolly-15k."""
     partition: Partition
-    """How the pool becomes clients."""
+    """The partition of the pool into clients."""
     columns: Columns = Field(default_factory=dict)
-    """Our fields -> the data set's columns, e.g. {instruction: question, output: answer}; empty: ours already."""
+    """Our fields -> the data set's columns, e.g. {instruction: question, output: answer}; empty: the names are ours."""
     subset: str | None = None
-    """The configuration of a data set that has several."""
+    """The configuration, for a data set with several."""
     split: str = "train"
-    """The part to read; our own splits are drawn from it."""
+    """The split of the data set to read; the clients' splits are drawn from it."""
     revision: str | None = None
-    """Branch, tag or commit; pin it for runs that must be repeated."""
+    """Branch, tag or commit; pin it for reproducible runs."""
     source: Literal["hub"] = "hub"
 
     def load(self, seed: int) -> list[Client]:
@@ -39,8 +39,8 @@ class Hub:
         return split_pool(records, self.columns, self.partition, seed)
 
 
-def hub_records(path: str, subset: str | None, split: str, revision: str | None) -> Iterator[tuple[str, Record]]:
-    """(place, row) for every row. Raises UserError when the library or the data set cannot be had."""
+def hub_records(path: str, subset: str | None, split: str, revision: str | None) -> Iterator[tuple[str, RawRecord]]:
+    """(place, row) for every row. Raises UserError where the library or the data set is not available."""
     try:
         import datasets
     except ImportError as error:

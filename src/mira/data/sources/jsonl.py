@@ -1,4 +1,4 @@
-"""A practitioner's own data: a folder with one file per client, or one file with a client column."""
+"""Own data: a folder with one file per client, or one file with a client column."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError
 from mira.core.pydantic_config import STRICT, UserPath
-from mira.data.fields import Record, label_field
+from mira.data.fields import RawRecord, label_field
 from mira.data.reading import ENDINGS, client_files, client_name, existing, read_records, tell_left_out
 from mira.data.records import Columns, Tally
 from mira.data.types import Client, client_data
 
-Records = list[tuple[str, Record]]
+Records = list[tuple[str, RawRecord]]
 
 
 @plain_dataclass(frozen=True)
 class Found:
-    """The clients of a source, and what was met in its records."""
+    """The clients of a source, and the counts of its layouts and unused fields."""
 
     clients: list[Client]
     tally: Tally
@@ -32,14 +32,13 @@ class Jsonl:
     """Files of examples (JSON, CSV, parquet; plain or gzipped) in the layouts that docs/data.md lists."""
 
     path: UserPath
-    """A folder of data files, each one client named as the file (one in a sub folder as sub/file); or one such file, with
-    client_column."""
+    """A folder with one data file per client, named as the client (in a sub-folder: sub/file); or one file with client_column."""
     client_column: str | None = None
-    """In one file for all: the field that names the client."""
+    """The field with the client's name, for one file of all clients."""
     group_column: str | None = None
-    """A field that names the client's group, the same in all of its records."""
+    """The field with the client's group, the same in all of its records."""
     columns: Columns = Field(default_factory=dict)
-    """Our fields -> those of the files, e.g. {instruction: frage, output: antwort}; empty: found by their names."""
+    """Our fields -> the fields of the files, e.g. {instruction: frage, output: antwort}; empty: recognised by name."""
     source: Literal["jsonl"] = "jsonl"
 
     def load(self, seed: int) -> list[Client]:
@@ -48,7 +47,7 @@ class Jsonl:
         return found.clients
 
     def read(self) -> Found:
-        """Every client; files that are not read are named in the log."""
+        """All clients; files that are not read are logged."""
         tally = Tally({name for name in (self.client_column, self.group_column) if name}, self.columns)
         return Found([self._client(name, records, tally) for name, records in sorted(self._records().items())], tally)
 

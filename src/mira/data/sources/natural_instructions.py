@@ -1,4 +1,4 @@
-"""Super-NaturalInstructions (Wang et al. 2022): a client is a task file of the v2 layout."""
+"""Super-NaturalInstructions (Wang et al. 2022): each task file of the v2 layout is a client."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, config=STRICT)
 class NaturalInstructions:
-    """First definition, first output; the group is the first category. Tasks with fewer than 20 usable instances are
-    left out (and named in the log)."""
+    """Super-NaturalInstructions: the first definition and the first output of each task; the group is its first category. Tasks
+    with fewer than 20 usable instances are left out and logged."""
 
     path: UserPath
-    """The folder that holds the task JSON files, or its parent with a tasks/ folder."""
+    """The folder of task JSON files, or its parent with a tasks/ folder."""
     clients: Annotated[int, Field(ge=1)] | None = None
-    """So many usable tasks, evenly spaced in the order of their names, so that they span the categories; null: all."""
+    """Number of usable tasks, evenly spaced in the order of their names, so that they span the categories; null: all."""
     tasks: tuple[str, ...] | None = None
-    """These tasks (file names without .json) instead of all in the folder."""
+    """The tasks to use (file names without .json); null: all in the folder."""
     max_input_chars: Annotated[int, Field(ge=1)] = 1024
-    """Only instances whose input is shorter than this."""
+    """Instances with an input of this length or longer are left out."""
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of each task's usable instances that is drawn; the published experiments draw 0.2."""
+    """Share of each task's usable instances to draw; the published experiments draw 0.2."""
     source: Literal["natural-instructions"] = "natural-instructions"
 
     def load(self, seed: int) -> list[Client]:
@@ -79,7 +79,7 @@ class NaturalInstructions:
 
 
 def _first(record: Any, field: str, place: Path | str) -> str:
-    """The first text of a field that is a list of texts."""
+    """The first text of a field with a list of texts."""
     if not isinstance(record, dict) or field not in record:
         raise UserError(
             f"{place}: no field '{field}'; needed: Definition, Categories and Instances of {{id, input, output}}"

@@ -1,4 +1,4 @@
-"""Clients whose data stays where it is: the server knows their names and how many examples each trains on."""
+"""Clients on machines of their own: the server knows their names and their counts of training examples."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class Sites:
     """Clients on machines of their own (mira server). ``examples`` is filled in when a run begins."""
 
     groups: dict[str, str] = Field(default_factory=dict)
-    """The group of a site, for graph.name=groups; the server's operator knows it, no site is asked."""
+    """Groups of sites, for graph.name=groups, given by the server's operator; sites are not asked."""
     descriptions: dict[str, str] = Field(default_factory=dict)
-    """The task of a site in words, for graphs of likeness of descriptions."""
+    """Task descriptions of sites, for graphs by similarity of descriptions."""
     expected: list[str] = Field(default_factory=list)
-    """Sites that may come later, whether they are issued yet or not: each has a place in the run from the start, the run does not
-    wait for it, and it takes part from the round after it has come."""
+    """Sites that may join later, with or without a kit yet. Each has a place in the run from the start; the run does not wait for
+    it, and it takes part from the round after it joins."""
     examples: dict[str, Count] = Field(default_factory=dict)
-    """Training examples of each site, as it counted them when it joined."""
+    """Training examples of each site, as counted by the site when it joined."""
     source: Literal["sites"] = "sites"
 
     def load(self, seed: int) -> list[Client]:
         if not self.examples:
-            raise UserError("data.source=sites: the sites' data is known to the sites alone; run it with 'mira server'")
+            raise UserError("data.source=sites: the data is at the sites; run it with 'mira server'")
         known = dict.fromkeys(self.expected, 0) | self.examples
         for given in (*self.groups, *self.descriptions):
             if given not in known:
@@ -45,11 +45,11 @@ class Sites:
 
 @plain_dataclass(frozen=True)
 class Own:
-    """The data of one site: of ``inner`` the client with the site's ``name``, or all of it, as one client, where none is
-    named so."""
+    """The data of one site: the client of ``inner`` with the site's ``name``; without such a client all clients as one."""
 
     inner: Source
     name: str
+    source: str = "site"  # in no registry: no configuration names it
 
     def load(self, seed: int) -> list[Client]:
         found = self.inner.load(seed)

@@ -1,4 +1,4 @@
-"""Flower behind one wall: its processes, its apps, and the transport made of them."""
+"""Flower: its processes, its apps, and the transport made of them. No other room imports flwr."""
 
 from importlib import import_module
 from typing import Any

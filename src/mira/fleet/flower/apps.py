@@ -1,6 +1,6 @@
-"""Both ends of Flower, thin: the app on the server hands messages between Flower and ``mira server``, the app at a site
-between Flower and the site's worker. All that decides is elsewhere. Imports neither torch nor the rest of mira: there is
-a process for every message."""
+"""Flower's apps: the server's passes messages between Flower and ``mira server``, a site's between Flower and its worker.
+
+They decide nothing. They import neither torch nor the rest of mira, since every message has a process of its own."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from mira.fleet.flower.fetch import Fetches
 
 _TYPE = "query"  # Flower's least specific kind of message
 _RECORD = "mira"
-_SHARE = 1 << 26  # bytes of replies that are held at a time, or one reply
-_ENDLESS = 64  # uploads in hand, each with what came of it, after which this app ends itself
-_WORKER = 60.0  # seconds in which a worker that died is there again: its supervisor waits 30 at most
+_SHARE = 1 << 26  # bytes of replies held at a time, or one reply
+_ENDLESS = 64  # unfinished uploads in memory, after which this app ends itself
+_WORKER = 60.0  # seconds until a worker that died is back: its supervisor waits 30 at most
 server_app = ServerApp()  # Flower looks for assignments as plain as these
 client_app = ClientApp()
 
 
 class Unanswered(Exception):
-    """Flower sends the text of what a site's app raises to the server: this one, which names no path."""
+    """The failure of a site's app. Flower sends its text to the server, so it names no path."""
 
 
 @client_app.query()
 def answer(message: Message, context: Context) -> Message:
-    """What the site's worker answers. Raises Unanswered when it does not come, or dies meanwhile: Flower tells the server."""
+    """The answer of the site's worker. Raises Unanswered when none comes; Flower then tells the server."""
     _end_with_parent()
     try:
         with frames.connect(str(context.node_config["worker"]), patience=_WORKER) as worker:
@@ -47,7 +47,7 @@ def answer(message: Message, context: Context) -> Message:
 
 @server_app.main()
 def relay(grid: Grid, context: Context) -> None:
-    """Does what ``mira server`` says on its socket until it hangs up: roster, push, pull."""
+    """Carry out the requests of ``mira server`` (roster, push, pull) until it closes its socket."""
     _end_with_parent()
     replies = Fetches(lambda id: next(iter(grid.pull_messages([id])), None), fatal=(HTTPError,))
     with frames.connect(os.environ["MIRA_RELAY"]) as server:
@@ -65,11 +65,11 @@ def relay(grid: Grid, context: Context) -> None:
             else:
                 _pull(replies, asked["ids"], asked["keep"], server)
                 if replies.in_hand > _ENDLESS:
-                    os._exit(1)  # nothing else ends an upload that drips; it is started anew, and asks all again
+                    os._exit(1)  # nothing else ends an upload that drips; the next app asks all sites again
 
 
 def _end_with_parent() -> None:
-    """Flower tells its apps when its own process was killed, and they hang on their way out, looking for it."""
+    """End this process soon after its parent: an app of Flower whose parent was killed hangs on exit, looking for it."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -90,7 +90,7 @@ def _push(grid: Grid, nodes: Sequence[str], contents: Sequence[bytes], ttl: floa
 
 
 def _pull(replies: Fetches[Message], ids: Sequence[str], keep: Sequence[str], server: socket.socket) -> None:
-    """A list of what has come, [id, error or null], and then the content of each without an error."""
+    """Send a list of the replies that have come, [id, error or null], then the content of each without an error."""
     found: dict[str, bytes | str] = {}
     for id, came in replies.come(ids, keep):
         found[id] = _opened(came)
@@ -104,7 +104,7 @@ def _pull(replies: Fetches[Message], ids: Sequence[str], keep: Sequence[str], se
 
 
 def _opened(message: Message | Exception) -> bytes | str:
-    """What a site answered, or why it is not passed on: the server reads nothing that is not ours, or without end."""
+    """The content of a site's reply, or the reason for not passing it on: not MIRA's, or too long."""
     if isinstance(message, Exception):
         return f"its reply cannot be read ({type(message).__name__})"
     if message.has_error():
@@ -117,7 +117,7 @@ def _opened(message: Message | Exception) -> bytes | str:
 
 
 def _why(error: Error) -> str:
-    """Without what the app at the site says: it might quote anything."""
+    """One line on a failure, without the text of the site's app, which might quote anything."""
     return f"no answer from the site's worker (Flower's error {error.code})"
 
 
@@ -126,7 +126,7 @@ def _content(data: bytes) -> RecordDict:
 
 
 def _bytes(message: Message) -> bytes:
-    """Raises ValueError where it is not what ``_content`` makes."""
+    """The inverse of ``_content``. Raises ValueError for any other message."""
     record = message.content.get(_RECORD)
     array = record.get("0") if isinstance(record, ArrayRecord) else None
     if array is None:

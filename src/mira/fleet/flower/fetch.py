@@ -1,7 +1,7 @@
-"""Uploads of sites, fetched beside each other: one that takes its time, or never ends, holds up no other.
+"""Concurrent fetching of the sites' uploads: a slow or endless one delays no other.
 
-Flower hands out a reply once its site has announced it, and then waits until all of it has come. Standard library only: the
-app on the server, which starts anew whenever it dies, uses it.
+Flower hands out a reply once its site has announced it, and then waits until all of it has come. Standard library only, for
+quick starts of Flower's app on the server.
 """
 
 from __future__ import annotations
@@ -33,19 +33,22 @@ class _Fetch(Generic[T]):
 
 @dataclass
 class Fetches(Generic[T]):
-    """``fetch``: an upload by its id, None where it was not announced; ``turn``: seconds in which one is waited for, before the
-    next is begun beside it. So there are as many in hand at a time as are slow, and one if none is. ``fatal``: what is not wrong
-    with one upload alone, and is raised."""
+    """Fetches in progress.
+
+    ``fetch``: an upload by its id, None where it was not announced. ``turn``: seconds until the next fetch begins beside an
+    unfinished one, so that only slow uploads run at the same time. ``fatal``: errors that concern more than one upload, and are
+    raised.
+    """
 
     fetch: Callable[[str], T | None]
     fatal: tuple[type[Exception], ...] = ()
     turn: float = 5.0
     _running: dict[str, _Fetch[T]] = field(default_factory=dict)
-    _asked: dict[str, float] = field(default_factory=dict)  # when
+    _asked: dict[str, float] = field(default_factory=dict)  # time of the last attempt, by id
 
     def come(self, ids: Sequence[str], keep: Collection[str] = ()) -> Iterator[tuple[str, T | Exception]]:
-        """What of ``ids``, and of what was begun, has come whole, or why it cannot, within one turn; ask again for the others.
-        What was begun and is neither in ``ids`` nor in ``keep`` is let go. An id that was longest not asked for is the first."""
+        """Uploads among ``ids``, or begun earlier, that are complete within one turn, or their errors; call again for the others.
+        Fetches in neither ``ids`` nor ``keep`` are dropped. The ids that have waited longest come first."""
         until, wanted = time.monotonic() + self.turn, {*ids, *keep}
         self._running = {id: one for id, one in self._running.items() if id in wanted}
         self._asked = {id: self._asked.get(id, 0.0) for id in wanted}
@@ -65,5 +68,5 @@ class Fetches(Generic[T]):
 
     @property
     def in_hand(self) -> int:
-        """Uploads that were begun, and neither came nor failed."""
+        """Number of fetches in progress."""
         return len(self._running)

@@ -1,15 +1,18 @@
-"""Commands of ``flwr`` in one process, as it takes seconds to load: JSON lists of arguments on standard input, one a line."""
+"""Several ``flwr`` commands in one process, since ``flwr`` takes seconds to load.
+
+Standard input has one JSON list of arguments a line.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 
-END = "\x1e"  # after what each command printed
+END = "\x1e"  # follows the output of each command
 
 
 def main() -> None:
-    """One that fails does not stop the others."""
+    """Run the commands; one that fails does not stop the others."""
     from flwr.cli.app import app
 
     for line in sys.stdin:

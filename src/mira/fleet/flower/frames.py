@@ -1,4 +1,4 @@
-"""Frames over a Unix socket: eight bytes of length, then so many bytes. Standard library only, as every message has a process."""
+"""Frames over a Unix socket: eight bytes of length, then the content. Standard library only: every message has a process."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _RETRY = 0.2  # seconds between two attempts to connect
 
 
 class Closed(ConnectionError):
-    """The other end went away, or never was there."""
+    """The other end is gone, or never was there."""
 
 
 class TooLong(ValueError):
-    """A frame that nobody reads."""
+    """A frame beyond the limit."""
 
 
 def connect(path: Path | str, timeout: float | None = None, patience: float = 0.0) -> socket.socket:
-    """A connection to who listens at ``path``. Raises Closed when nobody does within ``patience`` seconds."""
+    """A connection to the listener at ``path``. Raises Closed when there is none within ``patience`` seconds."""
     until = time.monotonic() + patience
     while True:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -53,7 +53,7 @@ def send(connection: socket.socket, data: bytes) -> None:
 
 
 def receive(connection: socket.socket) -> bytes:
-    """The next frame. Raises Closed at the end of the connection, TooLong where nobody would read it."""
+    """The next frame. Raises Closed at the end of the connection, TooLong beyond the limit."""
     length = int.from_bytes(_exactly(connection, 8), "big")
     if length > LIMIT:
         raise TooLong(f"a frame of {length} bytes; at most {LIMIT} are read")

@@ -1,5 +1,6 @@
-"""Whether a site and the server at its kit's address may speak with each other, asked at the gate itself: a SuperNode ends or
-tries again in one way, whether it was refused or the network is gone."""
+"""A check at the gate before a site's SuperNode starts: is the site admitted, and is the server's certificate valid?
+
+A SuperNode itself behaves in one way, whether it was refused or the network is gone."""
 
 from __future__ import annotations
 
@@ -14,13 +15,13 @@ from mira.fleet.identity.signatures import signed
 log = logging.getLogger(__name__)
 
 _PATIENCE = 5.0  # seconds
-_REFUSED = 412  # what the gate alone answers a key it does not admit
+_REFUSED = 412  # the gate's own answer to a key that it does not admit
 
 
 def refusal(kit: SiteKit) -> str | None:
-    """Why not, in one line; None where nothing speaks against it, or nobody answers.
+    """The reason why this site must not start, in one line; None where it may, or where the server does not answer.
 
-    The request is what a SuperNode begins with, signed but empty: a SuperLink does nothing with it."""
+    The request is a SuperNode's first one, signed but empty: a SuperLink ignores it."""
     try:
         headers = {"content-type": "application/protobuf", **signed(kit.key.read_bytes(), datetime.now(UTC))}
         trust = ssl.create_default_context(cafile=str(kit.authority))

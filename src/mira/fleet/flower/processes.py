@@ -1,4 +1,4 @@
-"""Child processes that are kept alive, told in full when asked for, and never outlive their parent."""
+"""Supervised child processes: restarted when they end, and ended with their parent."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-# Nothing is asked of the outside; a message waits a quarter of a second at most for its process, not a whole one.
+# No telemetry and no look for updates; a message waits a quarter of a second at most for its process, instead of one.
 FLOWER = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25"}
-_STEADY = 60.0  # seconds of life after which a process counts as sound again
+_STEADY = 60.0  # seconds of life after which a process counts as stable again
 _MOST = 30.0  # longest pause before another start
 
 
 def command(name: str) -> str:
-    """A program beside this Python."""
+    """The path of a program beside this Python."""
     return str(Path(sys.executable).with_name(name))
 
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment for a child: Flower asks nobody for news, and finds its own programs beside this Python."""
+    """The environment of a child: this process's, with Flower's settings and the programs beside this Python first."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return {**os.environ, **FLOWER, "PATH": path, **extra}
 
 
 @dataclass
 class SupervisedProcess:
-    """One command, started again when it ends, after 1, 2, 4 … 30 seconds. Its output goes to the file ``log``, or where ours
-    does."""
+    """One command, started again after it ends, with a pause of 1, 2, 4 … 30 seconds. Its output goes to the file ``log``, or to
+    this process's output. ``tell``: called with the command line at each start."""
 
     name: str
     command: Sequence[str]
@@ -57,22 +57,22 @@ class SupervisedProcess:
                 self.command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
                 env=child_environment(self.environment), preexec_fn=_die_with(os.getpid()),
             )  # fmt: skip
-        # Flower's processes look for those they belong to by number, and one that nobody has waited for still has its own.
+        # Reap it at once: Flower's processes look for their parents by number, and a zombie still has its own.
         threading.Thread(target=self._child.wait, daemon=True).start()
         self._began = time.monotonic()
 
     @property
     def ended(self) -> bool:
-        """Whether it ended, and nobody tended it since."""
+        """Whether it has ended since the last ``tend``."""
         return self._child is not None and self._child.poll() is not None
 
     def tend(self) -> bool:
-        """Start it again if it ended and its time has come; whether it runs."""
+        """Start it again if it ended and its pause is over. Returns whether it runs."""
         if self._child is not None and self._child.poll() is None:
             return True
         now = time.monotonic()
         if self._child is not None:
-            self._kill_group(signal.SIGKILL)  # what it left behind
+            self._kill_group(signal.SIGKILL)  # its own children
             status, lived, self._child = self._child.returncode, now - self._began, None
             self._pause = 1.0 if lived > _STEADY else min(2 * self._pause, _MOST)
             self._next = now + self._pause
@@ -84,7 +84,7 @@ class SupervisedProcess:
         return False
 
     def stop(self, patience: float = 5.0) -> None:
-        """End it and all it started."""
+        """End it and all its children."""
         if self._child is None:
             return
         self._kill_group(signal.SIGTERM)
@@ -105,7 +105,7 @@ class SupervisedProcess:
 
 
 def _die_with(parent: int) -> Callable[[], None]:
-    """On Linux the kernel ends the child when this process is killed; elsewhere nobody does."""
+    """A function that a child calls first: on Linux the kernel then ends the child when this process dies."""
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
     def ask() -> None:

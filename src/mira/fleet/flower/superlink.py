@@ -1,4 +1,4 @@
-"""Flower's side of the server: a SuperLink on loopback, the sites registered with it, and the app that relays to us."""
+"""Flower's processes on the server: a SuperLink on loopback, with the sites registered, and the app that relays to MIRA."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ address = "127.0.0.1:{port}"
 root-certificates = "{authority}"
 """
 _HOST = "127.0.0.1"
-_PORTS = range(20000, 32768)  # below those that Linux, macOS and Windows give to connections
-_DAYS = 30  # of the loopback certificate, made anew at every start
-# Of glibc, for the app, which fetches rows in threads: what is as large as a row goes back to the system once it is freed. A heap
-# for each thread kept 5 MB more a round of 50 MB rows.
+_PORTS = range(20000, 32768)  # below the ports that Linux, macOS and Windows give to outgoing connections
+_DAYS = 30  # validity of the loopback certificate, made anew at every start
+# Settings of glibc for the app, which fetches rows in threads: freed blocks as large as a row go back to the system. With a heap
+# for each thread the app grew by 5 MB a round of 50 MB rows.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "2"}
-_IN_USE = "Public key already in use"  # what Flower says of a site that it knows
-_SLOW = 120.0  # seconds in which an app connects, or a command of Flower's ends; longer, and the SuperLink starts anew
+_IN_USE = "Public key already in use"  # Flower's answer for a site that it knows
+_SLOW = 120.0  # seconds for an app to connect, or a command of Flower's to end, before the SuperLink is started anew
 
 
 @dataclass
 class SuperLink:
-    """``folder``: for all it needs, its user's alone; ``sites``: who is admitted; ``relay``: the socket its app connects to;
-    ``tell``: each command, where somebody wants to see it."""
+    """A supervised SuperLink. ``folder``: a private folder for its files. ``sites``: the sites admitted now. ``relay``: the
+    socket that its app connects to. ``tell``: called with each command line."""
 
     folder: Path
     sites: Callable[[], Sequence[SiteEntry]]
@@ -93,8 +93,8 @@ class SuperLink:
         return self.folder / "ca.pem"
 
     def revive(self) -> None:
-        """Start what does not run: the SuperLink, and the app on it. It forgets everything when it ends, sites too. Where it
-        does not do what it is told it is ended, and started anew at the next call."""
+        """Start the SuperLink and its app where they do not run. A new SuperLink knows no sites: they are registered again. One
+        that does not obey is ended, and started anew at the next call."""
         if not self._process.tend() or not _listens(self.port):
             return
         worked = True
@@ -116,21 +116,20 @@ class SuperLink:
             self._pid = None
 
     def ready(self) -> bool:
-        """Whether it runs and knows the sites."""
+        """Whether it runs, with the sites registered."""
         return self._process.pid is not None and self._process.pid == self._pid
 
     def knows(self, name: str) -> bool:
-        """Whether the site is registered with it, under the key that is admitted now."""
+        """Whether the site ``name`` is registered, under the key that is admitted now."""
         return any(site.name == name and site.public_key in self._registered for site in self.sites())
 
     def admit(self) -> dict[str, str]:
-        """The names of the sites admitted now, by what the SuperLink calls their nodes. Who was issued while it runs is
-        registered with it."""
+        """The names of the sites admitted now, by the SuperLink's names of their nodes. Sites issued meanwhile are registered."""
         self._register_new()
         return {_node(site): site.name for site in self.sites()}
 
     def _register_new(self) -> bool:
-        """Whether everybody admitted is registered now."""
+        """Register the sites that are not yet. Returns whether all admitted sites are registered now."""
         new = [site for site in self.sites() if site.public_key not in self._registered]
         if not new:
             return True
@@ -139,11 +138,11 @@ class SuperLink:
         return all(worked)
 
     def dropped(self) -> None:
-        """The app went away: submit it again."""
+        """Note that the app is gone, so that it is submitted again."""
         self._submitted = None
 
     def log_tail(self) -> list[str]:
-        """The last lines of its log, which goes with its folder."""
+        """The last lines of its log, which is removed with its folder."""
         log = self.folder / "superlink.log"
         return log.read_text(errors="replace").splitlines()[-20:] if log.exists() else []
 
@@ -156,8 +155,8 @@ class SuperLink:
             self._executor.stop()
 
     def _new_executor(self) -> SupervisedProcess:
-        """What starts the app; it ends with the SuperLink, and the app with it. A SuperLink starts one by itself too, but never
-        again."""
+        """The process that starts the app; it ends with the SuperLink, and the app with it. A SuperLink starts one by itself
+        too, but only once."""
         line = [command("flower-superexec"), "--root-certificates", str(self.authority), "--parent-pid", str(self._pid)]
         line += ["--runtime-api-address", f"{_HOST}:{self.port}"]
         environment = {"FLWR_HOME": str(self.folder / "flower"), "MIRA_RELAY": str(self.relay), **_MALLOC}
@@ -184,7 +183,7 @@ class SuperLink:
         return "supernode", "register", str(public), "fleet", "--name", _node(site)
 
     def _flwr(self, *commands: Sequence[str]) -> list[bool]:
-        """Flower's own commands, one after the other in one process; whether each of them worked."""
+        """Run ``flwr`` commands, one after the other in one process. Returns whether each of them worked."""
         lines = [[*arguments, "--format", "json"] for arguments in commands]
         for line in lines:
             self.tell(shlex.join([f"FLWR_HOME={self.folder / 'flower'}", command("flwr"), *line]))
@@ -207,12 +206,12 @@ class SuperLink:
 
 
 def _node(site: SiteEntry) -> str:
-    """One name a key: a name that was revoked and issued again has two, and the SuperLink knows both."""
+    """The SuperLink's name of a site, one for each key: it knows a revoked key and the new one of the same name."""
     return f"{site.name}.{sha256(site.public_key.encode()).hexdigest()[:12]}"
 
 
 def _worked(said: str) -> bool:
-    """Whether a command did what it should, or one before it had, and did not live to say so."""
+    """Whether a command succeeded, or an earlier one had and was killed before it reported so."""
     if _IN_USE in said:
         return True
     try:
@@ -222,7 +221,7 @@ def _worked(said: str) -> bool:
 
 
 def free_port() -> int:
-    """One that nobody listens at, and that no connection of anybody's gets as its own before somebody does."""
+    """A port without a listener, outside the range that the system gives to outgoing connections."""
     for port in SystemRandom().sample(_PORTS, 100):
         with socket.socket() as probe, suppress(OSError):
             probe.bind((_HOST, port))

@@ -1,8 +1,7 @@
-"""Flower's SuperNode, as a process that ends when its work does.
+"""Flower's SuperNode, as a process that exits when its main loop or its heartbeat dies.
 
-Left to itself it may stay, seen as running, and ask for nothing any more: its API for its own apps is a thread that outlives
-the main loop, which ends over any answer it does not know, and over two refusals at once; and one whose heartbeat died counts
-as offline for good. Whoever started it starts it again.
+Flower itself keeps the process alive: the thread of its app API outlives the main loop, which ends on any unknown answer and on
+two refusals at once. A SuperNode without a heartbeat counts as offline for good. The supervisor starts the process again.
 """
 
 from __future__ import annotations
@@ -20,29 +19,29 @@ _GOODBYE = 6.0  # seconds; Flower itself gives up after 5
 
 
 def _of_a_thread(failure: threading.ExceptHookArgs) -> None:
-    """A SuperNode does not look after its threads, and does nothing useful without one. It says goodbye where it can: who leaves
-    without counts as online for up to a minute, and is not let in again."""
+    """End the process when one of its threads dies, since it is useless without it. It signs off where it can: otherwise it
+    counts as online for up to a minute, and is not admitted again meanwhile."""
     threading.__excepthook__(failure)
     at_last = threading.Timer(
         _GOODBYE, _leave, (1,)
-    )  # the main loop waits for this thread, so this one cannot wait for it
+    )  # a timer: the main loop waits for this thread, which cannot wait for it in turn
     at_last.daemon = True
     at_last.start()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _leave(status: int) -> None:
-    """Whatever threads are left."""
+    """End the process with ``status``, whatever threads are left."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        with suppress(OSError, ValueError):  # nobody reads it any more
+        with suppress(OSError, ValueError):  # its reader is gone
             stream.flush()
     os._exit(status)
 
 
 def main() -> None:
-    """What ``flower-supernode`` does, with its arguments."""
+    """Run ``flower-supernode`` with its own arguments."""
     threading.excepthook = _of_a_thread
-    status = 1  # also where it just returns: it should not
+    status = 1  # also where it returns, which it should not
     try:
         flower_supernode()
     except SystemExit as end:

@@ -1,4 +1,4 @@
-"""Folders for the time a process lives, in the system's own place for such: sockets need short paths."""
+"""Temporary folders for the life of a process, in the system's place for them, since sockets need short paths."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_FRESH = 60.0  # seconds in which one may not be locked yet
+_FRESH = 60.0  # seconds in which a new folder may not be locked yet
 
 
 @contextmanager
 def temporary_folder(prefix: str) -> Iterator[Path]:
-    """A new folder for this user alone, gone afterwards. Those of former processes that were killed go too: keys were in them."""
+    """A new folder for this user alone, removed at the end. Folders of killed processes are removed too: they held keys."""
     _sweep(prefix)
     folder = Path(tempfile.mkdtemp(prefix=prefix))
     try:
@@ -29,7 +29,7 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
 
 def _sweep(prefix: str) -> None:
     for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        with suppress(OSError), _opened(folder) as lock:  # another user's, or in use: not ours to remove
+        with suppress(OSError), _opened(folder) as lock:  # another user's, or in use
             status = os.fstat(lock)
             if status.st_uid == os.getuid() and time.time() - status.st_mtime > _FRESH:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

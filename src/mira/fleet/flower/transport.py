@@ -1,4 +1,4 @@
-"""Flower as a transport: what the app on the server is told to push and pull, and who it says is online."""
+"""Flower as a transport: Flower's app on the server pushes requests, pulls replies, and lists the sites online."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ from mira.fleet.messages.transport import NoReply, OnReply, Reply, any_bytes
 
 log = logging.getLogger(__name__)
 
-_POLL = 0.5  # seconds between two questions for replies
-_GLANCE = 0.1  # or between two looks at what passed
-_ALL = 10.0  # seconds until those are asked for too of which nobody saw an answer
+_POLL = 0.5  # seconds between two pulls
+_GLANCE = 0.1  # seconds between two looks at the answers that passed the gate
+_ALL = 10.0  # seconds between two pulls of all messages, also those without an answer seen
 _SHARE = 1 << 26  # bytes of rows that Flower's app holds at a time, or one row
-_STEP = 120.0  # seconds in which the app on the server does one thing; longer, and it is taken for dead
-_ACCEPT = 2.0  # seconds between two looks after an app that does not come
-_DEATHS = 20  # of the app over one question, which are survived
-_LOOK = 1.0  # seconds between two looks for sites that are to come back
+_STEP = 120.0  # seconds of one step of the app, after which it counts as dead
+_ACCEPT = 2.0  # seconds between two attempts to revive an app that does not come
+_DEATHS = 20  # deaths of the app over one request that are survived
+_LOOK = 1.0  # seconds between two looks for sites that should come back
 
 
 @dataclass
 class FlowerTransport:
-    """``listener``: the socket that Flower's app on the server connects to. ``names``: the sites admitted now, whoever else is
-    online, by the names of their nodes. ``revive`` is called while the app is not there, and brings it back, ``dropped`` when it
-    goes, ``pushed`` when requests lie ready for the sites; ``answered``: the numbers of messages whose answers have come whole,
-    where somebody sees them pass, so that not every message is asked for every time; ``allow`` is told of each site that is about
-    to be asked how many bytes its answer may have; ``say`` hears who comes and goes; ``grace``: seconds in which sites that were
-    online before it went are there again."""
+    """The transport over Flower.
+
+    ``listener``: the socket that Flower's app on the server connects to. ``names``: the sites admitted now, by the names of their
+    nodes. ``revive``: called while the app is away, to bring it back. ``dropped``: called when it goes away. ``pushed``: called
+    when requests lie ready for the sites. ``answered``: the numbers of the messages whose answers have passed the gate, so that
+    only these are pulled; None without a gate. ``allow``: called with the bytes that the answer of each site may have, before it
+    is asked. ``say``: called with a line when sites come and go. ``patience``: seconds that an app may take to come. ``grace``:
+    seconds in which the sites return after the app did.
+    """
 
     listener: socket.socket
     names: Callable[[], Mapping[str, str]]
@@ -47,13 +50,14 @@ class FlowerTransport:
     grace: float = 60.0
     _app: socket.socket | None = None
     _nodes: dict[str, str] = field(default_factory=dict)
-    _late: set[str] = field(default_factory=set)  # messages nobody waits for any more
-    _missed: set[str] = field(default_factory=set)  # online when the app went away, and not seen since
-    _back: float = 0.0  # until when they may come
-    _asked: float = 0.0  # when all messages were asked for last
+    _late: set[str] = field(default_factory=set)  # messages that no round waits for any more
+    _missed: set[str] = field(default_factory=set)  # sites online when the app went away, and not seen since
+    _back: float = 0.0  # end of the grace for these sites
+    _asked: float = 0.0  # time of the last pull of all messages
 
     def roster(self, until: float = inf) -> set[str]:
-        """A SuperLink that was started anew knows nobody at first: waits for those who were there, until ``until`` at most."""
+        """The sites online. A SuperLink that was started anew knows no sites at first: this waits for those that were online
+        before, until ``until`` at most."""
         here = self._look()
         while self._missed - here and time.monotonic() < min(self._back, until):
             time.sleep(_LOOK)
@@ -74,8 +78,9 @@ class FlowerTransport:
         self, requests: Mapping[str, bytes], deadline: float, minimum: int, on_reply: OnReply = any_bytes,
         most: Mapping[str, int] | None = None,
     ) -> dict[str, Reply]:  # fmt: skip
-        """Where Flower's app dies on the way the requests are sent again: a site that trained already trains the same once
-        more, to the same row. The time until the app and its sites are there again does not count, up to another ``deadline``."""
+        """As ``Transport.exchange``. Where Flower's app dies meanwhile the requests are sent again: a site that has trained
+        already does so once more, with the same result. The time until app and sites are back does not count, up to another
+        ``deadline``."""
         until = time.monotonic() + deadline
         last = until + deadline
         replies: dict[str, Reply] = {}
@@ -112,8 +117,8 @@ class FlowerTransport:
         }
 
     def _push(self, requests: Mapping[str, bytes], until: float, replies: dict[str, Reply]) -> dict[str, str]:
-        """Names by message."""
-        self.roster(until)  # a node that came back has another number
+        """Push requests to the sites online. Returns their names by message; failures are put into ``replies``."""
+        self.roster(until)  # a node that came back has a new number
         here = [name for name in requests if name in self._nodes]
         replies |= {name: NoReply("it went offline") for name in requests if name not in self._nodes}
         if not here:
@@ -129,8 +134,8 @@ class FlowerTransport:
         return {id: name for name, id in zip(here, ids, strict=True) if id is not None}
 
     def _due(self, waiting: Mapping[str, str]) -> list[str]:
-        """The messages to ask for. Now and then all of them: Flower has answers of its own, as to what nobody fetched in time;
-        and what comes too late is fetched too, or Flower would keep it to the end of the run."""
+        """The messages to pull: those with an answer, and all of them now and then. Flower has answers of its own, for messages
+        that were not fetched in time; and it keeps late answers until they are fetched."""
         if self.answered is None or time.monotonic() > self._asked + _ALL:
             self._asked = time.monotonic()
             return [*waiting, *self._late]
@@ -148,14 +153,14 @@ class FlowerTransport:
             for id, why in told:
                 reply = frames.receive(app) if why is None else NoReply(why)
                 self._late.discard(id)
-                if id in waiting:  # else late, a duplicate, or an answer to nobody's question
+                if id in waiting:  # else late, a duplicate, or unknown
                     found[waiting[id]] = reply
             return found
         except (frames.Closed, frames.TooLong, TimeoutError) as error:
             raise self._dropped(error) from None
 
     def _do(self, asked: Mapping[str, object], contents: list[bytes] | None = None) -> list[bytes]:
-        """What the app answers; asked again where it dies over it. Raises UserError where it does so time and again."""
+        """The app's answer to a request, which is repeated where the app dies over it. Raises UserError after many deaths."""
         deaths = 0
         while True:
             app = self._connected()
@@ -175,8 +180,8 @@ class FlowerTransport:
                     ) from None
 
     def _connected(self) -> socket.socket:
-        """The app, waited for where it is not there. Raises UserError when it does not come within ``patience`` seconds, those
-        apart in which it was being revived: to register a hundred sites takes minutes."""
+        """The connection to the app. Raises UserError when none comes within ``patience`` seconds, without the time spent on
+        reviving it: the registration of a hundred sites takes minutes."""
         waited = 0.0
         while self._app is None:
             self.revive()
@@ -198,7 +203,7 @@ class FlowerTransport:
         if self._app is not None:
             self._app.close()
             self._app = None
-            self._late.clear()  # they were messages of its run
+            self._late.clear()  # messages of that app's run
             self._missed |= self._nodes.keys()
             self.dropped()
         log.warning("Flower's app on the server went away (%s); starting it again", error)
@@ -211,7 +216,7 @@ class FlowerTransport:
 
 
 def _shares(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Keys in lists of at most ``_SHARE`` bytes, or of a single one."""
+    """The keys in lists of at most ``_SHARE`` bytes, or of a single key."""
     share: list[str] = []
     for key, size in sizes.items():
         if share and sum(sizes[k] for k in share) + size > _SHARE:

@@ -1,1 +1,1 @@
-"""The gate: the one door to a SuperLink, open to the fleet API alone."""
+"""The gate: a reverse proxy before a SuperLink that passes the fleet API alone."""

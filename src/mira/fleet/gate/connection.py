@@ -1,4 +1,4 @@
-"""One side's connection through the gate: bytes on one end, HTTP events on the other, and what is answered to the rest."""
+"""A connection of the gate as HTTP events, and the answers to refused requests."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import h11
 log = logging.getLogger(__name__)
 
 PIECE = 1 << 16
-_FAREWELL = 1.0  # seconds a refused peer has to read its answer
+_FAREWELL = 1.0  # seconds for a refused peer to read its answer
 
 
 class HttpRefusal(Exception):
-    """What is answered instead: an HTTP status and a body, and why, for the log."""
+    """A refusal: the HTTP status and body to answer, and the reason for the log."""
 
     def __init__(self, status: int, why: str, body: bytes = b"") -> None:
         super().__init__(why)
@@ -24,9 +24,9 @@ class HttpRefusal(Exception):
 
 
 class HttpConnection:
-    """One side's connection: bytes on one end, HTTP events on the other. No wait is longer than ``patience`` seconds.
+    """A connection to a site or to the SuperLink, read and written as HTTP events. No wait is longer than ``patience`` seconds.
 
-    What breaks on the SuperLink's side is a 502, on a site's a 408 or what HTTP says of its mistake.
+    A failure on the SuperLink's side becomes a 502, on a site's a 408 or the status for its mistake.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class HttpConnection:
 
     @property
     def gone(self) -> bool:
-        """Whether the peer is known to have left."""
+        """Whether the peer has closed the connection."""
         return self.reader.at_eof() or self.reader.exception() is not None
 
     async def next(self) -> object:
@@ -52,7 +52,7 @@ class HttpConnection:
             raise HttpRefusal(502 if self.ours else 408, f"no more came {error}") from None
 
     async def body(self) -> AsyncIterator[bytes]:
-        """The pieces of the body that comes. Raises HttpRefusal when it ends early."""
+        """The pieces of the body. Raises HttpRefusal when it ends early."""
         while isinstance(piece := await self.next(), h11.Data):
             yield piece.data
         if not isinstance(piece, h11.EndOfMessage):
@@ -69,21 +69,23 @@ class HttpConnection:
 
 
 async def refuse(connection: HttpConnection, host: str, refused: HttpRefusal) -> None:
-    """Answers, where an answer has not begun, and leaves the connection to be closed."""
+    """Answer with the refusal, unless an answer has begun. The caller closes the connection."""
     log.debug("%s: refused with %d: %s", host, refused.status, refused)
     if connection.http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
         return
-    with suppress(HttpRefusal, TimeoutError):  # a peer that does not take the answer does without
+    with suppress(HttpRefusal, TimeoutError):  # the peer may not take the answer
         head = [("content-length", str(len(refused.body))), ("connection", "close")]
         await connection.send(h11.Response(status_code=refused.status, headers=head))
         await connection.send(h11.Data(data=refused.body))
         await connection.send(h11.EndOfMessage())
-        async with asyncio.timeout(_FAREWELL):  # closed with bytes unread, TCP would take the answer back
+        async with asyncio.timeout(
+            _FAREWELL
+        ):  # TCP would take the answer back if the connection were closed with bytes unread
             while await connection.reader.read(PIECE):
                 pass
 
 
 async def hang_up(writer: asyncio.StreamWriter) -> None:
     writer.close()
-    with suppress(OSError, TimeoutError):  # the peer may be gone, which is what closing is about
+    with suppress(OSError, TimeoutError):  # the peer may be gone
         await writer.wait_closed()

@@ -1,12 +1,12 @@
-"""The one door to a SuperLink on loopback: TLS outside, and only the fleet API inside.
+"""A reverse proxy before a SuperLink on loopback: TLS outside, and the fleet API alone inside.
 
-A SuperLink serves its fleet, control and runtime APIs on one port, and asks for a proof of identity on the fleet API alone;
-whoever reaches the port may submit code to every site. So nobody reaches it but through here. A SuperNode speaks HTTP/1.1:
-POST, no query, a body of known length. Everything else is refused, and what passes is parsed and written anew, one
-connection to the SuperLink a request, so that both cannot disagree on where a request ends.
+A SuperLink serves its fleet, control and runtime APIs on one port and asks for a proof of identity on the fleet API alone; anyone
+who reaches the port may submit code to every site. Therefore sites reach it only through this proxy. A SuperNode speaks HTTP/1.1:
+POST, no query, a body of known length. Everything else is refused. Requests that pass are parsed and written anew, each on a
+connection of its own to the SuperLink, so that both agree on the end of a request.
 
-A SuperNode that asks for messages when there are none asks again after 3 s. Here its question is held instead until
-something was pushed, and asked again then.
+Long polling: a SuperNode that asks for messages when there are none would ask again after 3 s. The gate holds its question until
+something was pushed, and repeats it then.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ log = logging.getLogger(__name__)
 Address = tuple[str, int]  # host, port
 Listen = tuple[str | None, int]
 Admit = Callable[[Mapping[str, str]], str | None]
-"""A request's headers → the site it proves to be, None for nobody. Raises UserError where nobody can say."""
+"""A request's headers → the name of the site that signed it; None for a stranger. Raises UserError for an unreadable kit."""
 
-_FILES = 3  # open files a connection may take: its own, one to the SuperLink, and some to spare for all else
+_FILES = 3  # open files of a connection: its own, one to the SuperLink, and a spare for everything else
 _LOOK = 0.2  # seconds between two looks at a SuperLink that is not ready
 
 
 @dataclass(frozen=True)
 class Upstream:
-    """Where the SuperLink listens. With node authentication it speaks TLS itself: ``tls`` trusts its own CA. Until it is
-    ``ready``, requests wait: a SuperNode that is refused comes again only after up to 30 s. ``knows``: whether a site is
-    registered with it; one that is admitted will be."""
+    """The SuperLink behind the gate. With node authentication it speaks TLS itself; ``tls`` trusts its CA. Requests wait until it
+    is ``ready``, since a SuperNode that is refused returns only after up to 30 s. ``knows``: whether a site is registered with
+    it; an admitted site will be."""
 
     address: Address
     tls: ssl.SSLContext | None = None
@@ -57,8 +57,8 @@ class Upstream:
 
 @dataclass(frozen=True)
 class OpenGate:
-    """An open gate. ``ring``, from any thread: something was pushed, so that held questions are asked again. ``answered``: the
-    numbers of the questions that sites answered lately, as ``Uploads.whole``; ``allow``: how much they may answer."""
+    """An open gate. ``ring``: repeat held questions, since something was pushed; for any thread. ``answered``: the numbers of the
+    questions that sites answered lately, as ``Uploads.whole``. ``allow``: set the bytes that they may push."""
 
     address: Address
     ring: Callable[[], object]
@@ -67,7 +67,7 @@ class OpenGate:
 
 
 def server_tls(certificate: Path, key: Path) -> ssl.SSLContext:
-    """TLS 1.2 or newer with the server's certificate."""
+    """The TLS settings of the gate: 1.2 or newer, with the server's certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION
@@ -77,7 +77,7 @@ def server_tls(certificate: Path, key: Path) -> ssl.SSLContext:
 
 
 def upstream_tls(authority: Path) -> ssl.SSLContext:
-    """For the way to a SuperLink whose certificate is by ``authority``."""
+    """The TLS settings towards a SuperLink whose certificate is signed by ``authority``."""
     return ssl.create_default_context(cafile=str(authority))
 
 
@@ -85,8 +85,8 @@ def upstream_tls(authority: Path) -> ssl.SSLContext:
 def opened(
     listen: tuple[str | None, int], upstream: Upstream, tls: ssl.SSLContext, admit: Admit, limits: Limits
 ) -> Iterator[OpenGate]:
-    """A gate in a thread of its own that listens at ``listen`` (no host: everywhere, IPv4 and IPv6; port 0, with a host: any free
-    one). Raises OSError when it cannot."""
+    """Run a gate in a thread of its own at ``listen`` (no host: all addresses, IPv4 and IPv6; port 0, with a host: any free
+    port). Raises OSError when it cannot listen there."""
     limits = _affordable(limits)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="gate", daemon=True)
@@ -108,7 +108,7 @@ def opened(
 
 
 def _affordable(limits: Limits) -> Limits:
-    """As many connections as this process may have open files for, and of one host as large a part of them as before."""
+    """``limits`` with as many connections as this process may open files for, and the same share for one host."""
     most = min(limits.connections, allow_files() // _FILES)
     return replace(
         limits, connections=most, connections_per_host=limits.connections_per_host * most // limits.connections
@@ -116,7 +116,7 @@ def _affordable(limits: Limits) -> Limits:
 
 
 class _Gate:
-    """Open connections, counted, so that they can be limited and closed."""
+    """The open connections, counted, so that they can be limited and closed."""
 
     def __init__(self, upstream: Upstream, admit: Admit, limits: Limits) -> None:
         self.upstream, self.admit, self.limits = upstream, admit, limits
@@ -139,7 +139,7 @@ class _Gate:
         self.bell = asyncio.Event()
 
     def accept(self, tls: ssl.SSLContext, transport: asyncio.Transport) -> None:
-        """Counted before anything is read: who opens connections and says nothing uses up his own share."""
+        """Count a new connection before anything is read: silent connections use up the share of their own host."""
         host = rules.host_of(str((transport.get_extra_info("peername") or ("nobody",))[0]))
         if self.hosts.total() >= self.limits.connections or self.hosts[host] >= self.limits.connections_per_host:
             log.debug("%s: closed, too many connections", host)
@@ -168,7 +168,7 @@ class _Gate:
             self.hosts -= Counter({host: 1})  # leaves no zero behind
 
     async def converse(self, host: str, outside: HttpConnection) -> None:
-        """One request after the other, until one is refused, the peer leaves or nothing comes."""
+        """Serve one request after the other, until one is refused, the peer leaves or none comes."""
         while True:
             try:
                 async with asyncio.timeout(self.limits.head):
@@ -193,7 +193,7 @@ class _Gate:
             return self.admit(headers)
         except UserError as error:
             log.error("nobody is let in: %s", error)
-            raise HttpRefusal(503, "who is admitted is not known") from None  # a site tries again, it was not refused
+            raise HttpRefusal(503, "who is admitted is not known") from None  # not a refusal: the site tries again
 
     async def readiness(self) -> None:
         with suppress(TimeoutError):
@@ -202,16 +202,14 @@ class _Gate:
                     await asyncio.sleep(_LOOK)
 
     async def forward(self, target: bytes, site: str, headers: Mapping[str, str], outside: HttpConnection) -> int:
-        """Sends one request on and its answer back; the answer's status. Raises HttpRefusal while nothing of it was sent back."""
+        """Forward one request and its answer. Returns the answer's status. Raises HttpRefusal before any of it is sent."""
         if target == rules.QUESTIONS:
             return await self.hold(headers, outside)
         size = int(headers["content-length"]) if target in (rules.ANSWERS, rules.PIECES) else None
         if size is None:
             async with self.asked(target, headers, outside.body()) as (answer, inside):
                 if target == rules.BEGIN and answer.status_code == rules.UNKNOWN and not self.upstream.knows(site):
-                    raise HttpRefusal(
-                        503, f"the SuperLink does not know {site} yet"
-                    )  # it tries again, it was not refused
+                    raise HttpRefusal(503, f"the SuperLink does not know {site} yet")  # not a refusal: it tries again
                 return await _pass_back(answer, inside, outside)
         if not self.uploads.take(site, size):
             raise HttpRefusal(413, "more than it was asked for")
@@ -222,11 +220,11 @@ class _Gate:
                 async with self.asked(target, headers, outside.body()) as (answer, inside):
                     return await _pass_back(answer, inside, outside)
             except HttpRefusal:
-                self.uploads.give_back(site, size)  # it did not come whole, and will be sent again
+                self.uploads.give_back(site, size)  # incomplete: it will be sent again
                 raise
 
     async def announce(self, site: str, headers: Mapping[str, str], outside: HttpConnection) -> int:
-        """As ``forward``, for what must be a site's own answer."""
+        """As ``forward``, for a message that must be the site's own answer."""
         body = b"".join([piece async for piece in outside.body()])
         if (question := own_answer(body)) is None:
             raise HttpRefusal(403, "not an answer of the site that sent it")
@@ -236,11 +234,11 @@ class _Gate:
             return await _pass_back(answer, inside, outside)
 
     async def hold(self, headers: Mapping[str, str], outside: HttpConnection) -> int:
-        """As ``forward``; where there are no messages, again as soon as something was pushed."""
+        """As ``forward``, for a question for messages: where there are none, repeat it when something was pushed."""
         body = [piece async for piece in outside.body()]
         until = asyncio.get_running_loop().time() + self.limits.hold
         while True:
-            bell = self.bell  # the one before the question: whatever is pushed from now on rings it
+            bell = self.bell  # taken before the question: any later push rings it
             async with self.asked(rules.QUESTIONS, headers, _each(body)) as (answer, inside):
                 nothing = answer.status_code == 200 and (b"content-length", b"0") in answer.headers
                 if not nothing or asyncio.get_running_loop().time() >= until:
@@ -248,7 +246,7 @@ class _Gate:
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(until):
                     await bell.wait()
-            if outside.gone:  # what is fetched for nobody is lost
+            if outside.gone:  # a message fetched now would be lost
                 raise HttpRefusal(408, "it left")
             if self.identify(headers) is None:
                 raise rules.stranger(rules.QUESTIONS)
@@ -257,7 +255,7 @@ class _Gate:
     async def asked(
         self, target: bytes, headers: Mapping[str, str], body: AsyncIterator[bytes]
     ) -> AsyncIterator[tuple[h11.Response, HttpConnection]]:
-        """The SuperLink's answer to one request, and the line its body comes on."""
+        """The head of the SuperLink's answer to one request, and the connection that its body comes on."""
         host, port = self.upstream.address
         try:
             reader, writer = await asyncio.open_connection(host, port, ssl=self.upstream.tls, limit=PIECE)

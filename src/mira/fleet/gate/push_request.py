@@ -1,20 +1,20 @@
-"""What a site may push through the gate: answers of its own.
+"""A check of the messages that a site pushes through the gate: they must be answers of its own.
 
-Flower checks who signed a request, but not whose message is in it: a site that learnt another's node number could answer for it,
-or give it instructions as if it were the server. Read as protobuf (https://protobuf.dev/programming-guides/encoding/) by hand,
-since importing Flower costs a second; stricter than its parser, so that nothing is read in two ways.
+Flower checks the signature of a request, but not the sender of the message in it: a site that learnt another's node number could
+answer for it, or instruct it as if it were the server. The protobuf (https://protobuf.dev/programming-guides/encoding/) is parsed
+by hand, since importing Flower costs a second, and more strictly than by Flower's parser, so that it cannot be read in two ways.
 """
 
 from __future__ import annotations
 
-_NUMBER = 128  # characters of a message's number: Flower's have 64
+_NUMBER = 128  # characters of a message's number at most; Flower's have 64
 
 Fields = dict[int, list["int | bytes"]]
 
 
 def own_answer(body: bytes) -> str | None:
-    """The number of the question that ``body`` answers, a PushMessagesRequest of flwr 1.41, where it is one message: an answer
-    by the node that pushes it."""
+    """The number of the question that ``body`` answers: a PushMessagesRequest of flwr 1.41 with one message, an answer of the
+    node that pushes it. None for any other body."""
     try:
         request = _fields(body)
         [node], [message] = request[1], request[2]
@@ -29,7 +29,7 @@ def own_answer(body: bytes) -> str | None:
 
 
 def _fields(data: int | bytes) -> Fields:
-    """Every occurrence of every field, by number: varints as int, the rest as bytes. Raises ValueError where it is no message."""
+    """All occurrences of each field, by number: varints as int, the rest as bytes. Raises ValueError for anything else."""
     if isinstance(data, int):
         raise ValueError("a number where a message should be")
     found: Fields = {}
@@ -55,7 +55,7 @@ def _fields(data: int | bytes) -> Fields:
 
 
 def _varint(data: bytes, place: int) -> tuple[int, int]:
-    """The number at ``place`` and where it ends. Raises ValueError beyond 64 bits."""
+    """The number at ``place`` and the place after it. Raises ValueError beyond 64 bits."""
     value = 0
     for n, byte in enumerate(data[place : place + 10]):
         value |= (byte & 0x7F) << (7 * n)

@@ -1,5 +1,4 @@
-"""What sites push, as far as it can be seen at the gate: which answers have come whole, so that nobody has to ask over and over,
-and how much a site may push, by what it was asked."""
+"""The sites' uploads as the gate sees them: which answers are complete, and how many bytes a site may still push."""
 
 from __future__ import annotations
 
@@ -11,14 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 _REMEMBERED = 1 << 12  # answers
-# Bytes a site may push beside what it is asked for: announcements, and what a broken line makes it repeat.
+# Bytes that a site may push beside its answers: announcements, and repetitions after a broken connection.
 _UNASKED = 16 << 20
 
 
 @dataclass
 class Uploads:
-    """Told by the gate, asked by the relay, each in its thread. A site announces an answer, and then pushes what it consists of;
-    once it has pushed nothing for ``quiet`` seconds, all of it is there. An answer of long ago is forgotten."""
+    """Written by the gate and read by the transport, each in its thread. A site announces an answer and then pushes its pieces;
+    once it has pushed nothing for ``quiet`` seconds, the answer counts as complete. Old answers are forgotten."""
 
     quiet: float = 0.25
     _answers: deque[tuple[str, str]] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))  # question, site
@@ -29,7 +28,7 @@ class Uploads:
 
     @contextmanager
     def pushing(self, site: str) -> Iterator[None]:
-        """While ``site`` pushes something."""
+        """A context in which ``site`` is pushing."""
         with self._lock:
             self._busy[site] += 1
         try:
@@ -40,14 +39,14 @@ class Uploads:
                 self._last[site] = time.monotonic()
 
     def allow(self, most: Mapping[str, int]) -> None:
-        """These sites are about to be asked for answers of so many bytes at most. They may push each twice over; who is still
-        pushing an earlier one may go on with it."""
+        """Allow each site to push its answer, of at most so many bytes, twice. A site that is still pushing an earlier answer may
+        finish it."""
         with self._lock:
             for site, size in most.items():
                 self._left[site] = max(self._left.get(site, 0), 2 * size + _UNASKED)
 
     def take(self, site: str, size: int) -> bool:
-        """Whether ``site`` may push another ``size`` bytes, which are then counted."""
+        """Count another ``size`` bytes of ``site``. Returns False, and counts nothing, where it may not push so many."""
         with self._lock:
             left = self._left.get(site, _UNASKED) - size
             if left >= 0:
@@ -55,7 +54,7 @@ class Uploads:
             return left >= 0
 
     def give_back(self, site: str, size: int) -> None:
-        """Of what was taken, what did not come after all."""
+        """Uncount ``size`` bytes of ``site`` that did not come after all."""
         with self._lock:
             self._left[site] += size
 
@@ -64,7 +63,7 @@ class Uploads:
             self._answers.append((question, site))
 
     def whole(self) -> set[str]:
-        """The numbers of the questions whose answers seem to have come whole."""
+        """The numbers of the questions whose answers seem to be complete."""
         with self._lock:
             now = time.monotonic()
             return {

@@ -1,4 +1,4 @@
-"""What may pass the gate: the fleet API and nothing else, as a SuperNode speaks it, within limits."""
+"""The rules of the gate: the fleet API as a SuperNode speaks it, within limits, and nothing else."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ HEAD_BYTES = 1 << 14
 
 @dataclass(frozen=True)
 class Limits:
-    """What one peer may ask for. Times in seconds."""
+    """The limits of a peer. Times in seconds."""
 
     body: int = 8 << 20  # bytes of a piece of an answer; Flower sends an array in pieces of 5 MiB
-    answer: int = 1 << 20  # bytes of what announces an answer: who, to what, and which pieces it has
-    question: int = 64 << 10  # bytes of any other: who asks for what
+    answer: int = 1 << 20  # bytes of an answer's announcement: its sender, its question and its pieces
+    question: int = 64 << 10  # bytes of any other request
     connections: int = 1024
     connections_per_host: int = 256
     head: float = 20.0  # for a TLS handshake, and for a request's head from the end of the last one
-    stall: float = 60.0  # for the next piece of a body, either way, and for an answer
+    stall: float = 60.0  # until the next piece of a body, either way, and until an answer
     hold: float = 20.0  # for which a request waits for messages, or for the SuperLink; a SuperNode gives up after 30
 
 
@@ -58,7 +58,7 @@ def check(request: h11.Request, limits: Limits) -> dict[str, str]:
 
 
 def host_of(address: str) -> str:
-    """The host that ``address`` is of: with IPv6 whoever has one has a whole network of 64 bits."""
+    """The host of ``address``; with IPv6 its network of 64 bits, since a host has all addresses in it."""
     try:
         return str(ip_network(f"{address.partition('%')[0]}/64", strict=False)) if ":" in address else address
     except ValueError:
@@ -66,8 +66,8 @@ def host_of(address: str) -> str:
 
 
 def stranger(target: bytes) -> HttpRefusal:
-    """A SuperNode that begins shows the text of a 412, as a SuperLink answers a key it does not know, and fails; one under way
-    ends at a 401 only. ``mira client`` asks (``flower.preflight``) before it lets one begin anew."""
+    """The refusal of a key that is not admitted. A SuperNode that starts prints the text of a 412, a SuperLink's own answer to an
+    unknown key, and fails; a running one ends at a 401 only. ``mira client`` asks first (``flower.preflight``)."""
     if target not in (b"/v1/fleet/register-node", BEGIN):
         return HttpRefusal(401, "not a site of this federation")
     text = "The server does not admit this node key: it is revoked, or of another federation, or the clock is wrong."

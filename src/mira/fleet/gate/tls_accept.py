@@ -1,7 +1,6 @@
-"""Connections as they come: told of before their first byte, TLS only then.
+"""Connections that are counted before their first byte, and only then speak TLS.
 
-asyncio's own TLS server tells of a connection once the handshake is over; whoever opens connections and says nothing would be
-in no limit.
+asyncio's own TLS server reports a connection after its handshake; silent connections would be in no limit.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ class Raw(asyncio.Protocol):
 
 
 async def secured(transport: asyncio.Transport, tls: ssl.SSLContext, handshake: float, limit: int) -> Stream:
-    """TLS, as its server, over a connection that ``Raw`` told of; ``handshake``: seconds it may take; ``limit``: bytes that are
-    read ahead, as in asyncio.StreamReader. Raises OSError where the peer does not speak TLS as we do."""
+    """The server's side of TLS over a connection from ``Raw``. ``handshake``: seconds that it may take. ``limit``: bytes to read
+    ahead, as in asyncio.StreamReader. Raises OSError where the peer does not speak this TLS."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit, loop)
     protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
@@ -43,7 +42,7 @@ async def secured(transport: asyncio.Transport, tls: ssl.SSLContext, handshake: 
 
 
 def allow_files() -> int:
-    """Raises this process's limit of open files, as far as its user may, and returns it."""
+    """Raise this process's limit of open files as far as its user may, and return it."""
     now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _FILES if most == resource.RLIM_INFINITY else min(_FILES, most)
     if now != resource.RLIM_INFINITY and now < wanted:

@@ -36,7 +36,7 @@ class Signed:
 
 
 def new_authority(now: datetime, days: int) -> Signed:
-    """A CA that may sign servers and nothing else."""
+    """A new CA that may sign servers and nothing else."""
     key = ec.generate_private_key(ec.SECP384R1())
     name = _name("MIRA federation")
     builder = _builder(name, name, key.public_key(), key.public_key(), now, days)
@@ -46,15 +46,13 @@ def new_authority(now: datetime, days: int) -> Signed:
 
 
 def new_server(authority: Signed, host: str, now: datetime, days: int, own: bytes | None = None) -> Signed:
-    """A server's certificate for ``host``, a name or an IP address, by ``authority``; with a new key unless its ``own`` is given.
-
-    Raises ValueError when a certificate of the authority cannot hold as long as that, or a key is no ECDSA key.
-    """
+    """A server's certificate for ``host``, a name or an IP address, signed by ``authority``; with a new key unless its ``own`` is
+    given. Raises ValueError when the authority's own certificate expires earlier, or a key is no ECDSA key."""
     key = _private_key(own) if own else ec.generate_private_key(ec.SECP384R1())
     issuer = x509.load_pem_x509_certificate(authority.certificate)
     issuer_key = _private_key(authority.key)
     if now + timedelta(days=days) > issuer.not_valid_after_utc:
-        raise ValueError(f"the CA holds until {issuer.not_valid_after_utc:%Y-%m-%d} only")
+        raise ValueError(f"the CA is valid until {issuer.not_valid_after_utc:%Y-%m-%d} only")
     builder = _builder(_name("MIRA server"), issuer.subject, key.public_key(), issuer_key.public_key(), now, days)
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     builder = builder.add_extension(x509.KeyUsage(**_NO_USE | {"digital_signature": True}), critical=True)
@@ -64,7 +62,7 @@ def new_server(authority: Signed, host: str, now: datetime, days: int, own: byte
 
 
 def new_node_key() -> tuple[bytes, str]:
-    """A site's private key and its public key, one line, both as OpenSSH writes them."""
+    """A new private key and its public key in one line, both in the format of OpenSSH."""
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
@@ -85,19 +83,19 @@ def read_node_key(private: bytes) -> str:
 
 
 def fingerprint(public: str) -> str:
-    """As ``ssh-keygen -l`` shows it."""
+    """The fingerprint of a public key, as ``ssh-keygen -l`` prints it."""
     blob = base64.b64decode(public.split()[1])
     return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode("ascii").rstrip("=")
 
 
 def period(certificate: bytes) -> tuple[datetime, datetime]:
-    """When a certificate begins and ends to hold, UTC. Raises ValueError when it is none."""
+    """The start and end of a certificate's validity, UTC. Raises ValueError when it is no certificate."""
     found = x509.load_pem_x509_certificate(certificate)
     return found.not_valid_before_utc, found.not_valid_after_utc
 
 
 def check_server(authority: bytes, server: Signed, host: str) -> None:
-    """Raises ValueError unless ``server`` is the authority's own, for ``host``, and has its own key."""
+    """Raises ValueError unless ``authority`` signed ``server``, for ``host`` and for its key."""
     issuer, found = x509.load_pem_x509_certificate(authority), x509.load_pem_x509_certificate(server.certificate)
     if _private_key(server.key).public_key() != found.public_key():
         raise ValueError("the server's key is not that of its certificate")

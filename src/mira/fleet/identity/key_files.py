@@ -1,4 +1,4 @@
-"""Folders of keys: only their owner may read them, and they are refused when that is not so."""
+"""Key folders, readable by their owner alone; others are refused."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pathlib import Path
 from mira.core.errors import UserError
 from mira.store.files import sync
 
-SECRET = ".key"  # ends the name of what only its owner may read
+SECRET = ".key"  # suffix of files that only their owner may read
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """A new folder (0700) with ``files``, secrets 0600, whole or not at all. Raises UserError when it exists."""
+    """Write a new folder (0700) with ``files``, secrets 0600, whole or not at all. Raises UserError when it exists."""
     if os.path.lexists(folder):
         raise UserError(f"{folder}: exists already; name a new folder, or remove it when nobody uses its keys")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def read(folder: Path, name: str) -> bytes:
-    """The file ``name`` of a folder of keys. Raises UserError when it is not its owner's alone."""
+    """The content of the file ``name`` of a key folder. Raises UserError when others may read it."""
     check_folder(folder)
     path = folder / name
     try:
@@ -69,7 +69,7 @@ def check_folder(folder: Path) -> None:
 
 
 def own_folder(folder: Path) -> None:
-    """Makes ``folder`` where there is none; raises UserError where others may enter it."""
+    """Make ``folder`` where there is none. Raises UserError where others may enter it."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     check_folder(folder)
 
@@ -85,8 +85,8 @@ def _check(path: Path, found: os.stat_result, forbidden: int, wanted: int) -> No
 
 
 @contextmanager
-def turn(folder: Path) -> Iterator[None]:
-    """Whoever else changes ``folder`` waits."""
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of ``folder``: other processes that change it wait."""
     check_folder(folder)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

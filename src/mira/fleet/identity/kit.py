@@ -1,5 +1,5 @@
-"""Kits: the folders that say who is who. The server's holds the CA, its certificate and the list of issued sites; a site's
-holds the CA's certificate, its own node key and the server's address, and nothing secret of others.
+"""Kits: the key folders that prove server and sites. The server's kit holds the CA, its certificate and the list of issued sites;
+a site's holds the CA's certificate, its own node key and the server's address, and no secret of others.
 
     server/  ca.pem  ca.key  server.pem  server.key  server.json      site/  ca.pem  site.key  site.pub  site.json
 """
@@ -22,12 +22,12 @@ from mira.store import files
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]")
-_CA_DAYS = 3650  # sites keep the CA's certificate, so it outlives many of the server's
+_CA_DAYS = 3650  # long: sites keep the CA's certificate over many of the server's
 
 
 @dataclass(frozen=True)
 class SiteEntry:
-    """A site as the server knows it. Times are ISO 8601, UTC."""
+    """A site in the server's list. Times are ISO 8601, UTC."""
 
     name: str
     public_key: str  # OpenSSH
@@ -81,7 +81,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def make_server(folder: Path, address: str, days: int, now: datetime | None = None) -> ServerKit:
-    """A new server kit whose certificate holds for ``days``. Raises UserError."""
+    """Make a server kit whose certificate is valid for ``days``. Raises UserError."""
     now = now or datetime.now(UTC)
     host, _ = split_address(address)
     authority = certificates.new_authority(now, max(days, _CA_DAYS))
@@ -95,8 +95,8 @@ def make_server(folder: Path, address: str, days: int, now: datetime | None = No
 
 
 def renew_server(folder: Path, days: int, now: datetime | None = None) -> ServerKit:
-    """A new certificate by the same CA for the same server key: sites need nothing new. Raises UserError."""
-    with key_files.turn(folder):
+    """Make a new certificate by the same CA for the same server key: sites need nothing new. Raises UserError."""
+    with key_files.locked(folder):
         kit = _read_server(folder)
         authority = Signed(key_files.read(folder, "ca.pem"), key_files.read(folder, "ca.key"))
         host, now = split_address(kit.address)[0], now or datetime.now(UTC)
@@ -110,12 +110,12 @@ def renew_server(folder: Path, days: int, now: datetime | None = None) -> Server
 
 
 def make_site(server: Path, name: str, folder: Path, now: datetime | None = None) -> SiteKit:
-    """A new site kit, entered in the server's. A revoked name may be issued again, with a new key. Raises UserError."""
+    """Make a site kit and enter it in the server's list. A revoked name may be issued again, with a new key. Raises UserError."""
     if not NAME.fullmatch(name):
         raise UserError(
             f"kit site '{name}': a site's name is 1 to 64 letters, digits, '.', '_' or '-', e.g. hospital-1"
         )
-    with key_files.turn(server):
+    with key_files.locked(server):
         kit = load_server(server)
         if name in {site.name for site in kit.admitted}:
             raise UserError(
@@ -132,8 +132,8 @@ def make_site(server: Path, name: str, folder: Path, now: datetime | None = None
 
 
 def revoke(server: Path, name: str, now: datetime | None = None) -> ServerKit:
-    """Admits ``name`` no longer. Raises UserError when there is no such site."""
-    with key_files.turn(server):
+    """Stop admitting the site ``name``. Raises UserError when there is none."""
+    with key_files.locked(server):
         kit = _read_server(server)
         names = [site.name for site in kit.admitted]
         if name not in names:
@@ -176,7 +176,7 @@ def load_site(folder: Path) -> SiteKit:
 
 
 def describe(folder: Path) -> list[str]:
-    """What ``mira kit list`` prints, of an expired kit too."""
+    """The lines of ``mira kit list``, of an expired kit too."""
     kit = _read_server(folder)
     width = max([len(site.name) for site in kit.sites], default=0)
     return [f"{kit.address}  {until(kit.expires)}; {len(kit.admitted)} sites admitted"] + [
@@ -187,7 +187,7 @@ def describe(folder: Path) -> list[str]:
 
 
 def until(expires: datetime) -> str:
-    """'valid until 2027-11-23 (365 days)', for people."""
+    """The end of a validity for people, as in 'valid until 2027-11-23 (365 days)'."""
     days = ceil((expires - datetime.now(UTC)) / timedelta(days=1))
     return f"valid until {expires:%Y-%m-%d} ({days} days)" if days > 0 else f"EXPIRED on {expires:%Y-%m-%d}"
 
@@ -256,7 +256,7 @@ def _check_period(path: Path, certificate: bytes, advice: str = "; make new kits
     now = datetime.now(UTC)
     if now < begins:
         raise UserError(
-            f"{path}: holds only from {begins:%Y-%m-%d %H:%M} UTC, and it is {now:%Y-%m-%d %H:%M}; set the clock"
+            f"{path}: valid only from {begins:%Y-%m-%d %H:%M} UTC, and it is {now:%Y-%m-%d %H:%M}; set the clock"
         )
     if now >= ends:
         raise UserError(f"{path}: expired on {ends:%Y-%m-%d %H:%M} UTC{advice}")

@@ -1,7 +1,7 @@
-"""Who is behind a request: a site of the kit that is not revoked, by the signature Flower's node authentication sends.
+"""The site that signed a request, by the signature of Flower's node authentication: one of the kit that is not revoked.
 
-The SuperLink checks the same, but only after it has read the whole body; here nothing of a stranger's body is read, and
-revoking a site counts from the next request on.
+The SuperLink checks the same, but only after it has read the whole body. Here no byte of a stranger's body is read, and a
+revocation takes effect at the next request.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _TOLERANCE = timedelta(seconds=305)  # as in flwr 1.41
 
 
 def admission(server_kit: Path) -> Callable[[Mapping[str, str]], str | None]:
-    """Request headers → the name of the admitted site that signed them within the last five minutes, or None. It raises
-    UserError where the kit's list of sites cannot be read: then nobody knows who is admitted."""
-    known: dict[object, dict[str, str]] = {}  # of one version of the list: reading a hundred sites takes a while
+    """A function from request headers to the name of the admitted site that signed them within the last five minutes, or None. It
+    raises UserError where the kit's list of sites cannot be read."""
+    known: dict[object, dict[str, str]] = {}  # by version of the list, since reading a hundred sites takes a while
 
     def admit(headers: Mapping[str, str]) -> str | None:
         version = _version(server_kit / "server.json")
@@ -37,7 +37,7 @@ def admission(server_kit: Path) -> Callable[[Mapping[str, str]], str | None]:
 
 
 def _version(path: Path) -> object:
-    """Another one whenever content, owner or mode change; of no file none is like another."""
+    """A value that changes with content, owner and mode of the file; a missing file never has the same value twice."""
     try:
         now = path.stat()
     except OSError:
@@ -46,7 +46,7 @@ def _version(path: Path) -> object:
 
 
 def signer(headers: Mapping[str, str], names: Mapping[str, str], now: datetime) -> str | None:
-    """The name under which the key that signed ``flwr-timestamp`` (ECDSA, SHA-256) is known, or None."""
+    """The name of the key that signed ``flwr-timestamp`` (ECDSA, SHA-256); None for an unknown key or a wrong signature."""
     try:
         key = serialization.load_pem_public_key(b64decode(headers["flwr-public-key"], validate=True))
         if not isinstance(key, ec.EllipticCurvePublicKey) or (name := names.get(openssh(key))) is None:

@@ -1,4 +1,4 @@
-"""What a run over machines is, and what is asked of its sites."""
+"""A run over machines as its sites see it, and the policy of its rounds."""
 
 from __future__ import annotations
 
@@ -15,27 +15,26 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class RemoteRun:
-    """What every message of a run carries, and what a site must know to take part."""
+    """The identity of a run, which every packet carries, and the facts that a site needs to take part."""
 
     number: str  # 16 hexadecimal digits
     segment: str
     names: Sequence[str]  # the clients, in their order
     opening: Values  # of the "open" request
     rank: Mapping[str, int] = field(default_factory=dict)  # of the clients that have one of their own
-    examples: Mapping[str, int] = field(
-        default_factory=dict
-    )  # what each site trained on when the run began, or it joined
-    expected: frozenset[str] = frozenset()  # who need not be there when the run begins
+    examples: Mapping[str, int] = field(default_factory=dict)  # of each site when the run began, or when it joined
+    expected: frozenset[str] = frozenset()  # sites that the start of the run does not wait for
 
     def opening_of(self, name: str) -> Values:
+        """The values of the "open" request to the site ``name``."""
         return self.opening | {"number": self.names.index(name), "rank": self.rank.get(name)}
 
 
 @dataclass(frozen=True)
 class RoundPolicy:
-    """``rounds`` of the run; ``deadline``: seconds a round waits at most; ``minimum``: replies that end it sooner, None for all
-    of them; ``max_norm``: how far a row may move in a round, None for any distance that is not far from the others'; ``wire``:
-    the format of rows; ``privacy``: the noise that sites put on theirs; ``training``: what they are asked for."""
+    """``rounds`` of the run. ``deadline``: the longest wait of a round, in seconds. ``minimum``: the number of replies that end
+    it sooner, None for all. ``max_norm``: the longest displacement of a row in a round, None for any that is not far from the
+    others'. ``wire``: the format of rows. ``privacy``: the noise that sites add to theirs. ``training``: the local training."""
 
     rounds: int
     deadline: float

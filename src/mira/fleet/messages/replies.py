@@ -1,4 +1,4 @@
-"""What replies hold, taken for what it may be: a site that says something else is not believed."""
+"""Checks of the content of replies: a site's numbers are used only if an honest site could have sent them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mira.core.types import Grade
-from mira.fleet.messages.transport import NoReply, Packet, Reply
+from mira.fleet.messages.packet import Packet
+from mira.fleet.messages.transport import NoReply, Reply
 from mira.fleet.messages.validate import Expected, Rejection, validate
 
 Values = dict[str, Any]
@@ -18,11 +19,11 @@ _MOST = 2**53  # of a count: beyond, it is no number of examples, tokens or step
 
 
 class RejectedReply(Exception):
-    """A reply that is not used, and why."""
+    """A reply that is not used, and the reason."""
 
 
 def read_reply(reply: Reply | None, expected: Expected) -> Packet | NoReply:
-    """The message in ``reply`` if it is what was asked for."""
+    """The packet in ``reply`` if it answers the request."""
     if reply is None:
         return NoReply("no reply within the deadline")
     found = reply if isinstance(reply, NoReply) else validate(expected, reply)
@@ -30,23 +31,23 @@ def read_reply(reply: Reply | None, expected: Expected) -> Packet | NoReply:
 
 
 def is_count(value: object) -> TypeGuard[int]:
-    """Whether it is a number of things there are."""
+    """Whether ``value`` is a whole number of things, at least one."""
     return type(value) is int and 0 < value < _MOST
 
 
 def result_of(answer: object, place: int, examples: int, steps: int) -> Values:
-    """What a training says of the job in this ``place``, at a site that joined with ``examples`` and was asked for ``steps``:
-    both weigh in what the server makes of all rows. Raises RejectedReply."""
+    """The checked result of job ``place``, of a site that joined with ``examples`` and was asked for ``steps`` local steps: both
+    are weights in the server's means. Raises RejectedReply."""
     if not isinstance(answer, dict) or answer.get("job") != place:
         raise RejectedReply("its reply does not hold one result for each job")
     loss = answer.get("loss")
     whole = all(is_count(answer.get(key)) for key in ("examples", "tokens", "steps"))
     if not whole or not isinstance(loss, float) or not isfinite(loss):
-        raise RejectedReply("its counts or its loss are no numbers a training gives")
+        raise RejectedReply("its counts or its loss are not those of a training")
     if answer["examples"] != examples or answer["steps"] > steps:
         raise RejectedReply(
-            f"it says it trained on {answer['examples']} examples in {answer['steps']} steps; it joined with {examples}, and was"
-            f" asked for {steps}"
+            f"it reports {answer['steps']} steps on {answer['examples']} examples; it joined with {examples} examples and was"
+            f" asked for {steps} steps"
         )
     return answer
 
@@ -58,14 +59,15 @@ def column(answers: Mapping[int, Values], done: Sequence[int], key: str) -> Tens
 
 
 def unlike_scores(reply: Packet) -> str | None:
-    """Why its losses are none, where they are not."""
+    """The reason for which the losses of ``reply`` cannot be; None where they can."""
     nll, tokens = reply.tensors["nll"], reply.tensors["tokens"]
     whole = nll.isfinite() & (nll >= 0) & (tokens > 0) & (tokens < _MOST)
-    return None if bool(whole.all()) else "its losses are no numbers a measurement gives"
+    return None if bool(whole.all()) else "its losses are not those of a measurement"
 
 
 def grade_of(reply: Packet | NoReply) -> Grade:
-    """NaN for both where there is no answer, or it is none a measurement gives; chrF where the site measured it."""
+    """The scores in ``reply``, chrF only where the site measured it; NaN for all where there is no answer, or one that no
+    measurement gives."""
     given, keys = reply.values.get("grade") if isinstance(reply, Packet) else None, ("exact_match", "rouge_l")
     found = {key: given[key] for key in (*keys, "chrf") if key in given} if isinstance(given, dict) else {}
     whole = all(isinstance(share, float) and 0 <= share <= 1 for share in found.values())

@@ -1,4 +1,4 @@
-"""What a site sends is used only when it is what was asked: judged by what the server knows, never by what the message says."""
+"""Validation of replies: a reply is used only if it is the one asked for, by what the server knows, not by its own word."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mira.fleet.messages.transport import Head, Malformed, Packet, unpack
+from mira.fleet.messages.packet import Head, Malformed, Packet, unpack
 
 RejectionKind = Literal["oversized", "malformed", "foreign", "stale", "failed", "shape", "dtype", "not finite", "norm"]
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -21,7 +21,7 @@ _QUORUM = 3  # replies of which a median says anything
 
 @dataclass(frozen=True)
 class Rejection:
-    """Why a reply is not used: ``kind`` for metrics, ``reason`` (one line) for people."""
+    """The reason for which a reply is not used: ``kind`` for programs, ``reason`` (one line) for people."""
 
     kind: RejectionKind
     reason: str
@@ -40,8 +40,8 @@ class Expected:
 
 
 def validate(wanted: Expected, data: bytes) -> Packet | Rejection:
-    """The message in ``data`` if it is the reply expected of the site that sent it (a name the transport proved). Whether its
-    bytes are rows of finite numbers is found when they are decoded."""
+    """The packet in ``data`` if it is the reply expected of the site that sent it (the transport has proven its name). Rows are
+    checked for numbers that are not finite only when they are decoded."""
     if len(data) > wanted.most_bytes:
         return Rejection("oversized", f"its reply has {len(data)} bytes; at most {wanted.most_bytes} are read")
     try:
@@ -79,22 +79,22 @@ def _tensors(found: Mapping[str, Tensor], wanted: Shapes) -> Rejection | None:
 
 
 def distance(row: Tensor, start: Tensor) -> float:
-    """How far a row [P] went from where it started: the Euclidean norm, in float64."""
+    """The Euclidean norm of a row's displacement [P] from its ``start`` [P], in float64."""
     return float((row.double() - start.double()).norm())
 
 
 def too_far(norm: Tensor, most: float | None) -> dict[int, Rejection]:
-    """Which of the round's displacements ``norm`` [M] are rejected: above ``most`` (``server.max_norm``), or above ten times the
-    median, where there are at least three and the median site moved."""
+    """Rejections, by place, among the norms of a round's displacements [M]: those above ``most`` (``server.max_norm``), or above
+    ten times the median, where there are at least three and the median site moved."""
     rejected = {}
     median = float(norm.quantile(0.5)) if len(norm) >= _QUORUM else 0.0
     for i, length in enumerate(norm.tolist()):
         if not length < float("inf"):
             rejected[i] = Rejection("not finite", "its displacement is not finite")
         elif most is not None and length > most:
-            rejected[i] = Rejection("norm", f"its row moved by {length:.3g}; server.max_norm is {most:g}")
+            rejected[i] = Rejection("norm", f"its adapter moved by {length:.3g}; server.max_norm is {most:g}")
         elif median > 0 and length > _TOO_FAR * median:
             rejected[i] = Rejection(
-                "norm", f"its row moved by {length:.3g}, more than 10 times the round's median {median:.3g}"
+                "norm", f"its adapter moved by {length:.3g}, more than 10 times the round's median {median:.3g}"
             )
     return rejected

@@ -1,4 +1,4 @@
-"""The engine whose clients are on machines of their own: each gets its part of the work, and whoever answers has taken part."""
+"""The clients of a run over machines: each site gets its part of the work, and every site that answers in time takes part."""
 
 from __future__ import annotations
 
@@ -14,42 +14,44 @@ from torch import Tensor
 
 from mira.core.best_round import UNMEASURED, Standing, standing
 from mira.core.errors import UserError
-from mira.core.payload import is_private, jobs_of, parcel
+from mira.core.payload import is_private, jobs_of
 from mira.core.types import Failure, Grade, Scores, Trained, Work
-from mira.core.wire import Wire, decode, down, encode, encode_mask, num_bytes
+from mira.core.wire import Wire
+from mira.fleet.messages.packet import Head, Packet, RequestKind, other_protocol, pack, row_key
 from mira.fleet.messages.policy import RemoteRun, RoundPolicy
-from mira.fleet.messages.replies import RejectedReply, column, grade_of, is_count, read_reply, result_of, unlike_scores
-from mira.fleet.messages.transport import Head, NoReply, Packet, Reply, RequestKind, Transport, pack
-from mira.fleet.messages.validate import Expected, Shapes, distance, too_far
+from mira.fleet.messages.replies import RejectedReply, column, grade_of, is_count, read_reply, unlike_scores
+from mira.fleet.messages.transport import NoReply, Reply, Transport
+from mira.fleet.messages.validate import Expected, distance, too_far
+from mira.fleet.server.requests import Request, Values, read_training, training_request
 from mira.fleet.site.privacy import epsilon
 
 log = logging.getLogger(__name__)
 
-Values = dict[str, Any]
-Request = tuple[Values, dict[str, Tensor], Shapes]  # what is sent, and the tensors that come back
-_PAUSE = 2.0  # seconds between two looks at who is online
+_PAUSE = 2.0  # seconds between two looks at the sites online
 
 
 @dataclass
 class RemoteClients:
-    """``watch`` is told, name by name, what comes back."""
+    """The sites of a run, as the engine and the client backend of its server. ``size``: P. ``watch``: called with the name of a
+    site and a line for people whenever a reply comes."""
 
     run: RemoteRun
     transport: Transport
     policy: RoundPolicy
-    size: int  # P
+    size: int
     watch: Callable[[str, str], None] = lambda name, what: None
     took_part: dict[str, list[int]] = field(default_factory=dict)
     """The rounds, counted from 1, in which each client's result was used."""
     joined: dict[str, Values] = field(default_factory=dict)
+    """The values that each site reported when it joined."""
     best: tuple[Standing, int | None] = UNMEASURED, None
-    """The best committed round's standing and number: the sites keep what stays with them of it."""
+    """Standing and number of the best committed round: sites keep their private parts of it."""
     _round: int = 0
     _private_parts: bool = False
     _releases: dict[str, int] = field(default_factory=dict)
-    _missed: set[str] = field(default_factory=set)  # who was lost from a round
-    _busy: set[str] = field(default_factory=set)  # who was not waited for, and may be training still
-    _strangers: set[str] = field(default_factory=set)
+    _missed: set[str] = field(default_factory=set)  # clients that were lost from a round
+    _busy: set[str] = field(default_factory=set)  # stragglers, which may be training still
+    _strangers: set[str] = field(default_factory=set)  # sites without a place in the run that were named in the log
 
     @property
     def engine(self) -> RemoteClients:
@@ -71,20 +73,11 @@ class RemoteClients:
     def train(self, work: Work, round: int, lr: float) -> Trained:
         self._round = round
         jobs = {self.run.names[k]: mine for k, mine in jobs_of(work).items()}
-        replies = self._ask("train", {name: self._request(name, work, mine, lr) for name, mine in jobs.items()})
-        late = {name for name, reply in replies.items() if isinstance(reply, NoReply) and reply.busy}
-        self._busy = (
-            late if round + 1 < self.policy.rounds else set()
-        )  # after the last round nothing is faster without them
-        rows, answers, failed = work.start.clone(), dict[int, Values](), []
-        for name, mine in jobs.items():
-            try:
-                answers |= self._result(replies[name], mine, work, rows)
-            except RejectedReply as reason:
-                asked = not isinstance(said := replies[name], NoReply) or said.sent
-                failed.append(Failure(self.run.names.index(name), str(reason), asked))
-        for k, why in self._astray(work, rows, sorted(answers)).items():
-            failed.append(Failure(k, why))
+        replies = self._ask("train", {name: self._training(name, work, mine, lr) for name, mine in jobs.items()})
+        self._busy = self._stragglers(replies)
+        rows, answers, failed = self._results(replies, jobs, work)
+        for k, reason in self._astray(work, rows, sorted(answers)).items():
+            failed.append(Failure(k, reason))
             answers = {j: answer for j, answer in answers.items() if int(work.client[j]) != k}
         done = sorted(answers)
         for k in sorted(set(work.client[done].tolist())):
@@ -95,13 +88,14 @@ class RemoteClients:
         )  # fmt: skip
 
     def evaluate(self, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None) -> Scores:
+        """Stragglers are not asked: the round would wait for them."""
         mine: dict[str, list[int]] = {}
         for i, k in enumerate(client.tolist()):
             mine.setdefault(self.run.names[k], []).append(i)
-        replies = self._ask("evaluate", {  # of those who can answer: the round would wait for who is training still
-            name: (
-                {"rows": [f"row{i}" for i in places], "splits": list(splits), "limit": limit, **self._own(name)},
-                {f"row{i}": rows[i] for i in places},
+        replies = self._ask("evaluate", {
+            name: Request(
+                {"rows": len(places), "splits": list(splits), "limit": limit, **self._kept(name)},
+                {row_key(n): rows[i] for n, i in enumerate(places)},
                 {key: ((len(places), len(splits)), dtype) for key, dtype in (("nll", torch.float64), ("tokens", torch.int64))},
             ) for name, places in mine.items() if name not in self._busy
         })  # fmt: skip
@@ -124,15 +118,18 @@ class RemoteClients:
     def grade(self, rows: Tensor, client: Tensor, limit: int | None, max_new_tokens: int, round: int) -> list[Grade]:
         names = [self.run.names[k] for k in client.tolist()]
         asked = {"limit": limit, "max_new_tokens": max_new_tokens}
-        replies = self._ask(
-            "grade", {n: (asked | self._own(n, round), {"row": row}, {}) for n, row in zip(names, rows, strict=True)}
-        )
+        replies = self._ask("grade", {
+            name: Request(asked | self._kept(name, round), {row_key(0): row})
+            for name, row in zip(names, rows, strict=True)
+        })  # fmt: skip
         return [grade_of(replies[name]) for name in names]
 
     def allow_transfer(self) -> Tensor:
-        """None where a part of the rows stays with their clients: there is no whole row to try elsewhere."""
-        open = [k for k, name in enumerate(self.run.names) if self.joined.get(name, {}).get("allow_transfer") is True]
-        return torch.tensor([] if self._private_parts else open, dtype=torch.int64)
+        """No client where rows have private parts: the server has no whole row to try elsewhere."""
+        allowed = [
+            k for k, name in enumerate(self.run.names) if self.joined.get(name, {}).get("allow_transfer") is True
+        ]
+        return torch.tensor([] if self._private_parts else allowed, dtype=torch.int64)
 
     def needs_warm_start(self) -> Tensor:
         late = self._missed | self.run.expected
@@ -153,7 +150,7 @@ class RemoteClients:
         self._private_parts = has_private_parts
 
     def committed(self, record: Mapping[str, Any]) -> None:
-        """From now on the sites go on from this round, if it used what they sent."""
+        """Note the clients that the round counted: in the next rounds they go on from it."""
         self.run = replace(self.run, examples={**self.run.examples, **record.get("joined", {})})
         for name, spent in record.get("privacy", {}).items():  # of a site that is away as well
             self._releases[name] = max(spent["releases"], self._releases.get(name, 0))
@@ -167,141 +164,151 @@ class RemoteClients:
     def finish(self, deployed: Callable[[Tensor], Tensor]) -> None:
         names = self.run.names
         rows = deployed(torch.arange(len(names)))
-        self._ask("finish", {n: (self._own(n), {"row": row}, {}) for n, row in zip(names, rows, strict=True)})
+        self._ask("finish", {n: Request(self._kept(n), {row_key(0): row}) for n, row in zip(names, rows, strict=True)})
 
     def join(self, names: Sequence[str]) -> dict[str, Values | NoReply]:
-        """Open the run at these sites: what each says of itself, or why it does not take part."""
-        return {name: self._welcome(name, reply) for name, reply in self._exchange({}, names, len(names)).items()}
+        """Open the run at these sites. Returns the values that each reports, or the reason why it does not take part."""
+        replies = self._exchange("open", {}, names, len(names))
+        return {name: self._welcome(name, reply) for name, reply in replies.items()}
 
     def _welcome(self, name: str, reply: Packet | NoReply) -> Values | NoReply:
+        """Note a site's answer to the opening of the run, if it may take part."""
         if isinstance(reply, NoReply):
             return reply
         said, now = reply.values, reply.values.get("examples")
+        if (difference := other_protocol(said.get("protocol"))) is not None:
+            return NoReply(difference)
         if not is_count(now):
-            return NoReply("it says of no number of training examples that it has them")
+            return NoReply("it reports no number of training examples")
         if now != (was := self.run.examples.get(name, now)):
             return NoReply(f"its data changed: it trained on {was} examples when it joined; restore it")
         self.joined[name] = said
         self.run = replace(self.run, examples={**self.run.examples, name: now})
         return said
 
-    def _own(self, name: str, as_of: int | None = None) -> Values:
-        """Which of the things it keeps a site should use: those of the last round of it that counted, up to ``as_of``."""
+    def _kept(self, name: str, as_of: int | None = None) -> Values:
+        """The state that a site should go on from: that of its last round, up to ``as_of``, that counted."""
         rounds = [r for r in self.took_part.get(name, []) if as_of is None or r <= as_of]
         return {"since": max(rounds, default=0), "private_parts": self._private_parts}
 
-    def _request(self, name: str, work: Work, mine: Sequence[int], lr: float) -> Request:
-        """A client's jobs, and the rows they need."""
-        sent, wire = parcel(work, mine), down(self.policy.wire)
-        tensors = {f"a{n}": encode(_part(row, sent.upload), wire) for n, row in enumerate(sent.rows)}
-        jobs = [
-            {
-                "start": None if start is None else f"a{start}", "private": is_private(work, j),
-                "anchor": None if anchor is None else f"a{anchor}",
-                "prox": float(work.prox[j]) if anchor is not None and work.prox is not None else 0.0,
-            } for j, start, anchor in zip(mine, sent.start, sent.anchor, strict=True)
-        ]  # fmt: skip
-        masks = {"upload": sent.upload, "trainable": work.trainable}
-        tensors |= {key: encode_mask(mask) for key, mask in masks.items() if mask is not None}
-        keep = [] if self.best[1] is None else [self._own(name, self.best[1])["since"]]
-        size = num_bytes(self.policy.wire, sent.numbers, work.start.dtype)
-        back = {f"row{place}": ((size,), torch.uint8) for place, j in enumerate(mine) if not is_private(work, j)}
-        return {"jobs": jobs, "lr": lr, "keep": keep, **self._own(name)}, tensors, back
+    def _training(self, name: str, work: Work, mine: Sequence[int], lr: float) -> Request:
+        keep = [] if self.best[1] is None else [self._kept(name, self.best[1])["since"]]
+        return training_request(work, mine, self.policy.wire, {"lr": lr, "keep": keep, **self._kept(name)})
 
-    def _result(self, reply: Packet | NoReply, mine: Sequence[int], work: Work, rows: Tensor) -> dict[int, Values]:
-        """What a client did, job by job; its rows are written into ``rows``, as far as they left it."""
-        if isinstance(reply, NoReply):
-            raise RejectedReply(reply.reason)
-        answers = reply.values.get("jobs")
-        if not isinstance(answers, list) or len(answers) != len(mine):
-            raise RejectedReply("its reply does not hold one result for each job")
-        examples = self.run.examples[self.run.names[int(work.client[mine[0]])]]
-        steps = self.policy.training.steps_for(examples)
-        checked = {j: result_of(answers[place], place, examples, steps) for place, j in enumerate(mine)}
-        sent, wire = parcel(work, mine), self.policy.wire
-        try:
-            numbers = {
-                j: decode(reply.tensors[f"row{place}"], wire, sent.numbers, work.start.dtype)
-                for place, j in enumerate(mine) if not is_private(work, j)
-            }  # fmt: skip
-        except ValueError as error:
-            raise RejectedReply(str(error)) from None
-        where = slice(None) if sent.upload is None else sent.upload
-        for j, given in numbers.items():
-            rows[j, where] = given if wire == "fp32" and self.policy.privacy is None else work.start[j, where] + given
-        return checked
+    def _stragglers(self, replies: Mapping[str, Packet | NoReply]) -> set[str]:
+        """Sites that may be training still; none after the last round, in which nothing is faster without them."""
+        if self._round + 1 >= self.policy.rounds:
+            return set()
+        return {name for name, reply in replies.items() if isinstance(reply, NoReply) and reply.busy}
+
+    def _results(
+        self, replies: Mapping[str, Packet | NoReply], jobs: Mapping[str, Sequence[int]], work: Work
+    ) -> tuple[Tensor, dict[int, Values], list[Failure]]:
+        """Rows [J,P] as they are after the round, the counts and losses of the jobs that came back, and the clients lost."""
+        rows, answers, failed = work.start.clone(), dict[int, Values](), list[Failure]()
+        for name, mine in jobs.items():
+            reply = replies[name]
+            try:
+                if isinstance(reply, NoReply):
+                    raise RejectedReply(reply.reason)
+                found = read_training(reply, work, mine, self.policy, self.run.examples[name])
+            except RejectedReply as reason:
+                asked = not isinstance(reply, NoReply) or reply.sent
+                failed.append(Failure(self.run.names.index(name), str(reason), asked))
+                continue
+            answers |= found.answers
+            for j, row in found.rows.items():
+                rows[j] = row
+        return rows, answers, failed
 
     def _astray(self, work: Work, rows: Tensor, done: Sequence[int]) -> dict[int, str]:
-        """Clients one of whose rows went further than a row of this round should, and how far."""
+        """The clients with a row whose displacement is too long for this round, and its length."""
         sent = [j for j in done if not is_private(work, j)]
         norm = torch.tensor([distance(rows[j], work.start[j]) for j in sent], dtype=torch.float64)
         return {int(work.client[sent[i]]): found.reason for i, found in too_far(norm, self.policy.max_norm).items()}
 
-    def _ask(self, kind: RequestKind, requests: dict[str, Request]) -> dict[str, Packet | NoReply]:
-        """Ask those who are online. Where nobody of the run is, the network or a gate is away, and rounds would only pass: waits
-        for the first to come. The new among them are asked to join, and the others do not wait for that: who answers meanwhile
-        takes part from the next exchange on."""
-        until = time.monotonic() + self.policy.deadline
-        while not (online := self.transport.roster()) & set(self.run.names) and time.monotonic() < until:
-            time.sleep(_PAUSE)
-        for name in sorted(online - self._strangers - set(self.run.names)):
-            log.warning("%s has no place in this run; it may take part in the next (data.expected keeps places)", name)
-            self._strangers.add(name)
-        new = [name for name in requests if name in online and name not in self.joined]
-        said: dict[str, Values | NoReply] = {}
-        if new and (
-            kind == "finish" or not requests.keys() & online & self.joined.keys()
-        ):  # no exchange follows, or nobody waits
-            said, new = self.join(new), []
-        here = {name: (kind, request) for name, request in requests.items() if name in online and name in self.joined}
-        minimum = len(here) if kind != "train" or self.policy.minimum is None else min(self.policy.minimum, len(here))
-        replies = self._exchange(here, new, minimum)
-        said |= {name: self._welcome(name, replies.pop(name)) for name in new}
+    def _ask(self, kind: RequestKind, requests: Mapping[str, Request]) -> dict[str, Packet | NoReply]:
+        """The reply of each site to its request of one ``kind``. Newcomers among the sites are asked to join meanwhile; they
+        take part from the next exchange on."""
+        online = self._somebody_online()
+        self._warn_of_strangers(online)
+        newcomers = [name for name in requests if name in online and name not in self.joined]
+        welcomed: dict[str, Values | NoReply] = {}
+        if kind == "finish" or not requests.keys() & online & self.joined.keys():
+            # No exchange follows, or nobody else waits: they join before the requests are sent.
+            welcomed, newcomers = self.join(newcomers) if newcomers else {}, []
+        here = {name: request for name, request in requests.items() if name in online and name in self.joined}
+        replies = self._exchange(kind, here, newcomers, self._minimum(kind, len(here)))
+        welcomed |= {name: self._welcome(name, replies.pop(name)) for name in newcomers}
         for name in requests.keys() - replies.keys():
-            answer = said.get(name, NoReply("it is not online"))
-            why = answer.reason if isinstance(answer, NoReply) else "it has just joined"
-            replies[name] = NoReply(why, sent=False)
+            replies[name] = _unasked(welcomed.get(name))
         for name, reply in replies.items():
             if isinstance(reply, NoReply) and kind != "train":
                 log.warning("%s from %s: %s", kind, name, reply.reason)
         return replies
 
+    def _somebody_online(self) -> set[str]:
+        """The sites online, waiting for the first of the run up to the deadline of a round. Where none is online the network or
+        a gate is away, and rounds would only pass."""
+        until = time.monotonic() + self.policy.deadline
+        while not (online := self.transport.roster()) & set(self.run.names) and time.monotonic() < until:
+            time.sleep(_PAUSE)
+        return online
+
+    def _warn_of_strangers(self, online: set[str]) -> None:
+        for name in sorted(online - self._strangers - set(self.run.names)):
+            log.warning("%s has no place in this run; it may take part in the next (data.expected keeps places)", name)
+            self._strangers.add(name)
+
+    def _minimum(self, kind: RequestKind, asked: int) -> int:
+        """The number of replies that end an exchange with ``asked`` sites: fewer than all in training only."""
+        return asked if kind != "train" or self.policy.minimum is None else min(self.policy.minimum, asked)
+
     def _exchange(
-        self, requests: Mapping[str, tuple[RequestKind, Request]], new: Sequence[str], minimum: int
+        self, kind: RequestKind, requests: Mapping[str, Request], newcomers: Sequence[str], minimum: int
     ) -> dict[str, Packet | NoReply]:
-        """The replies of those with requests, of whom ``minimum`` are enough, and of the ``new``, who are asked to join."""
-        asked: dict[str, tuple[RequestKind, Request]] = {n: ("open", (self.run.opening_of(n), {}, {})) for n in new}
-        asked |= requests
+        """The replies of the sites with requests, of which ``minimum`` are enough, and of the newcomers, which are asked to
+        join."""
+        asked = {name: self._addressed("open", name, Request(self.run.opening_of(name))) for name in newcomers}
+        asked |= {name: self._addressed(kind, name, request) for name, request in requests.items()}
         if not asked:
             return {}
-        heads = {n: Head(kind, self.run.number, self.run.segment, self._round, n) for n, (kind, _) in asked.items()}
-        packed = {n: pack(Packet(heads[n], values, tensors)) for n, (_, (values, tensors, _)) in asked.items()}
-        expected = {n: Expected(heads[n], shapes) for n, (_, (_, _, shapes)) in asked.items()}
+        expected = {name: expectation for name, (_, expectation) in asked.items()}
 
-        def seen(name: str, reply: Reply) -> bool:
-            """One that is refused on sight is not among those that are enough, nor is one of the new where others are asked."""
+        def counts(name: str, reply: Reply) -> bool:
+            """Whether a reply is one of the ``minimum``: not if it is invalid, nor that of a newcomer beside other sites."""
             if name not in asked:
                 return False
             if isinstance(reply, bytes) and minimum < len(asked):
                 reply = found if isinstance(found := read_reply(reply, expected[name]), NoReply) else reply
-            self.watch(name, f"{asked[name][0]}: {reply.reason if isinstance(reply, NoReply) else 'done'}")
+            what = expected[name].head.kind
+            self.watch(name, f"{what}: {reply.reason if isinstance(reply, NoReply) else 'done'}")
             return isinstance(reply, bytes) and (name in requests or not requests)
 
-        most = {name: reply.most_bytes for name, reply in expected.items()}
-        replies = self.transport.exchange(packed, self.policy.deadline, minimum, seen, most)
+        packed = {name: pack(packet) for name, (packet, _) in asked.items()}
+        most = {name: expectation.most_bytes for name, expectation in expected.items()}
+        replies = self.transport.exchange(packed, self.policy.deadline, minimum, counts, most)
         for name in replies.keys() - asked.keys():
             log.warning("a reply from %s: rejected, it was asked nothing", name)
         found = {name: read_reply(replies.get(name), expected[name]) for name in asked}
         for name, reply in found.items():
             if isinstance(reply, Packet):
-                self._count(name, reply)
+                self._note_releases(name, reply)
         return found
 
-    def _count(self, name: str, reply: Packet) -> None:
-        """What a site says it has released; never less than it said before."""
+    def _addressed(self, kind: RequestKind, name: str, request: Request) -> tuple[Packet, Expected]:
+        """The packet of a request to the site ``name``, and the reply expected."""
+        head = Head(kind, self.run.number, self.run.segment, self._round, name)
+        return Packet(head, request.values, request.tensors), Expected(head, request.reply)
+
+    def _note_releases(self, name: str, reply: Packet) -> None:
+        """Note the number of releases that a site reports; it is never less than it was before."""
         told = reply.values.get("releases")
         self._releases[name] = max(told if is_count(told) else 0, self._releases.get(name, 0))
 
 
-def _part(row: Tensor, upload: Tensor | None) -> Tensor:
-    return row if upload is None else row[upload]
+def _unasked(welcomed: Values | NoReply | None) -> NoReply:
+    """The reason why a site got no request. ``welcomed``: its answer to the opening of the run; None where it was not asked."""
+    if welcomed is None:
+        return NoReply("it is not online", sent=False)
+    return NoReply(welcomed.reason if isinstance(welcomed, NoReply) else "it has just joined", sent=False)

@@ -1,4 +1,4 @@
-"""The server's role: SuperLink, gate, relay and rounds, from start to end."""
+"""The server of a federation: SuperLink, gate, transport and rounds, from start to end."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _PATIENCE = 3600.0  # seconds for all sites to join once, before a run begins
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """``out``: the new run folder, or ``resume`` the one to go on with; ``relay``: a socket for an app of Flower that somebody
-    else runs, without a SuperLink and a gate of ours; ``tell`` hears every command."""
+    """``out``: the new run folder; ``resume``: the run folder to go on with instead. ``relay``: a socket for an app of Flower
+    that the user runs, without MIRA's SuperLink and gate. ``say``: called with lines for people; ``tell``: with command lines."""
 
     out: Path | None
     resume: Path | None
@@ -42,13 +42,13 @@ class ServerOptions:
 def run_server(
     wanted: Experiment | None, kit_folder: Path, options: ServerOptions, callbacks: Sequence[Callback]
 ) -> Result:
-    """Run ``wanted`` with the sites of a server kit, or go on with a run. Raises UserError."""
+    """Run ``wanted`` with the sites of a server kit, or resume a run. Raises UserError."""
     kit = load_server(kit_folder)
     if not kit.admitted:
         raise UserError(
             f"{kit_folder}: no site is admitted; 'mira kit site NAME --server {kit_folder} --out DIR' makes one"
         )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no keys stay in the temporary folder
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that no keys stay in the temporary folder
     with _by_hand(kit, options) if options.relay else _federation(kit, options) as transport:
         opener = Opener(transport, lambda: _names(kit), _PATIENCE, options.say)
         if options.resume is not None:
@@ -59,7 +59,7 @@ def run_server(
 
 @contextmanager
 def _by_hand(kit: ServerKit, options: ServerOptions) -> Iterator[FlowerTransport]:
-    """Flower's app comes when somebody submits it, to a SuperLink that has MIRA_RELAY in its environment."""
+    """A transport whose Flower app the user submits, to a SuperLink with MIRA_RELAY in its environment."""
     assert options.relay is not None
     options.say(f"waiting for Flower's app at {options.relay}")
     with closing(frames.listen(options.relay)) as listener:
@@ -75,7 +75,7 @@ def _by_hand(kit: ServerKit, options: ServerOptions) -> Iterator[FlowerTransport
 
 @contextmanager
 def _federation(kit: ServerKit, options: ServerOptions) -> Iterator[FlowerTransport]:
-    """A gate at the kit's address with a SuperLink behind it; all of it is gone at the end."""
+    """A transport through a gate at the kit's address and a SuperLink behind it; both are gone at the end."""
     check_installed()
     with temporary_folder("mira-server-") as folder, ExitStack() as stack:
         superlink = SuperLink(folder, lambda: admitted(kit.folder), folder / "relay", options.tell)

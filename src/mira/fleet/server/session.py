@@ -1,4 +1,4 @@
-"""The server's session: the base model and the rows here, the clients where they are."""
+"""The session of a server: base model and adapters are here, the clients at their sites."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 
 from mira.adapters.pretrained import is_folder
 from mira.config import Experiment
+from mira.config.sections import SECTIONS
 from mira.core.errors import UserError
 from mira.data.sources.sites import Sites
+from mira.fleet.messages.packet import PROTOCOL
 from mira.fleet.messages.policy import RemoteRun, RoundPolicy
 from mira.fleet.messages.transport import NoReply, Transport
 from mira.fleet.server.clients import RemoteClients
@@ -27,18 +29,19 @@ from mira.store import Store
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# A site needs none of it, and groups name other sites.
+# A site needs none of these sections, a plugged-in method or graph least of all; and groups name other sites.
 _NOT_SENT = ("data", "graph", "method", "evaluation", "name", "clients", "tracking")
-_REFUSED = 60.0  # seconds until a site that did not take part is asked again: it may have been mended
-_PAUSE = 2.0  # seconds between two looks at who is online
+_REFUSED = 60.0  # seconds until a site that did not take part is asked again: the cause may be gone by then
+_PAUSE = 2.0  # seconds between two looks at the sites online
 
 
 @dataclass(frozen=True)
 class Opener:
-    """``open_session`` for sites: waits until every one of them has joined once, but for those that ``data.expected`` names,
-    then builds the session. A run that goes on has the sites it began with.
+    """The ``open_session`` of a run over machines: builds the server's session and waits until every site has joined once, the
+    sites in ``data.expected`` excepted. A resumed run has the sites that it began with.
 
-    ``names``: who is admitted, whenever it is asked; ``patience``: seconds to wait for them."""
+    ``names``: the sites admitted now. ``patience``: the longest wait for them, in seconds.
+    """
 
     transport: Transport
     names: Callable[[], Collection[str]]
@@ -52,85 +55,74 @@ class Opener:
         progress: Callable[[int], None] = lambda tokens: None,
         folder: Path | None = None,
     ) -> Session:
-        if (asked := experiment.privacy) is not None:
-            epsilon(asked.noise, asked.delta, 1)  # a missing accountant is found now
-        for key in ("template_file", "chat_template", "template_kwargs"):
-            if getattr(experiment.prompt, key):
-                raise UserError(f"prompt.{key}: sites render texts with their model's own template alone; leave it out")
+        _check(experiment)
         data = experiment.data if isinstance(experiment.data, Sites) else Sites()
         begin = sorted(data.examples or set(self.names()) - set(data.expected))
         if not begin:
             raise UserError("data.expected: names every site; a run begins with at least one, leave one out")
-        start = getattr(experiment.adapter, "start", None)
-        if start is not None and is_folder(start):
-            raise UserError(
-                f"adapter.start={start}: sites read no folder that a server names; put the adapter on the model hub and give its"
-                " name there"
-            )
-        known = data.examples or dict.fromkeys(begin, 1)  # 1: until they have told
+        known = data.examples or dict.fromkeys(begin, 1)  # 1 example each until they have joined
         session = open_session(
             experiment.model_copy(update={"data": replace(data, examples=known)}), recorded, folder=folder
         )
         experiment = experiment.model_copy(update={"prompt": session.experiment.prompt})  # with the day it is dated
-        policy = RoundPolicy(
-            experiment.rounds, **asdict(experiment.server), privacy=experiment.privacy, training=experiment.training
-        )
         number = secrets.token_hex(8) if folder is None else _number(folder)
-        given = experiment.model_dump(mode="json")
-        opening = {
-            "experiment": {key: value for key, value in given.items() if key not in _NOT_SENT},
-            "threads": session.surroundings["threads"], **fingerprints(session),
-        }  # fmt: skip
-        run = RemoteRun(
-            number, secrets.token_hex(8), session.names, opening, experiment.clients.rank, data.examples,
-            frozenset(data.expected),
-        )  # fmt: skip
-        engine = RemoteClients(
-            run, self.transport, policy, session.layout.size, lambda name, what: self.say(f"{name}: {what}")
-        )
-        if data.examples:  # a run that goes on waits for those who were in it, but not for ever
-            self._gather(engine, lambda: self._admitted(begin), min(self.patience, policy.deadline))
+        remote = self._clients(session, experiment, data, number)
+        if data.examples:  # a resumed run waits for its sites, but not for ever
+            self._gather(remote, lambda: self._admitted(begin), min(self.patience, remote.policy.deadline))
         else:
-            if missing := self._gather(engine, lambda: self._staying(engine, begin), self.patience):
+            if missing := self._gather(remote, lambda: self._staying(remote, begin), self.patience):
                 raise UserError(
                     f"server: {', '.join(missing)} did not join within {self.patience:g} s; start them, or revoke them"
                 )
-            counts = {name: engine.run.examples[name] for name in begin if name in engine.run.names}
+            counts = {name: remote.run.examples[name] for name in begin if name in remote.run.names}
             session = _with_clients(session, _settled(experiment, data, counts, set(begin) - counts.keys()))
         session.surroundings["run"] = number
-        return replace(session, remote=engine)
+        return replace(session, remote=remote)
+
+    def _clients(self, session: Session, experiment: Experiment, data: Sites, number: str) -> RemoteClients:
+        """The sites of the run ``number``, none of which has joined yet."""
+        policy = RoundPolicy(
+            experiment.rounds, **asdict(experiment.server), privacy=experiment.privacy, training=experiment.training
+        )
+        run = RemoteRun(
+            number, secrets.token_hex(8), session.names, _opening(session, experiment), experiment.clients.rank,
+            data.examples, frozenset(data.expected),
+        )  # fmt: skip
+        return RemoteClients(
+            run, self.transport, policy, session.layout.size, lambda name, what: self.say(f"{name}: {what}")
+        )
 
     def _admitted(self, names: Sequence[str]) -> list[str]:
         now = self.names()
         return [name for name in names if name in now]
 
-    def _staying(self, engine: RemoteClients, begin: Sequence[str]) -> list[str]:
-        """Of those with whom a run is to ``begin``, who was not revoked meanwhile. The others are no clients of it; who has
-        joined already joins anew then, under another number. Raises UserError where nobody is left."""
-        names, admitted = engine.run.names, self._admitted(begin)
+    def _staying(self, remote: RemoteClients, begin: Sequence[str]) -> list[str]:
+        """The sites among ``begin`` that are still admitted. Sites revoked meanwhile become no clients of the run; those that
+        had joined already then join again, under their new numbers. Raises UserError where no site is left."""
+        names, admitted = remote.run.names, self._admitted(begin)
         if gone := [name for name in begin if name in names and name not in admitted]:
             self.say(f"without {', '.join(gone)}: revoked before the run began")
-            engine.run = replace(engine.run, names=[name for name in names if name not in gone], examples={})
-            engine.joined.clear()
-        staying = [name for name in begin if name in engine.run.names]
+            remote.run = replace(remote.run, names=[name for name in names if name not in gone], examples={})
+            remote.joined.clear()
+        staying = [name for name in begin if name in remote.run.names]
         if not staying:
             raise UserError("server: all sites were revoked before the run began; 'mira kit site' makes one")
         return staying
 
-    def _gather(self, engine: RemoteClients, names: Callable[[], Sequence[str]], patience: float) -> list[str]:
-        """Returns once all ``names`` have joined, or after ``patience`` seconds: who did not. Others may join on the way."""
+    def _gather(self, remote: RemoteClients, names: Callable[[], Sequence[str]], patience: float) -> list[str]:
+        """Wait until all ``names`` have joined, at most ``patience`` seconds. Returns those that have not."""
         until, told = time.monotonic() + patience, list[str]()
-        again: dict[str, float] = {}  # when to ask those who refused once more
-        while missing := [name for name in names() if name not in engine.joined]:
+        again: dict[str, float] = {}  # when to ask the sites that refused once more
+        while missing := [name for name in names() if name not in remote.joined]:
             online, now = self.transport.roster(), time.monotonic()
             asked = [name for name in missing if name in online and again.get(name, now) <= now]
-            for name, said in engine.join(asked).items():
+            for name, said in remote.join(asked).items():
                 if isinstance(said, NoReply):
                     log.warning("%s does not take part: %s", name, said.reason)
                     again[name] = now + _REFUSED
                 else:
                     self.say(f"{name} has joined, with {said['examples']} training examples")
-            absent = [name for name in missing if name not in engine.joined]
+            absent = [name for name in missing if name not in remote.joined]
             if absent and absent != told:
                 self.say(f"waiting for {', '.join(absent)}")
             if absent and time.monotonic() > until:
@@ -141,7 +133,7 @@ class Opener:
 
 
 def _settled(experiment: Experiment, data: Sites, counts: dict[str, int], gone: Set[str]) -> Experiment:
-    """``experiment`` with what its sites told, and without what it says of those that are ``gone``."""
+    """``experiment`` with the ``counts`` of its sites' examples, and without its entries for the sites that are ``gone``."""
 
     def rest(said: Mapping[str, T]) -> dict[str, T]:
         return {name: value for name, value in said.items() if name not in gone}
@@ -149,6 +141,35 @@ def _settled(experiment: Experiment, data: Sites, counts: dict[str, int], gone: 
     data = replace(data, examples=counts, groups=rest(data.groups), descriptions=rest(data.descriptions))
     clients = replace(experiment.clients, rank=rest(experiment.clients.rank))
     return experiment.model_copy(update={"data": data, "clients": clients})
+
+
+def _check(experiment: Experiment) -> None:
+    """Raises UserError for settings that sites cannot follow."""
+    if (asked := experiment.privacy) is not None:
+        epsilon(asked.noise, asked.delta, 1)  # a missing accountant is found now
+    for key in ("template_file", "chat_template", "template_kwargs"):
+        if getattr(experiment.prompt, key):
+            raise UserError(f"prompt.{key}: sites render texts with their model's own template alone; leave it out")
+    start = getattr(experiment.adapter, "start", None)
+    if start is not None and is_folder(start):
+        raise UserError(
+            f"adapter.start={start}: sites read no folder that a server names; put the adapter on the model hub and give its"
+            " name there"
+        )
+
+
+def _opening(session: Session, experiment: Experiment) -> dict[str, Any]:
+    """The values of the "open" request that are the same for every site."""
+    adapters = SECTIONS["adapter"]
+    plugin = adapters.plugin(getattr(experiment.adapter, adapters.tag))
+    given = experiment.model_dump(mode="json")
+    return {
+        "protocol": PROTOCOL,
+        "experiment": {key: value for key, value in given.items() if key not in _NOT_SENT},
+        "adapter_package": f"{plugin.package} {plugin.version}" if plugin is not None and plugin.package else None,
+        "threads": session.surroundings["threads"],
+        **fingerprints(session),
+    }
 
 
 def _with_clients(session: Session, experiment: Experiment) -> Session:
@@ -162,6 +183,7 @@ def _with_clients(session: Session, experiment: Experiment) -> Session:
 
 
 def _number(folder: Path) -> str:
+    """The number of the run in ``folder``. Raises UserError where it was not run over machines."""
     with Store.open(folder, writable=False) as store:
         number = store.environment().get("run")
     if not isinstance(number, str):

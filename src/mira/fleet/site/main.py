@@ -1,4 +1,4 @@
-"""The site's role: a worker and a SuperNode, kept alive until somebody ends this."""
+"""A site of a federation: a worker and a SuperNode, supervised until this process is ended."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mira.fleet.identity.kit import SiteKit, load_site, until
 
 Say = Callable[[str], None]
 _LOOK = 0.5  # seconds between two looks at the children
-_ASK = 10.0  # seconds after which the server is asked again whether it still admits this site
+_ASK = 10.0  # seconds between two checks that the server still admits this site
 
 
 class _Ended(Exception):
@@ -41,8 +41,8 @@ class SiteOptions:
 
 
 def run_site(kit_folder: Path, options: SiteOptions, say: Say, tell: Say) -> None:
-    """Take part until interrupted or told to end; without a network, try again for ever. Raises UserError when kit or data do
-    not do, and when this site is not admitted or the server not proven, at the start or later."""
+    """Take part until interrupted or terminated; without a network, try again for ever. Raises UserError when kit or data cannot
+    be used, and when the site is not admitted or the server's certificate is invalid, at the start or later."""
     check_installed()
     kit = load_site(kit_folder)
     _ask(kit)
@@ -50,7 +50,7 @@ def run_site(kit_folder: Path, options: SiteOptions, say: Say, tell: Say) -> Non
         source_of,  # not above: torch comes with it, and who is refused need not wait for that
     )
 
-    source_of(options.data).load(0)  # what is wrong with the data is said now, by this process
+    source_of(options.data).load(0)  # mistakes in the data are reported now, by this process
     own_folder(options.state)
     with temporary_folder("mira-site-") as folder:
         _take_part(kit, options, folder, say, tell)
@@ -75,7 +75,7 @@ def _take_part(kit: SiteKit, options: SiteOptions, folder: Path, say: Say, tell:
             if node.tend():
                 executor.tend()
             else:
-                executor.stop()  # with the apps of the node that died
+                executor.stop()  # with the apps of the SuperNode that died
             time.sleep(_LOOK)
     except (KeyboardInterrupt, _Ended):
         say(f"{kit.name}: leaving")
@@ -85,7 +85,7 @@ def _take_part(kit: SiteKit, options: SiteOptions, folder: Path, say: Say, tell:
 
 
 def _ask(kit: SiteKit) -> None:
-    """Raises UserError where this site and its server must not speak with each other."""
+    """Raises UserError where the site is not admitted or the server's certificate is invalid."""
     if (why := refusal(kit)) is not None:
         raise UserError(why)
 
@@ -122,7 +122,7 @@ def _node(kit: SiteKit, options: SiteOptions, folder: Path, port: int, tell: Say
 
 
 def _executor(options: SiteOptions, folder: Path, port: int, tell: Say) -> SupervisedProcess:
-    """What starts the node's apps."""
+    """The process that starts the SuperNode's apps."""
     line = [sys.executable, "-P", "-m", "mira.fleet.flower.app_launcher", "--node", f"127.0.0.1:{port}"]
     return SupervisedProcess(
         "executor", line, options.state / "supernode.log", {"FLWR_HOME": str(folder / "flower")}, tell

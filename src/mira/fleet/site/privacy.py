@@ -1,11 +1,11 @@
-"""Noise on what a site sends, put there by the site: the Gaussian mechanism on the displacement of its row, round by round.
+"""Noise that a site adds to its uploads: the Gaussian mechanism on the displacement of its row, in each round.
 
     release = d · min(1, C / ‖d‖) + N(0, (z·C)² I)          clip C, noise multiplier z
 
-What it means. Any two clipped displacements differ by at most 2C, whatever data they come from. So (ε, δ) holds between *any
-two* data sets the site might have, one record or all of them apart, and against everybody but the site itself, the server
-included (local differential privacy of the site's rows; Dwork & Roth 2014, ch. 3 and 12). It covers the rows of all rounds
-together, as every round is counted. It does not cover what else leaves the site: losses, metrics, counts.
+Any two clipped displacements differ by at most 2C, whatever data they come from. Therefore (ε, δ) holds between *any two* data
+sets that the site might have, one record or all of them apart, and against everyone but the site itself, the server included
+(local differential privacy of the site's rows; Dwork & Roth 2014, ch. 3 and 12). It covers the rows of all rounds together, as
+every round is counted. It does not cover the other data that leaves the site: losses, metrics, counts.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _PIECE = 1 << 20  # numbers drawn at a time
 
 
 def release(displacement: Tensor, clip: float, noise: float, entropy: Callable[[int], bytes] = os.urandom) -> Tensor:
-    """A site's displacement [n] as it may leave: clipped to the norm ``clip``, with Gaussian noise of deviation noise·clip.
+    """The displacement [n] of a site, clipped to the norm ``clip``, with Gaussian noise of deviation noise·clip.
 
-    The noise comes from the system's entropy, not from the experiment's seed: the server knows the seed and could take the
-    noise away again. Raises ValueError when the displacement is not finite.
+    The noise comes from the system's entropy, not from the experiment's seed: the server knows the seed and could subtract the
+    noise again. Raises ValueError when the displacement is not finite.
     """
     exact = displacement.double()
     length = float(exact.norm())
@@ -56,8 +56,8 @@ def _box_muller(count: int, entropy: Callable[[int], bytes]) -> np.ndarray:
 def epsilon(noise: float, delta: float, releases: int) -> float:
     """ε at ``delta`` after ``releases`` rounds, by the Rényi accountant (Mironov 2017) of Google's dp-accounting.
 
-    A round counts when its release left the site, used by the server or not. The mechanism's sensitivity is the diameter 2C of
-    the ball, so its noise multiplier is noise / 2. Raises UserError where the accountant is not installed.
+    A round counts once its release left the site, whether the server uses it or not. The mechanism's sensitivity is the diameter
+    2C of the ball, so its noise multiplier is noise / 2. Raises UserError where the accountant is not installed.
     """
     try:
         from dp_accounting import GaussianDpEvent
@@ -70,8 +70,8 @@ def epsilon(noise: float, delta: float, releases: int) -> float:
 
 
 def describe(clip: float, noise: float, delta: float, releases: int) -> str:
-    """One line for people, of one site."""
+    """One line for people on the privacy of a site."""
     return (
-        f"its {releases} released rows are ({epsilon(noise, delta, releases):.3g}, {delta:g})-differentially private for all of "
-        f"its data (clip {clip:g}, noise {noise:g}); its losses, metrics and counts are not covered"
+        f"its {releases} released adapters are ({epsilon(noise, delta, releases):.3g}, {delta:g})-differentially private for all "
+        f"of its data (clip {clip:g}, noise {noise:g}); its losses, metrics and counts are not covered"
     )

@@ -1,4 +1,4 @@
-"""The data of a site."""
+"""The data source of a site, from its option ``--data``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mira.data.types import Source
 
 
 def source_of(data: Path) -> Source:
-    """The source that ``--data`` names: a folder of data files, one such file, or a YAML file that holds the ``data`` section of
-    a configuration. Raises UserError."""
+    """The source at ``data``: a folder of data files, one data file, or a YAML file with the ``data`` section of a configuration.
+    Raises UserError."""
     if data.is_file() and data.suffix not in (".yaml", ".yml"):
         return OneFile(data.absolute())
     section: object = {"source": "jsonl", "path": str(data.absolute())}

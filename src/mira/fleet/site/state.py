@@ -1,4 +1,4 @@
-"""What stays at a site: rows and optimiser states that no message carries, by run and round."""
+"""The state of a site: rows and optimiser states that no packet carries, by run and round."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ _FILE = re.compile(r"r([0-9]+)\.safetensors")
 
 @dataclass(frozen=True)
 class SiteState:
-    """A folder that only its owner may read, for one run. ``round``: how many rounds were done when a thing was put there."""
+    """A folder for one run that only its owner may read. ``round`` is the number of rounds done when a thing was put there."""
 
     folder: Path
 
     @staticmethod
     def of(state: Path, run: str) -> SiteState:
-        """Raises UserError where ``run`` is no run's number: it becomes a folder's name."""
+        """Open or make the folder of ``run`` in ``state``. Raises UserError where ``run``, which names the folder, is no number
+        of a run."""
         if not _RUN.fullmatch(run):
             raise UserError("the server's run has no number of 16 hexadecimal digits; it runs another version of mira")
         folder = state / run
@@ -37,16 +38,18 @@ class SiteState:
         files.sync(self.folder)
 
     def get(self, round: int) -> dict[str, Tensor]:
-        """What was put there as of ``round``; nothing before the first round. Raises UserError where it is gone."""
+        """The tensors put there as of ``round``; none before the first round. Raises UserError where they are gone."""
         if round == 0:
             return {}
         path = self._path(round)
         if not path.exists():
-            raise UserError(f"{path}: what this site kept of round {round} is gone; restore it, or start a new run")
+            raise UserError(
+                f"{path}: the file that this site kept of round {round} is gone; restore it, or start a new run"
+            )
         return files.read_tensors(path)
 
     def keep(self, rounds: Iterable[int]) -> None:
-        """Remove all that is of another round than these."""
+        """Remove the tensors of all rounds but these."""
         kept = set(rounds)
         found = [(path, _FILE.fullmatch(path.name)) for path in self.folder.iterdir()]
         files.remove([path for path, match in found if match and int(match[1]) not in kept])

@@ -1,4 +1,4 @@
-"""The process at a site that holds the base model and the data: it answers on a Unix socket, one request after the other."""
+"""The process of a site with the base model and the data. It answers requests on a Unix socket, one after the other."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 from mira.core.errors import UserError
 from mira.fleet.flower import frames
 from mira.fleet.identity.key_files import own_folder
-from mira.fleet.messages.transport import Malformed
+from mira.fleet.messages.packet import Malformed
 from mira.fleet.site.handler import SiteHandler
 from mira.fleet.site.source import source_of
 
-log = logging.getLogger("mira.fleet.site.worker")  # which runs as __main__
+log = logging.getLogger("mira.fleet.site.worker")  # this module runs as __main__
 
-_STALL = 600.0  # seconds for a request to arrive, once its connection is there
+_STALL = 600.0  # seconds for a request to arrive once it has connected
 
 
 def answer_requests(site: SiteHandler, path: Path) -> None:
-    """Answer whoever connects to ``path`` until this process is ended."""
+    """Answer requests at the socket ``path`` until this process is ended."""
     with frames.listen(path) as listener:
         log.info("%s: the worker is ready (process %d)", site.name, os.getpid())
         while True:
@@ -35,7 +35,7 @@ def answer_requests(site: SiteHandler, path: Path) -> None:
 
 
 def main() -> None:
-    """Started by ``mira client``; what goes wrong ends it, and it is started again."""
+    """Run the worker, started by ``mira client``. An error ends it, and the supervisor starts it again."""
     parser = argparse.ArgumentParser(prog="mira.fleet.site.worker")
     for name in ("name", "socket", "data", "state"):
         parser.add_argument(f"--{name}", required=True)

@@ -1,4 +1,4 @@
-"""Charts of the single clients: before and after, with a line for each, or condensed where there are many."""
+"""Charts of single clients, before and after: one line for each client, or condensed charts for many."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mira.results.html.curves import COLOURS, colour
 from mira.results.html.svg import Scale, axes, chart, cividis, fit, plain, scale, tag
 from mira.results.html.variants import Variant
 
-MANY = 40  # clients; with more of them a line for each is no picture any more
-_MAPPED = 4000  # clients of a map
+MANY = 40  # clients; beyond that the charts are condensed
+_MAPPED = 4000  # largest number of clients of a map
 _ROW, _LEFT, _RIGHT = 24, 230, 150
 
 
 def dumbbells(variants: Sequence[Variant], order: Sequence[tuple[str, str]], width: float) -> Markup:
-    """For each client of ``order`` (group, name) a ring before training, and a dot for each variant after it."""
+    """For each client of ``order`` (group, name) a ring for its loss before training, and a dot for each variant after it."""
     shown = variants[:COLOURS]
     first = shown[0]
     numbers = [
@@ -71,7 +71,7 @@ def _change(start: float | None, after: Sequence[float | None]) -> str:
 
 
 def histograms(variant: Variant, number: int, x_values: Sequence[float], width: float, height: float) -> Markup:
-    """How many clients have which loss, before (outlined) and after (filled)."""
+    """Histogram of the clients' losses, before (outlined) and after (filled)."""
     x = scale(x_values, 40, width - 12)
     start, after = ([v for v in each.values() if v is not None] for each in (variant.start, variant.after))
     bins = 28
@@ -96,7 +96,9 @@ def map_of(variant: Variant, order: Sequence[tuple[str, str]], values: Sequence[
     if len(order) > _MAPPED:
         return Markup("")
     ordered = sorted(values)
-    cut = len(ordered) // 50  # the colours are for the many: the lowest and the highest 2 % share the ends
+    cut = (
+        len(ordered) // 50
+    )  # the lowest and the highest 2 % get the end colours, so that outliers do not set the scale
     shade = scale(ordered[cut : len(ordered) - cut], 0, 1, zero=False)
     groups = [(group, [name for _, name in members]) for group, members in groupby(order, key=lambda pair: pair[0])]
     left = 140 if len(groups) > 1 else 8

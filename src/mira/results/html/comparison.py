@@ -1,6 +1,7 @@
-"""The folder of a comparison: its entries as variants, each with the runs at its chosen point, and what its table adds.
+"""The folder of a comparison: its entries as variants with the runs at their chosen points, and the paired tests.
 
-In such runs the test split is read once, at the end: rounds know the validation loss alone, and compare.json the test loss.
+The runs of a comparison read the test split once, at the end: rounds have the validation loss alone, and compare.json has the
+test loss.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mira.core.errors import UserError
-from mira.results.html.load import Run, read
+from mira.results.html.load import RunData, read
 from mira.results.html.variants import Variant
 from mira.results.tables import probability
 from mira.store.files import TESTED, read_json
@@ -19,26 +20,26 @@ FILE = "compare.json"
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparedRuns:
     name: str
     variants: tuple[Variant, ...]
-    chosen: dict[str, str]  # entry → the point of the grid that validation data chose for it
-    duels: dict[str, dict[str, str]]  # entry → baseline → on how many clients its test loss is lower, and the test's p
+    chosen: dict[str, str]  # entry → its point of the grid with the lowest validation loss
+    duels: dict[str, dict[str, str]]  # entry → baseline → number of clients with a lower test loss, and the test's p
     baselines: tuple[str, ...]
     made: str  # the command, the date and the commit
 
 
-def comparison(folder: Path) -> Comparison:
-    """Raises UserError when compare.json is not understood, or a run it names cannot be read."""
+def read_comparison(folder: Path) -> ComparedRuns:
+    """Read the comparison in ``folder``. Raises UserError where compare.json is malformed, or one of its runs cannot be read."""
     value = read_json(folder / FILE)
     try:
         entries = value["entries"]
         if not entries:
-            raise UserError(f"{folder / FILE}: has no entry yet; wait, or go on with: {value['command']}")
+            raise UserError(f"{folder / FILE}: has no entry yet; wait, or continue with: {value['command']}")
         variants = tuple(Variant(entry["name"], tuple(_runs(folder, entry))) for entry in entries)
         against = {entry["name"]: {duel["baseline"]: _duel(duel) for duel in entry["against"]} for entry in entries}
         made = [value["command"], value["date"], value["commit"] and f"commit {value['commit']}"]
-        return Comparison(
+        return ComparedRuns(
             name=value["name"],
             variants=variants,
             chosen={entry["name"]: entry["chosen"] for entry in entries},
@@ -47,17 +48,17 @@ def comparison(folder: Path) -> Comparison:
             made=" · ".join(filter(None, made)) + ("" if value["complete"] else " · not complete yet"),
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / FILE}: not as 'mira compare' writes it ({type(error).__name__}: {error})") from None
+        raise UserError(f"{folder / FILE}: not a file of 'mira compare' ({type(error).__name__}: {error})") from None
 
 
-def _runs(folder: Path, entry: dict[str, Any]) -> list[Run]:
-    found = list[Run]()
+def _runs(folder: Path, entry: dict[str, Any]) -> list[RunData]:
+    found = list[RunData]()
     for run in entry["runs"]:
         place = Path(run["run"])
         if place.is_absolute() or ".." in place.parts:
             raise UserError(f"{folder / FILE}: names a run outside its folder: {run['run']}")
         tested = {client["name"]: client["loss"] for client in run["clients"]}
-        start = {client["name"]: client.get("loss_start") for client in run["clients"]}  # older ones did not measure it
+        start = {client["name"]: client.get("loss_start") for client in run["clients"]}  # absent in older comparisons
         scores = {key: run[key] for key in ("global_loss", "exact_match", "rouge_l")}
         transfer = _transfer(folder / place / TESTED)
         known = read(folder / place)
@@ -66,7 +67,7 @@ def _runs(folder: Path, entry: dict[str, Any]) -> list[Run]:
 
 
 def _transfer(file: Path) -> dict[str, Any] | None:
-    """Whose adapter does what on whose data, from what was measured on the test split; None where it was not."""
+    """The transfer matrix on the test split: losses of adapters on other clients' data. None where it was not measured."""
     try:
         found: dict[str, Any] = read_json(file)["best"]["transfer"] if file.is_file() else {}
         if not found:
@@ -76,10 +77,10 @@ def _transfer(file: Path) -> dict[str, Any] | None:
         fits = len(matrix) == len(names) and all(len(row) == len(names) for row in matrix)
         if fits and all(isinstance(n, str) for n in names) and all(isinstance(c, int | float | None) for c in cells):
             return found
-        problem = "its transfer matrix is none"
+        problem = "its transfer matrix is malformed"
     except (KeyError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
-    raise UserError(f"{file}: not as 'mira compare' writes it ({problem})")
+    raise UserError(f"{file}: not a file of 'mira compare' ({problem})")
 
 
 def _duel(duel: dict[str, Any]) -> str:

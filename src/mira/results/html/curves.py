@@ -1,4 +1,4 @@
-"""Charts over rounds and over bytes: a line for each variant, labelled where it ends."""
+"""Charts over rounds and over bytes: a line for each variant, labelled at its end."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mira.results.html.variants import Variant
 from mira.results.statistics import Mean, mean
 from mira.results.tables import number
 
-COLOURS = 8  # classes s0 … s7 of the style sheet; further variants are grey and named when pointed at
-_MARKS = 60  # of a line; with more points only the line is drawn
+COLOURS = 8  # classes s0 … s7 of the style sheet; further variants are grey, with their name in a tooltip
+_MARKS = 60  # largest number of points drawn as dots on a line
 _SIDE = 210.0  # px beside the lines, for their names
-Point = tuple[float, Mean, str]  # x, mean and interval, what it says when pointed at
+ChartPoint = tuple[float, Mean, str]  # x, mean and interval, tooltip
 
 
 def colour(number: int) -> str:
@@ -58,7 +58,7 @@ def families(
 
 
 def over_bytes(variants: Sequence[Variant], names: Sequence[str], width: float, height: float) -> Markup:
-    """Mean loss against the megabytes that all clients together had sent and been sent by then."""
+    """Mean loss against the megabytes that all clients together have sent and received so far."""
     every = [
         [(sent / 1e6, m, f"{v.label}, round {n}: {sent / 1e6:.4g} MB, loss {m.value:.3f}")
          for n in v.rounds if (m := mean(v.at(n, names))) is not None
@@ -66,7 +66,7 @@ def over_bytes(variants: Sequence[Variant], names: Sequence[str], width: float, 
         for v in variants
     ]  # fmt: skip
     x = scale([p[0] for points in every for p in points if p[0] > 0], 48, width - _SIDE)
-    # Nothing was sent before the first round, which has no place on a logarithmic axis; who never sends stands at its edge.
+    # Round 0 sent nothing and is not on a logarithmic axis; a variant that never sends is drawn at its edge.
     lines = [points[1:] if x.log else points for points in every]
     y = scale([m.value for points in lines for _, m, _ in points], height - 44, 34)
     drawn = [tag("g", _line(points, x, y), class_=colour(n)) for n, points in enumerate(lines)]
@@ -78,7 +78,7 @@ def over_bytes(variants: Sequence[Variant], names: Sequence[str], width: float, 
     return chart(width, height, what, axes(x, y, title, _title(variants, y)), *drawn, _labels(variants, lines, x, y))
 
 
-def _by_round(variant: Variant, names: Sequence[str], over_seeds: bool) -> list[Point]:
+def _by_round(variant: Variant, names: Sequence[str], over_seeds: bool) -> list[ChartPoint]:
     points = []
     for n in variant.rounds:
         found = mean(variant.seed_means(names, n) if over_seeds else variant.at(n, names))
@@ -92,7 +92,7 @@ def _title(variants: Sequence[Variant], y: Scale) -> str:
     return f"{variants[0].first.split} loss" + (" (logarithmic)" if y.log else "")
 
 
-def _rounds(lines: Sequence[Sequence[Point]], begin: float, end: float) -> Scale:
+def _rounds(lines: Sequence[Sequence[ChartPoint]], begin: float, end: float) -> Scale:
     return Scale(0, max((points[-1][0] for points in lines if points), default=0) or 1, begin, end)
 
 
@@ -100,14 +100,14 @@ def _whole(ticks: Sequence[float]) -> list[float]:
     return sorted({float(round(tick)) for tick in ticks})
 
 
-def _band(points: Sequence[Point], x: Scale, y: Scale, kind: str) -> Markup:
+def _band(points: Sequence[ChartPoint], x: Scale, y: Scale, kind: str) -> Markup:
     if len(points) < 2 or any(m.half is None for _, m, _ in points):
         return Markup("")
     corners = [(x(at), y(m.high)) for at, m, _ in points] + [(x(at), y(m.low)) for at, m, _ in reversed(points)]
     return tag("polygon", points=" ".join(f"{a:.1f},{b:.1f}" for a, b in corners), class_=kind)
 
 
-def _line(points: Sequence[Point], x: Scale, y: Scale) -> Markup:
+def _line(points: Sequence[ChartPoint], x: Scale, y: Scale) -> Markup:
     if not points:
         return Markup("")
     path = " ".join(f"{x(at):.1f},{y(m.value):.1f}" for at, m, _ in points)
@@ -116,7 +116,7 @@ def _line(points: Sequence[Point], x: Scale, y: Scale) -> Markup:
     return tag("g", tag("polyline", tag("title", points[-1][2]), points=path, class_="line"), *dots)
 
 
-def _labels(variants: Sequence[Variant], lines: Sequence[Sequence[Point]], x: Scale, y: Scale) -> Markup:
+def _labels(variants: Sequence[Variant], lines: Sequence[Sequence[ChartPoint]], x: Scale, y: Scale) -> Markup:
     """Names and last values beside the ends of the lines."""
     ends = [(n, points[-1]) for n, points in enumerate(lines) if points and n < COLOURS]
     heights = spread([y(m.value) + 4 for _, (_, m, _) in ends], 17, y.end, y.begin + 8)
@@ -127,7 +127,7 @@ def _labels(variants: Sequence[Variant], lines: Sequence[Sequence[Point]], x: Sc
     ])  # fmt: skip
 
 
-def _told(variants: Sequence[Variant], lines: Sequence[Sequence[Point]]) -> list[str]:
+def _told(variants: Sequence[Variant], lines: Sequence[Sequence[ChartPoint]]) -> list[str]:
     return [
         f"{v.label} from {points[0][1].value:.3f} to {points[-1][1].value:.3f}"
         for v, points in zip(variants, lines, strict=True)

@@ -1,4 +1,4 @@
-"""Matrices between clients, in the order of the families: who learns from whom, and whose adapter serves whom."""
+"""Matrices between clients, in the order of the families: weights of the graph, and losses on other clients' data."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from markupsafe import Markup
 from mira.core.graph import Graph
 from mira.results.html.svg import Scale, chart, cividis, extent, fit, plain, scale, tag
 
-_NUMBERED = 12  # clients up to which the values are written into the cells
-_LABELLED = 40  # … and up to which every client is named; more are drawn in blocks of clients
-_SAMPLED = 1024  # clients of a larger graph that are looked at, evenly spaced in its order
+_NUMBERED = 12  # largest number of clients with values in the cells
+_LABELLED = 40  # largest number of clients with names; more are drawn as blocks of clients
+_SAMPLED = 1024  # clients drawn of a larger graph, evenly spaced in its order
 Matrix = list[list[float | None]]
 
 
 @dataclass(frozen=True)
-class Blocks:
+class HeatmapCells:
     """A matrix of at most ``_LABELLED``² cells; a cell is one pair of clients or the mean over a block of them."""
 
     names: list[str]
     values: Matrix
 
 
-def graph(a: Graph, names: Sequence[str], order: Sequence[int]) -> Blocks:
-    """Weights a_kl, rows and columns in ``order``; the diagonal, which is zero by definition, is left empty."""
+def graph(a: Graph, names: Sequence[str], order: Sequence[int]) -> HeatmapCells:
+    """Weights a_kl, rows and columns in ``order``; the diagonal, zero by definition, is left empty."""
     step = max(1, -(-len(order) // _SAMPLED))
     chosen = torch.tensor(list(order)[::step])
     weights: Matrix = a.weights(chosen, chosen).tolist()
@@ -35,17 +35,17 @@ def graph(a: Graph, names: Sequence[str], order: Sequence[int]) -> Blocks:
     return blocks([names[int(k)] for k in chosen], weights)
 
 
-def blocks(names: Sequence[str], values: Matrix) -> Blocks:
+def blocks(names: Sequence[str], values: Matrix) -> HeatmapCells:
     if len(names) <= _LABELLED:
-        return Blocks(list(names), values)
+        return HeatmapCells(list(names), values)
     size = -(-len(names) // _LABELLED)
     cuts = [range(begin, min(begin + size, len(names))) for begin in range(0, len(names), size)]
     merged = [[_mean([values[i][j] for i in rows for j in columns]) for columns in cuts] for rows in cuts]
-    return Blocks([f"{names[cut[0]]} … {names[cut[-1]]}" for cut in cuts], merged)
+    return HeatmapCells([f"{names[cut[0]]} … {names[cut[-1]]}" for cut in cuts], merged)
 
 
-def heatmap(blocks: Blocks, what: str, title: str, shade: Scale, edges: bool) -> Markup:
-    """``shade``: from a value to its place 0 … 1 among the colours; ``edges``: one hue, with nothing where there is none."""
+def heatmap(blocks: HeatmapCells, what: str, title: str, shade: Scale, edges: bool) -> Markup:
+    """A heatmap. ``shade``: maps a value to its place 0 … 1 on the colour scale. ``edges``: one hue, with no fill for 0."""
     count = len(blocks.names)
     named = count <= _LABELLED and not any(" … " in name for name in blocks.names)
     left = 8 + (min(max(map(extent, blocks.names)) + 4, 170) if named else 0)
@@ -94,8 +94,8 @@ def _legend(shade: Scale, x: float, y: float, edges: bool) -> Markup:
     return tag("g", *steps, *ends, aria_hidden="true")
 
 
-def shade(matrices: Sequence[Blocks], zero: bool) -> Scale:
-    """One scale for all of ``matrices``, so that their colours can be compared."""
+def shade(matrices: Sequence[HeatmapCells], zero: bool) -> Scale:
+    """One colour scale for all ``matrices``, so that their colours can be compared."""
     values = [value for each in matrices for row in each.values for value in row if value is not None]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     found = scale(values, 0, 1, zero=False)

@@ -1,4 +1,4 @@
-"""What the page needs of a run folder, read through its store and closed again."""
+"""The data of a run folder for the HTML report."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Losses = dict[str, float | None]
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run as of its last committed round. Client numbers are places in ``names``."""
+class RunData:
+    """A run as of its last committed round. Client numbers are indices of ``names``."""
 
     folder: Path
     config: dict[str, str]  # dotted key → JSON
@@ -30,13 +30,14 @@ class Run:
     records: list[dict[str, Any]]  # by round, from 0 on
     graph: Graph
     names: list[str]
-    groups: list[str]  # of each client; "" where it has none
+    groups: list[str]  # the group of each client, "" for none
     best: int  # the round of the lowest validation loss
-    result: dict[str, Any] | None  # None while it is not finished
-    tested: Losses | None = None  # test losses at the best round, of a run whose rounds leave the test split alone
-    tested_start: Losses | None = None  # and before training
-    scores: dict[str, float | None] | None = None  # measured with them: global_loss, exact_match, rouge_l
-    tested_transfer: dict[str, Any] | None = None  # and whose adapter does what on whose data
+    result: dict[str, Any] | None  # None while the run is not finished
+    # The next four: of a run of a comparison, which measures the test split once, at the end.
+    tested: Losses | None = None  # test losses at the best round
+    tested_start: Losses | None = None  # test losses before training
+    scores: dict[str, float | None] | None = None  # global_loss, exact_match, rouge_l
+    tested_transfer: dict[str, Any] | None = None  # the transfer matrix
 
     @cached_property
     def measured(self) -> list[int]:
@@ -45,7 +46,7 @@ class Run:
 
     @property
     def split(self) -> str:
-        """Whose loss is known round by round."""
+        """The split of the losses by round."""
         return "validation" if self.config.get("evaluation.test") == "false" else "test"
 
     def losses(self, round: int) -> Losses:
@@ -53,26 +54,26 @@ class Run:
 
     @property
     def judged(self) -> str:
-        """Of which split ``before`` and ``after`` are."""
+        """The split of ``before`` and ``after``."""
         return self.split if self.tested is None else "test"
 
     @property
     def before(self) -> Losses:
-        """Of each client before training, on the split of ``after``; None where that is not known."""
+        """Loss of each client before training, on the split of ``after``; None where unknown."""
         return self.losses(0) if self.tested is None else self.tested_start or dict.fromkeys(self.tested)
 
     @property
     def after(self) -> Losses:
-        """Of each client at the best round: test losses where there are any."""
+        """Loss of each client at the best round: test losses where there are any."""
         return self.losses(self.best) if self.tested is None else self.tested
 
     @property
     def transfer(self) -> dict[str, Any]:
-        """The loss of adapters on other clients' data: measured with the test losses, else after the last round."""
+        """Losses of adapters on other clients' data: measured with the test losses, else after the last round."""
         return self.tested_transfer or self.records[-1].get("transfer") or {}
 
     def score(self, key: str) -> float | None:
-        """global_loss, exact_match or rouge_l: measured with the test losses, else of the best round, global_loss of the last."""
+        """global_loss, exact_match or rouge_l: measured with the test losses, else at the best round (global_loss: the last)."""
         if self.scores is not None:
             return self.scores[key]
         if key == "global_loss":
@@ -86,11 +87,11 @@ class Run:
 
     @property
     def rounds(self) -> int:
-        """Rounds asked for."""
+        """Configured number of rounds."""
         return int(self.config["rounds"])
 
     def sent(self, round: int) -> int:
-        """Bytes of all clients, up and down, until ``round`` is over."""
+        """Bytes of all clients, up and down, up to the end of ``round``."""
         return sum(record.get("bytes_up", 0) + record.get("bytes_down", 0) for record in self.records[: round + 1])
 
     @property
@@ -99,23 +100,23 @@ class Run:
 
     @property
     def lost(self) -> list[tuple[int, str, str]]:
-        """(round, client, reason) of every client that was dropped from a round."""
+        """(round, client, reason) of every client that was lost from a round."""
         return [(r["round"], name, why) for r in self.records for name, why in r.get("lost", {}).items()]
 
 
-def read(folder: Path) -> Run:
-    """Raises UserError when there is no run, nothing was measured yet, or a file of it is damaged."""
+def read(folder: Path) -> RunData:
+    """Read the run in ``folder``. Raises UserError where there is no run, nothing was measured yet, or a file is damaged."""
     with Store.open(folder, writable=False) as store:
         records = store.metrics()
         if not records or "clients" not in records[0]:
-            raise UserError(f"{folder}: no round is committed yet; wait, or go on with: mira run {folder} --resume")
+            raise UserError(f"{folder}: no round is committed yet; wait, or continue with: mira run {folder} --resume")
         text, environment = store.config(), store.environment()
         # Only a foreign graph needs its section: a run of methods that are not installed is shown all the same.
         graph, _ = in_use(
             store.graph(), store.extra(), lambda tensors: restorer(recorded(text, environment, folder).graph)(tensors)
         )
         names = list(records[0]["clients"])
-        return Run(
+        return RunData(
             folder=folder,
             config=dict(flat("", mapping(text, str(folder / "config.yaml")))),
             config_text=text,
@@ -130,7 +131,7 @@ def read(folder: Path) -> Run:
 
 
 def _groups(environment: dict[str, Any], graph: Graph, names: list[str]) -> list[str]:
-    """The families the data names; without any, the groups of the graph."""
+    """The group of each client in the data; without any, its group in the graph."""
     groups = environment.get("groups") or []
     if len(groups) == len(names) and any(groups):
         return [str(group) for group in groups]

@@ -1,18 +1,18 @@
-"""What a reader must know before believing the figures."""
+"""Notes on the validity of the figures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mira.results.html.load import Run
+from mira.results.html.load import RunData
 from mira.results.html.variants import Variant
 from mira.results.tables import privacy
 
-_NAMED = 5  # clients named in a note; of more their number is said
+_NAMED = 5  # largest number of clients named in a note
 
 
-def notes(runs: Sequence[Run], variants: Sequence[Variant], names: Sequence[str]) -> list[str]:
-    """One sentence each, the gravest first."""
+def notes(runs: Sequence[RunData], variants: Sequence[Variant], names: Sequence[str]) -> list[str]:
+    """One sentence each, the most serious first."""
     return [
         *_comparable(runs, variants),
         *(note for run in runs for note in _of_run(run, alone=len(runs) == 1)),
@@ -20,7 +20,7 @@ def notes(runs: Sequence[Run], variants: Sequence[Variant], names: Sequence[str]
     ]
 
 
-def _comparable(runs: Sequence[Run], variants: Sequence[Variant]) -> list[str]:
+def _comparable(runs: Sequence[RunData], variants: Sequence[Variant]) -> list[str]:
     found = []
     by_seed: dict[int, set[str]] = {}
     for run in runs:
@@ -28,17 +28,17 @@ def _comparable(runs: Sequence[Run], variants: Sequence[Variant]) -> list[str]:
     if any(len(digests) > 1 for digests in by_seed.values()):
         found.append("The runs were not made on the same data: their losses cannot be compared.")
     if len({str(run.environment.get("model", {}).get("sha256")) for run in runs}) > 1:
-        found.append("The runs do not share their base model: differences are not the method's alone.")
+        found.append("The runs have different base models: differences are not due to the method alone.")
     if len({frozenset(run.names) for run in runs}) > 1:
-        found.append("The runs do not have the same clients; shown are those they have in common.")
+        found.append("The runs have different clients; only their common clients are shown.")
     if len(variants) > 1 and len({tuple(run.seed for run in v.runs) for v in variants}) > 1:
         found.append("The variants were not run with the same seeds.")
     if len(variants) > 1 and any(len(variant.runs) < 3 for variant in variants):
-        found.append("Fewer than three seeds: a difference may be luck. Repeat with other seeds before relying on it.")
+        found.append("Fewer than three seeds: a difference may be due to chance. Repeat with more seeds.")
     return found
 
 
-def _of_run(run: Run, alone: bool) -> list[str]:
+def _of_run(run: RunData, alone: bool) -> list[str]:
     who = "The run" if alone else run.folder.name
     found = []
     done = len(run.records) - 1
@@ -50,14 +50,14 @@ def _of_run(run: Run, alone: bool) -> list[str]:
     if lost:
         times = "once" if len(lost) == 1 else f"{len(lost)} times"
         found.append(
-            f"{who} went on without a client {times}: {_list([name for _, name, _ in lost])}; see Lost clients."
+            f"{who} continued without a client {times}: {_list([name for _, name, _ in lost])}; see Lost clients."
         )
     if spent := run.records[-1].get("privacy"):
-        found.append(f"{who} put noise on rows: {privacy(spent)}.")
+        found.append(f"{who} added noise to adapters: {privacy(spent)}.")
     cut = run.environment.get("truncated", {})
     if cut:
         found.append(
-            f"{who} cut inputs to fit prompt.max_length={run.config.get('prompt.max_length')}: {_list(list(cut))}."
+            f"{who} truncated inputs to prompt.max_length={run.config.get('prompt.max_length')}: {_list(list(cut))}."
         )
     return found
 

@@ -1,4 +1,4 @@
-"""The few primitives charts are made of. Whatever text goes in comes out escaped: no string is ever pasted into markup."""
+"""The primitives of charts. All text is escaped: no string is ever pasted into markup."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from mira.core.escape import visible
 
-# Nine colours of cividis (Nuñez, Anderton and Renslow 2018), which looks the same to all kinds of colour vision.
+# Nine colours of cividis (Nuñez, Anderton and Renslow 2018), designed for all kinds of colour vision.
 _CIVIDIS = (
     (0, 34, 78), (26, 56, 111), (66, 78, 108), (95, 101, 110), (125, 124, 120), (157, 149, 119), (190, 175, 109),
     (223, 204, 89), (254, 232, 56),
@@ -20,7 +20,7 @@ _CIVIDIS = (
 
 
 def tag(name: str, *children: object, **attributes: object) -> Markup:
-    """An element; ``_`` in an attribute stands for ``-``, one at its end is dropped (``class_``)."""
+    """An element; ``_`` in an attribute name stands for ``-``, a trailing one is dropped (``class_``)."""
     given = Markup("").join(
         Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), text(value))
         for key, value in attributes.items()
@@ -30,14 +30,14 @@ def tag(name: str, *children: object, **attributes: object) -> Markup:
 
 
 def text(value: object) -> str | Markup:
-    """As it is shown: numbers short, and what no screen can show, escaped."""
+    """``value`` as text: floats with two decimals, control characters escaped."""
     if isinstance(value, Markup):
         return value
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else visible(str(value))
 
 
 def fit(words: str, width: float, size: float = 13) -> str:
-    """``words``, cut where they would need more than ``width`` px in type of ``size`` px."""
+    """``words``, truncated to ``width`` px at a font size of ``size`` px."""
     words = " ".join(visible(words).split())
     if extent(words, size) <= width:
         return words
@@ -47,7 +47,7 @@ def fit(words: str, width: float, size: float = 13) -> str:
 
 
 def extent(words: str, size: float = 13) -> float:
-    """About how many px ``words`` take, in a wide typeface rather than a narrow one: the reader's is not known."""
+    """Approximate width of ``words`` in px, for a wide typeface: the reader's is unknown."""
     return size * sum(_em(character) for character in words)
 
 
@@ -60,14 +60,14 @@ def _em(character: str) -> float:
 
 
 def chart(width: float, height: float, label: str, *children: object) -> Markup:
-    """A drawing of its own size in px; ``label`` tells those who cannot see it what it shows."""
+    """A drawing of its own size in px; ``label`` is its description for screen readers."""
     return tag(
         "svg", *children, viewBox=f"0 0 {width:g} {height:g}", width=width, height=height, role="img", aria_label=label
     )
 
 
 def cividis(share: float) -> str:
-    """From dark blue at 0 to yellow at 1."""
+    """The colour at ``share``, from dark blue at 0 to yellow at 1."""
     place = min(max(share, 0.0), 1.0) * (len(_CIVIDIS) - 1)
     low = min(int(place), len(_CIVIDIS) - 2)
     mixed = (a + (b - a) * (place - low) for a, b in zip(_CIVIDIS[low], _CIVIDIS[low + 1], strict=True))
@@ -76,7 +76,7 @@ def cividis(share: float) -> str:
 
 @dataclass(frozen=True)
 class Scale:
-    """From the numbers ``low`` … ``high`` to the pixels ``begin`` … ``end``; what lies outside is put on the edge."""
+    """A map from the numbers ``low`` … ``high`` to the pixels ``begin`` … ``end``; values outside are put on the edge."""
 
     low: float
     high: float
@@ -109,7 +109,8 @@ class Scale:
 
 
 def scale(values: Iterable[float], begin: float, end: float, zero: bool = True) -> Scale:
-    """Logarithmic where positive values span more than a factor of 20; else linear, from 0 if ``zero``."""
+    """A scale for ``values``: logarithmic where positive values span more than a factor of 20, else linear, from 0 if
+    ``zero``."""
     numbers = list(values) or [0.0, 1.0]
     low, high = min(numbers), max(numbers)
     if low > 0 and high > 20 * low:
@@ -121,7 +122,7 @@ def scale(values: Iterable[float], begin: float, end: float, zero: bool = True) 
 
 
 def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """``places`` moved apart as little as it takes to leave ``gap`` between neighbours, within low … high."""
+    """``places`` moved apart as little as possible, to leave ``gap`` between neighbours, within low … high."""
     order = sorted(range(len(places)), key=places.__getitem__)
     moved = list(places)
     for before, here in pairwise(order):
@@ -136,7 +137,7 @@ def spread(places: Sequence[float], gap: float, low: float, high: float) -> list
 def axes(
     x: Scale, y: Scale, x_title: str, y_title: str, x_ticks: Sequence[float] | None = None, about: int = 5
 ) -> Markup:
-    """Hairlines at the ticks of y, numbers at both, titles at the ends."""
+    """Axes: hairlines at the ticks of y, numbers at the ticks of both, titles at the ends."""
     lines = [tag("line", x1=x.begin, x2=x.end, y1=y(t), y2=y(t), class_="grid") for t in y.ticks(about)]
     left = [tag("text", plain(t), x=x.begin - 8, y=y(t) + 4, class_="tick end") for t in y.ticks(about)]
     marks = x.ticks(6) if x_ticks is None else x_ticks

@@ -1,4 +1,4 @@
-"""The tables of the page as plain data, and its first sentence."""
+"""The tables of the report as plain data, and its first sentence."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from mira.config.yaml_io import flat
-from mira.results.html.load import Run
+from mira.results.html.load import RunData
 from mira.results.html.variants import Variant
 from mira.results.html.verdict import Row
 from mira.results.statistics import mean
 from mira.results.tables import data_size, number
 
-_LISTED = 2000  # clients of the whole table
+_LISTED = 2000  # largest number of clients in the table
 _EXTREME = 6
 
 
-class Tile(NamedTuple):
+class Headline(NamedTuple):
     title: str
     value: str
     detail: str
 
 
 def call(variants: Sequence[Variant], rows: Sequence[Row]) -> str:
-    """The answer in a sentence: what to use, and for whom something else."""
+    """The answer in a sentence: the variant to use, and the families with a better one."""
     everyone = rows[0]
     if everyone.best is None:
         return "No variant has a finite mean loss."
@@ -33,7 +33,7 @@ def call(variants: Sequence[Variant], rows: Sequence[Row]) -> str:
         first = f"Use {lead}: the lowest mean loss, clearly below all others."
     else:
         others = _either([variants[n].label for n in everyone.equal])
-        first = f"{lead} has the lowest mean loss, but {others} cannot be told from it."
+        first = f"{lead} has the lowest mean loss, but not clearly below {others}."
     apart = [r for r in rows[1:] if r.best is not None and r.best != everyone.best and everyone.best not in r.equal]
     if not apart:
         return first
@@ -41,35 +41,35 @@ def call(variants: Sequence[Variant], rows: Sequence[Row]) -> str:
     return f"{first} Better elsewhere: {named}" + (f" and {len(apart) - 6} more." if len(apart) > 6 else ".")
 
 
-def tiles(variant: Variant, names: Sequence[str]) -> list[Tile]:
+def tiles(variant: Variant, names: Sequence[str]) -> list[Headline]:
     """The headline figures of one variant."""
     run, split = variant.first, variant.first.judged
     start, after = mean([variant.start.get(n) for n in names]), mean([variant.after.get(n) for n in names])
     pairs = [(variant.start.get(n), variant.after.get(n)) for n in names]
     better = sum(a is not None and b is not None and b < a for a, b in pairs)
     found = [
-        Tile(
+        Headline(
             f"mean {split} loss",
             number(after.value if after else None),
             f"from {number(start.value if start else None)} before",
         ),
-        Tile("clients better off", f"{better} of {len(names)}", f"{split} loss below that before training"),
+        Headline("clients better off", f"{better} of {len(names)}", f"{split} loss below that before training"),
     ]
     for key, title in (("exact_match", "exact match"), ("rouge_l", "ROUGE-L")):
         value = variant.score(key)
         if value is not None:
             before = mean([r.records[0].get("answers", {}).get(key) for r in variant.runs])
             found.append(
-                Tile(title, number(value.value, 2), f"from {number(before.value if before else None, 2)} before")
+                Headline(title, number(value.value, 2), f"from {number(before.value if before else None, 2)} before")
             )
     each = variant.sent / len(run.names)
-    found.append(Tile("sent a client", data_size(each), f"up and down, {len(run.records) - 1} rounds"))
-    found.append(Tile("time", _duration(variant.seconds), "measuring included"))
+    found.append(Headline("sent a client", data_size(each), f"up and down, {len(run.records) - 1} rounds"))
+    found.append(Headline("time", _duration(variant.seconds), "measuring included"))
     return found
 
 
 def client_table(variants: Sequence[Variant], order: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """All clients: before, and after under each variant; the lowest is marked."""
+    """Losses of all clients: before, and after under each variant; the lowest is marked."""
     rows = []
     for group, name in order[:_LISTED]:
         after = [variant.after.get(name) for variant in variants]
@@ -80,7 +80,7 @@ def client_table(variants: Sequence[Variant], order: Sequence[tuple[str, str]]) 
 
 
 def extremes(variants: Sequence[Variant], names: Sequence[str]) -> list[tuple[str, list[tuple[str, float, float]]]]:
-    """Of the first variant, the clients to look at first: (name, before, after)."""
+    """The extreme clients of the first variant: (name, before, after)."""
     variant = variants[0]
     found = [
         (name, before, after)
@@ -91,8 +91,8 @@ def extremes(variants: Sequence[Variant], names: Sequence[str]) -> list[tuple[st
     by_loss = sorted(found, key=lambda each: -each[2])
     return [
         ("highest loss after", by_loss[:_EXTREME]),
-        ("gained least", by_gain[::-1][:_EXTREME]),
-        ("gained most", by_gain[:_EXTREME]),
+        ("smallest gain", by_gain[::-1][:_EXTREME]),
+        ("largest gain", by_gain[:_EXTREME]),
     ]
 
 
@@ -100,8 +100,8 @@ def configurations(variants: Sequence[Variant]) -> list[tuple[str, str]]:
     return [(variant.label, variant.first.config_text) for variant in variants]
 
 
-def environments(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """(key, value); where runs do not agree, each value with the number of runs that have it."""
+def environments(runs: Sequence[RunData]) -> list[tuple[str, str]]:
+    """(key, value); where runs differ, each value with its number of runs."""
     tables = [
         dict(flat("", {key: value for key, value in run.environment.items() if key not in ("truncated", "groups")}))
         for run in runs

@@ -1,4 +1,4 @@
-"""Runs that differ by nothing but their seed are one variant; what tells the variants apart is their label."""
+"""Variants: groups of runs that differ in their seed alone, with labels that tell them apart."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
 
-from mira.results.html.load import Losses, Run
+from mira.results.html.load import Losses, RunData
 from mira.results.statistics import Mean, mean
 
-# Of a configuration, what makes no other experiment.
+# Configuration keys that do not make another variant.
 _ASIDE = ("name", "seed", "engine.threads")
 
 
 @dataclass(frozen=True)
 class Variant:
     label: str
-    runs: tuple[Run, ...]  # one a seed
+    runs: tuple[RunData, ...]  # one a seed
 
     @property
-    def first(self) -> Run:
+    def first(self) -> RunData:
         return self.runs[0]
 
     @cached_property
@@ -31,7 +31,7 @@ class Variant:
 
     @cached_property
     def start(self) -> Losses:
-        """Loss of each client before training, mean over seeds; None where that was not measured."""
+        """Loss of each client before training, mean over seeds; None where it was not measured."""
         return _over_seeds([run.before for run in self.runs])
 
     @cached_property
@@ -45,7 +45,7 @@ class Variant:
         return [losses[name] for name in names]
 
     def seed_means(self, names: Sequence[str], round: int | None = None) -> list[float | None]:
-        """For each seed, the mean test loss of ``names``, after ``round`` or after the seed's best one."""
+        """Mean test loss of ``names`` for each seed, after ``round`` or after the seed's best round."""
         values = []
         for run in self.runs:
             losses = run.after if round is None else run.losses(round)
@@ -54,7 +54,7 @@ class Variant:
         return values
 
     def loss(self, names: Sequence[str]) -> Mean | None:
-        """Mean test loss of ``names`` at the best round; the interval is over seeds, or with one seed over clients."""
+        """Mean test loss of ``names`` at the best round; the interval is over seeds, or over clients where there is one seed."""
         values = self.seed_means(names) if len(self.runs) > 1 else [self.after.get(name) for name in names]
         return mean(values)
 
@@ -71,29 +71,29 @@ class Variant:
         return fmean(run.seconds for run in self.runs)
 
 
-def group(runs: Sequence[Run]) -> list[Variant]:
-    """In the order given; the seeds of a variant in theirs."""
-    same: dict[str, list[Run]] = {}
+def group(runs: Sequence[RunData]) -> list[Variant]:
+    """The variants of ``runs``, in the given order; the runs of a variant in the order of their seeds."""
+    same: dict[str, list[RunData]] = {}
     for run in runs:
         same.setdefault(json.dumps(_essence(run)), []).append(run)
     members = [tuple(sorted(found, key=lambda run: run.seed)) for found in same.values()]
     return [Variant(label, found) for label, found in zip(_labels([m[0] for m in members]), members, strict=True)]
 
 
-def differing(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """(key, value in each run) for each field of the configuration that differs, seeds and names aside."""
+def differing(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
+    """(key, value in each run) for each configuration key that differs, except seeds and names."""
     essences = [_essence(run) for run in runs]
     keys = dict.fromkeys(key for essence in essences for key in essence)
     rows = [(key, [essence.get(key, "–") for essence in essences]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
-def _essence(run: Run) -> dict[str, str]:
+def _essence(run: RunData) -> dict[str, str]:
     return {key: value for key, value in run.config.items() if key not in _ASIDE}
 
 
-def _labels(runs: Sequence[Run]) -> list[str]:
-    """The method's name, and what else it takes to tell the runs apart: of each field that differs, its last word."""
+def _labels(runs: Sequence[RunData]) -> list[str]:
+    """Labels that tell the runs apart: the method's name, then fields that differ (the last word of the key)."""
     methods = [json.loads(run.config.get("method.name", '"?"')) for run in runs]
     labels = list(methods)
     for key, values in differing(runs):
@@ -124,6 +124,6 @@ def _word(key: str) -> str:
 
 
 def _over_seeds(losses: Sequence[Losses]) -> Losses:
-    """Of each client of the first seed; None where a seed lacks it or has no finite number."""
+    """Mean over seeds for each client of the first seed; None where a seed lacks the client or has no finite number."""
     values = {name: mean([each.get(name) for each in losses]) for name in losses[0]}
     return {name: value.value if value else None for name, value in values.items()}

@@ -1,7 +1,7 @@
-"""Which variant to use for whom: the lowest mean test loss, and whoever is not clearly behind it.
+"""The best variant for each family: the one with the lowest mean test loss, and those that are not clearly worse.
 
-A variant is clearly behind when the 95 % interval of its paired difference to the best one lies above 0. Pairs are seeds
-where both have the same three or more, else clients (their means over seeds).
+A variant is clearly worse where the 95 % interval of its paired difference to the best one lies above 0. Pairs are seeds where
+both variants have the same three or more, else clients (their means over seeds).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from mira.results.html.variants import Variant
 from mira.results.statistics import Mean, mean
 
-_SEEDS = 3  # fewer tell too little of their spread
+_SEEDS = 3  # fewer seeds give no useful interval
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Row:
     names: tuple[str, ...]
     losses: tuple[Mean | None, ...]
     best: int | None  # number of the variant, None when no loss is finite
-    equal: tuple[int, ...]  # variants not clearly behind the best
+    equal: tuple[int, ...]  # variants that are not clearly worse than the best
 
 
 def row(who: str, names: Sequence[str], variants: Sequence[Variant]) -> Row:
@@ -37,7 +37,7 @@ def row(who: str, names: Sequence[str], variants: Sequence[Variant]) -> Row:
 
 
 def wins(variants: Sequence[Variant], names: Sequence[str]) -> list[int]:
-    """For how many of ``names`` each variant has the lowest test loss; a tie counts for the first."""
+    """For each variant the number of clients in ``names`` with the lowest test loss; a tie counts for the first."""
     count = [0] * len(variants)
     for name in names:
         losses = {n: loss for n, variant in enumerate(variants) if (loss := variant.after.get(name)) is not None}
@@ -47,7 +47,7 @@ def wins(variants: Sequence[Variant], names: Sequence[str]) -> list[int]:
 
 
 def difference(variant: Variant, other: Variant, names: Sequence[str]) -> Mean | None:
-    """Paired: the test loss of ``variant`` minus that of ``other``."""
+    """Mean paired difference: the test loss of ``variant`` minus that of ``other``."""
     seeds = [run.seed for run in variant.runs]
     if len(seeds) >= _SEEDS and seeds == [run.seed for run in other.runs]:
         pairs = list(zip(variant.seed_means(names), other.seed_means(names), strict=True))

@@ -1,4 +1,4 @@
-"""The page: what is on it, in which order, and its file."""
+"""The HTML report: its content, its order, and its file."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from mira.core.errors import UserError
 from mira.core.versions import version_of
 from mira.results.html import clients, curves, heatmaps
 from mira.results.html.clients import MANY
-from mira.results.html.comparison import FILE, Comparison, comparison
-from mira.results.html.load import Run, read
+from mira.results.html.comparison import FILE, ComparedRuns, read_comparison
+from mira.results.html.load import RunData, read
 from mira.results.html.notes import notes
 from mira.results.html.svg import text
 from mira.results.html.tables import call, client_table, configurations, environments, extremes, tiles
@@ -30,14 +30,14 @@ from mira.results.html.verdict import row, wins
 from mira.results.statistics import Mean
 from mira.results.tables import data_size, number
 
-_WIDTH = 1080.0  # px of a whole-width figure; narrower screens scroll it in its own box
-_PANELS = 24  # families that get a small chart of their own, and matrices of one kind
+_WIDTH = 1080.0  # px of a full-width figure; narrower screens scroll it in its own box
+_PANELS = 24  # largest number of family charts, and of matrices of one kind
 
 
 def write(folders: Sequence[Path], out: Path) -> Path:
-    """Reads the runs and writes one self-contained HTML file. Raises UserError for what cannot be read or written."""
+    """Read the runs and write one self-contained HTML file. Raises UserError where a file cannot be read or written."""
     if len(folders) == 1 and (folders[0] / FILE).exists():
-        compared = comparison(folders[0])
+        compared = read_comparison(folders[0])
         html = page([run for variant in compared.variants for run in variant.runs], compared)
     else:
         html = page([read(folder) for folder in folders])
@@ -52,13 +52,13 @@ def write(folders: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def page(runs: Sequence[Run], compared: Comparison | None = None) -> str:
+def page(runs: Sequence[RunData], compared: ComparedRuns | None = None) -> str:
     names = _common(runs)
     variants = sorted(
         compared.variants if compared else group(runs), key=lambda each: _rank(each, names)
     )  # the best first
     style = files("mira.results.html").joinpath("page.css").read_text(encoding="utf-8")
-    # No autoescape switch to forget: everything but our own markup is escaped on its way out.
+    # Everything but our own markup is escaped.
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, finalize=text, trim_blocks=True, lstrip_blocks=True
     )
@@ -73,7 +73,7 @@ def page(runs: Sequence[Run], compared: Comparison | None = None) -> str:
     )
 
 
-def _content(runs: Sequence[Run], variants: Sequence[Variant], names: list[str]) -> dict[str, Any]:
+def _content(runs: Sequence[RunData], variants: Sequence[Variant], names: list[str]) -> dict[str, Any]:
     first = runs[0]
     of = dict(zip(first.names, first.groups, strict=True))
     members = {group: [n for n in names if of[n] == group] for group in dict.fromkeys(of[name] for name in names)}
@@ -105,21 +105,21 @@ def _content(runs: Sequence[Run], variants: Sequence[Variant], names: list[str])
     }  # fmt: skip
 
 
-def _common(runs: Sequence[Run]) -> list[str]:
-    """The clients that all runs have, in the order of the first."""
+def _common(runs: Sequence[RunData]) -> list[str]:
+    """The common clients of all runs, in the order of the first run."""
     shared = set.intersection(*(set(run.names) for run in runs))
     if not shared:
-        raise UserError(f"{runs[0].folder} and {runs[-1].folder}: have no client in common; report them one by one")
+        raise UserError(f"{runs[0].folder} and {runs[-1].folder}: have no common client; report them one by one")
     return [name for name in runs[0].names if name in shared]
 
 
-def _titles(runs: Sequence[Run]) -> list[str]:
+def _titles(runs: Sequence[RunData]) -> list[str]:
     names = list(dict.fromkeys(run.config["name"].strip('"') for run in runs))
     return names if len(names) <= 3 else [f"{len(runs)} runs"]
 
 
 def _by_loss(variants: Sequence[Variant], names: Sequence[str]) -> list[str]:
-    """From the lowest test loss after training to the highest, under the best of the variants; not finite last."""
+    """``names`` by their lowest test loss after training under any variant, in ascending order; not finite last."""
 
     def lowest(name: str) -> float:
         return min((loss for v in variants if (loss := v.after.get(name)) is not None), default=float("inf"))
@@ -143,7 +143,7 @@ def _condensed(variants: Sequence[Variant], names: Sequence[str]) -> list[Markup
 
 
 def _transfers(variants: Sequence[Variant], order: Sequence[tuple[str, str]]) -> list[Markup]:
-    """The transfer matrix of each variant's first seed: row, whose adapter; column, on whose data."""
+    """The transfer matrix of each variant's first seed: the adapter of the row on the data of the column."""
     place = {name: n for n, (_, name) in enumerate(order)}
     found = []
     for variant in variants[:_PANELS]:
@@ -159,9 +159,9 @@ def _transfers(variants: Sequence[Variant], order: Sequence[tuple[str, str]]) ->
 
 
 def _graphs(variants: Sequence[Variant], order: Sequence[tuple[str, str]]) -> list[Markup]:
-    """Each graph once, under the names of the variants that mix along it."""
+    """The different graphs, each with the labels of the variants that mix along it."""
     place = {name: n for n, (_, name) in enumerate(order)}
-    found: list[tuple[list[str], heatmaps.Blocks]] = []
+    found: list[tuple[list[str], heatmaps.HeatmapCells]] = []
     along = [json.dumps(name) for name in SECTIONS["method"] if mixes_along_graph(name)]
     for variant in variants:
         if variant.first.config.get("method.name") not in along:

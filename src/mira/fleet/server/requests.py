@@ -1,0 +1,83 @@
+"""The requests that the server sends to a site, and the reading of a training's reply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mira.core.payload import is_private, parcel
+from mira.core.types import Work
+from mira.core.wire import Wire, decode, down, encode, encode_mask, num_bytes
+from mira.fleet.messages.packet import Packet, row_key
+from mira.fleet.messages.policy import RoundPolicy
+from mira.fleet.messages.replies import RejectedReply, result_of
+from mira.fleet.messages.validate import Shapes
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The content of a request, and shape and dtype of the tensors of its ``reply``."""
+
+    values: Values
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    reply: Shapes = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainingReply:
+    """The counts and losses of a client's jobs, and its new rows [P], both by job."""
+
+    answers: Mapping[int, Values]
+    rows: Mapping[int, Tensor]
+
+
+def training_request(work: Work, jobs: Sequence[int], wire: Wire, values: Values) -> Request:
+    """The request for one client's ``jobs`` of ``work``: their rows, each sent once, masks, and further ``values``."""
+    sent = parcel(work, jobs)
+    tensors = {
+        row_key(n): encode(row if sent.upload is None else row[sent.upload], down(wire))
+        for n, row in enumerate(sent.rows)
+    }
+    masks = {"upload": sent.upload, "trainable": work.trainable}
+    tensors |= {key: encode_mask(mask) for key, mask in masks.items() if mask is not None}
+    asked = [
+        {
+            "start": None if start is None else row_key(start), "anchor": None if anchor is None else row_key(anchor),
+            "private": is_private(work, j),
+            "prox": float(work.prox[j]) if anchor is not None and work.prox is not None else 0.0,
+        } for j, start, anchor in zip(jobs, sent.start, sent.anchor, strict=True)
+    ]  # fmt: skip
+    size = num_bytes(wire, sent.numbers, work.start.dtype)
+    reply = {row_key(n): ((size,), torch.uint8) for n, j in enumerate(jobs) if not is_private(work, j)}
+    return Request({"jobs": asked, **values}, tensors, reply)
+
+
+def read_training(
+    reply: Packet, work: Work, jobs: Sequence[int], policy: RoundPolicy, examples: int
+) -> TrainingReply:  # fmt: skip
+    """The result of a client's ``jobs``; the client joined with ``examples``. Numbers that do not travel are those of the row
+    that it started from. Raises RejectedReply."""
+    answers = reply.values.get("jobs")
+    if not isinstance(answers, list) or len(answers) != len(jobs):
+        raise RejectedReply("its reply does not hold one result for each job")
+    steps = policy.training.steps_for(examples)
+    checked = {j: result_of(answers[n], n, examples, steps) for n, j in enumerate(jobs)}
+    sent = parcel(work, jobs)
+    travels = slice(None) if sent.upload is None else sent.upload
+    exact, rows = policy.wire == "fp32" and policy.privacy is None, dict[int, Tensor]()
+    for n, j in enumerate(jobs):
+        if is_private(work, j):
+            continue
+        try:
+            given = decode(reply.tensors[row_key(n)], policy.wire, sent.numbers, work.start.dtype)
+        except ValueError as error:
+            raise RejectedReply(str(error)) from None
+        rows[j] = work.start[j].clone()
+        rows[j][travels] = given if exact else work.start[j, travels] + given
+    return TrainingReply(checked, rows)
