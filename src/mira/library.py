@@ -87,7 +87,7 @@ def register(
     *, method: type | None = None, graph: type | None = None, source: type | None = None, adapter: type | None = None
 ) -> None:
     """Offer classes under their names to every configuration in this process; a package offers its own as entry points of
-    mira.methods, mira.graphs, mira.sources and mira.adapters (docs/extending.md). Raises UserError where one lacks something."""
+    mira.methods, mira.graphs, mira.sources and mira.adapters (docs/plugins.md). Raises UserError where one lacks something."""
     for section, cls in (("method", method), ("graph", graph), ("data", source), ("adapter", adapter)):
         if cls is not None:
             SECTIONS[section].add(cls)
