@@ -247,6 +247,7 @@ def test_export_for_vllm(base: Path) -> None:
     assert merged == f"vllm serve {base}/run/merged/ann\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["batched", "reference"])
 def test_a_merged_model_is_a_whole_model(engine: str, file: Path) -> None:
     from transformers import AutoModelForCausalLM
