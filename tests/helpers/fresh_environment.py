@@ -41,7 +41,23 @@ def environment(folder: Path, *wheels: Path, extras: tuple[str, ...] = ()) -> Pa
     done: set[str] = set()
     for requirement in requirements(site, extras):
         link(requirement, site, done)
+    for name in {key.partition("[")[0] for key in done}:
+        write_commands(name, interpreter)
     return interpreter
+
+
+def write_commands(distribution: str, interpreter: Path) -> None:
+    """The commands of a distribution, run by ``interpreter``, as pip writes them."""
+    for point in metadata.distribution(distribution).entry_points.select(group="console_scripts"):
+        command = interpreter.parent / point.name
+        lines = (
+            f"#!{interpreter}",
+            "import sys",
+            f"from {point.module} import {point.attr}",
+            f"sys.exit({point.attr}())",
+        )
+        command.write_text("\n".join(lines) + "\n")
+        command.chmod(0o755)
 
 
 def requirements(site: Path, extras: tuple[str, ...] = ()) -> list[Requirement]:
