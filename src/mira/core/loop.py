@@ -11,21 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mira.core.engine import Trainer
 from mira.core.payload import is_private, jobs_of, parcel
 from mira.core.seeds import generator
 from mira.core.training import Training
-from mira.core.types import (
-    Change,
-    Failure,
-    Method,
-    OptimizerStates,
-    Overlay,
-    Rows,
-    ServerState,
-    Trained,
-    Trainer,
-    Work,
-)
+from mira.core.types import Change, Failure, Method, OptimizerStates, Overlay, Rows, ServerState, Trained, Work
 from mira.core.wire import Wire, down, num_bytes
 
 Record = dict[str, Any]

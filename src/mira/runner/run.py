@@ -15,10 +15,11 @@ import torch
 
 from mira import config
 from mira.config import Experiment
+from mira.core.engine import ClientBackend
 from mira.core.graph_io import to_tensors
 from mira.core.loop import Record, Schedule, run_rounds
 from mira.core.pydantic_config import expanded
-from mira.core.types import ClientBackend, ServerState, has_private_parts
+from mira.core.types import ServerState, has_private_parts
 from mira.runner import evaluation
 from mira.runner.callbacks import Callback, Callbacks
 from mira.runner.clients import clients_of
@@ -49,8 +50,12 @@ class Open(Protocol):
 
 IN_THIS_PROCESS: Open = Objects().open
 
+
 def run(
-    experiment: Experiment, out: Path | str | None = None, callbacks: Sequence[Callback] = (), open: Open = IN_THIS_PROCESS
+    experiment: Experiment,
+    out: Path | str | None = None,
+    callbacks: Sequence[Callback] = (),
+    open: Open = IN_THIS_PROCESS,
 ) -> Result:
     """Run ``experiment`` in the new folder ``out`` (default runs/NAME-TIME) and return its result: the object that
     ``mira run --json`` prints (docs/cli.md). Raises UserError for anything the user can mend."""
