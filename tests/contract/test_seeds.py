@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from helpers.engines import RandomCorpus, layout_on, make_engine, warm_row
 from helpers.tiny_models import make_tiny
-from mira.adapters.seeds import Directions, SeedsAdapter, directions
+from mira.adapters.directions import Directions
+from mira.adapters.seeds import SeedsAdapter, directions
 from mira.core.layout import Layout
 from mira.core.mixing import weighted_mean
 from mira.core.seeds import generator

@@ -16,7 +16,8 @@ from helpers.engines import RandomCorpus
 from helpers.tiny_models import EOS, VOCABULARY, make_tiny
 from helpers.unusual_models import make
 from mira.adapters.lora import Lora
-from mira.adapters.lora_peft import LoraAdapter, from_peft, merge, peft_config, peft_parameters, start_row, to_peft
+from mira.adapters.lora_names import peft_parameters
+from mira.adapters.lora_peft import LoraAdapter, from_peft, merge, peft_config, start_row, to_peft
 from mira.adapters.peft_check import beside, prove
 from mira.config import Experiment
 from mira.core.errors import UserError

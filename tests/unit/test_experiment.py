@@ -27,10 +27,10 @@ from mira.engine import budget
 from mira.engine.memory import peak_memory
 from mira.runner.measuring import without_nan
 from mira.runner.summary import located
+from mira.serving.folders import replace_folder
 from mira.setup.build import open_session
 from mira.setup.environment import DECIDING, check_environment, taken_over
 from mira.setup.session import enough_memory
-from mira.store.folders import replace_folder
 
 ENVIRONMENT: dict[str, Any] = {
     "versions": {"torch": "2.13.0", "peft": "0.21"}, "model": {"sha256": "a"}, "data": {"sha256": "b"}, "threads": 2,

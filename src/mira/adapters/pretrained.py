@@ -112,11 +112,6 @@ def refused(given: str, reason: str) -> UserError:
     return UserError(f"adapter.start={given}: {reason}")
 
 
-def is_folder(given: str) -> bool:
-    """Tell whether ``given`` is meant as a folder of this machine."""
-    return given.startswith((".", "/", "~")) or Path(given).is_dir()
-
-
 def _from_hub(name: str) -> Path:
     if name.startswith((".", "/", "~")) or not _ON_HUB.fullmatch(name):
         raise refused(name, "no such folder; give a folder with a PEFT adapter, or OWNER/NAME on the model hub")
