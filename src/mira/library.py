@@ -37,7 +37,7 @@ def run(
 
     ``config``: an ``Experiment``, a mapping of its sections, or a YAML file. Objects go before what it says. ``method``,
     ``graph``, ``adapter``: an instance of a class of MIRA's or of anybody's. ``model``: a ``transformers`` model with its
-    tokenizer; it is frozen in place. ``data``: a list of ``Client``, or a dict of names to examples (a list of dicts, a
+    tokenizer, which stay as they are. ``data``: a list of ``Client``, or a dict of names to examples (a list of dicts, a
     ``datasets.Dataset``). ``callbacks``: see every record and may stop the run. Raises UserError.
     """
     chosen = {"method": method, "graph": graph, "adapter": adapter}
