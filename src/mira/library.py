@@ -43,8 +43,6 @@ def run(
     chosen = {"method": method, "graph": graph, "adapter": adapter}
     objects = Objects.of(model, data, _name(config))
     experiment = _experiment(config, chosen, objects)
-    if experiment.privacy is not None:
-        raise UserError("privacy: noise is put on by sites (mira server), and one process has none; leave privacy out")
     result = runner.run(experiment, out, callbacks, objects.open)
     return Run(Path(result["run"]), objects=objects, callbacks=callbacks)
 
@@ -77,7 +75,7 @@ def compare(
     config: Path | str, out: Path | str | None = None, results: Path | str | None = None, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Run the comparison of a YAML file in the folder ``out`` (default runs/NAME), and return the content of its compare.json
-    (docs/cli.md). Finished runs are not done again. ``results``: a folder for the tables too. Raises UserError."""
+    (docs/commands/compare.md). Finished runs are not done again. ``results``: a folder for the tables too. Raises UserError."""
     plan = load_comparison(Path(config), overrides)
     place = Path("runs") / plan.name if out is None else expanded(Path(out))
     return run_comparison(plan, place, f"mira.compare({str(config)!r})", None if results is None else Path(results))
@@ -87,7 +85,7 @@ def register(
     *, method: type | None = None, graph: type | None = None, source: type | None = None, adapter: type | None = None
 ) -> None:
     """Offer classes under their names to every configuration in this process; a package offers its own as entry points of
-    mira.methods, mira.graphs, mira.sources and mira.adapters (docs/extending.md). Raises UserError where one lacks something."""
+    mira.methods, mira.graphs, mira.sources and mira.adapters (docs/plugins.md). Raises UserError where one lacks something."""
     for section, cls in (("method", method), ("graph", graph), ("data", source), ("adapter", adapter)):
         if cls is not None:
             SECTIONS[section].add(cls)

@@ -6,16 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from helpers.engines import RandomCorpus, make_engine, warm_row
 from helpers.tiny_models import KINDS
+from helpers.training_passes import watch_passes
 from mira.core.training import Training
 from mira.core.types import Trained, Work
-from mira.engine import batched, budget
-from mira.engine.batched import BatchedEngine
-
-pytestmark = pytest.mark.quick
+from mira.engine import budget
+from mira.engine.packing import PassItems
 
 STEPS = (3, 2)
 TRAINING = Training(lr=1e-2, local_steps=3, clip=0.5)
@@ -37,13 +35,11 @@ def engine_of(kind: str, tokens: int = 4096, **options: Any) -> Any:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The tokens of each training pass, job by job; small ones are of use already."""
     seen: list[list[int]] = []
-    real = BatchedEngine._backward
 
-    def counted(self: Any, part: Any, now: Any) -> Tensor:
-        seen.append([sum(len(s.tokens) for s in sequences) for _, sequences in part])
-        return real(self, part, now)
+    def counted(items: PassItems) -> None:
+        seen.append([sum(len(s.tokens) for s in sequences) for _, sequences in items])
 
-    monkeypatch.setattr(BatchedEngine, "_backward", counted)
+    watch_passes(monkeypatch, counted)
     monkeypatch.setattr(budget, "_USEFUL", {4: 40})
     return seen
 
@@ -73,16 +69,14 @@ def test_memory_that_runs_out_spreads_a_batch(
     spread: bool, passes: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The share of a failed pass in the gradient is taken back, also where another piece is in it already."""
-    whole, real, failed = train(engine_of("llama")), BatchedEngine._backward, []
+    whole, failed = train(engine_of("llama")), []
 
-    def scarce(self: Any, part: Any, now: Any) -> Tensor:
-        out = real(self, part, now)  # gradients are written when memory runs out
-        if sum(len(sequences) for _, sequences in part) > 1:
-            failed.append(part)
+    def scarce(items: PassItems) -> None:
+        if sum(len(sequences) for _, sequences in items) > 1:
+            failed.append(items)
             raise torch.OutOfMemoryError("pretend")
-        return out
 
-    monkeypatch.setattr(BatchedEngine, "_backward", scarce)
+    watch_passes(monkeypatch, after=scarce)
     found = train(engine_of("llama", 80 if spread else 4096))
     assert failed
     assert not found.failed
@@ -90,15 +84,14 @@ def test_memory_that_runs_out_spreads_a_batch(
 
 
 def test_a_client_of_whom_one_sequence_does_not_fit_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, real = train(engine_of("llama")), BatchedEngine._backward
+    whole = train(engine_of("llama"))
     crowded = RandomCorpus(STEPS, batch=6).batches(0, 1)[1][4]
 
-    def scarce(self: Any, part: Any, now: Any) -> Tensor:
-        if any(crowded == sequence for _, sequences in part for sequence in sequences):
+    def scarce(items: PassItems) -> None:
+        if any(crowded == sequence for _, sequences in items for sequence in sequences):
             raise torch.OutOfMemoryError("pretend")
-        return real(self, part, now)
 
-    monkeypatch.setattr(batched.BatchedEngine, "_backward", scarce)
+    watch_passes(monkeypatch, scarce)
     found = train(engine_of("llama"))
     assert [failure.client for failure in found.failed] == [1]
     torch.testing.assert_close(found.rows, whole.rows[:1], rtol=1e-9, atol=1e-12)

@@ -179,9 +179,9 @@ def test_auto_takes_reference_where_batched_cannot(tmp_path: Path, caplog: pytes
     line = f"engine.name=auto: using 'reference', one client at a time: {reason}"
     assert [record.getMessage() for record in caplog.records].count(line) == 1
     with pytest.raises(UserError, match=r"use engine\.name=reference"):
-        opened("batched")
+        _ = opened("batched").engine
     with pytest.raises(UserError, match=r"use engine\.name=reference"):
-        opened("auto", {"engine": "batched"})
+        _ = opened("auto", {"engine": "batched"}).engine
 
 
 def test_auto_takes_batched_where_it_can(tiny_folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from helpers import engines, fake_cuda
 from helpers.displacement import LIMIT, STEPS, TYPICAL, displacement_error, displacement_errors
 from helpers.engines import RandomCorpus, layout_on, make_engine, warm_row
 from helpers.tiny_models import KINDS, make_tiny
+from helpers.training_passes import watch_passes
 from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.training import Training
@@ -22,6 +23,7 @@ from mira.core.types import Work
 from mira.engine.attention.decoding import DecodingAttention
 from mira.engine.batched import BatchedEngine
 from mira.engine.optim import RowOptimizer
+from mira.engine.packing import PassItems
 
 
 def train(name: str, kind: str, training: Training, dtype: torch.dtype, **options: Any) -> tuple[Any, Tensor, Any]:
@@ -209,16 +211,13 @@ def test_out_of_memory_halves_the_pass_and_drops_who_does_not_fit_alone(monkeypa
     engine = make_engine("batched", "llama", RandomCorpus(STEPS), Training(local_steps=20), torch.float64)
     start = warm_row(engine.spec.layout).expand(4, -1).double()
     good = engine.train(Work(torch.arange(4), start), 0, 1e-3)
-    real = type(engine)._backward
-
-    def scarce(self: Any, part: Any, *args: Any) -> Tensor:
-        out = real(self, part, *args)  # gradients are already written when memory runs out
-        if len(part) > 2 or any(len(job[0].tokens) and engine_row in crowded for engine_row, job in part):
-            raise torch.OutOfMemoryError("pretend")
-        return out
-
     crowded: set[int] = set()
-    monkeypatch.setattr(type(engine), "_backward", scarce)
+
+    def scarce(items: PassItems) -> None:
+        if len(items) > 2 or any(row in crowded for row, _ in items):
+            raise torch.OutOfMemoryError("pretend")
+
+    watch_passes(monkeypatch, after=scarce)
     halves = engine.train(Work(torch.arange(4), start), 0, 1e-3)
     assert not halves.failed
     torch.testing.assert_close(halves.rows, good.rows, rtol=1e-9, atol=1e-12)

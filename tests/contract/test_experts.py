@@ -12,7 +12,8 @@ from torch import Tensor
 from helpers.engines import RandomCorpus, adapter_of
 from helpers.unusual_models import make
 from mira.adapters.lora import Lora
-from mira.adapters.lora_peft import from_peft, merge, peft_config, peft_parameters, start_row, to_peft
+from mira.adapters.lora_names import peft_parameters
+from mira.adapters.lora_peft import from_peft, merge, peft_config, start_row, to_peft
 from mira.adapters.peft_check import beside, prove
 from mira.core.errors import UserError
 from mira.core.graph import Groups

@@ -14,8 +14,8 @@ from helpers.method_variants import BESIDE_ONE, ONE_ROW, ROW_OF_EACH, VARIANTS, 
 from mira.core.graph import Graph, Groups
 from mira.core.loop import apply, describe, screen
 from mira.core.seeds import generator
-from mira.core.types import Change, Method, ServerState, Setting, Trained
-from mira.methods import METHODS, uses_graph
+from mira.core.types import Change, Method, ServerState, Setting, Trained, uses_graph
+from mira.methods import METHODS
 from mira.testing.methods import LAYOUT, Spy, sparse_graph
 from mira.testing.quadratic import numbered
 

@@ -198,7 +198,7 @@ def test_batched_refuses_it_and_methods_of_factors_too(registered: None, tmp_pat
     model, data = save_tiny(tmp_path / "model"), write_clients(tmp_path / "clients.jsonl")
     values = settings(model, data) | {"adapter": {"kind": "ia3"}}
     with pytest.raises(UserError, match=r"engine\.name=batched: has no arithmetic for this adapter\.kind; use"):
-        open_session(Experiment(**values | {"engine": {"name": "batched"}})).engine  # noqa: B018
+        _ = open_session(Experiment(**values | {"engine": {"name": "batched"}})).engine.engine
     assert isinstance(open_session(Experiment(**values)).engine, ReferenceEngine)
     with pytest.raises(UserError, match=r"method\.name=ffa-lora: needs the factors A and B"):
         Experiment(**values | {"method": {"name": "ffa-lora"}})

@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from helpers.engines import RandomCorpus, layout_on, make_engine, warm_row
 from helpers.tiny_models import make_tiny
-from mira.adapters.seeds import Directions, SeedsAdapter, directions
+from mira.adapters.directions import Directions
+from mira.adapters.seeds import SeedsAdapter, directions
 from mira.core.layout import Layout
 from mira.core.mixing import weighted_mean
 from mira.core.seeds import generator
@@ -176,7 +177,7 @@ def test_evaluation_and_answers_are_those_of_the_summed_weights() -> None:
         for i, k in enumerate(client.tolist()):
             model = make_tiny("llama", torch.float64)
             with Directions({n: model.get_parameter(n) for n in engine.directions.tensors}, SEED).applied(rows[i]):
-                expected = loss(model, engine.spec.corpus.encoded(k, "test", 3))
+                expected = loss(model, engine.corpus.encoded(k, "test", 3))
             assert float(scores.loss[i, 1]) == pytest.approx(expected, rel=1e-10)
     assert found[0][0].tokens.tolist() == found[1][0].tokens.tolist()
     assert found[0][1] == found[1][1]

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from helpers.engines import RandomCorpus, layout_on, make_engine, prompt_on, warm_row
+from helpers.training_passes import watch_passes
 from mira.core.threads import parallel_map
 from mira.core.training import Training
 from mira.core.types import Work
 from mira.engine import batched
 from mira.engine import forward_only as measuring
 from mira.engine.batched import BatchedEngine
+from mira.engine.packing import PassItems
 
 STEPS = (20, 7, 20, 13)
 
@@ -97,21 +98,20 @@ def test_who_runs_out_of_memory_beside_others_trains_alone(
     engine = make_engine("batched", "llama", RandomCorpus(STEPS), Training(local_steps=20), torch.float64)
     work = Work(torch.arange(4), warm_row(engine.spec.layout).expand(4, -1).double())
     good = engine.train(work, 0, 1e-3)
-    draw, real, alone = RandomCorpus(STEPS), type(engine)._train_group, False
+    real, alone = type(engine)._train_group, False
+    crowded = [list(step) for step in RandomCorpus(STEPS).batches(0, 2)]
 
     def watched(self: Any, now: Any, jobs: Any) -> Any:
         nonlocal alone
         alone = list(jobs) == [2] and threading.current_thread() is threading.main_thread()
         return real(self, now, jobs)
 
-    def scarce(self: Any, part: Any, *args: Any) -> Tensor:
-        if not alone and any(list(job) in crowded for _, job in part):
+    def scarce(items: PassItems) -> None:
+        if not alone and any(list(job) in crowded for _, job in items):
             raise torch.OutOfMemoryError("pretend")
-        return backward(self, part, *args)
 
-    crowded, backward = [list(step) for step in draw.batches(0, 2)], type(engine)._backward
     monkeypatch.setattr(type(engine), "_train_group", watched)
-    monkeypatch.setattr(type(engine), "_backward", scarce)
+    watch_passes(monkeypatch, scarce)
     again = engine.train(work, 0, 1e-3)
     assert not again.failed
     assert again.client.tolist() == [0, 1, 2, 3]
@@ -161,15 +161,13 @@ def test_side_by_side_only_who_does_not_fit_is_lost(several_threads: None, monke
     engine = make_engine("batched", "llama", RandomCorpus((2, 2, 2, 2)), Training(local_steps=2), torch.float64)
     start = warm_row(engine.spec.layout).expand(4, -1).double()
     good = engine.train(Work(torch.arange(4), start), 0, 1e-3)
-    draw, real = RandomCorpus((2, 2, 2, 2)), type(engine)._backward
-    crowded = [sequence for step in draw.batches(0, 2) for sequence in step]
+    crowded = [sequence for step in RandomCorpus((2, 2, 2, 2)).batches(0, 2) for sequence in step]
 
-    def scarce(self: Any, part: Any, *args: Any) -> Tensor:
-        if any(sequence in crowded for _, job in part for sequence in job):
+    def scarce(items: PassItems) -> None:
+        if any(sequence in crowded for _, job in items for sequence in job):
             raise torch.OutOfMemoryError("pretend")
-        return real(self, part, *args)
 
-    monkeypatch.setattr(type(engine), "_backward", scarce)
+    watch_passes(monkeypatch, scarce)
     others = engine.train(Work(torch.arange(4), start), 0, 1e-3)
     assert [f.client for f in others.failed] == [2]
     torch.testing.assert_close(others.rows, good.rows[[0, 1, 3]], rtol=1e-9, atol=1e-12)
@@ -177,16 +175,15 @@ def test_side_by_side_only_who_does_not_fit_is_lost(several_threads: None, monke
 
 def test_a_bug_in_one_thread_ends_all_of_them(several_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine("batched", "llama", RandomCorpus((50, 50, 2)), Training(local_steps=50), torch.float64)
-    real, passes = type(engine)._backward, 0
+    passes = 0
 
-    def broken(self: Any, part: Any, *args: Any) -> Tensor:
+    def broken(items: PassItems) -> None:
         nonlocal passes
         passes += 1
         if passes == 5:
             raise KeyError("a bug")
-        return real(self, part, *args)
 
-    monkeypatch.setattr(type(engine), "_backward", broken)
+    watch_passes(monkeypatch, broken)
     with pytest.raises(KeyError, match="a bug"):
         engine.train(Work(torch.arange(3), warm_row(engine.spec.layout).expand(3, -1).double()), 0, 1e-3)
     assert passes < 20  # of 102

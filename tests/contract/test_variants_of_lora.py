@@ -16,7 +16,8 @@ from helpers.engines import RandomCorpus
 from helpers.tiny_models import EOS, VOCABULARY, make_tiny
 from helpers.unusual_models import make
 from mira.adapters.lora import Lora
-from mira.adapters.lora_peft import LoraAdapter, from_peft, merge, peft_config, peft_parameters, start_row, to_peft
+from mira.adapters.lora_names import peft_parameters
+from mira.adapters.lora_peft import LoraAdapter, from_peft, merge, peft_config, start_row, to_peft
 from mira.adapters.peft_check import beside, prove
 from mira.config import Experiment
 from mira.core.errors import UserError
@@ -132,18 +133,10 @@ def test_loraplus_is_the_same_in_both_engines(optimizer: Any) -> None:
     layout = Lora(rank=4, alpha=8.0, targets=TARGETS["llama"], lora_plus_ratio=8.0).layout(make_tiny())
     start = start_row(layout, 0)
     training = Training(local_steps=4, optimizer=optimizer, weight_decay=0.1)
-    for engine in (partial(BatchedEngine, tokens_per_pass=4096, prefix=True), ReferenceEngine):
-        common = (
-            make_tiny(),
-            1,
-            frozenset({VOCABULARY[EOS]}),
-            str,
-            LoraAdapter(make_tiny(), layout),
-            corpus,
-            training,
-            0,
-        )
-        trained = engine(*common).train(Work(torch.tensor([0, 1]), start.repeat(2, 1)), round=0, lr=0.01)  # type: ignore[arg-type]
+    for build in (partial(BatchedEngine.of, tokens_per_pass=4096), ReferenceEngine.of):
+        text, adapter = Text(1, frozenset({VOCABULARY[EOS]}), str), LoraAdapter(make_tiny(), layout)
+        engine = build(EngineSpec(make_tiny(), text, adapter, corpus, training, 0))  # type: ignore[operator, arg-type]
+        trained = engine.train(Work(torch.tensor([0, 1]), start.repeat(2, 1)), round=0, lr=0.01)
         rows.append(trained.rows[trained.client.argsort()])
     assert float((rows[0] - rows[1]).norm()) <= 1e-3 * float((rows[1] - start).norm())
     plain = Lora(rank=4, alpha=8.0, targets=TARGETS["llama"]).layout(make_tiny())

@@ -71,8 +71,7 @@ def change(folder: Path, **settings: Any) -> None:
 
 def forget_base(folder: Path, name: str | None) -> None:
     """Make it an adapter as PEFT itself writes it: without the hash of the base."""
-    file = folder / "adapter_model.safetensors"
-    save_file(load_file(file), file, metadata={"format": "pt"})
+    (folder / "base_model.json").unlink(missing_ok=True)
     change(folder, base_model_name_or_path=name)
 
 

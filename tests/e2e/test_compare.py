@@ -217,7 +217,7 @@ def test_an_older_comparison_whose_runs_cannot_be_opened_keeps_its_table(
     def gone(*_: object, **__: object) -> None:
         raise UserError("model.name=x: not here any more")
 
-    monkeypatch.setattr(running, "open_session", gone)
+    monkeypatch.setattr("mira.runner.recording.open_session", gone)
     ended = mira("compare", folder / "c.yaml", "--out", tmp_path / "o", "--json")
     assert ended.err.count("the losses before training cannot be measured: model.name=x: not here any more") == 4
     for entry, before in zip(one_object(ended.out)["entries"], value["entries"], strict=True):

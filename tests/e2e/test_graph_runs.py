@@ -18,8 +18,8 @@ from mira import Experiment, run
 from mira.core.graph import Embed
 from mira.core.graph_io import from_tensors, in_use
 from mira.data.federation import make_federation
+from mira.engine.embed import embed
 from mira.model import Base
-from mira.model.embed import embed
 from mira.results.html.write import write
 from mira.runner.recording import state_of
 from mira.runner.run import resume
@@ -161,6 +161,6 @@ def test_an_embedding_is_the_mean_of_the_plain_models_hidden_states(kind: str) -
         ids = torch.tensor([base.tokenizer(text)["input_ids"]])
         expected.append(base.model(ids, output_hidden_states=True).hidden_states[-1][0].mean(0))
     # sdpa against eager attention in fp32.
-    torch.testing.assert_close(embed(base, texts), torch.stack(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(embed(base.model, base.tokenizer, texts), torch.stack(expected), rtol=1e-4, atol=1e-5)
     assert base.model.config._attn_implementation == before
-    assert embed(base, [""]).isfinite().all()
+    assert embed(base.model, base.tokenizer, [""]).isfinite().all()

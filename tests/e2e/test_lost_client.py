@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.sample_config import NAMES, mira, settings, write_clients, write_config
+from helpers.training_passes import watch_passes
 from mira import Experiment, run
 from mira.core.types import Scores, Trained, Work
-from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.engine.memory import OUT_OF_MEMORY
+from mira.engine.packing import PassItems
 from mira.engine.reference import ReferenceEngine
 
 BOB = NAMES.index("bob")
@@ -57,15 +58,18 @@ def poison(monkeypatch: pytest.MonkeyPatch, at_round: int) -> None:
 
 def starve(monkeypatch: pytest.MonkeyPatch, who: Sequence[int] = (BOB,)) -> None:
     """There is never enough memory to train these clients, alone or beside others."""
-    whole = BatchedEngine._backward
+    whole, large = BatchedEngine.train, set[int]()
 
-    def backward(self: BatchedEngine, part: Sequence[tuple[int, Sequence[Encoded]]], *rest: Any) -> torch.Tensor:
-        large = {id(s) for k in who for s in self.corpus.encoded(k, "train")}
-        if any(id(s) in large for _, job in part for s in job):
+    def train(self: BatchedEngine, work: Work, round: int, lr: float) -> Trained:
+        large.update(id(sequence) for k in who for sequence in self.spec.corpus.encoded(k, "train"))
+        return whole(self, work, round, lr)
+
+    def scarce(items: PassItems) -> None:
+        if any(id(sequence) in large for _, sequences in items for sequence in sequences):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return whole(self, part, *rest)
 
-    monkeypatch.setattr(BatchedEngine, "_backward", backward)
+    monkeypatch.setattr(BatchedEngine, "train", train)
+    watch_passes(monkeypatch, scarce)
 
 
 def test_nan_loss(

@@ -16,6 +16,7 @@ from benchmarks.plot import draw, middle
 from benchmarks.workload import Synthetic, Workload
 
 from helpers.sample_config import settings, write_clients
+from helpers.training_passes import watch_passes
 from mira import Experiment
 from mira.engine.batched import BatchedEngine
 from mira.engine.packing import packed_tokens
@@ -56,10 +57,7 @@ def test_a_curve_runs_and_leaves_the_model_as_it_was(name: str, workload: Worklo
 @pytest.mark.usefixtures("one_thread")
 def test_one_client_a_pass_is_that(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     clients: list[int] = []
-    inner = BatchedEngine._backward
-    monkeypatch.setattr(
-        BatchedEngine, "_backward", lambda self, part, *rest: clients.append(len(part)) or inner(self, part, *rest)
-    )
+    watch_passes(monkeypatch, lambda items: clients.append(len(items)))
     with ExitStack() as stack:
         for point in curves.by_clients(lambda: workload, stack):
             clients.clear()

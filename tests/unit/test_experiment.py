@@ -27,10 +27,10 @@ from mira.engine import budget
 from mira.engine.memory import peak_memory
 from mira.runner.measuring import without_nan
 from mira.runner.summary import located
+from mira.serving.folders import replace_folder
 from mira.setup.build import open_session
 from mira.setup.environment import DECIDING, check_environment, taken_over
 from mira.setup.session import enough_memory
-from mira.store.folders import replace_folder
 
 ENVIRONMENT: dict[str, Any] = {
     "versions": {"torch": "2.13.0", "peft": "0.21"}, "model": {"sha256": "a"}, "data": {"sha256": "b"}, "threads": 2,
@@ -116,6 +116,7 @@ def test_who_only_reads_a_run_takes_over_what_was_decided_on_this_machine(
     assert taken_over(recorded) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "recorded", "used"), [(None, None, 3), (2, None, 2), (2, 1, 1), (None, 1, 1)])
 def test_threads(
     given: int | None, recorded: int | None, used: int, tiny_folder: Path, tmp_path: Path,

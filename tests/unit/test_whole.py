@@ -15,8 +15,8 @@ from helpers.unusual_models import make, make_seeing
 from mira.adapters.lora import Lora
 from mira.adapters.lora_peft import LoraAdapter
 from mira.core.seeds import generator
-from mira.model import Base, load
-from mira.model.embed import embed
+from mira.engine.embed import embed
+from mira.model import load
 from mira.model.whole import save_whole
 
 BESIDE = {
@@ -66,7 +66,7 @@ def test_a_base_without_generation_settings_gets_none(tmp_path: Path) -> None:
 
 def test_texts_are_vectors_where_a_model_does_not_tell_its_body() -> None:
     """For the text model of Llama 4, transformers gives the prefix of the whole."""
-    assert embed(Base.of(make("llama4"), make_tokenizer()), ["some text"]).shape == (1, 32)
+    assert embed(make("llama4"), make_tokenizer(), ["some text"]).shape == (1, 32)
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
@@ -76,7 +76,7 @@ def test_a_folder_of_images_and_text_is_read_for_its_text(kind: str, tmp_path: P
     make_seeing(kind).save_pretrained(base)
     make_tokenizer().save_pretrained(base)
     loaded = load(str(with_more(base)), device="cpu")
-    assert embed(loaded, ["some text", "other"]).shape == (2, 32)
+    assert embed(loaded.model, loaded.tokenizer, ["some text", "other"]).shape == (2, 32)
     out = merged(base, tmp_path / "out")
     before, after = (load_file(folder / "model.safetensors") for folder in (base, out))
     assert before.keys() == after.keys()

@@ -17,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mira.adapters.lowrank import AdapterBatch, Factors, add_gradients, add_product
 
+Adapted = tuple[Tensor, list[tuple[Tensor, Factors]]]
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -41,12 +43,11 @@ def is_plain(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module)
 
 
-def project(x: Tensor, group: Sequence[Projection], adapters: AdapterBatch) -> tuple[list[Tensor], list[Tensor]]:
-    """Apply all projections to x [T,k]. Returns their outputs, and A·x of each adapter."""
-    outs = [one(x) for one in group]
-    adapted = [(out, one.factors) for out, one in zip(outs, group, strict=True) if one.factors]
-    wide = x.to(adapters.rows.dtype) if adapted else x
-    return outs, [add_product(out, wide, adapters, factors) for out, factors in adapted]
+def adapted(x: Tensor, outs: Sequence[Tensor], group: Sequence[Projection], adapters: AdapterBatch) -> Adapted:
+    """The input x [T,k] in the precision of the adapters, converted once for all of them; and those of ``outs``, the outputs of
+    ``group`` or their gradients, that have an adapter, each with the adapter's factors."""
+    found = [(out, one.factors) for out, one in zip(outs, group, strict=True) if one.factors]
+    return x.to(adapters.rows.dtype) if found else x, found
 
 
 def project_back(
@@ -59,14 +60,12 @@ def project_back(
     if into_x:
         for g, one in zip(grads, group, strict=True):
             total = torch.mm(g, one.weight) if total is None else total.addmm_(g, one.weight)
-    adapted = [(g, one.factors) for g, one in zip(grads, group, strict=True) if one.factors]
-    if not adapted:
+    if x is None:
         return total
-    assert x is not None
-    wide = x.to(adapters.rows.dtype)
+    wide, found = adapted(x, grads, group, adapters)
     narrow = total is not None and total.dtype != wide.dtype
     low_rank = torch.zeros_like(wide) if narrow else total
-    for (g, factors), u in zip(adapted, us, strict=True):
+    for (g, factors), u in zip(found, us, strict=True):
         add_gradients(g.to(wide.dtype), wide, u, adapters, factors, low_rank)
     return total.add_(low_rank) if narrow and total is not None and low_rank is not None else total
 
@@ -90,7 +89,9 @@ class Projections(torch.autograd.Function):
         ctx: Any, x: Tensor, probe: Tensor, group: Sequence[Projection], adapters: AdapterBatch
     ) -> tuple[Tensor, ...]:
         flat = _flat(x)
-        outs, us = project(flat, group, adapters)
+        outs = [one(flat) for one in group]
+        wide, found = adapted(flat, outs, group, adapters)
+        us = [add_product(out, wide, adapters, factors) for out, factors in found]
         ctx.save_for_backward(*((flat, *us) if us else ()))
         ctx.group, ctx.adapters, ctx.shape = group, adapters, x.shape
         return tuple(_shaped(out, x.shape) for out in outs)
@@ -111,8 +112,13 @@ class GatedMLP(torch.autograd.Function):
         ctx: Any, x: Tensor, probe: Tensor, inner: Sequence[Projection], down: Projection, adapters: AdapterBatch
     ) -> Tensor:
         flat = _flat(x)
-        (gate, up), us = project(flat, inner, adapters)
-        (out,), down_us = project(silu(gate).mul_(up), (down,), adapters)
+        gate, up = (one(flat) for one in inner)
+        wide, found = adapted(flat, (gate, up), inner, adapters)
+        us = [add_product(out, wide, adapters, factors) for out, factors in found]
+        hidden = silu(gate).mul_(up)
+        out = down(hidden)
+        wide, found = adapted(hidden, (out,), (down,), adapters)
+        down_us = [add_product(out, wide, adapters, factors) for _, factors in found]
         ctx.save_for_backward(gate, up, *down_us, *((flat, *us) if us else ()))
         ctx.inner, ctx.down, ctx.adapters, ctx.shape = inner, down, adapters, x.shape
         return _shaped(out, x.shape)

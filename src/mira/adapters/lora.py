@@ -64,10 +64,18 @@ class Lora:
         return Layout.of(features, self.rank, self.alpha, self.rslora, self.dora, self.lora_plus_ratio)
 
     def layout(self, model: PreTrainedModel) -> Layout:
-        """The row layout on ``model``. Raises UserError when the targets name no linear layer."""
-        from mira.adapters.lora_peft import layout_of
+        """The row layout on ``model``. Raises UserError where the targets name no linear layer."""
+        from mira.adapters.lora_peft import features_of
 
-        return layout_of(self, model)
+        features = features_of(model, self.targets)
+        experts = [name for name, shape in features.items() if len(shape) == 3]
+        if experts and (self.dropout or self.dora):
+            key, off = (f"dropout={self.dropout:g}", "dropout=0") if self.dropout else ("dora=true", "dora=false")
+            raise UserError(
+                f"adapter.{key}: not available for experts, since PEFT changes their tensors as a whole; set {off}, or leave"
+                f" {experts[0].rsplit('.', 1)[-1]} out of targets"
+            )
+        return Layout.of(features, self.rank, self.alpha, self.rslora, self.dora, self.lora_plus_ratio)
 
     def on(self, base: BaseLike, seed: int) -> Adapter:
         """The adapter on ``base``, proven to be what PEFT reads from its folders."""

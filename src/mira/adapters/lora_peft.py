@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mira.adapters.lora import Lora
+from mira.adapters.lora_names import peft_names, peft_parameters, peft_places
+from mira.adapters.lora_start import start_of
 from mira.adapters.peft_files import HEADER, WEIGHTS, write_base
-from mira.adapters.targets import PREFIX, ends, target_layers
+from mira.adapters.targets import ends, target_layers
 from mira.adapters.types import BaseLike, SingleAdapterModel
 from mira.adapters.weights import is_transposed, lengths, merge, weights_of
 from mira.core.errors import UserError
@@ -47,8 +48,6 @@ class LoraAdapter:
 
     def start(self, seed: int) -> Tensor:
         if self.given is not None and self.base is not None:
-            from mira.adapters.lora_start import start_of  # it reads what is written here
-
             return start_of(self.given, self.layout, self.base)
         row = start_row(self.layout, seed, self.init)
         for entry in self.layout.entries:
@@ -92,20 +91,15 @@ class LoraAdapter:
                 weight.data.copy_(before)
 
 
-def layout_of(section: Lora, model: PreTrainedModel) -> Layout:
-    """The row layout on ``model``. Raises UserError where the targets name no linear layer."""
-    layers, experts = target_layers(model, section.targets)
-    if experts and (section.dropout or section.dora):
-        key, off = (f"dropout={section.dropout:g}", "dropout=0") if section.dropout else ("dora=true", "dora=false")
-        raise UserError(
-            f"adapter.{key}: not available for experts, since PEFT changes their tensors as a whole; set {off}, or leave"
-            f" {next(iter(experts)).rsplit('.', 1)[-1]} out of targets"
-        )
+def features_of(model: PreTrainedModel, targets: str | tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """The input and output features of each layer that ``targets`` name, and for experts their number. Raises UserError where
+    there is no such layer."""
+    layers, experts = target_layers(model, targets)
     features: dict[str, tuple[int, ...]] = {name: _features(layer) for name, layer in layers.items()}
     for name, tensor in experts.items():
         count, first, second = tensor.shape
         features[name] = (first, second, count) if is_transposed(model, name) else (second, first, count)
-    return Layout.of(features, section.rank, section.alpha, section.rslora, section.dora, section.lora_plus_ratio)
+    return features
 
 
 def start_row(layout: Layout, seed: int, init: Init = "kaiming") -> Tensor:
@@ -173,41 +167,6 @@ def _taken_for_experts(leaf: str, model: PreTrainedModel) -> bool:
     except ValueError:  # PEFT asks for the other names of the same experts as well
         return True
     return set(config.target_modules or ()) != {leaf}
-
-
-def peft_places(layout: Layout) -> dict[Entry, str]:
-    """The module in which PEFT keeps each tensor of ``layout``. A module with several adapted tensors has one wrapper for each,
-    nested in one another."""
-    owned: dict[str, list[str]] = {}
-    for entry in layout.entries:
-        if entry.experts and entry.factor == "A":
-            owned.setdefault(entry.module.rpartition(".")[0], []).append(entry.module)
-
-    def place(entry: Entry) -> str:
-        if not entry.experts:
-            return f"{PREFIX}{entry.module}"
-        owner = entry.module.rpartition(".")[0]
-        inside = len(owned[owner]) - 1 - owned[owner].index(entry.module)
-        return f"{PREFIX}{owner}{'.base_layer' * inside}"
-
-    return {entry: place(entry) for entry in layout.entries}
-
-
-def peft_parameters(layout: Layout) -> dict[Entry, str]:
-    """PEFT's name of each tensor of ``layout`` in a model."""
-    return {
-        entry: f"{place}.lora_magnitude_vector.default.weight" if entry.factor == "magnitude"
-        else f"{place}.lora_{entry.factor}.default.weight"
-        for entry, place in peft_places(layout).items()
-    }  # fmt: skip
-
-
-def peft_names(layout: Layout) -> dict[Entry, str]:
-    """PEFT's name of each tensor of ``layout`` in a folder."""
-    return {
-        entry: name.removesuffix(".default.weight") + (".weight" if entry.factor != "magnitude" else "")
-        for entry, name in peft_parameters(layout).items()
-    }
 
 
 def peft_tensors(row: Tensor, layout: Layout, rank: int) -> dict[str, Tensor]:

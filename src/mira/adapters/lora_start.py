@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mira.adapters.lora_peft import peft_names
+from mira.adapters.lora_names import peft_names
 from mira.adapters.peft_files import WEIGHTS
 from mira.adapters.pretrained import Pretrained
 from mira.adapters.targets import PREFIX, target_layers

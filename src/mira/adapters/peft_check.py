@@ -16,7 +16,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mira.adapters.lora_peft import peft_parameters, peft_tensors, to_peft
+from mira.adapters.lora_names import peft_parameters
+from mira.adapters.lora_peft import peft_tensors, to_peft
 from mira.adapters.reach import plainly, text
 from mira.adapters.targets import PREFIX
 from mira.adapters.weights import changes, lengths, on_same_weights, plain_weight

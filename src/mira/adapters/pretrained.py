@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mira.adapters.peft_files import CONFIG, PICKLED, PROMPT_ROW, WEIGHTS, recorded_sha256
+from mira.adapters.peft_files import BASE, CONFIG, PICKLED, PROMPT_ROW, WEIGHTS, recorded_sha256
 from mira.adapters.types import BaseLike
 from mira.core.errors import UserError
 from mira.core.pydantic_config import expanded
@@ -25,7 +25,7 @@ from mira.core.pydantic_config import expanded
 log = logging.getLogger(__name__)
 
 HUB_TIMEOUT = 5.0  # seconds after which a silent hub counts as out of reach
-_FILES = [CONFIG, WEIGHTS, PROMPT_ROW]
+_FILES = [CONFIG, WEIGHTS, PROMPT_ROW, BASE]
 _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -110,11 +110,6 @@ class Pretrained:
 def refused(given: str, reason: str) -> UserError:
     """The error for the adapter that was ``given``."""
     return UserError(f"adapter.start={given}: {reason}")
-
-
-def is_folder(given: str) -> bool:
-    """Tell whether ``given`` is meant as a folder of this machine."""
-    return given.startswith((".", "/", "~")) or Path(given).is_dir()
 
 
 def _from_hub(name: str) -> Path:

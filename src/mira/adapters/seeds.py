@@ -7,7 +7,7 @@ Qin et al., "Federated Full-Parameter Tuning of Billion-Sized Language Models wi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
@@ -17,13 +17,13 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from mira.adapters.directions import Directions
 from mira.adapters.types import BaseLike, PassAdapter, Unadapted
 from mira.core.errors import UserError
 from mira.core.layout import Entry, Layout
 from mira.core.pydantic_config import STRICT, Count
-from mira.core.seeds import generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,37 +62,6 @@ class Seeds:
 def coefficients(count: int) -> Layout:
     """The layout of ``count`` coefficients."""
     return Layout((Entry("coefficients", "seed", (count,), 0),))
-
-
-@plain_dataclass(frozen=True)
-class Directions:
-    """Directions z_s: standard normal numbers for every tensor of ``tensors``, in fp32 on the CPU. They are drawn again at each
-    use, from a generator keyed by (``seed``, s, number of the tensor). ``epsilon``: the distance along a direction at which the
-    loss is measured, on either side."""
-
-    tensors: Mapping[str, nn.Parameter]
-    seed: int
-    epsilon: float = 5e-4
-
-    def add(self, s: int, factor: float) -> None:
-        """Add factor·z_s to the weights in place, one tensor at a time."""
-        for number, tensor in enumerate(self.tensors.values()):
-            z = torch.empty(tensor.shape).normal_(generator=generator("direction", self.seed, s, number))
-            tensor.data.add_(z.to(tensor), alpha=factor)
-
-    @contextmanager
-    def applied(self, row: Tensor) -> Iterator[None]:
-        """Set the weights to w0 + Σ_s c_s·z_s, c = ``row`` [N], while the context is open. Afterwards they are w0 to the last
-        bit, whatever was added in between: a copy of the tensors is kept meanwhile."""
-        before = [tensor.detach().clone() for tensor in self.tensors.values()]
-        try:
-            for s, c in enumerate(row.tolist()):
-                if c != 0:
-                    self.add(s, c)
-            yield
-        finally:
-            for tensor, original in zip(self.tensors.values(), before, strict=True):
-                tensor.data.copy_(original)
 
 
 def directions(model: PreTrainedModel, targets: str | tuple[str, ...], seed: int, epsilon: float = 5e-4) -> Directions:

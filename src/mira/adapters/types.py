@@ -16,7 +16,7 @@ from mira.core.layout import Layout
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from mira.adapters.seeds import Directions
+    from mira.adapters.directions import Directions
 
 
 class BaseLike(Protocol):

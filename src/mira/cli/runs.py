@@ -10,14 +10,17 @@ import typer
 from mira.cli.terminal import Data, Json, Model, Run, Which, err_console, out_console, print_json, print_result
 from mira.core.errors import UserError
 from mira.core.escape import visible
+from mira.core.pydantic_config import expanded
 from mira.runner.progress import RunProgress
 
 
 def evaluate(run: Run, round: Which = "last", data: Data = None, model: Model = None, as_json: Json = False) -> None:
     """Measure every client of a run again: loss, exact match and ROUGE-L under the row it deploys."""
-    from mira.library import open_run
+    from mira.results import run_folder
 
-    print_result(open_run(run, [RunProgress(err_console)], data=data, model=model).evaluate(round), as_json)
+    print_result(
+        run_folder.Run(expanded(run), data, model, callbacks=[RunProgress(err_console)]).evaluate(round), as_json
+    )
 
 
 def generate(
@@ -38,9 +41,9 @@ def generate(
     model: Model = None,
 ) -> None:
     """Answer a prompt with one client's adapter."""
-    from mira.library import open_run
+    from mira.results import run_folder
 
-    opened = open_run(run, data=data, model=model)
+    opened = run_folder.Run(expanded(run), data, model)
     if prompt is not None:
         answer = opened.generate(
             client, prompt, instruction=instruction, system=system, max_new_tokens=max_new_tokens, round=round
@@ -81,7 +84,7 @@ def export(
     model: Model = None,
 ) -> None:
     """Write adapters for PEFT or a server, or merged models, under the run folder, and push them to the model hub."""
-    from mira.library import open_run
+    from mira.results import run_folder
     from mira.results.export import Hub
 
     if everyone == bool(client):
@@ -89,7 +92,7 @@ def export(
     if push is None and (public or base):
         raise UserError(f"export: {'--public' if public else '--base'} is of use with --push OWNER/NAME alone")
     hub = Hub(push, public, base) if push is not None else None
-    opened = open_run(run, data=data, model=model)
+    opened = run_folder.Run(expanded(run), data, model)
     for line in opened.export(client or None, merge=merge, format=format, round=round, hub=hub):
         out_console.print(line, soft_wrap=True)
 

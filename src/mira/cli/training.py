@@ -31,24 +31,24 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Train one adapter per client, measure every client, and write a PEFT folder for each."""
-    from mira import library
+    from mira.runner import run as runner
     from mira.runner.resuming import to_resume
 
     progress = RunProgress(err_console)
     try:
         if not resume:
             _onlyto_resume(data, model)
-            done = library.run(configuration(target, overrides or []), out, [progress])
+            result = runner.run(configuration(target, overrides or []), out, [progress])
         else:
             folder, data, model = to_resume(target, overrides or [], out, data, model)
-            done = library.resume(folder, [progress], data=data, model=model)
+            result = runner.resume(folder, [progress], data=data, model=model)
     except KeyboardInterrupt:
         progress.stop()
         err_console.print(f"interrupted; {progress.advice}")
         raise typer.Exit(130) from None
     finally:
         progress.stop()
-    print_result(done.result, as_json)
+    print_result(result, as_json)
 
 
 def compare(

@@ -14,6 +14,7 @@ from mira.config.sections import SECTIONS
 from mira.config.yaml_io import flat, mapping, read, write
 from mira.core.pydantic_config import expanded
 from mira.core.registry import plugins as registered
+from mira.core.types import uses_graph
 from mira.data.sources.sites import Sites
 from mira.methods.heterogeneous_ranks import check_names
 
@@ -75,7 +76,7 @@ def check_ranks(experiment: Experiment, names: Sequence[str]) -> None:
 
 def mixes_along_graph(method: str) -> bool:
     """Whether the method called ``method`` has a graph; False where it is not installed."""
-    return bool(getattr(SECTIONS["method"].get(method), "uses_graph", False))
+    return uses_graph(SECTIONS["method"].get(method))
 
 
 def clients_are_remote(experiment: Experiment) -> bool:

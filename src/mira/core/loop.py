@@ -11,21 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mira.core.engine import Trainer
 from mira.core.payload import is_private, jobs_of, parcel
 from mira.core.seeds import generator
 from mira.core.training import Training
-from mira.core.types import (
-    Change,
-    Failure,
-    Method,
-    OptimizerStates,
-    Overlay,
-    Rows,
-    ServerState,
-    Trained,
-    Trainer,
-    Work,
-)
+from mira.core.types import Change, Failure, Method, OptimizerStates, Overlay, Rows, ServerState, Trained, Work
 from mira.core.wire import Wire, down, num_bytes
 
 Record = dict[str, Any]
@@ -72,38 +62,26 @@ def run_rounds(
     each record once it is committed; a true value from it ends the run.
     """
     while state.round < schedule.rounds:
-        state, record = _round(method, engine, state, schedule, names, recorder, measure)
+        began = perf_counter()
+        cohort = sample_cohort(schedule.seed, state.round, len(names), schedule.share)
+        lr = schedule.training.lr_at(state.round, schedule.rounds)
+        work = method.broadcast(state, cohort)
+        if schedule.training.keep_optimizer:
+            work = replace(work, optimizer=recorder.optimizer())
+        trained = screen(engine.train(work, state.round, lr))
+        training_seconds = perf_counter() - began
+        change = method.aggregate(state, trained) if len(trained.client) else nothing(trained.rows)
+        mixed = apply(state, change)
+        record = describe(mixed.round, work, trained, change, names, schedule.wire)
+        record |= measure(mixed)
+        record["tokens_per_second"] = record["tokens"] / training_seconds
+        record["seconds"] = perf_counter() - began
+        recorder.commit(mixed.round, change, _kept(work, trained), record)
+        state = replace(mixed, rows=recorder.rows() if len(change.index) else state.rows)
+        del work, trained, change, mixed  # their rows would be in memory beside those of the next round
         if observe(record):
             break
     return state
-
-
-def _round(
-    method: Method,
-    engine: Trainer,
-    state: ServerState,
-    schedule: Schedule,
-    names: Sequence[str],
-    recorder: Recorder,
-    measure: Callable[[ServerState], Record],
-) -> tuple[ServerState, Record]:
-    """Run and commit one round. A function of its own, so that the rows of the round before are freed."""
-    began = perf_counter()
-    cohort = sample_cohort(schedule.seed, state.round, len(names), schedule.share)
-    lr = schedule.training.lr_at(state.round, schedule.rounds)
-    work = method.broadcast(state, cohort)
-    if schedule.training.keep_optimizer:
-        work = replace(work, optimizer=recorder.optimizer())
-    trained = screen(engine.train(work, state.round, lr))
-    training_seconds = perf_counter() - began
-    change = method.aggregate(state, trained) if len(trained.client) else nothing(trained.rows)
-    mixed = apply(state, change)
-    record = describe(mixed.round, work, trained, change, names, schedule.wire)
-    record |= measure(mixed)
-    record["tokens_per_second"] = record["tokens"] / training_seconds
-    record["seconds"] = perf_counter() - began
-    recorder.commit(mixed.round, change, _kept(work, trained), record)
-    return replace(mixed, rows=recorder.rows() if len(change.index) else state.rows), record
 
 
 def sample_cohort(seed: int, round: int, num_clients: int, share: float) -> Tensor:

@@ -20,4 +20,9 @@ def expanded(path: Path) -> Path:
         raise UserError(f"'{path}': there is no home folder of that name; write the path in full") from None
 
 
+def is_folder(given: str) -> bool:
+    """Tell whether ``given`` means a folder of this machine, where it may be a name on the model hub as well."""
+    return given.startswith((".", "/", "~")) or Path(given).is_dir()
+
+
 UserPath = Annotated[Path, AfterValidator(expanded)]

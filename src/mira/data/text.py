@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 
 from mira.core.encoded import Encoded
 from mira.core.errors import UserError, did_you_mean
-from mira.data.chat import Answer, Chat, Conversation
+from mira.data.chat import Chat, Conversation
+from mira.data.labels import Labels
 from mira.data.overlong import Limit, without_beginning, without_oldest
 from mira.data.rendering import Rendering
 from mira.data.templates import AUTO, CHAT, TEMPLATES, resolved
-from mira.data.tokenizing import Text, Tokenizing, Tokens
+from mira.data.tokenizing import Text, Tokenizing
 from mira.data.types import Example, Message
 from mira.data.wording import Wording
 
@@ -128,7 +129,7 @@ class Encoder:
 
     @property
     def has_chat(self) -> bool:
-        """Whether prompts are messages of the model's chat template."""
+        """True where prompts are messages of the model's chat template."""
         return self.template == CHAT
 
     @property
@@ -182,6 +183,10 @@ class Encoder:
     def tokenizing(self) -> Tokenizing:
         return Tokenizing(self.tokenizer)
 
+    @cached_property
+    def _labels(self) -> Labels:
+        return Labels(self.stops, self.tokenizing.added, self.tokenizer.eos_token_id)
+
     def turns(self, example: Example) -> tuple[Message, ...]:
         """``example`` as a conversation, with ``wording.system`` where it has no system message."""
         given = f"{example.instruction}\n\n{example.input}" if example.input else example.instruction
@@ -214,7 +219,7 @@ class Encoder:
                 texts += [as_data(str(prompt)), as_data(f"{prompt}{example.output}")]
         tokens = iter(self.tokenizing.whole(texts))
         return [
-            self._labelled(talk, next(tokens).ids, next(tokens))
+            self._labels.encoded(talk, next(tokens).ids, next(tokens))
             if talk
             else self._joined(
                 self.tokenizing.lead + next(tokens).ids, self.tokenizing.lead + next(tokens).ids, example, place
@@ -224,44 +229,6 @@ class Encoder:
 
     def _talk(self, example: Example, where: str) -> Conversation:
         return self.chat.conversation(self.turns(example), example.tools, where)
-
-    def _labelled(self, talk: Conversation, asked: tuple[int, ...], whole: Tokens) -> Encoded:
-        """The whole conversation, with labels on each answer, from the end of its prompt through the token that ends it."""
-        ids, label = list(whole.ids), [False] * len(whole.ids)
-        same = whole.ids[: len(asked)] == asked
-        prompt = len(asked) if same else whole.before(talk.answers[-1].start)
-        for answer in talk.answers:
-            last = answer is talk.answers[-1]
-            first = prompt if last else whole.before(answer.start)
-            stop = self._stop(talk, whole, answer)
-            end = self._unended(talk, whole, answer) if stop is None else stop + 1
-            label[first:end] = [True] * (end - first)
-            if last and stop is None:
-                ids, label = [*ids[:end], self.tokenizer.eos_token_id], [*label[:end], True]
-        return Encoded(tuple(ids), tuple(label), False, prompt, () if same else asked)
-
-    def _stop(self, talk: Conversation, whole: Tokens, answer: Answer) -> int | None:
-        """The place of the token that ends ``answer``: the first added token after its words and white space, if generation stops
-        at it; where tool calls may follow the words, the first stop token. None where there is none."""
-        words_end = answer.text[1]
-        if answer.loose:
-            turn = range(whole.before(words_end), whole.before(answer.limit))
-            return next((n for n in turn if whole.ids[n] in self.stops), None)
-        after = (n for n in range(whole.before(words_end), len(whole.ids)) if whole.ids[n] in self.tokenizing.added)
-        stop = next(after, None)
-        if stop is None or whole.ids[stop] not in self.stops:
-            return None
-        return None if talk.whole.text[words_end : whole.spans[stop][0]].strip() else stop
-
-    def _unended(self, talk: Conversation, whole: Tokens, answer: Answer) -> int:
-        """The place after an answer without a stop token: after its words or tool calls, or the token that contains their end."""
-        limit = answer.text[1]
-        if answer.loose:
-            limit = len(talk.whole.text[: answer.limit].rstrip())
-        end = next((n for n, (start, _) in enumerate(whole.spans) if start >= limit), len(whole.ids))
-        last = whole.ids[end - 1]
-        ends_turn = answer.loose and last in self.tokenizing.added and last not in self.stops
-        return end - 1 if ends_turn and whole.spans[end - 1][0] >= answer.text[1] else end
 
     def _raw(self, example: Example, where: str) -> str:
         """The prompt in a template without turns, or unchanged for a raw example."""

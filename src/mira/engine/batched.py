@@ -35,7 +35,7 @@ from mira.engine.forward_only import FORWARD_FACTOR, ForwardOnly
 from mira.engine.generate import cache_bytes_per_token
 from mira.engine.memory import HALVING, OUT_OF_MEMORY, is_out_of_memory
 from mira.engine.optim import RowOptimizer, pull
-from mira.engine.packing import PassItems, halves, labels_of, plan
+from mira.engine.packing import Pass, PassItems, halves, labels_of, plan
 from mira.engine.reference import ReferenceEngine
 from mira.engine.spec import EngineSpec
 from mira.engine.step import StepSums
@@ -154,8 +154,14 @@ class BatchedEngine:
                 continue
             index = [row for row, _ in items]
             undo, each = sums.undo(index), None
+            complete = all(len(sequences) == len(sums.batches[row]) for row, sequences in items)
             try:
-                each = self._backward(items, sums)
+                packed, adapters = self._packed(items, sums)
+                if self.replayer is not None and complete:
+                    each = self.replayer.learn(packed, adapters)
+                else:
+                    inputs = PassInputs.of(packed).to(self.adapted.device)
+                    each = self.adapted.learn(inputs, PackedAttention(packed.segments), adapters)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -182,15 +188,10 @@ class BatchedEngine:
             sums.lost[items[0][0]] = OUT_OF_MEMORY
         return parts
 
-    def _backward(self, items: PassItems, sums: StepSums) -> Tensor:
-        """One pass forward and backward; the contribution of each item to the mean label loss of its batch (float64)."""
+    def _packed(self, items: PassItems, sums: StepSums) -> tuple[Pass, AdapterBatch]:
+        """``items`` as one pass, and the adapters in it."""
         packed = self.adapted.pack(items, {row: sum(map(labels_of, batch)) for row, batch in sums.batches.items()})
-        adapters = AdapterBatch(sums.rows, packed.ranges, sums.grad, sums.dropout, packed.predict)
-        complete = all(len(sequences) == len(sums.batches[row]) for row, sequences in items)
-        if self.replayer is not None and complete:
-            return self.replayer.learn(packed, adapters)
-        inputs = PassInputs.of(packed).to(self.adapted.device)
-        return self.adapted.learn(inputs, PackedAttention(packed.segments), adapters)
+        return packed, AdapterBatch(sums.rows, packed.ranges, sums.grad, sums.dropout, packed.predict)
 
     def evaluate(self, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None) -> Scores:
         """See ``ClientEngine.evaluate``."""

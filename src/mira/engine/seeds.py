@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mira.adapters.seeds import Directions
+from mira.adapters.directions import Directions
 from mira.core.encoded import Encoded
+from mira.core.engine import Engine
 from mira.core.seeds import generator
 from mira.core.training import Training
-from mira.core.types import Engine, Failure, Scores, Trained, Work
+from mira.core.types import Failure, Scores, Trained, Work
 from mira.data.corpus import Corpus
 from mira.engine.memory import OUT_OF_MEMORY, is_out_of_memory
 

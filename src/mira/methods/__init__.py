@@ -34,9 +34,3 @@ METHODS = Registry(
         "fedadam": FedAdam,
     },
 )
-
-
-def uses_graph(method: object) -> bool:
-    """True for a method, or its class, that mixes along the graph: its attribute ``uses_graph``, False where absent. For other
-    methods no graph is built, and no client's description leaves it."""
-    return bool(getattr(method, "uses_graph", False))

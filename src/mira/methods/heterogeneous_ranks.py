@@ -15,8 +15,7 @@ from torch import Tensor
 from mira.core.errors import UserError, did_you_mean
 from mira.core.layout import Layout
 from mira.core.ranks import Ranks
-from mira.core.types import Change, Method, ServerState, Setting, Trained, Work
-from mira.methods import uses_graph
+from mira.core.types import Change, Method, ServerState, Setting, Trained, Work, uses_graph
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from mira.core.layout import Layout
 from mira.core.payload import is_private
-from mira.core.types import Change, Method, ServerState, Setting, Trained, Work
-from mira.methods import uses_graph
+from mira.core.types import Change, Method, ServerState, Setting, Trained, Work, uses_graph
 
 
 @dataclass(frozen=True)

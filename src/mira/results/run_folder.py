@@ -66,7 +66,7 @@ class Run(Mapping[str, Any]):
 
     @property
     def records(self) -> list[Record]:
-        """The record of every committed round, from round 0 (the start) on; docs/cli.md documents the fields."""
+        """The record of every committed round, from round 0 (the start) on; docs/run-folder.md documents the fields."""
         with Store.open(self.folder, writable=False) as store:
             return store.metrics()
 

@@ -37,7 +37,7 @@ class Callback(Protocol):
         return None
 
     def round(self, record: Record) -> str | bool | None:
-        """A round is committed; docs/cli.md documents its ``record``. A reason, or True, ends the run after this round: it is
+        """A round is committed (docs/run-folder.md documents ``record``). A reason, or True, ends the run after this round: it is
         measured and exported as after its last. None or False: the run goes on."""
         return None
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mira.core.types import ClientBackend, Engine, Grade
+from mira.core.engine import ClientBackend, Engine, Grade
 from mira.core.wire import Wire
 from mira.runner import evaluation
 from mira.runner.label_accuracy import label_accuracy

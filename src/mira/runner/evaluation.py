@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mira.core.engine import ClientEngine, Grade
 from mira.core.errors import UserError, did_you_mean
 from mira.core.layout import Layout
 from mira.core.seeds import generator
 from mira.core.text_metrics import chrf, words
-from mira.core.types import ClientEngine, Grade, Method, ServerState
+from mira.core.types import Method, ServerState
 
 Record = dict[str, Any]
 Metric = Callable[[Sequence[str], Sequence[str]], float]  # (answers of a client, reference answers) -> value

@@ -24,7 +24,7 @@ from mira.data.federation import SplitClient, make_federation
 from mira.data.reading import existing, read_records
 from mira.data.records import Tally
 from mira.data.types import Client, client_data
-from mira.model.embed import embed
+from mira.engine.embed import embed
 from mira.runner.measuring import without_nan
 from mira.runner.recording import state_of
 from mira.serving.folders import export_adapters
@@ -161,7 +161,9 @@ def _of_description(session: Session, known: Sequence[SplitClient], most: int) -
     if len(set(told)) == 1:
         log.info("all clients of the run have the same task description: all have the same weight")
         return _everyone(known)
-    weight, related = cosines(embed(session.base, told))[0, 1:].sort(descending=True, stable=True)
+    weight, related = cosines(embed(session.base.model, session.base.tokenizer, told))[0, 1:].sort(
+        descending=True, stable=True
+    )
     alike = weight[:most] > 0
     if bool(alike.any()):
         return related[:most][alike], weight[:most][alike]

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from mira.core.types import Engine
+from mira.core.engine import Engine
 from mira.data.corpus import Corpus
 from mira.data.types import Example
 

@@ -52,6 +52,10 @@ class Objects:
     ) -> Session:
         """The session of ``experiment`` on these objects. ``clients``: clients that a run recorded, where no examples are needed.
         Raises UserError."""
+        if recorded is None and experiment.privacy is not None:
+            raise UserError(
+                "privacy: noise is put on by sites (mira server), and one process has none; leave privacy out"
+            )
         if self.clients is not None:
             clients = make_federation(Given(self.clients), experiment.split, experiment.seed)
         return open_session(experiment, recorded, progress, folder, clients=clients, base=self.base)

@@ -15,19 +15,19 @@ import torch
 
 from mira import config
 from mira.config import Experiment
-from mira.core.errors import UserError
+from mira.core.engine import ClientBackend
 from mira.core.graph_io import to_tensors
 from mira.core.loop import Record, Schedule, run_rounds
 from mira.core.pydantic_config import expanded
-from mira.core.types import ClientBackend, ServerState, has_private_parts
+from mira.core.types import ServerState, has_private_parts
 from mira.runner import evaluation
 from mira.runner.callbacks import Callback, Callbacks
 from mira.runner.clients import clients_of
 from mira.runner.measuring import best_answers, joining, measured, measurer
+from mira.runner.objects import Objects
 from mira.runner.recording import FolderRecorder, state_of
 from mira.runner.summary import ADAPTERS, Result, located, summary
 from mira.serving.folders import export_adapters
-from mira.setup.build import open_session
 from mira.setup.environment import check_environment
 from mira.setup.session import TOKENS, Session
 from mira.store import Store
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class Open(Protocol):
-    """A builder of sessions: ``open_session``, or one that puts sites on other machines in the place of clients."""
+    """A builder of sessions: ``Objects.open``, or one that puts sites on other machines in the place of clients."""
 
     def __call__(
         self,
@@ -48,11 +48,17 @@ class Open(Protocol):
     ) -> Session: ...
 
 
+IN_THIS_PROCESS: Open = Objects().open
+
+
 def run(
-    experiment: Experiment, out: Path | str | None = None, callbacks: Sequence[Callback] = (), open: Open = open_session
+    experiment: Experiment,
+    out: Path | str | None = None,
+    callbacks: Sequence[Callback] = (),
+    open: Open = IN_THIS_PROCESS,
 ) -> Result:
     """Run ``experiment`` in the new folder ``out`` (default runs/NAME-TIME) and return its result: the object that
-    ``mira run --json`` prints (docs/cli.md). Raises UserError for anything the user can mend."""
+    ``mira run --json`` prints (docs/commands/run.md). Raises UserError for anything the user can mend."""
     told = Callbacks(callbacks)
     began = time.strftime("%Y%m%d-%H%M%S")
     folder = Path("runs") / f"{experiment.name}-{began}" if out is None else expanded(Path(out))
@@ -60,8 +66,6 @@ def run(
     Store.check_vacant(folder)
     experiment.tracking.check()
     evaluation.check_metrics(experiment.evaluation.metrics)
-    if experiment.privacy is not None and open is open_session:
-        raise UserError("privacy: noise is put on by sites (mira server), and one process has none; leave privacy out")
     told.stage("preparing")
     session = open(experiment, progress=told.tokens)
     state = session.initial_state()
@@ -73,7 +77,7 @@ def run(
 
 
 def resume(
-    folder: Path | str, callbacks: Sequence[Callback] = (), open: Open = open_session,
+    folder: Path | str, callbacks: Sequence[Callback] = (), open: Open = IN_THIS_PROCESS,
     data: Path | None = None, model: str | None = None,
 ) -> Result:  # fmt: skip
     """Go on with the run in ``folder`` from its last committed round, and return its result. ``data``, ``model``: their place

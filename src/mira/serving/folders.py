@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from mira.core.errors import UserError
 from mira.core.loop import Record
 from mira.core.types import ServerState
 from mira.model.whole import save_whole
 from mira.serving import card, gguf
 from mira.serving.card import Origin
 from mira.setup.session import Session
-from mira.store.folders import replace_folder
 
 
 def export_adapters(
@@ -65,3 +69,35 @@ def export_gguf(session: Session, folder: Path, adapter: Path, origin: Origin) -
         card.write(place, session, origin, "gguf")
 
     replace_folder(folder, write)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Make ``folder`` with ``write``, in the place of a former one. Raises UserError when it cannot be written.
+
+    Writers beside each other take turns: the end of a run and an export may want the same folder.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        folder.parent.mkdir(exist_ok=True)
+        turn = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            _remove(temporary)  # of a process that was killed
+            try:
+                write(temporary)
+                _remove(folder)
+                temporary.rename(folder)
+            finally:
+                _remove(temporary)
+        finally:
+            os.close(turn)
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        why = " ".join(str(error).split())
+        raise UserError(
+            f"{folder}: cannot be written ({why}); fix that, then continue with --resume or export again"
+        ) from None
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink() or folder.exists():
+        shutil.rmtree(folder)  # refuses a link

@@ -9,7 +9,7 @@ from typing import Any
 
 from mira.adapters.types import Adapter
 from mira.config import Experiment
-from mira.core.types import Engine
+from mira.core.engine import Engine
 from mira.data.corpus import Corpus
 from mira.data.federation import SPLITS
 from mira.data.text import Encoder

@@ -17,18 +17,18 @@ from torch import Tensor
 from mira.adapters.loading import load_peft
 from mira.adapters.types import Adapter
 from mira.config import Experiment
+from mira.core.engine import ClientBackend, Engine
 from mira.core.errors import UserError, did_you_mean
 from mira.core.graph import Graph, Groups
 from mira.core.layout import Layout
-from mira.core.types import ClientBackend, Engine, Method, ServerState, Setting
+from mira.core.types import Method, ServerState, Setting, uses_graph
 from mira.data.corpus import Corpus
 from mira.data.federation import Federation
+from mira.engine.embed import embed
 from mira.engine.memory import is_out_of_memory
-from mira.methods import uses_graph
 from mira.methods.heterogeneous_ranks import with_ranks
 from mira.methods.warm_start import WarmStart
 from mira.model import Base
-from mira.model.embed import embed
 from mira.setup.engine import EnginePlan
 
 TOKENS = "tokens"  # in the run folder: the examples as encoded, for a session that opens the run again
@@ -103,7 +103,7 @@ class Session:
 
     def descriptions(self) -> Tensor:
         """What every client's task is, as a vector of the base model's [K,d]."""
-        return embed(self.base, [client.about for client in self.federation.clients])
+        return embed(self.base.model, self.base.tokenizer, [client.about for client in self.federation.clients])
 
     def graph(self) -> Graph:
         """Who is related to whom; nobody, for a method that does not mix along a graph."""
@@ -117,7 +117,7 @@ class Session:
     def description_bytes(self) -> int:
         """Bytes of a client's task description as a vector in fp32; 0 where the graph is not made of them."""
         asked = self._along_graph and getattr(self.experiment.graph, "source", None) == "description"
-        return 4 * embed(self.base, ["."]).shape[1] if asked else 0
+        return 4 * embed(self.base.model, self.base.tokenizer, ["."]).shape[1] if asked else 0
 
     @property
     def _along_graph(self) -> bool:

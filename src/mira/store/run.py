@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -27,10 +26,10 @@ from torch import Tensor
 
 from mira.core.errors import UserError
 from mira.store import files, manifests
-from mira.store.history import KINDS, History, RoundRecord
+from mira.store.history import History, RoundRecord
+from mira.store.rounds import Rounds
 from mira.store.rows import StoredRows
 
-_OURS = re.compile(r"[0-9]{6,}\.r[0-9]{6,}\.safetensors|\..*\.tmp")
 _METRICS, _RESULT = "metrics.jsonl", "result.json"
 _CONTINUE = "continue with --resume; committed rounds are intact"
 
@@ -46,13 +45,13 @@ class Store:
         self.num_rows = manifest.num_rows
         self.start = files.read_tensor(folder / "start.safetensors", manifest.files["start.safetensors"])
         """The common start row [P]."""
-        self._history = History()
+        self._rounds, self._history = Rounds(folder), History()
         metrics = hashlib.blake2b()  # a line at a time: with very many rounds not even the metrics fit in memory
-        for record in self._records():
+        for record in self._rounds.records():
             self._history.add(record)
             metrics.update(record.line())
         if lock is not None:
-            self._tidy()
+            self._rounds.tidy(self._history.kept(), (_METRICS, _RESULT))
             self._rebuild(metrics.digest())
 
     @staticmethod
@@ -157,7 +156,7 @@ class Store:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The metrics of every committed round, from round 0 on."""
-        return [{"round": record.round, **record.metrics} for record in self._records()]
+        return [{"round": record.round, **record.metrics} for record in self._rounds.records()]
 
     def commit(
         self,
@@ -182,23 +181,23 @@ class Store:
         if extra:
             new.append(("extra", 0, {**self.extra(), **extra}))
         record = RoundRecord(round=round, metrics=metrics, rows={}, optim={}, extra={})
-        path = self._record_path(round)
+        path = self._rounds.record(round)
         try:
             for kind, key, tensors in new:
                 data = files.pack_tensors(tensors)
                 record.digests(kind)[key] = files.digest(data)
-                files.replace(self._path(kind, key, round), data)
+                files.replace(self._rounds.version(kind, key, round), data)
             for kind in {kind for kind, _, _ in new}:
                 files.sync(self.folder / kind)
             files.replace(path, files.seal(record.model_dump()))
             files.sync(path.parent)
         except OSError as error:
             with suppress(OSError):  # only to free the space: the next opening removes the rest
-                files.remove([path, *(self._path(kind, key, round) for kind, key, _ in new)])
+                files.remove([path, *(self._rounds.version(kind, key, round) for kind, key, _ in new)])
             raise files.unwritable(self.folder, error, _CONTINUE) from None
         obsolete = self._history.add(record)
         try:
-            files.remove([self._path(*version) for version in obsolete])
+            files.remove([self._rounds.version(*version) for version in obsolete])
             with open(self.folder / _METRICS, "ab") as file:
                 file.write(record.line())
         except OSError as error:
@@ -217,36 +216,13 @@ class Store:
     def _next_round(self) -> int:
         return 0 if self.last_round is None else self.last_round + 1
 
-    def _record_path(self, round: int) -> Path:
-        return self.folder / "rounds" / f"{round:06d}.json"
-
-    def _path(self, kind: str, key: int, round: int) -> Path:
-        return self.folder / kind / f"{key:06d}.r{round:06d}.safetensors"
-
-    def _records(self) -> Iterator[RoundRecord]:
-        names = os.listdir(self.folder / "rounds")
-        rounds = sorted(int(name[:-5]) for name in names if re.fullmatch(r"[0-9]{6,}\.json", name))
-        for expected, round in enumerate(rounds):
-            if round != expected:
-                raise files.corrupt(self._record_path(expected), "missing")
-            yield manifests.parse(RoundRecord, self._record_path(round))
-
-    def _tidy(self) -> None:
-        """Remove the remains of an interrupted commit. Raises UserError, before, where a needed file is missing."""
-        present = {path for kind in (*KINDS, "rounds") for path in (self.folder / kind).iterdir()}
-        present |= {self.folder / f".{name}.tmp" for name in (_METRICS, _RESULT)}
-        needed = {self._path(*version) for version in self._history.kept()}
-        for path in sorted(needed - present):
-            raise files.corrupt(path, "missing")
-        files.remove(sorted(path for path in present - needed if _OURS.fullmatch(path.name)))
-
     def _rebuild(self, expected: bytes) -> None:
         path = self.folder / _METRICS
         if path.exists() and not path.is_symlink():
             with open(path, "rb") as file:
                 if hashlib.file_digest(file, "blake2b").digest() == expected:
                     return
-        self._write(_METRICS, (record.line() for record in self._records()))
+        self._write(_METRICS, (record.line() for record in self._rounds.records()))
 
     def _write(self, name: str, data: bytes | Iterable[bytes]) -> None:
         try:
@@ -263,8 +239,8 @@ class Store:
         version = self._history.newest(kind, key, as_of)
         if version is None:
             return None
-        path = self._path(kind, key, version.round)
-        if self._lock is None and not path.exists() and self._record_path(self._next_round()).exists():
+        path = self._rounds.version(kind, key, version.round)
+        if self._lock is None and not path.exists() and self._rounds.record(self._next_round()).exists():
             raise UserError(f"{self.folder}: the run went on while it was read; try again")
         return path, version.digest
 

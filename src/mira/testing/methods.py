@@ -10,14 +10,14 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
+from mira.core.engine import Trainer
 from mira.core.graph import Edges, Graph, Groups
 from mira.core.graph_io import in_use, to_tensors
 from mira.core.layout import Layout
 from mira.core.loop import Recorder, Schedule, apply, run_rounds
 from mira.core.seeds import generator
 from mira.core.training import Training
-from mira.core.types import Failure, MemoryRows, Method, Rows, ServerState, Setting, Trained, Trainer, Work
-from mira.methods import uses_graph
+from mira.core.types import Failure, MemoryRows, Method, Rows, ServerState, Setting, Trained, Work, uses_graph
 from mira.store import Store
 from mira.testing.checks import Check, bound, require, require_close, require_equal, tensors
 from mira.testing.quadratic import QuadraticClients, numbered

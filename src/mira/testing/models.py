@@ -17,6 +17,7 @@ class TinyBase:
     model: PreTrainedModel
     name: str = "tiny"
     revision: str | None = None
+    sha256: str = "0" * 64
 
     def unquantised(self) -> PreTrainedModel:
         return self.model

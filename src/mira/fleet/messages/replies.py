@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from mira.core.types import Grade
+from mira.core.engine import Grade
 from mira.fleet.messages.packet import Packet
 from mira.fleet.messages.transport import NoReply, Reply
 from mira.fleet.messages.validate import Expected, Rejection, validate

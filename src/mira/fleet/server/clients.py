@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from mira.core.best_round import UNMEASURED, Standing, standing
+from mira.core.engine import Grade
 from mira.core.errors import UserError
 from mira.core.payload import jobs_of
-from mira.core.types import Failure, Grade, Scores, Trained, Work
+from mira.core.types import Failure, Scores, Trained, Work
 from mira.core.wire import Wire
 from mira.fleet.messages.packet import Head, Packet, RequestKind, other_protocol, pack, row_key
 from mira.fleet.messages.policy import RemoteRun, RoundPolicy

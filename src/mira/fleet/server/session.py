@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mira.adapters.pretrained import is_folder
 from mira.config import Experiment
 from mira.config.sections import SECTIONS
 from mira.core.errors import UserError
+from mira.core.pydantic_config import is_folder
 from mira.data.sources.sites import Sites
 from mira.fleet.messages.packet import PROTOCOL
 from mira.fleet.messages.policy import RemoteRun, RoundPolicy

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from mira import config
-from mira.adapters.pretrained import is_folder
 from mira.config.sections import SECTIONS
 from mira.core.errors import UserError
 from mira.core.loop import screen
+from mira.core.pydantic_config import is_folder
 from mira.core.types import Trained, Work
 from mira.core.wire import compress, down, encode
 from mira.data.sources.sites import Own

@@ -6,18 +6,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mira.adapters.reach import plainly
-from mira.model.base import Base
 
 _LONGEST = 512  # tokens; the rest of a text is not read
 
 
 @torch.no_grad()
-def embed(base: Base, texts: Sequence[str]) -> Tensor:
+def embed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
     """Embed each text as the mean over tokens of the last hidden state: [n,d] float32. No adapter, and eager attention."""
-    model, tokenizer, rows = base.model, base.tokenizer, []
+    rows = []
     with plainly(model):
         for text in texts:
             ids = tokenizer(text, truncation=True, max_length=_LONGEST, verbose=False)["input_ids"]

@@ -1,0 +1,48 @@
+"""The files of rounds in a run folder: records, and the versions of rows that they wrote."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mira.store import files, manifests
+from mira.store.history import KINDS, RoundRecord
+
+_OURS = re.compile(r"[0-9]{6,}\.r[0-9]{6,}\.safetensors|\..*\.tmp")
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The places of these files in the run ``folder``."""
+
+    folder: Path
+
+    def record(self, round: int) -> Path:
+        """The commit record of ``round``."""
+        return self.folder / "rounds" / f"{round:06d}.json"
+
+    def version(self, kind: str, key: int, round: int) -> Path:
+        """The version of row, optimiser state or extra tensors ``key`` that ``round`` wrote."""
+        return self.folder / kind / f"{key:06d}.r{round:06d}.safetensors"
+
+    def records(self) -> Iterator[RoundRecord]:
+        """All records, read in order. Raises UserError where one is missing or damaged."""
+        names = os.listdir(self.folder / "rounds")
+        rounds = sorted(int(name[:-5]) for name in names if re.fullmatch(r"[0-9]{6,}\.json", name))
+        for expected, round in enumerate(rounds):
+            if round != expected:
+                raise files.corrupt(self.record(expected), "missing")
+            yield manifests.parse(RoundRecord, self.record(round))
+
+    def tidy(self, kept: Iterable[tuple[str, int, int]], written: Iterable[str]) -> None:
+        """Remove the remains of an interrupted commit: all versions but those ``kept`` (kind, key, round), and temporary files,
+        those of ``written`` included. Raises UserError, before, where a needed file is missing."""
+        present = {path for kind in (*KINDS, "rounds") for path in (self.folder / kind).iterdir()}
+        present |= {self.folder / f".{name}.tmp" for name in written}
+        needed = {self.version(*version) for version in kept}
+        for path in sorted(needed - present):
+            raise files.corrupt(path, "missing")
+        files.remove(sorted(path for path in present - needed if _OURS.fullmatch(path.name)))
