@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("flwr", reason="needs the extra 'flower'")
-
-from flwr.supercore.object_ref import validate
 
 from mira.fleet.flower import superlink
 from mira.fleet.flower.flwr_commands import END
@@ -139,10 +134,3 @@ def test_a_superlink_that_is_new_is_told_all_again(tmp_path: Path, monkeypatch: 
     assert asked[5:] == ["supernode", "run"]
     made.stop()
     assert (process.stopped, executors[-1].stopped) == (2, 1)
-
-
-@pytest.mark.parametrize("reference", re.findall(r'app = "(.+)"', superlink._APP))
-def test_flower_finds_the_apps(reference: str) -> None:
-    """It looks for their names in the text of a module, without running it."""
-    found, reason = validate(reference)
-    assert found, reason
