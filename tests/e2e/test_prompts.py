@@ -145,7 +145,10 @@ def test_what_a_template_was_given_goes_with_the_adapter(tiny_folder: Path, tmp_
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ({"template_kwargs": {"tokenize": True}}, r"prompt\.template_kwargs\.tokenize: belongs to apply_chat_template"),
+        (
+            {"template_kwargs": {"tokenize": True}},
+            r"prompt\.template_kwargs\.tokenize: is an argument of apply_chat_template",
+        ),
         ({"date": "2026-02-30"}, r"prompt\.date=2026-02-30: there is no such day"),
     ],
 )
@@ -171,7 +174,7 @@ def test_a_client_of_raw_prompts_has_no_template(tiny_folder: Path, tmp_path: Pa
     assert "continued as it stands" in (tmp_path / "run" / "adapters" / "a" / "README.md").read_text()
     for option in ("--system", "--instruction"):
         said = command("generate", tmp_path / "run", "--client", "a", "--prompt", "1", option, "Sing.").error
-        assert said == f"{option}: the prompts of 'a' are continued as they stand; put it into --prompt"
+        assert said == f"{option}: the prompts of 'a' are completed without a template; put it into --prompt"
 
 
 def test_runs_of_a_comparison_share_the_day(dated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,7 +211,7 @@ def test_a_finished_run_that_was_moved(config: Path, tmp_path: Path) -> None:
 
 
 def test_mistaken_folders(config: Path, tmp_path: Path) -> None:
-    assert command("run", tmp_path / "absent", "--resume").error.endswith("name a run folder, one that 'mira run' made")
+    assert command("run", tmp_path / "absent", "--resume").error.endswith("name a run folder, made by 'mira run'")
     (tmp_path / "empty").mkdir()
     assert command("run", tmp_path / "empty", "--resume").error == f"{tmp_path}/empty: there is no run here"
     assert command("run", config, "--out", tmp_path / "empty", "--resume").error.endswith("there is no run here")
