@@ -104,12 +104,13 @@ def mean_place(ends: list[tuple[str, str]], places: dict[str, float], name: str)
 def picture(found: Arrows) -> str:
     """Floors as rows, the lowest at the bottom; an arrow points at an imported room."""
     rows, chains = laid_out(found)
-    box, gap, high, width = 112, 58, 34, 780
+    box, gap, high = 112, 58, 34
+    spaces = [[box + 26 if ">" not in name else 34 for name in row] for row in rows]
+    width = max(sum(space) for space in spaces)
     height = len(rows) * (high + gap) - gap + 20
     centre: dict[str, tuple[float, float]] = {}
-    for n, row in enumerate(rows):
+    for n, (row, space) in enumerate(zip(rows, spaces, strict=True)):
         y = float(height - 10 - high - n * (high + gap))
-        space = [box + 26 if ">" not in name else 34 for name in row]
         x = (width - sum(space)) / 2
         for name, wide in zip(row, space, strict=True):
             centre[name] = (x + wide / 2, y)

@@ -79,7 +79,7 @@ def compare(
     config: Path | str, out: Path | str | None = None, results: Path | str | None = None, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Run the comparison of a YAML file in the folder ``out`` (default runs/NAME), and return the content of its compare.json
-    (docs/cli.md). Finished runs are not repeated. ``results``: a second folder for the tables. Raises UserError."""
+    (docs/commands/compare.md). Finished runs are not repeated. ``results``: a second folder for the tables. Raises UserError."""
     plan = load_comparison(Path(config), overrides)
     place = Path("runs") / plan.name if out is None else expanded(Path(out))
     return run_comparison(plan, place, f"mira.compare({str(config)!r})", None if results is None else Path(results))

@@ -15,8 +15,6 @@ from mira.core.types import Trained, Work
 from mira.engine import budget
 from mira.engine.packing import PassItems
 
-pytestmark = pytest.mark.quick
-
 STEPS = (3, 2)
 TRAINING = Training(lr=1e-2, local_steps=3, clip=0.5)
 

@@ -27,8 +27,6 @@ from mira.core.training import Training
 from mira.engine.batched import BatchedEngine
 from mira.engine.packing import pack
 
-pytestmark = pytest.mark.quick
-
 # (architecture, targets, rsLoRA); the comment says what is awkward about it.
 CASES: dict[str, tuple[str, str | tuple[str, ...], bool]] = {
     "llama": ("llama", ("q_proj", "v_proj", "down_proj"), False),

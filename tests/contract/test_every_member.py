@@ -13,6 +13,8 @@ from helpers.method_variants import VARIANTS, used_by
 from mira.adapters import ADAPTERS
 from mira.data import SOURCES
 from mira.data.partition import ByChance
+from mira.data.sources.memory import Given
+from mira.data.types import Client, Example
 from mira.graphs import GRAPHS
 from mira.testing import (
     Check,
@@ -98,6 +100,7 @@ def test_source(name: str, law: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         "dolly": lambda: dolly(tmp_path),
         "natural-instructions": lambda: tasks(tmp_path),
         "hub": lambda: hub(monkeypatch),
+        "memory": lambda: Given([Client("a", (Example("Say it.", "7", "seven"),))]),
         "sites": lambda: SOURCES["sites"](examples={"a": 3}, expected=["b"]),
     }
     named(source_checks(special.get(name, SOURCES[name])()), law)()

@@ -44,7 +44,6 @@ def test_rows_and_scores_are_those_of_one_process_to_the_last_bit(world: World, 
         assert (own.parent / "prompt_template.jinja").is_file()
 
 
-@pytest.mark.quick
 def test_every_rounds_rows_on_the_server_are_those_of_one_process(world: World) -> None:
     experiment.run(world.experiment(), world.folder / "together")
     world.apart(world.sites())

@@ -20,8 +20,6 @@ from mira.core.errors import UserError
 from mira.core.layout import Layout
 from mira.core.seeds import generator
 
-pytestmark = pytest.mark.quick
-
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _LATENT = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
 AUTO = {

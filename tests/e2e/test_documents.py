@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -120,14 +121,16 @@ def test_the_python_that_uses_mira_runs(
 ) -> None:
     """On a tiny model, for one round, and on tiny data in the place of files; everything else as shown."""
     data = write_clients(tmp_path / "data.jsonl")
-    whole = mira.run
+    whole, made = mira.run, list[mira.Run]()
 
     def small(given: Any, out: Any = None, **objects: Any) -> mira.Run:
         experiment = experiment_of(given)
         values = settings(tiny_folder, data, rounds=1, method=experiment.method)
         if experiment.data.source == "builtin":
             values["data"] = {"source": "builtin"}
-        return whole(Experiment(**values), out, **objects)
+        run = whole(Experiment(**values), out, **objects)
+        made.append(run)
+        return run
 
     monkeypatch.setattr(mira, "run", small, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -136,6 +139,10 @@ def test_the_python_that_uses_mira_runs(
     for block in blocks(document.read_text(encoding="utf-8"), "python"):
         if re.search(r"^(from mira[. ]|import mira|mira\.)", block, flags=re.MULTILINE):
             exec(compile(block, document.name, "exec", dont_inherit=True), names)
+    assert made or document.name != "README.md"
+    for run in made:
+        assert (run["rounds"], len(run["clients"])) == (1, len(run.clients))
+        assert all(isfinite(client["loss"]) and client["loss"] != client["loss_start"] for client in run["clients"])
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,11 @@
 """The built wheel, in an environment that holds nothing but it and the dependencies that its metadata name.
 
-The dependencies are links to the distributions installed here: nothing is downloaded. A file that the wheel lacks, or a
-package that a run imports and the metadata does not name, fails here.
+A file that the wheel lacks, or a package that a run imports and the metadata does not name, fails here.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tarfile
 from importlib import metadata
@@ -16,78 +14,25 @@ from typing import Any
 
 import pytest
 import yaml
-from packaging.requirements import Requirement
 
+from helpers.fresh_environment import ROOT, build, call, environment
 from helpers.sample_config import settings, write_clients
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
-
-
-def call(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel and the sdist. Built from a copy, so that no stale build folder takes part."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for name in call("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines():
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    call(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source, cwd=source)
+    """A folder with the wheel and the sdist."""
+    out = tmp_path_factory.mktemp("dist")
+    build(ROOT, out, tmp_path_factory.mktemp("source"))
     return out
-
-
-def requirements(wheel: Path) -> list[Requirement]:
-    with_metadata = next(iter(metadata.Distribution.discover(path=[str(wheel)])))
-    assert with_metadata.metadata["Name"] == "mira-fl"
-    found = [Requirement(line) for line in with_metadata.requires or []]
-    return [each for each in found if each.marker is None or each.marker.evaluate({"extra": ""})]
-
-
-def link(requirement: Requirement, site: Path, done: set[str]) -> None:
-    """Links the distribution of ``requirement``, and those it requires itself, into the folder ``site``."""
-    for extra in ("", *requirement.extras):
-        if (key := f"{requirement.name.lower()}[{extra}]") in done:
-            continue
-        done.add(key)
-        found = metadata.distribution(requirement.name)
-        for top in {file.parts[0] for file in found.files or [] if file.parts[0] != ".."}:
-            if top != "__pycache__" and not (site / top).exists():
-                (site / top).symlink_to(Path(str(found.locate_file(top))))
-        for line in found.requires or []:
-            child = Requirement(line)
-            if child.marker is None or child.marker.evaluate({"extra": extra}):
-                link(child, site, done)
 
 
 @pytest.fixture(scope="module")
 def python(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of an environment with the wheel and its dependencies alone."""
-    folder = tmp_path_factory.mktemp("empty")
-    call(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
-    interpreter = folder / "bin" / "python"
-    call(
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        interpreter,
-        "install",
-        "-qq",
-        "--no-deps",
-        *built.glob("*.whl"),
-        cwd=folder,
-    )
-    [site] = folder.glob("lib/python*/site-packages")
-    done: set[str] = set()
-    for requirement in requirements(site):
-        link(requirement, site, done)
-    return interpreter
+    return environment(tmp_path_factory.mktemp("empty"), *built.glob("*.whl"))
 
 
 def test_the_metadata_name_all_dependencies(python: Path) -> None:

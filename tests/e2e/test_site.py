@@ -63,4 +63,6 @@ def test_pages_fit_and_need_no_network(site: Path, page: Page, width: int, dark:
         page.requested.clear()
         page.open(file, width=width, dark=dark)
         assert page.ask("document.documentElement.scrollWidth") <= width, f"{file.name} overflows at {width}"
+        scheme = page.ask("document.body.dataset.mdColorScheme")
+        assert scheme == ("slate" if dark else "default"), f"{file.name} is {scheme}"
         assert [url for url in page.requested if not url.startswith(("file:", "data:"))] == [], file.name

@@ -212,6 +212,7 @@ def test_the_penalty_of_mr_mtl_is_miras_on_the_complete_graph_with_weights_one_o
     torch.testing.assert_close(work.prox[:, None] * (work.start - work.anchor), 0.7 * laplacian @ theta, **EXACT)
 
 
+@pytest.mark.slow
 def test_mr_mtl_and_mira_end_in_the_same_rows_as_steps_shrink() -> None:
     """min Σ F_k + λ/2·tr(ΘᵀLΘ) has a closed form on quadratics. MR-MTL ends there at any step; MIRA's distance from it
     shrinks in proportion to its step c = ηλ."""

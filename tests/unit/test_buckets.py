@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +11,8 @@ from mira.data.text import Encoded
 from mira.engine.cuda.buckets import Bucket
 from mira.engine.cuda.replay import _FilledPass
 from mira.engine.packing import PassItems, pack
+
+pytestmark = pytest.mark.slow
 
 
 @st.composite

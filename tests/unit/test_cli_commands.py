@@ -36,7 +36,7 @@ def base(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def as_documented(out: str) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
-    """The one object that was printed, and its fields, each there as docs/cli.md says."""
+    """The one object that was printed, and its fields, each there as docs/commands/run.md says."""
     result, expected = one_object(out), documented("mira run")
     found = list(fields(result))
     assert {name for name, _ in found} == set(expected)
@@ -249,6 +249,7 @@ def test_export_for_vllm(base: Path) -> None:
     assert merged == f"vllm serve {base}/run/merged/ann\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["batched", "reference"])
 def test_a_merged_model_is_a_whole_model(engine: str, file: Path) -> None:
     from transformers import AutoModelForCausalLM

@@ -125,6 +125,7 @@ def test_the_version() -> None:
     assert (ended.status, ended.out) == (0, f"mira {version_of('mira')}\n")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_how_to_go_on(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = RunProgress.round
 
@@ -151,6 +152,7 @@ HOSTILE = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_names_are_shown_as_they_are_and_write_nothing_outside(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

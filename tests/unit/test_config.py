@@ -95,6 +95,7 @@ values = st.recursive(scalars, lambda x: st.lists(x) | st.dictionaries(st.text()
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.text(), values))
+@pytest.mark.slow
 def test_yaml_gives_back_what_was_written(values: dict[str, Any]) -> None:
     back = yaml_text.value(yaml_text.write(values), "test")
     assert back == values

@@ -116,6 +116,7 @@ def test_who_only_reads_a_run_takes_over_what_was_decided_on_this_machine(
     assert taken_over(recorded) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "recorded", "used"), [(None, None, 3), (2, None, 2), (2, 1, 1), (None, 1, 1)])
 def test_threads(
     given: int | None, recorded: int | None, used: int, tiny_folder: Path, tmp_path: Path,

@@ -63,3 +63,12 @@ def test_a_reply_that_does_not_inflate_is_said_to_be_such() -> None:
 
 def test_the_server_does_not_repeat_what_a_site_says_of_an_error() -> None:
     assert flower._why(Error(2, "/home/ann/patients")) == "no answer from the site's worker (Flower's error 2)"
+
+
+@pytest.mark.parametrize("name", ["server_app", "client_app"])
+def test_flower_finds_the_apps_under_their_address(name: str) -> None:
+    from flwr.supercore.object_ref import load_app, validate
+
+    found, reason = validate(f"mira.fleet.flower:{name}")
+    assert found, reason
+    assert load_app(f"mira.fleet.flower:{name}", ValueError) is not None

@@ -163,7 +163,9 @@ def test_what_llamacpp_cannot_add_is_refused(tmp_path: Path) -> None:
     save_file(
         tensors | {f"base_model.model.model.layers.0.mlp.experts.lora_{f}.weight": one.clone() for f in "AB"}, file
     )
-    with pytest.raises(UserError, match=r"layer model\.layers\.0\.mlp\.experts were not tested with llama\.cpp; name"):
+    with pytest.raises(
+        UserError, match=r"layer model\.layers\.0\.mlp\.experts were not tested with llama\.cpp; name other layers"
+    ):
         write(folder, model.config, tmp_path / "a.gguf", "ann")
     save_file(tensors | {"base_model.model.model.layers.0.self_attn.v_proj.lora_magnitude_vector": one}, file)
     with pytest.raises(

@@ -43,6 +43,7 @@ def test_circles_of_any_length_are_found() -> None:
         ('def f():\n    """Whether it is."""', 1),
         ("x = lambda: 0", 0),
     ],
+    ids=["module", "verb", "field", "function", "none"],
 )
 def test_docstrings_that_begin_oddly_are_found(source: str, odd: int) -> None:
     assert len(list(house.odd_docstrings(Path(house.PACKAGE, "x.py"), ast.parse(source)))) == odd

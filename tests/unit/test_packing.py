@@ -253,6 +253,7 @@ def test_losses_equal_the_models_own_forward_pass(kind: str, prefix: bool) -> No
         assert not torch.allclose(engine.score(start_row(layout, 0)[None], [sequences])[0], oracle, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", [True, False])
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "llama"])
 def test_answers_equal_transformers_own_over_several_growths_of_the_cache(kind: str, prefix: bool) -> None:

@@ -97,7 +97,7 @@ def test_of_the_nodes_of_a_name_only_the_one_of_the_admitted_key_counts(relay: F
     app = App(tmp_path / "relay", echo, nodes={"11": "ann.2", "12": "bob.1", "13": "ann.1"})
     app.start()
     assert relay.roster() == {"ann", "bob"}
-    assert relay._nodes == {"ann": "11", "bob": "12"}
+    assert relay.exchange({"ann": b"1", "bob": b"2"}, 60.0, 2) == {"ann": b"ann.21", "bob": b"bob.12"}
 
 
 def test_each_gets_its_own_and_answers_find_their_question(relay: FlowerTransport, tmp_path: Path) -> None:
@@ -194,8 +194,9 @@ def test_the_time_in_which_the_app_is_away_does_not_count(relay: FlowerTransport
 def test_a_worker_that_is_being_started_again_is_waited_for(tmp_path: Path) -> None:
     path, listening = tmp_path / "worker", list[socket.socket]()
     threading.Timer(0.1, lambda: listening.append(frames.listen(path))).start()
-    frames.connect(path, patience=60.0).close()
-    listening[0].close()
+    with frames.connect(path, patience=60.0) as ours, listening[0], listening[0].accept()[0] as theirs:
+        frames.send(ours, b"are you there?")
+        assert frames.receive(theirs) == b"are you there?"
 
 
 def test_an_app_that_never_comes_is_said(relay: FlowerTransport) -> None:

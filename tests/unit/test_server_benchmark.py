@@ -11,6 +11,8 @@ from benchmarks.server import Server
 from mira.core.graph import Groups
 from mira.methods.mira import Mira
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("method", [Mira(), Mira(neighbours="all")])
 def test_rounds_are_played_on_disk_and_gone_on_with(method: Mira, tmp_path: Path) -> None:

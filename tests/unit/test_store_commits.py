@@ -198,6 +198,7 @@ def test_all_is_on_disk_before_the_record_and_nothing_is_removed_before_it_is(
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused_and_a_reader_is_not(store: Store) -> None:
     with pytest.raises(UserError, match=f"{store.folder}: another process is writing"):
         Store.open(store.folder)

@@ -162,6 +162,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Broken]:
     tracker.gate.set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["start", "record", "finish"])
 def test_a_tracker_that_fails_is_off_after_one_warning(
     at: str, broken: Broken, settings: Experiment, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -243,6 +244,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.
     wandb.teardown()
 
 
+@pytest.mark.slow
 def test_wandb_is_given_numbers_and_no_data(
     offline: pytest.MonkeyPatch, settings: Experiment, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -270,6 +272,7 @@ def test_wandb_without_a_key_is_off_and_says_so(
 # MLflow
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow 3.17 on SQLAlchemy 2.1
 def test_mlflow_shows_every_round_once_also_after_a_resume(
     settings: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -27,6 +27,7 @@ def forget() -> Iterator[None]:
 
 @settings(deadline=None)
 @given(layouts(), st.none() | st.integers(1, 14), st.sampled_from([(4, 2), (3, 3)]))
+@pytest.mark.slow
 def test_one_kernel_is_attention(segments: list[Segment], window: int | None, heads: tuple[int, int]) -> None:
     """Values and gradients against a mask of all tokens; prefixes, none, empty sequences."""
     total = segments[-1].end

@@ -14,6 +14,8 @@ from helpers.tiny_models import save_tiny
 from mira.model import wheel
 from mira.model.wheel import Wheel
 
+pytestmark = pytest.mark.slow
+
 CARRIER = Wheel("tiny==1.0", "tiny/tiny.gguf", "0" * 64)
 
 

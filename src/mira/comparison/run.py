@@ -35,7 +35,7 @@ JSON = "compare.json"
 def compare(
     plan: Plan, out: Path, command: str, results: Path | None = None, say: Say = lambda line: None
 ) -> dict[str, Any]:
-    """Do the remaining runs of ``plan`` in the folder ``out``, and return the content of its compare.json (docs/cli.md).
+    """Do the remaining runs of ``plan`` in the folder ``out``, and return its compare.json (docs/commands/compare.md).
 
     The tables are written after each entry, to ``out`` and, except for LaTeX, to ``results``. Raises UserError where a run there
     was started with another configuration or on other data, or where another process works there.

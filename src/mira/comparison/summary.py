@@ -1,4 +1,4 @@
-"""The content of compare.json (docs/cli.md), from the runs of a comparison."""
+"""The content of compare.json (docs/commands/compare.md), from the runs of a comparison."""
 
 from __future__ import annotations
 

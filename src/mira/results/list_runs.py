@@ -24,7 +24,7 @@ Summary = dict[str, Any]
 
 
 def runs(root: Path) -> tuple[list[Summary], list[Summary]]:
-    """(readable runs, unreadable runs with the reason) in or below ``root``, with the fields that docs/cli.md documents.
+    """(readable runs, unreadable runs with the reason) in or below ``root``. docs/commands/reports.md documents the fields.
 
     Raises UserError where ``root`` is not a folder.
     """

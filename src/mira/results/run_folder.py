@@ -66,7 +66,7 @@ class Run(Mapping[str, Any]):
 
     @property
     def records(self) -> list[Record]:
-        """The records of all committed rounds, from round 0 (before training) on; docs/cli.md documents the fields."""
+        """The records of all committed rounds, from round 0 (before training) on; docs/run-folder.md documents the fields."""
         with Store.open(self.folder, writable=False) as store:
             return store.metrics()
 

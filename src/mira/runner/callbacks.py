@@ -41,7 +41,7 @@ class Callback(Protocol):
         return None
 
     def round(self, record: Record) -> str | bool | None:
-        """Called after each committed round, with its ``record`` (docs/cli.md).
+        """Called after each committed round, with its ``record`` (docs/run-folder.md).
 
         A reason, or True, ends the run after this round; evaluation and export follow as after the last round. None or False: the
         run continues.

@@ -48,7 +48,7 @@ def look_at(experiment: Experiment) -> Preview:
 
 
 def look(source: Source, experiment: Experiment, reader: Reader | None) -> Preview:
-    """The preview of ``source``, with the fields that docs/cli.md documents. Without a ``reader`` it has no token counts."""
+    """The preview of ``source``, with the fields of docs/commands/checks.md. Without a ``reader`` it has no token counts."""
     found = source.read() if isinstance(source, Jsonl | OneFile) else Found(source.load(experiment.seed), Tally())
     clients = [client for client in found.clients if client.examples]
     if not clients:

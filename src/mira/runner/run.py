@@ -58,7 +58,7 @@ def run(
     open: Open = IN_THIS_PROCESS,
 ) -> Result:
     """Run ``experiment`` in the new folder ``out`` (default runs/NAME-TIME) and return its result: the object that
-    ``mira run --json`` prints (docs/cli.md). Raises UserError for errors that the user can fix."""
+    ``mira run --json`` prints (docs/commands/run.md). Raises UserError for errors that the user can fix."""
     told = Callbacks(callbacks)
     began = time.strftime("%Y%m%d-%H%M%S")
     folder = Path("runs") / f"{experiment.name}-{began}" if out is None else expanded(Path(out))

@@ -47,7 +47,7 @@ def summarise(
     experiment: Experiment, store: Store, last: dict[str, Any], tasks: Sequence[str], examples: Sequence[int],
     adapters: Sequence[str], best_answers: dict[str, Any],
 ) -> Result:  # fmt: skip
-    """The result of a run from its records and the ``last`` evaluation; docs/cli.md documents the fields.
+    """The result of a run from its records and the ``last`` evaluation; docs/commands/run.md documents the fields.
 
     ``adapters``: the clients' PEFT folders, relative to the run folder. ``best_answers``: the metrics of answers at the best
     round.

@@ -43,7 +43,7 @@ def take_lock(folder: Path) -> int:
 
 
 def is_locked(folder: Path) -> bool:
-    """Tell whether a process holds the folder's write lock. The check shares the lock for an instant and writes nothing."""
+    """True while a process holds the folder's write lock. The check shares the lock for an instant and writes nothing."""
     try:
         descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from mira.core.best_round import UNMEASURED, standing
+from mira.store.files import pack_json
 
 KINDS = ("rows", "optim", "extra")
 
@@ -27,6 +28,10 @@ class RoundRecord(BaseModel):
     rows: _Digests
     optim: _Digests
     extra: _Digests
+
+    def line(self) -> bytes:
+        """The round's line in metrics.jsonl."""
+        return pack_json({"round": self.round, **self.metrics})
 
     def digests(self, kind: str) -> dict[int, str]:
         return {"rows": self.rows, "optim": self.optim, "extra": self.extra}[kind]

@@ -18,7 +18,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +28,10 @@ from mira.core.errors import UserError
 from mira.store import files, manifests
 from mira.store.history import History, RoundRecord
 from mira.store.rounds import Rounds
+from mira.store.rows import StoredRows
 
 _METRICS, _RESULT = "metrics.jsonl", "result.json"
 _CONTINUE = "continue with --resume; committed rounds are intact"
-
-
-@dataclass(frozen=True)
-class StoredRows:
-    """Rows that are read from disk at each access; none is held in memory. ``as_of`` None follows the last committed round."""
-
-    store: Store
-    as_of: int | None
-
-    def __len__(self) -> int:
-        return self.store.num_rows
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        rows = self.store.start.new_empty(len(index), len(self.store.start))
-        for place, key in enumerate(index.tolist()):
-            rows[place] = self.store._row(key, self.as_of)
-        return rows
 
 
 class Store:
@@ -65,7 +49,7 @@ class Store:
         metrics = hashlib.blake2b()  # a line at a time: with very many rounds not even the metrics fit in memory
         for record in self._rounds.records():
             self._history.add(record)
-            metrics.update(_metrics_line(record))
+            metrics.update(record.line())
         if lock is not None:
             self._rounds.tidy(self._history.kept(), (_METRICS, _RESULT))
             self._rebuild(metrics.digest())
@@ -158,7 +142,7 @@ class Store:
 
     def rows(self, as_of: int | None = None) -> StoredRows:
         """The rows as of round ``as_of``, the last or the best; None: of the last round, also after further commits."""
-        return StoredRows(self, as_of)
+        return StoredRows(self.num_rows, self.start, partial(self._row, as_of=as_of))
 
     def optimizer(self, client: int) -> Tensor | None:
         """The client's last kept optimiser state; None when it has none."""
@@ -215,7 +199,7 @@ class Store:
         try:
             files.remove([self._rounds.version(*version) for version in obsolete])
             with open(self.folder / _METRICS, "ab") as file:
-                file.write(_metrics_line(record))
+                file.write(record.line())
         except OSError as error:
             raise files.unwritable(self.folder, error, _CONTINUE) from None
 
@@ -238,7 +222,7 @@ class Store:
             with open(path, "rb") as file:
                 if hashlib.file_digest(file, "blake2b").digest() == expected:
                     return
-        self._write(_METRICS, map(_metrics_line, self._rounds.records()))
+        self._write(_METRICS, (record.line() for record in self._rounds.records()))
 
     def _write(self, name: str, data: bytes | Iterable[bytes]) -> None:
         try:
@@ -289,7 +273,3 @@ def _held(folder: Path, lock: int) -> Store:
     except BaseException:
         os.close(lock)
         raise
-
-
-def _metrics_line(record: RoundRecord) -> bytes:
-    return files.pack_json({"round": record.round, **record.metrics})

@@ -56,7 +56,7 @@ class Case:
 
     @property
     def in_passes(self) -> bool:
-        """Whether engines compute the adapter beside the base's weights, rather than in them."""
+        """True where engines compute the adapter beside the weights of the base, False where it is in them."""
         return self.adapter.in_pass.layout.size > 0
 
     def attached(self, row: Tensor) -> Any:

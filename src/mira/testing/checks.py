@@ -46,7 +46,7 @@ def require_close(found: Tensor, expected: Tensor, message: str, atol: float = 1
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether ``a`` and ``b`` are equal to the last bit, tensors inside mappings and sequences included."""
+    """True if ``a`` and ``b`` are equal to the last bit, tensors inside mappings and sequences included."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, Mapping) and isinstance(b, Mapping):

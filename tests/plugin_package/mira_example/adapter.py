@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
+from peft import IA3Config
+
 from mira.adapters.peft import PeftAdapter, smallest
 from mira.adapters.types import Adapter, BaseLike
 from mira.core.layout import Layout
-from peft import IA3Config
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from mira import Change, ServerState, Setting, Trained, Work
 from mira.core.types import MemoryRows
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """The contracts of MIRA, for the four plug-ins of this package."""
 
 import pytest
-from mira.testing import adapter_checks, graph_checks, method_checks, source_checks
 from mira_example.adapter import Ia3
 from mira_example.graph import Ring
 from mira_example.method import HalfWay
 from mira_example.source import Sums
+
+from mira.testing import adapter_checks, graph_checks, method_checks, source_checks
 
 CHECKS = [*method_checks(HalfWay()), *graph_checks(Ring()), *source_checks(Sums()), *adapter_checks(Ia3())]
 

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import Any
 
+__all__ = ["client_app", "server_app"]  # Flower looks for both names in the text of the module
+
 
 def __getattr__(name: str) -> Any:
     """Flower's apps, ``mira.fleet.flower:server_app`` and ``:client_app``, loaded when Flower asks for them."""

@@ -63,7 +63,7 @@ class SupervisedProcess:
 
     @property
     def ended(self) -> bool:
-        """Whether it has ended since the last ``tend``."""
+        """True where it has ended since the last ``tend``."""
         return self._child is not None and self._child.poll() is not None
 
     def tend(self) -> bool:

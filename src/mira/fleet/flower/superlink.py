@@ -116,11 +116,11 @@ class SuperLink:
             self._pid = None
 
     def ready(self) -> bool:
-        """Whether it runs, with the sites registered."""
+        """True while it runs with the sites registered."""
         return self._process.pid is not None and self._process.pid == self._pid
 
     def knows(self, name: str) -> bool:
-        """Whether the site ``name`` is registered, under the key that is admitted now."""
+        """True where the site ``name`` is registered under the key that is admitted now."""
         return any(site.name == name and site.public_key in self._registered for site in self.sites())
 
     def admit(self) -> dict[str, str]:
@@ -211,7 +211,7 @@ def _node(site: SiteEntry) -> str:
 
 
 def _worked(said: str) -> bool:
-    """Whether a command succeeded, or an earlier one had and was killed before it reported so."""
+    """True where a command succeeded, or an earlier one had and was killed before it reported so."""
     if _IN_USE in said:
         return True
     try:

@@ -37,7 +37,7 @@ class HttpConnection:
 
     @property
     def gone(self) -> bool:
-        """Whether the peer has closed the connection."""
+        """True once the peer has closed the connection."""
         return self.reader.at_eof() or self.reader.exception() is not None
 
     async def next(self) -> object:

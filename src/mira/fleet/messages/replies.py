@@ -31,7 +31,7 @@ def read_reply(reply: Reply | None, expected: Expected) -> Packet | NoReply:
 
 
 def is_count(value: object) -> TypeGuard[int]:
-    """Whether ``value`` is a whole number of things, at least one."""
+    """True for a whole number of things, at least one."""
     return type(value) is int and 0 < value < _MOST
 
 

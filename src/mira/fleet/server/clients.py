@@ -15,15 +15,24 @@ from torch import Tensor
 from mira.core.best_round import UNMEASURED, Standing, standing
 from mira.core.engine import Grade
 from mira.core.errors import UserError
-from mira.core.payload import is_private, jobs_of
+from mira.core.payload import jobs_of
 from mira.core.types import Failure, Scores, Trained, Work
 from mira.core.wire import Wire
 from mira.fleet.messages.packet import Head, Packet, RequestKind, other_protocol, pack, row_key
 from mira.fleet.messages.policy import RemoteRun, RoundPolicy
 from mira.fleet.messages.replies import RejectedReply, column, grade_of, is_count, read_reply, unlike_scores
 from mira.fleet.messages.transport import NoReply, Reply, Transport
-from mira.fleet.messages.validate import Expected, distance, too_far
-from mira.fleet.server.requests import Request, Values, read_training, training_request
+from mira.fleet.server.requests import (
+    Request,
+    Values,
+    addressed,
+    astray,
+    evaluation_request,
+    read_training,
+    stragglers,
+    training_request,
+    unasked,
+)  # fmt: skip
 from mira.fleet.site.privacy import epsilon
 
 log = logging.getLogger(__name__)
@@ -75,9 +84,10 @@ class RemoteClients:
         self._round = round
         jobs = {self.run.names[k]: mine for k, mine in jobs_of(work).items()}
         replies = self._ask("train", {name: self._training(name, work, mine, lr) for name, mine in jobs.items()})
-        self._busy = self._stragglers(replies)
+        last = round + 1 >= self.policy.rounds  # after it, nothing is faster without the stragglers
+        self._busy = set() if last else stragglers(replies)
         rows, answers, failed = self._results(replies, jobs, work)
-        for k, reason in self._astray(work, rows, sorted(answers)).items():
+        for k, reason in astray(work, rows, sorted(answers), self.policy.max_norm).items():
             failed.append(Failure(k, reason))
             answers = {j: answer for j, answer in answers.items() if int(work.client[j]) != k}
         done = sorted(answers)
@@ -94,11 +104,8 @@ class RemoteClients:
         for i, k in enumerate(client.tolist()):
             mine.setdefault(self.run.names[k], []).append(i)
         replies = self._ask("evaluate", {
-            name: Request(
-                {"rows": len(places), "splits": list(splits), "limit": limit, **self._kept(name)},
-                {row_key(n): rows[i] for n, i in enumerate(places)},
-                {key: ((len(places), len(splits)), dtype) for key, dtype in (("nll", torch.float64), ("tokens", torch.int64))},
-            ) for name, places in mine.items() if name not in self._busy
+            name: evaluation_request(rows[places], splits, {"limit": limit, **self._kept(name)})
+            for name, places in mine.items() if name not in self._busy
         })  # fmt: skip
         nll = torch.full((len(client), len(splits)), nan, dtype=torch.float64)
         tokens = torch.zeros(len(client), len(splits), dtype=torch.int64)
@@ -196,12 +203,6 @@ class RemoteClients:
         keep = [] if self.best[1] is None else [self._kept(name, self.best[1])["since"]]
         return training_request(work, mine, self.policy.wire, {"lr": lr, "keep": keep, **self._kept(name)})
 
-    def _stragglers(self, replies: Mapping[str, Packet | NoReply]) -> set[str]:
-        """Sites that may be training still; none after the last round, in which nothing is faster without them."""
-        if self._round + 1 >= self.policy.rounds:
-            return set()
-        return {name for name, reply in replies.items() if isinstance(reply, NoReply) and reply.busy}
-
     def _results(
         self, replies: Mapping[str, Packet | NoReply], jobs: Mapping[str, Sequence[int]], work: Work
     ) -> tuple[Tensor, dict[int, Values], list[Failure]]:
@@ -222,12 +223,6 @@ class RemoteClients:
                 rows[j] = row
         return rows, answers, failed
 
-    def _astray(self, work: Work, rows: Tensor, done: Sequence[int]) -> dict[int, str]:
-        """The clients with a row whose displacement is too long for this round, and its length."""
-        sent = [j for j in done if not is_private(work, j)]
-        norm = torch.tensor([distance(rows[j], work.start[j]) for j in sent], dtype=torch.float64)
-        return {int(work.client[sent[i]]): found.reason for i, found in too_far(norm, self.policy.max_norm).items()}
-
     def _ask(self, kind: RequestKind, requests: Mapping[str, Request]) -> dict[str, Packet | NoReply]:
         """The reply of each site to its request of one ``kind``. Newcomers among the sites are asked to join meanwhile; they
         take part from the next exchange on."""
@@ -242,7 +237,7 @@ class RemoteClients:
         replies = self._exchange(kind, here, newcomers, self._minimum(kind, len(here)))
         welcomed |= {name: self._welcome(name, replies.pop(name)) for name in newcomers}
         for name in requests.keys() - replies.keys():
-            replies[name] = _unasked(welcomed.get(name))
+            replies[name] = unasked(welcomed.get(name))
         for name, reply in replies.items():
             if isinstance(reply, NoReply) and kind != "train":
                 log.warning("%s from %s: %s", kind, name, reply.reason)
@@ -270,14 +265,14 @@ class RemoteClients:
     ) -> dict[str, Packet | NoReply]:
         """The replies of the sites with requests, of which ``minimum`` are enough, and of the newcomers, which are asked to
         join."""
-        asked = {name: self._addressed("open", name, Request(self.run.opening_of(name))) for name in newcomers}
-        asked |= {name: self._addressed(kind, name, request) for name, request in requests.items()}
+        asked = {name: addressed(self._head("open", name), Request(self.run.opening_of(name))) for name in newcomers}
+        asked |= {name: addressed(self._head(kind, name), request) for name, request in requests.items()}
         if not asked:
             return {}
         expected = {name: expectation for name, (_, expectation) in asked.items()}
 
         def counts(name: str, reply: Reply) -> bool:
-            """Whether a reply is one of the ``minimum``: not if it is invalid, nor that of a newcomer beside other sites."""
+            """True for a reply that is one of the ``minimum``: a valid one, and not a newcomer's beside other sites."""
             if name not in asked:
                 return False
             if isinstance(reply, bytes) and minimum < len(asked):
@@ -297,19 +292,10 @@ class RemoteClients:
                 self._note_releases(name, reply)
         return found
 
-    def _addressed(self, kind: RequestKind, name: str, request: Request) -> tuple[Packet, Expected]:
-        """The packet of a request to the site ``name``, and the reply expected."""
-        head = Head(kind, self.run.number, self.run.segment, self._round, name)
-        return Packet(head, request.values, request.tensors), Expected(head, request.reply)
+    def _head(self, kind: RequestKind, name: str) -> Head:
+        return Head(kind, self.run.number, self.run.segment, self._round, name)
 
     def _note_releases(self, name: str, reply: Packet) -> None:
         """Note the number of releases that a site reports; it is never less than it was before."""
         told = reply.values.get("releases")
         self._releases[name] = max(told if is_count(told) else 0, self._releases.get(name, 0))
-
-
-def _unasked(welcomed: Values | NoReply | None) -> NoReply:
-    """The reason why a site got no request. ``welcomed``: its answer to the opening of the run; None where it was not asked."""
-    if welcomed is None:
-        return NoReply("it is not online", sent=False)
-    return NoReply(welcomed.reason if isinstance(welcomed, NoReply) else "it has just joined", sent=False)

@@ -12,10 +12,11 @@ from torch import Tensor
 from mira.core.payload import is_private, parcel
 from mira.core.types import Work
 from mira.core.wire import Wire, decode, down, encode, encode_mask, num_bytes
-from mira.fleet.messages.packet import Packet, row_key
+from mira.fleet.messages.packet import Head, Packet, row_key
 from mira.fleet.messages.policy import RoundPolicy
 from mira.fleet.messages.replies import RejectedReply, result_of
-from mira.fleet.messages.validate import Shapes
+from mira.fleet.messages.transport import NoReply
+from mira.fleet.messages.validate import Expected, Shapes, distance, too_far
 
 Values = dict[str, Any]
 
@@ -56,6 +57,39 @@ def training_request(work: Work, jobs: Sequence[int], wire: Wire, values: Values
     size = num_bytes(wire, sent.numbers, work.start.dtype)
     reply = {row_key(n): ((size,), torch.uint8) for n, j in enumerate(jobs) if not is_private(work, j)}
     return Request({"jobs": asked, **values}, tensors, reply)
+
+
+def evaluation_request(rows: Tensor, splits: Sequence[str], values: Values) -> Request:
+    """The request for the losses of ``rows`` [n,P] on each of ``splits``, with further ``values``."""
+    shape = len(rows), len(splits)
+    reply = {"nll": (shape, torch.float64), "tokens": (shape, torch.int64)}
+    return Request(
+        {"rows": len(rows), "splits": list(splits), **values}, {row_key(n): row for n, row in enumerate(rows)}, reply
+    )
+
+
+def addressed(head: Head, request: Request) -> tuple[Packet, Expected]:
+    """The packet of ``request``, and the reply expected."""
+    return Packet(head, request.values, request.tensors), Expected(head, request.reply)
+
+
+def unasked(welcomed: Values | NoReply | None) -> NoReply:
+    """The reason why a site got no request. ``welcomed``: its answer to the opening of the run; None where it was not asked."""
+    if welcomed is None:
+        return NoReply("it is not online", sent=False)
+    return NoReply(welcomed.reason if isinstance(welcomed, NoReply) else "it has just joined", sent=False)
+
+
+def stragglers(replies: Mapping[str, Packet | NoReply]) -> set[str]:
+    """The sites that may be at work on their request still."""
+    return {name for name, reply in replies.items() if isinstance(reply, NoReply) and reply.busy}
+
+
+def astray(work: Work, rows: Tensor, done: Sequence[int], max_norm: float | None) -> dict[int, str]:
+    """The clients with a row [P] whose displacement is too long for this round, and its length."""
+    sent = [j for j in done if not is_private(work, j)]
+    norm = torch.tensor([distance(rows[j], work.start[j]) for j in sent], dtype=torch.float64)
+    return {int(work.client[sent[i]]): found.reason for i, found in too_far(norm, max_norm).items()}
 
 
 def read_training(

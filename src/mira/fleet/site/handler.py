@@ -225,7 +225,7 @@ def _check_adapter(given: Mapping[str, Any], package: str | None) -> None:
 
 
 def _keeps_state(here: JoinedRun, values: Values) -> bool:
-    """Whether the training of a round needs what the site kept of an earlier one."""
+    """True where the training of a round needs state that the site kept of an earlier one."""
     experiment = here.session.experiment
     return values["private_parts"] or experiment.training.keep_optimizer or experiment.server.wire != "fp32"
 
