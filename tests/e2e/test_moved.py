@@ -94,7 +94,7 @@ def test_a_run_of_an_older_version_still_needs_its_data(places: Path) -> None:
     del recorded["clients"]
     _rewrite(run, recorded)
     where = ("--model", places / "moved-model")
-    assert "its data is not at" in mira("export", run, "--all", *where).error
+    assert "its data is no longer at" in mira("export", run, "--all", *where).error
     assert mira("export", run, "--all", *where, "--data", places / "moved.jsonl").status == 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import mira.setup.session
+import mira.setup.build
 from helpers.sample_config import begin, settings, write_clients, write_config
 from helpers.sample_config import mira as command
 from helpers.tiny_models import CHAT_TEMPLATE, make_tiny, make_tokenizer
@@ -37,7 +37,7 @@ def on(day: int, monkeypatch: pytest.MonkeyPatch) -> None:
         def today(cls) -> Day:
             return cls(2026, 1, day)
 
-    monkeypatch.setattr(mira.setup.session, "Date", Day)
+    monkeypatch.setattr(mira.setup.build, "Date", Day)
 
 
 def test_a_run_keeps_the_day_that_its_template_writes(

@@ -10,12 +10,12 @@ import typer
 from mira.cli.terminal import Data, Json, Model, Run, Which, err_console, out_console, print_json, print_result
 from mira.core.errors import UserError
 from mira.core.escape import visible
-from mira.core.pydantic_config import expanded
 from mira.runner.progress import RunProgress
 
 
 def evaluate(run: Run, round: Which = "last", data: Data = None, model: Model = None, as_json: Json = False) -> None:
     """Evaluate every client of a run again: loss, exact match and ROUGE-L of its own adapter."""
+    from mira.core.pydantic_config import expanded
     from mira.results import run_folder
 
     print_result(
@@ -41,6 +41,7 @@ def generate(
     model: Model = None,
 ) -> None:
     """Answer a prompt with one client's adapter."""
+    from mira.core.pydantic_config import expanded
     from mira.results import run_folder
 
     opened = run_folder.Run(expanded(run), data, model)
@@ -84,6 +85,7 @@ def export(
     model: Model = None,
 ) -> None:
     """Write adapters for PEFT or a server, or merged models, under the run folder, and push them to the model hub."""
+    from mira.core.pydantic_config import expanded
     from mira.results import run_folder
     from mira.results.export import Hub
 
