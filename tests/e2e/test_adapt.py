@@ -94,7 +94,7 @@ def test_neighbours_of_other_ranks_count_in_their_own_scale(tiny_folder: Path, t
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--group", "evn"), "--group evn: no client of the run is in it; did you mean 'even'?"),
+        (("--group", "evn"), "--group evn: no client of the run is in this group; did you mean 'even'?"),
         (("--set", "split.train=50"), "data: client 'eve' has 8 different examples"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
         # Its start is made of its neighbours' rows: read with another adapter they would be noise.

@@ -169,7 +169,7 @@ def test_a_client_of_raw_prompts_has_no_template(tiny_folder: Path, tmp_path: Pa
     )  # fmt: skip
     assert command("run", config, "--out", tmp_path / "run").status == 0
     assert {file.name for file in (tmp_path / "run" / "adapters" / "a").iterdir()} == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors"
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "base_model.json",
     }  # fmt: skip
     assert "continued as it stands" in (tmp_path / "run" / "adapters" / "a" / "README.md").read_text()
     for option in ("--system", "--instruction"):

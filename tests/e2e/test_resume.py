@@ -94,8 +94,10 @@ def test_changed_data(begun: Path, tmp_path: Path) -> None:
 
 
 def test_another_version_of_torch(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = mira.setup.environment.version
-    monkeypatch.setattr(mira.setup.environment, "version", lambda name: "99.0" if name == "torch" else recorded(name))
+    recorded = mira.setup.environment.version_of
+    monkeypatch.setattr(
+        mira.setup.environment, "version_of", lambda name: "99.0" if name == "torch" else recorded(name)
+    )
     error = refused(begun)
     assert (
         f'versions was {{"torch": "{recorded("torch")}"}} when the run started and is {{"torch": "99.0"}} now' in error
