@@ -1,4 +1,4 @@
-"""The library: a run, its resumption, a finished run as an object, a comparison; names or objects, as is at hand."""
+"""The public functions of MIRA: run, resume, open_run, compare, register. They take names or objects."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mira.config import Experiment
 from mira.config.sections import SECTIONS
 from mira.core.errors import UserError
 from mira.core.pydantic_config import expanded
+from mira.core.registry import fields_of
 from mira.core.types import Change, Method, ServerState, Setting, Trained, Work
 from mira.results.run_folder import Run
 from mira.runner import run as runner
@@ -35,10 +36,10 @@ def run(
 ) -> Run:  # fmt: skip
     """Run an experiment in the new folder ``out`` (default runs/NAME-TIME) and return it finished.
 
-    ``config``: an ``Experiment``, a mapping of its sections, or a YAML file. Objects go before what it says. ``method``,
-    ``graph``, ``adapter``: an instance of a class of MIRA's or of anybody's. ``model``: a ``transformers`` model with its
-    tokenizer, which stay as they are. ``data``: a list of ``Client``, or a dict of names to examples (a list of dicts, a
-    ``datasets.Dataset``). ``callbacks``: see every record and may stop the run. Raises UserError.
+    ``config``: an ``Experiment``, a mapping of its sections, or a YAML file. The objects below take precedence over it.
+    ``method``, ``graph``, ``adapter``: instances of MIRA's classes or of your own. ``model``: a pair of a ``transformers`` model
+    and its tokenizer, which stay as they are. ``data``: a list of ``Client``, or a dict of client names to examples (a list
+    of dicts, or a ``datasets.Dataset``). ``callbacks``: receive every record and may stop the run. Raises UserError.
     """
     chosen = {"method": method, "graph": graph, "adapter": adapter}
     objects = Objects.of(model, data, _name(config))
@@ -51,9 +52,11 @@ def resume(
     folder: Path | str, callbacks: Sequence[Callback] = (), *, model: Loaded | str | None = None,
     data: Data | Path | str | None = None,
 ) -> Run:  # fmt: skip
-    """Go on with the run in ``folder`` from its last committed round, and return it finished; the result is bit-identical to that
-    of a run that was not interrupted. ``model``, ``data``: the objects it was started with, or the place of either now, where it
-    was moved. Raises UserError."""
+    """Resume the run in ``folder`` after its last committed round, and return it finished.
+
+    The result is bit-identical to that of an uninterrupted run. ``model``, ``data``: the objects that the run was started with,
+    or the new place of either if it was moved. Raises UserError.
+    """
     found = open_run(folder, model=model, data=data)
     result = runner.resume(found.folder, callbacks, found.objects.open, found.data, found.model)
     return Run(Path(result["run"]), found.data, found.model, found.objects, callbacks)
@@ -63,8 +66,10 @@ def open_run(
     folder: Path | str, callbacks: Sequence[Callback] = (), *, model: Loaded | str | None = None,
     data: Data | Path | str | None = None,
 ) -> Run:  # fmt: skip
-    """The run in ``folder``, finished or under way. ``model``, ``data``: the objects it was started with, or the place of either
-    now, where it was moved. The folder is read when something is asked of it."""
+    """Open the run in ``folder``, finished or under way. The folder is read on first use.
+
+    ``model``, ``data``: the objects that the run was started with, or the new place of either if it was moved.
+    """
     place = Path(data) if isinstance(data, Path | str) else None
     name = model if isinstance(model, str) else None
     objects = Objects.of(None if isinstance(model, str) else model, None if isinstance(data, Path | str) else data)
@@ -75,7 +80,7 @@ def compare(
     config: Path | str, out: Path | str | None = None, results: Path | str | None = None, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Run the comparison of a YAML file in the folder ``out`` (default runs/NAME), and return the content of its compare.json
-    (docs/commands/compare.md). Finished runs are not done again. ``results``: a folder for the tables too. Raises UserError."""
+    (docs/commands/compare.md). Finished runs are not repeated. ``results``: a second folder for the tables. Raises UserError."""
     plan = load_comparison(Path(config), overrides)
     place = Path("runs") / plan.name if out is None else expanded(Path(out))
     return run_comparison(plan, place, f"mira.compare({str(config)!r})", None if results is None else Path(results))
@@ -84,31 +89,33 @@ def compare(
 def register(
     *, method: type | None = None, graph: type | None = None, source: type | None = None, adapter: type | None = None
 ) -> None:
-    """Offer classes under their names to every configuration in this process; a package offers its own as entry points of
-    mira.methods, mira.graphs, mira.sources and mira.adapters (docs/plugins.md). Raises UserError where one lacks something."""
+    """Register classes of your own under their names, for every configuration in this process. A package registers its classes
+    as entry points of mira.methods, mira.graphs, mira.sources and mira.adapters (docs/plugins.md). Raises UserError for an
+    incomplete class."""
     for section, cls in (("method", method), ("graph", graph), ("data", source), ("adapter", adapter)):
         if cls is not None:
             SECTIONS[section].add(cls)
 
 
 def _name(given: Config) -> str | None:
-    """The base's name that a mapping gives, under which adapters name it."""
+    """The base model's name in a mapping; adapters refer to it."""
     section = given.get("model") if isinstance(given, Mapping) else None
     return section.get("name") if isinstance(section, Mapping) else None
 
 
 def _experiment(given: Config, chosen: Mapping[str, Any], objects: Objects) -> Experiment:
-    """The experiment with its objects in it. Raises UserError."""
+    """Build the experiment with the given objects in it. Raises UserError."""
     if isinstance(given, Path | str):
         values: dict[str, Any] = dict(configuration.read(Path(given)))
     elif isinstance(given, Experiment):
         values = {name: getattr(given, name) for name in type(given).model_fields}
+        # By its fields: a notebook cell that was run again has registered the class anew.
+        values |= {section: fields_of(values[section]) for section in SECTIONS}
     else:
         values = dict(given)
     for section, instance in chosen.items():
         if instance is not None:
-            SECTIONS[section].adopt(instance)
-            values[section] = instance
+            values[section] = SECTIONS[section].adopt(instance)
     if (base := objects.base) is not None:
         dtype = str(base.model.dtype).removeprefix("torch.")
         values["model"] = {"name": base.name, "dtype": dtype, "quantization": base.quantization}

@@ -293,7 +293,7 @@ def test_a_site_insists_on_its_noise(world: World, asked: dict[str, Any], caplog
 
 
 def test_one_process_has_no_noise(world: World) -> None:
-    with pytest.raises(UserError, match="privacy: noise is put on by sites"):
+    with pytest.raises(UserError, match="privacy: sites add the noise"):
         experiment.run(world.experiment(privacy=PRIVATE), world.folder / "together")
 
 
@@ -445,7 +445,10 @@ def test_the_run_folder_is_one_like_any_other(world: World) -> None:
     assert evaluated.status == 0, evaluated.err
     assert json.loads(evaluated.out)["local_loss"] == metrics(folder)[-1]["local_loss"]
     assert "shown is what they measured after the last round" in evaluated.err
-    assert "which measured on the way; to see it: mira report" in mira("evaluate", folder, "--round", "best").error
+    assert (
+        "which evaluated during the run; to see their results: mira report"
+        in mira("evaluate", folder, "--round", "best").error
+    )
     assert mira("generate", folder, "--client", "bob").error.endswith(
         "the data of 'bob' is at its site; give a --prompt"
     )

@@ -16,7 +16,8 @@ from mira.core.loop import apply, describe, screen
 from mira.core.seeds import generator
 from mira.core.types import Change, Method, ServerState, Setting, Trained, uses_graph
 from mira.methods import METHODS
-from mira.testing.methods import LAYOUT, Spy, sparse_graph
+from mira.testing.method_case import LAYOUT, sparse_graph
+from mira.testing.methods import Spy
 from mira.testing.quadratic import numbered
 
 pytestmark = pytest.mark.quick

@@ -94,16 +94,16 @@ def test_neighbours_of_other_ranks_count_in_their_own_scale(tiny_folder: Path, t
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--group", "evn"), "--group evn: no client of the run is in it; did you mean 'even'?"),
+        (("--group", "evn"), "--group evn: no client of the run is in this group; did you mean 'even'?"),
         (("--set", "split.train=50"), "data: client 'eve' has 8 different examples"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
         # Its start is made of its neighbours' rows: read with another adapter they would be noise.
         (
             ("--set", "adapter.rank=1"),
-            "--set adapter.rank=1: a client that joins has the adapter of the run; it may",
+            "--set adapter.rank=1: a new client has the adapter of the run; it may",
         ),
-        (("--set", "data.source=builtin"), "a client that joins has the data"),
-        (("--set", "clients.rank={eve: 1}"), "a client that joins has the clients"),
+        (("--set", "data.source=builtin"), "a new client has the data"),
+        (("--set", "clients.rank={eve: 1}"), "a new client has the clients"),
     ],
 )
 def test_what_cannot_be_is_one_line(finished: Path, more: tuple[str, ...], message: str) -> None:
@@ -141,7 +141,7 @@ def test_where_all_describe_the_same_task_all_are_neighbours(alike: Path) -> Non
     ended = adapt(alike, "--rounds", 0)
     assert ended.status == 0, ended
     assert ended.out.startswith("starts from c0 (1.00), c1 (1.00), c2 (1.00)\n")
-    assert "all clients of the run have the same task description: all have the same weight" in ended.err
+    assert "all clients of the run have the same task description; using equal weights" in ended.err
     assert "its clients have no group, leave --group out" in adapt(alike, "--group", "any").error
 
 

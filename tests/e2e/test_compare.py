@@ -290,7 +290,7 @@ def test_a_comparison_goes_on_within_a_run(tiny_folder: Path, tmp_path: Path, mo
         patched.setattr(experiment, "run", interrupted)
         ended = mira("compare", file, "--out", tmp_path / "o")
     assert ended.status == 130
-    assert ended.err.endswith("go on with the same command\n")
+    assert ended.err.endswith("repeat the command to resume\n")
     assert not (tmp_path / "o" / "compare.json").exists()
     assert "2 points × 1 seeds, and 1 more seeds" in ended.err
     lines: list[str] = []

@@ -153,7 +153,7 @@ def test_no_memory_to_measure_is_one_line(tiny_folder: Path, tmp_path: Path, mon
     monkeypatch.setattr(BatchedEngine, "evaluate", evaluate)
     config = write_config(tmp_path / "c.yaml", tiny_folder, write_clients(tmp_path / "data.jsonl"))
     error = mira("run", config, "--out", tmp_path / "run").error
-    assert error.startswith("prompt.max_length=1024: out of memory while measuring; start a new run with less")
+    assert error.startswith("prompt.max_length=1024: out of memory while measuring; start a new run with a smaller")
 
 
 def test_a_loss_that_is_no_number_is_null_and_said(

@@ -34,9 +34,7 @@ def test_export_and_prompts_need_no_data(places: Path) -> None:
         ["generate", run, "--client", "ann", "--prompt", "1 and 2"],
     ):
         refused = mira(*command).error
-        assert (
-            refused == f"{run}: its base model is not at {places}/model any more; say where it is now with --model NAME"
-        )
+        assert refused == f"{run}: its base model is no longer at {places}/model; give the new place with --model NAME"
         ended = mira(*command, *model)
         assert ended.status == 0, ended
     card = json.loads((run / "adapters" / "ann" / "adapter_config.json").read_text())
@@ -55,9 +53,7 @@ def test_evaluate_and_resume_are_told_the_new_places(places: Path) -> None:
     run, where = places / "run", ("--data", places / "moved.jsonl", "--model", places / "moved-model")
     for command in (["evaluate", run], ["run", run, "--resume"], ["generate", run, "--client", "ann"]):
         refused = mira(*command, "--model", places / "moved-model").error
-        assert (
-            refused == f"{run}: its data is not at {places}/data.jsonl any more; say where it is now with --data PATH"
-        )
+        assert refused == f"{run}: its data is no longer at {places}/data.jsonl; give the new place with --data PATH"
     assert mira("evaluate", run, *where).status == 0
     assert mira("generate", run, "--client", "ann", *where).status == 0
     ended = mira("run", run, "--resume", *where)
@@ -89,7 +85,7 @@ def test_other_data_or_another_model_is_refused(places: Path) -> None:
         assert mira("evaluate", run, *where).error.startswith(message)
         assert mira("run", run, "--resume", *where).error.startswith(message)
     refused = mira("evaluate", run, "--data", "none", "--model", places / "moved-model").error
-    assert refused == "--data none: no such file or folder; give the place where the run's data is now"
+    assert refused == "--data none: no such file or folder; give the new place of the run's data"
 
 
 def test_a_run_of_an_older_version_still_needs_its_data(places: Path) -> None:
@@ -98,7 +94,7 @@ def test_a_run_of_an_older_version_still_needs_its_data(places: Path) -> None:
     del recorded["clients"]
     _rewrite(run, recorded)
     where = ("--model", places / "moved-model")
-    assert "its data is not at" in mira("export", run, "--all", *where).error
+    assert "its data is no longer at" in mira("export", run, "--all", *where).error
     assert mira("export", run, "--all", *where, "--data", places / "moved.jsonl").status == 0
 
 
@@ -106,7 +102,7 @@ def test_where_there_is_nothing_to_move(tiny_folder: Path, tmp_path: Path) -> No
     config = write_config(tmp_path / "config.yaml", tiny_folder, write_clients(tmp_path / "data.jsonl"))
     assert (
         mira("run", config, "--data", tmp_path).error
-        == f"--data {tmp_path}: is for --resume; for a new run use --set data.path={tmp_path}"
+        == f"--data {tmp_path}: applies to --resume only; for a new run use --set data.path={tmp_path}"
     )
     builtin = load(config, ["data={source: builtin, examples: 8}", "rounds=2"])
     begin(builtin, tmp_path / "run", rounds=1)

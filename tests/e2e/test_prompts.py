@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import mira.setup.session
+import mira.setup.build
 from helpers.sample_config import begin, settings, write_clients, write_config
 from helpers.sample_config import mira as command
 from helpers.tiny_models import CHAT_TEMPLATE, make_tiny, make_tokenizer
@@ -37,7 +37,7 @@ def on(day: int, monkeypatch: pytest.MonkeyPatch) -> None:
         def today(cls) -> Day:
             return cls(2026, 1, day)
 
-    monkeypatch.setattr(mira.setup.session, "Date", Day)
+    monkeypatch.setattr(mira.setup.build, "Date", Day)
 
 
 def test_a_run_keeps_the_day_that_its_template_writes(
@@ -145,7 +145,10 @@ def test_what_a_template_was_given_goes_with_the_adapter(tiny_folder: Path, tmp_
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ({"template_kwargs": {"tokenize": True}}, r"prompt\.template_kwargs\.tokenize: belongs to apply_chat_template"),
+        (
+            {"template_kwargs": {"tokenize": True}},
+            r"prompt\.template_kwargs\.tokenize: is an argument of apply_chat_template",
+        ),
         ({"date": "2026-02-30"}, r"prompt\.date=2026-02-30: there is no such day"),
     ],
 )
@@ -166,12 +169,12 @@ def test_a_client_of_raw_prompts_has_no_template(tiny_folder: Path, tmp_path: Pa
     )  # fmt: skip
     assert command("run", config, "--out", tmp_path / "run").status == 0
     assert {file.name for file in (tmp_path / "run" / "adapters" / "a").iterdir()} == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors"
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "base_model.json",
     }  # fmt: skip
     assert "continued as it stands" in (tmp_path / "run" / "adapters" / "a" / "README.md").read_text()
     for option in ("--system", "--instruction"):
         said = command("generate", tmp_path / "run", "--client", "a", "--prompt", "1", option, "Sing.").error
-        assert said == f"{option}: the prompts of 'a' are continued as they stand; put it into --prompt"
+        assert said == f"{option}: the prompts of 'a' are completed without a template; put it into --prompt"
 
 
 def test_runs_of_a_comparison_share_the_day(dated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,7 @@ from helpers.sample_config import mira, outcome, settings, write_clients, write_
 from helpers.tiny_models import save_tiny
 from mira import Experiment, config, run
 
-CONFIGS = sorted(
-    file for file in (Path(__file__).parents[2] / "configs").rglob("*.y*ml") if not file.name.startswith("compare-")
-)
+CONFIGS = sorted(file for file in (Path(__file__).parents[2] / "configs").rglob("*.y*ml") if "compare" not in file.name)
 
 
 @pytest.fixture

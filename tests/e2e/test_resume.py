@@ -94,8 +94,10 @@ def test_changed_data(begun: Path, tmp_path: Path) -> None:
 
 
 def test_another_version_of_torch(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = mira.setup.environment.version
-    monkeypatch.setattr(mira.setup.environment, "version", lambda name: "99.0" if name == "torch" else recorded(name))
+    recorded = mira.setup.environment.version_of
+    monkeypatch.setattr(
+        mira.setup.environment, "version_of", lambda name: "99.0" if name == "torch" else recorded(name)
+    )
     error = refused(begun)
     assert (
         f'versions was {{"torch": "{recorded("torch")}"}} when the run started and is {{"torch": "99.0"}} now' in error
@@ -211,7 +213,7 @@ def test_a_finished_run_that_was_moved(config: Path, tmp_path: Path) -> None:
 
 
 def test_mistaken_folders(config: Path, tmp_path: Path) -> None:
-    assert command("run", tmp_path / "absent", "--resume").error.endswith("name a run folder, one that 'mira run' made")
+    assert command("run", tmp_path / "absent", "--resume").error.endswith("name a run folder, made by 'mira run'")
     (tmp_path / "empty").mkdir()
     assert command("run", tmp_path / "empty", "--resume").error == f"{tmp_path}/empty: there is no run here"
     assert command("run", config, "--out", tmp_path / "empty", "--resume").error.endswith("there is no run here")

@@ -235,7 +235,9 @@ def test_export_before_any_round(file: Path, monkeypatch: pytest.MonkeyPatch) ->
         patched.setattr(RunProgress, "stage", interrupted)
         assert mira("run", file, "--out", folder).status == 130
     for command in (["export", folder, "--all"], ["evaluate", folder], ["generate", folder, "--client", "ann"]):
-        assert mira(*command).error == f"{folder}: no round is committed yet; go on with: mira run {folder} --resume"
+        assert (
+            mira(*command).error == f"{folder}: no round is committed yet; resume it with: mira run {folder} --resume"
+        )
 
 
 def test_export_for_vllm(base: Path) -> None:

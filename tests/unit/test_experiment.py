@@ -50,7 +50,7 @@ def test_a_run_of_before_prompts_were_recorded_goes_on() -> None:
     before = {key: value for key, value in ENVIRONMENT.items() if key != "prompt"}
     check_environment(before, ENVIRONMENT)
     otherwise = ENVIRONMENT | {"prompt": ENVIRONMENT["prompt"] | {"as_before": False}}
-    with pytest.raises(UserError, match="makes other tokens of its examples than the one that started the run"):
+    with pytest.raises(UserError, match="encodes the examples differently from the version that started the run"):
         check_environment(before, otherwise)
     check_environment(before, otherwise, must=("model", "data"))
 

@@ -128,7 +128,7 @@ def test_check_says_where_the_model_is_not_there(tiny_folder: Path, tmp_path: Pa
     config = write_config(tmp_path / "config.yaml", tiny_folder, write_clients(tmp_path / "data.jsonl"))
     ended = mira("config", "check", config, "--set", "model.name=nobody/nothing")
     assert ended.status == 0
-    assert "prompts are not checked, as nobody/nothing is not on this machine yet" in ended.out
+    assert "prompts not checked: nobody/nothing is not on this machine yet" in ended.out
     assert "no such folder" in mira("config", "check", config, "--set", "model.name=./nothing").error
 
 

@@ -157,8 +157,8 @@ def test_pushing_again_replaces_the_files(hub: FakeHub, run: Path) -> None:
         (["--client", "ann", "--push", "me/a..b", "--base", "a/b"], "--push me/a..b: no name of a repository"),
         (["--client", "ann", "--push", "me/ann"], "--push: the base is /"),
         (["--client", "ann", "--push", "me/ann", "--base", "/tmp/b"], "--base /tmp/b: no name of a repository"),
-        (["--client", "ann", "--public"], "export: --public is of use with --push OWNER/NAME alone"),
-        (["--client", "ann", "--base", "a/b"], "export: --base is of use with --push OWNER/NAME alone"),
+        (["--client", "ann", "--public"], "export: --public needs --push OWNER/NAME"),
+        (["--client", "ann", "--base", "a/b"], "export: --base needs --push OWNER/NAME"),
     ],
 )  # fmt: skip
 def test_a_name_that_cannot_be_is_refused_before_anything_is_sent(

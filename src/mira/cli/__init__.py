@@ -54,19 +54,19 @@ app.add_typer(kit_app, name="kit")
 
 
 def main() -> None:
-    """Exit status: 0, 2 for what the user can mend (one line), 1 for our own bugs (a traceback)."""
+    """Run a command. Exit status: 0; 2 for an error that the user can fix (one line); 1 for a bug of MIRA (a traceback)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences its warning when a child process is started
-    # Threads that wait spinning make a step up to six times slower as soon as another process wants a core.
+    # Threads that spin while they wait make a step up to six times slower when another process needs a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # a name that the terminal cannot show must not end a run
+        if isinstance(stream, TextIOWrapper):  # the run must not end at a name that the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT asks for it
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels it does not find, at every start
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports missing kernels at every start
     log = logging.getLogger("mira")
     log.handlers = [_ConsoleHandler()]
     log.setLevel(logging.INFO)
-    log.propagate = False  # a library that configures the root logger would print every line a second time
+    log.propagate = False  # else a library that configures the root logger prints every line twice
     try:
         _check_utf8(sys.argv[1:])
         status = app(prog_name="mira", standalone_mode=False)

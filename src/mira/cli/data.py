@@ -1,4 +1,4 @@
-"""``mira data``: a look at data before training."""
+"""``mira data``: preview of data before training."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ def look(
     ],
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="NAME", help="Whose tokens to count; a folder or a name on the hub."),
+        typer.Option(
+            "--model", metavar="NAME", help="Model whose tokenizer counts tokens: a folder, or a name on the hub."
+        ),
     ] = None,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Say what is recognised, what each client has, how long it is in tokens, and show the first example as it is learned."""
+    """Show the recognised fields, each client's examples and their length in tokens, and the first example with its labels."""
     from mira.core.escape import visible
     from mira.runner import preview
 

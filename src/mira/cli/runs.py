@@ -1,4 +1,4 @@
-"""Commands that look at runs: evaluate, generate, export, report, runs."""
+"""Commands on existing runs: evaluate, generate, export, report, runs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import typer
 from mira.cli.terminal import Data, Json, Model, Run, Which, err_console, out_console, print_json, print_result
 from mira.core.errors import UserError
 from mira.core.escape import visible
-from mira.core.pydantic_config import expanded
 from mira.runner.progress import RunProgress
 
 
 def evaluate(run: Run, round: Which = "last", data: Data = None, model: Model = None, as_json: Json = False) -> None:
-    """Measure every client of a run again: loss, exact match and ROUGE-L under the row it deploys."""
+    """Evaluate every client of a run again: loss, exact match and ROUGE-L of its own adapter."""
+    from mira.core.pydantic_config import expanded
     from mira.results import run_folder
 
     print_result(
@@ -25,9 +25,9 @@ def evaluate(run: Run, round: Which = "last", data: Data = None, model: Model = 
 
 def generate(
     run: Run,
-    client: Annotated[str, typer.Option("--client", help="Whose adapter answers.")],
+    client: Annotated[str, typer.Option("--client", help="Name of the client.")],
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="The input to answer; without it, the client's first test inputs.")
+        str | None, typer.Option("--prompt", help="The input to answer. Default: the client's first test inputs.")
     ] = None,
     instruction: Annotated[
         str | None, typer.Option("--instruction", help="Default: the client's own task definition.")
@@ -41,6 +41,7 @@ def generate(
     model: Model = None,
 ) -> None:
     """Answer a prompt with one client's adapter."""
+    from mira.core.pydantic_config import expanded
     from mira.results import run_folder
 
     opened = run_folder.Run(expanded(run), data, model)
@@ -58,7 +59,7 @@ def generate(
 
 def export(
     run: Run,
-    client: Annotated[list[str] | None, typer.Option("--client", help="Whose adapter; repeatable.")] = None,
+    client: Annotated[list[str] | None, typer.Option("--client", help="Name of a client; repeatable.")] = None,
     everyone: Annotated[bool, typer.Option("--all", help="Every client's adapter.")] = False,
     merge: Annotated[
         bool, typer.Option("--merge", help="Write the whole model with the adapter merged into it.")
@@ -66,7 +67,7 @@ def export(
     format: Annotated[
         Literal["peft", "vllm", "sglang", "lorax", "gguf"],
         typer.Option(
-            help="For which server: check what it cannot serve, print its command line; gguf: llama.cpp's files."
+            help="Target server: check that it can serve the adapter, and print its command line. gguf: files for llama.cpp."
         ),
     ] = "peft",
     push: Annotated[
@@ -75,7 +76,7 @@ def export(
             "--push", metavar="OWNER/NAME", help="Push to the model hub; {client} stands for a client's name."
         ),
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Let everybody read what is pushed.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make the pushed repositories public.")] = False,
     base: Annotated[
         str | None, typer.Option("--base", metavar="OWNER/NAME", help="The base model's name on the hub, for --push.")
     ] = None,
@@ -84,13 +85,14 @@ def export(
     model: Model = None,
 ) -> None:
     """Write adapters for PEFT or a server, or merged models, under the run folder, and push them to the model hub."""
+    from mira.core.pydantic_config import expanded
     from mira.results import run_folder
     from mira.results.export import Hub
 
     if everyone == bool(client):
         raise UserError("export: name the clients with --client NAME (repeatable), or give --all")
     if push is None and (public or base):
-        raise UserError(f"export: {'--public' if public else '--base'} is of use with --push OWNER/NAME alone")
+        raise UserError(f"export: {'--public' if public else '--base'} needs --push OWNER/NAME")
     hub = Hub(push, public, base) if push is not None else None
     opened = run_folder.Run(expanded(run), data, model)
     for line in opened.export(client or None, merge=merge, format=format, round=round, hub=hub):
@@ -101,10 +103,12 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE.html", help="Default: report.html, of one run in its folder, else here."),
+        typer.Option(
+            "--out", metavar="FILE.html", help="Default: report.html, in the folder of a single run, else here."
+        ),
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page: which method for whom, curves, clients, transfer, graph, what differs."""
+    """Write one self-contained HTML page: best method per client, curves, clients, transfer, graph, differences of settings."""
     from mira.results import html
 
     out_console.print(
@@ -113,10 +117,10 @@ def report(
 
 
 def list_runs(
-    root: Annotated[Path, typer.Argument(metavar="DIR", help="Where to look for run folders.")] = Path("runs"),
+    root: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that holds run folders.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """List runs with their headline figures, and what is broken with the reason."""
+    """List runs with their main results, and broken run folders with the reason."""
     from mira.results import list_runs as listing
 
     good, broken = listing.runs(root)

@@ -1,4 +1,4 @@
-"""What commands share: the two consoles, the options that mean the same everywhere, and how results are printed."""
+"""Parts that commands share: the two consoles, common options, and the printing of results."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override one field, e.g. training.lr=0.001. Repeatable."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Print every command that is run.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Print every command before it runs.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Data = Annotated[
-    Path | None, typer.Option("--data", metavar="PATH", help="Where the run's data is now, if it was moved.")
+    Path | None, typer.Option("--data", metavar="PATH", help="The new place of the run's data, if it was moved.")
 ]
 Model = Annotated[
     str | None,
-    typer.Option("--model", metavar="NAME", help="Where its base model is now: a folder or a name on the hub."),
+    typer.Option("--model", metavar="NAME", help="The new place of its base model: a folder, or a name on the hub."),
 ]
 Which = Annotated[
-    Literal["last", "best"], typer.Option("--round", help="last, or best: the round of the lowest validation loss.")
+    Literal["last", "best"], typer.Option("--round", help="last, or best: the round with the lowest validation loss.")
 ]
 
 

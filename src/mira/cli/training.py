@@ -23,21 +23,19 @@ def run(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="The run folder, new (default runs/NAME-TIME).")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in CONFIG (a run folder) or --out.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in CONFIG (a run folder) or --out.")] = False,
     data: Data = None,
     model: Model = None,
     as_json: Json = False,
 ) -> None:
-    """Train one adapter per client, measure every client, and write a PEFT folder for each."""
+    """Train one adapter per client, evaluate every client, and write a PEFT folder for each."""
     from mira.runner import run as runner
     from mira.runner.resuming import to_resume
 
     progress = RunProgress(err_console)
     try:
         if not resume:
-            _onlyto_resume(data, model)
+            _only_to_resume(data, model)
             result = runner.run(configuration(target, overrides or []), out, [progress])
         else:
             folder, data, model = to_resume(target, overrides or [], out, data, model)
@@ -65,7 +63,7 @@ def compare(
 ) -> None:
     """Run methods × grid × seeds over one experiment, tune each on validation data, and compare them on test data.
 
-    The same command goes on where it was interrupted; runs that are finished are not done again.
+    Repeat the command to resume an interrupted comparison; finished runs are not repeated.
     """
     from mira import comparison
     from mira.comparison.tables import rich_tables
@@ -78,7 +76,7 @@ def compare(
             plan, place or Path("runs") / plan.name, shlex.join(["mira", *sys.argv[1:]]), results, say
         )
     except KeyboardInterrupt:
-        err_console.print("interrupted; finished runs and committed rounds are kept, go on with the same command")
+        err_console.print("interrupted; finished runs and committed rounds are kept; repeat the command to resume")
         raise typer.Exit(130) from None
     if as_json:
         print_json(value)
@@ -89,16 +87,18 @@ def compare(
 def adapt(
     run: Run,
     client: Annotated[str, typer.Option("--client", help="Name of the new client.")],
-    data: Annotated[list[Path], typer.Option("--data", metavar="FILE", help="Its data file; repeatable.")],
+    data: Annotated[
+        list[Path], typer.Option("--data", metavar="FILE", help="A data file of the new client; repeatable.")
+    ],
     group: Annotated[str | None, typer.Option("--group", help="Start from the clients of this group.")] = None,
     neighbours: Annotated[
-        int, typer.Option(min=1, help="Without --group: how many clients of the most similar description.")
+        int, typer.Option(min=1, help="Without --group: number of clients with the most similar task descriptions.")
     ] = 3,
     rounds: Annotated[int, typer.Option(min=0, help="Rounds of local training.")] = 3,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Let a new client join a finished run: start from its neighbours' rows, train on its own data, write its adapter."""
+    """Let a new client join a finished run: start from its neighbours' adapters, train on its own data, write its adapter."""
     from mira.runner.join import adapt, lines
 
     result = adapt(run, client, data, group, neighbours, rounds, overrides or [])
@@ -110,16 +110,15 @@ def adapt(
 
 
 def configuration(target: Path, overrides: list[str]) -> Experiment:
+    """The experiment of a YAML file. Raises UserError."""
     from mira import config
 
     if target.is_dir():
-        raise UserError(
-            f"{target}: is a folder, not a YAML file; to go on with the run in it: mira run {target} --resume"
-        )
+        raise UserError(f"{target}: is a folder, not a YAML file; to resume the run in it: mira run {target} --resume")
     return config.load(target, overrides)
 
 
-def _onlyto_resume(data: Path | None, model: str | None) -> None:
+def _only_to_resume(data: Path | None, model: str | None) -> None:
     for option, key, given in (("--data", "data.path", data), ("--model", "model.name", model)):
         if given is not None:
-            raise UserError(f"{option} {given}: is for --resume; for a new run use --set {key}={given}")
+            raise UserError(f"{option} {given}: applies to --resume only; for a new run use --set {key}={given}")

@@ -1,4 +1,4 @@
-"""The experiment: typed, documented fields <-> YAML. Unknown keys are errors; ``a.b=value`` overrides a field."""
+"""Configuration of an experiment, read from YAML and written to it. Unknown keys are errors; ``a.b=value`` overrides a field."""
 
 from __future__ import annotations
 
@@ -41,51 +41,51 @@ __all__ = [
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
-    """``Experiment.from_yaml``."""
+    """Read an experiment; the same as ``Experiment.from_yaml``."""
     return Experiment.from_yaml(path, overrides)
 
 
 def parse(values: Mapping[str, Any]) -> Experiment:
-    """The experiment of a mapping as YAML gives it. Raises UserError."""
+    """Build an experiment from a mapping of sections. Raises UserError."""
     return Experiment(**values)
 
 
 def parse_text(text: str, where: str = "config.yaml") -> Experiment:
-    """The experiment of a YAML text, such as ``dump`` gives. Raises UserError."""
+    """Build an experiment from a YAML text, such as that of ``dump``. Raises UserError."""
     return parse(mapping(text, where))
 
 
 def recorded(text: str, environment: Mapping[str, Any], where: Path | str) -> Experiment:
-    """The experiment of the run folder ``where``, from its configuration and its environment. Raises UserError where a plug-in
-    that the run was made with is not installed or registered."""
+    """The experiment of the run folder ``where``, from its configuration and its environment. Raises UserError if a plug-in of
+    the run is neither installed nor registered."""
     for section, origin in environment.get("plugins", {}).items():
         SECTIONS[section].check_recorded(origin["name"], origin, str(where))
     return parse_text(text)
 
 
 def plugins(experiment: Experiment) -> dict[str, dict[str, str]]:
-    """The classes of an experiment that come from outside, by section: name, place, package and version."""
+    """The plug-ins of an experiment, by section: name, place, package and version."""
     named = {section: getattr(getattr(experiment, section), registry.tag, "") for section, registry in SECTIONS.items()}
     return registered((SECTIONS[section], name) for section, name in named.items())  # "": a site's own data
 
 
 def check_ranks(experiment: Experiment, names: Sequence[str]) -> None:
-    """Raises UserError where clients.rank names someone who is none of the clients ``names``."""
+    """Raise UserError if clients.rank names a client outside ``names``."""
     check_names(experiment.clients.rank, names)
 
 
 def mixes_along_graph(method: str) -> bool:
-    """Whether the method called ``method`` has a graph; False where it is not installed."""
+    """True if the method called ``method`` uses a graph; False if it is not installed."""
     return uses_graph(SECTIONS["method"].get(method))
 
 
 def clients_are_remote(experiment: Experiment) -> bool:
-    """Whether its clients are sites on machines of their own, with their data."""
+    """True if the clients are sites on other machines, which keep their data."""
     return isinstance(experiment.data, Sites)
 
 
 def dump(experiment: Experiment) -> str:
-    """YAML with every field, defaults included: ``load`` gives the same experiment back."""
+    """YAML of every field, defaults included; ``load`` restores the same experiment."""
     values = experiment.model_dump(mode="json")
     for section, registry in SECTIONS.items():
         values[section] = {registry.tag: values[section].pop(registry.tag), **values[section]}
@@ -93,7 +93,7 @@ def dump(experiment: Experiment) -> str:
 
 
 def absolute(experiment: Experiment) -> Experiment:
-    """The same experiment with absolute paths and a chat template's text, so that its run folder can be used from anywhere."""
+    """The same experiment with absolute paths and the text of its chat template: its run folder works from any directory."""
     update: dict[str, Any] = {"prompt": experiment.prompt.read()}
     for section in ("data", "graph"):
         value: Any = getattr(experiment, section)
@@ -108,19 +108,19 @@ def absolute(experiment: Experiment) -> Experiment:
 
 
 def dated(experiment: Experiment, day: str | None) -> Experiment:
-    """``experiment`` with ``day`` in its prompts, unless it names one."""
+    """``experiment`` with ``day`` as the date of its prompts, unless it sets one."""
     day = experiment.prompt.date or day
     return experiment.model_copy(update={"prompt": replace(experiment.prompt, date=day)})
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema, for editors."""
+    """JSON schema of the configuration, for editors."""
     refresh()
     return Experiment.model_json_schema()
 
 
 def differences(here: Experiment, there: Experiment) -> list[str]:
-    """One line for each field that differs: 'training.lr: 0.001 here, 0.002 there'."""
+    """One line for each differing field: 'training.lr: 0.001 here, 0.002 there'."""
     a, b = (dict(flat("", each.model_dump(mode="json"))) for each in (here, there))
     keys = [*a, *(key for key in b if key not in a)]
     return [

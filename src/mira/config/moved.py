@@ -1,4 +1,4 @@
-"""The data and the model of a run that lie elsewhere now: what they hold decides whether they are the same."""
+"""New places of a run's data and model. Their content, not their place, must be the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mira.core.pydantic_config import expanded
 
 
 def moved(experiment: Experiment, data: Path | None = None, model: str | None = None) -> Experiment:
-    """The same experiment, its data read from ``data`` and its base model from ``model`` (a folder or a name) where given."""
+    """The same experiment, with its data at ``data`` and its base model at ``model`` (a folder or a name), where given."""
     update: dict[str, Any] = {}
     if data is not None:
         source: Any = experiment.data
@@ -20,7 +20,7 @@ def moved(experiment: Experiment, data: Path | None = None, model: str | None = 
             raise UserError(f"--data {data}: data.source={source.source} reads no file or folder; leave --data out")
         place = expanded(data).absolute()
         if not place.exists():
-            raise UserError(f"--data {data}: no such file or folder; give the place where the run's data is now")
+            raise UserError(f"--data {data}: no such file or folder; give the new place of the run's data")
         update["data"] = replace(source, path=place)
     if model is not None:
         folder = expanded(Path(model))
@@ -32,9 +32,9 @@ def moved(experiment: Experiment, data: Path | None = None, model: str | None = 
 
 
 def check_there(experiment: Experiment, folder: Path, data: bool = True) -> None:
-    """Raises UserError where the model of the run in ``folder``, or its ``data``, is not where it was."""
+    """Raise UserError if the model of the run in ``folder`` is no longer in its place, or, with ``data``, its data."""
     path, name = getattr(experiment.data, "path", None), experiment.model.name
     if data and isinstance(path, Path) and not path.exists():
-        raise UserError(f"{folder}: its data is not at {path} any more; say where it is now with --data PATH")
+        raise UserError(f"{folder}: its data is no longer at {path}; give the new place with --data PATH")
     if name.startswith("/") and not Path(name).is_dir():
-        raise UserError(f"{folder}: its base model is not at {name} any more; say where it is now with --model NAME")
+        raise UserError(f"{folder}: its base model is no longer at {name}; give the new place with --model NAME")

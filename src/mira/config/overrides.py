@@ -1,4 +1,4 @@
-"""Dotted overrides: ``training.lr=3e-4``."""
+"""Overrides by dotted keys: ``training.lr=3e-4``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Path = tuple[str, ...]
 
 
 def override(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """``values`` with each override written over them, in order. Raises UserError for what is not key=value."""
+    """A copy of ``values`` with all overrides applied in order. Raises UserError for text other than key=value."""
     result = copy.deepcopy(dict(values))
     given: set[Path] = set()
     for text in overrides:
@@ -36,8 +36,8 @@ def _split(text: str) -> tuple[Path, Any]:
 
 
 def _forget_former_variant(values: dict[str, Any], section: str, key: str, new: str, keep: set[Path]) -> None:
-    """When ``section.key`` chooses a variant: removes the parameters of the former one that the new one lacks, except
-    those that an override gave: they are the user's mistake, and must be seen."""
+    """If ``section.key`` chooses a variant, remove the fields that only the former variant has. Fields in ``keep`` stay: an
+    override gave them, so that an unknown one is the user's mistake and must be reported."""
     registry = SECTIONS.get(section)
     former = values.get(section) or {}
     if registry is None or key != registry.tag or not isinstance(former, dict):

@@ -1,4 +1,4 @@
-"""How examples become tokens."""
+"""The section ``prompt``: encoding of examples as tokens."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PromptSection:
-    """How an example becomes tokens."""
+    """Encoding of examples as tokens."""
 
     template: Literal["auto", "alpaca", "chat", "plain"] = "auto"
-    """auto: chat where the tokenizer has a chat template, else alpaca. chat: the tokenizer's, or template_file. alpaca and
-    plain: text, for base models."""
+    """Template of prompts. auto: chat if the tokenizer has a chat template, else alpaca. chat: the tokenizer's template, or that
+    of template_file. alpaca, plain: text, for base models."""
     template_file: UserPath | None = None
-    """A Jinja file to use in place of the tokenizer's chat template; when a run begins it is read into chat_template."""
+    """A Jinja file that replaces the tokenizer's chat template. A new run copies its text into chat_template."""
     chat_template: str | None = None
-    """The text of such a template."""
+    """Text of a chat template that replaces the tokenizer's."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Variables that the chat template is given, e.g. {enable_thinking: false}."""
+    """Variables for the chat template, e.g. {enable_thinking: false}."""
     system: str = ""
-    """System message of every conversation that has none of its own; for the chat template."""
+    """System message of conversations that have none; for the chat template."""
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
-    """The day that a chat template writes as today's, e.g. 2026-11-29; null: the day the run began, which its folder keeps."""
+    """Date that a chat template shows as today's, e.g. 2026-11-29. null: the start date of the run, which its folder records."""
     completions: Literal["raw", "template"] = "raw"
-    """Records of prompt + completion. raw: the prompt is continued as it stands. template: it goes into the template as an
-    instruction."""
+    """Use of records with prompt and completion. raw: the model continues the bare prompt. template: the prompt is an instruction
+    in the template."""
     max_length: Count = 1024
-    """Tokens of prompt and response together."""
+    """Maximum number of tokens of prompt and response together."""
     overlong: Literal["cut", "drop", "error"] = "cut"
-    """Examples that are longer. cut: inputs and raw prompts lose their beginning, conversations their oldest exchanges. drop: the
-    example is left out. error: it is refused. The log says how many of which client."""
+    """Treatment of longer examples. cut: truncate inputs and raw prompts at their beginning, and drop the oldest exchanges of
+    conversations. drop: leave the example out. error: refuse the data. The log reports the number for each client."""
 
     @model_validator(mode="after")
     def _fit(self) -> PromptSection:
         for name in self.template_kwargs:
             if name in _RESERVED:
                 raise UserError(
-                    f"prompt.template_kwargs.{name}: belongs to apply_chat_template, not to a template; leave it out"
+                    f"prompt.template_kwargs.{name}: is an argument of apply_chat_template, not a template variable; leave it out"
                 )
         if self.date is not None:
             try:
@@ -66,15 +66,15 @@ class PromptSection:
         return self
 
     def read(self) -> PromptSection:
-        """The section with the text of ``template_file`` in it. Raises UserError where the file cannot be read."""
+        """The section with the text of ``template_file`` in it. Raises UserError if the file cannot be read."""
         if self.template_file is None:
             return self
         text = read_text(existing(self.template_file, "prompt.template_file"))
         return replace(self, template_file=None, chat_template=text)
 
     def encoder(self, tokenizer: Tokenizer, positions: int, stops: frozenset[int], today: str) -> Encoder:
-        """The encoder for a model of ``positions`` positions that stops at the tokens ``stops``. ``today``: for a chat template
-        that writes the date. Raises UserError where template and tokenizer do not fit."""
+        """The encoder for a model with ``positions`` positions and the stop tokens ``stops``. ``today``: the date for templates
+        that show one. Raises UserError if the template does not fit the tokenizer."""
         wording = Wording(
             self.system, self.read().chat_template, self.template_kwargs, self.date, self.completions == "template",
             self.overlong, positions, stops,

@@ -1,4 +1,4 @@
-"""The sections of a configuration that are one of several classes: adapter, data, method, graph."""
+"""Sections of a configuration with a choice of classes: adapter, data, method, graph."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mira.graphs import GRAPHS
 from mira.methods import METHODS
 
 SECTIONS = {registry.section: registry for registry in (ADAPTERS, SOURCES, METHODS, GRAPHS)}
-"""The sections that are one of several classes, told apart by a field."""
+"""The registries of these sections, by section. A field of the section names the class."""
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """The schema of a section: one of the classes that its registry has when the schema is made."""
+    """Schema of a section: one of the classes in its registry at the time the schema is built."""
 
     registry: Registry
 
@@ -31,7 +31,7 @@ class OneOf:
         return core_schema.tagged_union_schema(choices, discriminator=self.registry.tag)
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """The tag of each class is its name alone, so that an editor tells the classes apart."""
+        """Restrict the tag of each class to its name, so that an editor can tell the classes apart."""
         schema, tag = handler(core), self.registry.tag
         for name, place in schema["discriminator"]["mapping"].items():
             handler.resolve_ref_schema({"$ref": place})["properties"][tag]["const"] = name

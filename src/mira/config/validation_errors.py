@@ -1,4 +1,4 @@
-"""pydantic's errors as one line for people: the key, what was given, what is allowed, the nearest fix."""
+"""pydantic's errors as one line: the key, the given value, the allowed values, the nearest fix."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Schema = Mapping[str, Any]  # JSON schema
 
 
 def explain(error: ValidationError, values: Mapping[str, Any], schema: Schema) -> str:
-    """The first fault of ``values``, and how many more keys have one. ``schema``: of the whole, for suggestions."""
+    """The first fault of ``values``, and the number of other keys with a fault. ``schema``: of all sections, for suggestions."""
     faults: dict[str, list[str]] = {}
-    # Unknown keys go first: a key misspelt is often the reason why another one is missing.
+    # Unknown keys go first: a misspelt key is often the reason why another one is missing.
     for detail in sorted(error.errors(), key=lambda detail: not _is_unknown_key(detail)):
         subject, text = _fault(detail, values, schema)
         faults.setdefault(subject, []).append(text)
@@ -32,7 +32,7 @@ def explain(error: ValidationError, values: Mapping[str, Any], schema: Schema) -
 
 
 def _fault(detail: ErrorDetails, values: Mapping[str, Any], schema: Schema) -> tuple[str, str]:
-    """What is wrong, and why: 'training.optimizer='adam'', 'must be 'adamw' or 'sgd'; did you mean 'adamw'?'."""
+    """A fault and its reason: 'training.optimizer='adam'', 'must be 'adamw' or 'sgd'; did you mean 'adamw'?'."""
     path, kind, context = _path(detail, values), detail["type"], detail.get("ctx", {})
     key = ".".join(part if part.isprintable() else repr(part) for part in path)
     given = f"{key}={_short.repr(detail['input'])}"
@@ -66,12 +66,12 @@ def _fault(detail: ErrorDetails, values: Mapping[str, Any], schema: Schema) -> t
 
 
 def _is_unknown_key(detail: ErrorDetails) -> bool:
-    """Of a section, or of a mapping whose keys are given."""
+    """True for an unknown key of a section, or of a mapping with fixed keys."""
     return detail["type"] in ("extra_forbidden", "unexpected_keyword_argument") or detail["loc"][-1:] == ("[key]",)
 
 
 def _path(detail: ErrorDetails, values: Mapping[str, Any]) -> list[str]:
-    """Where the fault is in ``values``: pydantic's location without the names of the union members it tried."""
+    """Path of the fault in ``values``: pydantic's location without the names of union members."""
     path: list[str] = []
     here: Any = values
     for part in detail["loc"]:
@@ -84,12 +84,12 @@ def _path(detail: ErrorDetails, values: Mapping[str, Any]) -> list[str]:
 
 
 def _places(value: Any) -> Collection[Any]:
-    """What ``value`` can be indexed with."""
+    """Valid indices or keys of ``value``."""
     return range(len(value)) if isinstance(value, list | tuple) else value if isinstance(value, Mapping) else ()
 
 
 def _section(path: list[str], values: Mapping[str, Any], schema: Schema) -> Schema:
-    """The schema of what is at ``path``, of the variant that ``values`` choose."""
+    """Schema of the value at ``path``, in the variant that ``values`` choose."""
     node, here = schema, values
     for part in path:
         inner = here.get(part)
@@ -110,7 +110,7 @@ def _resolved(node: Schema, values: Mapping[str, Any], schema: Schema) -> Schema
 
 
 def _nearest_key(path: list[str], values: Mapping[str, Any], schema: Schema) -> str:
-    """A hint: the same name in another section, else the nearest name in this one."""
+    """A hint with the same name in another section, else with the nearest name in this one."""
     for section in schema["properties"]:
         if path[-1] in _section([section], values, schema).get("properties", {}):
             return f"; did you mean '{section}.{path[-1]}'?"

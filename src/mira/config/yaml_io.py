@@ -1,4 +1,4 @@
-"""YAML in and out, with the scalars of YAML 1.2: ``on`` and ``no`` are text, ``1e-4`` is a number."""
+"""Reading and writing of YAML with the scalars of YAML 1.2: ``on`` and ``no`` are text, ``1e-4`` is a number."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SCALARS = (
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what YAML would let pass: a key given twice, and keys that are not text."""
+    """Loader that refuses duplicate keys and keys other than text."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
     yaml_constructors = {  # noqa: RUF012
@@ -45,7 +45,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes all that YAML 1.1 or 1.2 would read as something other than text."""
+    """Dumper that quotes text if YAML 1.1 or 1.2 would read it as another type."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
         # PyYAML loses some line breaks of Unicode in any other style.
@@ -61,7 +61,7 @@ for _name, _pattern, _first in _SCALARS:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError naming the file, and the line where there is one."""
+    """Read the mapping in a YAML file. Raises UserError that names the file, and the line if known."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -73,7 +73,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def mapping(text: str, where: str) -> dict[str, Any]:
-    """The mapping in a YAML text; nothing is an empty one. Raises UserError that begins with ``where``."""
+    """The mapping in a YAML text; an empty text is an empty mapping. Raises UserError that begins with ``where``."""
     values = value(text, where)
     if not isinstance(values, dict | None):
         raise UserError(f"{where}: must be a mapping such as 'rounds: 3', got a {type(values).__name__}")
@@ -81,7 +81,7 @@ def mapping(text: str, where: str) -> dict[str, Any]:
 
 
 def value(text: str, where: str) -> Any:
-    """What a YAML text says. Raises UserError that begins with ``where``."""
+    """The value of a YAML text. Raises UserError that begins with ``where``."""
     try:
         return yaml.load(text, _Loader)  # derived from the safe loader
     except yaml.YAMLError as error:
@@ -95,6 +95,7 @@ def value(text: str, where: str) -> Any:
 
 
 def write(values: dict[str, Any]) -> str:
+    """``values`` as YAML, in their order."""
     text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
 

@@ -77,12 +77,12 @@ class ClientBackend(Protocol):
 
     @property
     def has_whole_adapters(self) -> bool:
-        """Whether the server has every number of the rows that the clients deploy."""
+        """True if the server has every number of the rows that the clients deploy."""
         ...
 
     @property
     def sends_descriptions(self) -> bool:
-        """Whether a graph made of task descriptions costs each client an upload before the first round."""
+        """True if a graph made of task descriptions costs each client an upload before the first round."""
         ...
 
     def grade(self, rows: Tensor, client: Tensor, limit: int | None, max_new_tokens: int, round: int) -> list[Grade]:

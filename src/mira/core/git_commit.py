@@ -1,4 +1,4 @@
-"""Which commit made a result."""
+"""The Git commit that produced a result."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Registries: the classes that a section of a configuration chooses from, by name.
+"""Registries of the classes that a section of a configuration names.
 
-A class comes with MIRA, from an installed package that names it under an entry point, or from ``mira.register``. All four kinds
-(method, graph, data source, adapter) have this one shape.
+A class is MIRA's own, an entry point of an installed package, or added by ``mira.register``. Methods, graphs, data sources and
+adapters share this one shape.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from pydantic import PydanticSchemaGenerationError, PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter
+
 from mira.core.errors import UserError
 from mira.core.pydantic_config import STRICT
 
@@ -20,8 +22,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plugin:
-    """The origin of a class from outside: ``place`` as "module:Class", and the installed ``package`` with its ``version``; both
-    are "" for a class that was registered by hand."""
+    """The origin of a class from outside MIRA. ``place``: "module:Class". ``package``, ``version``: the installed distribution;
+    both are "" for a class added by ``mira.register``."""
 
     place: str
     package: str = ""
@@ -31,8 +33,8 @@ class Plugin:
 class Registry(Mapping[str, type]):
     """The classes of one ``section`` of a configuration, by the value of their field ``tag``.
 
-    ``group``: the entry points of plug-ins. ``needs``: the functions that a class must have. ``default``: the name where a
-    configuration gives none. ``own``: the classes of MIRA itself.
+    ``group``: entry-point group of plug-ins. ``needs``: required functions of a class. ``default``: name used when the
+    configuration gives none. ``own``: MIRA's own classes.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class Registry(Mapping[str, type]):
     ) -> None:
         self.section, self.tag, self.group, self.needs, self.default = section, tag, group, tuple(needs), default
         self.changes = 0
-        """Number of classes added so far: a schema made of fewer is out of date."""
+        """Number of classes added so far. A schema built from fewer is out of date."""
         self._own = dict(own)
         self._added: dict[str, type] = {}
         self._plugins: dict[str, Plugin] = {}
@@ -60,17 +62,19 @@ class Registry(Mapping[str, type]):
         return len(self._own) + len(self._added)
 
     def add(self, cls: type) -> None:
-        """Offer ``cls`` under its name in this process; a class registered earlier under that name is replaced. Raises UserError
-        where it lacks something, or its name is taken."""
+        """Register ``cls`` under its name in this process, in place of an earlier class of that name. Raises UserError for an
+        incomplete class, and for a name of MIRA's own."""
         self._find()
         self._add(cls, Plugin(f"{cls.__module__}:{cls.__qualname__}"))
 
-    def adopt(self, instance: Any) -> None:
-        """Offer the class of ``instance``, unless it is offered already. Raises UserError as ``add`` does."""
+    def adopt(self, instance: Any) -> dict[str, Any]:
+        """Register the class of ``instance`` unless it is registered already, and return the instance as a section of a
+        configuration: its fields by name, which are still to be validated. Raises UserError as ``add`` does."""
         if isinstance(instance, type):
             raise UserError(f"{self.section}: give an instance, {instance.__name__}(), not the class")
         if self.get(str(getattr(instance, self.tag, ""))) is not type(instance):
             self.add(type(instance))
+        return fields_of(instance)
 
     def plugin(self, name: str) -> Plugin | None:
         """The origin of the class called ``name``; None for MIRA's own."""
@@ -78,13 +82,13 @@ class Registry(Mapping[str, type]):
         return self._plugins.get(name)
 
     def fault(self, name: object) -> str | None:
-        """The reason for which the plug-in called ``name`` is installed and cannot be used; None where there is none."""
+        """The reason why the installed plug-in ``name`` cannot be used; None if there is none."""
         self._find()
-        return self._broken.get(str(name))
+        return None if name in self._own else self._broken.get(str(name))
 
     def check_recorded(self, name: str, recorded: Mapping[str, str], where: str) -> None:
-        """Raises UserError where the class ``name`` of a run (``where``: its folder) came from a plug-in that is not here.
-        ``recorded``: its ``Plugin``, as the run recorded it."""
+        """Raise UserError if the class ``name`` of a run came from a plug-in that is missing now. ``recorded``: its ``Plugin`` as
+        the run recorded it. ``where``: the run folder."""
         if name in self:
             return
         package, version = recorded.get("package", ""), recorded.get("version", "")
@@ -110,7 +114,9 @@ class Registry(Mapping[str, type]):
             raise UserError(f"{origin.place}: {self.section}.{self.tag}={name} is MIRA's own; give yours another name")
         if "__pydantic_config__" not in vars(cls):
             cls.__pydantic_config__ = STRICT  # type: ignore[attr-defined]  # a plain dataclass: unknown keys are errors
+        _check_fields(cls, origin.place)
         self._added[name], self._plugins[name] = cls, origin
+        self._broken.pop(name, None)
         self.changes += 1
 
     def _name(self, cls: type) -> str:
@@ -127,7 +133,7 @@ class Registry(Mapping[str, type]):
         return name
 
     def _find(self) -> None:
-        """Load the plug-ins of installed packages, once. A broken one is named, and refused where it is asked for."""
+        """Load the plug-ins of installed packages once. A broken one is reported, and refused when a configuration names it."""
         if self._found:
             return
         self._found = True
@@ -135,7 +141,7 @@ class Registry(Mapping[str, type]):
             origin = Plugin(point.value, _package(point), point.dist.version if point.dist else "")
             try:
                 self._load(point, origin)
-            except Exception as error:  # whatever a stranger's import raises: it must not take the others down
+            except (Exception, SystemExit) as error:  # any error of foreign code: the other plug-ins must still load
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 text = str(error) if isinstance(error, UserError) else reason
                 self._broken[point.name] = f"the plug-in {point.name} of {origin.package} cannot be used: {text}"
@@ -146,14 +152,30 @@ class Registry(Mapping[str, type]):
             raise UserError(f"{other.package} offers that name too; uninstall one of the two")
         cls = point.load()
         if not isinstance(cls, type):
-            raise UserError(f"{point.value} is no class")
+            raise UserError(f"{point.value} is not a class")
         if self._name(cls) != point.name:
-            raise UserError(f"its class calls itself {self._name(cls)}; name the entry point so")
+            raise UserError(f"the name of its class is {self._name(cls)}; give the entry point the same name")
         self._add(cls, origin)
 
 
+def fields_of(instance: Any) -> dict[str, Any]:
+    """The fields of a dataclass that its constructor takes, by name."""
+    return {field.name: getattr(instance, field.name) for field in fields(instance) if field.init}
+
+
+def _check_fields(cls: type, place: str) -> None:
+    """Raise UserError where a field of ``cls`` is of a type that a configuration cannot give."""
+    try:
+        TypeAdapter(cls)
+    except (PydanticSchemaGenerationError, PydanticUserError, PydanticUndefinedAnnotation) as error:
+        raise UserError(
+            f"{place}: has a field that a configuration cannot give ({str(error).splitlines()[0]}); use numbers, text, lists,"
+            " dicts or dataclasses of them"
+        ) from None
+
+
 def plugins(chosen: Iterable[tuple[Registry, str]]) -> dict[str, dict[str, str]]:
-    """The plug-ins among the classes chosen, for the environment of a run: section → name, place, package, version."""
+    """The plug-ins among the ``chosen`` classes, for the environment of a run: section → name, place, package, version."""
     found = {registry.section: (name, registry.plugin(name)) for registry, name in chosen}
     return {section: {"name": name} | asdict(plugin) for section, (name, plugin) in found.items() if plugin is not None}
 

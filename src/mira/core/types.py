@@ -237,7 +237,7 @@ def uses_graph(method: object) -> bool:
 
 
 def has_private_parts(work: Work) -> bool:
-    """Whether a part of what these jobs train never leaves the client, so that no server knows the rows they deploy."""
+    """True if a part of the trained numbers never leaves the client: no server then knows the deployed rows."""
     if work.private is not None and bool(work.private.any()):
         return True
     if work.upload is None:

@@ -246,7 +246,7 @@ class BatchedEngine:
 
 
 def _capturable(spec: EngineSpec, adapted: AdaptedModel) -> bool:
-    """Whether a pass can be captured: on a GPU, packed, by one attention kernel, and with the same operations every time.
+    """Tell whether a pass can be captured: on a GPU, packed, by one attention kernel, and with the same operations every time.
 
     Operations differ with dropout masks, recomputed layers, virtual tokens, experts per client, and tiled attention.
     """

@@ -142,7 +142,7 @@ def _call(
 
 
 def _is_shared(x: Any) -> bool:
-    """Whether a layer may write to it for later layers, such as keys and values."""
+    """Tell whether a layer may write to it for later layers, such as keys and values."""
     return isinstance(x, MutableMapping)
 
 

@@ -18,7 +18,7 @@ OUT_OF_MEMORY = "out of memory; lower training.batch_size or prompt.max_length"
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed: PyTorch has an error class for GPUs; its CPU allocator raises a plain RuntimeError."""
+    """Tell whether an allocation failed: PyTorch has an error class for GPUs; its CPU allocator raises a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 

@@ -28,7 +28,7 @@ def raise_as(make: Callable[[str], UserError]) -> Iterator[None]:
 
 
 def is_not_model_error(error: Exception) -> bool:
-    """Whether ``error``, one of MODEL_ERRORS, says nothing about the model: a UserError, or out of memory."""
+    """Tell whether ``error``, one of MODEL_ERRORS, says nothing about the model: a UserError, or out of memory."""
     return isinstance(error, UserError) or (isinstance(error, RuntimeError) and is_out_of_memory(error))
 
 

@@ -1,4 +1,4 @@
-"""Answers of a client's adapter: to a prompt, or to the first examples of its test split."""
+"""Answers of a client's adapter to a prompt, or to the first examples of its test split."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Answered:
-    """A test example: its input, the adapter's greedy answer, and the answer that was expected."""
+    """A test example: input, greedy answer of the adapter, and expected answer."""
 
     input: str
     answer: str
@@ -27,23 +27,23 @@ def answer(
 ) -> str:
     """The greedy answer of ``row`` [1,P] to ``prompt``, of at most ``most`` tokens.
 
-    The prompt is put as the client's training examples are: under their instruction or after their system message, where all
-    have the same, or under those given. Raises UserError where these have no place.
+    The prompt has the form of the client's training examples: with their instruction or system message if all have the same, or
+    with the given ones. Raises UserError if the template has no place for these.
     """
     owner, encoder = session.federation.clients[session.number(client)], session.corpus.encoder
     option = "--instruction" if instruction is not None else "--system" if system is not None else ""
     if owner.manner.raw and not encoder.wording.wrapped and option:
-        raise UserError(f"{option}: the prompts of '{client}' are continued as they stand; put it into --prompt")
+        raise UserError(f"{option}: the prompts of '{client}' are completed without a template; put it into --prompt")
     if system and not encoder.has_chat:
         raise UserError(f"--system: prompt.template={encoder.template} has no place for it; put it into --prompt")
     encoded = encoder.encode(owner.manner.example(prompt, instruction, system), "--prompt")
     if encoded.truncated:
-        log.warning("--prompt: cut on the left to fit prompt.max_length=%d tokens", encoder.max_length)
+        log.warning("--prompt: truncated on the left to prompt.max_length=%d tokens", encoder.max_length)
     return session.engine.answer(row, [[encoded.asked]], most)[0][0]
 
 
 def test_answers(session: Session, client: str, row: Tensor, count: int, most: int) -> list[Answered]:
-    """The answers of ``row`` [1,P] to the client's first ``count`` test examples. Raises UserError where it has none here."""
+    """The answers of ``row`` [1,P] to the client's first ``count`` test examples. Raises UserError if its data is at a site."""
     number = session.number(client)
     shown = session.federation.clients[number].test[:count]
     if not shown:

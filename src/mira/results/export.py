@@ -1,4 +1,4 @@
-"""Export of a run's adapters: PEFT folders, merged models, files of llama.cpp, repositories of the model hub."""
+"""Export of a run's adapters as PEFT folders, merged models, files for llama.cpp, or repositories of the model hub."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ __all__ = ["Hub", "Order", "check", "export"]
 
 @dataclass(frozen=True)
 class Order:
-    """``clients``: their numbers. ``merge``: whole models. ``format``: the server that is to load them. ``hub``: where to push
-    them, or None. ``suffix``: of the folder's name, "" for the last round."""
+    """Settings of an export. ``clients``: their numbers. ``merge``: write whole models. ``format``: the target server. ``hub``:
+    the repositories to push to; None: no push. ``suffix``: suffix of the folder's name, "" for the last round."""
 
     clients: Sequence[int]
     merge: bool
@@ -36,12 +36,12 @@ class Order:
 
     @property
     def folder(self) -> str:
-        """Name of the folder in the run folder. A finished run's adapters stay those of its last round."""
+        """Name of the folder in the run folder. The folder of a finished run's adapters keeps those of its last round."""
         return f"{ADAPTERS if self.use == 'peft' else self.use}{self.suffix}"
 
 
 def check(order: Order, session: Session) -> None:
-    """Raises UserError where the server cannot serve these adapters, or the hub has no place for them."""
+    """Raise UserError if the server cannot serve these adapters, or the names of the repositories are not valid."""
     lines.check(order.format, session, order.merge)
     if order.hub:
         push.base(order.hub, session)
@@ -49,7 +49,7 @@ def check(order: Order, session: Session) -> None:
 
 
 def export(order: Order, session: Session, run: Path, state: ServerState, metrics: Sequence[Record]) -> Iterator[str]:
-    """Write what is ordered below the folder ``run``; lines are folders, commands, repositories. Raises UserError."""
+    """Write the adapters below the folder ``run``. Yields lines: folders, commands, repositories. Raises UserError."""
     origins = [origin(session.federation.clients[k], state.round, metrics) for k in order.clients]
     places = [run / order.folder / each.client.slug for each in origins]
     if order.merge:

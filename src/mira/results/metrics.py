@@ -15,7 +15,7 @@ _OF_CLIENT = ("train_loss", "steps", "lost")  # keys of a record that hold a val
 
 
 def table(records: Sequence[Record], names: Sequence[str]) -> pd.DataFrame:
-    """A row for each round and client (index: round, client), a column for each metric; NaN where nothing was measured.
+    """A table with a row for each round and client (index: round, client) and a column for each metric; NaN if not evaluated.
 
     Columns: validation_loss, test_loss, perplexity, train_loss, steps, lost (the reason), bytes_up, bytes_down, and those of
     answers. Raises UserError without pandas.
@@ -29,7 +29,7 @@ def table(records: Sequence[Record], names: Sequence[str]) -> pd.DataFrame:
 
 
 def column(found: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """One metric of ``table`` as round × client. Raises UserError where there is none of that name."""
+    """One metric of ``table`` as round × client. Raises UserError for an unknown metric."""
     if metric not in found.columns:
         raise UserError(f"metrics: no metric is called '{metric}'{did_you_mean(metric, found.columns)}")
     order = list(dict.fromkeys(found.index.get_level_values("client")))

@@ -1,4 +1,4 @@
-"""A run as an object: its records, its adapters, and all that can be done with them."""
+"""A run as an object: records, adapters, evaluation, generation, export and report."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ Which = Literal["last", "best"]
 
 @dataclass(frozen=True, eq=False)
 class Run(Mapping[str, Any]):
-    """A run folder, finished or under way. Nothing but the reports and exports that are asked for is written into it.
+    """A run folder, finished or under way. Only ``report`` and ``export`` write into it.
 
-    It reads like its result: ``run["local_loss"]``. ``data``, ``model``: their place now, where they were moved. ``objects``: a
-    model and clients from memory. The base model is loaded when it is first needed, and kept.
+    A run is also a mapping, its result: ``run["local_loss"]``. ``data``, ``model``: their new places, if they were moved.
+    ``objects``: a model and clients in memory. The base model is loaded on first use and kept.
     """
 
     folder: Path
@@ -54,19 +54,19 @@ class Run(Mapping[str, Any]):
 
     @property
     def experiment(self) -> Experiment:
-        """The configuration it was started with."""
+        """The configuration of the run."""
         with Store.open(self.folder, writable=False) as store:
             return self._recorded(store)
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Libraries, weights, data and machine, as recorded when it was started."""
+        """Libraries, weights, data and machine, as recorded at the start of the run."""
         with Store.open(self.folder, writable=False) as store:
             return store.environment()
 
     @property
     def records(self) -> list[Record]:
-        """The record of every committed round, from round 0 (the start) on; docs/run-folder.md documents the fields."""
+        """The records of all committed rounds, from round 0 (before training) on; docs/run-folder.md documents the fields."""
         with Store.open(self.folder, writable=False) as store:
             return store.metrics()
 
@@ -77,11 +77,11 @@ class Run(Mapping[str, Any]):
 
     @property
     def result(self) -> Result:
-        """The result, as ``mira run --json`` prints it. Raises UserError while the run is not finished."""
+        """The result, as ``mira run --json`` prints it. Raises UserError if the run is not finished."""
         with Store.open(self.folder, writable=False) as store:
             found = store.result()
         if found is None:
-            raise UserError(f"{self.folder}: is not finished; go on with: mira run {self.folder} --resume")
+            raise UserError(f"{self.folder}: is not finished; resume it with: mira run {self.folder} --resume")
         return located(found, self.folder)
 
     @property
@@ -98,12 +98,21 @@ class Run(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self.result)
 
+    def __bool__(self) -> bool:
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
 
     def metrics(self, metric: str | None = None) -> pd.DataFrame:
-        """The metrics of every round and client: a row for each (round, client), a column for each metric. With the name of a
-        ``metric``, that one alone as round × client. Raises UserError without pandas (mira-fl[pandas])."""
+        """The metrics of every round and client: a row for each (round, client), a column for each metric. ``metric``: the name
+        of one metric, returned as round × client. Raises UserError without pandas (mira-fl[pandas])."""
         records = self.records
         found = metrics.table(records, list(records[0]["clients"]) if records else [])
         return found if metric is None else metrics.column(found, metric)
@@ -120,15 +129,17 @@ class Run(Mapping[str, Any]):
         return session.peft_model(self._rows([client], round, session)[0])
 
     def evaluate(self, round: Which = "last") -> Result:
-        """The result, measured again with the adapters of a round. Where the data is at sites: their own measurements after the
-        last round. Raises UserError for the best round of such a run, or while it is not finished."""
+        """The result, evaluated again with the adapters of a round. If the data is at sites: their own evaluation after the last
+        round. Raises UserError for the best round of such a run, or if it is not finished."""
         told = Callbacks(self.callbacks)
         told.stage("preparing")
         if config.clients_are_remote(self.experiment):
             return self._measured_at_sites(round)
         session = self._with_examples
         with Store.open(self.folder, writable=False) as store:
-            state = _in_memory(state_of(session, store, _number(store, round)))  # read now: the run may go on meanwhile
+            state = _in_memory(
+                state_of(session, store, _number(store, round))
+            )  # read now: the run may continue meanwhile
             told.stage(f"measuring round {state.round}")
             record = {"round": state.round} | measured(session, state, told, answers=True, transfer=True)
             return located(summary(session, store, record, best_answers(session, store, record)), self.folder)
@@ -137,8 +148,8 @@ class Run(Mapping[str, Any]):
         self, client: str, prompt: str, *, instruction: str | None = None, system: str | None = None,
         max_new_tokens: int = 128, round: Which = "last",
     ) -> str:  # fmt: skip
-        """The greedy answer of a client's adapter to ``prompt``, put as the client's training examples are. ``instruction``,
-        ``system``: in place of those that its examples share. Raises UserError."""
+        """The greedy answer of a client's adapter to ``prompt``, in the form of the client's training examples. ``instruction``,
+        ``system``: replace those of the examples. Raises UserError."""
         rows = self._rows([client], round)
         return answers.answer(self._without_examples, client, rows, prompt, instruction, system, max_new_tokens)
 
@@ -155,7 +166,7 @@ class Run(Mapping[str, Any]):
         round: Which = "last",
     ) -> list[str]:  # fmt: skip
         """Write adapters (or merged models) below the run folder. ``clients``: their names; None: all. Returns lines: folders,
-        the command line of a server where ``format`` names one, and repositories where ``hub`` is given. Raises UserError."""
+        the command line of the server that ``format`` names, and the repositories on ``hub``. Raises UserError."""
         session = self._without_examples
         numbers = range(len(session.names)) if clients is None else [session.number(name) for name in clients]
         order = export.Order(list(numbers), merge, format, hub, "" if round == "last" else f"-{round}")
@@ -179,8 +190,8 @@ class Run(Mapping[str, Any]):
         return known or self._open(examples=False)
 
     def _open(self, examples: bool) -> Session:
-        """The session, on the weights and data of the run. Without ``examples`` its data need not be there: the clients that the
-        run recorded are enough."""
+        """Open the session on the weights and data of the run. Without ``examples`` its data may be missing: the recorded clients
+        are enough."""
         with Store.open(self.folder, writable=False) as store:
             environment, experiment = store.environment(), self._recorded(store)
         clients = None if examples else clients_of(environment, experiment.seed)
@@ -204,19 +215,19 @@ class Run(Mapping[str, Any]):
             return session.method.deployed(state_of(session, store, _number(store, round)), numbers)
 
     def _check_here(self, session: Session, store: Store) -> None:
-        """Raises UserError where the adapters that clients deploy, or parts of them, never left their sites."""
+        """Raise UserError if the deployed adapters, or parts of them, never left their sites."""
         method, first = session.experiment.method, torch.zeros(1, dtype=torch.int64)
         remote = config.clients_are_remote(session.experiment)
         if remote and has_private_parts(method.broadcast(state_of(session, store), first)):
             raise UserError(
-                f"{self.folder}: with method.name={method.name} adapters never leave their sites; each site has its own in the"
-                " folder adapter of its --state"
+                f"{self.folder}: method.name={method.name} keeps adapters at their sites; each site has its own in the folder"
+                " adapter of its --state"
             )
 
     def _measured_at_sites(self, round: Which) -> Result:
         if round == "best" or not self.finished:
             raise UserError(
-                f"{self.folder}: its clients' data is at their sites, which measured on the way; to see it: mira report"
+                f"{self.folder}: the data is at the sites, which evaluated during the run; to see their results: mira report"
                 f" {self.folder}"
             )
         log.warning("the data is at the sites; showing their last measurements")
@@ -224,10 +235,10 @@ class Run(Mapping[str, Any]):
 
 
 def _number(store: Store, round: int | Which) -> int:
-    """The number of a round. Raises UserError while none is committed."""
+    """The number of a round. Raises UserError if none is committed."""
     number = store.last_round if round == "last" else store.best_round if round == "best" else round
     if number is None:
-        raise UserError(f"{store.folder}: no round is committed yet; go on with: mira run {store.folder} --resume")
+        raise UserError(f"{store.folder}: no round is committed yet; resume it with: mira run {store.folder} --resume")
     return number
 
 

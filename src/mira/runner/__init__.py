@@ -1,1 +1,1 @@
-"""A run from its configuration to its folder: building it, training, measuring, going on."""
+"""Runs: start, training, evaluation, resumption."""

@@ -1,4 +1,4 @@
-"""Callbacks: functions that are called while a run goes, and may stop it."""
+"""Callbacks: functions that a run calls as it progresses. They may stop it."""
 
 from __future__ import annotations
 
@@ -14,31 +14,38 @@ Record = dict[str, Any]
 
 
 class Callback(Protocol):
-    """Functions that a run calls as it goes. A class that derives from this one writes only those it needs.
+    """Functions that a run calls as it progresses. A derived class defines only those that it needs.
 
     The order is ``start``, ``earlier`` for each round that an earlier process committed, then ``round`` after each new one.
     """
 
     def start(self, folder: Path, rounds: int, clients: int, done: int) -> None:
-        """Rounds are about to begin in the run ``folder``: ``rounds`` in all, of which ``done`` are committed."""
+        """Called before the first round, with the run ``folder`` and the numbers of ``rounds`` in all, of ``clients``, and of
+        rounds ``done``, which are committed already."""
         return None
 
     def earlier(self, record: Record) -> str | bool | None:
-        """The record of a round that is committed already; round 0 is the measurement of the start. A reason here, after the
-        last of them, ends the run as one from ``round`` does: a resumed run stops where it would have stopped."""
+        """Called with the record of each round that is committed already; round 0 is the evaluation before training.
+
+        A reason returned for the last of them ends the run, as in ``round``: a resumed run stops at the same round as an
+        uninterrupted one.
+        """
         return None
 
     def stage(self, name: str) -> None:
-        """A part of the run other than a round begins, such as "measuring the start"."""
+        """Called when a stage other than a round begins, such as "measuring the start"."""
         return None
 
     def tokens(self, count: int) -> None:
-        """``count`` more tokens have been computed."""
+        """Called after ``count`` more tokens were computed."""
         return None
 
     def round(self, record: Record) -> str | bool | None:
-        """A round is committed (docs/run-folder.md documents ``record``). A reason, or True, ends the run after this round: it is
-        measured and exported as after its last. None or False: the run goes on."""
+        """Called after each committed round, with its ``record`` (docs/run-folder.md).
+
+        A reason, or True, ends the run after this round; evaluation and export follow as after the last round. None or False: the
+        run continues.
+        """
         return None
 
 
@@ -64,22 +71,22 @@ class Callbacks:
             callback.tokens(count)
 
     def round(self, record: Record) -> str | None:
-        """The first reason to stop, after all of them have seen the record."""
+        """The first reason to stop. Every callback receives the record."""
         return _reason([(callback, callback.round(record)) for callback in self.each])
 
 
 def _reason(found: Sequence[tuple[Callback, str | bool | None]]) -> str | None:
-    """The first reason given; a bare True is told by the name of its callback."""
+    """The first reason given; for True, the name of the callback's class."""
     reasons = [type(callback).__name__ if said is True else str(said) for callback, said in found if said]
     return reasons[0] if reasons else None
 
 
 @dataclass
 class EarlyStopping(Callback):
-    """Ends a run once ``metric`` has not fallen by more than ``least`` for ``patience`` measurements in a row.
+    """Ends a run after ``patience`` evaluations in a row in which ``metric`` has not fallen by more than ``least``.
 
-    ``metric``: a number of a round's record, of which less is better, such as validation_loss or local_loss. Rounds that are not
-    measured do not count. Raises UserError where a measured round has no such number.
+    ``metric``: a number of a round's record for which smaller is better, such as validation_loss or local_loss. Rounds without an
+    evaluation do not count. Raises UserError if an evaluated round has no such number.
     """
 
     metric: str = "validation_loss"
@@ -105,7 +112,7 @@ class EarlyStopping(Callback):
         if self.metric not in record or not isinstance(value, float | int | None) or isinstance(value, bool):
             known = sorted(key for key, found in record.items() if isinstance(found, float))
             raise UserError(
-                f"EarlyStopping: metric={self.metric}: no number of a record; take one of {', '.join(known)}"
+                f"EarlyStopping: metric={self.metric}: not a number of the record; choose one of {', '.join(known)}"
             )
         if value is not None and value < self._best - self.least:
             self._best, self._since = value, 0

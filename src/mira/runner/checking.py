@@ -1,4 +1,4 @@
-"""A configuration and its data, checked without training."""
+"""Check of a configuration and its data without training."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mira.runner.evaluation import check_metrics
 
 
 def check(experiment: Experiment, where: str) -> Iterator[str]:
-    """Lines for people: how prompts are made, and that the configuration ``where`` is fine. Raises UserError where it is not."""
+    """Check the configuration ``where``. Yields lines for people: the encoding of prompts, and the result. Raises UserError."""
     check_metrics(experiment.evaluation.metrics)
     about = f"{experiment.rounds} rounds of {experiment.method.name}"
     if config.clients_are_remote(experiment) and not getattr(experiment.data, "examples", None):
-        # The clients are in the server's kit, and their data is known to them alone.
+        # The server's kit lists the clients; only they know their data.
         yield f"{where}: fine for mira server; {about}; each site checks its own data"
         return
     federation, model = make_federation(experiment.data, experiment.split, experiment.seed), experiment.model
@@ -30,12 +30,12 @@ def check(experiment: Experiment, where: str) -> Iterator[str]:
     if reader is not None:
         encoder = preview.check(experiment, federation, reader)
         yield from (encoder.about, *encoder.cautions)
-    unseen = "" if reader else f"; prompts are not checked, as {model.name} is not on this machine yet"
+    unseen = "" if reader else f"; prompts not checked: {model.name} is not on this machine yet"
     yield f"{where}: fine; {len(federation.clients)} clients, {about}{unseen}"
 
 
 def _check_graph(experiment: Experiment, federation: Federation) -> None:
-    """Build the graph, with a number for each description in the place of its embedding."""
+    """Build the graph, with a number for each description instead of its embedding."""
     clients = federation.clients
     told = sorted({client.about for client in clients})
     vectors = torch.tensor([[float(told.index(client.about))] for client in clients])

@@ -1,4 +1,4 @@
-"""The clients of a run in this process, behind the functions that sites on machines of their own have."""
+"""Clients in this process, with the interface of remote sites."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mira.setup.session import Session
 
 
 def clients_of(session: Session) -> ClientBackend:
-    """The session's sites, or the clients in this process where it has none."""
+    """The session's remote sites; without any, the clients in this process."""
     return session.remote or LocalClients(session)
 
 
 @dataclass(frozen=True)
 class LocalClients:
-    """Clients of this process: the session's engine trains and measures them, and nothing of theirs is private to a site."""
+    """Clients in this process: the session's engine trains and evaluates them, and no number is private to a site."""
 
     session: Session
     wire: Wire = "fp32"

@@ -1,4 +1,4 @@
-"""A client that joins a finished run: it starts from the mean of its neighbours' rows, and trains alone."""
+"""A new client of a finished run: it starts from the mean of its neighbours' adapters and trains alone."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from mira.store import Store
 log = logging.getLogger(__name__)
 
 Joined = dict[str, Any]
-# Sections and keys that may differ from the run's; a row with another adapter or model would be noise.
+# Sections and keys that may differ from the run's. With another adapter or model the rows would be meaningless.
 _ITS_OWN = ("split", "prompt", "training", "evaluation", "engine", "model.name", "model.source", "model.device")
 ADAPTED = "adapted"  # in the run folder: a PEFT folder and NAME.json for each client that joined
 
 
 @dataclass(frozen=True)
 class _Newcomer:
-    """A source of one client, from its data files."""
+    """Data source of one client, from its files."""
 
     name: str
     group: str
@@ -60,12 +60,12 @@ def adapt(
     folder: Path, name: str, files: Sequence[Path], group: str | None, neighbours: int, rounds: int,
     overrides: Sequence[str] = (),
 ) -> Joined:  # fmt: skip
-    """Train an adapter for the new client ``name`` and write it to ``folder``/adapted; the run itself is only read.
+    """Train an adapter for the new client ``name`` and write it to ``folder``/adapted. The run itself is not changed.
 
     Training starts from Σ_l a_l·θ_l / Σ_l a_l over the neighbours l in the run. With ``group``: the clients of the group, a_l =
-    1. Without: the ``neighbours`` clients with the most similar task descriptions, a_l their centred cosine. All clients, a_l =
-    1, where neither descriptions nor groups tell them apart. Then come ``rounds`` rounds of local training at the run's peak
-    learning rate, and the same from the common start for comparison. Raises UserError.
+    1. Without: the ``neighbours`` clients with the most similar task descriptions, a_l their centred cosine. If neither
+    descriptions nor groups distinguish the clients: all clients, a_l = 1. Then ``rounds`` rounds of local training follow at the
+    run's peak learning rate, and for comparison the same from the common start. Raises UserError.
     """
     with Store.open(folder, writable=False) as store:
         experiment, environment = (
@@ -107,12 +107,12 @@ def _number(scores: Joined) -> str:
 
 
 def _own(experiment: Experiment, source: _Newcomer, overrides: Sequence[str]) -> Experiment:
-    """The run's experiment with the new client as its only client, which trains alone."""
+    """The run's experiment with the new client as its only client."""
     for text in overrides:
         key = text.partition("=")[0].strip()
         if key not in _ITS_OWN and key.partition(".")[0] not in _ITS_OWN:
             raise UserError(
-                f"--set {text}: a client that joins has the {key.partition('.')[0]} of the run; it may set"
+                f"--set {text}: a new client has the {key.partition('.')[0]} of the run; it may set"
                 f" {', '.join(_ITS_OWN)}"
             )
     changed = config.parse(override(experiment.model_dump(mode="json"), overrides))
@@ -129,7 +129,7 @@ def _own(experiment: Experiment, source: _Newcomer, overrides: Sequence[str]) ->
 
 
 def _known(environment: dict[str, Any], experiment: Experiment, by_group: bool) -> tuple[SplitClient, ...]:
-    """The run's clients. Their data is read only where clients without a description must be compared."""
+    """The run's clients. Their data is read only if clients without a description must be compared."""
     recorded = clients_of(environment, experiment.seed)
     if recorded is not None and (by_group or all(client.description for client in recorded.clients)):
         return recorded.clients
@@ -148,7 +148,7 @@ def _check(name: str, group: str | None, known: Sequence[SplitClient]) -> None:
     groups = {client.group for client in known if client.group}
     if group is not None and group not in groups:
         hint = did_you_mean(group, groups) if groups else "; its clients have no group, leave --group out"
-        raise UserError(f"--group {group}: no client of the run is in it{hint}")
+        raise UserError(f"--group {group}: no client of the run is in this group{hint}")
 
 
 def _of_group(group: str, known: Sequence[SplitClient]) -> tuple[Tensor, Tensor]:
@@ -159,7 +159,7 @@ def _of_group(group: str, known: Sequence[SplitClient]) -> tuple[Tensor, Tensor]
 def _of_description(session: Session, known: Sequence[SplitClient], most: int) -> tuple[Tensor, Tensor]:
     told = [session.federation.clients[0].about, *(client.about for client in known)]
     if len(set(told)) == 1:
-        log.info("all clients of the run have the same task description: all have the same weight")
+        log.info("all clients of the run have the same task description; using equal weights")
         return _everyone(known)
     weight, related = cosines(embed(session.base.model, session.base.tokenizer, told))[0, 1:].sort(
         descending=True, stable=True
@@ -174,7 +174,7 @@ def _of_description(session: Session, known: Sequence[SplitClient], most: int) -
             f" ({', '.join(groups)})"
         )
     log.warning(
-        "no task description of the run is similar to this client's, and its clients have no groups: all have the same weight"
+        "no task description of the run is similar to this client's, and its clients have no groups; using equal weights"
     )
     return _everyone(known)
 
@@ -184,7 +184,7 @@ def _everyone(known: Sequence[SplitClient]) -> tuple[Tensor, Tensor]:
 
 
 def _train(session: Session, rows: Tensor, round: int, rounds: int) -> tuple[list[Joined], Tensor]:
-    """Losses of the two ``rows`` before training and after each round, and the rows then."""
+    """Losses of the two ``rows`` before training and after each round, and the trained rows."""
     training, both = session.experiment.training, torch.zeros(2, dtype=torch.int64)
     curve = [_losses(session, rows, 0)]
     for n in range(rounds):

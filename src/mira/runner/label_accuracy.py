@@ -1,7 +1,7 @@
 """Accuracy by likelihood for tasks with few answers: the share of examples with the expected answer as the likeliest one.
 
-The candidates are the answers in the client's training examples. Needs no generation, and does not depend on spelling. The
-likelihood is that of the whole answer with its end token.
+The candidates are the answers in the client's training examples. The metric needs no generation and does not depend on spelling.
+The likelihood is that of the whole answer with its end token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MOST = 20  # largest number of different answers of such a task
 
 def label_accuracy(engine: Engine, corpus: Corpus, rows: Tensor, limit: int | None) -> list[float | None]:
     """For each client the share of test examples with the expected answer as the likeliest of all training answers, with the
-    client's row of ``rows`` [K,P]; None where the task does not have few answers."""
+    client's row of ``rows`` [K,P]; None if the task has too many answers."""
     return [_accuracy(engine, corpus, k, row, limit) for k, row in enumerate(rows)]
 
 

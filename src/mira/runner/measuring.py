@@ -1,4 +1,4 @@
-"""Measurements of a run: which after which round, and what they give."""
+"""Evaluation during a run: the schedule and the results."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ log = logging.getLogger(__name__)
 
 
 def measurer(session: Session, callbacks: Callbacks, known: dict[str, Record]) -> Callable[[ServerState], Record]:
-    """What to measure after which round: losses every n rounds, answers at the start and at the end, transfer at the end.
-    All but the validation loss is measured on the test split, and left out where the plan leaves that split alone.
-    ``known``: what is known of each client from earlier rounds, kept up to date."""
+    """The evaluation after each round: losses every n rounds, answers at the start and at the end, transfer at the end.
+
+    All metrics but the validation loss use the test split; they are left out if the configuration excludes it. ``known``: the
+    last losses of each client from earlier rounds, updated in place.
+    """
     plan, rounds = session.experiment.evaluation, session.experiment.rounds
 
     def look(state: ServerState) -> Record:
@@ -44,10 +46,9 @@ def measured(
     session: Session, state: ServerState, callbacks: Callbacks, answers: bool, transfer: bool, test: bool = True,
     known: Mapping[str, Record] | None = None,
 ) -> Record:  # fmt: skip
-    """The losses of every client under the row it would deploy in ``state``, if asked for also answers and transfer.
-    Without ``test`` the validation loss alone. ``known``: for the means, as ``evaluation.losses`` takes it.
+    """The losses of every client with the row that it deploys in ``state``; on request also ``answers`` and ``transfer``.
 
-    Raises UserError when memory runs out.
+    Without ``test``: the validation loss alone. ``known``: see ``evaluation.losses``. Raises UserError if memory runs out.
     """
     e, method, clients, names = session.experiment, session.method, clients_of(session), session.names
     plan = e.evaluation
@@ -74,7 +75,7 @@ def measured(
 
 
 def without_nan(value: Any) -> Any:
-    """``value`` with None in the place of NaN and infinities, which JSON does not have: not a finite number."""
+    """``value`` with None in place of NaN and infinities, which JSON lacks."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -90,7 +91,7 @@ def _answers(session: Session, state: ServerState) -> Record:
 
 
 def best_answers(session: Session, store: Store, last: Record) -> Record:
-    """The answers under the rows of the validation-best round; those of the last round when it is the best."""
+    """The answers of the adapters of the validation-best round; those of ``last`` if it is the best round."""
     plan = session.experiment.evaluation
     if not (plan.test and plan.generate) or store.best_round is None:
         return {}
@@ -102,7 +103,7 @@ def best_answers(session: Session, store: Store, last: Record) -> Record:
 
 
 def joining(session: Session) -> Record:
-    """What clients sent before the first round, for its record; nothing in most runs."""
+    """Uploads of clients before the first round, for its record; empty in most runs."""
     size = session.description_bytes if clients_of(session).sends_descriptions else 0
     if not size:
         return {}

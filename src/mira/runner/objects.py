@@ -1,4 +1,4 @@
-"""Objects in the place of names: a base model that is loaded already, and clients with their examples."""
+"""Objects instead of names: a loaded base model, and clients with their examples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ __all__ = ["Client", "Example", "Objects"]
 
 @dataclass(frozen=True)
 class Objects:
-    """``base``: a loaded model; ``clients``: clients with examples. None: as the configuration says."""
+    """Objects of a run in this process. ``base``: a loaded model. ``clients``: clients with examples. None: see the
+    configuration."""
 
     base: Base | None = None
     clients: Sequence[Client] | None = None
@@ -33,10 +34,10 @@ class Objects:
         data: Sequence[Client] | Mapping[str, Iterable[Any]] | None,
         name: str | None = None,
     ) -> Objects:
-        """From a model with its tokenizer, and clients with examples. ``name``: the base's. Raises UserError."""
+        """Objects from a pair of model and tokenizer, and clients with examples. ``name``: the base's name. Raises UserError."""
         if model is not None and (not isinstance(model, tuple | list) or len(model) != 2):
             raise UserError(
-                "model: must be a pair (model, tokenizer); a name belongs into the configuration, as model.name"
+                "model: must be a pair (model, tokenizer); put a name into the configuration, as model.name"
             )
         return Objects(
             None if model is None else base_of(*model, name=name), None if data is None else clients_from(data)
@@ -50,11 +51,11 @@ class Objects:
         folder: Path | None = None,
         clients: Federation | None = None,
     ) -> Session:
-        """The session of ``experiment`` on these objects. ``clients``: clients that a run recorded, where no examples are needed.
-        Raises UserError."""
+        """Open the session of ``experiment`` on these objects. ``clients``: the clients recorded by a run, if no examples are
+        needed. Raises UserError."""
         if recorded is None and experiment.privacy is not None:
             raise UserError(
-                "privacy: noise is put on by sites (mira server), and one process has none; leave privacy out"
+                "privacy: sites add the noise (mira server), and one process has no sites; leave privacy out"
             )
         if self.clients is not None:
             clients = make_federation(Given(self.clients), experiment.split, experiment.seed)

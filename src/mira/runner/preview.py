@@ -71,7 +71,7 @@ def look(source: Source, experiment: Experiment, reader: Reader | None) -> Previ
 
 
 def check(experiment: Experiment, federation: Federation, reader: Reader) -> Encoder:
-    """The encoder of a run. Raises UserError where a run would refuse the examples, by template or by length."""
+    """The encoder of a run. Raises UserError if a run would refuse the examples because of their template or length."""
     encoder, training = encoder_of(experiment, reader), experiment.training
     if encoder.wording.overlong == "drop":
         federation = without_overlong(federation, encoder)
@@ -181,7 +181,7 @@ def _ignored(clients: Sequence[Client], encoder: Encoder) -> dict[str, int]:
 
 
 def _parts(example: Example, encoder: Encoder) -> list[Preview]:
-    """The text of the example, in parts that are learned and parts that are not."""
+    """The text of the example in parts, each with a flag: true if its tokens have labels."""
     encoded = encoder.encode(example, example.place)
     return [
         {"text": _text(encoder, [token for token, _ in run]), "learned": learned}

@@ -1,4 +1,4 @@
-"""Progress of a run for people: bars on a terminal, plain lines elsewhere; always on standard error."""
+"""Progress of a run on standard error: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mira.runner.callbacks import Callback
 
 
 class RunProgress(Callback):
-    """Rounds, clients, tokens a second and the time left."""
+    """Display of rounds, clients, tokens per second and remaining time."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

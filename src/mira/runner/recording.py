@@ -1,4 +1,4 @@
-"""A run folder as the round loop writes it, and the server state that is read from it."""
+"""Storage of rounds in a run folder, and the server state read from it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def state_of(session: Session, store: Store, as_of: int | None = None) -> Server
 
 
 def reopened(store: Store) -> Session:
-    """The session of a run, in the environment that it recorded. Raises UserError where that is another now."""
+    """The session of a run, in its recorded environment. Raises UserError if the environment has changed."""
     recorded = store.environment()
     session = open_session(config.recorded(store.config(), recorded, store.folder), recorded, folder=store.folder)
     check_environment(recorded, session.environment)
@@ -45,7 +45,7 @@ class _KeptStates:
 
 @dataclass(frozen=True)
 class FolderRecorder:
-    """Rounds kept in a run folder: the recorder of the round loop."""
+    """The recorder of the round loop: it stores rounds in a run folder."""
 
     store: Store
 

@@ -1,4 +1,4 @@
-"""The run that a command asks to resume."""
+"""Choice of the run to resume."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from mira.store import Store
 def to_resume(
     target: Path, overrides: list[str], out: Path | None, data: Path | None, model: str | None
 ) -> tuple[Path, Path | None, str | None]:
-    """The run folder meant, and where its data and model are now; a configuration given beside it must be the one the run was
-    started with, these two places aside."""
+    """The run folder, and the new places of its data and model. A configuration given with it must equal that of the run, apart
+    from these two places. Raises UserError."""
     if target.is_dir():
         if overrides or out:
-            raise UserError(f"--resume {target}: goes on exactly as started; drop --set and --out, or start a new run")
+            raise UserError(
+                f"--resume {target}: a run resumes with its own settings; drop --set and --out, or start a new run"
+            )
         return target, data, model
     if not target.exists():
-        raise UserError(f"--resume {target}: no such folder or file; name a run folder, one that 'mira run' made")
+        raise UserError(f"--resume {target}: no such folder or file; name a run folder, made by 'mira run'")
     if out is None:
         raise UserError(f"--resume: name the run folder, as in 'mira run DIR --resume', or with --out beside {target}")
     asked = config.absolute(config.moved(config.load(target, overrides), data, model))
@@ -32,7 +34,7 @@ def to_resume(
     )
     if differences:
         raise UserError(
-            f"--resume {out}: the configuration changed: {'; '.join(differences)} (here: the run folder, there: what "
-            "you ask for now); go on as started with 'mira run DIR --resume', or start a new run"
+            f"--resume {out}: the configuration changed: {'; '.join(differences)} (here: the run folder, there: the "
+            "new one); resume it unchanged with 'mira run DIR --resume', or start a new run"
         )
     return out, data, asked.model.name

@@ -1,4 +1,4 @@
-"""Running an experiment: from a configuration to a run folder, from a run folder to the end of the run."""
+"""Start and resumption of runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class Open(Protocol):
-    """A builder of sessions: ``Objects.open``, or one that puts sites on other machines in the place of clients."""
+    """A function that opens a session: ``Objects.open``, or one with sites on other machines as clients."""
 
     def __call__(
         self,
@@ -58,7 +58,7 @@ def run(
     open: Open = IN_THIS_PROCESS,
 ) -> Result:
     """Run ``experiment`` in the new folder ``out`` (default runs/NAME-TIME) and return its result: the object that
-    ``mira run --json`` prints (docs/commands/run.md). Raises UserError for anything the user can mend."""
+    ``mira run --json`` prints (docs/commands/run.md). Raises UserError for errors that the user can fix."""
     told = Callbacks(callbacks)
     began = time.strftime("%Y%m%d-%H%M%S")
     folder = Path("runs") / f"{experiment.name}-{began}" if out is None else expanded(Path(out))
@@ -80,8 +80,8 @@ def resume(
     folder: Path | str, callbacks: Sequence[Callback] = (), open: Open = IN_THIS_PROCESS,
     data: Path | None = None, model: str | None = None,
 ) -> Result:  # fmt: skip
-    """Go on with the run in ``folder`` from its last committed round, and return its result. ``data``, ``model``: their place
-    now, where they were moved. Raises UserError."""
+    """Resume the run in ``folder`` after its last committed round, and return its result. ``data``, ``model``: their new places,
+    if they were moved. Raises UserError."""
     told = Callbacks(callbacks)
     with Store.open(Path(folder)) as store:
         finished = store.result()
@@ -99,13 +99,13 @@ def resume(
 
 
 def _go_on(session: Session, store: Store, state: ServerState, told: Callbacks) -> Result:
-    """From ``state`` to the end of the run: rounds, the best round's answers, adapters, result."""
+    """Run from ``state`` to the end: rounds, answers of the best round, adapters, result."""
     experiment, clients, names = session.experiment, clients_of(session), session.names
     look = measurer(session, told, evaluation.known_from(store.metrics()))
     told.start(store.folder, experiment.rounds, len(names), state.round)
     if store.last_round is None:
         state = _measure_start(session, store, state, told, look)
-    # The work of the method itself, without ranks: beyond a client's rank there are zeros, which are private to nobody.
+    # The work of the method itself, without ranks: the zeros beyond a client's rank are not private.
     clients.begin(has_private_parts(experiment.method.broadcast(state, torch.zeros(1, dtype=torch.int64))))
     shown = Trackers(experiment.tracking, experiment.model_dump(mode="json"), store.folder, names)
     with closing(shown):
@@ -123,8 +123,7 @@ def _go_on(session: Session, store: Store, state: ServerState, told: Callbacks) 
 
 @dataclass
 class _Observer:
-    """Everybody who is told of a committed round: the clients, the trackers, the callbacks. ``stopped``: the reason of a callback
-    to end the run."""
+    """The recipients of each committed round: clients, trackers, callbacks. ``stopped``: a callback's reason to end the run."""
 
     clients: ClientBackend
     shown: Trackers
@@ -137,7 +136,7 @@ class _Observer:
         self.stopped = self.told.earlier(record)
 
     def round(self, record: Record) -> bool:
-        """Whether the run ends here."""
+        """Forward a new record; true if the run ends here."""
         self.clients.committed(record)
         for name, reason in record["lost"].items():
             log.warning("round %d lost %s: %s", record["round"], name, reason)
@@ -160,8 +159,8 @@ def _measure_start(
 
 
 def _finish(session: Session, store: Store, told: Callbacks, stopped: str | None) -> Result:
-    """Measure the best round, write adapters and the result. ``stopped``: the reason of a callback that ended the run early;
-    its last round is then measured as the last of all rounds is."""
+    """Evaluate the best round, and write adapters and the result. ``stopped``: the reason of a callback that ended the run early;
+    its last round is then evaluated like the last of all rounds."""
     clients, last, record = clients_of(session), state_of(session, store), store.metrics()[-1]
     if stopped is not None and last.round < session.experiment.rounds:
         log.info("stopped after round %d: %s", last.round, stopped)

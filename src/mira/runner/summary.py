@@ -1,4 +1,4 @@
-"""The result of a run as plain data, from its records."""
+"""The result of a run as plain data, computed from its records."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NONE = {"up": 0, "down": 0}  # bytes of a client outside the round's cohort
 
 
 def summary(session: Session, store: Store, last: Record, best_answers: Record) -> Result:
-    """The result of a run of which ``last`` was measured last, with paths relative to the run folder."""
+    """The result of a run with ``last`` as its last evaluation, with paths relative to the run folder."""
     clients, joined = session.federation.clients, last.get("joined", {})
     adapters = [f"{ADAPTERS}/{client.slug}" for client in clients]
     return summarise(
@@ -33,7 +33,7 @@ def summary(session: Session, store: Store, last: Record, best_answers: Record) 
 
 
 def located(result: Result, folder: Path) -> Result:
-    """A result with absolute paths: a run folder keeps them relative to itself, so that it can be moved."""
+    """The result with absolute paths. The run folder stores relative ones, so that it can be moved."""
     root = folder.resolve()
     places = [root / client["adapter"] for client in result["clients"]]
     clients = [
@@ -47,7 +47,7 @@ def summarise(
     experiment: Experiment, store: Store, last: dict[str, Any], tasks: Sequence[str], examples: Sequence[int],
     adapters: Sequence[str], best_answers: dict[str, Any],
 ) -> Result:  # fmt: skip
-    """The result of a run (docs/commands/run.md documents the fields), from its records and the ``last`` measurement.
+    """The result of a run from its records and the ``last`` evaluation; docs/commands/run.md documents the fields.
 
     ``adapters``: the clients' PEFT folders, relative to the run folder. ``best_answers``: the metrics of answers at the best
     round.

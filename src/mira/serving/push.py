@@ -20,6 +20,8 @@ from mira.setup.session import Session
 
 CLIENT = "{client}"
 
+_BASE_NAMED = {"adapter_config.json": "base_model_name_or_path", "base_model.json": "name"}  # files that name the base
+
 
 @dataclass(frozen=True)
 class Hub:
@@ -90,11 +92,11 @@ def base(hub: Hub, session: Session) -> str:
 
 def push(hub: Hub, place: Path, card: str, base: str) -> str:
     """Push the folder of a client. ``base`` replaces the base's name, which may be a folder of this machine."""
-    settings = place / "adapter_config.json"
     changed = {"README.md": card}
-    if settings.is_file():
-        values = json.loads(settings.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
-        changed[settings.name] = json.dumps(values, indent=2, sort_keys=True)
+    for file, key in _BASE_NAMED.items():
+        if (place / file).is_file():
+            values = json.loads((place / file).read_text(encoding="utf-8")) | {key: base}
+            changed[file] = json.dumps(values, indent=2, sort_keys=True)
     return hub.push(place, place.name, changed)
 
 

@@ -1,1 +1,1 @@
-"""An experiment built: base model, clients, adapter, method, graph and engine, and the environment they ran in."""
+"""Construction of an experiment: base model, clients, adapter, method, graph, engine, and the record of their environment."""

@@ -1,4 +1,4 @@
-"""Building the session of an experiment."""
+"""Construction of the session of an experiment."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def open_session(
     clients: Federation | None = None,
     base: Base | None = None,
 ) -> Session:
-    """Build all of ``experiment``; the engine is built when it is asked for.
+    """Build the parts of ``experiment``. The engine is built on first use.
 
-    ``recorded``: the environment of a run that goes on, whose threads, engine and size of a pass are taken over. ``folder``: its
-    run folder. ``first``: the number of the first client. ``clients``: the clients, where no source is to be read. ``base``: the
-    base model, where it is loaded already. Raises UserError.
+    ``recorded``: the environment of a resumed run, whose threads, engine and pass size apply again. ``folder``: its run folder.
+    ``first``: the number of the first client. ``clients``: the clients, instead of those of the data source. ``base``: the base
+    model, if it is loaded already. Raises UserError.
     """
     recorded = recorded or {}
     threads = recorded.get("threads") or experiment.engine.threads or usable_threads()
@@ -60,7 +60,7 @@ def open_session(
     plan = EnginePlan(experiment, base, adapter, encoder, corpus, recorded, progress)
     if experiment.engine.prefix != "off" and not plan.shares_prefix:
         log.warning(
-            "adapter.dropout=%g: the shared prefix is off, since sharing it would share one dropout mask",
+            "adapter.dropout=%g: the shared prefix is off, because its sequences would share one dropout mask",
             adapter.in_pass.dropout,
         )
     surroundings = environment_of(experiment, base, federation, threads, plan.shares_prefix, truncated, encoder)
@@ -68,11 +68,12 @@ def open_session(
 
 
 def _base(experiment: Experiment, recorded: Mapping[str, Any]) -> Base:
-    """The base model, loaded by its name. A run that began with a model in memory is compared with it by its tensors."""
+    """Load the base model by its name. For a run that was started on a model in memory, the weights are hashed by their
+    tensors."""
     section = experiment.model
     began = recorded.get("model", {}).get("source")
     if began == "memory" and section.name == "memory":
-        raise UserError("model: the run began with a model in memory; pass it again as model=(model, tokenizer)")
+        raise UserError("model: the run was started with a model in memory; pass it again as model=(model, tokenizer)")
     base = load(
         section.name, section.source, section.dtype, section.device, section.trust_remote_code, section.quantization,
         section.revision,
@@ -81,7 +82,7 @@ def _base(experiment: Experiment, recorded: Mapping[str, Any]) -> Base:
 
 
 def _encoder(experiment: Experiment, base: Base, adapter: Adapter, recorded: Mapping[str, Any]) -> Encoder:
-    """The encoder of examples, with room for the adapter's virtual tokens. Raises UserError where there is none."""
+    """The encoder of examples, with room for the adapter's virtual tokens. Raises UserError if there is no room."""
     virtual, most = adapter.layout.virtual_tokens, positions(base.model)
     if most - virtual < 1:
         raise UserError(
@@ -98,7 +99,7 @@ def _encoder(experiment: Experiment, base: Base, adapter: Adapter, recorded: Map
 def _corpus(
     experiment: Experiment, federation: Federation, encoder: Encoder, first: int, folder: Path | None
 ) -> tuple[Corpus, dict[str, int]]:
-    """The clients' tokens, and the number of each client's examples that were cut."""
+    """The encoded examples of the clients, and the number of truncated examples of each client."""
     training = experiment.training
     corpus = Corpus(federation, encoder, training.batch_size, training.local_steps, training.local_epochs, first)
     if folder is not None:
@@ -106,5 +107,5 @@ def _corpus(
     truncated = {name: count for name, count in corpus.truncated().items() if count}
     if truncated:
         which = ", ".join(f"{name} ({count})" for name, count in truncated.items())
-        log.warning("at most %d tokens an example: prompts cut for %s", encoder.max_length, which)
+        log.warning("prompt.max_length=%d: prompts truncated for %s", encoder.max_length, which)
     return corpus, truncated

@@ -1,4 +1,4 @@
-"""The choice of an engine, and its construction."""
+"""Choice and construction of an engine."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """The parts of an engine that is not built yet. ``recorded``: the environment of a run that goes on, of which the engine and
-    the size of a pass are taken over. ``progress``: called with the tokens done."""
+    """The parts of an engine that is not built yet. ``taken_over``: the environment of a resumed run, whose engine and pass size
+    apply again. ``progress``: called with the number of computed tokens."""
 
     experiment: Experiment
     base: Base
@@ -39,22 +39,22 @@ class EnginePlan:
 
     @property
     def shares_prefix(self) -> bool:
-        """Whether the tokens that all sequences of a client begin with are computed once. Dropout rules it out: sequences would
-        share one mask."""
+        """True if the common prefix of a client's sequences is computed once. Dropout rules it out: the sequences would share one
+        mask."""
         return self.experiment.engine.prefix != "off" and not self.adapter.in_pass.dropout
 
     def build(self) -> Engine:
-        """The engine. Raises UserError where it cannot compute the model."""
+        """Build the engine. Raises UserError if it cannot compute the model."""
         experiment = self.experiment
         if experiment.engine.checkpointing:
-            check_gradients(self.base.model)  # refuses before the run begins
+            check_gradients(self.base.model)  # raises before the run starts
         engine = self._with_gradients(self.taken_over.get("engine") or experiment.engine.name)
         if self.adapter.directions is None:
             return engine
         return without_gradients(engine, self.adapter.directions, self.corpus, experiment.training, experiment.seed)
 
     def recorded(self, engine: Engine) -> dict[str, Any]:
-        """The part of the environment that tells of ``engine``."""
+        """The entries of the environment about ``engine``."""
         inner = engine.inner if isinstance(engine, SeedsEngine) else engine
         batched = isinstance(inner, BatchedEngine)
         return {
@@ -63,7 +63,7 @@ class EnginePlan:
         }
 
     def _with_gradients(self, name: str) -> BatchedEngine | ReferenceEngine:
-        """The engine called ``name``; under "auto" the batched one, where that can compute the model."""
+        """The engine called ``name``; "auto": the batched engine if it can compute the model, else the reference engine."""
         if name == "reference":
             return ReferenceEngine.of(self._spec())
         try:

@@ -1,5 +1,7 @@
-"""What decides a run's numbers besides its configuration: libraries, weights, data, machine. Recorded when a run starts, checked
-when it goes on."""
+"""The environment of a run: libraries, weights, data and machine, which decide its numbers besides the configuration.
+
+It is recorded when a run starts, and checked when it is resumed or read.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from mira.model.quantise import needed_for
 
 log = logging.getLogger(__name__)
 
-# Numbers depend on these; a resumed run must find them as they were.
+# Entries that decide numbers; they must be unchanged when a run is resumed.
 DECIDING = (
     "versions",
     "model",
@@ -43,8 +45,8 @@ def environment_of(
     experiment: Experiment, base: Base, federation: Federation, threads: int, prefix: bool, truncated: dict[str, int],
     encoder: Encoder,
 ) -> dict[str, Any]:  # fmt: skip
-    """The environment that a run records, but for its engine. ``prefix``: whether shared prefixes are computed once;
-    ``truncated``: the number of each client's inputs that were cut."""
+    """The environment that a run records, without its engine. ``prefix``: true if shared prefixes are computed once.
+    ``truncated``: the number of truncated inputs of each client."""
     return {
         "versions": {name: version_of(name) for name in (*_LIBRARIES, *needed_for(base.quantization))},
         "model": {
@@ -70,13 +72,13 @@ def _raw(federation: Federation) -> bool:
 
 
 def taken_over(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Settings to read a run with and not go on with it: those ``recorded``, where this is the machine. Elsewhere threads, the
-    engine and the size of a pass are this machine's own."""
+    """The recorded settings for reading a run without resuming it: all of them on the machine of the run. On another machine
+    none: threads, engine and pass size are its own."""
     return recorded if recorded.get("machine") == _machine() else {}
 
 
 def clients_told(federation: Federation) -> dict[str, Any]:
-    """What the environment says of the clients."""
+    """The entries of the environment about the clients."""
     told = ("name", "task", "group", "description")
     return {
         "data": {"clients": len(federation.clients), "sha256": _fingerprint(federation)},
@@ -89,7 +91,7 @@ def clients_told(federation: Federation) -> dict[str, Any]:
 
 
 def clients_of(recorded: Mapping[str, Any], seed: int) -> Federation | None:
-    """The clients as their run recorded them, without their examples; None where a run of an older version did not."""
+    """The clients as recorded by their run, without examples; None if an older version did not record them."""
     if "clients" not in recorded:
         return None
     absent: dict[str, Any] = {"train": (), "validation": (), "test": ()}
@@ -113,7 +115,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _fingerprint(federation: Federation) -> str:
-    """SHA-256 of every client's name and splits: the same data gives the same digest, whatever file it came from."""
+    """SHA-256 of the clients' names and splits. It depends on the content of the data, not on its files."""
     digest = hashlib.sha256()
     for client in federation.clients:
         for split in ("train", "validation", "test"):
@@ -122,7 +124,7 @@ def _fingerprint(federation: Federation) -> str:
 
 
 def processor() -> str:
-    """The name this machine gives its processor."""
+    """Name of the processor of this machine."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(
@@ -133,33 +135,31 @@ def processor() -> str:
 
 
 def check_environment(recorded: dict[str, Any], now: dict[str, Any], must: Sequence[str] = DECIDING) -> None:
-    """Refuse to go on where what ``must`` be the same differs, naming the difference; warn of what else differs."""
+    """Raise UserError if an entry of ``must`` differs from the recorded one; warn of other differences."""
     if "prompt" not in recorded and not now["prompt"]["as_before"]:
-        text = "this version makes other tokens of its examples than the one that started the run (docs/prompts.md)"
+        text = "this version encodes the examples differently from the version that started the run (docs/prompts.md)"
         if set(must) == set(DECIDING):
-            raise UserError(f"{text}; go on with that version, or start a new run")
+            raise UserError(f"{text}; resume with that version, or start a new run")
         log.warning("%s; numbers differ from those of the run", text)
-    for key in (key for key in DECIDING if key in now):  # where no engine is built, nothing is known of it
+    for key in (key for key in DECIDING if key in now):  # without an engine its entries are absent
         new = now[key]
-        old = recorded.get(key, new)  # of a run that began before it was recorded nothing is known
+        old = recorded.get(key, new)  # absent in runs of older versions
         if _content(old) != _content(new):
             difference = f"{key} was {_short(old, new)} when the run started and is {_short(new, old)} now"
             if key in must:
                 raise UserError(f"{difference}; restore it, or start a new run")
             log.warning("%s; numbers may differ in their last digits", difference)
     if recorded.get("machine") != now["machine"]:
-        log.warning(
-            "the run started on another machine; numbers are no longer promised to be identical to the last bit"
-        )
+        log.warning("the run was started on another machine; numbers may differ in their last bits")
 
 
 def _content(value: Any) -> Any:
-    """The part of ``value`` that decides numbers. The name and the source of a model or data do not, and may change."""
+    """The part of ``value`` that decides numbers. The name and the source of a model or of data may change."""
     return {k: v for k, v in value.items() if k not in ("name", "source")} if isinstance(value, dict) else value
 
 
 def _short(value: Any, other: Any) -> str:
-    """``value``, or of two dictionaries only what differs."""
+    """``value`` as JSON; of two dictionaries, only the differing entries."""
     if isinstance(value, dict) and isinstance(other, dict):
         value = {key: item for key, item in value.items() if other.get(key) != item}
     return json.dumps(value)

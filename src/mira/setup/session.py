@@ -36,6 +36,8 @@ TOKENS = "tokens"  # in the run folder: the examples as encoded, for a session t
 
 @dataclass(frozen=True)
 class Session:
+    """The parts of a run. Client k is number k in ``federation`` and in ``names``."""
+
     experiment: Experiment
     base: Base
     federation: Federation
@@ -43,18 +45,18 @@ class Session:
     adapter: Adapter
     engine_plan: EnginePlan
     surroundings: dict[str, Any]
-    """The environment but for the engine."""
+    """The environment without the engine."""
     remote: ClientBackend | None = None
-    """Training and measurement at sites on machines of their own; None: in this process, by ``engine``."""
+    """Training and evaluation at sites on other machines; None: in this process, by ``engine``."""
 
     @cached_property
     def engine(self) -> Engine:
-        """The engine of this process, built when it is first asked for: a server of sites has no use for one."""
+        """The engine of this process, built on first use: a server of sites needs none."""
         return self.engine_plan.build()
 
     @property
     def environment(self) -> dict[str, Any]:
-        """The environment that a run records; with sites, without an engine."""
+        """The environment that a run records; without an engine if the clients are remote."""
         return self.surroundings | ({} if self.remote else self.engine_plan.recorded(self.engine))
 
     @property
@@ -66,17 +68,18 @@ class Session:
         return [client.name for client in self.federation.clients]
 
     def number(self, name: str) -> int:
-        """The number of the client called ``name``. Raises UserError when there is none."""
+        """The number of the client called ``name``. Raises UserError if there is none."""
         if name not in self.names:
             raise UserError(f"no client is named '{name}'{did_you_mean(name, self.names)}")
         return self.names.index(name)
 
     @property
     def method(self) -> Method:
-        """The experiment's method, for clients of the ranks they have."""
+        """The experiment's method, for the ranks of its clients."""
         return self.method_as(self.experiment.method)
 
     def method_as(self, method: Method) -> Method:
+        """``method`` for the ranks of this experiment's clients."""
         return with_ranks(method, self.layout, self.experiment.clients.rank, self.names)
 
     def method_of(self, experiment: Experiment, names: Sequence[str]) -> Method:
@@ -84,29 +87,30 @@ class Session:
         return with_ranks(experiment.method, self.layout, experiment.clients.rank, names)
 
     def method_with_warm_start(self, start: Tensor, new: Callable[[], Tensor]) -> Method:
-        """The experiment's method, under which clients that are ``new`` [n] start where their neighbours are, and not from the
+        """The experiment's method with a warm start: clients ``new()`` [n] start from the mean of their neighbours, not from the
         common ``start`` [P]."""
         return self.method_as(WarmStart(self.experiment.method, self.layout, start, new))
 
     def peft_model(self, row: Tensor) -> Any:
         """The base model with the adapter ``row`` [P] on it, as PEFT reads its folder: a ``PeftModel`` in eval mode. PEFT changes
-        the modules of a base loaded from files; one from memory is copied. Raises UserError where PEFT has no such kind."""
+        the modules of a base loaded from files; one from memory is copied. Raises UserError if PEFT has no such kind of
+        adapter."""
         model = self.base.model if self.base.path else deepcopy(self.base.model)
         with TemporaryDirectory() as place:
             self.adapter.save(Path(place), row, self.base.name)
             return load_peft(model, Path(place))
 
     def start(self) -> Tensor:
-        """The common start row [P], in the precision adapters are trained in."""
+        """The common start row [P], in the training precision of adapters."""
         row = self.adapter.start(self.experiment.seed)
         return row.double() if self.experiment.model.dtype == "float64" else row
 
     def descriptions(self) -> Tensor:
-        """What every client's task is, as a vector of the base model's [K,d]."""
+        """Embeddings [K,d] of the clients' task descriptions by the base model."""
         return embed(self.base.model, self.base.tokenizer, [client.about for client in self.federation.clients])
 
     def graph(self) -> Graph:
-        """Who is related to whom; nobody, for a method that does not mix along a graph."""
+        """The graph of the clients; without edges for a method that uses no graph."""
         if not self._along_graph:
             return Groups(torch.arange(len(self.names)))
         groups = [client.group for client in self.federation.clients]
@@ -115,7 +119,7 @@ class Session:
 
     @property
     def description_bytes(self) -> int:
-        """Bytes of a client's task description as a vector in fp32; 0 where the graph is not made of them."""
+        """Bytes of a client's task description as an fp32 vector; 0 if the graph is not made of descriptions."""
         asked = self._along_graph and getattr(self.experiment.graph, "source", None) == "description"
         return 4 * embed(self.base.model, self.base.tokenizer, ["."]).shape[1] if asked else 0
 
@@ -124,7 +128,7 @@ class Session:
         return uses_graph(self.experiment.method)
 
     def initial_state(self) -> ServerState:
-        """The state before round 0. Raises UserError when graph, method and data do not fit together."""
+        """The state before round 0. Raises UserError if graph, method and data do not fit together."""
         clients = self.federation.clients
         training = self.experiment.training
         steps = max(training.steps_for(client.num_train) for client in clients)
@@ -143,13 +147,13 @@ class Session:
 
 @contextmanager
 def enough_memory(experiment: Experiment) -> Iterator[None]:
-    """Running out of memory where no client can be left out, as a fault that the user can mend."""
+    """Turn an out-of-memory error during evaluation, where no client can be left out, into a UserError."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"prompt.max_length={experiment.prompt.max_length}: out of memory while measuring; start a new run with less of it,"
-            " or with a smaller evaluation.max_new_tokens"
+            f"prompt.max_length={experiment.prompt.max_length}: out of memory while measuring; start a new run with a smaller"
+            " value, or with a smaller evaluation.max_new_tokens"
         ) from None

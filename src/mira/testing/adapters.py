@@ -68,7 +68,7 @@ class Case:
 
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
-    """What ``model`` makes of a random text [T,V]."""
+    """Logits [T,V] of ``model`` for a random text."""
     text = torch.randint(TOKENS, (1, LENGTH), generator=generator("text"))
     found: Tensor = model(input_ids=text).logits[0]
     return found.float()

@@ -236,7 +236,7 @@ def _probabilities(
 
 
 def in_one_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether one kernel may compute all sequences of a pass."""
+    """True if one kernel may compute all sequences of a pass."""
     return dtype in _ONE_KERNEL.get(device.type, ())
 
 
@@ -249,7 +249,7 @@ def _one_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
 @cache
 @torch.enable_grad()
 def _agrees(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int) -> bool:
-    """Whether the kernel agrees with the tiles, forward and backward: it is missing on some GPUs and for some widths."""
+    """Tell whether the kernel agrees with the tiles, forward and backward: it is missing on some GPUs and for some widths."""
     # Longer and shorter than the blocks of such a kernel.
     segments = [Segment(0, 150), Segment(150, 290, 0, 150), Segment(290, 297, 0, 150), Segment(297, 306)]
     draw = torch.Generator().manual_seed(0)

@@ -195,7 +195,7 @@ def _check(probe: _Probe, body: Body, leaks: bool = True) -> tuple[Tensor, Packe
 
 
 def _decodes(body: Body, probe: _Probe, packed: PackedAttention) -> bool:
-    """Whether decoding one more token of each sequence, from the keys and values of the pass, gives the model's own result."""
+    """Tell whether decoding one more token of each sequence, from the pass's keys and values, gives the model's own result."""
     state = after(packed.segments[1:], packed.cache, 1)
     state.advance()
     tokens = torch.stack([one[-1:] for one in probe.sequences])

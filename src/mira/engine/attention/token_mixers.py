@@ -78,7 +78,7 @@ def _of_tokens(x: Any) -> bool:
 
 
 def _leaks(call: _Call) -> bool:
-    """Whether the output for the second sequence changes when the tokens of the first one are reversed."""
+    """Tell whether the output for the second sequence changes when the tokens of the first one are reversed."""
     given = [*call.args, *call.kwargs.values()]
     place = next((n for n, one in enumerate(given) if _of_tokens(one)), None)
     if place is None:

@@ -201,7 +201,7 @@ class GraphReplayer:
 
 
 def _alike(found: Tensor, wanted: Tensor) -> bool:
-    """Whether two [J,n] agree row by row; NaN must be at the same places."""
+    """Tell whether two [J,n] agree row by row; NaN must be at the same places."""
     size = wanted.abs().nan_to_num(0, 0).amax(1, keepdim=True)
     same = ((found - wanted).abs() <= _TOLERANCE * size) | (found.isnan() & wanted.isnan())
     return bool(same.all())

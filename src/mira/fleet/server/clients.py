@@ -263,8 +263,7 @@ class RemoteClients:
     def _exchange(
         self, kind: RequestKind, requests: Mapping[str, Request], newcomers: Sequence[str], minimum: int
     ) -> dict[str, Packet | NoReply]:
-        """The replies of the sites with requests, of which ``minimum`` are enough, and of the newcomers, which are asked to
-        join."""
+        """The replies of sites to their requests, of which ``minimum`` are enough, and of newcomers, which are asked to join."""
         asked = {name: addressed(self._head("open", name), Request(self.run.opening_of(name))) for name in newcomers}
         asked |= {name: addressed(self._head(kind, name), request) for name, request in requests.items()}
         if not asked:
