@@ -29,6 +29,8 @@ Extend::
 
 from __future__ import annotations
 
+import logging
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +66,11 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [*sorted(_MODULE), "__version__"]
+
+
+# Noise of libraries at every start: kernels that bitsandbytes does not find, an old name that PEFT asks transformers for.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def __getattr__(name: str) -> Any:

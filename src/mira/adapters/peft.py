@@ -5,16 +5,18 @@ A kind of one's own is a section whose ``on`` returns ``PeftAdapter.of(base, con
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -32,6 +34,11 @@ from mira.core.seeds import generator, stream
 _STRENGTH = 0.1  # of the noise that a trial row has on top of the start row
 _TOLERANCE = 1e-3  # of the adapter's effect on the logits; both sides do the same operations
 _LENGTH = 8  # tokens of the text
+# Settings of a given adapter that decide neither its tensors' meaning nor its size: its origin, and the way it was begun.
+_NOT_COMPARED = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "init_weights", "peft_version", "revision",
+    "task_type", "module_dropout", "rank_dropout", "lora_dropout",
+}  # fmt: skip
 
 
 def smallest() -> Layout:
@@ -86,6 +93,7 @@ class PeftAdapter:
         found = Pretrained.find(given)
         found.check(_kind(self.config), self.base)
         try:
+            self._check_settings(found.settings)
             return found.finite(self.read(found.folder))
         except UserError as error:
             raise found.refused(f"does not fit ({error}); set the run's adapter section to its settings") from None
@@ -114,8 +122,24 @@ class PeftAdapter:
         config.save_pretrained(str(folder))
 
     def read(self, folder: Path) -> Tensor:
-        """The row [P] of a PEFT folder of this kind, float32. Raises UserError where it does not fit."""
-        return self._row_of(self._loaded(folder)).float()
+        """The row [P] of a PEFT folder of this kind, float32. Raises UserError where its tensors do not fit.
+
+        Only tensors are read: an init of the folder's own config, such as PiSSA, would change the weights of the base.
+        """
+        tensors, peft = load_file(folder / WEIGHTS), self.attached(on_same_weights(self.base.model)).module
+        _same_names(folder, set(tensors), set(_tensors(peft)))
+        try:
+            set_peft_model_state_dict(peft, tensors)
+        except RuntimeError as error:
+            raise UserError(f"adapter: PEFT cannot read {folder} ({_line(error)})") from None
+        return self._row_of(peft).float()
+
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Raise UserError where a given adapter_config.json differs from the run's in more than its base and its start."""
+        ours = json.loads(json.dumps(self.config.to_dict(), default=_plain))
+        for key in sorted(ours.keys() & settings.keys() - _NOT_COMPARED):
+            if _plain(ours[key]) != _plain(settings[key]):
+                raise UserError(f"{key} is {settings[key]} there, {ours[key]} in the run")
 
     @contextmanager
     def merged(self, row: Tensor) -> Iterator[PreTrainedModel]:
@@ -138,12 +162,10 @@ class PeftAdapter:
                 )
         except Exception as error:  # PEFT may raise anything
             raise UserError(f"adapter: PEFT cannot read {folder} ({_line(error)})") from error
-        there, read = (set(tensors) for tensors in (load_file(folder / WEIGHTS), _tensors(peft)))
-        if odd := sorted(there ^ read):
-            raise UserError(f"adapter: {folder}: PEFT finds {odd[0]} {'only there' if odd[0] in there else 'missing'}")
+        _same_names(folder, set(load_file(folder / WEIGHTS)), set(_tensors(peft)))
         return peft
 
-    def _row_of(self, peft: PeftModel) -> Tensor:
+    def _row_of(self, peft: nn.Module) -> Tensor:
         """The row that a model read by PEFT has. Raises UserError where it has other tensors."""
         there = dict(peft.named_parameters())
         for entry in self.layout.entries:
@@ -172,6 +194,17 @@ class PeftAdapter:
                 f"adapter.kind: PEFT reads another adapter than {_kind(self.config)} computes on this base; use another"
                 " kind"
             )
+
+
+def _same_names(folder: Path, there: set[str], read: set[str]) -> None:
+    """Raise UserError where the tensors of a folder are not those that PEFT has."""
+    if odd := sorted(there ^ read):
+        raise UserError(f"adapter: {folder}: PEFT finds {odd[0]} {'only there' if odd[0] in there else 'missing'}")
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it; names of layers in no order."""
+    return sorted(map(str, value)) if isinstance(value, set | list | tuple) else getattr(value, "value", value)
 
 
 def _wrapped(model: PreTrainedModel, config: PeftConfig) -> PeftModel:

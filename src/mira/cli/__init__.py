@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from io import TextIOWrapper
 from typing import Annotated
@@ -61,8 +60,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # the run must not end at a name that the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT asks for it
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports missing kernels at every start
     log = logging.getLogger("mira")
     log.handlers = [_ConsoleHandler()]
     log.setLevel(logging.INFO)
