@@ -67,6 +67,8 @@ class Registry(Mapping[str, type]):
 
     def adopt(self, instance: Any) -> None:
         """Register the class of ``instance`` unless it is registered already. Raises UserError as ``add`` does."""
+        if isinstance(instance, type):
+            raise UserError(f"{self.section}: give an instance, {instance.__name__}(), not the class")
         if self.get(str(getattr(instance, self.tag, ""))) is not type(instance):
             self.add(type(instance))
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import replace
+
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mira.core.errors import UserError
@@ -9,8 +13,11 @@ from mira.model.base import Base
 
 
 def base_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> Base:
-    """A loaded model as a base: frozen, in eval mode, with greedy generation. ``name``: None is the model's own.
-    Raises UserError for a model with an adapter on it, or on several devices."""
+    """A loaded model as a base. The base has modules of its own on the same weights: ``model`` and ``tokenizer``
+    stay as they are.
+
+    ``name``: the base's name; None: the model's own. Raises UserError for a model with an adapter on it, or on several devices.
+    """
     if hasattr(model, "peft_config"):
         raise UserError(
             "model: has an adapter on it already; give its base, and the folder of the adapter as adapter.start"
@@ -20,4 +27,18 @@ def base_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: st
         raise UserError(
             f"model: is spread over {', '.join(sorted(devices))}; load it on one device, as with device_map={{'': 0}}"
         )
-    return Base.of(model, tokenizer, name or str(model.config._name_or_path) or "memory")
+    return Base.of(_with_own_modules(model), deepcopy(tokenizer), name or str(model.config._name_or_path) or "memory")
+
+
+def fresh(base: Base) -> Base:
+    """``base`` with modules of its own on the same weights: an engine changes the modules that it is given."""
+    return replace(base, model=_with_own_modules(base.model))
+
+
+def _with_own_modules(model: PreTrainedModel) -> PreTrainedModel:
+    return deepcopy(model, {id(tensor): _frozen(tensor) for tensor in (*model.parameters(), *model.buffers())})
+
+
+def _frozen(tensor: Tensor) -> Tensor:
+    """A parameter without gradients on the memory of ``tensor``; buffers and quantised weights as they are."""
+    return nn.Parameter(tensor.detach(), requires_grad=False) if type(tensor) is nn.Parameter else tensor

@@ -13,7 +13,7 @@ from mira.data.federation import Federation, make_federation
 from mira.data.sources.memory import Given, clients_from
 from mira.data.types import Client, Example
 from mira.model import Base
-from mira.model.in_memory import base_of
+from mira.model.in_memory import base_of, fresh
 from mira.setup.build import open_session
 from mira.setup.session import Session
 
@@ -59,4 +59,6 @@ class Objects:
             )
         if self.clients is not None:
             clients = make_federation(Given(self.clients), experiment.split, experiment.seed)
-        return open_session(experiment, recorded, progress, folder, clients=clients, base=self.base)
+        return open_session(
+            experiment, recorded, progress, folder, clients=clients, base=self.base and fresh(self.base)
+        )

@@ -24,7 +24,7 @@ _RECORD = "mira"
 _SHARE = 1 << 26  # bytes of replies held at a time, or one reply
 _ENDLESS = 64  # unfinished uploads in memory, after which this app ends itself
 _WORKER = 60.0  # seconds until a worker that died is back: its supervisor waits 30 at most
-server_app = ServerApp()  # Flower looks for assignments as plain as these
+server_app = ServerApp()  # plain assignments: Flower looks for them in the text of this file
 client_app = ClientApp()
 
 
