@@ -161,7 +161,7 @@ def test_an_interrupted_run_goes_on_with_the_same_objects(finished: mira.Run, tm
 @pytest.mark.parametrize(
     ("given", "fault"),
     [
-        ({}, "the run began with a model in memory; pass it again as model="),
+        ({}, "the run was started with a model in memory; pass it again as model="),
         ({"model": "other"}, "model was .* when the run started"),
         ({"data": "other"}, "data was .* when the run started"),
     ],
@@ -192,7 +192,7 @@ def test_early_stopping() -> None:
     assert said[:3] == [None, None, None]
     assert said[3] == "validation_loss has not fallen below 2.5 for 2 measurements"
     assert stop.round({"round": 5}) is None  # not measured
-    with pytest.raises(mira.UserError, match="metric=los: no number of a record; take one of validation_loss"):
+    with pytest.raises(mira.UserError, match="metric=los: not a number of the record; choose one of validation_loss"):
         mira.EarlyStopping("los").round({"validation_loss": 1.0})
     with pytest.raises(mira.UserError, match="patience=0: must be at least 1"):
         mira.EarlyStopping(patience=0)
