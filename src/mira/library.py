@@ -13,6 +13,7 @@ from mira.config import Experiment
 from mira.config.sections import SECTIONS
 from mira.core.errors import UserError
 from mira.core.pydantic_config import expanded
+from mira.core.registry import fields_of
 from mira.core.types import Change, Method, ServerState, Setting, Trained, Work
 from mira.results.run_folder import Run
 from mira.runner import run as runner
@@ -108,12 +109,13 @@ def _experiment(given: Config, chosen: Mapping[str, Any], objects: Objects) -> E
         values: dict[str, Any] = dict(configuration.read(Path(given)))
     elif isinstance(given, Experiment):
         values = {name: getattr(given, name) for name in type(given).model_fields}
+        # By its fields: a notebook cell that was run again has registered the class anew.
+        values |= {section: fields_of(values[section]) for section in SECTIONS}
     else:
         values = dict(given)
     for section, instance in chosen.items():
         if instance is not None:
-            SECTIONS[section].adopt(instance)
-            values[section] = instance
+            values[section] = SECTIONS[section].adopt(instance)
     if (base := objects.base) is not None:
         dtype = str(base.model.dtype).removeprefix("torch.")
         values["model"] = {"name": base.name, "dtype": dtype, "quantization": base.quantization}

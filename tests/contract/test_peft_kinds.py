@@ -62,6 +62,7 @@ class InMemory:
     name: str = "tiny"
     revision: str | None = None
     sha256: str = "0123"
+    source: str = "folder"
 
     def unquantised(self) -> PreTrainedModel:
         return self.model

@@ -193,8 +193,8 @@ dependencies = []
 [tool.flwr.app]
 publisher = "visitor"
 [tool.flwr.app.components]
-serverapp = "mira.fleet.flower.apps:server_app"
-clientapp = "mira.fleet.flower.apps:client_app"
+serverapp = "mira.fleet.flower:server_app"
+clientapp = "mira.fleet.flower:client_app"
 """
 
 

@@ -69,6 +69,6 @@ def test_the_server_does_not_repeat_what_a_site_says_of_an_error() -> None:
 def test_flower_finds_the_apps_under_their_address(name: str) -> None:
     from flwr.supercore.object_ref import load_app, validate
 
-    found, reason = validate(f"mira.fleet.flower.apps:{name}")
+    found, reason = validate(f"mira.fleet.flower:{name}")
     assert found, reason
-    assert load_app(f"mira.fleet.flower.apps:{name}", ValueError) is not None
+    assert load_app(f"mira.fleet.flower:{name}", ValueError) is not None

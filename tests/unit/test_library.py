@@ -315,3 +315,38 @@ def test_a_run_without_its_class_says_what_to_register(loaded: Any, tmp_path: Pa
         mira.open_run(tmp_path / "run", model=loaded, data=DATA).evaluate()
     assert json.loads((tmp_path / "run" / "result.json").read_text())["method"] == "pull"
     assert mira.open_run(tmp_path / "run")["method"] == "pull"
+
+
+@dataclass(frozen=True)
+class Odd(Pull):
+    name: str = "odd"
+    where: Tensor | None = None
+
+
+def test_a_field_that_no_configuration_can_give_is_refused_at_once() -> None:
+    with pytest.raises(mira.UserError, match="Odd: has a field that a configuration cannot give"):
+        mira.register(method=Odd)
+    assert mira.Experiment(rounds=1, model={"name": "m"}, data={"source": "builtin"}, training={"local_steps": 1})
+
+
+def test_instances_are_validated(loaded: Any, tmp_path: Path) -> None:
+    with pytest.raises(mira.UserError, match=r"method\.step='far': must be a valid number"):
+        mira.run(PLAN, tmp_path / "run", model=loaded, data=DATA, method=Pull(step="far"))  # type: ignore[arg-type]
+
+
+def test_a_second_run_on_the_same_model_is_bit_identical(loaded: Any, tmp_path: Path) -> None:
+    for place in ("first", "second"):
+        mira.run(PLAN, tmp_path / place, model=loaded, data=DATA)
+    assert outcome(tmp_path / "first") == outcome(tmp_path / "second")
+
+
+def test_an_unfinished_run_is_still_an_object(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        mira.run(PLAN, tmp_path / "cut", [Seen(interrupt=1)], model=(make_tiny(), make_tokenizer()), data=DATA)
+    run = mira.open_run(tmp_path / "cut")
+    assert run
+    assert run != mira.open_run(tmp_path / "cut")
+    assert not run.finished
+    assert run.clients == list(DATA)
+    with pytest.raises(mira.UserError, match="is not finished; go on with"):
+        run["local_loss"]

@@ -14,8 +14,9 @@ HEADER = {"format": "pt"}  # one key: safetensors writes several in an order tha
 
 
 def write_base(folder: Path, base: BaseLike) -> None:
-    """Record the name and the hash of the base's weights in ``folder``, for a run that starts from this adapter."""
-    told = {"name": base.name, "sha256": base.sha256}
+    """Record the base in ``folder``, for a run that starts from this adapter: its name, and the hash of its files
+    where it has any."""
+    told = {"name": base.name} | ({} if base.source == "memory" else {"sha256": base.sha256})
     (folder / BASE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
@@ -24,6 +25,6 @@ def recorded_sha256(folder: Path) -> str | None:
     if not (folder / BASE).is_file():
         return None
     told = json.loads((folder / BASE).read_text(encoding="utf-8"))
-    if not isinstance(told, dict) or not isinstance(told.get("sha256"), str):
-        raise ValueError(f"{BASE} holds no sha256")
-    return str(told["sha256"])
+    if not isinstance(told, dict) or not isinstance(told.get("sha256", ""), str):
+        raise ValueError(f"{BASE} is not one that MIRA wrote")
+    return told.get("sha256")

@@ -79,7 +79,7 @@ class Pretrained:
     def _check_base(self, base: BaseLike) -> None:
         """The base by its weights where the folder records them, else by its name on the hub; a warning where neither
         can be compared."""
-        recorded = self.trained_on_sha256
+        recorded = None if base.source == "memory" else self.trained_on_sha256
         if recorded == base.sha256:
             return
         trained_on = str(self.settings.get("base_model_name_or_path") or "")

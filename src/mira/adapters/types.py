@@ -36,6 +36,11 @@ class BaseLike(Protocol):
         ...
 
     @property
+    def source(self) -> str:
+        """The origin of its weights; "memory" for a model that a program gave."""
+        ...
+
+    @property
     def sha256(self) -> str:
         """The hash of its weights."""
         ...

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from pydantic import PydanticSchemaGenerationError, PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter
+
 from mira.core.errors import UserError
 from mira.core.pydantic_config import STRICT
 
@@ -65,12 +67,14 @@ class Registry(Mapping[str, type]):
         self._find()
         self._add(cls, Plugin(f"{cls.__module__}:{cls.__qualname__}"))
 
-    def adopt(self, instance: Any) -> None:
-        """Register the class of ``instance`` unless it is registered already. Raises UserError as ``add`` does."""
+    def adopt(self, instance: Any) -> dict[str, Any]:
+        """Register the class of ``instance`` unless it is registered already, and return the instance as a section of a
+        configuration: its fields by name, which are still to be validated. Raises UserError as ``add`` does."""
         if isinstance(instance, type):
             raise UserError(f"{self.section}: give an instance, {instance.__name__}(), not the class")
         if self.get(str(getattr(instance, self.tag, ""))) is not type(instance):
             self.add(type(instance))
+        return fields_of(instance)
 
     def plugin(self, name: str) -> Plugin | None:
         """The origin of the class called ``name``; None for MIRA's own."""
@@ -80,7 +84,7 @@ class Registry(Mapping[str, type]):
     def fault(self, name: object) -> str | None:
         """The reason why the installed plug-in ``name`` cannot be used; None if there is none."""
         self._find()
-        return self._broken.get(str(name))
+        return None if name in self._own else self._broken.get(str(name))
 
     def check_recorded(self, name: str, recorded: Mapping[str, str], where: str) -> None:
         """Raise UserError if the class ``name`` of a run came from a plug-in that is missing now. ``recorded``: its ``Plugin`` as
@@ -110,7 +114,9 @@ class Registry(Mapping[str, type]):
             raise UserError(f"{origin.place}: {self.section}.{self.tag}={name} is MIRA's own; give yours another name")
         if "__pydantic_config__" not in vars(cls):
             cls.__pydantic_config__ = STRICT  # type: ignore[attr-defined]  # a plain dataclass: unknown keys are errors
+        _check_fields(cls, origin.place)
         self._added[name], self._plugins[name] = cls, origin
+        self._broken.pop(name, None)
         self.changes += 1
 
     def _name(self, cls: type) -> str:
@@ -135,7 +141,7 @@ class Registry(Mapping[str, type]):
             origin = Plugin(point.value, _package(point), point.dist.version if point.dist else "")
             try:
                 self._load(point, origin)
-            except Exception as error:  # any error of foreign code: the other plug-ins must still load
+            except (Exception, SystemExit) as error:  # any error of foreign code: the other plug-ins must still load
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 text = str(error) if isinstance(error, UserError) else reason
                 self._broken[point.name] = f"the plug-in {point.name} of {origin.package} cannot be used: {text}"
@@ -150,6 +156,22 @@ class Registry(Mapping[str, type]):
         if self._name(cls) != point.name:
             raise UserError(f"the name of its class is {self._name(cls)}; give the entry point the same name")
         self._add(cls, origin)
+
+
+def fields_of(instance: Any) -> dict[str, Any]:
+    """The fields of a dataclass that its constructor takes, by name."""
+    return {field.name: getattr(instance, field.name) for field in fields(instance) if field.init}
+
+
+def _check_fields(cls: type, place: str) -> None:
+    """Raise UserError where a field of ``cls`` is of a type that a configuration cannot give."""
+    try:
+        TypeAdapter(cls)
+    except (PydanticSchemaGenerationError, PydanticUserError, PydanticUndefinedAnnotation) as error:
+        raise UserError(
+            f"{place}: has a field that a configuration cannot give ({str(error).splitlines()[0]}); use numbers, text, lists,"
+            " dicts or dataclasses of them"
+        ) from None
 
 
 def plugins(chosen: Iterable[tuple[Registry, str]]) -> dict[str, dict[str, str]]:

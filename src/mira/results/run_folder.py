@@ -98,6 +98,15 @@ class Run(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self.result)
 
+    def __bool__(self) -> bool:
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
 

@@ -18,6 +18,7 @@ class TinyBase:
     name: str = "tiny"
     revision: str | None = None
     sha256: str = "0" * 64
+    source: str = "memory"
 
     def unquantised(self) -> PreTrainedModel:
         return self.model

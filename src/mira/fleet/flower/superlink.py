@@ -37,8 +37,8 @@ dependencies = []
 publisher = "mira"
 
 [tool.flwr.app.components]
-serverapp = "mira.fleet.flower.apps:server_app"
-clientapp = "mira.fleet.flower.apps:client_app"
+serverapp = "mira.fleet.flower:server_app"
+clientapp = "mira.fleet.flower:client_app"
 """
 _CONNECTION = """\
 [superlink]
