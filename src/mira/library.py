@@ -38,8 +38,8 @@ def run(
 
     ``config``: an ``Experiment``, a mapping of its sections, or a YAML file. The objects below take precedence over it.
     ``method``, ``graph``, ``adapter``: instances of MIRA's classes or of your own. ``model``: a pair of a ``transformers`` model
-    and its tokenizer, which stay as they are. ``data``: a list of ``Client``, or a dict of client names to examples (a list
-    of dicts, or a ``datasets.Dataset``). ``callbacks``: receive every record and may stop the run. Raises UserError.
+    and its tokenizer; both stay unchanged. ``data``: a list of ``Client``, or a dict of client names to examples (a list of
+    dicts, or a ``datasets.Dataset``). ``callbacks``: receive every record and may stop the run. Raises UserError.
     """
     chosen = {"method": method, "graph": graph, "adapter": adapter}
     objects = Objects.of(model, data, _name(config))

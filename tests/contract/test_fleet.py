@@ -444,7 +444,7 @@ def test_the_run_folder_is_one_like_any_other(world: World) -> None:
     evaluated = mira("evaluate", folder, "--json")
     assert evaluated.status == 0, evaluated.err
     assert json.loads(evaluated.out)["local_loss"] == metrics(folder)[-1]["local_loss"]
-    assert "shown is what they measured after the last round" in evaluated.err
+    assert "showing their last measurements" in evaluated.err
     assert (
         "which evaluated during the run; to see their results: mira report"
         in mira("evaluate", folder, "--round", "best").error
@@ -458,4 +458,4 @@ def test_the_run_folder_is_one_like_any_other(world: World) -> None:
 def test_rows_that_stayed_cannot_be_exported(world: World) -> None:
     world.apart(world.sites(), method={"name": "local"})
     error = mira("export", world.folder / "apart", "--all").error
-    assert "with method.name=local rows never leave their sites" in error
+    assert "method.name=local keeps adapters at their sites" in error
