@@ -182,7 +182,14 @@ class Server:
         """One round."""
         schedule = Schedule(0, self.state.round + 1, COHORT / len(self.names), Training(lr=1.0, local_steps=1))
         self.state = run_rounds(
-            self.method, Toy(), self.state, schedule, self.names, _Recorder(self.store), lambda _: {}, lambda _: None
+            self.method,
+            Toy(),
+            self.state,
+            schedule,
+            self.names,
+            _Recorder(self.store),
+            lambda _, __: {},
+            lambda _: None,
         )
 
 

@@ -55,7 +55,7 @@ def federate(name: str, engine: Any, rounds: int = 2, share: float = 0.75) -> tu
     recorder = MemoryRecorder(state.rows)
     final = run_rounds(
         method, engine, state, Schedule(0, rounds, share, TRAINING), NAMES, recorder,
-        lambda mixed: measure.losses(method, engine, mixed, NAMES, None), lambda record: None,
+        lambda mixed, record: measure.losses(method, engine, mixed, NAMES, None), lambda record: None,
     )  # fmt: skip
     return final, recorder
 

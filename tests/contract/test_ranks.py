@@ -108,7 +108,7 @@ def test_a_run_of_rank_8_within_16_is_a_plain_run_of_rank_8(
         state = one.init(Setting(layout, begin, 3, graph, 1e-2, 3))
         recorder = MemoryRecorder(state.rows)
         state = run_rounds(
-            one, engine, state, Schedule(0, 2, 1.0, training), names, recorder, lambda s: {}, lambda r: None
+            one, engine, state, Schedule(0, 2, 1.0, training), names, recorder, lambda s, r: {}, lambda r: None
         )
         found.append((one.deployed(state, torch.arange(3)), recorder.records))
     (ours, records), (plain, expected) = found

@@ -88,7 +88,7 @@ def curves(name: str) -> Curves:
     setting = Setting(layout, start_row(layout, 0).double(), len(NAMES), Groups(FAMILY), training.lr, 3)
     state = method.init(setting)
 
-    def look(state: ServerState) -> Record:
+    def look(state: ServerState, record: Record) -> Record:
         return measure.losses(method, engine, state, NAMES, None)
 
     recorder = MemoryRecorder(state.rows)

@@ -50,7 +50,7 @@ def go(
     names = [f"c{k}" for k in range(K)]
     recorder = MemoryRecorder(state.rows)
     return run_rounds(
-        method, toy or QuadraticClients.draw(K), state, schedule, names, recorder, lambda s: {}, lambda r: None
+        method, toy or QuadraticClients.draw(K), state, schedule, names, recorder, lambda s, r: {}, lambda r: None
     )
 
 

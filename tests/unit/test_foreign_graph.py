@@ -72,7 +72,9 @@ def train(state: ServerState, rounds: int, folder: FolderRecorder) -> ServerStat
         QuadraticClients.draw(K, size=LAYOUT.size),
         [f"c{k}" for k in range(K)],
     )
-    return run_rounds(method, toy, state, schedule, names, folder, lambda s: {"validation_loss": 1.0}, lambda r: None)
+    return run_rounds(
+        method, toy, state, schedule, names, folder, lambda s, r: {"validation_loss": 1.0}, lambda r: None
+    )
 
 
 def begin(folder: Path, graph: Graph) -> tuple[Store, ServerState]:

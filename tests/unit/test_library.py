@@ -101,11 +101,13 @@ class Seen(mira.Callback):
     def earlier(self, record: dict[str, Any]) -> None:
         self.early.append(record["round"])
 
-    def round(self, record: dict[str, Any]) -> bool:
+    def stop(self, record: dict[str, Any]) -> bool:
+        return record["round"] == self.end
+
+    def round(self, record: dict[str, Any]) -> None:
         self.rounds.append(record["round"])
         if record["round"] == self.interrupted:
             raise KeyboardInterrupt
-        return record["round"] == self.end
 
 
 def test_all_public_names_are_there_and_told_of() -> None:
@@ -188,12 +190,12 @@ def test_early_stopping() -> None:
     stop = mira.EarlyStopping(patience=2, least=0.1)
     stop.start(Path(), 9, 3, 0)
     losses = [3.0, 2.5, 2.45, None, 2.44]
-    said = [stop.round({"round": n, "validation_loss": loss}) for n, loss in enumerate(losses)]
+    said = [stop.stop({"round": n, "validation_loss": loss}) for n, loss in enumerate(losses)]
     assert said[:3] == [None, None, None]
     assert said[3] == "validation_loss has not fallen below 2.5 for 2 measurements"
-    assert stop.round({"round": 5}) is None  # not measured
+    assert stop.stop({"round": 5}) is None  # not measured
     with pytest.raises(mira.UserError, match="metric=los: not a number of the record; choose one of validation_loss"):
-        mira.EarlyStopping("los").round({"validation_loss": 1.0})
+        mira.EarlyStopping("los").stop({"validation_loss": 1.0})
     with pytest.raises(mira.UserError, match="patience=0: must be at least 1"):
         mira.EarlyStopping(patience=0)
 

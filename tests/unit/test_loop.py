@@ -60,7 +60,8 @@ def start(method: Any, num_clients: int = 3) -> ServerState:
 
 def go(
     method: Any, engine: Quadratic, rounds: int, lr: float, state: ServerState | None = None, share: float = 1.0,
-    measure: Callable[[ServerState], Record] = lambda state: {}, recorder: MemoryRecorder | None = None, **training: Any,
+    measure: Callable[[ServerState, Record], Record] = lambda state, record: {},
+    recorder: MemoryRecorder | None = None, **training: Any,
 ) -> tuple[ServerState, MemoryRecorder]:  # fmt: skip
     state = state or start(method)
     recorder = recorder or MemoryRecorder(state.rows)
@@ -133,7 +134,7 @@ def test_measure_then_commit_then_observe() -> None:
         assert {"tokens_per_second", "seconds", "cohort", "train_loss"} <= record.keys()
         real(number, change, optimizer, record)
 
-    def measure(state: ServerState) -> Record:
+    def measure(state: ServerState, record: Record) -> Record:
         events.append(f"measure {state.round}")
         halfway = TARGET * (1 - 0.5**state.round)
         torch.testing.assert_close(rows(state), halfway)
@@ -172,7 +173,7 @@ def test_a_round_from_which_nobody_comes_back(name: str) -> None:
     engine = Quadratic(lost={1: (0, 1, 2)})
     seen: list[Tensor] = []
 
-    def measure(state: ServerState) -> Record:
+    def measure(state: ServerState, record: Record) -> Record:
         seen.append(rows(state))
         return {}
 

@@ -97,7 +97,7 @@ def test_progress(terminal: bool) -> None:
     watcher.round(record(2))
     watcher.round(record(3, train_loss={}, validation_loss=None, seconds=4.0))
     watcher.round(record(4))
-    watcher.stop()
+    watcher.close()
     text = stream.getvalue()
     assert ("\x1b[" in text) == terminal
     assert "run folder runs/[/]: 2 clients, 4 rounds, going on after round 1" in text
@@ -114,7 +114,7 @@ def test_a_bar_ends_with_its_run() -> None:
     watcher.round(record(1))
     end = stream.getvalue()
     watcher.tokens(5)
-    watcher.stop()
+    watcher.close()
     assert stream.getvalue() == end
 
 

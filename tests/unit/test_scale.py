@@ -120,7 +120,7 @@ def go(method: Mira, state: ServerState, recorder: Recorder, until: int) -> Serv
     clients = len(state.rows)
     schedule = Schedule(3, until, C / clients, Training(lr=1.0, local_steps=1))
     names = [f"client {k}" for k in range(clients)]
-    return run_rounds(method, Pull(), state, schedule, names, recorder, lambda state: {}, lambda record: None)
+    return run_rounds(method, Pull(), state, schedule, names, recorder, lambda state, record: {}, lambda record: None)
 
 
 def written(folder: Path) -> list[str]:

@@ -40,7 +40,7 @@ def server(
         err_console.print("interrupted; committed rounds are kept, go on with: mira server --kit DIR --resume RUN")
         raise typer.Exit(130) from None
     finally:
-        progress.stop()
+        progress.close()
     print_result(result, as_json)
 
 

@@ -41,11 +41,11 @@ def run(
             folder, data, model = to_resume(target, overrides or [], out, data, model)
             result = runner.resume(folder, [progress], data=data, model=model)
     except KeyboardInterrupt:
-        progress.stop()
+        progress.close()
         err_console.print(f"interrupted; {progress.advice}")
         raise typer.Exit(130) from None
     finally:
-        progress.stop()
+        progress.close()
     print_result(result, as_json)
 
 

@@ -155,6 +155,7 @@ class _Same:
 
     environment: dict[str, Any] = field(default_factory=dict)
     data: dict[int, Any] = field(default_factory=dict)
+    plugins: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     def dated(self, experiment: Experiment) -> Experiment:
         """``experiment`` with the date that the first run wrote into its prompts."""
@@ -165,10 +166,14 @@ class _Same:
         self.environment = self.environment or environment
         expected = {key: self.environment[key] for key in ("versions", "model", "threads", "device")}
         expected["data"] = self.data.setdefault(job.seed, environment["data"])
+        there = dict(environment)
+        for section, plugin in environment.get("plugins", {}).items():
+            key = f"plug-in {section} {plugin['name']}"
+            there[key], expected[key] = plugin, self.plugins.setdefault((section, plugin["name"]), plugin)
         for key, value in expected.items():
-            if environment[key] != value:
+            if there[key] != value:
                 raise UserError(
-                    f"{job.folder}: {key} is {environment[key]}, but {value} in the other runs; runs of a comparison need the"
+                    f"{job.folder}: {key} is {there[key]}, but {value} in the other runs; runs of a comparison need the"
                     " same: restore it, or start another comparison with --out"
                 )
 

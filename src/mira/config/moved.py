@@ -31,10 +31,10 @@ def moved(experiment: Experiment, data: Path | None = None, model: str | None = 
     return experiment.model_copy(update=update)
 
 
-def check_there(experiment: Experiment, folder: Path, data: bool = True) -> None:
+def check_there(experiment: Experiment, folder: Path, data: bool = True, model: bool = True) -> None:
     """Raise UserError if the model of the run in ``folder`` is no longer in its place, or, with ``data``, its data."""
     path, name = getattr(experiment.data, "path", None), experiment.model.name
     if data and isinstance(path, Path) and not path.exists():
         raise UserError(f"{folder}: its data is no longer at {path}; give the new place with --data PATH")
-    if name.startswith("/") and not Path(name).is_dir():
+    if model and name.startswith("/") and not Path(name).is_dir():
         raise UserError(f"{folder}: its base model is no longer at {name}; give the new place with --model NAME")

@@ -53,13 +53,13 @@ def run_rounds(
     schedule: Schedule,
     names: Sequence[str],
     recorder: Recorder,
-    measure: Callable[[ServerState], Record],
-    observe: Callable[[Record], object],
+    measure: Callable[[ServerState, Record], Record],
+    observe: Callable[[Record], None],
 ) -> ServerState:
     """Run all rounds from ``state`` to the end of the schedule, and return the last state.
 
-    ``measure`` evaluates the state after a server step; its result becomes part of the round's record. ``observe`` is called with
-    each record once it is committed; a true value from it ends the run.
+    ``measure`` evaluates the state after a server step, given the round's record so far; its result becomes part of the record. A
+    reason under the key ``stopped`` ends the run with this round. ``observe`` is called with each record once it is committed.
     """
     while state.round < schedule.rounds:
         began = perf_counter()
@@ -73,13 +73,14 @@ def run_rounds(
         change = method.aggregate(state, trained) if len(trained.client) else nothing(trained.rows)
         mixed = apply(state, change)
         record = describe(mixed.round, work, trained, change, names, schedule.wire)
-        record |= measure(mixed)
+        record |= measure(mixed, record)
         record["tokens_per_second"] = record["tokens"] / training_seconds
         record["seconds"] = perf_counter() - began
         recorder.commit(mixed.round, change, _kept(work, trained), record)
         state = replace(mixed, rows=recorder.rows() if len(change.index) else state.rows)
         del work, trained, change, mixed  # their rows would be in memory beside those of the next round
-        if observe(record):
+        observe(record)
+        if "stopped" in record:
             break
     return state
 

@@ -197,7 +197,6 @@ class Run(Mapping[str, Any]):
         clients = None if examples else clients_of(environment, experiment.seed)
         if self.objects.base is None:
             experiment = config.moved(experiment, model=self.model)
-        config.check_there(experiment, self.folder, data=clients is None and self.objects.clients is None)
         session = self.objects.open(experiment, taken_over(environment), folder=self.folder, clients=clients)
         now = session.environment if examples else session.surroundings | {"data": environment["data"]}
         check_environment(environment, now, must=("model", "data"))

@@ -85,6 +85,7 @@ def table(result: Result) -> Group:
         f"sent {data_size(result['bytes_up'])} up, {data_size(result['bytes_down'])} down"
         + (f"; clients lost from a round: {result['lost']}" if result["lost"] else ""),
         privacy(result["privacy"]) if "privacy" in result else "",
+        f"ended early: {result['stopped']}" if "stopped" in result else "",
         f"{result['seconds']:.0f} s, {result['tokens_per_second']:.0f} training tokens/s,"
         f" peak memory {data_size(result['peak_memory_bytes'])}",
         f"model {model['name']} ({model['source']}, sha256 {model['sha256'][:12]})"

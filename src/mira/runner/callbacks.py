@@ -16,7 +16,8 @@ Record = dict[str, Any]
 class Callback(Protocol):
     """Functions that a run calls as it progresses. A derived class defines only those that it needs.
 
-    The order is ``start``, ``earlier`` for each round that an earlier process committed, then ``round`` after each new one.
+    The order is ``start``, ``earlier`` for each round that is committed already, then for each new round ``stop`` before it is
+    committed and ``round`` afterwards.
     """
 
     def start(self, folder: Path, rounds: int, clients: int, done: int) -> None:
@@ -24,12 +25,8 @@ class Callback(Protocol):
         rounds ``done``, which are committed already."""
         return None
 
-    def earlier(self, record: Record) -> str | bool | None:
-        """Called with the record of each round that is committed already; round 0 is the evaluation before training.
-
-        A reason returned for the last of them ends the run, as in ``round``: a resumed run stops at the same round as an
-        uninterrupted one.
-        """
+    def earlier(self, record: Record) -> None:
+        """Called with the record of each round that is committed already; round 0 is the evaluation before training."""
         return None
 
     def stage(self, name: str) -> None:
@@ -40,12 +37,16 @@ class Callback(Protocol):
         """Called after ``count`` more tokens were computed."""
         return None
 
-    def round(self, record: Record) -> str | bool | None:
-        """Called after each committed round, with its ``record`` (docs/run-folder.md).
+    def stop(self, record: Record) -> str | bool | None:
+        """Called with the ``record`` of a round before it is committed (docs/run-folder.md). Not called for the last round.
 
-        A reason, or True, ends the run after this round; evaluation and export follow as after the last round. None or False: the
-        run continues.
+        A reason, or True, ends the run with this round, which is then evaluated as the last of all rounds would be; the reason is
+        part of its record and of the result. None or False: the run continues.
         """
+        return None
+
+    def round(self, record: Record) -> None:
+        """Called after each committed round, with its ``record``."""
         return None
 
 
@@ -59,8 +60,9 @@ class Callbacks:
         for callback in self.each:
             callback.start(folder, rounds, clients, done)
 
-    def earlier(self, record: Record) -> str | None:
-        return _reason([(callback, callback.earlier(record)) for callback in self.each])
+    def earlier(self, record: Record) -> None:
+        for callback in self.each:
+            callback.earlier(record)
 
     def stage(self, name: str) -> None:
         for callback in self.each:
@@ -70,15 +72,15 @@ class Callbacks:
         for callback in self.each:
             callback.tokens(count)
 
-    def round(self, record: Record) -> str | None:
-        """The first reason to stop. Every callback receives the record."""
-        return _reason([(callback, callback.round(record)) for callback in self.each])
+    def stop(self, record: Record) -> str | None:
+        """The first reason to stop; for True, the name of the callback's class. Every callback receives the record."""
+        found = [(callback, callback.stop(record)) for callback in self.each]
+        reasons = [type(callback).__name__ if said is True else str(said) for callback, said in found if said]
+        return reasons[0] if reasons else None
 
-
-def _reason(found: Sequence[tuple[Callback, str | bool | None]]) -> str | None:
-    """The first reason given; for True, the name of the callback's class."""
-    reasons = [type(callback).__name__ if said is True else str(said) for callback, said in found if said]
-    return reasons[0] if reasons else None
+    def round(self, record: Record) -> None:
+        for callback in self.each:
+            callback.round(record)
 
 
 @dataclass
@@ -102,10 +104,10 @@ class EarlyStopping(Callback):
     def start(self, folder: Path, rounds: int, clients: int, done: int) -> None:
         self._best, self._since = inf, 0
 
-    def earlier(self, record: Record) -> str | None:
-        return self.round(record)
+    def earlier(self, record: Record) -> None:
+        self.stop(record)
 
-    def round(self, record: Record) -> str | None:
+    def stop(self, record: Record) -> str | None:
         if "validation_loss" not in record:
             return None
         value = record.get(self.metric)

@@ -22,22 +22,31 @@ from mira.store import Store
 log = logging.getLogger(__name__)
 
 
-def measurer(session: Session, callbacks: Callbacks, known: dict[str, Record]) -> Callable[[ServerState], Record]:
+def measurer(
+    session: Session, callbacks: Callbacks, known: dict[str, Record]
+) -> Callable[[ServerState, Record], Record]:
     """The evaluation after each round: losses every n rounds, answers at the start and at the end, transfer at the end.
 
-    All metrics but the validation loss use the test split; they are left out if the configuration excludes it. ``known``: the
-    last losses of each client from earlier rounds, updated in place.
+    All metrics but the validation loss use the test split; they are left out if the configuration excludes it. A round with which a
+    callback ends the run is evaluated as the last one. ``known``: the last losses of each client, updated in place.
     """
     plan, rounds = session.experiment.evaluation, session.experiment.rounds
 
-    def look(state: ServerState) -> Record:
-        first, last = state.round == 0, state.round == rounds
-        due = last or state.round % plan.every == 0
-        answers = plan.test and plan.generate and (first or last)
-        record = measured(session, state, callbacks, answers, plan.test and last, plan.test, known) if due else {}
-        known.update(evaluation.known_from([{"round": state.round} | record]))
-        record |= clients_of(session).round_extras()
-        return record | {"peak_memory_bytes": peak_memory(session.base.model.device)}
+    def evaluated(state: ServerState, last: bool) -> Record:
+        answers = plan.test and plan.generate and (last or state.round == 0)
+        if not last and state.round % plan.every:
+            return {}
+        return measured(session, state, callbacks, answers, plan.test and last, plan.test, known)
+
+    def look(state: ServerState, record: Record) -> Record:
+        last = state.round == rounds
+        found = evaluated(state, last)
+        reason = callbacks.stop(record | found) if not last and state.round else None
+        if reason is not None:
+            found = evaluated(state, last=True) | {"stopped": reason}
+        known.update(evaluation.known_from([{"round": state.round} | found]))
+        found |= clients_of(session).round_extras()
+        return found | {"peak_memory_bytes": peak_memory(session.base.model.device)}
 
     return look
 

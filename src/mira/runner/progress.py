@@ -77,9 +77,9 @@ class RunProgress(Callback):
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done)
         if done == self._rounds:
-            self.stop()
+            self.close()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

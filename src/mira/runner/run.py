@@ -23,7 +23,7 @@ from mira.core.types import ServerState, has_private_parts
 from mira.runner import evaluation
 from mira.runner.callbacks import Callback, Callbacks
 from mira.runner.clients import clients_of
-from mira.runner.measuring import best_answers, joining, measured, measurer
+from mira.runner.measuring import best_answers, joining, measurer
 from mira.runner.objects import Objects
 from mira.runner.recording import FolderRecorder, state_of
 from mira.runner.summary import ADAPTERS, Result, located, summary
@@ -90,7 +90,6 @@ def resume(
             return located(finished, store.folder)
         told.stage("preparing")
         experiment = config.moved(config.recorded(store.config(), store.environment(), store.folder), data, model)
-        config.check_there(experiment, store.folder)
         evaluation.check_metrics(experiment.evaluation.metrics)
         session = open(experiment, store.environment(), told.tokens, store.folder)
         check_environment(store.environment(), session.environment)
@@ -114,64 +113,59 @@ def _go_on(session: Session, store: Store, state: ServerState, told: Callbacks) 
             observer.earlier(record)
         method = session.method_with_warm_start(store.start, clients.needs_warm_start)
         schedule = Schedule(experiment.seed, experiment.rounds, experiment.cohort, experiment.training, clients.wire)
-        if observer.stopped is None:
+        if "stopped" not in store.metrics()[-1]:
             run_rounds(method, clients.engine, state, schedule, names, FolderRecorder(store), look, observer.round)
-        result = _finish(session, store, told, observer.stopped)
+        result = _finish(session, store, told)
         shown.finish(result)
     return located(result, store.folder)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Observer:
-    """The recipients of each committed round: clients, trackers, callbacks. ``stopped``: a callback's reason to end the run."""
+    """The recipients of each committed round: clients, trackers, callbacks."""
 
     clients: ClientBackend
     shown: Trackers
     told: Callbacks
-    stopped: str | None = None
 
     def earlier(self, record: Record) -> None:
         self.shown.record(record)
         self.clients.committed(record)
-        self.stopped = self.told.earlier(record)
+        self.told.earlier(record)
 
-    def round(self, record: Record) -> bool:
-        """Forward a new record; true if the run ends here."""
+    def round(self, record: Record) -> None:
         self.clients.committed(record)
         for name, reason in record["lost"].items():
             log.warning("round %d lost %s: %s", record["round"], name, reason)
         self.shown.record(record)
-        self.stopped = self.told.round(record)
-        return self.stopped is not None
+        self.told.round(record)
 
 
 def _measure_start(
-    session: Session, store: Store, state: ServerState, told: Callbacks, look: Callable[[ServerState], Record]
+    session: Session, store: Store, state: ServerState, told: Callbacks, look: Callable[[ServerState, Record], Record]
 ) -> ServerState:
     """Measure and commit the start as round 0, and return its state."""
     told.stage("measuring the start")
     began = time.perf_counter()
-    record: Record = {"round": 0} | joining(session) | look(state)
+    record: Record = {"round": 0} | joining(session)
+    record |= look(state, record)
     record["seconds"] = time.perf_counter() - began
     nothing = torch.empty(0, dtype=torch.int64)
     store.commit(0, nothing, store.start[None][:0], state.extra, {}, record)
     return state_of(session, store)
 
 
-def _finish(session: Session, store: Store, told: Callbacks, stopped: str | None) -> Result:
-    """Evaluate the best round, and write adapters and the result. ``stopped``: the reason of a callback that ended the run early;
-    its last round is then evaluated like the last of all rounds."""
+def _finish(session: Session, store: Store, told: Callbacks) -> Result:
+    """Evaluate the best round, and write adapters and the result."""
     clients, last, record = clients_of(session), state_of(session, store), store.metrics()[-1]
-    if stopped is not None and last.round < session.experiment.rounds:
-        log.info("stopped after round %d: %s", last.round, stopped)
-        plan = session.experiment.evaluation
-        record = record | measured(session, last, told, plan.test and plan.generate, plan.test, plan.test)
+    if "stopped" in record:
+        log.info("stopped after round %d: %s", last.round, record["stopped"])
     told.stage("measuring the best round")
     best = best_answers(session, store, record)
     told.stage("writing adapters")
     clients.finish(partial(session.method.deployed, last))
     if clients.has_whole_adapters:
         export_adapters(session, store.folder / ADAPTERS, last, range(len(session.names)), store.metrics())
-    result = summary(session, store, record, best) | ({} if stopped is None else {"stopped": stopped})
+    result = summary(session, store, record, best)
     store.finish(result)
     return result

@@ -112,7 +112,7 @@ def summarise(
         if tokens
         else 0.0,
         "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
-        **{key: spent for key, spent in records[-1].items() if key == "privacy"},
+        **{key: spent for key, spent in records[-1].items() if key in ("privacy", "stopped")},
     }
 
 

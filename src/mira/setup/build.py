@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mira.adapters.types import Adapter
-from mira.config import Experiment
+from mira.config import Experiment, check_there
 from mira.core.errors import UserError
 from mira.core.threads import usable_threads
 from mira.data.corpus import Corpus, without_overlong
@@ -45,6 +45,8 @@ def open_session(
     model, if it is loaded already. Raises UserError.
     """
     recorded = recorded or {}
+    if folder is not None:
+        check_there(experiment, folder, data=clients is None, model=base is None)
     threads = recorded.get("threads") or experiment.engine.threads or usable_threads()
     torch.set_num_threads(threads)
     share_heap()

@@ -89,7 +89,7 @@ class Case:
             schedule,
             names,
             recorder,
-            lambda state: {"validation_loss": 1.0},
+            lambda state, record: {"validation_loss": 1.0},
             lambda record: None,
         )
 

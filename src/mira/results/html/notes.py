@@ -44,6 +44,8 @@ def _of_run(run: RunData, alone: bool) -> list[str]:
     done = len(run.records) - 1
     if run.result is None:
         found.append(f"{who} is not finished: {done} of {run.rounds} rounds.")
+    elif reason := run.records[-1].get("stopped"):
+        found.append(f"{who} ended early, after {done} of {run.rounds} rounds: {reason}.")
     if template := run.environment.get("prompt", {}).get("template"):
         found.append(f"{who} was trained and measured with {template} prompts.")
     lost = run.lost
