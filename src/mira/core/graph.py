@@ -152,9 +152,14 @@ class Edges:
 
     @staticmethod
     def dense(a: Tensor) -> Edges:
-        """A graph from a symmetric matrix [K,K]. Raises ValueError when it is not symmetric or its diagonal is not zero."""
-        if a.ndim != 2 or a.shape[0] != a.shape[1] or not torch.equal(a, a.T):
+        """A graph from a symmetric matrix [K,K]. Raises ValueError when it is not symmetric, its diagonal is not zero, or
+        as ``of`` does."""
+        if a.ndim != 2 or a.shape[0] != a.shape[1]:
             raise ValueError(f"graph: needs a symmetric square matrix, got shape {tuple(a.shape)}")
+        if not bool(torch.isfinite(a).all()):
+            raise ValueError("graph: edge weights must be finite and not negative")
+        if not torch.equal(a, a.T):
+            raise ValueError("graph: needs a symmetric square matrix; the matrix is not symmetric")
         if bool((a.diagonal() != 0).any()):
             raise ValueError("graph: the diagonal must be zero")
         source, target = a.triu(1).nonzero(as_tuple=True)

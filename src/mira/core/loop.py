@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mira.core.checks import checked_change, checked_work
 from mira.core.engine import Trainer
 from mira.core.payload import is_private, jobs_of, parcel
 from mira.core.seeds import generator
@@ -60,17 +61,19 @@ def run_rounds(
 
     ``measure`` evaluates the state after a server step, given the round's record so far; its result becomes part of the record. A
     reason under the key ``stopped`` ends the run with this round. ``observe`` is called with each record once it is committed.
+    Raises UserError if the method returns a wrong object, or adapters that are not finite.
     """
+    row = state.rows[torch.zeros(1, dtype=torch.int64)][0]
     while state.round < schedule.rounds:
         began = perf_counter()
         cohort = sample_cohort(schedule.seed, state.round, len(names), schedule.share)
         lr = schedule.training.lr_at(state.round, schedule.rounds)
-        work = method.broadcast(state, cohort)
+        work = checked_work(method, method.broadcast(state, cohort), row, len(names))
         if schedule.training.keep_optimizer:
             work = replace(work, optimizer=recorder.optimizer())
         trained = screen(engine.train(work, state.round, lr))
         training_seconds = perf_counter() - began
-        change = method.aggregate(state, trained) if len(trained.client) else nothing(trained.rows)
+        change = aggregate(method, state, trained, row)
         mixed = apply(state, change)
         record = describe(mixed.round, work, trained, change, names, schedule.wire)
         record |= measure(mixed, record)
@@ -119,6 +122,13 @@ def screen(trained: Trained) -> Trained:
     lost = torch.tensor([f.client for f in (*trained.failed, *failed)], dtype=torch.int64)
     keep = ~torch.isin(trained.client, lost)
     return trained if bool(keep.all()) else trained.select(keep, failed)
+
+
+def aggregate(method: Method, state: ServerState, trained: Trained, row: Tensor) -> Change:
+    """The change of a round, checked against the shape and type of an adapter ``row`` [P]. Raises UserError."""
+    if not len(trained.client):
+        return nothing(trained.rows)
+    return checked_change(method, method.aggregate(state, trained), state, row)
 
 
 def nothing(rows: Tensor) -> Change:

@@ -17,6 +17,7 @@ from torch import Tensor
 from mira.adapters.loading import load_peft
 from mira.adapters.types import Adapter
 from mira.config import Experiment
+from mira.core.checks import checked_graph, checked_state
 from mira.core.engine import ClientBackend, Engine
 from mira.core.errors import UserError, did_you_mean
 from mira.core.graph import Graph, Groups
@@ -110,12 +111,20 @@ class Session:
         return embed(self.base.model, self.base.tokenizer, [client.about for client in self.federation.clients])
 
     def graph(self) -> Graph:
-        """The graph of the clients; without edges for a method that uses no graph."""
+        """The graph of the clients; without edges for a method that uses no graph. Raises UserError where the section builds none,
+        or one of another number of clients."""
         if not self._along_graph:
             return Groups(torch.arange(len(self.names)))
         groups = [client.group for client in self.federation.clients]
-        graph: Graph = self.experiment.graph.build(self.names, groups, self.experiment.seed, self.descriptions)
-        return graph
+        section = self.experiment.graph
+        place = f"graph.name={section.name}: build"
+        try:
+            graph = section.build(self.names, groups, self.experiment.seed, self.descriptions)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"{place}: {' '.join(str(error).split())}") from error
+        return checked_graph(graph, len(self.names), place)
 
     @property
     def description_bytes(self) -> int:
@@ -128,21 +137,22 @@ class Session:
         return uses_graph(self.experiment.method)
 
     def initial_state(self) -> ServerState:
-        """The state before round 0. Raises UserError if graph, method and data do not fit together."""
+        """The state before round 0. Raises UserError if graph, method and data do not fit together, or where the method returns
+        wrong objects."""
         clients = self.federation.clients
         training = self.experiment.training
         steps = max(training.steps_for(client.num_train) for client in clients)
-        return self.method.init(
-            Setting(
-                self.layout,
-                self.start(),
-                len(clients),
-                self.graph(),
-                max_lr=training.lr,
-                max_steps=steps,
-                rounds=self.experiment.rounds,
-            )
+        setting = Setting(
+            self.layout,
+            self.start(),
+            len(clients),
+            self.graph(),
+            max_lr=training.lr,
+            max_steps=steps,
+            rounds=self.experiment.rounds,
         )
+        # The method without ranks: the wrapper of ranks computes with the objects that are checked here.
+        return checked_state(self.experiment.method, self.method.init(setting), setting.start, len(clients))
 
 
 @contextmanager

@@ -1,0 +1,143 @@
+"""Checks of the objects that methods and graphs return. Each fault is one line of UserError that names the class and the function.
+
+They compare shapes and types, and look for numbers that are not finite. Nothing is copied or changed.
+"""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mira.core.errors import UserError
+from mira.core.graph import Graph
+from mira.core.types import Change, Method, ServerState, Work
+
+FIELDS = frozenset({
+    "round", "lr", "cohort", "lost", "train_loss", "steps", "tokens", "bytes_up", "bytes_down", "client_bytes",
+    "validation_loss", "local_loss", "unmeasured", "clients", "answers", "transfer", "privacy", "stopped", "seconds",
+    "tokens_per_second", "peak_memory_bytes", "joined",
+})  # fmt: skip
+"""The fields of a round's record that are not a method's notes."""
+
+_GRAPH = ("weights", "neighbours", "laplacian_max", "degree_max", "isolated", "updated", "to_tensors")
+
+
+def checked_graph(graph: Any, num_clients: int, place: str) -> Graph:
+    """``graph``, a graph of ``num_clients`` clients. ``place``: the function that made it. Raises UserError."""
+    if isinstance(graph, type) or not all(callable(getattr(graph, name, None)) for name in _GRAPH):
+        raise UserError(
+            f"{place}: must return a graph, as mira.core.graph.Edges.dense(matrix) makes one; it returned {_kind(graph)}"
+        )
+    if graph.num_clients != num_clients:
+        raise UserError(
+            f"{place}: must return a graph of all {num_clients} clients; it returned one of {graph.num_clients}"
+        )
+    found: Graph = graph
+    return found
+
+
+def checked_state(method: Method, state: Any, row: Tensor, num_clients: int) -> ServerState:
+    """``state``, which ``method.init`` returned: rows like the start ``row`` [P], and a graph of ``num_clients``. Raises
+    UserError. The method is asked for the work and the adapter of the first client as well."""
+    place = _place(method, "init")
+    if not isinstance(state, ServerState):
+        raise UserError(f"{place}: must return a mira.ServerState; it returned {_kind(state)}")
+    if not callable(getattr(state.rows, "__getitem__", None)) or not len(state.rows):
+        raise UserError(
+            f"{place}: rows must be rows, as MemoryRows has them, one at least; it returned {_kind(state.rows)}"
+        )
+    first = torch.zeros(1, dtype=torch.int64)
+    _check_rows(state.rows[first], 1, row, f"{place}: rows")
+    checked_graph(state.graph, num_clients, place)
+    _check_extra(state.extra, place)
+    checked_work(method, method.broadcast(state, first), row, num_clients)
+    _check_rows(method.deployed(state, first), 1, row, f"{_place(method, 'deployed')}: rows for 1 client")
+    return state
+
+
+def checked_work(method: Method, work: Any, row: Tensor, num_clients: int) -> Work:
+    """``work``, which ``method.broadcast`` returned: one row like ``row`` [P] for each job. Raises UserError."""
+    place = _place(method, "broadcast")
+    if not isinstance(work, Work):
+        raise UserError(f"{place}: must return a mira.Work; it returned {_kind(work)}")
+    _check_numbers(work.client, num_clients, f"{place}: client")
+    _check_rows(work.start, len(work.client), row, f"{place}: start")
+    if (work.anchor is None) != (work.prox is None):
+        raise UserError(f"{place}: anchor and prox must be given together, or neither")
+    if work.anchor is not None:
+        _check_rows(work.anchor, len(work.client), row, f"{place}: anchor")
+    return work
+
+
+def checked_change(method: Method, change: Any, state: ServerState, row: Tensor) -> Change:
+    """``change``, which ``method.aggregate`` made of ``state``: finite rows like ``row`` [P] at different places
+    of the server, tensors, and notes that are numbers under names of their own. Raises UserError."""
+    place = f"{_place(method, 'aggregate')} in round {state.round + 1}"
+    if not isinstance(change, Change):
+        raise UserError(f"{place}: must return a mira.Change; it returned {_kind(change)}")
+    _check_numbers(change.index, len(state.rows), f"{place}: index")
+    if len(change.index.unique()) != len(change.index):
+        raise UserError(f"{place}: index must name each row once")
+    _check_rows(change.value, len(change.index), row, f"{place}: value")
+    # Row by row: a mask of all rows would be large.
+    endless = [number for number, each in zip(change.index.tolist(), change.value, strict=True) if not _finite(each)]
+    if endless:
+        raise UserError(f"{place}: row {endless[0]} is not finite; the trained rows were")
+    _check_extra(change.extra, place)
+    _check_notes(change.notes, place)
+    if change.graph is not None:
+        checked_graph(change.graph, state.graph.num_clients, f"{place}: graph")
+    return change
+
+
+def _check_rows(rows: Any, count: int, row: Tensor, place: str) -> None:
+    expected = (count, *row.shape)
+    if not isinstance(rows, Tensor):
+        raise UserError(f"{place} must be a tensor {list(expected)}; it is {_kind(rows)}")
+    if tuple(rows.shape) != expected or rows.dtype != row.dtype:
+        raise UserError(
+            f"{place} must be {row.dtype} {list(expected)}; it is {rows.dtype} {list(rows.shape)}".replace("torch.", "")
+        )
+
+
+def _check_numbers(numbers: Any, limit: int, place: str) -> None:
+    if not isinstance(numbers, Tensor) or numbers.dtype != torch.int64 or numbers.ndim != 1:
+        shown = f"{numbers.dtype} {list(numbers.shape)}" if isinstance(numbers, Tensor) else _kind(numbers)
+        raise UserError(f"{place} must be a tensor of int64 numbers, one for each row; it is {shown}")
+    if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < limit:
+        strange = next(number for number in numbers.tolist() if not 0 <= number < limit)
+        raise UserError(f"{place} must hold numbers from 0 to {limit - 1}; it holds {strange}")
+
+
+def _check_extra(extra: Any, place: str) -> None:
+    if not isinstance(extra, dict):
+        raise UserError(f"{place}: extra must be a dict of tensors; it is {_kind(extra)}")
+    for name, tensor in extra.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise UserError(f"{place}: extra must be a dict of names to tensors; extra[{name!r}] is {_kind(tensor)}")
+
+
+def _check_notes(notes: Any, place: str) -> None:
+    if not isinstance(notes, dict):
+        raise UserError(f"{place}: notes must be a dict of numbers; it is {_kind(notes)}")
+    for name, value in notes.items():
+        if name in FIELDS:
+            raise UserError(f"{place}: notes[{name!r}] is a field of the record itself; give the note another name")
+        if not isinstance(name, str) or not isinstance(value, int | float) or not isfinite(value):
+            shown = value if isinstance(value, int | float) else _kind(value)
+            raise UserError(f"{place}: notes must be finite numbers by name; notes[{name!r}] is {shown}")
+
+
+def _finite(row: Tensor) -> bool:
+    return bool(row.isfinite().all())
+
+
+def _place(method: Method, function: str) -> str:
+    return f"method.name={method.name}: {function}"
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

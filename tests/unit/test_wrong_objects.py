@@ -1,0 +1,170 @@
+"""Wrong objects at the doors of the library: each is refused in one line that names the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mira
+from helpers.tiny_models import make_tiny, make_tokenizer
+from mira.core.graph import Edges
+from mira.core.types import MemoryRows
+
+DATA = {
+    name: [{"instruction": "Add.", "input": f"{n} and {k}", "output": str(n + k)} for n in range(8)]
+    for k, name in enumerate(("ann", "bob", "cleo"))
+}
+PLAN: dict[str, Any] = {
+    "rounds": 2,
+    "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"]},
+    "split": {"train": 4, "validation": 2, "test": 2},
+    "prompt": {"template": "alpaca"},
+    "training": {"lr": 0.02, "local_steps": 1, "batch_size": 2},
+    "graph": {"name": "complete"},
+    "engine": {"threads": 1},
+    "evaluation": {"max_new_tokens": 1, "transfer_clients": 0},
+}
+
+
+def run(folder: Path, **given: Any) -> mira.Run:
+    whole = {"model": (make_tiny(), make_tokenizer()), "data": DATA} | given
+    return mira.run(PLAN, folder / "run", **whole)
+
+
+def refused(folder: Path, text: str, **given: Any) -> None:
+    """Assert that a run on ``given`` objects raises UserError of one line that holds ``text``."""
+    with pytest.raises(mira.UserError) as caught:
+        run(folder, **given)
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@dataclass(frozen=True)
+class Own:
+    """Every client keeps its own adapter."""
+
+    name: str = "own"
+
+    def init(self, setting: mira.Setting) -> mira.ServerState:
+        return mira.ServerState(MemoryRows(setting.start, setting.num_clients, {}), setting.graph, {})
+
+    def broadcast(self, state: mira.ServerState, cohort: Tensor) -> mira.Work:
+        return mira.Work(cohort, start=state.rows[cohort])
+
+    def aggregate(self, state: mira.ServerState, trained: mira.Trained) -> mira.Change:
+        return mira.Change(trained.client, trained.rows, {}, notes={})
+
+    def deployed(self, state: mira.ServerState, client: Tensor) -> Tensor:
+        return state.rows[client]
+
+
+def spoilt(function: str, spoil: Callable[[Any], Any]) -> Any:
+    """An instance of a method like ``Own`` with a ``function`` whose result is spoilt."""
+
+    def wrong(self: Any, *args: Any) -> Any:
+        return spoil(getattr(Own, function)(self, *args))
+
+    @dataclass(frozen=True)
+    class Spoilt:
+        name: str = "spoilt"
+        init, broadcast, aggregate, deployed = Own.init, Own.broadcast, Own.aggregate, Own.deployed
+
+    setattr(Spoilt, function, wrong)
+    return Spoilt()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda c: replace(c, value=c.value * float("nan")), "row 0 is not finite"),
+        (lambda c: replace(c, value=c.value[:, :3]), "value must be float32 [3, "),
+        (lambda c: replace(c, value=c.value[:2]), "value must be float32 [3, "),
+        (lambda c: replace(c, value=c.value.double()), "it is float64 [3, "),
+        (lambda c: replace(c, value=None), "it is NoneType"),
+        (lambda c: replace(c, index=c.index + 1), "index must hold numbers from 0 to 2; it holds 3"),
+        (lambda c: replace(c, index=c.index * 0), "index must name each row once"),
+        (lambda c: replace(c, index=[0, 1, 2]), "index must be a tensor of int64 numbers"),
+        (lambda c: replace(c, extra={"m": 1.0}), "extra['m'] is float"),
+        (lambda c: replace(c, notes={"round": 7}), "notes['round'] is a field of the record itself"),
+        (lambda c: replace(c, notes={"stopped": 1}), "notes['stopped'] is a field of the record itself"),
+        (lambda c: replace(c, notes={"step": torch.ones(1)}), "notes['step'] is Tensor"),
+        (lambda c: replace(c, notes={"step": float("nan")}), "notes['step'] is nan"),
+        (lambda c: replace(c, graph=Edges.dense(torch.zeros(2, 2))), "a graph of all 3 clients; it returned one of 2"),
+        (lambda c: None, "must return a mira.Change; it returned NoneType"),
+    ],
+)
+def test_a_wrong_change_is_refused_before_it_is_committed(spoil: Any, text: str, tmp_path: Path) -> None:
+    refused(tmp_path, text, method=spoilt("aggregate", spoil))
+    refused_again = mira.open_run(tmp_path / "run").records
+    assert [record["round"] for record in refused_again] == [0]
+
+
+def test_the_method_function_and_round_are_named(tmp_path: Path) -> None:
+    refused(
+        tmp_path, "method.name=spoilt: aggregate in round 1: must return", method=spoilt("aggregate", lambda c: None)
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "spoil", "text"),
+    [
+        ("init", lambda state: None, "init: must return a mira.ServerState; it returned NoneType"),
+        ("init", lambda state: replace(state, rows=None), "init: rows must be rows"),
+        ("init", lambda state: replace(state, graph=None), "init: must return a graph"),
+        ("init", lambda state: replace(state, extra={"m": 1}), "init: extra must be a dict of names to tensors"),
+        ("broadcast", lambda work: None, "broadcast: must return a mira.Work; it returned NoneType"),
+        ("broadcast", lambda work: replace(work, start=work.start[:, :3]), "broadcast: start must be float32 [1, "),
+        ("broadcast", lambda work: replace(work, client=work.client + 3), "client must hold numbers from 0 to 2"),
+        ("broadcast", lambda work: replace(work, anchor=work.start), "anchor and prox must be given together"),
+        ("deployed", lambda rows: rows[:0], "deployed: rows for 1 client must be float32 [1, "),
+        ("deployed", lambda rows: None, "deployed: rows for 1 client must be a tensor"),
+    ],
+)
+def test_a_wrong_state_or_work_is_refused_before_the_run(function: str, spoil: Any, text: str, tmp_path: Path) -> None:
+    refused(tmp_path, text, method=spoilt(function, spoil))
+    assert not (tmp_path / "run").exists()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A graph of a given kind."""
+
+    name: str = "drawn"
+    kind: str = "none"
+
+    def build(self, names: Any, groups: Any, seed: int, embed: Any) -> Any:
+        matrix = torch.ones(3, 3) - torch.eye(3)
+        return {
+            "none": lambda: None,
+            "tensor": lambda: matrix,
+            "class": lambda: Edges,
+            "small": lambda: Edges.dense(matrix[:2, :2]),
+            "large": lambda: Edges.dense(torch.zeros(5, 5)),
+            "negative": lambda: Edges.dense(-matrix),
+            "nan": lambda: Edges.dense(matrix * float("nan")),
+            "skew": lambda: Edges.dense(matrix.triu()),
+        }[self.kind]()
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("none", "graph.name=drawn: build: must return a graph, as mira.core.graph.Edges.dense(matrix)"),
+        ("tensor", "it returned Tensor"),
+        ("class", "it returned the class Edges"),
+        ("small", "must return a graph of all 3 clients; it returned one of 2"),
+        ("large", "must return a graph of all 3 clients; it returned one of 5"),
+        ("negative", "graph.name=drawn: build: graph: edge weights must be finite and not negative"),
+        ("nan", "edge weights must be finite and not negative"),
+        ("skew", "the matrix is not symmetric"),
+    ],
+)
+def test_a_wrong_graph_is_refused_before_the_run(kind: str, text: str, tmp_path: Path) -> None:
+    refused(tmp_path, text, graph=Drawn(kind=kind))
+    assert not (tmp_path / "run").exists()
