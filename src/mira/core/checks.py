@@ -1,4 +1,4 @@
-"""Checks of the objects that methods and graphs return. Each fault is one line of UserError that names the class and the function.
+"""Checks of the objects that methods and graphs return. Each fault is one line of UserError that names the method and function.
 
 They compare shapes and types, and look for numbers that are not finite. Nothing is copied or changed.
 """
@@ -53,17 +53,22 @@ def checked_state(method: Method, state: Any, row: Tensor, num_clients: int) -> 
     _check_rows(state.rows[first], 1, row, f"{place}: rows")
     checked_graph(state.graph, num_clients, place)
     _check_extra(state.extra, place)
-    checked_work(method, method.broadcast(state, first), row, num_clients)
+    checked_work(method, method.broadcast(state, first), num_clients, row)
     _check_rows(method.deployed(state, first), 1, row, f"{_place(method, 'deployed')}: rows for 1 client")
     return state
 
 
-def checked_work(method: Method, work: Any, row: Tensor, num_clients: int) -> Work:
-    """``work``, which ``method.broadcast`` returned: one row like ``row`` [P] for each job. Raises UserError."""
+def checked_work(method: Method, work: Any, num_clients: int, row: Tensor | None = None) -> Work:
+    """``work``, which ``method.broadcast`` returned: one row [P] for each job, like ``row`` if it is given. Raises UserError."""
     place = _place(method, "broadcast")
     if not isinstance(work, Work):
         raise UserError(f"{place}: must return a mira.Work; it returned {_kind(work)}")
     _check_numbers(work.client, num_clients, f"{place}: client")
+    if not len(work.client):
+        return work
+    if not isinstance(work.start, Tensor) or work.start.ndim != 2:
+        raise UserError(f"{place}: start must be a tensor, one row for each job; it is {_kind(work.start)}")
+    row = work.start[:1].reshape(-1) if row is None else row
     _check_rows(work.start, len(work.client), row, f"{place}: start")
     if (work.anchor is None) != (work.prox is None):
         raise UserError(f"{place}: anchor and prox must be given together, or neither")

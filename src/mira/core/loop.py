@@ -63,17 +63,16 @@ def run_rounds(
     reason under the key ``stopped`` ends the run with this round. ``observe`` is called with each record once it is committed.
     Raises UserError if the method returns a wrong object, or adapters that are not finite.
     """
-    row = state.rows[torch.zeros(1, dtype=torch.int64)][0]
     while state.round < schedule.rounds:
         began = perf_counter()
         cohort = sample_cohort(schedule.seed, state.round, len(names), schedule.share)
         lr = schedule.training.lr_at(state.round, schedule.rounds)
-        work = checked_work(method, method.broadcast(state, cohort), row, len(names))
+        work = checked_work(method, method.broadcast(state, cohort), len(names))
         if schedule.training.keep_optimizer:
             work = replace(work, optimizer=recorder.optimizer())
         trained = screen(engine.train(work, state.round, lr))
         training_seconds = perf_counter() - began
-        change = aggregate(method, state, trained, row)
+        change = aggregate(method, state, trained)
         mixed = apply(state, change)
         record = describe(mixed.round, work, trained, change, names, schedule.wire)
         record |= measure(mixed, record)
@@ -124,11 +123,11 @@ def screen(trained: Trained) -> Trained:
     return trained if bool(keep.all()) else trained.select(keep, failed)
 
 
-def aggregate(method: Method, state: ServerState, trained: Trained, row: Tensor) -> Change:
-    """The change of a round, checked against the shape and type of an adapter ``row`` [P]. Raises UserError."""
+def aggregate(method: Method, state: ServerState, trained: Trained) -> Change:
+    """The change of a round, checked against the shape and type of the trained rows. Raises UserError."""
     if not len(trained.client):
         return nothing(trained.rows)
-    return checked_change(method, method.aggregate(state, trained), state, row)
+    return checked_change(method, method.aggregate(state, trained), state, trained.rows[0])
 
 
 def nothing(rows: Tensor) -> Change:
