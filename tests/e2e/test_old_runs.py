@@ -23,8 +23,6 @@ NEAR = 1e-6
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     shutil.copytree(OLD, tmp_path / "old")
     run = tmp_path / "old" / request.param
-    for kind in ("optim", "extra"):  # git keeps no empty folder
-        (run / kind).mkdir(exist_ok=True)
     return run
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import mira
 from helpers.tiny_models import make_tiny, make_tokenizer
 from mira.core.graph import Edges
 from mira.core.types import MemoryRows
+from mira.store import Store
 
 DATA = {
     name: [{"instruction": "Add.", "input": f"{n} and {k}", "output": str(n + k)} for n in range(8)]
@@ -168,3 +170,25 @@ class Drawn:
 def test_a_wrong_graph_is_refused_before_the_run(kind: str, text: str, tmp_path: Path) -> None:
     refused(tmp_path, text, graph=Drawn(kind=kind))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_copy_without_empty_folders_opens_and_goes_on(tmp_path: Path) -> None:
+    class Cut(mira.Callback):
+        def round(self, record: dict[str, Any]) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, callbacks=[Cut()], method=Own())
+    folder = tmp_path / "run"
+    for kind in ("optim", "extra"):
+        (folder / kind).rmdir()
+    assert len(mira.open_run(folder).records) == 2
+    assert mira.resume(folder, model=(make_tiny(), make_tokenizer()), data=DATA)["rounds"] == 2
+    assert (folder / "optim").is_dir()
+
+
+def test_a_copy_without_the_rows_that_its_rounds_name_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, method=Own())
+    shutil.rmtree(tmp_path / "run" / "rows")
+    with pytest.raises(mira.UserError, match=r"rows/.*safetensors: corrupt checkpoint \(missing\)"):
+        Store.open(tmp_path / "run")

@@ -35,13 +35,15 @@ def exists(folder: Path) -> bool:
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest of ``folder``. Raises UserError when it is damaged or another version's, or a folder beside it is missing."""
+    """The manifest of ``folder``. Raises UserError when it is damaged or another version's, or a file is in the place of a folder beside it."""
     manifest = parse(Manifest, folder / _MANIFEST)
     if manifest.format != _FORMAT or sorted(manifest.files) != sorted(_FIXED):
         raise UserError(f"{folder}: written by another version of mira (format {manifest.format}, here {_FORMAT})")
     for name in _FOLDERS:
-        if (folder / name).is_symlink() or not (folder / name).is_dir():
-            raise files.corrupt(folder / name, "not a folder")
+        place = folder / name
+        # A copy by git, or of an object store, lacks empty folders: they count as empty.
+        if place.is_symlink() or (not place.is_dir() and (name == "rounds" or place.exists())):
+            raise files.corrupt(place, "not a folder")
     return manifest
 
 
@@ -78,7 +80,9 @@ def check_vacant(folder: Path) -> None:
     known = {files.LOCK, *_FOLDERS, *_FIXED, *(f".{name}.tmp" for name in (*_FIXED, _MANIFEST))}
     filled = any(os.listdir(folder / name) for name in names.intersection(_FOLDERS))
     if names and (filled or files.LOCK not in names or not names <= known):
-        raise UserError(f"{folder}: not empty; continue its run with --resume, or choose another --out")
+        raise UserError(
+            f"{folder}: not empty; continue its run with --resume, or choose another --out; in Python: mira.resume, or out="
+        )
 
 
 def parse(kind: type[_Parsed], path: Path) -> _Parsed:

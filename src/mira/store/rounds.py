@@ -39,10 +39,14 @@ class Rounds:
 
     def tidy(self, kept: Iterable[tuple[str, int, int]], written: Iterable[str]) -> None:
         """Remove the remains of an interrupted commit: all versions but those ``kept`` (kind, key, round), and temporary files,
-        those of ``written`` included. Raises UserError, before, where a needed file is missing."""
-        present = {path for kind in (*KINDS, "rounds") for path in (self.folder / kind).iterdir()}
+        those of ``written`` included. Make the folders that a copy left out because they were empty. Raises UserError, before,
+        where a needed file is missing."""
+        folders = [self.folder / kind for kind in (*KINDS, "rounds")]
+        present = {path for folder in folders if folder.is_dir() for path in folder.iterdir()}
         present |= {self.folder / f".{name}.tmp" for name in written}
         needed = {self.version(*version) for version in kept}
         for path in sorted(needed - present):
             raise files.corrupt(path, "missing")
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
         files.remove(sorted(path for path in present - needed if _OURS.fullmatch(path.name)))
