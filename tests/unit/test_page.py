@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from helpers.sample_config import mira
 from mira.results.html.load import read
 from mira.results.html.notes import notes
 from mira.results.html.svg import Scale, cividis, scale, spread, tag
-from mira.results.html.tables import call
+from mira.results.html.tables import call, client_table
 from mira.results.html.variants import differing, group
 from mira.results.html.verdict import difference, row, wins
 from mira.results.html.write import page
+from mira.results.statistics import Mean
 
 NAMES, GROUPS = ["ann", "bob", "cleo", "dan"], ["even", "odd", "even", "odd"]
 
@@ -110,10 +112,14 @@ def test_who_should_use_what(tmp_path: Path) -> None:
     gap = difference(variants[1], variants[0], NAMES)
     assert gap is not None
     assert gap.low > 0
-    assert sum(wins(variants, NAMES)) == 4
-    assert wins(variants, NAMES)[1] == 0
+    assert wins(variants, NAMES) == [0, 0, 0], "mira and fedit are equal to the bit, so neither is the lowest"
+    assert wins(variants[:2], NAMES) == [4, 0]
     assert call(variants[:2], [row("everyone", NAMES, variants[:2])]).startswith("Use mira: ")
-    assert "not clearly below" in call(variants, [found])
+    assert call(variants, [found]) == "mira and fedit have the same mean loss, the lowest."
+    near = replace(found, best=0, equal=(2,), losses=(Mean(1.0, None), Mean(2.0, None), Mean(1.1, None)))
+    assert "mira has the lowest mean loss, but not clearly below fedit." in call(variants, [near])
+    assert client_table(variants, [("", "ann")])["rows"][0][-1] is None
+    assert client_table(variants[:2], [("", "ann")])["rows"][0][-1] == 0
 
 
 def test_without_a_finite_loss_nothing_is_recommended(tmp_path: Path) -> None:

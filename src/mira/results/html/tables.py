@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from mira.config.yaml_io import flat
 from mira.results.html.load import RunData
 from mira.results.html.variants import Variant
-from mira.results.html.verdict import Row
+from mira.results.html.verdict import Row, lowest
 from mira.results.statistics import mean
 from mira.results.tables import data_size, number
 
@@ -29,7 +29,11 @@ def call(variants: Sequence[Variant], rows: Sequence[Row]) -> str:
     if everyone.best is None:
         return "No variant has a finite mean loss."
     lead = variants[everyone.best].label
-    if not everyone.equal:
+    least = everyone.losses[everyone.best]
+    tied = [n for n, loss in enumerate(everyone.losses) if loss and least and loss.value == least.value]
+    if len(tied) > 1:
+        first = f"{_either([variants[n].label for n in tied])} have the same mean loss, the lowest."
+    elif not everyone.equal:
         first = f"Use {lead}: the lowest mean loss, clearly below all others."
     else:
         others = _either([variants[n].label for n in everyone.equal])
@@ -69,12 +73,11 @@ def tiles(variant: Variant, names: Sequence[str]) -> list[Headline]:
 
 
 def client_table(variants: Sequence[Variant], order: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Losses of all clients: before, and after under each variant; the lowest is marked."""
+    """Losses of all clients: before, and after under each variant; the lowest is marked, but no exact tie."""
     rows = []
     for group, name in order[:_LISTED]:
         after = [variant.after.get(name) for variant in variants]
-        finite = [value for value in after if value is not None]
-        best = after.index(min(finite)) if finite and len(variants) > 1 else None
+        best = lowest(after) if len(variants) > 1 else None
         rows.append((group, name, variants[0].start.get(name), after, best))
     return {"rows": rows, "left_out": max(0, len(order) - _LISTED), "grouped": any(group for group, _ in order)}
 

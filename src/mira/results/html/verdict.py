@@ -37,13 +37,19 @@ def row(who: str, names: Sequence[str], variants: Sequence[Variant]) -> Row:
 
 
 def wins(variants: Sequence[Variant], names: Sequence[str]) -> list[int]:
-    """For each variant the number of clients in ``names`` with the lowest test loss; a tie counts for the first."""
+    """For each variant the number of clients in ``names`` with the lowest test loss; an exact tie counts for none."""
     count = [0] * len(variants)
     for name in names:
-        losses = {n: loss for n, variant in enumerate(variants) if (loss := variant.after.get(name)) is not None}
-        if losses:
-            count[min(losses, key=losses.__getitem__)] += 1
+        best = lowest([variant.after.get(name) for variant in variants])
+        if best is not None:
+            count[best] += 1
     return count
+
+
+def lowest(losses: Sequence[float | None]) -> int | None:
+    """The place of the lowest loss; None if no loss is finite, and for an exact tie."""
+    finite = [loss for loss in losses if loss is not None]
+    return losses.index(min(finite)) if finite and losses.count(min(finite)) == 1 else None
 
 
 def difference(variant: Variant, other: Variant, names: Sequence[str]) -> Mean | None:
