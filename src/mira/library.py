@@ -17,7 +17,7 @@ from mira.core.registry import fields_of
 from mira.core.types import Change, Method, ServerState, Setting, Trained, Work
 from mira.results.run_folder import Run
 from mira.runner import run as runner
-from mira.runner.callbacks import Callback, EarlyStopping
+from mira.runner.callbacks import Callback, Callbacks, EarlyStopping
 from mira.runner.objects import Client, Example, Objects
 
 __all__ = [
@@ -41,6 +41,7 @@ def run(
     and its tokenizer; both stay unchanged. ``data``: a list of ``Client``, or a dict of client names to examples (a list of
     dicts, or a ``datasets.Dataset``). ``callbacks``: receive every record and may stop the run. Raises UserError.
     """
+    Callbacks(callbacks)  # wrong ones are refused before the model is read
     chosen = {"method": method, "graph": graph, "adapter": adapter}
     objects = Objects.of(model, data, _name(config))
     experiment = _experiment(config, chosen, objects)
@@ -70,6 +71,7 @@ def open_run(
 
     ``model``, ``data``: the objects that the run was started with, or the new place of either if it was moved.
     """
+    Callbacks(callbacks)
     place = Path(data) if isinstance(data, Path | str) else None
     name = model if isinstance(model, str) else None
     objects = Objects.of(None if isinstance(model, str) else model, None if isinstance(data, Path | str) else data)
@@ -91,8 +93,11 @@ def register(
 ) -> None:
     """Register classes of your own under their names, for every configuration in this process. A package registers its classes
     as entry points of mira.methods, mira.graphs, mira.sources and mira.adapters (docs/plugins.md). Raises UserError for an
-    incomplete class."""
-    for section, cls in (("method", method), ("graph", graph), ("data", source), ("adapter", adapter)):
+    incomplete class, and for an instance."""
+    given = {"method": method, "graph": graph, "data": source, "adapter": adapter}
+    if all(cls is None for cls in given.values()):
+        raise UserError("mira.register: nothing is given; give a class as method=, graph=, source= or adapter=")
+    for section, cls in given.items():
         if cls is not None:
             SECTIONS[section].add(cls)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 import mira
@@ -192,3 +193,109 @@ def test_a_copy_without_the_rows_that_its_rounds_name_is_refused(tmp_path: Path)
     shutil.rmtree(tmp_path / "run" / "rows")
     with pytest.raises(mira.UserError, match=r"rows/.*safetensors: corrupt checkpoint \(missing\)"):
         Store.open(tmp_path / "run")
+
+
+class Partial:
+    """A callback that lacks functions."""
+
+    def round(self, record: dict[str, Any]) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "text"),
+    [
+        (mira.EarlyStopping(), "callbacks: must be a list of callbacks, as in callbacks=[...]; is EarlyStopping"),
+        (mira.EarlyStopping, "is the class EarlyStopping"),
+        (print, "must be a list of callbacks"),
+        (None, "is NoneType"),
+        ("x", "is str"),
+        ([None], "callbacks[0]: NoneType is no callback"),
+        ([mira.EarlyStopping], "callbacks[0]: give an instance, EarlyStopping(), not the class"),
+        ([Partial()], "Partial is no callback, as it lacks the function start; derive its class from mira.Callback"),
+    ],
+)
+def test_wrong_callbacks_are_refused_at_once(callbacks: Any, text: str, tmp_path: Path) -> None:
+    refused(tmp_path, text, callbacks=callbacks)
+    with pytest.raises(mira.UserError):
+        mira.open_run(tmp_path, callbacks)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"method": Own()}, "mira.register(method=...): takes a class"),
+        ({"source": "x"}, "mira.register(source=...): takes a class"),
+        ({}, "mira.register: nothing is given"),
+    ],
+)
+def test_register_takes_classes(given: dict[str, Any], text: str) -> None:
+    with pytest.raises(mira.UserError) as caught:
+        mira.register(**given)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "given", "text"),
+    [
+        ("method", "fedit", "put a name or a section into the configuration, as method.name"),
+        ("method", {"name": "fedit"}, "takes an instance of a class, not dict"),
+        ("graph", torch.ones(3, 3), "not torch's Tensor"),
+        ("adapter", "folder", "as adapter.kind"),
+        ("adapter", LoraConfig(r=4), "not peft's LoraConfig"),
+    ],
+)
+def test_names_and_strangers_in_the_place_of_instances(section: str, given: Any, text: str, tmp_path: Path) -> None:
+    refused(tmp_path, text, **{section: given})
+
+
+def on_meta() -> Any:
+    with torch.device("meta"):
+        return type(make_tiny())(make_tiny().config)
+
+
+@pytest.mark.parametrize(
+    ("pair", "text"),
+    [
+        (lambda: make_tiny(), "model: must be a pair (model, tokenizer), is Llama"),
+        (lambda: (make_tokenizer(), make_tiny()), "the pair is in the wrong order; give (model, tokenizer)"),
+        (lambda: (make_tiny(), None), "must be the model's tokenizer; it is NoneType"),
+        (lambda: (type(make_tiny()), make_tokenizer()), "it is the class Llama"),
+        (lambda: ("name", make_tokenizer()), "must be a transformers model, loaded; it is str"),
+        (
+            lambda: (make_tiny().model, make_tokenizer()),
+            "has no language-model head; load it with AutoModelForCausalLM",
+        ),
+        (lambda: (on_meta(), make_tokenizer()), "has no weights (device meta)"),
+    ],
+)
+def test_a_wrong_pair_of_model_and_tokenizer(pair: Any, text: str, tmp_path: Path) -> None:
+    refused(tmp_path, text, model=pair())
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (Path("data.jsonl"), "is a path; put it into the configuration, as data.path"),
+        ({"a": None}, "data['a']: must be a list of examples, is NoneType"),
+        ({"a": mira.Client("a", ())}, "data['a']: must be the examples of the client, is a mira.Client"),
+        ({}, "data: holds no client; give one at least"),
+        ([], "data: holds no client; give one at least"),
+        (3, "must be a list of mira.Client or a dict of name: examples, is int"),
+    ],
+)
+def test_wrong_data(data: Any, text: str, tmp_path: Path) -> None:
+    refused(tmp_path, text, data=data)
+
+
+def test_a_wrong_order_to_a_finished_run(tmp_path: Path) -> None:
+    done = run(tmp_path)
+    for call, text in (
+        (lambda: done.export(format="pefd"), "format='pefd': unknown; did you mean 'peft'"),  # type: ignore[arg-type]
+        (lambda: done.export(hub="me/x"), "hub='me/x': must be a mira.serving.push.Hub, as Hub('owner/name-{client}')"),  # type: ignore[arg-type]
+        (lambda: done.answers("ann", 0), "count=0: must be at least 1"),
+        (lambda: done.answers("ann", -1), "count=-1: must be at least 1"),
+    ):
+        with pytest.raises(mira.UserError) as caught:
+            call()
+        assert text in str(caught.value)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mira.core.errors import UserError
+from mira.core.errors import UserError, kind_of
 from mira.core.graph import Graph
 from mira.core.types import Change, Method, ServerState, Work
 
@@ -29,7 +29,7 @@ def checked_graph(graph: Any, num_clients: int, place: str) -> Graph:
     """``graph``, a graph of ``num_clients`` clients. ``place``: the function that made it. Raises UserError."""
     if isinstance(graph, type) or not all(callable(getattr(graph, name, None)) for name in _GRAPH):
         raise UserError(
-            f"{place}: must return a graph, as mira.core.graph.Edges.dense(matrix) makes one; it returned {_kind(graph)}"
+            f"{place}: must return a graph, as mira.core.graph.Edges.dense(matrix) makes one; it returned {kind_of(graph)}"
         )
     if graph.num_clients != num_clients:
         raise UserError(
@@ -44,10 +44,10 @@ def checked_state(method: Method, state: Any, row: Tensor, num_clients: int) -> 
     UserError. The method is asked for the work and the adapter of the first client as well."""
     place = _place(method, "init")
     if not isinstance(state, ServerState):
-        raise UserError(f"{place}: must return a mira.ServerState; it returned {_kind(state)}")
+        raise UserError(f"{place}: must return a mira.ServerState; it returned {kind_of(state)}")
     if not callable(getattr(state.rows, "__getitem__", None)) or not len(state.rows):
         raise UserError(
-            f"{place}: rows must be rows, as MemoryRows has them, one at least; it returned {_kind(state.rows)}"
+            f"{place}: rows must be rows, as MemoryRows has them, one at least; it returned {kind_of(state.rows)}"
         )
     first = torch.zeros(1, dtype=torch.int64)
     _check_rows(state.rows[first], 1, row, f"{place}: rows")
@@ -62,12 +62,12 @@ def checked_work(method: Method, work: Any, num_clients: int, row: Tensor | None
     """``work``, which ``method.broadcast`` returned: one row [P] for each job, like ``row`` if it is given. Raises UserError."""
     place = _place(method, "broadcast")
     if not isinstance(work, Work):
-        raise UserError(f"{place}: must return a mira.Work; it returned {_kind(work)}")
+        raise UserError(f"{place}: must return a mira.Work; it returned {kind_of(work)}")
     _check_numbers(work.client, num_clients, f"{place}: client")
     if not len(work.client):
         return work
     if not isinstance(work.start, Tensor) or work.start.ndim != 2:
-        raise UserError(f"{place}: start must be a tensor, one row for each job; it is {_kind(work.start)}")
+        raise UserError(f"{place}: start must be a tensor, one row for each job; it is {kind_of(work.start)}")
     row = work.start[:1].reshape(-1) if row is None else row
     _check_rows(work.start, len(work.client), row, f"{place}: start")
     if (work.anchor is None) != (work.prox is None):
@@ -82,7 +82,7 @@ def checked_change(method: Method, change: Any, state: ServerState, row: Tensor)
     of the server, tensors, and notes that are numbers under names of their own. Raises UserError."""
     place = f"{_place(method, 'aggregate')} in round {state.round + 1}"
     if not isinstance(change, Change):
-        raise UserError(f"{place}: must return a mira.Change; it returned {_kind(change)}")
+        raise UserError(f"{place}: must return a mira.Change; it returned {kind_of(change)}")
     _check_numbers(change.index, len(state.rows), f"{place}: index")
     if len(change.index.unique()) != len(change.index):
         raise UserError(f"{place}: index must name each row once")
@@ -101,7 +101,7 @@ def checked_change(method: Method, change: Any, state: ServerState, row: Tensor)
 def _check_rows(rows: Any, count: int, row: Tensor, place: str) -> None:
     expected = (count, *row.shape)
     if not isinstance(rows, Tensor):
-        raise UserError(f"{place} must be a tensor {list(expected)}; it is {_kind(rows)}")
+        raise UserError(f"{place} must be a tensor {list(expected)}; it is {kind_of(rows)}")
     if tuple(rows.shape) != expected or rows.dtype != row.dtype:
         raise UserError(
             f"{place} must be {row.dtype} {list(expected)}; it is {rows.dtype} {list(rows.shape)}".replace("torch.", "")
@@ -110,7 +110,7 @@ def _check_rows(rows: Any, count: int, row: Tensor, place: str) -> None:
 
 def _check_numbers(numbers: Any, limit: int, place: str) -> None:
     if not isinstance(numbers, Tensor) or numbers.dtype != torch.int64 or numbers.ndim != 1:
-        shown = f"{numbers.dtype} {list(numbers.shape)}" if isinstance(numbers, Tensor) else _kind(numbers)
+        shown = f"{numbers.dtype} {list(numbers.shape)}" if isinstance(numbers, Tensor) else kind_of(numbers)
         raise UserError(f"{place} must be a tensor of int64 numbers, one for each row; it is {shown}")
     if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < limit:
         strange = next(number for number in numbers.tolist() if not 0 <= number < limit)
@@ -119,20 +119,20 @@ def _check_numbers(numbers: Any, limit: int, place: str) -> None:
 
 def _check_extra(extra: Any, place: str) -> None:
     if not isinstance(extra, dict):
-        raise UserError(f"{place}: extra must be a dict of tensors; it is {_kind(extra)}")
+        raise UserError(f"{place}: extra must be a dict of tensors; it is {kind_of(extra)}")
     for name, tensor in extra.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise UserError(f"{place}: extra must be a dict of names to tensors; extra[{name!r}] is {_kind(tensor)}")
+            raise UserError(f"{place}: extra must be a dict of names to tensors; extra[{name!r}] is {kind_of(tensor)}")
 
 
 def _check_notes(notes: Any, place: str) -> None:
     if not isinstance(notes, dict):
-        raise UserError(f"{place}: notes must be a dict of numbers; it is {_kind(notes)}")
+        raise UserError(f"{place}: notes must be a dict of numbers; it is {kind_of(notes)}")
     for name, value in notes.items():
         if name in FIELDS:
             raise UserError(f"{place}: notes[{name!r}] is a field of the record itself; give the note another name")
         if not isinstance(name, str) or not isinstance(value, int | float) or not isfinite(value):
-            shown = value if isinstance(value, int | float) else _kind(value)
+            shown = value if isinstance(value, int | float) else kind_of(value)
             raise UserError(f"{place}: notes must be finite numbers by name; notes[{name!r}] is {shown}")
 
 
@@ -142,7 +142,3 @@ def _finite(row: Tensor) -> bool:
 
 def _place(method: Method, function: str) -> str:
     return f"method.name={method.name}: {function}"
-
-
-def _kind(value: object) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

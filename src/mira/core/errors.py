@@ -20,3 +20,8 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str:
         return f"; did you mean '{near[0]}'?"
     rest = f", ... ({len(names)} in all)" if len(names) > _SHOWN else ""
     return f"; allowed: {', '.join(names[:_SHOWN])}{rest}"
+
+
+def kind_of(value: object) -> str:
+    """The name of the class of ``value`` for a message; of a class, its own name."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from pydantic import PydanticSchemaGenerationError, PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter
@@ -64,6 +65,11 @@ class Registry(Mapping[str, type]):
     def add(self, cls: type) -> None:
         """Register ``cls`` under its name in this process, in place of an earlier class of that name. Raises UserError for an
         incomplete class, and for a name of MIRA's own."""
+        if not isinstance(cls, type):
+            raise UserError(
+                f"mira.register({_keyword(self.section)}=...): takes a class, not an instance of"
+                f" {type(cls).__name__}; give the class itself"
+            )
         self._find()
         self._add(cls, Plugin(f"{cls.__module__}:{cls.__qualname__}"))
 
@@ -72,6 +78,22 @@ class Registry(Mapping[str, type]):
         configuration: its fields by name, which are still to be validated. Raises UserError as ``add`` does."""
         if isinstance(instance, type):
             raise UserError(f"{self.section}: give an instance, {instance.__name__}(), not the class")
+        kind = type(instance)
+        if isinstance(instance, str | Mapping | Path):
+            raise UserError(
+                f"{self.section}: {self.section}= takes an instance of a class, not {kind.__name__}; put a name or a section into"
+                f" the configuration, as {self.section}.{self.tag}"
+            )
+        if kind.__module__.split(".")[0] in ("peft", "torch", "numpy", "builtins") and kind is not object:
+            hint = (
+                "; of PEFT's settings, make a kind of adapter (docs/adapters.md)"
+                if kind.__module__[:4] == "peft"
+                else ""
+            )
+            raise UserError(
+                f"{self.section}: {self.section}= takes an instance of one of MIRA's classes or of your own dataclass, not"
+                f" {kind.__module__.split('.')[0]}'s {kind.__name__}{hint}"
+            )
         if self.get(str(getattr(instance, self.tag, ""))) is not type(instance):
             self.add(type(instance))
         return fields_of(instance)

@@ -169,7 +169,7 @@ def make_federation(source: Source, sizes: SplitSizes, seed: int) -> Federation:
     """
     data = source.load(seed)
     if not data:
-        raise UserError("data: the source holds no client; check data.path")
+        raise UserError("data: the source holds no client; check data.path (in Python: data=)")
     for client in data:
         if not client.name.isprintable():  # also surrogates, which file names of another encoding become
             raise UserError(f"data: client name {client.name!a} holds characters that cannot be shown; rename it")

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from mira import config
 from mira.config import Experiment
-from mira.core.errors import UserError
+from mira.core.errors import UserError, did_you_mean
 from mira.core.loop import Record
 from mira.core.types import Overlay, ServerState, has_private_parts
 from mira.results import answers, export, html, metrics
@@ -81,7 +81,9 @@ class Run(Mapping[str, Any]):
         with Store.open(self.folder, writable=False) as store:
             found = store.result()
         if found is None:
-            raise UserError(f"{self.folder}: is not finished; resume it with: mira run {self.folder} --resume")
+            raise UserError(
+                f"{self.folder}: is not finished; resume it with: mira run {self.folder} --resume (in Python: mira.resume)"
+            )
         return located(found, self.folder)
 
     @property
@@ -160,6 +162,8 @@ class Run(Mapping[str, Any]):
         self, client: str, count: int = 4, *, max_new_tokens: int = 128, round: Which = "last"
     ) -> list[Answered]:
         """The greedy answers of a client's adapter to its first ``count`` test examples. Raises UserError."""
+        if count < 1:
+            raise UserError(f"count={count}: must be at least 1")
         session = self._with_examples
         rows = self._rows([client], round, session)
         return answers.test_answers(session, client, rows, count, max_new_tokens)
@@ -170,6 +174,10 @@ class Run(Mapping[str, Any]):
     ) -> list[str]:  # fmt: skip
         """Write adapters (or merged models) below the run folder. ``clients``: their names; None: all. Returns lines: folders,
         the command line of the server that ``format`` names, and the repositories on ``hub``. Raises UserError."""
+        if format not in get_args(Format):
+            raise UserError(f"format={format!r}: unknown{did_you_mean(str(format), get_args(Format))}")
+        if hub is not None and not isinstance(hub, Hub):
+            raise UserError(f"hub={hub!r}: must be a mira.serving.push.Hub, as Hub('owner/name-{{client}}')")
         session = self._without_examples
         numbers = range(len(session.names)) if clients is None else [session.number(name) for name in clients]
         order = export.Order(list(numbers), merge, format, hub, "" if round == "last" else f"-{round}")
@@ -240,7 +248,10 @@ def _number(store: Store, round: int | Which) -> int:
     """The number of a round. Raises UserError if none is committed."""
     number = store.last_round if round == "last" else store.best_round if round == "best" else round
     if number is None:
-        raise UserError(f"{store.folder}: no round is committed yet; resume it with: mira run {store.folder} --resume")
+        raise UserError(
+            f"{store.folder}: no round is committed yet; resume it with: mira run {store.folder} --resume"
+            " (in Python: mira.resume)"
+        )
     return number
 
 

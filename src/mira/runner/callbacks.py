@@ -8,9 +8,11 @@ from math import inf
 from pathlib import Path
 from typing import Any, Protocol
 
-from mira.core.errors import UserError
+from mira.core.errors import UserError, kind_of
 
 Record = dict[str, Any]
+
+_FUNCTIONS = ("start", "earlier", "stage", "tokens", "stop", "round")
 
 
 class Callback(Protocol):
@@ -52,9 +54,22 @@ class Callback(Protocol):
 
 @dataclass(frozen=True)
 class Callbacks:
-    """Several callbacks as one."""
+    """Several callbacks as one. Raises UserError where they are no list of callbacks."""
 
     each: Sequence[Callback]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.each, list | tuple):
+            raise UserError(f"callbacks: must be a list of callbacks, as in callbacks=[...]; is {kind_of(self.each)}")
+        for number, callback in enumerate(self.each):
+            if isinstance(callback, type):
+                raise UserError(f"callbacks[{number}]: give an instance, {callback.__name__}(), not the class")
+            missing = [name for name in _FUNCTIONS if not callable(getattr(callback, name, None))]
+            if missing:
+                raise UserError(
+                    f"callbacks[{number}]: {kind_of(callback)} is no callback, as it lacks the function {missing[0]}; derive its"
+                    " class from mira.Callback, which has all functions"
+                )
 
     def start(self, folder: Path, rounds: int, clients: int, done: int) -> None:
         for callback in self.each:

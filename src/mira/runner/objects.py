@@ -36,9 +36,8 @@ class Objects:
     ) -> Objects:
         """Objects from a pair of model and tokenizer, and clients with examples. ``name``: the base's name. Raises UserError."""
         if model is not None and (not isinstance(model, tuple | list) or len(model) != 2):
-            raise UserError(
-                "model: must be a pair (model, tokenizer); put a name into the configuration, as model.name"
-            )
+            name_too = "; put a name into the configuration, as model.name" if isinstance(model, str) else ""
+            raise UserError(f"model: must be a pair (model, tokenizer), is {type(model).__name__}{name_too}")
         return Objects(
             None if model is None else base_of(*model, name=name), None if data is None else clients_from(data)
         )

@@ -111,8 +111,8 @@ class Session:
         return embed(self.base.model, self.base.tokenizer, [client.about for client in self.federation.clients])
 
     def graph(self) -> Graph:
-        """The graph of the clients; without edges for a method that uses no graph. Raises UserError if the section builds none, or
-        one of another number of clients."""
+        """The graph of the clients; without edges for a method that uses no graph. Raises UserError if the section builds none
+        or one of another number of clients."""
         if not self._along_graph:
             return Groups(torch.arange(len(self.names)))
         groups = [client.group for client in self.federation.clients]

@@ -35,7 +35,8 @@ def exists(folder: Path) -> bool:
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest of ``folder``. Raises UserError when it is damaged or another version's, or a file is in the place of a folder beside it."""
+    """The manifest of ``folder``. Raises UserError when it is damaged or another version's, or a file is in
+    the place of a folder beside it."""
     manifest = parse(Manifest, folder / _MANIFEST)
     if manifest.format != _FORMAT or sorted(manifest.files) != sorted(_FIXED):
         raise UserError(f"{folder}: written by another version of mira (format {manifest.format}, here {_FORMAT})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
@@ -43,6 +44,7 @@ def clients_from(data: Sequence[Client] | Mapping[str, Iterable[Any]]) -> list[C
     Examples are ``Example`` objects or records as a data file has them (docs/data.md): a list of dicts, or a
     ``datasets.Dataset``. Raises UserError that names the client and the place of a record.
     """
+    _check_kind(data)
     if isinstance(data, Mapping):
         tally = Tally()
         clients = [client_data(str(name), _examples(str(name), found, tally)) for name, found in sorted(data.items())]
@@ -52,6 +54,28 @@ def clients_from(data: Sequence[Client] | Mapping[str, Iterable[Any]]) -> list[C
     if strangers:
         raise UserError(f"data: must be a list of mira.Client or a dict of name: examples, has {_kind(strangers[0])}")
     return [_ready(client) for client in data]
+
+
+def _check_kind(data: Any) -> None:
+    """Raise UserError where ``data`` is neither a list nor a mapping, or holds no client."""
+    wanted = "data: must be a list of mira.Client or a dict of name: examples"
+    if isinstance(data, str | Path):
+        raise UserError(f"{wanted}, is a path; put it into the configuration, as data.path")
+    if callable(getattr(data, "load", None)):
+        raise UserError(f"{wanted}, is the data source {_kind(data)}; put it into the configuration, as data")
+    if hasattr(data, "column_names") and not isinstance(data, Mapping):
+        raise UserError(f"{wanted}, is one {_kind(data)}; split it into one for each client, by a column")
+    if not isinstance(data, Mapping | Iterable):
+        raise UserError(f"{wanted}, is {_kind(data)}")
+    if isinstance(data, Sequence | Mapping) and not data:
+        raise UserError("data: holds no client; give one at least")
+    for name, found in data.items() if isinstance(data, Mapping) else ():
+        if isinstance(found, Client):
+            raise UserError(
+                f"data['{name}']: must be the examples of the client, is a mira.Client; give a list of clients"
+            )
+        if isinstance(found, str | Path) or not isinstance(found, Iterable):
+            raise UserError(f"data['{name}']: must be a list of examples, is {_kind(found)}")
 
 
 def _ready(client: Client) -> Client:
