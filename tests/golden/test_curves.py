@@ -92,7 +92,7 @@ def curves(name: str) -> Curves:
         return measure.losses(method, engine, state, NAMES, None)
 
     recorder = MemoryRecorder(state.rows)
-    records = [look(state)]
+    records = [look(state, {})]
     run_rounds(method, engine, state, Schedule(0, ROUNDS, 0.75, training), NAMES, recorder, look, records.append)
     for record in records[1:]:
         record["train_loss"] = sum(record["train_loss"].values()) / len(record["train_loss"])

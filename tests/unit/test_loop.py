@@ -155,7 +155,7 @@ def test_measure_then_commit_then_observe() -> None:
 
 
 def test_a_round_that_cannot_be_measured_is_not_committed() -> None:
-    def broken(state: ServerState) -> Record:
+    def broken(state: ServerState, record: Record) -> Record:
         if state.round == 2:
             raise OSError("disk")
         return {}

@@ -102,7 +102,10 @@ class Run(Mapping[str, Any]):
         return True
 
     def __eq__(self, other: object) -> bool:
-        return self is other
+        """Equal results, as for dicts; an unfinished run equals itself alone."""
+        if self is other or not isinstance(other, Mapping) or not self.finished:
+            return self is other
+        return self.result == (other.result if isinstance(other, Run) and other.finished else other)
 
     def __hash__(self) -> int:
         return id(self)

@@ -27,8 +27,8 @@ def measurer(
 ) -> Callable[[ServerState, Record], Record]:
     """The evaluation after each round: losses every n rounds, answers at the start and at the end, transfer at the end.
 
-    All metrics but the validation loss use the test split; they are left out if the configuration excludes it. A round with which a
-    callback ends the run is evaluated as the last one. ``known``: the last losses of each client, updated in place.
+    All metrics but the validation loss use the test split; they are left out if the configuration excludes it. A round with which
+    a callback ends the run is evaluated as the last one. ``known``: the last losses of each client, updated in place.
     """
     plan, rounds = session.experiment.evaluation, session.experiment.rounds
 

@@ -160,6 +160,9 @@ def _finish(session: Session, store: Store, told: Callbacks) -> Result:
     clients, last, record = clients_of(session), state_of(session, store), store.metrics()[-1]
     if "stopped" in record:
         log.info("stopped after round %d: %s", last.round, record["stopped"])
+    mixed = [each for each in store.metrics() if each.get("mixing_step")]
+    if mixed and not any(each["effective_step"] for each in mixed):
+        log.warning("no adapters were mixed: the graph connected no two clients in any round (docs/mixing.md)")
     told.stage("measuring the best round")
     best = best_answers(session, store, record)
     told.stage("writing adapters")
