@@ -65,7 +65,10 @@ _HOME = {
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = [*sorted(_MODULE), "__version__"]
+__all__ = [  # noqa: RUF022  in the order of the reference
+    "run", "resume", "open_run", "compare", "register", "Run", "Experiment", "Client", "Example", "Callback", "EarlyStopping",
+    "UserError", "Method", "Setting", "ServerState", "Work", "Trained", "Change", "__version__",
+]  # fmt: skip
 
 
 # Noise of libraries at every start: kernels that bitsandbytes does not find, an old name that PEFT asks transformers for.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,31 +21,20 @@ from mira.core.types import Work
 from mira.engine.attention.hook import CannotPackError
 from mira.engine.batched import BatchedEngine
 from mira.engine.reference import ReferenceEngine
+from mira.engine.spec import EngineSpec, Text
 
 CORPUS = RandomCorpus((1, 2), batch=2)
 LONGEST = 48
 TRAINING = Training(optimizer="sgd", lr=1e-2, local_steps=2)
 
 
-def engine_on(kind: Any, model: PreTrainedModel, layout: Layout, **options: Any) -> Any:
-    return kind(
-        model,
-        1,
-        frozenset([0]),
-        lambda tokens: " ".join(map(str, tokens)),
-        adapter_of(model, layout),
-        CORPUS,
-        TRAINING,
-        0,
-        **options,
-    )
+def spec_on(model: PreTrainedModel, layout: Layout) -> EngineSpec:
+    text = Text(1, frozenset([0]), lambda tokens: " ".join(map(str, tokens)))
+    return EngineSpec(model, text, adapter_of(model, layout), CORPUS, TRAINING, 0)
 
 
-def batched_on(model: PreTrainedModel, layout: Layout, **options: Any) -> BatchedEngine:
-    made: BatchedEngine = engine_on(
-        BatchedEngine, model, layout, tokens_per_pass=4096, prefix=True, longest=LONGEST, **options
-    )
-    return made
+def batched_on(model: PreTrainedModel, layout: Layout) -> BatchedEngine:
+    return BatchedEngine.of(spec_on(model, layout), tokens_per_pass=4096, prefix=True, longest=LONGEST)
 
 
 def layout_on(family: Family, model: PreTrainedModel) -> Layout:
@@ -89,7 +77,7 @@ def test_a_family(family: Family, tmp_path: Path) -> None:
     model, client = build(family), torch.arange(2)
     layout = layout_on(family, model)
     rows = rows_of(layout)
-    reference = engine_on(ReferenceEngine, build(family), layout)
+    reference = ReferenceEngine.of(spec_on(build(family), layout))
     oracle = reference.evaluate(rows, client, ["test"])
     plain = in_peft(family, layout, rows[0], tmp_path / "adapter")
     torch.testing.assert_close(oracle.nll[0, 0], torch.stack(plain).sum(), rtol=1e-6, atol=0)
