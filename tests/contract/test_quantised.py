@@ -215,5 +215,5 @@ def test_not_with_double_precision(tiny_folder: Path) -> None:
         load(str(tiny_folder), dtype="float64", quantization="8bit")
     values = settings(tiny_folder, tiny_folder)
     values["model"] |= {"quantization": "8bit", "dtype": "float64"}
-    with pytest.raises(UserError, match=r"^model\.quantization=8bit: not with model\.dtype=float64"):
+    with pytest.raises(UserError, match=r"^model\.quantization=8bit: not available with model\.dtype=float64"):
         Experiment(**values)
