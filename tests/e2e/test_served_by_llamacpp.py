@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers.llama_cpp import LlamaCpp
 from helpers.sample_config import mira, settings
 from mira.data.sources.builtin import Builtin
-from mira.results import run_folder as inspect_run
-from mira.runner.recording import state_of
+from mira.runner.recording import reopened, state_of
 from mira.store import Store
 
 pytestmark = pytest.mark.slow
@@ -80,9 +79,10 @@ def test_answers_of_llamacpp_are_ours(template: str, tmp_path: Path) -> None:
     chat = [Path(value).read_text(encoding="utf-8") for option, value in given if option == "--chat-template-file"]
     assert len(chat) == (template == "chat")
 
-    served, session, parted = LlamaCpp(base, files, *chat), inspect_run._session(run, None, None), 0
     with Store.open(run, writable=False) as store:
+        session = reopened(store)
         state = state_of(session, store)
+    served, parted = LlamaCpp(base, files, *chat), 0
     assert session.base.path is not None
     for k, client in enumerate(session.federation.clients):
         prompts = session.corpus.prompts(k, "test", 6)
