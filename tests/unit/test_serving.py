@@ -202,5 +202,5 @@ def test_servers_take_no_other_kind_of_adapter(tiny_folder: Path, tmp_path: Path
 
 def test_the_documentation_names_the_families() -> None:
     text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
-    listed = text.split("Architectures whose adapters gave")[1].split("; of `")[0]
+    listed = text.split("For these architectures the real llama.cpp gave")[1].split(". Of `")[0]
     assert re.findall(r"`([^`]+)`", listed) == sorted(FAMILIES)
