@@ -17,6 +17,8 @@ from helpers.in_process_federation import World, write_data
 from helpers.tiny_models import make_tiny, make_tokenizer, save_tiny
 from mira.model import Base, load
 
+collect_ignore = ["plugin_package"]  # a project of its own: tests/e2e/test_plugins.py installs it
+
 settings.register_profile("mira", deadline=None)  # machines are shared: a slow example is no failure
 settings.load_profile("mira")
 
