@@ -27,7 +27,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def at(run: Path) -> tuple[object, ...]:
-    """Where the run's data and model are: it names places that no machine has."""
+    """Options for the places of the run's data and model: the recorded ones exist on no machine."""
     return ("--data", run.parent / "data.jsonl", "--model", run.parent / "model")
 
 

@@ -15,26 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import mira
+from helpers.memory_experiment import DATA, PLAN
 from helpers.sample_config import lasting, outcome
 from helpers.tiny_models import make_tiny, make_tokenizer
 from mira.config.sections import SECTIONS
 from mira.core.graph import Edges, Graph
 from mira.core.types import MemoryRows
-
-DATA = {
-    name: [{"instruction": "Add.", "input": f"{n} and {k}", "output": str(n + k)} for n in range(8)]
-    for k, name in enumerate(("ann", "bob", "cleo"))
-}
-PLAN: dict[str, Any] = {
-    "rounds": 3,
-    "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"]},
-    "split": {"train": 4, "validation": 2, "test": 2},
-    "prompt": {"template": "alpaca"},
-    "training": {"lr": 0.02, "local_steps": 2, "batch_size": 2},
-    "graph": {"name": "complete"},
-    "engine": {"threads": 1},
-    "evaluation": {"max_new_tokens": 3, "transfer_clients": 0},
-}
 
 
 @dataclass(frozen=True)
@@ -72,7 +58,7 @@ class Pair:
 
 @pytest.fixture(autouse=True)
 def registries() -> Iterator[None]:
-    """What a test registers is gone after it."""
+    """Registered classes are gone after each test."""
     before = {name: (dict(registry._added), dict(registry._plugins)) for name, registry in SECTIONS.items()}
     yield
     for name, (added, plugins) in before.items():

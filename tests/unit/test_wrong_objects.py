@@ -14,25 +14,18 @@ from peft import LoraConfig
 from torch import Tensor
 
 import mira
+from helpers import memory_experiment
+from helpers.memory_experiment import DATA
 from helpers.tiny_models import make_tiny, make_tokenizer
 from mira.core.graph import Edges
 from mira.core.types import MemoryRows
 from mira.store import Store
 
-DATA = {
-    name: [{"instruction": "Add.", "input": f"{n} and {k}", "output": str(n + k)} for n in range(8)]
-    for k, name in enumerate(("ann", "bob", "cleo"))
-}
-PLAN: dict[str, Any] = {
-    "rounds": 2,
-    "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"]},
-    "split": {"train": 4, "validation": 2, "test": 2},
-    "prompt": {"template": "alpaca"},
+SHORT = {
     "training": {"lr": 0.02, "local_steps": 1, "batch_size": 2},
-    "graph": {"name": "complete"},
-    "engine": {"threads": 1},
     "evaluation": {"max_new_tokens": 1, "transfer_clients": 0},
 }
+PLAN: dict[str, Any] = memory_experiment.PLAN | SHORT | {"rounds": 2}
 
 
 def run(folder: Path, **given: Any) -> mira.Run:
