@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -qq --constraint constraints.txt
 # Two processes side by side, a file of tests in each. A thread for each: more would wait for cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
-EVERYTHING := --editable '.[dev,docs,pandas,datasets,flower,privacy,quantized,wandb,mlflow]'
+EVERYTHING := --editable '.[dev,docs,pandas,datasets,flower,privacy,quantized,ray,wandb,mlflow]'
 
 .PHONY: help demo demo-compare test quick house format lock clean bench docs package
 help:
@@ -79,7 +79,7 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	@echo 'installing pinned developer tools, data set readers, bitsandbytes, Flower and trackers (about 330 MB) ...'
+	@echo 'installing pinned developer tools, data set readers, bitsandbytes, Flower, Ray and trackers (about 410 MB) ...'
 	@$(INSTALL) $(EVERYTHING)
 	@touch $@
 
