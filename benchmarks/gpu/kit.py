@@ -12,14 +12,15 @@ from packaging.requirements import Requirement
 from packaging.tags import sys_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-TOOLS = ("pytest", "pytest-xdist", "hypothesis")  # of pyproject's extra "dev": what tests of the engine need
+TOOLS = ("pytest", "pytest-xdist")  # of pyproject's extra "dev": what tests of the engine need
 
 
 def roots(pyproject: Path) -> list[Requirement]:
-    """The requirements of the product's core, and of the tests that a GPU is tried with."""
+    """The product, the requirements of its core, and the tools of the tests that a GPU is tried with."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     dev = [Requirement(line) for line in project["optional-dependencies"]["dev"]]
-    return [*(Requirement(line) for line in project["dependencies"]), *(each for each in dev if each.name in TOOLS)]
+    core = [Requirement(line) for line in (project["name"], *project["dependencies"])]
+    return [*core, *(each for each in dev if each.name in TOOLS)]
 
 
 def unpacked(kit: Path, pyproject: Path, into: Path) -> list[str]:
