@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.gpu import summary
 
-_IMPORTED = ("torch", "transformers", "peft", "benchmarks.gpu.throughput", "benchmarks.gpu.equality")
+IMPORTED = ("torch", "transformers", "peft", "benchmarks.gpu.throughput", "benchmarks.gpu.equality")
 _TAIL = 6000  # characters of a part's output that are kept
 _TRACED = 2.0  # seconds before its limit in which a part that overruns still tells where it is
 
@@ -126,7 +126,7 @@ def _context(options: Options, out: Path, records: dict[str, Record]) -> BaseCon
     for way in ("forkserver", "spawn"):
         context = multiprocessing.get_context(way)
         if way == "forkserver":
-            context.set_forkserver_preload(list(_IMPORTED))
+            context.set_forkserver_preload(list(IMPORTED))
         with TemporaryDirectory() as folder:
             record = _run(context, MACHINE, options, Path(folder) / "machine.json", MACHINE.share)
         record["started by"] = way
