@@ -45,7 +45,9 @@ def connect(address: str, key: str) -> Connection:
     """Connect this process to a Ray cluster.
 
     ``address``: HOST:PORT, from a node of the cluster; ray://HOST:PORT, from anywhere; or auto, the cluster of this machine,
-X
+    which is started for this process where none runs. ``key``: name of the setting, for messages. A process that is connected
+    already keeps its connection.
+
     Raises UserError: Ray is not installed, the address is none, no cluster answers there within 10 s, or it refuses.
     """
     ray = _ray(key)
@@ -97,7 +99,9 @@ def _recorded() -> str | None:
 def _check_answers(address: str, key: str) -> None:
     """Raises UserError unless ``address`` names a host and a port that accepts connections."""
     if _place(address) is None:
-        raise UserError(f"{key}={address}: give auto, HOST:PORT (usual port 6379) or ray://HOST:PORT (usual port 10001)")
+        raise UserError(
+            f"{key}={address}: give auto, HOST:PORT (usual port 6379) or ray://HOST:PORT (usual port 10001)"
+        )
     if not _answers(address):
         raise UserError(
             f"{key}={address}: no Ray cluster answers there; start one with 'ray start --head', or give auto for this machine"
