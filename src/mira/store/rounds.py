@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,24 @@ class Rounds:
             if round != expected:
                 raise files.corrupt(self.record(expected), "missing")
             yield manifests.parse(RoundRecord, self.record(round))
+
+    def write(self, record: RoundRecord, contents: Iterable[tuple[str, int, bytes]]) -> None:
+        """Commit a round: its versions, the ``contents`` by kind and key, whose digests are added to ``record``; then the record.
+        Raises OSError, after the removal of what was written."""
+        path, written = self.record(record.round), []
+        try:
+            for kind, key, data in contents:
+                record.digests(kind)[key] = files.digest(data)
+                written.append(self.version(kind, key, record.round))
+                files.replace(written[-1], data)
+            for folder in {place.parent for place in written}:
+                files.sync(folder)
+            files.replace(path, files.seal(record.model_dump()))
+            files.sync(path.parent)
+        except OSError:
+            with suppress(OSError):  # only to free the space: the next opening removes the rest
+                files.remove([path, *written])
+            raise
 
     def tidy(self, kept: Iterable[tuple[str, int, int]], written: Iterable[str]) -> None:
         """Remove the remains of an interrupted commit: all versions but those ``kept`` (kind, key, round), and temporary files,
