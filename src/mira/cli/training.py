@@ -11,6 +11,7 @@ import typer
 
 from mira.cli.terminal import Data, Json, Model, Run, Set, err_console, out_console, print_json, print_result, say
 from mira.core.errors import UserError
+from mira.core.escape import visible
 from mira.runner.progress import RunProgress
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def compare(
     Repeat the command to resume an interrupted comparison; finished runs are not repeated.
     """
     from mira import comparison
-    from mira.comparison.tables import rich_tables
+    from mira.comparison.tables import described, rich_tables
     from mira.core.pydantic_config import expanded
 
     place = expanded(out) if out else None
@@ -98,9 +99,9 @@ def compare(
     else:
         out_console.print(rich_tables(value))
     if failed := value["failed"]:
-        err_console.print(
-            f"{len(failed)} failed, with reasons below the tables; repeat the command to try again", style="red"
-        )
+        more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+        first = visible(described(failed[0]))
+        err_console.print(f"failed: {first}{more}; repeat the command to try again", style="red")
         raise typer.Exit(1)
 
 

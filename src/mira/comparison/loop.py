@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,17 +13,18 @@ from mira.comparison.machines import Same, places_of
 from mira.comparison.plan import Job, Plan
 from mira.comparison.schedule import Schedule
 from mira.comparison.summary import entry_of, failed_entry, failed_task, summary
-from mira.comparison.tables import FILES
+from mira.comparison.tables import FILES, described
 from mira.comparison.work import is_tested
 from mira.comparison.workers import Kind, Outcome, Task, Workers
 from mira.core.errors import UserError
 from mira.store import Store
-from mira.store.files import TESTED, pack_json, read_json, replace
+from mira.store.files import TESTED, is_locked, pack_json, read_json, replace
 
 log = logging.getLogger(__name__)
 
 JSON = "compare.json"
 _WAIT = 1.0  # seconds between looks at the folders of runs at work
+_PATIENCE = 3.0  # seconds
 
 
 class Watcher(Protocol):
@@ -96,10 +98,12 @@ class Loop:
         self._check(job)
         with Store.open(self.out / job.folder, writable=False) as store:
             result = store.result()
-        if result is not None:
-            loss = self._loss(job)
-            self._schedule.finish("run", job, loss)
-            self.watcher.found(job, loss, float(result["seconds"]))
+        if result is None:
+            _check_vacant(self.out / job.folder)
+            return
+        loss = self._loss(job)
+        self._schedule.finish("run", job, loss)
+        self.watcher.found(job, loss, float(result["seconds"]))
 
     def _start(self, workers: Workers) -> None:
         for kind, job in self._schedule.ready():
@@ -190,7 +194,15 @@ class Loop:
                     replace(folder / name, data)
 
 
+def _check_vacant(folder: Path) -> None:
+    """Raise UserError where another process goes on with the run in ``folder``. Workers of a comparison that was killed have a
+    moment to end."""
+    until = time.monotonic() + _PATIENCE
+    while is_locked(folder):
+        if time.monotonic() > until:
+            raise UserError(f"{folder}: another process is writing to this run; wait for it or stop it")
+        time.sleep(0.1)
+
+
 def _all_failed(failed: list[dict[str, Any]]) -> str:
-    first = failed[0]
-    place = ", ".join(str(first[key]) for key in ("entry", "point", "seed") if first[key] not in (None, ""))
-    return f"no entry could be completed; {place}: {first['reason']}"
+    return f"no entry could be completed; {described(failed[0])}"
