@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, RLock, Thread
@@ -75,12 +76,13 @@ class Live:
         if self._screen is not None:
             self._screen.stop()
         self._state = replace(self._state, going=())
-        self._keep()
+        with suppress(OSError) if error else nullcontext():  # a full disk: the error on its way says so
+            self._keep()
 
     def found(self, job: Job, loss: float | None, seconds: float) -> None:
         """Count a run that was finished before, in ``seconds``."""
         with self._lock:
-            self._state = trained(self._state, seconds)
+            self._state = trained(self._state, self._state.rounds, seconds)
             self._line(
                 f"run {self._state.trained} of {self._state.runs}", *words(job), validation(loss), "finished before"
             )
@@ -94,7 +96,7 @@ class Live:
         """Show ``task`` as under way. ``where``: its host, if it may be another one than this."""
         seen, now = look(self._out / task.job.folder, Seen()), self._clock()
         with self._lock:
-            going = Going(task, now, now, seen, where)
+            going = Going(task, now, now, seen.round, seen, where)
             self._state = replace(self._state, going=(*self._state.going, going))
             self._keep()
             if self._screen is None and task.kind == "run":
@@ -106,14 +108,14 @@ class Live:
         task = outcome.task
         with self._lock:
             self.tick()
-            going = tuple(each for each in self._state.going if each.task != task)
-            self._state = replace(self._state, going=going)
+            base = next(each.base for each in self._state.going if each.task == task)
+            self._state = replace(self._state, going=tuple(each for each in self._state.going if each.task != task))
             if outcome.error is not None:
                 if not again:
                     self._state = replace(self._state, failed=(*self._state.failed, (task, outcome.error)))
                 self._line("put back" if again else "failed", *words(task.job), outcome.error)
             elif task.kind == "run":
-                self._state = trained(self._state, outcome.seconds)
+                self._state = trained(self._state, self._state.rounds - base, outcome.seconds)
                 head = f"run {self._state.trained} of {self._state.runs}"
                 self._line(
                     head,
@@ -224,10 +226,10 @@ def drawn(state: State, now: float) -> Group:
     return Group(whole, tasks, *failed)
 
 
-def trained(state: State, seconds: float) -> State:
-    """``state`` with one more finished run."""
-    rounds, spent = state.pace
-    return replace(state, trained=state.trained + 1, pace=(rounds + state.rounds, spent + seconds))
+def trained(state: State, rounds: int, seconds: float) -> State:
+    """``state`` with one more finished run, of which ``rounds`` took ``seconds``."""
+    before, spent = state.pace
+    return replace(state, trained=state.trained + 1, pace=(before + rounds, spent + seconds))
 
 
 def validation(loss: float | None) -> str:

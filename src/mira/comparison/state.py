@@ -31,13 +31,14 @@ class Seen:
 class Going:
     """A task under way.
 
-    ``began``, ``since``: time of its start and of its last committed round, in seconds of one clock. ``where``: its host, "" for
-    this one.
+    ``began``, ``since``: time of its start and of its last committed round, in seconds of one clock. ``base``: the last round
+    that an earlier task committed. ``where``: its host, "" for this one.
     """
 
     task: Task
     began: float
     since: float
+    base: int = 0
     seen: Seen = Seen()
     where: str = ""
 
@@ -136,8 +137,8 @@ def of_a_run(before: float, first: float, measured: bool, rounds: int, every: in
 def estimate(state: State) -> str | None:
     """The line that estimates the whole: from the finished runs, else from the first round of a run; None before that round."""
     runs, workers = state.waiting[0] + state.under_way("run"), len(state.going)
-    if state.trained and runs:
-        whole = spread([], runs * state.pace[1] / state.trained, workers)
+    if state.pace[0] and runs:
+        whole = spread([], runs * state.rounds * state.pace[1] / state.pace[0], workers)
         return f"about {duration(whole)} for {runs} runs, estimated from {state.trained} finished runs, {TESTS}"
     found = next((s for each in state.going if (s := of_seen(each.seen, state.rounds, state.every)) is not None), None)
     if found is None:
