@@ -59,6 +59,15 @@ def compare(
     results: Annotated[
         Path | None, typer.Option("--results", metavar="DIR", help="Also write compare.json, table.md, table.csv here.")
     ] = None,
+    workers: Annotated[
+        str,
+        typer.Option(
+            "--workers", metavar="N|auto", help="Runs at a time on this machine; auto: what cores and memory allow."
+        ),
+    ] = "auto",
+    unlike_machines: Annotated[
+        bool, typer.Option("--unlike-machines", help="Allow runs of unlike processors, devices or libraries.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run methods × grid × seeds over one experiment, tune each on validation data, and compare them on test data.
@@ -73,7 +82,13 @@ def compare(
     plan = comparison.load(target, overrides or [])
     try:
         value = comparison.compare(
-            plan, place or Path("runs") / plan.name, shlex.join(["mira", *sys.argv[1:]]), results, say
+            plan,
+            place or Path("runs") / plan.name,
+            shlex.join(["mira", *sys.argv[1:]]),
+            results,
+            say,
+            workers,
+            unlike_machines,
         )
     except KeyboardInterrupt:
         err_console.print("interrupted; finished runs and committed rounds are kept; repeat the command to resume")
@@ -82,6 +97,11 @@ def compare(
         print_json(value)
     else:
         out_console.print(rich_tables(value))
+    if failed := value["failed"]:
+        err_console.print(
+            f"{len(failed)} failed, with reasons below the tables; repeat the command to try again", style="red"
+        )
+        raise typer.Exit(1)
 
 
 def adapt(

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from mira.comparison.plan import Job, Plan, shown
+from mira.comparison.workers import Outcome, Task
 from mira.runner.callbacks import Callback
 from mira.store import Store
 
@@ -25,7 +26,30 @@ class Progress:
     runs: int = 0  # finished by this process
     began: float | None = None
 
-    def done(self, job: Job, loss: float | None, seconds: float | None) -> None:
+    def found(self, job: Job, loss: float | None, seconds: float) -> None:
+        """Count a run that was finished before."""
+        self._done(job, loss, None)
+
+    def tested(self, job: Job) -> None:
+        """Count a run that was measured on test data before."""
+
+    def started(self, task: Task, where: str = "") -> None:
+        """Show ``task`` as under way."""
+
+    def ended(self, outcome: Outcome, loss: float | None, again: bool = False) -> None:
+        """Count the end of a task. ``again``: it failed or was lost, and is put back to be resumed."""
+        job = outcome.task.job
+        if outcome.error is not None:
+            parts = ("put back" if again else "failed", job.entry, shown(job.point), f"seed {job.seed}", outcome.error)
+            self.say(" · ".join(part for part in parts if part))
+        elif outcome.task.kind == "run":
+            self._done(job, loss, outcome.seconds)
+
+    def dropped(self, runs: int, tests: int) -> None:
+        """Take tasks off the totals that are not done, because their entry has no point left."""
+        self.total -= runs
+
+    def _done(self, job: Job, loss: float | None, seconds: float | None) -> None:
         """Count a finished run. ``seconds``: its duration; None for a run that was finished before."""
         self.count += 1
         parts = [f"run {self.count} of {self.total}", job.entry, shown(job.point), f"seed {job.seed}"]
