@@ -85,7 +85,8 @@ def compared(tmp_path: Path) -> Path:
     for seed in (0, 1):
         write_run(folder / f"runs/local/only/seed-{seed}", NAMES, GROUPS, finished=False)
     failed = {"run": "runs/mira/only/seed-0", "task": "run", "reason": "out of\x1bmemory"}
-    going = {"run": "runs/local/only/seed-0", "task": "run", "where": "node7"}
+    going = {"run": "runs/local/only/seed-0", "task": "run"}
+    (folder / going["run"] / "where.json").write_text('[{"host": "node3"}, {"host": "node7"}]')
     counts = {"runs": 12, "trained": 3, "tests": 4, "tested": 1}
     (folder / "progress.json").write_text(
         json.dumps({"name": "cmp", **counts, "under_way": [going], "failed": [failed]})

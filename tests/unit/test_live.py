@@ -15,10 +15,11 @@ from rich.console import Console
 
 from helpers.generated_runs import write_run
 from mira import config
-from mira.comparison.live import Live, drawn, look
+from mira.comparison.live import Live, drawn, elsewhere, look
 from mira.comparison.plan import Comparison, Job, Plan
-from mira.comparison.state import Going, Seen, State, estimate, fraction, headline, of_a_run, seconds_left, spread
+from mira.comparison.progress import Going, Seen, State, estimate, fraction, headline, seconds_left, spread
 from mira.comparison.workers import Outcome, Task
+from mira.core.machine import Share, host
 from mira.store import Store
 
 EXPERIMENT = config.parse(
@@ -32,7 +33,7 @@ def job(seed: int, entry: str = "Local") -> Job:
 
 
 def task(seed: int, kind: str = "run", entry: str = "Local") -> Task:
-    return Task(kind, job(seed, entry), 1)  # type: ignore[arg-type]
+    return Task(kind, job(seed, entry), 1, Share(10**9), "2026-01-01")  # type: ignore[arg-type]
 
 
 def plan(seeds: int) -> Plan:
@@ -85,16 +86,6 @@ def test_two_at_a_time_take_half_of_the_time() -> None:
     assert seconds_left(replace(state, pace=(0, 0.0)), 0.0) is None, "no round yet"
 
 
-@pytest.mark.parametrize(
-    ("before", "first", "measured", "rounds", "every", "expected"),
-    [(2, 10, False, 4, 5, 2 + 40 + 2), (2, 10, True, 4, 1, 2 + 32 + 4 * 2), (2, 10, False, 4, 2, 2 + 40 + 2 * 2)],
-)  # fmt: skip
-def test_a_run_from_its_first_round(
-    before: float, first: float, measured: bool, rounds: int, every: int, expected: float
-) -> None:
-    assert of_a_run(before, first, measured, rounds, every) == pytest.approx(expected)
-
-
 def test_the_first_round_gives_an_estimate() -> None:
     going = (Going(task(0), 0.0, 0.0, 0, Seen(1, None, start=0.0, first=10.0, measured=True)),)
     state = State(runs=90, tests=3, rounds=4, every=1, going=going)
@@ -120,6 +111,18 @@ def test_records_tell_the_progress(tmp_path: Path) -> None:
     assert look(tmp_path / "none", Seen()) == Seen()
 
 
+@pytest.mark.parametrize(("places", "shown"), [([host(), "node7"], "node7"), (["node7", host()], ""), ([None], "")])
+def test_another_host_is_named(places: list[str | None], shown: str, tmp_path: Path) -> None:
+    (tmp_path / "where.json").write_text(json.dumps([{"host": name} for name in places]))
+    assert elsewhere(tmp_path) == shown
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "[3]"])
+def test_a_host_that_cannot_be_read_is_left_out(text: str, tmp_path: Path) -> None:
+    (tmp_path / "where.json").write_text(text)
+    assert elsewhere(tmp_path) == ""
+
+
 @pytest.fixture
 def view(tmp_path: Path) -> Iterator[tuple[Live, list[str], Path]]:
     lines: list[str] = []
@@ -137,10 +140,10 @@ def test_plain_lines(view: tuple[Live, list[str], Path]) -> None:
     where = {"host": "here"}
     live.found(job(0), 1.5, 30.0)
     live.started(task(1))
-    live.started(task(2), "node7")
+    live.started(task(2))
     assert kept(folder)["under_way"] == [
-        {"run": "runs/local/only/seed-1", "task": "run", "where": ""},
-        {"run": "runs/local/only/seed-2", "task": "run", "where": "node7"},
+        {"run": "runs/local/only/seed-1", "task": "run"},
+        {"run": "runs/local/only/seed-2", "task": "run"},
     ]
     live.ended(Outcome(task(1), where, 30.0), 1.25)
     live.ended(Outcome(task(2), where, 5.0, "killed", lost=True), None, again=True)
@@ -152,7 +155,7 @@ def test_plain_lines(view: tuple[Live, list[str], Path]) -> None:
     assert lines == [
         "run 1 of 4 · Local · training.lr=0.1 · seed 0 · validation 1.5000 · finished before",
         "started · Local · training.lr=0.1 · seed 1",
-        "started · Local · training.lr=0.1 · seed 2 · node7",
+        "started · Local · training.lr=0.1 · seed 2",
         "about 1 min for 3 runs, estimated from 1 finished runs, plus the evaluation on test data",
         "run 2 of 4 · Local · training.lr=0.1 · seed 1 · validation 1.2500 · 30 s · about 2 min left",
         "put back · Local · training.lr=0.1 · seed 2 · killed",

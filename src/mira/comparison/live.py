@@ -17,8 +17,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mira.comparison.machines import noted
 from mira.comparison.plan import Job, Plan
-from mira.comparison.state import (
+from mira.comparison.progress import (
     Going,
     Seen,
     State,
@@ -32,12 +33,13 @@ from mira.comparison.state import (
 from mira.comparison.workers import Outcome, Task
 from mira.core.errors import UserError
 from mira.core.escape import visible
+from mira.core.machine import host
 from mira.store.files import pack_json
 from mira.store.files import replace as write
 from mira.store.folders import PROGRESS
 from mira.store.rounds import Rounds
 
-Say = Callable[[str], None]
+Say = Callable[[str], None]  # recipient of a line
 EVERY = 0.5  # seconds from one look at the run folders to the next
 
 
@@ -92,15 +94,15 @@ class Live:
         with self._lock:
             self._state = replace(self._state, tested=self._state.tested + 1)
 
-    def started(self, task: Task, where: str = "") -> None:
-        """Show ``task`` as under way. ``where``: its host, if it may be another one than this."""
+    def started(self, task: Task) -> None:
+        """Show ``task`` as under way."""
         seen, now = look(self._out / task.job.folder, Seen()), self._clock()
         with self._lock:
-            going = Going(task, now, now, seen.round, seen, where)
+            going = Going(task, now, now, seen.round, seen)
             self._state = replace(self._state, going=(*self._state.going, going))
             self._keep()
             if self._screen is None and task.kind == "run":
-                self._line("started", *words(task.job), f"after round {seen.round}" if seen.round else "", where)
+                self._line("started", *words(task.job), f"after round {seen.round}" if seen.round else "")
 
     def ended(self, outcome: Outcome, loss: float | None, again: bool = False) -> None:
         """Count the end of a task. ``loss``: the lowest validation loss of a finished run. ``again``: the task failed or was
@@ -108,14 +110,14 @@ class Live:
         task = outcome.task
         with self._lock:
             self.tick()
-            base = next(each.base for each in self._state.going if each.task == task)
-            self._state = replace(self._state, going=tuple(each for each in self._state.going if each.task != task))
+            mine = next(each for each in self._state.going if each.task == task)
+            self._state = replace(self._state, going=tuple(each for each in self._state.going if each is not mine))
             if outcome.error is not None:
                 if not again:
                     self._state = replace(self._state, failed=(*self._state.failed, (task, outcome.error)))
                 self._line("put back" if again else "failed", *words(task.job), outcome.error)
             elif task.kind == "run":
-                self._state = trained(self._state, self._state.rounds - base, outcome.seconds)
+                self._state = trained(self._state, self._state.rounds - mine.base, outcome.seconds)
                 head = f"run {self._state.trained} of {self._state.runs}"
                 self._line(
                     head,
@@ -155,8 +157,11 @@ class Live:
             self.tick()
 
     def _at(self, each: Going, now: float) -> Going:
-        seen = look(self._out / each.task.job.folder, each.seen) if each.task.kind == "run" else each.seen
-        return each if seen == each.seen else replace(each, seen=seen, since=now)
+        if each.task.kind == "test":
+            return each
+        folder = self._out / each.task.job.folder
+        seen, where = look(folder, each.seen), each.where or elsewhere(folder)
+        return replace(each, seen=seen, where=where, since=each.since if seen == each.seen else now)
 
     def _line(self, *parts: str) -> None:
         self._say(" · ".join(part for part in parts if part))
@@ -189,6 +194,15 @@ def look(folder: Path, before: Seen) -> Seen:
         return before
 
 
+def elsewhere(folder: Path) -> str:
+    """The host that computes the run in ``folder``; "" for this one, and while it is unknown."""
+    try:
+        last = noted(folder)[-1]["host"]
+        return "" if last in (None, host()) else str(last)
+    except (UserError, OSError, LookupError, TypeError):
+        return ""
+
+
 def record(name: str, state: State) -> dict[str, Any]:
     """The content of progress.json (docs/commands/compare.md)."""
     return {
@@ -197,10 +211,7 @@ def record(name: str, state: State) -> dict[str, Any]:
         "trained": state.trained,
         "tests": state.tests,
         "tested": state.tested,
-        "under_way": [
-            {"run": each.task.job.folder.as_posix(), "task": each.task.kind, "where": each.where}
-            for each in state.going
-        ],
+        "under_way": [{"run": each.task.job.folder.as_posix(), "task": each.task.kind} for each in state.going],
         "failed": [
             {"run": task.job.folder.as_posix(), "task": task.kind, "reason": reason} for task, reason in state.failed
         ],

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from mira.core.errors import UserError
 from mira.core.escape import visible
-from mira.store.files import read_json
+from mira.store.files import WHERE, read_json
 from mira.store.folders import PROGRESS, in_use
 
 _DEPTH = 4  # of a run folder below its comparison: runs/ENTRY/POINT/seed-N
@@ -37,25 +37,28 @@ def summary(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def under_way(folder: Path) -> Mapping[Path, str]:
-    """The run folders that the process at work in the comparison ``folder`` has under way, with their hosts; "" is this one.
+def under_way(folder: Path) -> Set[Path]:
+    """The run folders that the process at work in the comparison ``folder`` has under way.
 
     A run on another machine is not locked here: the folder has a copy of its committed rounds only.
     """
     if not (folder / PROGRESS).is_file() or not in_use(folder):
-        return {}
+        return frozenset()
     try:
-        return {
-            folder.absolute() / each["run"]: str(each["where"]) for each in read_json(folder / PROGRESS)["under_way"]
-        }
+        return {folder / each["run"] for each in read_json(folder / PROGRESS)["under_way"]}
     except (UserError, KeyError, TypeError):  # named by ``summary``
-        return {}
+        return frozenset()
 
 
-def of_run(run: Path) -> Path | None:
+def host_of(run: Path) -> str | None:
+    """The host that computed the last rounds of a comparison's run; None for another kind of run."""
+    return read_json(run / WHERE)[-1]["host"] if (run / WHERE).is_file() else None
+
+
+def of_run(run: Path) -> Path:
     """The folder of the comparison that ``run`` may be a part of."""
     parents = run.absolute().parents
-    return parents[_DEPTH - 1] if len(parents) >= _DEPTH else None
+    return parents[min(_DEPTH, len(parents)) - 1]
 
 
 def lines(value: Mapping[str, Any]) -> list[str]:

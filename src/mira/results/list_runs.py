@@ -48,9 +48,8 @@ def listing(root: Path) -> Listing:
     for folder, is_run in _folders(root):
         try:
             if is_run:
-                comparison = comparisons.of_run(folder)
-                hosts = under_way(comparison) if comparison else {}
-                found.runs.append(_summary(folder, hosts.get(folder.absolute())))
+                at_work = folder.absolute() in under_way(comparisons.of_run(folder))
+                found.runs.append(_summary(folder, at_work))
             else:
                 found.comparisons.append(comparisons.summary(folder))
         except UserError as error:
@@ -85,7 +84,7 @@ def _grid(root: Path, runs: Sequence[Summary], stacked: bool) -> Table:
     grid.add_column("started", no_wrap=True)
     for run in runs:
         state = "" if run["state"] == "finished" else f" {run['state']}"
-        state += f" on {run['host']}" if run["host"] else ""
+        state += f" on {run['host']}" if run["state"] == "running" and run["host"] else ""
         name, what = os.path.relpath(run["run"], root), f"{run['method']}, {run['adapter']}, {run['graph']}"
         grid.add_row(
             *([Text(f"{name}\n {what}")] if stacked else [Text(name), Text(what)]), str(run["clients"]),
@@ -111,8 +110,8 @@ def _folders(root: Path) -> Iterator[tuple[Path, bool]]:
         names.sort()
 
 
-def _summary(folder: Path, host: str | None) -> Summary:
-    """The figures of a run. ``host``: where a comparison has it under way, "" for this machine; None where none has."""
+def _summary(folder: Path, at_work: bool) -> Summary:
+    """The figures of a run. ``at_work``: a comparison has it under way."""
     with Store.open(folder, writable=False) as store:
         config = mapping(store.config(), str(folder / "config.yaml"))
         records, result = store.metrics(), store.result()
@@ -132,8 +131,8 @@ def _summary(folder: Path, host: str | None) -> Summary:
             "clients": store.environment()["data"]["clients"],
             "round": store.last_round or 0,
             "rounds": config["rounds"],
-            "state": "finished" if result else "running" if is_locked(folder) or host is not None else "interrupted",
-            "host": None if result else host or None,
+            "state": "finished" if result else "running" if at_work or is_locked(folder) else "interrupted",
+            "host": comparisons.host_of(folder),
             "best_round": store.best_round,
             "best_loss": best.get("local_loss"),
             "exact_match": _figure(answers.get("exact_match")),
