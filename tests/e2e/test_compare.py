@@ -296,8 +296,11 @@ def test_a_comparison_goes_on_within_a_run(tiny_folder: Path, tmp_path: Path, mo
     assert "2 points × 1 seeds, and 1 more seeds" in ended.err
     lines: list[str] = []
     again = comparison.compare(comparison.load(file), tmp_path / "o", "", say=lines.append)
-    assert lines.pop(0).endswith("for 1 runs, estimated from 2 finished runs, plus the evaluation on test data")
-    assert [line.endswith("finished before") for line in lines] == [True, True, False]
+    assert [line.endswith("finished before") for line in lines[:3]] == [True, True, False]
+    assert lines[2] == "started · MIRA · training.lr=0.03 · seed 0 · after round 1"
+    assert lines[3].endswith("for 1 runs, estimated from 2 finished runs, plus the evaluation on test data")
+    assert lines[4].startswith("run 3 of 3 · MIRA · training.lr=0.03 · seed 0 · validation ")
+    assert [line.startswith("test data · ") for line in lines[5:]] == [True, True]
     for one, other in zip(value["entries"][0]["runs"], again["entries"][0]["runs"], strict=True):
         assert one | {"seconds": 0} == other | {"seconds": 0}
 

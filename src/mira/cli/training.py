@@ -90,6 +90,7 @@ def compare(
             say,
             workers,
             unlike_machines,
+            err_console,
         )
     except KeyboardInterrupt:
         err_console.print("interrupted; finished runs and committed rounds are kept; repeat the command to resume")

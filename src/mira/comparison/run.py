@@ -11,13 +11,15 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from mira import config
+from mira.comparison.live import Live, Say
 from mira.comparison.loop import Loop
 from mira.comparison.machines import Same
 from mira.comparison.plan import Job, Plan
 from mira.comparison.processes import Processes, check_main
-from mira.comparison.progress import Estimate, Progress, Say, by_finished, sizes
+from mira.comparison.progress import sizes
 from mira.comparison.shares import Machine, Need, number_of_workers, share_of_a_run, threads_of_a_run
 from mira.comparison.work import InThisProcess
 from mira.comparison.workers import Kind, Task, Workers
@@ -33,14 +35,14 @@ log = logging.getLogger(__name__)
 
 def compare(
     plan: Plan, out: Path, command: str, results: Path | None = None, say: Say = lambda line: None,
-    workers: int | str = 1, unlike: bool = False,
+    workers: int | str = 1, unlike: bool = False, console: Console | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Do the remaining runs of ``plan`` in the folder ``out``, and return its compare.json (docs/commands/compare.md).
 
     The tables are written as entries are complete, to ``out`` and, except for LaTeX, to ``results``. ``workers``: runs at a time;
-    1: in this process; "auto": as many as cores and memory allow. ``unlike``: runs may be of unlike machines. Raises UserError
-    where a run there was started with another configuration or on other data, where another process works there, or where no
-    entry could be completed.
+    1: in this process; "auto": as many as cores and memory allow. ``unlike``: runs may be of unlike machines. ``console``: that
+    of ``say``, for the live view. Raises UserError where a run there was started with another configuration or on other data,
+    where another process works there, or where no entry could be completed.
     """
     check_main()
     with alone_in(out):
@@ -54,15 +56,12 @@ def compare(
         count, why = number_of_workers(workers, plan, here, threads, Need.of(there.peaks, weights))
         log.info("%s", why)
         make = _Tasks(threads, share_of_a_run(plan.comparison.resources, here, threads), there.day)
-        loop = Loop(plan, out, make, Same(unlike), Progress(plan.total, say), command, results)
-        known = by_finished(plan, out, say)
         if count > 1:
             _check_importable(plan, count)
-            at_work: Workers = Processes(count, out)
-        else:
-            at_work = InThisProcess(out, [] if known else [Estimate(plan.total, plan.base.evaluation.every, say)])
+        at_work: Workers = Processes(count, out) if count > 1 else InThisProcess(out)
         try:
-            return loop.run(at_work)
+            with Live(plan, out, say, console) as live:
+                return Loop(plan, out, make, Same(unlike), live, command, results).run(at_work)
         finally:
             at_work.stop()
 

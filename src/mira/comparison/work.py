@@ -28,10 +28,9 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class InThisProcess:
-    """The worker of a serial comparison: this process. ``callbacks``: those of its runs."""
+    """The worker of a serial comparison: this process."""
 
     out: Path
-    callbacks: Sequence[Callback] = ()
     _task: Task | None = None
 
     @property
@@ -44,7 +43,7 @@ class InThisProcess:
     def finished(self, seconds: float) -> Sequence[Outcome]:
         """The outcome of the task that was started; it is done here, however long it takes."""
         task, self._task = self._task, None
-        return [] if task is None else [attempted(task, self.out, self.callbacks)]
+        return [] if task is None else [attempted(task, self.out)]
 
     def stop(self) -> None:
         self._task = None
