@@ -45,7 +45,7 @@ def run(
     chosen = {"method": method, "graph": graph, "adapter": adapter}
     objects = Objects.of(model, data, _name(config))
     experiment = _experiment(config, chosen, objects)
-    result = runner.run(experiment, out, callbacks, objects.open)
+    result = runner.run(experiment, out, callbacks, objects.open_to_run)
     return Run(Path(result["run"]), objects=objects, callbacks=callbacks)
 
 
@@ -59,7 +59,7 @@ def resume(
     or the new place of either if it was moved. Raises UserError.
     """
     found = open_run(folder, model=model, data=data)
-    result = runner.resume(found.folder, callbacks, found.objects.open, found.data, found.model)
+    result = runner.resume(found.folder, callbacks, found.objects.open_to_run, found.data, found.model)
     return Run(Path(result["run"]), found.data, found.model, found.objects, callbacks)
 
 

@@ -48,7 +48,7 @@ class Open(Protocol):
     ) -> Session: ...
 
 
-IN_THIS_PROCESS: Open = Objects().open
+IN_THIS_PROCESS: Open = Objects().open_to_run
 
 
 def run(
@@ -67,13 +67,13 @@ def run(
     experiment.tracking.check()
     evaluation.check_metrics(experiment.evaluation.metrics)
     told.stage("preparing")
-    session = open(experiment, progress=told.tokens)
-    state = session.initial_state()
-    text, graph = config.dump(session.experiment), to_tensors(state.graph)
-    store = Store.create(folder, text, session.environment, session.start(), len(state.rows), graph)
-    with store:
-        session.corpus.keep(store.folder / TOKENS)
-        return _go_on(session, store, state, told)
+    with closing(open(experiment, progress=told.tokens)) as session:
+        state = session.initial_state()
+        text, graph = config.dump(session.experiment), to_tensors(state.graph)
+        store = Store.create(folder, text, session.environment, session.start(), len(state.rows), graph)
+        with store:
+            session.corpus.keep(store.folder / TOKENS)
+            return _go_on(session, store, state, told)
 
 
 def resume(
@@ -91,10 +91,10 @@ def resume(
         told.stage("preparing")
         experiment = config.moved(config.recorded(store.config(), store.environment(), store.folder), data, model)
         evaluation.check_metrics(experiment.evaluation.metrics)
-        session = open(experiment, store.environment(), told.tokens, store.folder)
-        check_environment(store.environment(), session.environment)
-        session.corpus.keep(store.folder / TOKENS)
-        return _go_on(session, store, state_of(session, store), told)
+        with closing(open(experiment, store.environment(), told.tokens, store.folder)) as session:
+            check_environment(store.environment(), session.environment)
+            session.corpus.keep(store.folder / TOKENS)
+            return _go_on(session, store, state_of(session, store), told)
 
 
 def _go_on(session: Session, store: Store, state: ServerState, told: Callbacks) -> Result:

@@ -37,21 +37,23 @@ def open_session(
     first: int = 0,
     clients: Federation | None = None,
     base: Base | None = None,
+    spread: bool = False,
 ) -> Session:
     """Build the parts of ``experiment``. The engine is built on first use.
 
     ``recorded``: the environment of a resumed run, whose threads, engine and pass size apply again. ``folder``: its run folder.
     ``first``: the number of the first client. ``clients``: the clients, instead of those of the data source. ``base``: the base
-    model, if it is loaded already. Raises UserError.
+    model, if it is loaded already. ``spread``: compute on the workers that ``experiment`` asks for; without, in this process.
+    Raises UserError.
     """
-    recorded = recorded or {}
+    recorded, spread = recorded or {}, spread and experiment.engine.spreads
     if folder is not None:
         check_there(experiment, folder, data=clients is None, model=base is None)
     threads = recorded.get("threads") or experiment.engine.threads or usable_threads()
     torch.set_num_threads(threads)
     share_heap()
     federation = clients or make_federation(experiment.data, experiment.split, experiment.seed)
-    base = base or _base(experiment, recorded)
+    base = base or _base(experiment, recorded, spread)
     adapter: Adapter = experiment.adapter.on(base, experiment.seed)
     encoder = _encoder(experiment, base, adapter, recorded)
     experiment = experiment.model_copy(update={"prompt": replace(experiment.prompt, date=encoder.wording.date)})
@@ -66,18 +68,18 @@ def open_session(
             adapter.in_pass.dropout,
         )
     surroundings = environment_of(experiment, base, federation, threads, plan.shares_prefix, truncated, encoder)
-    return Session(experiment, base, federation, corpus, adapter, plan, surroundings)
+    return Session(experiment, base, federation, corpus, adapter, plan, surroundings, spread=spread)
 
 
-def _base(experiment: Experiment, recorded: Mapping[str, Any]) -> Base:
-    """Load the base model by its name. For a run that was started on a model in memory, the weights are hashed by their
+def _base(experiment: Experiment, recorded: Mapping[str, Any], spread: bool) -> Base:
+    """Load the base model by its name; into the memory of the CPU with ``spread``, where workers compute. For a run that was started on a model in memory, the weights are hashed by their
     tensors."""
     section = experiment.model
     began = recorded.get("model", {}).get("source")
     if began == "memory" and section.name == "memory":
         raise UserError("model: the run was started with a model in memory; pass it again as model=(model, tokenizer)")
     base = load(
-        section.name, section.source, section.dtype, section.device, section.trust_remote_code, section.quantization,
+        section.name, section.source, section.dtype, "cpu" if spread else section.device, section.trust_remote_code, section.quantization,
         section.revision,
     )  # fmt: skip
     return base.as_in_memory() if began == "memory" else base
