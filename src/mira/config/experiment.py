@@ -255,7 +255,7 @@ class Experiment(BaseModel):
                 f"engine.prefix=on: a shared prefix is computed once, but adapter.dropout={dropout:g} "
                 "differs from sequence to sequence; set engine.prefix=off or adapter.dropout=0"
             )
-        placement.check(self.engine, self.model)
+        placement.check(self.engine.devices or (), self.engine.workers, self.engine.ray, self.model.device)
         if self.model.quantization != "none" and self.model.dtype == "float64":
             raise UserError(
                 f"model.quantization={self.model.quantization}: not available with model.dtype=float64, which is exact; "

@@ -81,7 +81,8 @@ class BatchedEngine:
         """Patch ``spec.model`` and measure the budget. ``tokens_per_pass``: the budget; None: as many tokens as memory allows.
 
         ``prefix``: compute the tokens that all sequences of a client begin with once per pass. ``longest``: tokens of the run's
-        longest sequence. ``cuda_graphs``: capture passes on a GPU. ``sharing``: engines that share the free memory. Raises CannotPackError where the model cannot be packed.
+        longest sequence. ``cuda_graphs``: capture passes on a GPU.
+        ``sharing``: engines that share the free memory. Raises CannotPackError where the model cannot be packed.
         """
         adapted = AdaptedModel.of(spec.model, spec.layout, spec.dropout, prefix, longest)
         fallback = None if adapted.patched.decodes else ReferenceEngine.of(replace(spec, checkpointing=False))

@@ -49,10 +49,10 @@ class Objects:
         progress: Callable[[int], None] = lambda tokens: None,
         folder: Path | None = None,
         clients: Federation | None = None,
-        spread: bool = False,
+        to_run: bool = False,
     ) -> Session:
         """Open the session of ``experiment`` on these objects. ``clients``: the clients recorded by a run, if no examples are
-        needed. ``spread``: on the workers that the configuration asks for. Raises UserError."""
+        needed. ``to_run``: see ``open_session``. Raises UserError."""
         if recorded is None and experiment.privacy is not None:
             raise UserError(
                 "privacy: sites add the noise (mira server), and one process has no sites; leave privacy out"
@@ -60,7 +60,7 @@ class Objects:
         if self.clients is not None:
             clients = make_federation(Given(self.clients), experiment.split, experiment.seed)
         return open_session(
-            experiment, recorded, progress, folder, clients=clients, base=self.base and fresh(self.base), spread=spread
+            experiment, recorded, progress, folder, clients=clients, base=self.base and fresh(self.base), to_run=to_run
         )
 
     def open_to_run(
@@ -72,4 +72,4 @@ class Objects:
     ) -> Session:
         """Open the session of a run that begins or is resumed: on the workers that the configuration asks for. A run that is only
         read needs none."""
-        return self.open(experiment, recorded, progress, folder, spread=True)
+        return self.open(experiment, recorded, progress, folder, to_run=True)

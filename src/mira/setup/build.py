@@ -21,10 +21,11 @@ from mira.data.prompt_check import prove as prove_prompts
 from mira.data.text import Encoder
 from mira.engine.generate import positions
 from mira.engine.memory import share_heap
-from mira.model import Base, load
+from mira.model import Base, Device, load
 from mira.setup.engine import EnginePlan
 from mira.setup.environment import environment_of
 from mira.setup.session import TOKENS, Session
+from mira.setup.spread import check_gpus
 
 log = logging.getLogger(__name__)
 
@@ -37,23 +38,24 @@ def open_session(
     first: int = 0,
     clients: Federation | None = None,
     base: Base | None = None,
-    spread: bool = False,
+    to_run: bool = False,
 ) -> Session:
     """Build the parts of ``experiment``. The engine is built on first use.
 
     ``recorded``: the environment of a resumed run, whose threads, engine and pass size apply again. ``folder``: its run folder.
     ``first``: the number of the first client. ``clients``: the clients, instead of those of the data source. ``base``: the base
-    model, if it is loaded already. ``spread``: compute on the workers that ``experiment`` asks for; without, in this process.
+    model, if it is loaded already. ``to_run``: for a run that begins or goes on, which computes on its devices and workers.
     Raises UserError.
     """
-    recorded, spread = recorded or {}, spread and experiment.engine.spreads
+    recorded, device = recorded or {}, _device(experiment) if to_run else experiment.model.device
+    spread = to_run and experiment.engine.spreads
     if folder is not None:
         check_there(experiment, folder, data=clients is None, model=base is None)
     threads = recorded.get("threads") or experiment.engine.threads or usable_threads()
     torch.set_num_threads(threads)
     share_heap()
     federation = clients or make_federation(experiment.data, experiment.split, experiment.seed)
-    base = base or _base(experiment, recorded, spread)
+    base = base or _base(experiment, recorded, device)
     adapter: Adapter = experiment.adapter.on(base, experiment.seed)
     encoder = _encoder(experiment, base, adapter, recorded)
     experiment = experiment.model_copy(update={"prompt": replace(experiment.prompt, date=encoder.wording.date)})
@@ -71,16 +73,31 @@ def open_session(
     return Session(experiment, base, federation, corpus, adapter, plan, surroundings, spread=spread)
 
 
-def _base(experiment: Experiment, recorded: Mapping[str, Any], spread: bool) -> Base:
-    """Load the base model by its name; into the memory of the CPU with ``spread``, where workers compute. For a run that was started on a model in memory, the weights are hashed by their
+def _device(experiment: Experiment) -> Device:
+    """The device of the base in this process. Side effect: a single GPU out of several becomes the current one. Raises UserError
+    where it is absent."""
+    section = experiment.engine
+    if section.spreads:  # a quantised base needs a GPU to be loaded
+        return "cpu" if experiment.model.quantization == "none" else experiment.model.device
+    if not section.devices:
+        return experiment.model.device
+    [device] = section.devices
+    if device == "cpu":
+        return "cpu"
+    check_gpus(section.devices)
+    torch.cuda.set_device(device)
+    return "cuda"
+
+
+def _base(experiment: Experiment, recorded: Mapping[str, Any], device: Device) -> Base:
+    """Load the base model by its name. For a run that was started on a model in memory, the weights are hashed by their
     tensors."""
     section = experiment.model
     began = recorded.get("model", {}).get("source")
     if began == "memory" and section.name == "memory":
         raise UserError("model: the run was started with a model in memory; pass it again as model=(model, tokenizer)")
     base = load(
-        section.name, section.source, section.dtype, "cpu" if spread else section.device, section.trust_remote_code, section.quantization,
-        section.revision,
+        section.name, section.source, section.dtype, device, section.trust_remote_code, section.quantization, section.revision,
     )  # fmt: skip
     return base.as_in_memory() if began == "memory" else base
 

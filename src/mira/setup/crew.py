@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mira.core.errors import UserError
 from mira.core.ray import Connection
 from mira.engine.spread import Call, Reply
-from mira.setup.worker import About, Parts, Worker
+from mira.setup.worker import About, Worker
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +119,9 @@ class RayCrew:
 
         worker, self.number = self.number, self.number + 1
         chosen = self.places[place]
-        made = ray.remote(concurrency_groups={"looks": 1})(Worker).options(**chosen.needs)
-        self.actors[worker], self.place[worker] = made.remote(self.parts, chosen.gpu), place
+        made: Any = ray.remote(Worker)
+        actor = made.options(concurrency_groups={"looks": 1}, **chosen.needs).remote(self.parts, chosen.gpu)
+        self.actors[worker], self.place[worker] = actor, place
         self._build(worker)
 
     def _build(self, worker: int) -> None:

@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class EnginePlan:
     """The parts of an engine that is not built yet. ``taken_over``: the environment of a resumed run, whose engine and pass size
-    apply again. ``progress``: called with the number of computed tokens. ``sharing``: engines that share this machine's memory."""
+    apply again. ``progress``: called with the number of computed tokens. ``sharing``: engines in
+    the memory of one device."""
 
     experiment: Experiment
     base: Base

@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from mira.config import Experiment
 from mira.core.errors import UserError
 from mira.core.ray import AUTO, connect
@@ -46,9 +48,20 @@ def spread_out(plan: EnginePlan) -> SpreadEngine:
     return SpreadEngine(crew, plan.corpus, about.recorded)
 
 
+def check_gpus(devices: Sequence[str]) -> None:
+    """Raise UserError if a GPU of engine.devices is absent."""
+    there = torch.cuda.device_count()
+    for device in devices:
+        if device != "cpu" and int(device.partition(":")[2]) >= there:
+            seen = f"torch sees {there} here, cuda:0 to cuda:{there - 1}" if there else "torch sees no GPU here"
+            raise UserError(f"engine.devices: there is no {device}; {seen}{'' if there else ', use cpu'}")
+
+
 def _on_devices(devices: Sequence[str]) -> list[Place]:
     """One place on this machine for each device. Ray reserves nothing: the user has chosen."""
     import ray
+
+    check_gpus(devices)
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -64,7 +77,8 @@ def _on_cluster(experiment: Experiment, recorded: int | None) -> tuple[list[Plac
     import ray
 
     wanted = experiment.engine.workers or 1
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    listed: Any = ray.nodes
+    nodes = [node["Resources"] for node in listed() if node["Alive"]]
     gpu = experiment.model.device == "cuda" or (
         experiment.model.device == "auto" and any(node.get("GPU", 0) >= 1 for node in nodes)
     )
