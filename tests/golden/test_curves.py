@@ -85,7 +85,7 @@ def curves(name: str) -> Curves:
         ),  # type: ignore[arg-type]
         tokens_per_pass=300,
     )
-    setting = Setting(layout, start_row(layout, 0).double(), len(NAMES), Groups(FAMILY), training.lr, 3)
+    setting = Setting(layout, start_row(layout, 0).double(), len(NAMES), Groups(FAMILY), training.lr, 3, rounds=ROUNDS)
     state = method.init(setting)
 
     def look(state: ServerState, record: Record) -> Record:

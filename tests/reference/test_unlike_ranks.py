@@ -104,7 +104,7 @@ def test_a_round_in_which_nobody_learns_changes_nothing(name: str, cohort: list[
     own = RANKS.to_client_scale(row.expand(K, -1), EVERYONE)
     begun = state_of(method, row[None], row)
     kept = len(method.init(Setting(LAYOUT, row, K, Edges.dense(GRAPH), 0.1, 3)).rows)
-    rows = {1: row[None], K: own, K + 1: torch.cat([row[None], own])}[kept]
+    rows = {1: row[None], K: own, K + 1: torch.cat([row[None], own]), 2 * K: torch.cat([own, own])}[kept]
     state = replace(begun, rows=MemoryRows(row, len(rows), dict(enumerate(rows))))
     for _ in range(3):
         work = method.broadcast(state, torch.tensor(cohort))

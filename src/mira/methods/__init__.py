@@ -2,6 +2,8 @@
 
 from mira.core.registry import Registry
 from mira.methods.ditto import Ditto
+from mira.methods.fedamp import FedAMP
+from mira.methods.fedavg_ft import FedAvgFT
 from mira.methods.fedit import FedIT
 from mira.methods.fedprox import FedProx
 from mira.methods.fedsa_lora import FedSALoRA
@@ -10,6 +12,7 @@ from mira.methods.flexlora import FlexLoRA
 from mira.methods.local import Local
 from mira.methods.mira import Mira
 from mira.methods.mr_mtl import MRMTL
+from mira.methods.pfedgraph import PFedGraph
 from mira.methods.pfedme import PFedMe
 from mira.methods.server_optimizers import FedAdam, FedAvgM
 
@@ -23,10 +26,13 @@ METHODS = Registry(
         "mira": Mira,
         "local": Local,
         "fedit": FedIT,
+        "fedavg-ft": FedAvgFT,
         "fedprox": FedProx,
         "ditto": Ditto,
         "mr-mtl": MRMTL,
         "pfedme": PFedMe,
+        "pfedgraph": PFedGraph,
+        "fedamp": FedAMP,
         "ffa-lora": FFALoRA,
         "fedsa-lora": FedSALoRA,
         "flexlora": FlexLoRA,
