@@ -25,10 +25,11 @@ VARIANTS: dict[str, Any] = {name: METHODS[name]() for name in METHODS} | {
     "fedadam": METHODS["fedadam"](lr=0.01),
 }
 ROW_OF_EACH = [name for name in VARIANTS if name.startswith("mira") or name == "local"]  # row k is client k's
-COHORT_MIXED = ["pfedgraph"]  # row k is client k's, made of the rows of the cohort
+COHORT_MIXED = ["pfedgraph", "cfl"]  # row k is client k's, made of the rows of the cohort
 BESIDE_ONE = ["ditto", "mr-mtl", "pfedme", "fedsa-lora", "fedavg-ft"]  # row 0 is that of all, row k + 1 client k's
 TWO_OF_EACH = ["fedamp"]  # row k is client k's, row K + k the one it is pulled to
 ONE_ROW = [name for name in VARIANTS if name not in ROW_OF_EACH + COHORT_MIXED + BESIDE_ONE + TWO_OF_EACH]
+ONE_RANK = ["fedsvd"]  # refuse clients of unlike ranks
 
 
 def used_by(method: Method, known: Graph) -> Graph:

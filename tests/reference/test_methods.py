@@ -77,6 +77,31 @@ def test_ffa_lora() -> None:
     same(B.view(after), np.einsum("k,koi->oi", weights(done), B.view(done.rows).numpy()))
 
 
+def test_rolora() -> None:
+    """B in odd rounds, A in even ones, each with the other frozen."""
+    state = start_of(method := METHODS["rolora"]())
+    for seed, (moves, stays) in enumerate([(B, A), (A, B), (B, A)]):
+        before = all_rows(state)[0]
+        state, done = one_round(method, state, seed)
+        after = all_rows(state)[0]
+        assert torch.equal(stays.view(after), stays.view(before))
+        same(moves.view(after), np.einsum("k,kxy->xy", weights(done), moves.view(done.rows).numpy()))
+
+
+def test_fedsvd() -> None:
+    """The product is the average one; A has orthonormal rows, the columns of B are orthogonal and fall in length."""
+    state = start_of(method := METHODS["fedsvd"]())
+    for seed in range(3):
+        old = all_rows(state)[0]
+        state, done = one_round(method, state, seed)
+        row = all_rows(state)[0]
+        mean_b = np.einsum("k,koi->oi", weights(done), B.view(done.rows).numpy())
+        same(B.view(row) @ A.view(row), mean_b @ A.view(old).numpy())
+        same(A.view(row) @ A.view(row).T, np.eye(2))
+        s = np.linalg.svd(mean_b @ A.view(old).numpy(), compute_uv=False)
+        same(B.view(row).T @ B.view(row), np.diag(s[:2] ** 2))
+
+
 def test_fedsa_lora() -> None:
     state = start_of(method := METHODS["fedsa-lora"]())
     b = B.view(all_rows(state)[1:]).numpy().copy()
@@ -233,7 +258,7 @@ def test_a_product_that_is_zero_stays_zero_and_finite() -> None:
     assert not bool(new_b.any())
 
 
-@pytest.mark.parametrize("name", ["ffa-lora", "fedsa-lora", "flexlora"])
+@pytest.mark.parametrize("name", ["ffa-lora", "fedsa-lora", "flexlora", "rolora", "fedsvd"])
 def test_methods_of_factors_refuse_other_adapters(name: str) -> None:
     prompt = replace(LAYOUT, entries=(replace(LAYOUT.entries[0], factor="prompt"),))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=rf"method.name={name}: .* 'prompt'; set adapter.kind=lora"):

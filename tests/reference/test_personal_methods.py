@@ -10,9 +10,11 @@ import torch
 
 from helpers.quadratic_rounds import COHORT, EXACT, K, descent, go, one_round, same, start_of
 from mira.core.errors import UserError
+from mira.core.loop import apply
 from mira.methods import METHODS
+from mira.methods.clusters import best_cut, cuts, silhouette
 from mira.methods.pfedgraph import onto_simplex
-from mira.testing.quadratic import all_rows
+from mira.testing.quadratic import QuadraticClients, all_rows
 
 P = np.array([31.0, 10, 38]) / 79  # the cohort's shares of the examples
 WHO = COHORT.tolist()
@@ -117,3 +119,75 @@ def test_fedamp_without_a_pull_is_local_and_without_others_is_pulled_to_itself()
     assert torch.equal(all_rows(go(METHODS["fedamp"](lam=0.0), 6))[:K], all_rows(go(METHODS["local"](), 6)))
     state = go(METHODS["fedamp"](others=0.0), 6)
     assert torch.equal(all_rows(state)[:K], all_rows(state)[K:])
+
+
+# Clustered FedAvg.
+
+
+def by_hand(distance: Any) -> list[list[set[int]]]:
+    """Average linkage by its definition: the clusters after each merge, from n to 1."""
+    clusters = [{n} for n in range(len(distance))]
+    steps = [clusters]
+    while len(clusters) > 1:
+        gaps = {
+            (i, j): np.mean([distance[a][b] for a in clusters[i] for b in clusters[j]])
+            for i in range(len(clusters)) for j in range(i)
+        }  # fmt: skip
+        i, j = min(gaps, key=lambda pair: float(gaps[pair]))
+        clusters = [c for n, c in enumerate(clusters) if n not in (i, j)] + [clusters[i] | clusters[j]]
+        steps.append(clusters)
+    return steps
+
+
+def silhouette_by_hand(distance: Any, clusters: list[set[int]]) -> float:
+    scores = []
+    for mine in clusters:
+        for n in mine:
+            if len(mine) == 1:
+                scores.append(0.0)
+                continue
+            a = np.mean([distance[n][m] for m in mine - {n}])
+            b = min(np.mean([distance[n][m] for m in other]) for other in clusters if other is not mine)
+            scores.append(float((b - a) / max(a, b)))
+    return float(np.mean(scores))
+
+
+def test_clusters_and_silhouettes_are_those_of_their_definitions() -> None:
+    points = np.random.default_rng(3).normal(size=(8, 3))
+    distance = np.linalg.norm(points[:, None] - points, axis=2)
+    tree, steps = cuts(torch.from_numpy(distance)), by_hand(distance)
+    scores = {}
+    for clusters in steps:
+        label = tree[len(clusters) - 1].tolist()
+        assert {frozenset(c) for c in clusters} == {
+            frozenset(n for n in range(8) if label[n] == one) for one in set(label)
+        }
+        if 1 < len(clusters) < 8:
+            scores[len(clusters)] = silhouette_by_hand(distance, clusters)
+            assert silhouette(torch.from_numpy(distance), torch.tensor(label)) == pytest.approx(
+                scores[len(clusters)], abs=1e-12
+            )
+    assert best_cut(torch.from_numpy(distance), tree, 1, 0.0) == max(scores, key=lambda c: scores[c])
+    assert best_cut(torch.from_numpy(distance), tree, 3, 1.0) == 3
+
+
+def test_cfl_is_fedavg_within_the_clusters_of_clients_that_move_alike() -> None:
+    """Clients 0, 1 and 2, 3, 4 of equal targets: two clusters, each with FedAvg's row of its own clients."""
+    toy = QuadraticClients.draw(K)
+    family = torch.tensor([0, 0, 2, 2, 2])
+    alike = QuadraticClients(toy.target[family], toy.curvature[family])
+    state = start_of(method := METHODS["cfl"]())
+    for round in range(2):
+        done = alike.train(method.broadcast(state, EVERYONE), round, 0.1)
+        change = method.aggregate(state, done)
+        state = apply(state, change)
+        assert change.notes == {"clusters": 2}
+        for members in ([0, 1], [2, 3, 4]):
+            n = done.examples[members].numpy()
+            mean = (n / n.sum()) @ done.rows[members].numpy()
+            same(all_rows(state)[members], np.stack(len(members) * [mean]))
+
+
+def test_cfl_of_one_cluster_is_fedavg() -> None:
+    together = all_rows(go(METHODS["cfl"](silhouette=1.0), 6, share=1.0))
+    torch.testing.assert_close(together, all_rows(go(METHODS["fedit"](), 6, share=1.0)).expand(K, -1), **EXACT)
