@@ -15,9 +15,9 @@ from helpers.method_variants import (
     COHORT_MIXED,
     ROW_OF_EACH,
     TWO_OF_EACH,
-    VARIANTS,
     used_by,
 )
+from helpers.method_variants import WHOLE as VARIANTS
 from mira.core.graph import Graph, Groups
 from mira.core.loop import apply, describe, screen
 from mira.core.seeds import generator

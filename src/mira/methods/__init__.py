@@ -3,8 +3,10 @@
 from mira.core.registry import Registry
 from mira.methods.cfl import CFL
 from mira.methods.ditto import Ditto
+from mira.methods.fedalt import FedALT
 from mira.methods.fedamp import FedAMP
 from mira.methods.fedavg_ft import FedAvgFT
+from mira.methods.feddpa import FedDPA
 from mira.methods.fedit import FedIT
 from mira.methods.fedprox import FedProx
 from mira.methods.fedsa_lora import FedSALoRA
@@ -41,6 +43,8 @@ METHODS = Registry(
         "rolora": RoLoRA,
         "fedsvd": FedSVD,
         "fedsa-lora": FedSALoRA,
+        "fedalt": FedALT,
+        "feddpa": FedDPA,
         "flexlora": FlexLoRA,
         "fedavgm": FedAvgM,
         "fedadam": FedAdam,
