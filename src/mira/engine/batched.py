@@ -266,9 +266,10 @@ def _recomputing(spec: EngineSpec, adapted: AdaptedModel) -> AbstractContextMana
 def _measured_budget(spec: EngineSpec, adapted: AdaptedModel, captured: bool) -> int:
     """As many tokens as memory allows, by the bytes that a training pass keeps of each token."""
     device, dtype, threads = spec.model.device, spec.model.dtype, torch.get_num_threads()
+    held = spec.model.get_memory_footprint()
     if not spec.layout.entries:  # the base alone has no backward pass to measure
         each = FORWARD_FACTOR * max(1.0, cache_bytes_per_token(adapted.body))
-        return tokens_per_pass(device, dtype, each, threads)
+        return tokens_per_pass(device, dtype, each, threads, held=held)
     rows = adapted.rows(torch.zeros(1, spec.layout.size))
 
     def train(tokens: int) -> None:
@@ -280,4 +281,4 @@ def _measured_budget(spec: EngineSpec, adapted: AdaptedModel, captured: bool) ->
 
     frozen = (*spec.model.parameters(), *spec.model.buffers(), rows)
     each = bytes_per_token({tensor.untyped_storage().data_ptr() for tensor in frozen}, train)
-    return tokens_per_pass(device, dtype, each, threads, captured)
+    return tokens_per_pass(device, dtype, each, threads, captured, held)

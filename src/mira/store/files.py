@@ -18,6 +18,7 @@ from torch import Tensor
 from mira.core.errors import UserError
 
 TESTED = "test.json"  # test measurements of a comparison's run, written once its grid point was chosen
+WHERE = "where.json"  # machines that a comparison's run was computed on, in order
 LOCK = ".lock"
 
 

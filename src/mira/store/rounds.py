@@ -8,10 +8,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mira.store import files, manifests
 from mira.store.history import KINDS, RoundRecord
 
+_RECORD = re.compile(r"[0-9]{6,}\.json")
 _OURS = re.compile(r"[0-9]{6,}\.r[0-9]{6,}\.safetensors|\..*\.tmp")
 
 
@@ -29,11 +31,18 @@ class Rounds:
         """The version of row, optimiser state or extra tensors ``key`` that ``round`` wrote."""
         return self.folder / kind / f"{key:06d}.r{round:06d}.safetensors"
 
+    def committed(self) -> list[int]:
+        """The rounds that have a record, in order."""
+        names = os.listdir(self.folder / "rounds")
+        return sorted(int(name[:-5]) for name in names if _RECORD.fullmatch(name))
+
+    def metrics(self, round: int) -> dict[str, Any]:
+        """The metrics of a committed round. Raises UserError where its record is missing or damaged."""
+        return manifests.parse(RoundRecord, self.record(round)).metrics
+
     def records(self) -> Iterator[RoundRecord]:
         """All records, read in order. Raises UserError where one is missing or damaged."""
-        names = os.listdir(self.folder / "rounds")
-        rounds = sorted(int(name[:-5]) for name in names if re.fullmatch(r"[0-9]{6,}\.json", name))
-        for expected, round in enumerate(rounds):
+        for expected, round in enumerate(self.committed()):
             if round != expected:
                 raise files.corrupt(self.record(expected), "missing")
             yield manifests.parse(RoundRecord, self.record(round))
