@@ -58,8 +58,8 @@ def _case(family: str, dtype: torch.dtype, device: torch.device) -> dict[str, An
     start = start.to(torch.promote_types(dtype, torch.float32))
     wanted = oracle.train(Work(torch.arange(2), start.double()), 0, TRAINING.lr)
     of = partial(BatchedEngine.of, tokens_per_pass=4096, longest=48)
-    ours = of(_spec(family, _model(family, dtype).to(device)))
-    loop = ReferenceEngine.of(_spec(family, _model(family, dtype).to(device)))
+    ours = of(_spec(family, _on(device, family, dtype)))
+    loop = ReferenceEngine.of(_spec(family, _on(device, family, dtype)))
     found, plain = (engine.train(Work(torch.arange(2), start), 0, TRAINING.lr) for engine in (ours, loop))
     errors = [_error(each.rows, wanted.rows, start) for each in (found, plain)]
     least = ALLOWED[torch.float32 if dtype == torch.float64 and family in SINGLE else dtype]
@@ -87,6 +87,12 @@ def _spec(family: str, model: PreTrainedModel) -> EngineSpec:
 def _model(family: str, dtype: torch.dtype) -> PreTrainedModel:
     model: PreTrainedModel = import_module("helpers.model_families").build(_family(family), dtype)
     return _in_double(family, model) if dtype == torch.float64 else model
+
+
+def _on(device: torch.device, family: str, dtype: torch.dtype) -> PreTrainedModel:
+    model = _model(family, dtype)
+    model.to(device=device)  # type: ignore[call-arg]
+    return model
 
 
 def _in_double(family: str, model: PreTrainedModel) -> PreTrainedModel:

@@ -86,8 +86,8 @@ def look(parts: Sequence[Part], options: Options, out: Path, seconds: float) -> 
     """
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + seconds
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, _interrupt)
     records: dict[str, Record] = {}
     status = 1
     try:
@@ -162,7 +162,7 @@ def _run(context: BaseContext, part: Part, options: Options, file: Path, limit: 
         finally:
             _stop(process)
         text = output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
-    record = json.loads(file.read_text(encoding="utf-8")) | {
+    record: Record = json.loads(file.read_text(encoding="utf-8")) | {
         "status": ended, "seconds": round(time.monotonic() - began, 1), "limit": round(limit, 1), "output": text[-_TAIL:],
     }  # fmt: skip
     write(file, record)
