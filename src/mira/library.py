@@ -45,21 +45,22 @@ def run(
     chosen = {"method": method, "graph": graph, "adapter": adapter}
     objects = Objects.of(model, data, _name(config))
     experiment = _experiment(config, chosen, objects)
-    result = runner.run(experiment, out, callbacks, objects.open)
+    result = runner.run(experiment, out, callbacks, objects.open_to_run)
     return Run(Path(result["run"]), objects=objects, callbacks=callbacks)
 
 
 def resume(
     folder: Path | str, callbacks: Sequence[Callback] = (), *, model: Loaded | str | None = None,
-    data: Data | Path | str | None = None,
+    data: Data | Path | str | None = None, engine: Mapping[str, Any] | None = None,
 ) -> Run:  # fmt: skip
     """Resume the run in ``folder`` after its last committed round, and return it finished.
 
     The result is bit-identical to that of an uninterrupted run. ``model``, ``data``: the objects that the run was started with,
-    or the new place of either if it was moved. Raises UserError.
+    or the new place of either if it was moved. ``engine``: other ``devices``, ``workers`` or ``ray`` (docs/devices.md), with
+    which the numbers are the same up to rounding. Raises UserError.
     """
     found = open_run(folder, model=model, data=data)
-    result = runner.resume(found.folder, callbacks, found.objects.open, found.data, found.model)
+    result = runner.resume(found.folder, callbacks, found.objects.open_to_run, found.data, found.model, engine)
     return Run(Path(result["run"]), found.data, found.model, found.objects, callbacks)
 
 

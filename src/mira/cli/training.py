@@ -39,8 +39,8 @@ def run(
             _only_to_resume(data, model)
             result = runner.run(configuration(target, overrides or []), out, [progress])
         else:
-            folder, data, model = to_resume(target, overrides or [], out, data, model)
-            result = runner.resume(folder, [progress], data=data, model=model)
+            folder, data, model, placement = to_resume(target, overrides or [], out, data, model)
+            result = runner.resume(folder, [progress], data=data, model=model, placement=placement)
     except KeyboardInterrupt:
         progress.close()
         err_console.print(f"interrupted; {progress.advice}")
