@@ -21,7 +21,6 @@ from mira.comparison.work import outcome_of
 from mira.comparison.workers import Outcome, Task
 from mira.core.errors import UserError
 
-_CLEANING = 1.0  # seconds
 _LOST = "its worker process died (killed, or out of memory)"
 
 
@@ -81,7 +80,8 @@ def check_main() -> None:
 
 def _new_pool() -> ProcessPool:
     # Spawned, not forked: a fork of a process with threads may hang.
-    return ProcessPool(1, initializer=_begin, context=multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    return ProcessPool(1, initializer=_begin, initargs=(multiprocessing.get_start_method(),), context=context)
 
 
 def _end(pools: Sequence[ProcessPool]) -> None:
@@ -101,8 +101,14 @@ def _no_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin() -> None:
-    """Prepare a worker process: it ends when the process of the comparison is gone."""
+def _begin(method: str) -> None:
+    """Prepare a worker process: it ends at once when it is told to, and when the process of the comparison is gone.
+
+    ``method``: the start method of that process. Libraries that make locks then make the same ones as in a serial comparison;
+    under "fork" none is left behind by a process that is killed.
+    """
+    multiprocessing.set_start_method(method, force=True)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -110,8 +116,6 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait_for([parent.sentinel])
-    os.kill(os.getpid(), signal.SIGTERM)  # the main thread cleans up, unless it computes for longer than that
-    time.sleep(_CLEANING)
     os._exit(1)
 
 
