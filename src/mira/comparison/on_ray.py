@@ -77,9 +77,8 @@ class RayWorkers:
         self._workers: list[_Worker] = []
         self._waited: dict[Any, _Worker] = {}  # by the reference of the answer that is due
         self._ended: list[Outcome] = []
-        self._mark = self._out / f".ray-{secrets.token_hex(16)}"
         self._check_fits()
-        self._mark.touch()
+        self._mark = left_mark(self._out)
 
     @property
     def free(self) -> int:
@@ -221,6 +220,13 @@ class RayWorkers:
                 f"resources: no node of the Ray cluster has what a run needs ({self._needs}; nodes: {found}); lower resources or"
                 " engine.threads, or add such a node"
             )
+
+
+def left_mark(out: Path) -> Path:
+    """A new file in ``out`` with a name that nobody else can know: a worker that finds it sees the same folder."""
+    mark = out / f".ray-{secrets.token_hex(16)}"
+    mark.touch()
+    return mark
 
 
 def workers_on(address: str, plan: Plan, out: Path, threads: int) -> RayWorkers:

@@ -43,9 +43,8 @@ def compare(
 
     The tables are written as entries are complete, to ``out`` and, except for LaTeX, to ``results``. ``workers``: runs at a time;
     1: in this process; "auto": as many as cores and memory allow. ``unlike``: runs may be of unlike machines. ``ray``: "auto" or
-    the address of a Ray cluster to run on. ``console``: that of ``say``, for the live view. Raises UserError where a run there
-    was started with another configuration or on other data, where another process works there, or where no entry could be
-    completed.
+    the address of a Ray cluster to run on. ``console``: that of ``say``, for the live view. Raises UserError where a run of
+    another configuration or on other data lies there, where another process works there, or where no entry could be completed.
     """
     check_main()
     with alone_in(out):
