@@ -165,7 +165,7 @@ class Loop:
     def _add(self, name: str) -> None:
         chosen, schedule = self._schedule.chosen(name), self._schedule
         if chosen is None:
-            self._lost_entries.append(failed_entry(name))
+            self._lost_entries.append(failed_entry(name, schedule.failures))
             tests = len(self.plan.comparison.seeds)
             self.watcher.dropped(tests - len(self.plan.tune_seeds), tests)
             log.warning("entries.%s: %s", name, self._lost_entries[-1]["reason"])

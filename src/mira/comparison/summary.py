@@ -52,9 +52,11 @@ def failed_task(failure: Failure) -> dict[str, Any]:
     return {"entry": job.entry, "point": shown(job.point), "seed": job.seed, "reason": failure.reason}
 
 
-def failed_entry(name: str) -> dict[str, Any]:
-    """A line of ``failed`` in compare.json about an entry without a point."""
+def failed_entry(name: str, failures: Sequence[Failure]) -> dict[str, Any]:
+    """A line of ``failed`` in compare.json about an entry without a point. ``failures``: those of the comparison."""
     reason = "no finite validation loss at any point of the grid; try smaller learning rates"
+    if any(failure.job.entry == name for failure in failures):
+        reason = "no point of the grid is left: its runs failed or have no finite validation loss"
     return {"entry": name, "point": None, "seed": None, "reason": reason}
 
 
