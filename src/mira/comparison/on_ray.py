@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _POLL = 1.0  # seconds that a worker waits for news before it answers that there are none
 _ANSWER = 30.0  # seconds for which an idle worker may be silent before it is replaced
+_OUT_OF_MEMORY = ("NODE_OUT_OF_MEMORY", "low on memory", "due to memory pressure")
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -258,6 +259,7 @@ def _nodes(ray: Any) -> list[dict[str, float]]:
 def _reason(worker: _Worker, error: Exception) -> str:
     """The reason of a worker's death in one line."""
     place = "its worker" if worker.arrival is None else f"its worker on {worker.arrival.host}"
-    text = " ".join(str(error).split())
-    cause = "out of memory" if "memory" in text.lower() and "OOM" in text else "killed, or its node is gone"
+    # Of a process that was killed Ray tells in many words that it might have been for memory; so the words of its own guard.
+    guard = type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _OUT_OF_MEMORY)
+    cause = "its node ran out of memory" if guard else "killed, or its node is gone"
     return f"{place} died ({cause})"
