@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,10 +16,12 @@ from rich.console import Console
 
 from helpers.generated_runs import write_run
 from mira import config
+from mira.comparison import live
 from mira.comparison.live import Live, drawn, elsewhere, look
 from mira.comparison.plan import Comparison, Job, Plan
 from mira.comparison.progress import Going, Seen, State, estimate, fraction, headline, seconds_left, spread
 from mira.comparison.workers import Outcome, Task
+from mira.core.errors import UserError
 from mira.core.machine import Share, host
 from mira.store import Store
 
@@ -126,8 +129,8 @@ def test_a_host_that_cannot_be_read_is_left_out(text: str, tmp_path: Path) -> No
 @pytest.fixture
 def view(tmp_path: Path) -> Iterator[tuple[Live, list[str], Path]]:
     lines: list[str] = []
-    with Live(plan(4), tmp_path, lines.append, clock=lambda: 0.0) as live:
-        yield live, lines, tmp_path
+    with Live(plan(4), tmp_path, lines.append, clock=lambda: 0.0) as shown:
+        yield shown, lines, tmp_path
 
 
 def kept(folder: Path) -> dict[str, object]:
@@ -136,22 +139,22 @@ def kept(folder: Path) -> dict[str, object]:
 
 
 def test_plain_lines(view: tuple[Live, list[str], Path]) -> None:
-    live, lines, folder = view
+    shown, lines, folder = view
     where = {"host": "here"}
-    live.found(job(0), 1.5, 30.0)
-    live.started(task(1))
-    live.started(task(2))
+    shown.found(job(0), 1.5, 30.0)
+    shown.started(task(1))
+    shown.started(task(2))
     assert kept(folder)["under_way"] == [
         {"run": "runs/local/only/seed-1", "task": "run"},
         {"run": "runs/local/only/seed-2", "task": "run"},
     ]
-    live.ended(Outcome(task(1), where, 30.0), 1.25)
-    live.ended(Outcome(task(2), where, 5.0, "killed", lost=True), None, again=True)
-    live.started(task(2))
-    live.ended(Outcome(task(2), where, 5.0, "killed", lost=True), None)
-    live.started(task(0, "test"))
-    live.ended(Outcome(task(0, "test"), where, 4.0), None)
-    live.dropped(1, 2)
+    shown.ended(Outcome(task(1), where, 30.0), 1.25)
+    shown.ended(Outcome(task(2), where, 5.0, "killed", lost=True), None, again=True)
+    shown.started(task(2))
+    shown.ended(Outcome(task(2), where, 5.0, "killed", lost=True), None)
+    shown.started(task(0, "test"))
+    shown.ended(Outcome(task(0, "test"), where, 4.0), None)
+    shown.dropped(1, 2)
     assert lines == [
         "run 1 of 4 · Local · training.lr=0.1 · seed 0 · validation 1.5000 · finished before",
         "started · Local · training.lr=0.1 · seed 1",
@@ -171,13 +174,24 @@ def test_plain_lines(view: tuple[Live, list[str], Path]) -> None:
 
 def test_the_file_names_nothing_under_way_after_an_interrupt(tmp_path: Path) -> None:
     def interrupted() -> None:
-        with Live(plan(4), tmp_path, print) as live:
-            live.started(task(1))
+        with Live(plan(4), tmp_path, print) as shown:
+            shown.started(task(1))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert kept(tmp_path)["under_way"] == []
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(live, "write", full)
+    with pytest.raises(
+        UserError, match=r"progress\.json: cannot be written .*; free some space, then repeat the command"
+    ):
+        Live(plan(4), tmp_path, print).__enter__()
 
 
 def test_the_screen() -> None:
@@ -203,11 +217,11 @@ def test_a_terminal_is_left_clean(tmp_path: Path) -> None:
     stream = StringIO()
     console = Console(file=stream, force_terminal=True, highlight=False, width=100)
     write_run(tmp_path / job(1).folder, ["ann", "bob"], ["even", "odd"], finished=False)
-    with Live(plan(4), tmp_path, console.print, console) as live:
-        live.started(task(1))
-        live.tick()
+    with Live(plan(4), tmp_path, console.print, console) as shown:
+        shown.started(task(1))
+        shown.tick()
         assert "round 2/3" in stream.getvalue()
-        live.ended(Outcome(task(1), {}, 1.0), 1.25)
+        shown.ended(Outcome(task(1), {}, 1.0), 1.25)
     assert "started" not in stream.getvalue()
     assert "run 1 of 4" in stream.getvalue()
     assert stream.getvalue().rstrip().endswith("\x1b[2K"), "the live part is erased"

@@ -34,7 +34,7 @@ from mira.comparison.workers import Outcome, Task
 from mira.core.errors import UserError
 from mira.core.escape import visible
 from mira.core.machine import host
-from mira.store.files import pack_json
+from mira.store.files import pack_json, unwritable
 from mira.store.files import replace as write
 from mira.store.folders import PROGRESS
 from mira.store.rounds import Rounds
@@ -78,7 +78,7 @@ class Live:
         if self._screen is not None:
             self._screen.stop()
         self._state = replace(self._state, going=())
-        with suppress(OSError) if error else nullcontext():  # a full disk: the error on its way says so
+        with suppress(UserError) if error else nullcontext():  # a full disk: the error on its way says so
             self._keep()
 
     def found(self, job: Job, loss: float | None, seconds: float) -> None:
@@ -110,7 +110,7 @@ class Live:
         task = outcome.task
         with self._lock:
             self.tick()
-            mine = next(each for each in self._state.going if each.task == task)
+            mine = next(each for each in self._state.going if _key(each.task) == _key(task))
             self._state = replace(self._state, going=tuple(each for each in self._state.going if each is not mine))
             if outcome.error is not None:
                 if not again:
@@ -168,7 +168,10 @@ class Live:
 
     def _keep(self) -> None:
         """Write progress.json, which ``mira runs`` reads."""
-        write(self._out / PROGRESS, pack_json(record(self._name, self._state)))
+        try:
+            write(self._out / PROGRESS, pack_json(record(self._name, self._state)))
+        except OSError as error:
+            raise unwritable(self._out / PROGRESS, error, "repeat the command") from None
 
 
 def look(folder: Path, before: Seen) -> Seen:
@@ -241,6 +244,11 @@ def trained(state: State, rounds: int, seconds: float) -> State:
     """``state`` with one more finished run, of which ``rounds`` took ``seconds``."""
     before, spent = state.pace
     return replace(state, trained=state.trained + 1, pace=(before + rounds, spent + seconds))
+
+
+def _key(task: Task) -> tuple[str, Path]:
+    """Two tasks at work differ in it. A task from another process is a copy."""
+    return task.kind, task.job.folder
 
 
 def validation(loss: float | None) -> str:

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _POLL = 1.0  # seconds that a worker waits for news before it answers that there are none
 _ANSWER = 30.0  # seconds for which an idle worker may be silent before it is replaced
+_OUT_OF_MEMORY = ("NODE_OUT_OF_MEMORY", "low on memory", "due to memory pressure")
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -77,9 +78,8 @@ class RayWorkers:
         self._workers: list[_Worker] = []
         self._waited: dict[Any, _Worker] = {}  # by the reference of the answer that is due
         self._ended: list[Outcome] = []
-        self._mark = self._out / f".ray-{secrets.token_hex(16)}"
         self._check_fits()
-        self._mark.touch()
+        self._mark = left_mark(self._out)
 
     @property
     def free(self) -> int:
@@ -223,6 +223,13 @@ class RayWorkers:
             )
 
 
+def left_mark(out: Path) -> Path:
+    """A new file in ``out`` with a name that nobody else can know: a worker that finds it sees the same folder."""
+    mark = out / f".ray-{secrets.token_hex(16)}"
+    mark.touch()
+    return mark
+
+
 def workers_on(address: str, plan: Plan, out: Path, threads: int) -> RayWorkers:
     """Workers for ``plan`` on the cluster at ``address`` (``core.ray.connect``), each with ``threads`` CPU threads. Raises
     UserError."""
@@ -252,6 +259,7 @@ def _nodes(ray: Any) -> list[dict[str, float]]:
 def _reason(worker: _Worker, error: Exception) -> str:
     """The reason of a worker's death in one line."""
     place = "its worker" if worker.arrival is None else f"its worker on {worker.arrival.host}"
-    text = " ".join(str(error).split())
-    cause = "out of memory" if "memory" in text.lower() and "OOM" in text else "killed, or its node is gone"
+    # Of a process that was killed Ray tells in many words that it might have been for memory; so the words of its own guard.
+    guard = type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _OUT_OF_MEMORY)
+    cause = "its node ran out of memory" if guard else "killed, or its node is gone"
     return f"{place} died ({cause})"

@@ -36,16 +36,14 @@ log = logging.getLogger(__name__)
 
 def compare(
     plan: Plan, out: Path, command: str, results: Path | None = None, say: Say = lambda line: None,
-    workers: int | str = 1, unlike: bool = False, ray: str | None = None,
-    console: Console | None = None,
+    workers: int | str = 1, unlike: bool = False, ray: str | None = None, console: Console | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Do the remaining runs of ``plan`` in the folder ``out``, and return its compare.json (docs/commands/compare.md).
 
     The tables are written as entries are complete, to ``out`` and, except for LaTeX, to ``results``. ``workers``: runs at a time;
     1: in this process; "auto": as many as cores and memory allow. ``unlike``: runs may be of unlike machines. ``ray``: "auto" or
-    the address of a Ray cluster to run on. ``console``: that of ``say``, for the live view. Raises UserError where a run there
-    was started with another configuration or on other data, where another process works there, or where no entry could be
-    completed.
+    the address of a Ray cluster to run on. ``console``: that of ``say``, for the live view. Raises UserError where a run of
+    another configuration or on other data lies there, where another process works there, or where no entry could be completed.
     """
     check_main()
     with alone_in(out):
