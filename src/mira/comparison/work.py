@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 import traceback
@@ -15,7 +16,7 @@ from mira.comparison.machines import Place, note, place_of
 from mira.comparison.workers import Outcome, Task
 from mira.config import Experiment
 from mira.core.errors import UserError
-from mira.core.machine import use_share
+from mira.core.machine import forget_peak_memory, use_share
 from mira.runner import run as runner
 from mira.runner.callbacks import Callback, Callbacks
 from mira.runner.measuring import measured
@@ -76,6 +77,8 @@ def do(task: Task, out: Path, callbacks: Sequence[Callback] = ()) -> None:
     folder = out / task.job.folder
     told = [*callbacks, _Noted(place_of(task.job.experiment))]
     use_share(task.share)
+    gc.collect()  # the model of the task before, which is part of circles
+    forget_peak_memory()
     try:
         if task.kind == "test":
             tested(folder)

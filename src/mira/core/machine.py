@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,12 @@ def total_memory() -> int:
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     most = _MEMORY_LIMIT.read_text().strip() if _MEMORY_LIMIT.exists() else "max"
     return min(whole, int(most)) if most.isdigit() else whole
+
+
+def forget_peak_memory() -> None:
+    """Let the peak memory of this process begin anew, where Linux allows it: that of a run is then its own."""
+    with suppress(OSError):  # without it the peak is that of all runs so far
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def available_memory() -> int:
