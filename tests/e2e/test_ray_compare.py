@@ -110,15 +110,18 @@ def test_workers_and_a_node_are_lost_without_a_shared_folder(
                 harm(self)
 
     def harm(copy: mirror.Mirror) -> None:
-        under_way = {worker.task.job.folder: worker for worker in hired[0]._workers if worker.task and worker.mirror}
-        sender = next(worker for worker in under_way.values() if worker.mirror is copy)
+        busy = [worker for worker in hired[0]._workers if worker.task is not None]
+        sender = next(worker for worker in busy if worker.mirror is copy)
+        assert sender.task is not None
         assert sender.arrival is not None
         if not lost["workers"]:
-            lost["workers"] = set(under_way)
+            lost["workers"] = {worker.task.job.folder for worker in busy if worker.task is not None}
             for pid in processes("ray::Remote"):
                 os.kill(pid, signal.SIGKILL)
-        elif not lost["node"] and sender.arrival.node == second.node_id and not lost["workers"] & set(under_way):
-            lost["node"] = set(under_way)
+        elif (
+            not lost["node"] and sender.arrival.node == second.node_id and sender.task.job.folder not in lost["workers"]
+        ):
+            lost["node"] = {sender.task.job.folder}
             cluster.remove(second)
             cluster.add(1)
 
@@ -134,6 +137,7 @@ def test_workers_and_a_node_are_lost_without_a_shared_folder(
     assert lost["node"]
     assert results(tmp_path / "o") == serial
     assert "which does not share the folder" in told
+    assert "died (killed, or its node is gone)" in told
     assert not list((tmp_path / "o" / "runs").rglob("tokens")), "private to the node"
 
 

@@ -26,8 +26,8 @@ def test_a_file_that_a_node_lacks_is_named(absent: str, tmp_path: Path) -> None:
     paths[absent].rmdir()
     told = remote.missing(experiment)
     assert told == (
-        f"{absent}={paths[absent]}: not on {host()}, a node of the cluster; put it at this path on every node, or on a file system"
-        " that they share"
+        f"{absent}={paths[absent]}: not on {host()}, a node of the cluster; put it at this path on every node, or on a file"
+        " system that they share"
     )
 
 

@@ -36,8 +36,7 @@ log = logging.getLogger(__name__)
 
 def compare(
     plan: Plan, out: Path, command: str, results: Path | None = None, say: Say = lambda line: None,
-    workers: int | str = 1, unlike: bool = False, ray: str | None = None,
-    console: Console | None = None,
+    workers: int | str = 1, unlike: bool = False, ray: str | None = None, console: Console | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Do the remaining runs of ``plan`` in the folder ``out``, and return its compare.json (docs/commands/compare.md).
 

@@ -79,7 +79,9 @@ def _ray(key: str) -> Any:
 
 
 def _find_or_start(ray: Any) -> None:
-    running = _recorded()
+    if told := os.environ.get("RAY_ADDRESS"):
+        _check_answers(told, "RAY_ADDRESS")
+    running = told or _recorded()
     if running is not None and _answers(running):
         ray.init(address=AUTO, **_QUIET)
         return
@@ -89,9 +91,7 @@ def _find_or_start(ray: Any) -> None:
 
 
 def _recorded() -> str | None:
-    """The address of the cluster that runs on this machine, as Ray left it; the cluster may have ended since."""
-    if told := os.environ.get("RAY_ADDRESS"):
-        return told
+    """The address of the cluster of this machine, as Ray left it; the cluster may have ended since."""
     place = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir()), "ray", "ray_current_cluster")
     return place.read_text().strip() or None if place.is_file() else None
 
