@@ -119,8 +119,8 @@ class RayCrew:
 
         worker, self.number = self.number, self.number + 1
         chosen = self.places[place]
-        made: Any = ray.remote(Worker)
-        actor = made.options(concurrency_groups={"looks": 1}, **chosen.needs).remote(self.parts, chosen.gpu)
+        remote: Any = ray.remote(concurrency_groups={"looks": 1}, **chosen.needs)
+        actor = remote(Worker).remote(self.parts, chosen.gpu)
         self.actors[worker], self.place[worker] = actor, place
         self._build(worker)
 
