@@ -50,10 +50,14 @@ class RayCluster:
 def ray_cluster(*nodes: int) -> Iterator[RayCluster]:
     """A cluster whose workers import this very source tree. Asserts that no process is left of it."""
     before, paths = descendants(), os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(SOURCES), str(Path(__file__).parents[1]), *([paths] if paths else [])])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(SOURCES), str(Path(__file__).parents[1]), *([paths] if paths else [])]
+    )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:  # short: sockets
+        with tempfile.TemporaryDirectory(
+            prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
+        ) as folder:  # short: sockets
             cluster = RayCluster(nodes, folder)
             try:
                 yield cluster
@@ -88,7 +92,9 @@ def descendants() -> dict[int, str]:
 def assert_ended(before: dict[int, str]) -> None:
     """Assert that all processes below this one that began since ``before`` end."""
     until = time.monotonic() + _LONGEST
-    while (left := {pid: told for pid, told in descendants().items() if pid not in before}) and time.monotonic() < until:
+    while (
+        left := {pid: told for pid, told in descendants().items() if pid not in before}
+    ) and time.monotonic() < until:
         time.sleep(0.2)
     for pid in left:
         os.kill(pid, signal.SIGKILL)

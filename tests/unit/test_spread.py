@@ -47,9 +47,9 @@ class ToyEngine:
     def train(self, work: Work, round: int, lr: float) -> Trained:
         self.seen.append(work)
         moved = work.start + lr * work.client[:, None] + (0 if work.anchor is None else work.anchor)
-        kept = torch.stack([
-            torch.zeros(3) if (state := work.kept_state(job)) is None else state for job in range(len(work.client))
-        ])
+        kept = torch.stack(
+            [torch.zeros(3) if (state := work.kept_state(job)) is None else state for job in range(len(work.client))]
+        )
         ones = torch.ones_like(work.client)
         return Trained(
             work.client, torch.arange(len(work.client)), moved, ones, 10 * work.client, ones, work.client.double(), lr,
@@ -102,7 +102,8 @@ class Crew:
         return list(self.here)
 
     def submit(self, worker: int, call: Call) -> None:
-        assert worker in self.here and worker not in self.busy
+        assert worker in self.here
+        assert worker not in self.busy
         self.busy[worker] = call
         self.calls.append((worker, call))
 
@@ -141,7 +142,8 @@ def same(left: Trained, right: Trained) -> bool:
 def test_pieces_hold_every_unit_once(sizes: list[int], number: int) -> None:
     found = pieces(sizes, number)
     assert sorted(unit for piece in found for unit in piece) == list(range(len(sizes)))
-    assert len(found) == min(number, len(sizes)) and all(found)
+    assert len(found) == min(number, len(sizes))
+    assert all(found)
     loads = [sum(sizes[unit] for unit in piece) for piece in found]
     assert loads == sorted(loads, reverse=True)
 
@@ -186,9 +188,11 @@ def test_a_piece_carries_only_what_is_its_own() -> None:
     for _, call in crew.calls:
         sent, round, lr = call.arguments
         assert (round, lr) == (7, 0.5)
-        assert len(set(sent.client.tolist())) == 1 and len(sent.client) == 2  # a client's jobs stay together
+        assert len(set(sent.client.tolist())) == 1
+        assert len(sent.client) == 2
         slots = sent.slot.tolist()
-        assert torch.equal(sent.start[:, 0], sent.slot.float()) and torch.equal(sent.anchor, -sent.start)
+        assert torch.equal(sent.start[:, 0], sent.slot.float())
+        assert torch.equal(sent.anchor, -sent.start)
         assert set(sent.optimizer) == {slot for slot in slots if slot % 2 == 0}
     order = [int(call.arguments[0].client[0]) for _, call in crew.calls]
     assert order == [4, 3, 2, 1, 0]  # longest first
@@ -203,9 +207,13 @@ def test_every_field_of_a_work_is_divided() -> None:
     private = torch.arange(10) > 4
     values = {each.name: getattr(whole, each.name) for each in fields(Work)}
     found = part(Work(**values | {"upload": upload, "trainable": trainable, "private": private}), [6, 1])
-    assert found.client.tolist() == [0, 0] and found.slot is not None and found.slot.tolist() == [6, 1]
-    assert found.upload is not None and torch.equal(found.upload, upload[[6, 1]])
-    assert found.private is not None and found.private.tolist() == [True, False]
+    assert found.client.tolist() == [0, 0]
+    assert found.slot is not None
+    assert found.slot.tolist() == [6, 1]
+    assert found.upload is not None
+    assert torch.equal(found.upload, upload[[6, 1]])
+    assert found.private is not None
+    assert found.private.tolist() == [True, False]
     assert found.trainable is trainable
 
 
@@ -221,7 +229,8 @@ def test_a_client_that_kills_every_worker_is_lost_alone() -> None:
 
 def test_a_round_may_lose_all_its_clients() -> None:
     trained = spread(Crew([0], dies=lambda call: True)).train(work((1, 2)), 0, 0.5)
-    assert trained.rows.shape == (0, 2) and sorted(failure.client for failure in trained.failed) == [1, 2]
+    assert trained.rows.shape == (0, 2)
+    assert sorted(failure.client for failure in trained.failed) == [1, 2]
 
 
 def test_a_measurement_may_lose_no_row() -> None:
@@ -248,7 +257,8 @@ def test_measurements_come_in_the_order_of_the_rows() -> None:
     for seed in range(5):
         engine, alone = spread(Crew([0, 1, 2], seed)), ToyEngine()
         found, expected = (each.evaluate(rows, client, ("validation", "test"), 2) for each in (engine, alone))
-        assert torch.equal(found.nll, expected.nll) and torch.equal(found.tokens, expected.tokens)
+        assert torch.equal(found.nll, expected.nll)
+        assert torch.equal(found.tokens, expected.tokens)
         for one, other in zip(engine.score(rows, sequences), alone.score(rows, sequences), strict=True):
             assert torch.equal(one, other)
         assert engine.generate(rows, client, "test", 3, 8) == alone.generate(rows, client, "test", 3, 8)
