@@ -3,73 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from helpers.quadratic_rounds import COHORT, EXACT, A, B, K, complete, descent, go, one_round, same, start_of, weights
 from mira.core.errors import UserError
-from mira.core.graph import Edges
-from mira.core.layout import Entry, Layout
-from mira.core.loop import Schedule, apply, run_rounds
-from mira.core.training import Training
-from mira.core.types import MemoryRows, Method, ServerState, Setting, Trained
+from mira.core.layout import Entry
+from mira.core.types import MemoryRows, Method
 from mira.methods import METHODS
 from mira.methods.flexlora import best_factors
 from mira.testing.quadratic import LAYOUT, QuadraticClients, all_rows
-from mira.testing.recorders import MemoryRecorder
-
-K = 5
-COHORT = torch.tensor([3, 0, 4])
-EXACT = {"rtol": 0, "atol": 1e-12}  # float64, a few sums of numbers around 1
-A, B = (entry for entry in LAYOUT.entries)
-
-
-def complete(num_clients: int = K, weight: float = 1.0) -> Edges:
-    return Edges.dense(weight * (torch.ones(num_clients, num_clients) - torch.eye(num_clients)).double())
-
-
-def start_of(method: Method, layout: Layout = LAYOUT) -> ServerState:
-    start = torch.randn(layout.size, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    return method.init(Setting(layout, start, K, complete(), 0.01, 4))
-
-
-def one_round(method: Method, state: ServerState, seed: int = 0) -> tuple[ServerState, Trained]:
-    """A round of the toy for COHORT."""
-    done = QuadraticClients.draw(K, seed).train(method.broadcast(state, COHORT), state.round, 0.1)
-    return apply(state, method.aggregate(state, done)), done
-
-
-def go(
-    method: Method, rounds: int, lr: float = 0.1, share: float = 0.6, toy: QuadraticClients | None = None
-) -> ServerState:
-    state = start_of(method)
-    schedule = Schedule(0, rounds, share, Training(lr=lr, local_steps=1))
-    names = [f"c{k}" for k in range(K)]
-    recorder = MemoryRecorder(state.rows)
-    return run_rounds(
-        method, toy or QuadraticClients.draw(K), state, schedule, names, recorder, lambda s, r: {}, lambda r: None
-    )
-
-
-def weights(done: Trained) -> Any:
-    n = done.examples.numpy().astype(float)
-    return n / n.sum()
-
-
-def same(ours: Tensor, expected: Any) -> None:
-    np.testing.assert_allclose(ours.numpy(), expected, **EXACT)
-
-
-def descent(w: Any, client: int, anchor: Any, prox: float, seed: int = 0) -> Any:
-    """The toy's three local steps in numpy."""
-    toy = QuadraticClients.draw(K, seed)
-    for _ in range(3):
-        w = w - 0.1 * (toy.curvature[client].numpy() * (w - toy.target[client].numpy()) + prox * (w - anchor))
-    return w
-
 
 # Against numpy.
 
@@ -129,6 +75,31 @@ def test_ffa_lora() -> None:
     after = all_rows(state)[0]
     assert torch.equal(A.view(after), A.view(before))
     same(B.view(after), np.einsum("k,koi->oi", weights(done), B.view(done.rows).numpy()))
+
+
+def test_rolora() -> None:
+    """B in odd rounds, A in even ones, each with the other frozen."""
+    state = start_of(method := METHODS["rolora"]())
+    for seed, (moves, stays) in enumerate([(B, A), (A, B), (B, A)]):
+        before = all_rows(state)[0]
+        state, done = one_round(method, state, seed)
+        after = all_rows(state)[0]
+        assert torch.equal(stays.view(after), stays.view(before))
+        same(moves.view(after), np.einsum("k,kxy->xy", weights(done), moves.view(done.rows).numpy()))
+
+
+def test_fedsvd() -> None:
+    """The product is the average one; A has orthonormal rows, the columns of B are orthogonal and fall in length."""
+    state = start_of(method := METHODS["fedsvd"]())
+    for seed in range(3):
+        old = all_rows(state)[0]
+        state, done = one_round(method, state, seed)
+        row = all_rows(state)[0]
+        mean_b = np.einsum("k,koi->oi", weights(done), B.view(done.rows).numpy())
+        same(B.view(row) @ A.view(row), mean_b @ A.view(old).numpy())
+        same(A.view(row) @ A.view(row).T, np.eye(2))
+        s = np.linalg.svd(mean_b @ A.view(old).numpy(), compute_uv=False)
+        same(B.view(row).T @ B.view(row), np.diag(s[:2] ** 2))
 
 
 def test_fedsa_lora() -> None:
@@ -287,7 +258,7 @@ def test_a_product_that_is_zero_stays_zero_and_finite() -> None:
     assert not bool(new_b.any())
 
 
-@pytest.mark.parametrize("name", ["ffa-lora", "fedsa-lora", "flexlora"])
+@pytest.mark.parametrize("name", ["ffa-lora", "fedsa-lora", "flexlora", "rolora", "fedsvd"])
 def test_methods_of_factors_refuse_other_adapters(name: str) -> None:
     prompt = replace(LAYOUT, entries=(replace(LAYOUT.entries[0], factor="prompt"),))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=rf"method.name={name}: .* 'prompt'; set adapter.kind=lora"):

@@ -110,7 +110,8 @@ class Work:
     anchor: Tensor | None = None  # [J,P]; set if and only if prox is
     prox: Tensor | None = None  # [J] float64, not negative
     trainable: Tensor | None = None  # [P] bool; None: all
-    upload: Tensor | None = None  # [P] or [J,P] bool: numbers of a row that travel, each way; None: all
+    # [P] or [J,P] bool: numbers of a row that travel, each way; None: all. Those not trainable do not return.
+    upload: Tensor | None = None
     private: Tensor | None = None  # [J] bool: the row stays with the client and is never sent; None: none
     slot: Tensor | None = None  # [J] int64: the number of a job's kept optimiser state; None: its client's
     optimizer: OptimizerStates | None = None  # kept states, read when a job begins; None: all begin fresh

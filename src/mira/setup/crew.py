@@ -121,8 +121,8 @@ class RayCrew:
 
         worker, self.number = self.number, self.number + 1
         chosen = self.places[place]
-        remote: Any = ray.remote(concurrency_groups={"looks": 1}, **chosen.needs)
-        actor = remote(self.made).remote(self.parts, chosen.gpu)
+        remote: Any = ray.remote  # its types lack concurrency groups
+        actor = remote(concurrency_groups={"looks": 1}, **chosen.needs)(self.made).remote(self.parts, chosen.gpu)
         self.actors[worker], self.place[worker] = actor, place
         self._build(worker)
 

@@ -15,6 +15,7 @@ import torch
 from mira.config import Experiment
 from mira.core.engine import Engine
 from mira.core.errors import UserError
+from mira.core.machine import processor
 from mira.core.versions import version_of
 from mira.data.corpus import Corpus
 from mira.data.text import Encoder
@@ -23,7 +24,6 @@ from mira.engine.spread import Call
 from mira.model import Base, Device, load
 from mira.model.shipped import ShippedBase
 from mira.setup.engine import EnginePlan
-from mira.setup.environment import processor
 
 LIBRARIES = ("mira", "torch", "transformers", "peft")
 

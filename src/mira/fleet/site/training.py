@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mira.core.payload import returning
 from mira.core.types import Trained, Work
 from mira.core.wire import Wire, decode, decode_mask
 from mira.fleet.messages.packet import Packet, row_key
@@ -50,8 +51,9 @@ def is_sent(work: Work, job: int) -> bool:
 
 
 def travelling(work: Work) -> Tensor | slice:
-    """The index of the numbers of a row that travel."""
-    return slice(None) if work.upload is None else work.upload
+    """The index of the numbers of a row that return to the server."""
+    back = returning(work.upload, work.trainable)
+    return slice(None) if back is None else back
 
 
 def private_parts(work: Work, trained: Trained) -> dict[str, Tensor]:
