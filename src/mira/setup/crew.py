@@ -17,7 +17,7 @@ from mira.setup.worker import About, Told, Worker
 log = logging.getLogger(__name__)
 
 _LOOK = 0.5  # seconds between two looks at the progress of the workers
-_PATIENCE = 120.0  # seconds to wait for workers that have room
+_PATIENCE = 300.0  # seconds to wait for workers that have room: a busy machine imports slowly
 _TRIES = 2  # failed starts in a row after which a place is given up
 
 
