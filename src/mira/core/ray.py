@@ -44,9 +44,9 @@ class Connection:
 def connect(address: str, key: str) -> Connection:
     """Connect this process to a Ray cluster.
 
-    ``address``: HOST:PORT, from a node of the cluster; ray://HOST:PORT, from anywhere; or auto, the cluster of this machine,
-    which is started for this process where none runs; or local, always a new one for this process alone. ``key``: name of the setting, for messages. A process that is connected
-    already keeps its connection.
+    ``address``: HOST:PORT, from a node of the cluster; ray://HOST:PORT, from anywhere; auto, the cluster of this machine, which
+    is started for this process where none runs; or local, always a new one for this process. ``key``: name of the setting, for
+    messages. A process that is connected already keeps its connection.
 
     Raises UserError: Ray is not installed, the address is none, no cluster answers there within 10 s, or it refuses.
     """
