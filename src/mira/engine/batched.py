@@ -126,7 +126,8 @@ class BatchedEngine:
         for step in range(len(batches[0])):
             active = sum(len(steps) > step for steps in batches)
             due = {row: batches[row][step] for row in range(active) if row not in lost}
-            grad[:active].zero_()
+            if step:
+                grad[:active].zero_()
             self._add_passes(
                 StepSums(rows if ratio is None else rows * ratio, grad, loss, dropout, due, lost), now.budget
             )
@@ -143,6 +144,8 @@ class BatchedEngine:
             steps=steps, loss=loss.cpu() / steps, lr=now.lr,
             optimizer=optimizer.packed().cpu() if spec.training.keep_optimizer else None,
         )  # fmt: skip
+        if not lost:
+            return trained  # without another copy of the rows
         alive = [row for row in range(len(jobs)) if row not in lost]
         failed = [Failure(int(client[row]), reason) for row, reason in sorted(lost.items())]
         return trained.select(torch.tensor(alive, dtype=torch.int64), failed)
