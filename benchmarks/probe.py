@@ -1,4 +1,4 @@
-"""Whether each of torch's threads has a core of its own at a given moment.
+"""A probe of disturbances: whether each of torch's threads has a core of its own beside a sample.
 
 A virtual machine's processors may share the two hardware threads of one physical core for seconds, which it is not told: no time
 is stolen, one thread alone runs at full speed, and two at a time run at half speed each.
@@ -10,13 +10,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import TypeVar
 
 import torch
 
 _SECONDS = 0.1
 _LEAST = 0.75  # of the speed that all threads would have with a core each
+_SHARE = 0.9  # of a processor, that a thread of an idle machine gets
 _TRIES = 3
 _LONG = 15.0  # seconds; a longer run averages over such phases
 
@@ -25,23 +26,29 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Probe:
-    """Flops a second of products in fp32: one thread alone, all at a time. ``stolen``: seconds that the hypervisor reports."""
+    """Flops a second of products in fp32: one thread alone, all at a time. ``share``: CPU seconds of a second that each of them
+    got; less than 1 where another process runs. ``stolen``: seconds that the hypervisor reports."""
 
     one: float
     every: float
+    share: float
     stolen: float
 
     @property
-    def undisturbed(self) -> bool:
-        return self.every >= _LEAST * torch.get_num_threads() * self.one
+    def disturbance(self) -> str:
+        """A reason not to trust a time measured here, or nothing."""
+        if self.share < _SHARE:
+            return "another process runs"
+        shared = self.every < _LEAST * torch.get_num_threads() * self.one
+        return "threads share a core" if shared else ""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """``seconds`` of the last of ``tries`` runs; ``undisturbed``: with a core for each thread before and after it."""
+    """``seconds`` of the last of ``tries`` runs; ``disturbance``: what disturbed it, if anything did."""
 
     seconds: float
-    undisturbed: bool
+    disturbance: str
     tries: int
     before: Probe | None = None
     after: Probe | None = None
@@ -52,14 +59,14 @@ def sample(run: Callable[[], _Result], device: torch.device) -> tuple[_Result, S
     if device.type != "cpu":
         start = perf_counter()
         result = run()
-        return result, Sample(perf_counter() - start, True, 1)
+        return result, Sample(perf_counter() - start, "", 1)
     for number in range(1, _TRIES + 1):
         before, start = probe(), perf_counter()
         result = run()
         seconds, after = perf_counter() - start, probe()
-        undisturbed = before.undisturbed and after.undisturbed
-        if undisturbed or number == _TRIES or seconds > _LONG:
-            return result, Sample(seconds, undisturbed, number, before, after)
+        disturbance = before.disturbance or after.disturbance
+        if not disturbance or number == _TRIES or seconds > _LONG:
+            return result, Sample(seconds, disturbance, number, before, after)
     raise AssertionError("the last try returns")
 
 
@@ -68,20 +75,22 @@ def probe() -> Probe:
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            [one] = pool.map(_rate, [_SECONDS])
-            every = sum(pool.map(_rate, [_SECONDS] * threads))
+            [(one, _)] = pool.map(_rate, [_SECONDS])
+            rates, shares = zip(*pool.map(_rate, [_SECONDS] * threads), strict=True)
     finally:
         torch.set_num_threads(threads)  # a worker sets the number for all threads that start later
-    return Probe(one, every, _stolen())
+    return Probe(one, sum(rates), min(shares), _stolen())
 
 
-def _rate(seconds: float) -> float:
+def _rate(seconds: float) -> tuple[float, float]:
+    """Flops a second of this thread, and its CPU seconds a second."""
     x, w = torch.randn(300, 576), torch.randn(1536, 576)
-    count, start = 0, perf_counter()
+    count, start, used = 0, perf_counter(), thread_time()
     while perf_counter() < start + seconds:
         torch.nn.functional.linear(x, w)
         count += 1
-    return 2.0 * x.numel() * len(w) * count / (perf_counter() - start)
+    taken = perf_counter() - start
+    return 2.0 * x.numel() * len(w) * count / taken, (thread_time() - used) / taken
 
 
 def _stolen() -> float:

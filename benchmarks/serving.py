@@ -90,13 +90,15 @@ def _turns(
     runs = {"peft": theirs, "mira": ours}
     seconds: dict[str, list[float]] = {who: [] for who in runs}
     for _ in range(samples):
-        results, disturbed = [], False
+        results, noise = [], ""
         for who, run in runs.items():
             result, timed = sample(run, torch.device("cpu"))
             results.append(result)
             seconds[who].append(timed.seconds)
-            disturbed |= not timed.undisturbed
-        say(f"{name}: peft {seconds['peft'][-1]:.1f} s, mira {seconds['mira'][-1]:.1f} s{', DISTURBED' * disturbed}")
+            noise = noise or timed.disturbance
+        say(
+            f"{name}: peft {seconds['peft'][-1]:.1f} s, mira {seconds['mira'][-1]:.1f} s{noise and f' (disturbed: {noise})'}"
+        )
     return {"results": results, "seconds": seconds}
 
 

@@ -45,7 +45,7 @@ class Contest:
             self.losses.setdefault(name, []).append(losses)
             self.seconds.setdefault(name, []).append(timed.seconds)
             self.samples.setdefault(name, []).append(timed)
-            say(f"{name}: {timed.seconds:.1f} s{'' if timed.undisturbed else ', DISTURBED: the threads shared a core'}")
+            say(f"{name}: {timed.seconds:.1f} s{timed.disturbance and f' (disturbed: {timed.disturbance})'}")
         self.tokens.append(count(next(iter(self.workloads.values())), number))
 
     def forget_times(self) -> None:
