@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -90,6 +91,12 @@ def generate(peft: PeftModel, workload: Workload, rows: Tensor, split: str, limi
         )  # fmt: skip
         answers.append([workload.made.spec.text.decode(line) for line in out[:, width:].tolist()])
     return answers
+
+
+def save(peft: PeftModel, workload: Workload, row: Tensor, folder: Path) -> None:
+    """One client's adapter as PEFT writes it."""
+    _load(peft, workload.made.spec.layout, row)
+    peft.save_pretrained(str(folder))
 
 
 def padded(sequences: Sequence[Encoded], workload: Workload) -> Batch:
