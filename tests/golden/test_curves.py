@@ -40,10 +40,8 @@ NAMES = ("add-1", "add-2", "repeat", "reverse")
 FAMILY = torch.tensor([0, 0, 1, 1])
 ROUNDS = 5
 OWN = [name for name in METHODS if METHODS.plugin(name) is None]
-SHOWN = {
-    "fedavg-ft": {"fine_tuning_rounds": 2},
-    "feddpa": {"local_rounds": 2},
-}  # settings that show more of a method than its defaults do
+# Settings that show more of a method than its defaults do.
+SHOWN = {"fedavg-ft": {"fine_tuning_rounds": 2}, "feddpa": {"local_rounds": 2}}
 CURVES = ("train_loss", "validation_loss", "local_loss")
 Curves = dict[str, list[float]]
 

@@ -258,7 +258,7 @@ def test_a_product_that_is_zero_stays_zero_and_finite() -> None:
     assert not bool(new_b.any())
 
 
-@pytest.mark.parametrize("name", ["ffa-lora", "fedsa-lora", "flexlora", "rolora", "fedsvd"])
+@pytest.mark.parametrize("name", ["ffa-lora", "fedsa-lora", "flexlora", "rolora", "fedsvd", "fedtreelora"])
 def test_methods_of_factors_refuse_other_adapters(name: str) -> None:
     prompt = replace(LAYOUT, entries=(replace(LAYOUT.entries[0], factor="prompt"),))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=rf"method.name={name}: .* 'prompt'; set adapter.kind=lora"):

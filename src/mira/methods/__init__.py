@@ -11,6 +11,7 @@ from mira.methods.fedit import FedIT
 from mira.methods.fedprox import FedProx
 from mira.methods.fedsa_lora import FedSALoRA
 from mira.methods.fedsvd import FedSVD
+from mira.methods.fedtreelora import FedTreeLoRA
 from mira.methods.ffa_lora import FFALoRA
 from mira.methods.flexlora import FlexLoRA
 from mira.methods.local import Local
@@ -39,6 +40,7 @@ METHODS = Registry(
         "pfedgraph": PFedGraph,
         "fedamp": FedAMP,
         "cfl": CFL,
+        "fedtreelora": FedTreeLoRA,
         "ffa-lora": FFALoRA,
         "rolora": RoLoRA,
         "fedsvd": FedSVD,
