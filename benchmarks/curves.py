@@ -36,7 +36,7 @@ from mira.core.versions import version_of
 from mira.engine.batched import BatchedEngine
 from mira.engine.packing import packed_tokens
 from mira.methods.mira import Mira
-from mira.setup.environment import processor
+from mira.core.machine import processor
 
 SAMPLES = 3
 JSON = Path(__file__).parent / "out" / "curves.json"

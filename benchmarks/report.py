@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mira.core.versions import version_of
-from mira.setup.environment import processor
+from mira.core.machine import processor
 
 console = Console(width=None if os.isatty(1) else 130)
 

@@ -110,6 +110,9 @@ def attach(model: PreTrainedModel, layout: Layout, dropout: float) -> Attached:
             _attach_group(attached, [Projection(module, factors[name])])
         else:
             attached.patch_forward(module, _adapted(attached, factors[name]))
+    for module in model.modules():  # those without an adapter, and the head
+        if isinstance(module, nn.Linear) and is_plain(module):
+            attached.patch_forward(module, _adapted(attached, None, module))
     if layout.virtual_tokens:
         attached.patch_forward(model.get_input_embeddings(), _prompted(attached, layout.entries))
     return attached
@@ -151,13 +154,16 @@ def _attach_group(attached: Attached, group: Sequence[Projection]) -> None:
         attached.patch_forward(projection.module, make(number))
 
 
-def _adapted(attached: Attached, factors: Factors | None) -> Callable[[Forward], Forward]:
-    """Patch any layer: its own output, plus that of its adapter where it has one."""
+def _adapted(
+    attached: Attached, factors: Factors | None, linear: nn.Linear | None = None
+) -> Callable[[Forward], Forward]:
+    """Patch any layer: its own output, plus that of its adapter where it has one. ``linear``: the layer, if it is a plain one."""
 
     def patch(plain: Forward) -> Forward:
         def forward(x: Tensor) -> Tensor:
             adapters = attached.adapters
-            out: Tensor = plain(x)
+            frozen = None if adapters is None or linear is None else adapters.frozen
+            out: Tensor = plain(x) if frozen is None or linear is None else frozen.multiply(x, linear)
             if adapters is None or factors is None:
                 return out
             seen = x

@@ -33,7 +33,10 @@ class Projection:
         weight = self.module.get_parameter("weight")
         return weight.T if isinstance(self.module, Conv1D) else weight  # Conv1D keeps it as [in,out]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, adapters: AdapterBatch | None = None) -> Tensor:
+        """W·x + b. ``adapters``: those of the pass, if it is one."""
+        if adapters is not None and adapters.frozen is not None and isinstance(self.module, nn.Linear):
+            return adapters.frozen.multiply(x, self.module)
         return linear(x, self.weight, self.module.bias)  # type: ignore[arg-type]
 
 
@@ -89,7 +92,7 @@ class Projections(torch.autograd.Function):
         ctx: Any, x: Tensor, probe: Tensor, group: Sequence[Projection], adapters: AdapterBatch
     ) -> tuple[Tensor, ...]:
         flat = _flat(x)
-        outs = [one(flat) for one in group]
+        outs = [one(flat, adapters) for one in group]
         wide, found = adapted(flat, outs, group, adapters)
         us = [add_product(out, wide, adapters, factors) for out, factors in found]
         ctx.save_for_backward(*((flat, *us) if us else ()))
@@ -112,11 +115,11 @@ class GatedMLP(torch.autograd.Function):
         ctx: Any, x: Tensor, probe: Tensor, inner: Sequence[Projection], down: Projection, adapters: AdapterBatch
     ) -> Tensor:
         flat = _flat(x)
-        gate, up = (one(flat) for one in inner)
+        gate, up = (one(flat, adapters) for one in inner)
         wide, found = adapted(flat, (gate, up), inner, adapters)
         us = [add_product(out, wide, adapters, factors) for out, factors in found]
         hidden = silu(gate).mul_(up)
-        out = down(hidden)
+        out = down(hidden, adapters)
         wide, found = adapted(hidden, (out,), (down,), adapters)
         down_us = [add_product(out, wide, adapters, factors) for _, factors in found]
         ctx.save_for_backward(gate, up, *down_us, *((flat, *us) if us else ()))

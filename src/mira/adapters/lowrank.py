@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from mira.adapters.frozen import FrozenWeights
 from mira.core.device import sent
 from mira.core.layout import Entry
 from mira.core.threads import check_cancelled
@@ -63,7 +64,8 @@ class AdapterBatch:
     ``rows`` [n,P]: the adapters. ``grad`` [n,P] receives their gradients; None in evaluation. ``dropout``: one generator for each
     row, so that a client's masks do not depend on the other clients in the pass. ``needed`` [m]: the places whose last hidden
     state is read, in order, on the CPU; None: all. ``ready``: outputs that were computed together with another layer's, each with
-    the input it belongs to. ``prepared``: the value of ``padded``, where it was computed before.
+    the input it belongs to. ``prepared``: the value of ``padded``, where it was computed before. ``frozen``: computes products
+    with frozen weights in a pass without gradients; None: ``F.linear`` does.
     """
 
     rows: Tensor
@@ -73,6 +75,7 @@ class AdapterBatch:
     needed: Tensor | None = None
     ready: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
     prepared: PaddedRanges | None = None
+    frozen: FrozenWeights | None = None
 
     @property
     def equal_rows(self) -> slice | list[int] | None:

@@ -20,6 +20,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from mira.adapters.frozen import FrozenWeights
 from mira.adapters.lowrank import AdapterBatch
 from mira.core.encoded import Encoded
 from mira.core.seeds import generator
@@ -27,7 +28,7 @@ from mira.core.threads import check_cancelled, parallel_map
 from mira.core.types import Failure, Scores, Trained, Work
 from mira.engine.adapted_model import AdaptedModel, PassInputs
 from mira.engine.attention.packed import PackedAttention, in_one_kernel
-from mira.engine.budget import bytes_per_token, tokens_per_pass, useful_tokens
+from mira.engine.budget import bytes_per_token, free_memory, tokens_per_pass, useful_tokens
 from mira.engine.checkpoint import recomputed
 from mira.engine.cuda import graphs
 from mira.engine.cuda.replay import GraphReplayer
@@ -44,6 +45,7 @@ log = logging.getLogger(__name__)
 
 # Passes whose clients have rows, gradients and moments in memory at the same time. With fewer, more passes are half empty.
 _PASSES_PER_GROUP = 2
+_SHARE_OF_COPIES = 0.25  # of the free memory, at most, for prepared copies of the weights
 
 Batches = Sequence[Sequence[Encoded]]  # of one client in a round: the sequences of each local step
 
@@ -76,17 +78,18 @@ class BatchedEngine:
     @staticmethod
     def of(
         spec: EngineSpec, *, tokens_per_pass: int | None = None, prefix: bool = True, longest: int = 64,
-        cuda_graphs: bool = True,
+        cuda_graphs: bool = True, sharing: int = 1,
     ) -> BatchedEngine:  # fmt: skip
         """Patch ``spec.model`` and measure the budget. ``tokens_per_pass``: the budget; None: as many tokens as memory allows.
 
         ``prefix``: compute the tokens that all sequences of a client begin with once per pass. ``longest``: tokens of the run's
-        longest sequence. ``cuda_graphs``: capture passes on a GPU. Raises CannotPackError where the model cannot be packed.
+        longest sequence. ``cuda_graphs``: capture passes on a GPU.
+        ``sharing``: engines that share the free memory. Raises CannotPackError where the model cannot be packed.
         """
         adapted = AdaptedModel.of(spec.model, spec.layout, spec.dropout, prefix, longest)
         fallback = None if adapted.patched.decodes else ReferenceEngine.of(replace(spec, checkpointing=False))
         replayer = GraphReplayer(adapted) if cuda_graphs and _capturable(spec, adapted) else None
-        budget = tokens_per_pass or _measured_budget(spec, adapted, captured=replayer is not None)
+        budget = tokens_per_pass or _measured_budget(spec, adapted, replayer is not None, sharing)
         return BatchedEngine(spec, adapted, fallback, replayer, budget)
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
@@ -228,7 +231,14 @@ class BatchedEngine:
         """Passes without gradients."""
         # Keys and values of an answer are a small part of what training keeps of a token, but not of a layer's input alone.
         most = self.budget if self.spec.checkpointing else FORWARD_FACTOR * self.budget
-        return ForwardOnly(self.adapted, self.budget, most, self._report, self._release_captured)
+        return ForwardOnly(self.adapted, self.budget, most, self._report, self._release_captured, self._frozen())
+
+    def _frozen(self) -> FrozenWeights | None:
+        """The way to multiply by frozen weights in passes without gradients, with prepared copies where memory has room."""
+        model = self.spec.model
+        if not FrozenWeights.available(model.device, model.dtype):
+            return None
+        return FrozenWeights(sum(p.nbytes for p in model.parameters()) <= _SHARE_OF_COPIES * free_memory(model.device))
 
     def _items(self, batches: Mapping[int, Sequence[Encoded]]) -> list[tuple[int, Sequence[Encoded]]]:
         """The batch of each row, in pieces of at most the budget where that is more than a useful number of tokens."""
@@ -263,12 +273,13 @@ def _recomputing(spec: EngineSpec, adapted: AdaptedModel) -> AbstractContextMana
     return recomputed(spec.model, adapted.dropout_generators, adapted.surroundings)
 
 
-def _measured_budget(spec: EngineSpec, adapted: AdaptedModel, captured: bool) -> int:
+def _measured_budget(spec: EngineSpec, adapted: AdaptedModel, captured: bool, sharing: int) -> int:
     """As many tokens as memory allows, by the bytes that a training pass keeps of each token."""
     device, dtype, threads = spec.model.device, spec.model.dtype, torch.get_num_threads()
+    held = spec.model.get_memory_footprint()
     if not spec.layout.entries:  # the base alone has no backward pass to measure
         each = FORWARD_FACTOR * max(1.0, cache_bytes_per_token(adapted.body))
-        return tokens_per_pass(device, dtype, each, threads)
+        return tokens_per_pass(device, dtype, sharing * each, threads, held=held)
     rows = adapted.rows(torch.zeros(1, spec.layout.size))
 
     def train(tokens: int) -> None:
@@ -280,4 +291,4 @@ def _measured_budget(spec: EngineSpec, adapted: AdaptedModel, captured: bool) ->
 
     frozen = (*spec.model.parameters(), *spec.model.buffers(), rows)
     each = bytes_per_token({tensor.untyped_storage().data_ptr() for tensor in frozen}, train)
-    return tokens_per_pass(device, dtype, each, threads, captured)
+    return tokens_per_pass(device, dtype, sharing * each, threads, captured, held)

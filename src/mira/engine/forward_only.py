@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from mira.adapters.frozen import FrozenWeights
 from mira.adapters.lowrank import AdapterBatch
 from mira.core.encoded import Encoded
 from mira.core.threads import parallel_map
@@ -21,7 +22,7 @@ from mira.engine.budget import PassPlan, useful_tokens
 from mira.engine.generate import greedy
 from mira.engine.loss import label_nll
 from mira.engine.memory import HALVING, is_out_of_memory
-from mira.engine.packing import PassItems, halves
+from mira.engine.packing import Pass, PassItems, halves
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +34,15 @@ _Result = TypeVar("_Result")
 @dataclass(frozen=True)
 class ForwardOnly:
     """``budget``: tokens of all training passes at a time; ``most``: tokens of all passes without gradients. ``report``:
-    called with each finished pass. ``release``: frees memory held for training; returns whether there was any."""
+    called with each finished pass. ``release``: frees memory held for training; returns whether there was any.
+    ``frozen``: computes products with frozen weights."""
 
     adapted: AdaptedModel
     budget: int
     most: int
     report: Callable[[PassItems], None]
     release: Callable[[], bool]
+    frozen: FrozenWeights | None = None
 
     def score(self, rows: Tensor, sequences: Sequence[Sequence[Encoded]]) -> tuple[Tensor, Tensor]:
         """See ``Engine.score``."""
@@ -63,7 +66,7 @@ class ForwardOnly:
     def _losses(self, rows: Tensor, items: PassItems) -> tuple[Tensor, Tensor]:
         """Summed loss and label count of each sequence of a pass."""
         adapted, packed = self.adapted, self.adapted.pack(items)
-        with torch.no_grad(), adapted.using(AdapterBatch(rows, packed.ranges, needed=packed.predict)):
+        with torch.no_grad(), adapted.using(self._adapters(rows, packed, packed.predict)):
             hidden = adapted.hidden_states(packed)
             each = label_nll(hidden[adapted.to_device(packed.predict)], adapted.head, adapted.to_device(packed.target))
         count = sum(len(given) for _, given in items)
@@ -73,9 +76,12 @@ class ForwardOnly:
     def _new_tokens(self, rows: Tensor, stops: Set[int], max_new: int, items: PassItems) -> list[list[int]]:
         """Generated token ids of each sequence of a pass."""
         adapted, packed = self.adapted, self.adapted.pack(items)
-        with torch.no_grad(), adapted.using(AdapterBatch(rows, packed.ranges)) as adapters:
+        with torch.no_grad(), adapted.using(self._adapters(rows, packed)) as adapters:
             counts = [len(given) for _, given in items]
             return greedy(adapted.body, adapted.head, packed, adapters, counts, stops, max_new)
+
+    def _adapters(self, rows: Tensor, packed: Pass, needed: Tensor | None = None) -> AdapterBatch:
+        return AdapterBatch(rows, packed.ranges, needed=needed, frozen=self.frozen)
 
     def cut(self, sequences: Sequence[Encoded], more: int = 0) -> Iterator[Sequence[Encoded]]:
         """Split one client's sequences into pieces that fit a pass. ``more``: tokens to be generated for each sequence."""

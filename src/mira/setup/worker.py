@@ -1,0 +1,105 @@
+"""A worker of a spread run: the base model and an engine in a process of its own, also on another machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+import torch
+
+from mira.config import Experiment
+from mira.core.engine import Engine
+from mira.core.versions import version_of
+from mira.data.corpus import Corpus
+from mira.data.text import Encoder
+from mira.engine.memory import share_heap
+from mira.engine.spread import Call
+from mira.model.shipped import ShippedBase
+from mira.setup.engine import EnginePlan
+from mira.setup.environment import processor
+
+LIBRARIES = ("mira", "torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a worker's engine. ``experiment``: the sections that an engine reads. ``sharing``: the most workers on one
+    machine, which share its memory."""
+
+    experiment: Experiment
+    base: ShippedBase
+    encoder: Encoder
+    corpus: Corpus
+    threads: int
+    sharing: int
+
+
+@dataclass(frozen=True)
+class About:
+    """A worker's engine and machine. ``recorded``: the entries of the environment. ``full``: see ``Crew``."""
+
+    recorded: dict[str, Any]
+    full: int | None
+    node: str
+    processor: str
+    versions: dict[str, str]
+
+
+@dataclass
+class Progress:
+    """Tokens computed since the last look, and messages for the user."""
+
+    tokens: int = 0
+    lock: Lock = field(default_factory=Lock)
+
+    def add(self, tokens: int) -> None:
+        with self.lock:
+            self.tokens += tokens
+
+    def take(self) -> int:
+        with self.lock:
+            tokens, self.tokens = self.tokens, 0
+        return tokens
+
+
+class Worker:
+    """The methods that the run's process calls. ``gpu``: the number of a GPU of this machine; None: the one that Ray reserved, if
+    any."""
+
+    def __init__(self, parts: Parts, gpu: str | None) -> None:
+        if gpu is not None:  # before CUDA starts: the worker sees this GPU alone
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+        self._parts = parts
+        self._device = torch.device("cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu")
+        self._progress = Progress()
+        self._engine: Engine | None = None
+
+    def build(self, taken_over: Mapping[str, Any]) -> About:
+        """Build the engine. ``taken_over``: as for ``EnginePlan``."""
+        parts = self._parts
+        torch.set_num_threads(parts.threads)
+        share_heap()
+        base = parts.base.unpacked(self._device)
+        adapter = parts.experiment.adapter.on(base, parts.experiment.seed)
+        if adapter.directions is not None:  # an engine writes into these weights
+            for tensor in adapter.directions.tensors.values():
+                tensor.data = tensor.data.clone()
+        plan = EnginePlan(
+            parts.experiment, base, adapter, parts.encoder, parts.corpus, taken_over, self._progress.add, parts.sharing
+        )
+        self._engine = plan.build()
+        recorded = plan.recorded(self._engine) | {"threads": parts.threads, "device": self._device.type}
+        versions = {name: version_of(name) for name in LIBRARIES}
+        return About(recorded, plan.full(self._engine), socket.gethostname(), processor(), versions)
+
+    def call(self, call: Call) -> Any:
+        """The result of an engine's method."""
+        return getattr(self._engine, call.name)(*call.arguments)
+
+    def tokens(self) -> int:
+        """The number of tokens computed since this was last asked."""
+        return self._progress.take()
