@@ -20,6 +20,7 @@ from mira.methods.mr_mtl import MRMTL
 from mira.methods.pfedgraph import PFedGraph
 from mira.methods.pfedme import PFedMe
 from mira.methods.rolora import RoLoRA
+from mira.methods.scaffold import Scaffold
 from mira.methods.server_optimizers import FedAdam, FedAvgM
 
 METHODS = Registry(
@@ -34,6 +35,7 @@ METHODS = Registry(
         "fedit": FedIT,
         "fedavg-ft": FedAvgFT,
         "fedprox": FedProx,
+        "scaffold": Scaffold,
         "ditto": Ditto,
         "mr-mtl": MRMTL,
         "pfedme": PFedMe,
