@@ -14,10 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.gpu.kit import roots
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
-
-from benchmarks.gpu.kit import roots
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "build" / "gpu-kit"

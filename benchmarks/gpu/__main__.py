@@ -34,7 +34,10 @@ def main() -> int:
         taken = kit.unpacked(given.kit, ROOT / "pyproject.toml", Path(unpacked)) if given.kit else []
         if taken:
             print("from the kit:", ", ".join(taken), flush=True)
-        path = [*(str(ROOT / part) for part in ("src", "tests", ".")), unpacked]  # the working tree before the product's wheel
+        path = [
+            *(str(ROOT / part) for part in ("src", "tests", ".")),
+            unpacked,
+        ]  # the working tree before the product's wheel
         # Also for processes of other interpreters: the server of the parts, and pytest's workers.
         os.environ["PYTHONPATH"] = os.pathsep.join(path)
         sys.path[:0] = path

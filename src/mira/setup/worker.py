@@ -13,6 +13,7 @@ import torch
 
 from mira.config import Experiment
 from mira.core.engine import Engine
+from mira.core.machine import processor
 from mira.core.versions import version_of
 from mira.data.corpus import Corpus
 from mira.data.text import Encoder
@@ -20,7 +21,6 @@ from mira.engine.memory import share_heap
 from mira.engine.spread import Call
 from mira.model.shipped import ShippedBase
 from mira.setup.engine import EnginePlan
-from mira.setup.environment import processor
 
 LIBRARIES = ("mira", "torch", "transformers", "peft")
 
