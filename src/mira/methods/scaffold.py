@@ -1,8 +1,8 @@
 """SCAFFOLD: FedAvg with control variates, which remove the drift of clients towards their own optima.
 
 Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020, algorithm 1 with option II and
-a server rate of 1. The server computes the control variates from the rows that return, so that clients send nothing more than with
-FedAvg. Option II takes a displacement for a sum of gradients, so it needs SGD without momentum.
+a server rate of 1. The server computes the control variates from the rows that return: clients send no more than with FedAvg.
+Option II takes a displacement for a sum of gradients, so it needs SGD without momentum.
 """
 
 from typing import Literal
