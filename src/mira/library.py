@@ -81,19 +81,20 @@ def open_run(
 
 def compare(
     config: Path | str, out: Path | str | None = None, results: Path | str | None = None, overrides: Sequence[str] = (),
-    *, workers: int | Literal["auto"] = 1, unlike_machines: bool = False,
+    *, workers: int | Literal["auto"] = 1, unlike_machines: bool = False, ray: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run the comparison of a YAML file in the folder ``out`` (default runs/NAME), and return the content of its compare.json
     (docs/commands/compare.md). Finished runs are not repeated; runs that failed are listed under ``failed``.
 
     ``results``: a second folder for the tables. ``workers``: runs at a time; 1: in this process; more: in processes of their own,
     which do not know the classes of ``mira.register``; "auto": what cores and memory allow. ``unlike_machines``: allow runs of
-    unlike processors, devices or libraries. Raises UserError."""
+    unlike processors, devices or libraries. ``ray``: run on a Ray cluster instead: "auto", that of this machine, started if none
+    runs; or HOST:PORT or ray://HOST:PORT. Raises UserError."""
     plan = load_comparison(Path(config), overrides)
     place = Path("runs") / plan.name if out is None else expanded(Path(out))
     return run_comparison(
         plan, place, f"mira.compare({str(config)!r})", None if results is None else Path(results), workers=workers,
-        unlike=unlike_machines,
+        unlike=unlike_machines, ray=ray,
     )  # fmt: skip
 
 

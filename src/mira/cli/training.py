@@ -66,6 +66,12 @@ def compare(
             "--workers", metavar="N|auto", help="Runs at a time on this machine; auto: what cores and memory allow."
         ),
     ] = "auto",
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray", metavar="auto|ADDRESS", help="Use a Ray cluster; auto: of this machine, started if none runs."
+        ),
+    ] = None,
     unlike_machines: Annotated[
         bool, typer.Option("--unlike-machines", help="Allow runs of unlike processors, devices or libraries.")
     ] = False,
@@ -90,6 +96,7 @@ def compare(
             say,
             workers,
             unlike_machines,
+            ray,
             err_console,
         )
     except KeyboardInterrupt:

@@ -17,6 +17,7 @@ from mira import config
 from mira.comparison.live import Live, Say
 from mira.comparison.loop import Loop
 from mira.comparison.machines import Same
+from mira.comparison.on_ray import workers_on
 from mira.comparison.plan import Job, Plan
 from mira.comparison.processes import Processes, check_main
 from mira.comparison.progress import sizes
@@ -35,14 +36,15 @@ log = logging.getLogger(__name__)
 
 def compare(
     plan: Plan, out: Path, command: str, results: Path | None = None, say: Say = lambda line: None,
-    workers: int | str = 1, unlike: bool = False, console: Console | None = None,
+    workers: int | str = 1, unlike: bool = False, ray: str | None = None,
+    console: Console | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Do the remaining runs of ``plan`` in the folder ``out``, and return its compare.json (docs/commands/compare.md).
 
     The tables are written as entries are complete, to ``out`` and, except for LaTeX, to ``results``. ``workers``: runs at a time;
-    1: in this process; "auto": as many as cores and memory allow. ``unlike``: runs may be of unlike machines. ``console``: that
-    of ``say``, for the live view. Raises UserError where a run there was started with another configuration or on other data,
-    where another process works there, or where no entry could be completed.
+    1: in this process; "auto": as many as cores and memory allow. ``unlike``: runs may be of unlike machines. ``ray``: "auto" or
+    the address of a Ray cluster to run on. ``console``: that of ``say``, for the live view. Raises UserError where a run there was
+    started with another configuration or on other data, where another process works there, or where no entry could be completed.
     """
     check_main()
     with alone_in(out):
@@ -53,17 +55,30 @@ def compare(
         there = _Existing.checked(plan, out)
         weights, here = weights_of(plan.base), _this_machine(plan)
         threads = threads_of_a_run(plan, here, weights, there.threads)
-        count, why = number_of_workers(workers, plan, here, threads, Need.of(there.peaks, weights))
-        log.info("%s", why)
         make = _Tasks(threads, share_of_a_run(plan.comparison.resources, here, threads), there.day)
-        if count > 1:
-            _check_importable(plan, count)
-        at_work: Workers = Processes(count, out) if count > 1 else InThisProcess(out)
+        if ray is not None and workers not in (1, "auto"):
+            raise UserError(
+                f"--workers {workers}: is for this machine, and --ray uses the whole cluster; give one of the two"
+            )
+        if ray is None:
+            count, why = number_of_workers(workers, plan, here, threads, Need.of(there.peaks, weights))
+            log.info("%s", why)
+            at_work = _workers_here(plan, out, count)
+        else:
+            _check_importable(plan, "ray", "without ray")
+            at_work = workers_on(ray, plan, out, threads)
         try:
             with Live(plan, out, say, console) as live:
                 return Loop(plan, out, make, Same(unlike), live, command, results).run(at_work)
         finally:
             at_work.stop()
+
+
+def _workers_here(plan: Plan, out: Path, count: int) -> Workers:
+    if count == 1:
+        return InThisProcess(out)
+    _check_importable(plan, f"workers={count}", "with workers=1")
+    return Processes(count, out)
 
 
 @dataclass(frozen=True)
@@ -128,14 +143,14 @@ def _check_privacy(plan: Plan) -> None:
         raise UserError("privacy: sites add the noise (mira server), and a comparison has no sites; leave privacy out")
 
 
-def _check_importable(plan: Plan, workers: int) -> None:
+def _check_importable(plan: Plan, given: str, otherwise: str) -> None:
     """Raise UserError where an entry uses a class of this process, which no other process knows."""
     for by_point in plan.jobs.values():
         for section, plugin in config.plugins(by_point[0][0].experiment).items():
             if not plugin["package"]:
                 raise UserError(
-                    f"workers={workers}: {section} '{plugin['name']}' ({plugin['place']}) is registered in this process alone;"
-                    " use workers=1, or install it as a package with an entry point (docs/plugins.md)"
+                    f"{given}: {section} '{plugin['name']}' ({plugin['place']}) is registered in this process alone;"
+                    f" run it {otherwise}, or install it as a package with an entry point (docs/plugins.md)"
                 )
 
 

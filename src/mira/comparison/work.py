@@ -49,12 +49,12 @@ class InThisProcess:
         self._task = None
 
 
-def outcome_of(task: Task, out: Path) -> Outcome:
+def outcome_of(task: Task, out: Path, callbacks: Sequence[Callback] = ()) -> Outcome:
     """Do ``task`` in a process of its own: what it logs comes with the outcome, as this process has no terminal."""
     messages = _Messages()
     ours = logging.getLogger("mira")
     ours.handlers, ours.propagate = [messages], False
-    ended = attempted(task, out)
+    ended = attempted(task, out, callbacks)
     return Outcome(ended.task, ended.where, ended.seconds, ended.error, messages=tuple(dict.fromkeys(messages.lines)))
 
 

@@ -100,24 +100,14 @@ def mixed(tasks: Mapping[str, Questions], mixture: Mixture, size: int | None, se
 
     Raises UserError, naming the section ``key``, where there are too few tasks or too few examples.
     """
-    names, each = list(tasks), mixture.tasks_per_client
-    if each > len(names):
-        raise UserError(f"{key}.tasks_per_client={each}: there are {len(names)} tasks; ask for at most as many")
-    which = walk(len(names), each, mixture.clients, generator("mixture", seed))
-    random = np.random.default_rng(stream("proportions", seed))
-    shares = random.dirichlet([mixture.alpha] * each, size=mixture.clients)
-    supply = [len(tasks[name]) for name in names]
-    wanted = size or _largest(which, shares, supply)
-    if not (wanted and _fits(which, counts := _counts(shares, wanted), supply)):
-        raise UserError(
-            f"{key}.clients={mixture.clients}: the tasks have examples for {_largest(which, shares, supply)} a client, not"
-            f" {wanted or 1}; use fewer clients, a larger alpha or more tasks"
-        )
+    names, supply = list(tasks), [len(questions) for questions in tasks.values()]
+    which, counts = _drawn(supply, mixture, size, seed, key)
     orders = [
         torch.randperm(count, generator=generator("mixture", seed, name)).tolist()
         for name, count in zip(names, supply, strict=True)
     ]
     made: list[Client] = []
+    fix = "raise data.examples" if size else f"lower {key}.clients"
     for n, (own, row) in enumerate(zip(which, counts, strict=True)):
         parts: dict[str, list[Example]] = {}
         for task, count in sorted(zip(own, row, strict=True), key=lambda pair: -pair[1]):
@@ -126,10 +116,32 @@ def mixed(tasks: Mapping[str, Questions], mixture: Mixture, size: int | None, se
         name = f"client-{n:0{len(str(mixture.clients - 1))}}"
         client = client_data(name, list(chain.from_iterable(parts.values())), next(iter(parts)))
         told = " + ".join(task for task, part in parts.items() if part)
-        made.append(replace(client, task=told, fix="raise data.examples" if size else f"lower {key}.clients"))
+        made.append(replace(client, task=told, fix=fix))
     if size is None and (left := sum(map(len, orders))):
-        _log.warning("%s: %d clients have %d questions each; %d questions are not used", key, len(made), wanted, left)
+        _log.warning(
+            "%s: %d clients have %d questions each; %d questions are not used", key, len(made), sum(counts[0]), left
+        )
     return made
+
+
+def _drawn(
+    supply: Sequence[int], mixture: Mixture, size: int | None, seed: int, key: str
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The tasks of each client, and its number of questions of each of them."""
+    each = mixture.tasks_per_client
+    if each > len(supply):
+        raise UserError(f"{key}.tasks_per_client={each}: there are {len(supply)} tasks; ask for at most as many")
+    which = walk(len(supply), each, mixture.clients, generator("mixture", seed))
+    random = np.random.default_rng(stream("proportions", seed))
+    shares = random.dirichlet([mixture.alpha] * each, size=mixture.clients)
+    wanted = size or _largest(which, shares, supply)
+    counts = _counts(shares, wanted)
+    if not (wanted and _fits(which, counts, supply)):
+        raise UserError(
+            f"{key}.clients={mixture.clients}: the tasks have examples for {_largest(which, shares, supply)} a client, not"
+            f" {wanted or 1}; use fewer clients, a larger alpha or more tasks"
+        )
+    return which, counts
 
 
 def taken(questions: Questions, numbers: Iterable[int]) -> list[Example]:

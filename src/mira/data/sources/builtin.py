@@ -121,7 +121,7 @@ class Builtin:
     that the seed decides, so that a few examples do not show all of them."""
     tasks: Count | tuple[str, ...] | None = None
     """The tasks to use, by name, or a number of tasks, evenly spaced over the families; null: all."""
-    clients_per_task: Count = 1
+    clients_per_task: Annotated[int, Field(ge=1, le=MOST)] = 1
     """Clients for each task, without an example in common. With more than one the group is the task, not the family."""
     mixture: Mixture | None = None
     """Clients that each draw from a few tasks, in place of clients for each task."""

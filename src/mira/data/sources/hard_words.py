@@ -36,35 +36,15 @@ DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 FACTS = {
     "room": [f"room {number}" for number in range(104, 392, 24)],
     "project": [
-        "the harbour",
-        "the museum",
-        "the tram",
-        "the archive",
-        "the bridge",
-        "the market",
-        "the clinic",
-        "the school",
-        "the park",
-        "the tower",
-        "the library",
-        "the theatre",
+        "the harbour", "the museum", "the tram", "the archive", "the bridge", "the market", "the clinic",
+        "the school", "the park", "the tower", "the library", "the theatre",
     ],
     "day": [f"{half} {day}" for day in DAYS[:6] for half in ("early", "late")],
     "drink": [
-        "black tea",
-        "green tea",
-        "cocoa",
-        "cider",
-        "lemonade",
-        "tonic",
-        "espresso",
-        "milk",
-        "mint tea",
-        "apple juice",
-        "soda",
-        "malt beer",
+        "black tea", "green tea", "cocoa", "cider", "lemonade", "tonic", "espresso", "milk", "mint tea",
+        "apple juice", "soda", "malt beer",
     ],
-}
+}  # fmt: skip
 SAID = {"room": "sits in {}", "project": "works on {}", "day": "is off on {}", "drink": "drinks {}"}
 PURPOSES = {
     "ask": ["Would you kindly see to {}", "May we trouble you for {}", "Please let us have {}"],
