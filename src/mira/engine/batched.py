@@ -122,6 +122,7 @@ class BatchedEngine:
         optimizer = RowOptimizer.start(spec.training, rows, states, work.trainable, spec.layout.rate)
         anchor = None if work.anchor is None else self.adapted.rows(work.anchor[jobs])
         prox = None if work.prox is None else work.prox[jobs].to(spec.model.device)
+        shift = None if work.shift is None else self.adapted.rows(work.shift[jobs])
         grad = torch.zeros_like(rows)
         loss = torch.zeros(len(jobs), dtype=torch.float64, device=spec.model.device)
         dropout = [generator("dropout", spec.seed, now.number, int(k)) for k in client] if spec.dropout else None
@@ -138,6 +139,8 @@ class BatchedEngine:
                 grad[:active].mul_(ratio[:active])
             if anchor is not None and prox is not None:  # before clipping: part of the objective
                 pull(grad[:active], rows[:active], anchor[:active], prox[:active])
+            if shift is not None:
+                grad[:active].add_(shift[:active])
             optimizer.step(rows, grad, active, now.lr)
         steps = torch.tensor([len(each) for each in batches])
         trained = Trained(
