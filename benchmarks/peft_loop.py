@@ -114,7 +114,7 @@ def _train_one(
     for sequences in workload.made.spec.corpus.batches(round, client):
         optimizer.zero_grad()
         loss = loss_of(peft, workload, sequences)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         losses.append(loss.detach().double())
     return torch.cat([p.detach().flatten() for p in parameters]), torch.stack(losses).mean()

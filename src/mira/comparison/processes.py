@@ -14,12 +14,14 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
-
-from pebble import ProcessExpired, ProcessPool
+from typing import TYPE_CHECKING
 
 from mira.comparison.work import outcome_of
 from mira.comparison.workers import Outcome, Task
 from mira.core.errors import UserError
+
+if TYPE_CHECKING:
+    from pebble import ProcessPool
 
 _LOST = "its worker process died (killed, or out of memory)"
 
@@ -64,6 +66,8 @@ class Processes:
         error = future.exception()
         if error is None:
             return future.result()
+        from pebble import ProcessExpired
+
         if not isinstance(error, ProcessExpired | BrokenProcessPool):
             raise error
         return Outcome(task, {}, time.perf_counter() - began, _LOST, lost=True)
@@ -80,6 +84,8 @@ def check_main() -> None:
 
 def _new_pool() -> ProcessPool:
     # Spawned, not forked: a fork of a process with threads may hang.
+    from pebble import ProcessPool  # only here: a machine without pebble can train
+
     context = multiprocessing.get_context("spawn")
     return ProcessPool(1, initializer=_begin, initargs=(multiprocessing.get_start_method(),), context=context)
 
