@@ -63,10 +63,12 @@ def test_as_many_runs_at_a_time_as_cores_and_measured_memory_allow(tmp_path: Pat
     assert number_of_workers("auto", free, BIG, 1, Need.of([], None))[0] == 8  # 5 GB each
     assert number_of_workers("auto", free, Machine(2, GB, 0), 2, Need.of([], GB))[0] == 1
     assert number_of_workers("auto", free, Machine(16, GB, 40 * GB, gpu=True), 2, Need.of([], GB))[0] == 1
-    assert number_of_workers("7", free, BIG, 2, Need.of([], GB))[0] == 7
+    assert number_of_workers("8", free, BIG, 2, Need.of([], GB)) == (8, "8 runs at a time with 2 threads each: as given")
+    one = number_of_workers(1, free, BIG, 2, Need.of([], GB))
+    assert one == (1, "1 run at a time with 2 threads each: as given; auto: 8")
 
 
-@pytest.mark.parametrize("given", ["0", "-1", "two", 0])
+@pytest.mark.parametrize("given", ["0", "-1", "two", "²", 0])
 def test_a_wrong_number_of_workers_is_refused(given: int | str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"^--workers {given}: give a number of runs at a time from 1 on, or auto$"):
         number_of_workers(given, plan(tmp_path), BIG, 1, Need.of([], GB))
