@@ -11,6 +11,7 @@ import yaml
 from mira.comparison.machines import Same, note, noted, places_of
 from mira.comparison.plan import Job, Plan, load
 from mira.comparison.shares import Machine, Need, number_of_workers, share_of_a_run, threads_of_a_run
+from mira.core import machine
 from mira.core.errors import UserError
 
 GB = 10**9
@@ -103,3 +104,13 @@ def test_other_data_models_and_threads_are_refused_in_any_case(key: str, value: 
     same.check(job, ENVIRONMENT, [PLACE])
     with pytest.raises(UserError, match=rf"{key} is .* in the other runs; runs of a comparison need the same"):
         same.check(job, ENVIRONMENT | {key: value}, [PLACE])
+
+
+def test_free_memory_of_a_container_includes_its_file_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = tmp_path / "memory.max"
+    limit.write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("4000000\n")
+    monkeypatch.setattr(machine, "_MEMORY_LIMIT", limit)
+    assert machine.available_memory() == 1_000_000
+    (tmp_path / "memory.stat").write_text("anon 1000000\ninactive_file 2500000\n")
+    assert machine.available_memory() == 3_500_000
