@@ -15,7 +15,7 @@ INSTALL := $(PIP) install -qq --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 EVERYTHING := --editable '.[dev,docs,pandas,datasets,flower,privacy,quantized,ray,wandb,mlflow]'
 
-.PHONY: help demo demo-compare test quick house format lock clean bench docs package
+.PHONY: help demo demo-compare test quick house format lock clean bench docs package gpu-kit
 help:
 	@echo 'make demo     train, measure and export one adapter per client on a small real model (about 7 minutes)'
 	@echo 'make demo-compare   MIRA, FedIT and training alone on the same tasks'
@@ -25,6 +25,7 @@ help:
 	@echo 'make package  build wheel and sdist into dist'
 	@echo 'make house    count the structure of the package against its targets'
 	@echo 'make bench    speed and memory against PEFT loops, on real tasks in MIRA_NI_DATA (about 8 minutes)'
+	@echo 'make gpu-kit  collect what a GPU machine without network lacks into build/gpu-kit (docs/cuda.md)'
 	@echo 'make format   format, and fix lint where ruff can'
 	@echo 'make lock     rewrite constraints.txt with the newest versions that resolve together'
 	@echo 'make clean    remove .venv and caches (runs/ stays)'
@@ -51,6 +52,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict src benchmarks tools
+
+gpu-kit: $(VENV)/.dev
+	$(BIN)/python -m tools.gpu_kit
 
 house: $(VENV)/.dev
 	$(BIN)/python -m tools.house

@@ -31,12 +31,12 @@ from benchmarks.workload import LR, Synthetic, Workload, open_workload
 from mira.adapters.lora import Lora
 from mira.adapters.lora_peft import LoraAdapter, start_row
 from mira.core.errors import UserError
+from mira.core.machine import processor
 from mira.core.types import Work
 from mira.core.versions import version_of
 from mira.engine.batched import BatchedEngine
 from mira.engine.packing import packed_tokens
 from mira.methods.mira import Mira
-from mira.setup.environment import processor
 
 SAMPLES = 3
 JSON = Path(__file__).parent / "out" / "curves.json"

@@ -6,7 +6,7 @@ PyTorch's. Data and order are those of the engine under test.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from mira.core.layout import Layout
 from mira.data.text import Encoded
 
 IGNORED = -100
+Loss = Callable[[PeftModel, Workload, Sequence[Encoded]], Tensor]  # of one step
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,17 @@ def wrapped(workload: Workload) -> PeftModel:
     return peft.eval()
 
 
-def train(peft: PeftModel, workload: Workload, rows: Tensor, round: int) -> tuple[Tensor, Tensor]:
+def padded_loss(peft: PeftModel, workload: Workload, sequences: Sequence[Encoded]) -> Tensor:
+    batch = padded(sequences, workload)
+    loss: Tensor = peft(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).loss
+    return loss
+
+
+def train(
+    peft: PeftModel, workload: Workload, rows: Tensor, round: int, loss_of: Loss = padded_loss
+) -> tuple[Tensor, Tensor]:
     """The fair loop: one model for all clients. Rows after the round [J,P], and the mean loss of each client [J]."""
-    done = [_train_one(peft, workload, rows[k], round, k) for k in workload.clients]
+    done = [_train_one(peft, workload, rows[k], round, k, loss_of) for k in workload.clients]
     return torch.stack([row for row, _ in done]).cpu(), torch.stack([loss for _, loss in done]).cpu()
 
 
@@ -103,14 +112,15 @@ def padded(sequences: Sequence[Encoded], workload: Workload) -> Batch:
     return Batch(*(x.to(workload.plain.device) for x in (ids, mask, labels)))
 
 
-def _train_one(peft: PeftModel, workload: Workload, row: Tensor, round: int, client: int) -> tuple[Tensor, Tensor]:
+def _train_one(
+    peft: PeftModel, workload: Workload, row: Tensor, round: int, client: int, loss_of: Loss
+) -> tuple[Tensor, Tensor]:
     parameters = _load(peft, workload.made.spec.layout, row)
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
     losses = []
     for sequences in workload.made.spec.corpus.batches(round, client):
-        batch = padded(sequences, workload)
         optimizer.zero_grad()
-        loss = peft(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).loss
+        loss = loss_of(peft, workload, sequences)
         loss.backward()
         optimizer.step()
         losses.append(loss.detach().double())

@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mira.core.machine import processor
 from mira.core.versions import version_of
-from mira.setup.environment import processor
 
 console = Console(width=None if os.isatty(1) else 130)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mira import config as configuration
 from mira.comparison import compare as run_comparison
@@ -45,21 +45,22 @@ def run(
     chosen = {"method": method, "graph": graph, "adapter": adapter}
     objects = Objects.of(model, data, _name(config))
     experiment = _experiment(config, chosen, objects)
-    result = runner.run(experiment, out, callbacks, objects.open)
+    result = runner.run(experiment, out, callbacks, objects.open_to_run)
     return Run(Path(result["run"]), objects=objects, callbacks=callbacks)
 
 
 def resume(
     folder: Path | str, callbacks: Sequence[Callback] = (), *, model: Loaded | str | None = None,
-    data: Data | Path | str | None = None,
+    data: Data | Path | str | None = None, engine: Mapping[str, Any] | None = None,
 ) -> Run:  # fmt: skip
     """Resume the run in ``folder`` after its last committed round, and return it finished.
 
     The result is bit-identical to that of an uninterrupted run. ``model``, ``data``: the objects that the run was started with,
-    or the new place of either if it was moved. Raises UserError.
+    or the new place of either if it was moved. ``engine``: other ``devices``, ``workers`` or ``ray`` (docs/devices.md), with
+    which the numbers are the same up to rounding. Raises UserError.
     """
     found = open_run(folder, model=model, data=data)
-    result = runner.resume(found.folder, callbacks, found.objects.open, found.data, found.model)
+    result = runner.resume(found.folder, callbacks, found.objects.open_to_run, found.data, found.model, engine)
     return Run(Path(result["run"]), found.data, found.model, found.objects, callbacks)
 
 
@@ -79,13 +80,22 @@ def open_run(
 
 
 def compare(
-    config: Path | str, out: Path | str | None = None, results: Path | str | None = None, overrides: Sequence[str] = ()
-) -> dict[str, Any]:
+    config: Path | str, out: Path | str | None = None, results: Path | str | None = None, overrides: Sequence[str] = (),
+    *, workers: int | Literal["auto"] = 1, unlike_machines: bool = False, ray: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Run the comparison of a YAML file in the folder ``out`` (default runs/NAME), and return the content of its compare.json
-    (docs/commands/compare.md). Finished runs are not repeated. ``results``: a second folder for the tables. Raises UserError."""
+    (docs/commands/compare.md). Finished runs are not repeated; runs that failed are listed under ``failed``.
+
+    ``results``: a second folder for the tables. ``workers``: runs at a time; 1: in this process; more: in processes of their own,
+    which do not know the classes of ``mira.register``; "auto": what cores and memory allow. ``unlike_machines``: allow runs of
+    unlike processors, devices or libraries. ``ray``: run on a Ray cluster instead: "auto", that of this machine, started if none
+    runs; or HOST:PORT or ray://HOST:PORT. Raises UserError."""
     plan = load_comparison(Path(config), overrides)
     place = Path("runs") / plan.name if out is None else expanded(Path(out))
-    return run_comparison(plan, place, f"mira.compare({str(config)!r})", None if results is None else Path(results))
+    return run_comparison(
+        plan, place, f"mira.compare({str(config)!r})", None if results is None else Path(results), workers=workers,
+        unlike=unlike_machines, ray=ray,
+    )  # fmt: skip
 
 
 def register(

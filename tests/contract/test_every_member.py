@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from helpers.method_variants import VARIANTS, used_by
+from helpers.method_variants import HALVES, VARIANTS, used_by
 from mira.adapters import ADAPTERS
+from mira.core.layout import Layout
 from mira.data import SOURCES
 from mira.data.partition import ByChance
 from mira.data.sources.memory import Given
@@ -30,6 +31,7 @@ from mira.testing import (
 
 pytestmark = pytest.mark.quick
 
+EVEN = Layout.of({"layer": (3, 2)}, rank=2, alpha=1.0)
 ROWS = [{"instruction": "Say it.", "context": str(n), "response": f"{n}!", "category": "ab"[n % 2]} for n in range(24)]
 
 
@@ -45,7 +47,8 @@ def laws(of: Any) -> Callable[[Any], Any]:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_method(name: str, law: str) -> None:
     method = VARIANTS[name]
-    named(method_checks(method, graph=used_by(method, methods.sparse_graph())), law)()
+    layout = EVEN if name in HALVES else methods.LAYOUT
+    named(method_checks(method, layout, used_by(method, methods.sparse_graph())), law)()
 
 
 def edges(folder: Path) -> Any:

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.method_variants import BESIDE_ONE, ONE_ROW, ROW_OF_EACH, VARIANTS, used_by
+from helpers.method_variants import (
+    BESIDE_ONE,
+    COHORT_MIXED,
+    ROW_OF_EACH,
+    TWO_OF_EACH,
+    used_by,
+)
+from helpers.method_variants import WHOLE as VARIANTS
 from mira.core.graph import Graph, Groups
 from mira.core.loop import apply, describe, screen
 from mira.core.seeds import generator
@@ -63,8 +70,14 @@ def after(state: ServerState, change: Change) -> dict[int, Tensor]:
 
 
 # Row i of the state is all i: from which rows A (3 numbers) and B (2) of each job start, and which it is pulled to.
-START = {"ditto": [0, 5, 0, 1, 0, 4], "mr-mtl": [5, 1, 4], **dict.fromkeys(ROW_OF_EACH, COHORT)}
-ANCHOR = {"fedprox": [0, 0, 0], "pfedme": [0, 0, 0], "mr-mtl": [0, 0, 0], "ditto": [0] * 6}
+START = {
+    "ditto": [0, 5, 0, 1, 0, 4], "mr-mtl": [5, 1, 4], "fedavg-ft": [5, 1, 4],
+    **dict.fromkeys([*ROW_OF_EACH, *COHORT_MIXED, *TWO_OF_EACH], COHORT),
+}  # fmt: skip
+ANCHOR = {
+    "fedprox": [0, 0, 0], "pfedme": [0, 0, 0], "mr-mtl": [0, 0, 0], "ditto": [0] * 6, "pfedgraph": COHORT,
+    "fedamp": [11, 7, 10],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -85,7 +98,7 @@ def test_work_is_what_each_client_starts_from(name: str) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_is_private_and_what_travels(name: str) -> None:
     """Local sends nothing, Ditto not its clients' own rows, FFA-LoRA no A, FedSA-LoRA no B; all others the row. Down goes an
-    anchor too, where it is another row than the start."""
+    anchor too, where it is another row than the start. A factor that is frozen does not return."""
     method = VARIANTS[name]
     state, done = state_of(method), trained(method)
     work = method.broadcast(state, torch.tensor(COHORT))
@@ -93,7 +106,11 @@ def test_what_is_private_and_what_travels(name: str) -> None:
     assert (None if work.private is None else work.private.tolist()) == private
     record = describe(4, work, done, method.aggregate(state, done), [f"c{k}" for k in range(7)])
     sent = 3 * 4 * {"local": 0, "ffa-lora": 2, "fedsa-lora": 3}.get(name, LAYOUT.size)
-    assert (record["bytes_down"], record["bytes_up"]) == (sent * (2 if name == "mr-mtl" else 1), sent)
+    back = {"rolora": 3 * 4 * 3, "fedsvd": 3 * 4 * 2}.get(name, sent)  # the fourth round is one of A
+    assert (record["bytes_down"], record["bytes_up"]) == (
+        sent * (2 if name in ("mr-mtl", "fedamp", "scaffold") else 1),
+        back,
+    )
 
 
 def test_a_learned_graph_mixes_from_the_first_round_on_and_is_kept() -> None:
@@ -129,16 +146,18 @@ def test_a_round_touches_the_cohorts_rows_and_their_neighbours_alone(method: Met
     state, spy = spied(method, sparse_graph())
     name = next(name for name, variant in VARIANTS.items() if variant is method)
     method.broadcast(state, torch.tensor(COHORT))
-    assert len(spy.read) <= 4
+    assert len(spy.read) <= (6 if name in TWO_OF_EACH else 4)
     spy.read.clear()
     change = method.aggregate(state, trained(method))
     if getattr(method, "neighbours", None) == "all":
         assert sorted(spy.read) == sorted(NEIGHBOURS)
-    elif name == "mr-mtl":
-        assert sorted(spy.read) == [0, 1, 4, 5]  # the mean, and what the cohort's rows were
+    elif name in ("mr-mtl", "scaffold"):
+        assert sorted(spy.read) == [0, 1, 4, 5]  # the row of all, and what the cohort's rows were
     else:
-        assert set(spy.read) <= (set() if name in ROW_OF_EACH else {0})
-    assert change.index.tolist() == (COHORT if name in ROW_OF_EACH else [0] if name in ONE_ROW else [0, 5, 1, 4])
+        assert set(spy.read) <= (set() if name in ROW_OF_EACH + COHORT_MIXED + TWO_OF_EACH else {0})
+    own = COHORT if name in ROW_OF_EACH + COHORT_MIXED + TWO_OF_EACH else [5, 1, 4] if name in BESIDE_ONE else []
+    together = [] if name in ROW_OF_EACH + COHORT_MIXED + TWO_OF_EACH + ["fedavg-ft"] else [0]
+    assert change.index.tolist() == together + own + ([11, 7, 10] if name in TWO_OF_EACH else [])
     assert change.value.shape == (len(change.index), LAYOUT.size)
     assert change.value.dtype == torch.float32
 
@@ -212,7 +231,7 @@ def test_a_client_without_a_loss_is_named_with_what_to_do() -> None:
     assert "lower training.lr" in kept.failed[0].reason
 
 
-@pytest.mark.parametrize("name", [*ROW_OF_EACH, "fedit", "fedprox", "ditto"])
+@pytest.mark.parametrize("name", [*ROW_OF_EACH, *COHORT_MIXED, "fedit", "fedprox", "ditto"])
 def test_one_client_alone_keeps_what_it_learned(name: str) -> None:
     """Where nobody related is at hand a round is local training, bit for bit."""
     method = VARIANTS[name]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from helpers import engines
 from helpers.engines import RandomCorpus, layout_on, make_engine, warm_row
+from helpers.method_variants import ONE_RANK
 from helpers.tiny_models import make_tiny
 from mira.adapters.lora_peft import from_peft, merge, to_peft
 from mira.core.errors import UserError
@@ -173,7 +174,16 @@ def of_rank(name: str) -> Any:
     return HeterogeneousRanks(METHODS[name](), LAYOUT, RANK)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ONE_RANK)
+def test_a_method_of_one_rank_refuses_others_and_says_which_does_not(name: str) -> None:
+    setting = Setting(LAYOUT, torch.zeros(LAYOUT.size), 3, Groups(RANK), 0.1, 3)
+    with pytest.raises(
+        UserError, match=rf"^method.name={name}: needs the same rank for all clients \(clients.rank\); use "
+    ):
+        of_rank(name).init(setting)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ONE_RANK])
 def test_nothing_beyond_a_clients_rank_is_sent_served_or_pulled_to(name: str) -> None:
     method, start = of_rank(name), torch.linspace(-1, 1, LAYOUT.size, dtype=torch.float64)
     graph = Groups(torch.zeros(3, dtype=torch.int64))
@@ -194,6 +204,8 @@ def test_nothing_beyond_a_clients_rank_is_sent_served_or_pulled_to(name: str) ->
         change = method.aggregate(state, done)
         sent = describe(1, work, done, change, ["a", "b", "c"])["client_bytes"]
         numbers = {"local": (0, 0), "ffa-lora": (2, 4), "fedsa-lora": (3, 6)}.get(name, (5, 10))
+        if name == "rolora":
+            numbers = [(2, 4), (3, 6)][round]  # B, then A
         assert [sent[k]["up"] for k in ("a", "b")] == [8 * n for n in numbers]
         state = apply(state, change)
 

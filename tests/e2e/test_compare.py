@@ -13,15 +13,16 @@ import yaml
 from torch import Tensor
 
 from helpers.documented_json import TYPES, documented, fields, one_object
-from helpers.sample_config import NAMES, Interrupt, mira, settings, snapshot, write_clients
+from helpers.sample_config import NAMES, Ended, Interrupt, mira, settings, snapshot, write_clients
 from mira import comparison
-from mira.comparison import run as running
+from mira.comparison import work
 from mira.core.errors import UserError
 from mira.core.git_commit import commit
 from mira.core.types import Scores
 from mira.engine.batched import BatchedEngine
 from mira.runner import run as experiment
 from mira.runner.callbacks import Callback
+from mira.runner.run import Open
 from mira.store import Store
 from mira.store.folders import alone_in
 
@@ -47,12 +48,17 @@ def write(folder: Path, model: Path, entries: dict[str, Any] = LINE, **changes: 
     return file
 
 
+def compare(*arguments: object) -> Ended:
+    """The command, serial."""
+    return mira("compare", *arguments, "--workers", 1)
+
+
 @pytest.fixture(scope="module")
 def done(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     """The folder of a comparison, what it printed, and its progress. The test split is read in its place only."""
     folder = tmp_path_factory.mktemp("compare")
     reading = False
-    evaluate, tested = BatchedEngine.evaluate, running._tested
+    evaluate, tested = BatchedEngine.evaluate, work.tested
 
     def watched(
         self: BatchedEngine, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None
@@ -60,17 +66,16 @@ def done(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         assert reading or "test" not in splits
         return evaluate(self, rows, client, splits, limit)
 
-    def allowed(place: Path) -> dict[str, Any]:
+    def allowed(place: Path) -> None:
         nonlocal reading
         reading = True
-        value = tested(place)
+        tested(place)
         reading = False
-        return value
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(BatchedEngine, "evaluate", watched)
-        patched.setattr(running, "_tested", allowed)
-        ended = mira("compare", write(folder, tiny_folder), "--out", folder / "o", "--results", folder / "r", "--json")
+        patched.setattr(work, "tested", allowed)
+        ended = compare(write(folder, tiny_folder), "--out", folder / "o", "--results", folder / "r", "--json")
     assert ended.status == 0, ended.err
     return folder, one_object(ended.out), ended.err
 
@@ -177,7 +182,7 @@ def test_runs_are_listed_with_the_test_loss_of_those_that_were_chosen(done: tupl
 def test_what_is_finished_is_not_done_again(done: tuple[Path, dict[str, Any], str]) -> None:
     folder, value, _ = done
     before = snapshot(folder / "o" / "runs")
-    ended = mira("compare", folder / "c.yaml", "--out", folder / "o")
+    ended = compare(folder / "c.yaml", "--out", folder / "o")
     assert ended.err.count("finished before") == 8
     assert snapshot(folder / "o" / "runs") == before
     assert "beats Local (p)" in ended.out
@@ -200,7 +205,7 @@ def test_the_start_is_measured_once_and_added_where_an_older_comparison_left_it_
         older = {key: item for key, item in json.loads(file.read_text()).items() if key != "start"}
         older["best"]["local_loss"] = 7.0  # what is there is not measured again
         file.write_text(json.dumps(older))
-    ended = mira("compare", folder / "c.yaml", "--out", tmp_path / "o", "--json")
+    ended = compare(folder / "c.yaml", "--out", tmp_path / "o", "--json")
     again = [run for entry in one_object(ended.out)["entries"] for run in entry["runs"]]
     assert [[client["loss_start"] for client in run["clients"]] for run in again] == starts
     assert {run["local_loss"] for run in again} == {7.0}
@@ -218,7 +223,7 @@ def test_an_older_comparison_whose_runs_cannot_be_opened_keeps_its_table(
         raise UserError("model.name=x: not here any more")
 
     monkeypatch.setattr("mira.runner.recording.open_session", gone)
-    ended = mira("compare", folder / "c.yaml", "--out", tmp_path / "o", "--json")
+    ended = compare(folder / "c.yaml", "--out", tmp_path / "o", "--json")
     assert ended.err.count("the losses before training cannot be measured: model.name=x: not here any more") == 4
     for entry, before in zip(one_object(ended.out)["entries"], value["entries"], strict=True):
         assert entry["local_loss"] == before["local_loss"]
@@ -232,7 +237,7 @@ def test_a_folder_with_a_process_at_work_is_refused(done: tuple[Path, dict[str, 
     folder = done[0]
     before = snapshot(folder / "o")
     with alone_in(folder / "o"):
-        error = mira("compare", folder / "c.yaml", "--out", folder / "o").error
+        error = compare(folder / "c.yaml", "--out", folder / "o").error
     assert error == f"{folder / 'o'}: another process is at work here; wait for it, or give another --out"
     assert snapshot(folder / "o") == before
     run = folder / "o" / "runs" / "local" / "training.lr=0.03" / "seed-1"
@@ -240,8 +245,7 @@ def test_a_folder_with_a_process_at_work_is_refused(done: tuple[Path, dict[str, 
     (run / "result.json").unlink()
     with Store.open(run):
         assert (
-            "seed-1: another process is writing to this run"
-            in mira("compare", folder / "c.yaml", "--out", folder / "o").error
+            "seed-1: another process is writing to this run" in compare(folder / "c.yaml", "--out", folder / "o").error
         )
     (run / "result.json").write_bytes(result)
 
@@ -249,26 +253,23 @@ def test_a_folder_with_a_process_at_work_is_refused(done: tuple[Path, dict[str, 
 def test_another_configuration_is_refused(done: tuple[Path, dict[str, Any], str]) -> None:
     folder = done[0]
     before = snapshot(folder / "o")
-    ended = mira("compare", folder / "c.yaml", "--out", folder / "o", "--set", "rounds=3")
+    ended = compare(folder / "c.yaml", "--out", folder / "o", "--set", "rounds=3")
     assert "seed-0: was started with another configuration: rounds: 2 here, 3 there (here: the run" in ended.error
     assert snapshot(folder / "o") == before
 
 
 def test_other_data_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     small = {"seeds": [3], "grid": {}}
-    assert (
-        mira("compare", write(tmp_path, tiny_folder, {"Local": LINE["Local"]}, **small), "--out", tmp_path / "o").status
-        == 0
-    )
+    assert compare(write(tmp_path, tiny_folder, {"Local": LINE["Local"]}, **small), "--out", tmp_path / "o").status == 0
     write_clients(tmp_path / "data.jsonl", examples=9)
-    ended = mira("compare", write(tmp_path, tiny_folder, **small), "--out", tmp_path / "o")
+    ended = compare(write(tmp_path, tiny_folder, **small), "--out", tmp_path / "o")
     assert ended.error.startswith("runs/mira-s-1/only/seed-3: data is ")
 
 
 def test_results_that_cannot_be_written_are_refused_before_anything_is_run(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     file = write(tmp_path, tiny_folder, {"MIRA": {}})
-    ended = mira("compare", file, "--out", tmp_path / "o", "--results", tmp_path / "taken")
+    ended = compare(file, "--out", tmp_path / "o", "--results", tmp_path / "taken")
     assert ended.error == f"--results {tmp_path / 'taken'}: cannot be written to (File exists); name another folder"
     assert not list((tmp_path / "o").glob("runs/*"))
 
@@ -280,23 +281,26 @@ def test_a_comparison_goes_on_within_a_run(tiny_folder: Path, tmp_path: Path, mo
     with monkeypatch.context() as patched:
         count = 0
 
-        def interrupted(wanted: Any, folder: Path, callbacks: Sequence[Callback]) -> dict[str, Any]:
+        def interrupted(wanted: Any, folder: Path, callbacks: Sequence[Callback], open: Open) -> dict[str, Any]:
             nonlocal count
             count += 1
-            return experiment_run(wanted, folder, [Interrupt(1)] if count == 3 else callbacks)
+            return experiment_run(wanted, folder, [Interrupt(1)] if count == 3 else callbacks, open)
 
         experiment_run = experiment.run
         patched.setattr(Interrupt, "Pulled", KeyboardInterrupt)
         patched.setattr(experiment, "run", interrupted)
-        ended = mira("compare", file, "--out", tmp_path / "o")
+        ended = compare(file, "--out", tmp_path / "o")
     assert ended.status == 130
     assert ended.err.endswith("repeat the command to resume\n")
     assert not (tmp_path / "o" / "compare.json").exists()
     assert "2 points × 1 seeds, and 1 more seeds" in ended.err
     lines: list[str] = []
     again = comparison.compare(comparison.load(file), tmp_path / "o", "", say=lines.append)
-    assert lines.pop(0).endswith("for 1 runs, estimated from 2 finished runs, plus the evaluation on test data")
-    assert [line.endswith("finished before") for line in lines] == [True, True, False]
+    assert [line.endswith("finished before") for line in lines[:3]] == [True, True, False]
+    assert lines[2] == "started · MIRA · training.lr=0.03 · seed 0 · after round 1"
+    assert lines[3].endswith("for 1 runs, estimated from 2 finished runs, plus the evaluation on test data")
+    assert lines[4].startswith("run 3 of 3 · MIRA · training.lr=0.03 · seed 0 · validation ")
+    assert [line.startswith("test data · ") for line in lines[5:]] == [True, True]
     for one, other in zip(value["entries"][0]["runs"], again["entries"][0]["runs"], strict=True):
         assert one | {"seconds": 0} == other | {"seconds": 0}
 

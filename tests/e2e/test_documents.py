@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import click
+import jsonschema
 import pytest
 import typer
 import yaml
@@ -23,6 +27,7 @@ from mira.comparison import plan as comparison
 from mira.config.experiment import SECTIONS
 
 ROOT = Path(__file__).parents[2]
+RAY_SCHEMA = Path(find_spec("ray").origin or "").parent / "autoscaler" / "ray-schema.json"  # type: ignore[union-attr]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 FENCED = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", flags=re.MULTILINE | re.DOTALL)
 
@@ -84,7 +89,22 @@ def test_every_yaml_block_is_valid(document: Path) -> None:
         if "entries" in values:
             comparison.parse(values)
             continue
+        if "cluster_name" in values:  # not for mira: for ray up
+            jsonschema.validate(values, json.loads(RAY_SCHEMA.read_text(encoding="utf-8")))
+            continue
         Experiment(**values if {"model", "rounds", "training", "data"} <= values.keys() else completed(values))
+
+
+def test_the_schema_sees_a_wrong_cluster() -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"cluster_name": "x", "workers": 3}, json.loads(RAY_SCHEMA.read_text(encoding="utf-8")))
+
+
+def test_scripts_for_bash_can_be_parsed() -> None:
+    scripts = [body for file in DOCUMENTS for body in blocks(file.read_text(encoding="utf-8"), "bash")]
+    assert any("#SBATCH" in script for script in scripts)
+    for script in scripts:
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))

@@ -19,12 +19,26 @@ VARIANTS: dict[str, Any] = {name: METHODS[name]() for name in METHODS} | {
     "ditto": METHODS["ditto"](lam=0.3),
     "mr-mtl": METHODS["mr-mtl"](lam=0.3),
     "pfedme": METHODS["pfedme"](lam=0.3, step=0.5),
+    "pfedgraph": METHODS["pfedgraph"](lam=0.3),
+    "fedamp": METHODS["fedamp"](lam=0.3),
     "fedavgm": METHODS["fedavgm"](lr=0.7),
     "fedadam": METHODS["fedadam"](lr=0.01),
 }
 ROW_OF_EACH = [name for name in VARIANTS if name.startswith("mira") or name == "local"]  # row k is client k's
-BESIDE_ONE = ["ditto", "mr-mtl", "pfedme", "fedsa-lora"]  # row 0 is that of all, row k + 1 client k's
-ONE_ROW = [name for name in VARIANTS if name not in ROW_OF_EACH + BESIDE_ONE]
+COHORT_MIXED = ["pfedgraph", "cfl", "fedtreelora"]  # row k is client k's, made of the rows of the cohort
+BESIDE_ONE = [
+    "ditto",
+    "mr-mtl",
+    "pfedme",
+    "fedsa-lora",
+    "fedavg-ft",
+    "scaffold",
+]  # row 0 is that of all, row k + 1 client k's
+TWO_OF_EACH = ["fedamp"]  # row k is client k's, row K + k the one it is pulled to
+HALVES = ["fedalt", "feddpa"]  # a row holds two adapters: an even rank
+ONE_ROW = [name for name in VARIANTS if name not in ROW_OF_EACH + COHORT_MIXED + BESIDE_ONE + TWO_OF_EACH + HALVES]
+ONE_RANK = ["fedsvd", "scaffold", "fedtreelora", *HALVES]  # refuse clients of unlike ranks
+WHOLE = {name: method for name, method in VARIANTS.items() if name not in HALVES}
 
 
 def used_by(method: Method, known: Graph) -> Graph:

@@ -3,73 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from helpers.quadratic_rounds import COHORT, EXACT, A, B, K, complete, descent, go, one_round, same, start_of, weights
 from mira.core.errors import UserError
-from mira.core.graph import Edges
-from mira.core.layout import Entry, Layout
-from mira.core.loop import Schedule, apply, run_rounds
-from mira.core.training import Training
-from mira.core.types import MemoryRows, Method, ServerState, Setting, Trained
+from mira.core.layout import Entry
+from mira.core.loop import apply
+from mira.core.types import MemoryRows, Method, Setting
 from mira.methods import METHODS
 from mira.methods.flexlora import best_factors
 from mira.testing.quadratic import LAYOUT, QuadraticClients, all_rows
-from mira.testing.recorders import MemoryRecorder
-
-K = 5
-COHORT = torch.tensor([3, 0, 4])
-EXACT = {"rtol": 0, "atol": 1e-12}  # float64, a few sums of numbers around 1
-A, B = (entry for entry in LAYOUT.entries)
-
-
-def complete(num_clients: int = K, weight: float = 1.0) -> Edges:
-    return Edges.dense(weight * (torch.ones(num_clients, num_clients) - torch.eye(num_clients)).double())
-
-
-def start_of(method: Method, layout: Layout = LAYOUT) -> ServerState:
-    start = torch.randn(layout.size, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    return method.init(Setting(layout, start, K, complete(), 0.01, 4))
-
-
-def one_round(method: Method, state: ServerState, seed: int = 0) -> tuple[ServerState, Trained]:
-    """A round of the toy for COHORT."""
-    done = QuadraticClients.draw(K, seed).train(method.broadcast(state, COHORT), state.round, 0.1)
-    return apply(state, method.aggregate(state, done)), done
-
-
-def go(
-    method: Method, rounds: int, lr: float = 0.1, share: float = 0.6, toy: QuadraticClients | None = None
-) -> ServerState:
-    state = start_of(method)
-    schedule = Schedule(0, rounds, share, Training(lr=lr, local_steps=1))
-    names = [f"c{k}" for k in range(K)]
-    recorder = MemoryRecorder(state.rows)
-    return run_rounds(
-        method, toy or QuadraticClients.draw(K), state, schedule, names, recorder, lambda s, r: {}, lambda r: None
-    )
-
-
-def weights(done: Trained) -> Any:
-    n = done.examples.numpy().astype(float)
-    return n / n.sum()
-
-
-def same(ours: Tensor, expected: Any) -> None:
-    np.testing.assert_allclose(ours.numpy(), expected, **EXACT)
-
-
-def descent(w: Any, client: int, anchor: Any, prox: float, seed: int = 0) -> Any:
-    """The toy's three local steps in numpy."""
-    toy = QuadraticClients.draw(K, seed)
-    for _ in range(3):
-        w = w - 0.1 * (toy.curvature[client].numpy() * (w - toy.target[client].numpy()) + prox * (w - anchor))
-    return w
-
 
 # Against numpy.
 
@@ -82,6 +29,22 @@ def test_fedprox() -> None:
         state, _ = one_round(method, state, seed)
         theta = sum(w * descent(theta, k, theta, 0.7, seed) for w, k in zip(p, [3, 0, 4], strict=True))
     same(all_rows(state)[0], theta)
+
+
+def test_scaffold() -> None:
+    """With every client's control variate kept over the rounds in which it is absent."""
+    state, toys = start_of(method := METHODS["scaffold"]()), [QuadraticClients.draw(K, seed) for seed in range(3)]
+    theta, c, own = all_rows(state)[0].numpy(), 0.0, np.zeros((K, LAYOUT.size))
+    for seed, who in enumerate([[3, 0, 4], [1, 0], [3, 2, 1]]):
+        work = method.broadcast(state, torch.tensor(who))
+        state = apply(state, method.aggregate(state, toys[seed].train(work, seed, 0.1)))
+        trained = np.stack([descent(theta, k, theta, 0.0, seed, c - own[k]) for k in who])
+        new = own[who] - c + (theta - trained) / (3 * 0.1)
+        theta = theta + (trained - theta).mean(0)
+        c = c + (new - own[who]).sum(0) / K
+        own[who] = new
+        same(method.deployed(state, COHORT), np.stack(3 * [theta]))
+    same(state.extra["scaffold.c"], own.mean(0))
 
 
 def test_ditto() -> None:
@@ -129,6 +92,31 @@ def test_ffa_lora() -> None:
     after = all_rows(state)[0]
     assert torch.equal(A.view(after), A.view(before))
     same(B.view(after), np.einsum("k,koi->oi", weights(done), B.view(done.rows).numpy()))
+
+
+def test_rolora() -> None:
+    """B in odd rounds, A in even ones, each with the other frozen."""
+    state = start_of(method := METHODS["rolora"]())
+    for seed, (moves, stays) in enumerate([(B, A), (A, B), (B, A)]):
+        before = all_rows(state)[0]
+        state, done = one_round(method, state, seed)
+        after = all_rows(state)[0]
+        assert torch.equal(stays.view(after), stays.view(before))
+        same(moves.view(after), np.einsum("k,kxy->xy", weights(done), moves.view(done.rows).numpy()))
+
+
+def test_fedsvd() -> None:
+    """The product is the average one; A has orthonormal rows, the columns of B are orthogonal and fall in length."""
+    state = start_of(method := METHODS["fedsvd"]())
+    for seed in range(3):
+        old = all_rows(state)[0]
+        state, done = one_round(method, state, seed)
+        row = all_rows(state)[0]
+        mean_b = np.einsum("k,koi->oi", weights(done), B.view(done.rows).numpy())
+        same(B.view(row) @ A.view(row), mean_b @ A.view(old).numpy())
+        same(A.view(row) @ A.view(row).T, np.eye(2))
+        s = np.linalg.svd(mean_b @ A.view(old).numpy(), compute_uv=False)
+        same(B.view(row).T @ B.view(row), np.diag(s[:2] ** 2))
 
 
 def test_fedsa_lora() -> None:
@@ -247,6 +235,24 @@ def test_ffas_average_of_b_is_the_average_of_the_products() -> None:
     torch.testing.assert_close(B.view(row) @ A.view(row), products, **EXACT)
 
 
+def test_scaffold_ends_at_the_optimum_of_all_clients_and_fedavg_beside_it() -> None:
+    """The mean of quadratics has a closed form. Three local steps on unlike clients take FedAvg elsewhere."""
+    toy = QuadraticClients.draw(K)
+    best = (toy.curvature * toy.target).sum(0) / toy.curvature.sum(0)
+    found = all_rows(go(METHODS["scaffold"](), 150, share=1.0))[0]
+    torch.testing.assert_close(found, best, rtol=0, atol=1e-10)
+    assert float((all_rows(go(METHODS["fedit"](), 150, share=1.0))[0] - best).abs().max()) > 1e-2
+
+
+def test_scaffold_refuses_an_optimiser_whose_displacements_are_no_gradients() -> None:
+    setting = Setting(LAYOUT, torch.zeros(LAYOUT.size), K, complete(), 0.01, 4, plain_sgd=False)
+    with pytest.raises(UserError, match=r"^method.name=scaffold: .* set training.optimizer=sgd and leave"):
+        METHODS["scaffold"]().init(setting)
+    for layout in (replace(LAYOUT, plus=4.0), replace(LAYOUT, entries=(replace(A, factor="seed"),))):
+        with pytest.raises(UserError, match=r"^method.name=scaffold: needs one learning rate for all numbers"):
+            start_of(METHODS["scaffold"](), layout)
+
+
 # FlexLoRA's factorisation.
 
 
@@ -287,7 +293,7 @@ def test_a_product_that_is_zero_stays_zero_and_finite() -> None:
     assert not bool(new_b.any())
 
 
-@pytest.mark.parametrize("name", ["ffa-lora", "fedsa-lora", "flexlora"])
+@pytest.mark.parametrize("name", ["ffa-lora", "fedsa-lora", "flexlora", "rolora", "fedsvd", "fedtreelora"])
 def test_methods_of_factors_refuse_other_adapters(name: str) -> None:
     prompt = replace(LAYOUT, entries=(replace(LAYOUT.entries[0], factor="prompt"),))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=rf"method.name={name}: .* 'prompt'; set adapter.kind=lora"):

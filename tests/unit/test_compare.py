@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mira.comparison import load
 from mira.comparison.plan import parse, points, shown
-from mira.comparison.progress import Estimate, of_a_run
+from mira.comparison.progress import of_a_run
 from mira.comparison.summary import MEASURES
 from mira.comparison.tables import csv_text, latex, markdown, rich_tables
 from mira.core.errors import UserError
@@ -171,17 +171,6 @@ def test_a_comparison_needs_its_entries() -> None:
 def test_a_run_by_its_first_round(measured: bool, rounds: int, every: int, expected: float) -> None:
     """3 s to measure, 10 s for the first round with what was measured after it."""
     assert of_a_run(3.0, 10.0, measured, rounds, every) == expected
-
-
-def test_an_estimate_is_given_once(tmp_path: Path) -> None:
-    lines: list[str] = []
-    watcher = Estimate(runs=90, every=1, say=lines.append)
-    for _ in range(2):
-        watcher.start(tmp_path, 4, 3, 0)
-        for n in (1, 2):
-            watcher.round({"round": n, "seconds": 10.0, "clients": {}})
-    assert len(lines) == 1
-    assert lines[0].startswith("about 1 h 00 min for 90 runs, estimated from the first round (1 min a run), plus")
 
 
 # Tables

@@ -248,6 +248,18 @@ def test_a_model_with_an_adapter_is_refused(tmp_path: Path) -> None:
         mira.run(PLAN, tmp_path / "run", model=(with_adapter, make_tokenizer()), data=DATA)
 
 
+def test_worker_processes_know_no_class_of_this_process(tmp_path: Path) -> None:
+    mira.register(method=Pull)
+    base = {"rounds": 1, "model": {"name": "m"}, "data": {"source": "builtin"}, "training": {"local_steps": 1}}
+    file = tmp_path / "c.yaml"
+    file.write_text(json.dumps({"experiment": base, "seeds": [0, 1], "entries": {"Pull": {"method.name": "pull"}}}))
+    with pytest.raises(
+        mira.UserError,
+        match=r"^workers=2: method 'pull' \(.*:Pull\) is registered in this process alone; use workers=1",
+    ):
+        mira.compare(file, tmp_path / "o", workers=2)
+
+
 def test_registered_classes_are_configured_by_name() -> None:
     base = {"rounds": 1, "model": {"name": "m"}, "data": {"source": "builtin"}, "training": {"local_steps": 1}}
     with pytest.raises(mira.UserError, match=r"method\.name='pull': must be one of"):

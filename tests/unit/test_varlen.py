@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -52,6 +53,7 @@ def test_one_kernel_is_attention(segments: list[Segment], window: int | None, he
 def _first_beside_first(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The other way to lay a causal mask over fewer queries than keys."""
 
+    @wraps(plain)
     def kernel(q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, *rest: Any, **options: Any) -> Tensor:
         kept = torch.cat([torch.arange(c, c + n) for c, n in zip(ends_k[:-1], ends_q.diff(), strict=True)])
         return plain(q, k[kept], v[kept], ends_q, ends_q, *rest, **options)
@@ -60,10 +62,11 @@ def _first_beside_first(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _without_window(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda *given, **options: plain(*given, **options | {"window_size": (-1, 0)})
+    return wraps(plain)(lambda *given, **options: plain(*given, **options | {"window_size": (-1, 0)}))
 
 
 def _absent(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(plain)
     def kernel(*given: Any, **options: Any) -> Tensor:
         raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
 
@@ -95,6 +98,27 @@ def test_the_right_kernel_is_taken_and_asked_once(dtype: torch.dtype, monkeypatc
         packed.attend(q, k, v, AttentionSpec(0.7))
     assert packed.metadata is not None
     assert attention._agrees.cache_info().misses == 1
+
+
+def _of_torch_2_11(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+    return_aux: Any = None, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:  # fmt: skip
+    """The signature before ``enable_gqa``: query heads share key heads without a word."""
+    assert scale is not None
+    return fake_cuda.varlen_attn(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k,
+        scale=scale, window_size=window_size, enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+
+
+def test_the_kernel_of_an_older_torch_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cuda.take(monkeypatch)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _of_torch_2_11)
+    q, k, v = (draw(1, h, 12, 8, seed=n) for n, h in enumerate((4, 2, 2)))
+    packed = PackedAttention([Segment(0, 5), Segment(5, 12, 0, 5)])
+    packed.attend(q, k, v, AttentionSpec(0.7))
+    assert packed.metadata is not None
 
 
 def test_running_out_of_memory_over_the_proof_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -120,13 +121,11 @@ def list_runs(
     root: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that holds run folders.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """List runs with their main results, and broken run folders with the reason."""
+    """List runs with their main results, comparisons with their progress, and broken folders with the reason."""
     from mira.results import list_runs as listing
 
-    good, broken = listing.runs(root)
+    found = listing.listing(root)
     if as_json:
-        print_json({"runs": good, "broken": broken})
+        print_json(asdict(found))
     else:
-        out_console.print(
-            listing.table(root, good, broken) if good or broken else f"{root}: no runs here", soft_wrap=False
-        )
+        out_console.print(listing.table(root, found) if found else f"{root}: no runs here", soft_wrap=False)

@@ -11,6 +11,7 @@ import typer
 
 from mira.cli.terminal import Data, Json, Model, Run, Set, err_console, out_console, print_json, print_result, say
 from mira.core.errors import UserError
+from mira.core.escape import visible
 from mira.runner.progress import RunProgress
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ def run(
             _only_to_resume(data, model)
             result = runner.run(configuration(target, overrides or []), out, [progress])
         else:
-            folder, data, model = to_resume(target, overrides or [], out, data, model)
-            result = runner.resume(folder, [progress], data=data, model=model)
+            folder, data, model, placement = to_resume(target, overrides or [], out, data, model)
+            result = runner.resume(folder, [progress], data=data, model=model, placement=placement)
     except KeyboardInterrupt:
         progress.close()
         err_console.print(f"interrupted; {progress.advice}")
@@ -59,6 +60,21 @@ def compare(
     results: Annotated[
         Path | None, typer.Option("--results", metavar="DIR", help="Also write compare.json, table.md, table.csv here.")
     ] = None,
+    workers: Annotated[
+        str,
+        typer.Option(
+            "--workers", metavar="N|auto", help="Runs at a time on this machine; auto: what cores and memory allow."
+        ),
+    ] = "auto",
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray", metavar="auto|ADDRESS", help="Use a Ray cluster; auto: of this machine, started if none runs."
+        ),
+    ] = None,
+    unlike_machines: Annotated[
+        bool, typer.Option("--unlike-machines", help="Allow runs of unlike processors, devices or libraries.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run methods × grid × seeds over one experiment, tune each on validation data, and compare them on test data.
@@ -66,14 +82,22 @@ def compare(
     Repeat the command to resume an interrupted comparison; finished runs are not repeated.
     """
     from mira import comparison
-    from mira.comparison.tables import rich_tables
+    from mira.comparison.tables import described, rich_tables
     from mira.core.pydantic_config import expanded
 
     place = expanded(out) if out else None
     plan = comparison.load(target, overrides or [])
     try:
         value = comparison.compare(
-            plan, place or Path("runs") / plan.name, shlex.join(["mira", *sys.argv[1:]]), results, say
+            plan,
+            place or Path("runs") / plan.name,
+            shlex.join(["mira", *sys.argv[1:]]),
+            results,
+            say,
+            workers,
+            unlike_machines,
+            ray,
+            err_console,
         )
     except KeyboardInterrupt:
         err_console.print("interrupted; finished runs and committed rounds are kept; repeat the command to resume")
@@ -82,6 +106,11 @@ def compare(
         print_json(value)
     else:
         out_console.print(rich_tables(value))
+    if failed := value["failed"]:
+        more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+        first = visible(described(failed[0]))
+        err_console.print(f"failed: {first}{more}; repeat the command to try again", style="red")
+        raise typer.Exit(1)
 
 
 def adapt(

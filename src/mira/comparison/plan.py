@@ -20,7 +20,7 @@ from mira.config.overrides import override
 from mira.config.validation_errors import explain
 from mira.config.yaml_io import read
 from mira.core.errors import UserError, did_you_mean
-from mira.core.pydantic_config import STRICT, UserPath
+from mira.core.pydantic_config import STRICT, Count, UserPath
 
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Scalar = Annotated[bool, Field(strict=True)] | Annotated[int, Field(strict=True)] | float | str | None
@@ -30,6 +30,19 @@ Point = dict[str, Any]  # one point of a grid: dotted key -> value
 # Sections in which entries may differ, except for the training keys that decide the order of examples.
 _OWN = ("method", "graph", "adapter", "training")
 _SHARED = ("training.local_steps", "training.local_epochs", "training.batch_size")
+
+
+class Resources(BaseModel):
+    """The share of a machine that each run may use."""
+
+    model_config = ConfigDict(**STRICT, frozen=True)
+
+    cpus: Count | None = None
+    """Threads of a run, where engine.threads sets none; null: the cores, divided by the runs that fit on a machine at a time."""
+    gpus: Annotated[float, Field(ge=0)] | None = None
+    """GPUs of a run; a fraction, such as 0.5, is that part of the memory of one. null: one where there is any."""
+    memory: Annotated[float, Field(gt=0)] | None = None
+    """GB of memory of a run, weights included; null: the memory of the machine, divided by the runs that its cores allow."""
 
 
 class Comparison(BaseModel):
@@ -54,6 +67,8 @@ class Comparison(BaseModel):
     with the same number of points, e.g. for steps of another scale."""
     against: list[str] | None = None
     """The baselines that all entries are tested against; null: all entries."""
+    resources: Resources = Resources()
+    """The share of a machine that each run may use."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Comparison:

@@ -3,188 +3,154 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from math import inf
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+import torch
+from rich.console import Console
+
 from mira import config
+from mira.comparison.live import Live, Say
+from mira.comparison.loop import Loop
+from mira.comparison.machines import Same
+from mira.comparison.on_ray import workers_on
 from mira.comparison.plan import Job, Plan
-from mira.comparison.progress import Estimate, Progress, Say, by_finished, sizes
-from mira.comparison.summary import entry_of, summary
-from mira.comparison.tables import FILES
-from mira.config import Experiment
+from mira.comparison.processes import Processes, check_main
+from mira.comparison.progress import sizes
+from mira.comparison.shares import Machine, Need, number_of_workers, share_of_a_run, threads_of_a_run
+from mira.comparison.work import InThisProcess
+from mira.comparison.workers import Kind, Task, Workers
 from mira.core.errors import UserError
-from mira.runner import run as experiment
-from mira.runner.callbacks import Callback, Callbacks
-from mira.runner.measuring import measured
-from mira.runner.recording import reopened, state_of
+from mira.core.machine import Share, available_memory, total_memory
+from mira.core.threads import usable_cores
+from mira.runner.checking import weights_of
 from mira.store import Store
-from mira.store.files import TESTED, pack_json, read_json, replace
 from mira.store.folders import alone_in
 
 log = logging.getLogger(__name__)
 
-JSON = "compare.json"
-
 
 def compare(
-    plan: Plan, out: Path, command: str, results: Path | None = None, say: Say = lambda line: None
-) -> dict[str, Any]:
+    plan: Plan, out: Path, command: str, results: Path | None = None, say: Say = lambda line: None,
+    workers: int | str = 1, unlike: bool = False, ray: str | None = None, console: Console | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Do the remaining runs of ``plan`` in the folder ``out``, and return its compare.json (docs/commands/compare.md).
 
-    The tables are written after each entry, to ``out`` and, except for LaTeX, to ``results``. Raises UserError where a run there
-    was started with another configuration or on other data, or where another process works there.
+    The tables are written as entries are complete, to ``out`` and, except for LaTeX, to ``results``. ``workers``: runs at a time;
+    1: in this process; "auto": as many as cores and memory allow. ``unlike``: runs may be of unlike machines. ``ray``: "auto" or
+    the address of a Ray cluster to run on. ``console``: that of ``say``, for the live view. Raises UserError where a run of
+    another configuration or on other data lies there, where another process works there, or where no entry could be completed.
     """
+    check_main()
     with alone_in(out):
-        return _compare(plan, out, command, results, say)
-
-
-def _compare(plan: Plan, out: Path, command: str, results: Path | None, say: Say) -> dict[str, Any]:
-    log.info("%d runs: %s", plan.total, sizes(plan))
-    if results is not None:
-        _check_writable(results)
-    _check_configurations(plan, out)
-    progress, same = Progress(plan.total, say), _Same()
-    known = by_finished(plan, out, say)
-    callbacks = [] if known else [Estimate(plan.total, plan.base.evaluation.every, say)]
-    entries: list[dict[str, Any]] = []
-    value: dict[str, Any] = {}
-    for name, by_point in plan.jobs.items():
-        tuned = [
-            [_run(job, out, same, progress, callbacks) for job in jobs if job.seed in plan.tune_seeds]
-            for jobs in by_point
-        ]
-        means = [_mean_or_inf(losses) for losses in tuned]
-        if min(means) == inf:
+        log.info("%d runs: %s", plan.total, sizes(plan))
+        if results is not None:
+            _check_writable(results)
+        _check_privacy(plan)
+        there = _Existing.checked(plan, out)
+        weights, here = weights_of(plan.base), _this_machine(plan)
+        threads = threads_of_a_run(plan, here, weights, there.threads)
+        make = _Tasks(threads, share_of_a_run(plan.comparison.resources, here, threads), there.day)
+        if ray is not None and workers not in (1, "auto"):
             raise UserError(
-                f"entries.{name}: no finite validation loss at any point of the grid; try smaller learning rates"
+                f"--workers {workers}: is for this machine, and --ray uses the whole cluster; give one of the two"
             )
-        chosen = by_point[means.index(min(means))]
-        for job in chosen:
-            if job.seed not in plan.tune_seeds:
-                _run(job, out, same, progress, callbacks)
-        tested = [_tested(out / job.folder) for job in chosen]
-        tuning = [(jobs[0].point, losses) for jobs, losses in zip(by_point, tuned, strict=True)]
-        entries.append(entry_of(plan, name, chosen, tuning, tested, out))
-        value = summary(plan, entries, same.environment, command)
-        _write(value, out, results)
-    return value
+        if ray is None:
+            count, why = number_of_workers(workers, plan, here, threads, Need.of(there.peaks, weights))
+            log.info("%s", why)
+            at_work = _workers_here(plan, out, count)
+        else:
+            _check_importable(plan, "ray", "without ray")
+            at_work = workers_on(ray, plan, out, threads)
+        try:
+            with Live(plan, out, say, console) as live:
+                return Loop(plan, out, make, Same(unlike), live, command, results).run(at_work)
+        finally:
+            at_work.stop()
 
 
-def _run(job: Job, out: Path, same: _Same, progress: Progress, callbacks: Sequence[Callback]) -> float | None:
-    """The lowest validation loss of a run, which is started or continued if it is not finished."""
-    folder = out / job.folder
-    began = time.perf_counter()
-    finished = _is_finished(folder)
-    if not finished and Store.exists(folder):
-        experiment.resume(folder, callbacks)
-    elif not finished:
-        experiment.run(same.dated(job.experiment), folder, callbacks)
-    with Store.open(folder, writable=False) as store:
-        same.check(job, store.environment())
-        best = store.best_round
-        loss = None if best is None else store.metrics()[best]["validation_loss"]
-    progress.done(job, loss, None if finished else time.perf_counter() - began)
-    return loss
+def _workers_here(plan: Plan, out: Path, count: int) -> Workers:
+    if count == 1:
+        return InThisProcess(out)
+    _check_importable(plan, f"workers={count}", "with workers=1")
+    return Processes(count, out)
 
 
-def _is_finished(folder: Path) -> bool:
-    if not Store.exists(folder):
-        return False
-    with Store.open(folder, writable=False) as store:
-        return store.result() is not None
+@dataclass(frozen=True)
+class _Tasks:
+    """Makes tasks that are alike in all but their job."""
+
+    threads: int
+    share: Share
+    day: str
+
+    def __call__(self, kind: Kind, job: Job) -> Task:
+        return Task(kind, replace(job, experiment=config.absolute(job.experiment)), self.threads, self.share, self.day)
 
 
-def _tested(folder: Path) -> dict[str, Any]:
-    """Test losses, answers and transfer at the validation-best round, and test losses after the last round and before training.
-    Files of older comparisons have no losses before training; these are added where the run can be opened."""
-    kept: dict[str, Any] = read_json(folder / TESTED) if (folder / TESTED).exists() else {}
-    if "start" in kept:
-        return kept
-    try:
-        value = _measured(folder, kept)
-    except UserError as error:
-        if not kept:
-            raise
-        log.warning("%s: the losses before training cannot be measured: %s", folder, error)
-        return kept
-    replace(folder / TESTED, pack_json(value))
-    return value
+@dataclass(frozen=True)
+class _Existing:
+    """The runs that a comparison's folder holds already. ``threads``: those of the first one; None without any. ``day``: the date
+    of the first prompts that tell one, else today's. ``peaks``: peak memory of the finished ones, in bytes."""
+
+    threads: int | None
+    day: str
+    peaks: tuple[int, ...]
+
+    @staticmethod
+    def checked(plan: Plan, out: Path) -> _Existing:
+        """Read the existing runs. Raises UserError, before any run, where one has another configuration than the plan."""
+        stores = list(_existing(plan, out))
+        environments = [environment for environment, _ in stores]
+        days = (environment.get("prompt", {}).get("date") for environment in environments)
+        return _Existing(
+            next((environment["threads"] for environment in environments), None),
+            next(filter(None, days), date.today().isoformat()),
+            tuple(result["peak_memory_bytes"] for _, result in stores if result is not None),
+        )
 
 
-def _measured(folder: Path, kept: dict[str, Any]) -> dict[str, Any]:
-    with Store.open(folder, writable=False) as store:
-        assert store.best_round is not None
-        session = reopened(store)
-        losses = partial(measured, session, callbacks=Callbacks(()), answers=False, transfer=False)
-        start = losses(session.initial_state())
-        if kept:
-            return kept | {"start": start}
-        answers = session.experiment.evaluation.generate
-        best = measured(session, state_of(session, store, store.best_round), Callbacks(()), answers, transfer=True)
-        last = best if store.last_round == store.best_round else losses(state_of(session, store))
-        return {"best_round": store.best_round, "start": start, "best": best, "last": last}
+def _existing(plan: Plan, out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """The environment and the result (None: not finished) of each existing run, whose configuration is checked."""
+    for job in (job for by_point in plan.jobs.values() for jobs in by_point for job in jobs):
+        folder = out / job.folder
+        if not Store.exists(folder):
+            continue
+        with Store.open(folder, writable=False) as store:
+            environment, result = store.environment(), store.result()
+            there = config.recorded(store.config(), environment, store.folder)
+        wanted = config.dated(config.absolute(job.experiment), there.prompt.date)
+        if differences := config.differences(there, wanted):
+            raise UserError(
+                f"{folder}: was started with another configuration: {'; '.join(differences)} (here: the run folder,"
+                " there: the comparison); undo the change, give another --out, or remove the folder"
+            )
+        yield environment, result
 
 
-def _check_configurations(plan: Plan, out: Path) -> None:
-    """Raise UserError, before any run, where an existing run has another configuration than the plan."""
+def _this_machine(plan: Plan) -> Machine:
+    gpu = plan.base.model.device != "cpu" and torch.cuda.is_available()
+    return Machine(usable_cores(), total_memory(), available_memory(), gpu)
+
+
+def _check_privacy(plan: Plan) -> None:
+    if plan.base.privacy is not None:
+        raise UserError("privacy: sites add the noise (mira server), and a comparison has no sites; leave privacy out")
+
+
+def _check_importable(plan: Plan, given: str, otherwise: str) -> None:
+    """Raise UserError where an entry uses a class of this process, which no other process knows."""
     for by_point in plan.jobs.values():
-        for job in (job for jobs in by_point for job in jobs):
-            folder = out / job.folder
-            if not Store.exists(folder):
-                continue
-            with Store.open(folder, writable=False) as store:
-                there = config.recorded(store.config(), store.environment(), store.folder)
-            if differences := config.differences(
-                there, config.dated(config.absolute(job.experiment), there.prompt.date)
-            ):
+        for section, plugin in config.plugins(by_point[0][0].experiment).items():
+            if not plugin["package"]:
                 raise UserError(
-                    f"{folder}: was started with another configuration: {'; '.join(differences)} (here: the run folder,"
-                    " there: the comparison); undo the change, give another --out, or remove the folder"
+                    f"{given}: {section} '{plugin['name']}' ({plugin['place']}) is registered in this process alone;"
+                    f" run it {otherwise}, or install it as a package with an entry point (docs/plugins.md)"
                 )
-
-
-@dataclass
-class _Same:
-    """The environment of the first run, and the data of the first run of each seed; all other runs must have the same."""
-
-    environment: dict[str, Any] = field(default_factory=dict)
-    data: dict[int, Any] = field(default_factory=dict)
-    plugins: dict[tuple[str, str], Any] = field(default_factory=dict)
-
-    def dated(self, experiment: Experiment) -> Experiment:
-        """``experiment`` with the date that the first run wrote into its prompts."""
-        day = self.environment.get("prompt", {}).get("date")
-        return config.dated(experiment, day)
-
-    def check(self, job: Job, environment: dict[str, Any]) -> None:
-        self.environment = self.environment or environment
-        expected = {key: self.environment[key] for key in ("versions", "model", "threads", "device")}
-        expected["data"] = self.data.setdefault(job.seed, environment["data"])
-        there = dict(environment)
-        for section, plugin in environment.get("plugins", {}).items():
-            key = f"plug-in {section} {plugin['name']}"
-            there[key], expected[key] = plugin, self.plugins.setdefault((section, plugin["name"]), plugin)
-        for key, value in expected.items():
-            if there[key] != value:
-                raise UserError(
-                    f"{job.folder}: {key} is {there[key]}, but {value} in the other runs; runs of a comparison need the"
-                    " same: restore it, or start another comparison with --out"
-                )
-
-
-def _write(value: dict[str, Any], out: Path, results: Path | None) -> None:
-    files = {JSON: pack_json(value), **{name: make(value).encode() for name, make in FILES.items()}}
-    for folder in filter(None, (out, results)):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            if folder == out or not name.endswith(".tex"):
-                replace(folder / name, data)
 
 
 def _check_writable(results: Path) -> None:
@@ -195,8 +161,3 @@ def _check_writable(results: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"--results {results}: cannot be written to ({error.strerror}); name another folder") from None
-
-
-def _mean_or_inf(losses: Sequence[float | None]) -> float:
-    """The mean; infinite where a run has no finite loss, which rules out its point."""
-    return inf if None in losses else sum(loss for loss in losses if loss is not None) / len(losses)

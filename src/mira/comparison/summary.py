@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mira import config
+from mira.comparison.machines import places_of
 from mira.comparison.plan import Job, Plan, Point, shown
+from mira.comparison.schedule import Failure
 from mira.core.git_commit import commit
 from mira.results.statistics import mean, paired
 from mira.store import Store
@@ -22,25 +24,47 @@ MEASURES = (
 
 
 def entry_of(
-    plan: Plan, name: str, chosen: Sequence[Job], tuning: Sequence[tuple[Point, Sequence[float | None]]],
-    tested: Sequence[dict[str, Any]], out: Path,
+    plan: Plan, name: str, point: Point, tuning: Sequence[tuple[Point, Sequence[float | None]]],
+    tested: Sequence[tuple[Job, dict[str, Any]]], out: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    """An entry of compare.json: its tuning, its runs at the chosen point, and their means over seeds."""
-    runs = [_run(job, test, out) for job, test in zip(chosen, tested, strict=True)]
+    """An entry of compare.json: its tuning, its runs at the chosen ``point``, and their means over seeds.
+
+    ``tested``: the runs and their test measurements. A seed that failed is missing, and no mean is given then.
+    """
+    runs = [_run(job, test, out) for job, test in tested]
+    missing = [None] * (len(plan.comparison.seeds) - len(runs))
     return {
         "name": name,
         "sets": shown(plan.comparison.sets(name)),
-        "chosen": shown(chosen[0].point),
+        "chosen": shown(point),
         "tuning": [
             {"point": shown(point), "validation_loss": _spread(losses)["mean"], "losses": list(losses)}
             for point, losses in tuning
         ],
-        **{measure: _spread([run[measure] for run in runs]) for measure in MEASURES},
+        **{measure: _spread([*(run[measure] for run in runs), *missing]) for measure in MEASURES},
         "runs": runs,
     }
 
 
-def summary(plan: Plan, entries: Sequence[dict[str, Any]], environment: dict[str, Any], command: str) -> dict[str, Any]:
+def failed_task(failure: Failure) -> dict[str, Any]:
+    """A line of ``failed`` in compare.json about a run or the evaluation of one."""
+    job = failure.job
+    return {"entry": job.entry, "point": shown(job.point), "seed": job.seed, "reason": failure.reason}
+
+
+def failed_entry(name: str, failures: Sequence[Failure]) -> dict[str, Any]:
+    """A line of ``failed`` in compare.json about an entry without a point. ``failures``: those of the comparison."""
+    reason = "no finite validation loss at any point of the grid; try smaller learning rates"
+    if any(failure.job.entry == name for failure in failures):
+        reason = "no point of the grid is left: its runs failed or have no finite validation loss"
+    return {"entry": name, "point": None, "seed": None, "reason": reason}
+
+
+def summary(
+    plan: Plan, entries: Sequence[dict[str, Any]], failed: Sequence[dict[str, Any]], environment: dict[str, Any],
+    command: str,
+) -> dict[str, Any]:  # fmt: skip
+    """The content of compare.json. ``entries``: those complete so far. ``failed``: tasks and entries that were given up."""
     done = [entry["name"] for entry in entries]
     return {
         "name": plan.name,
@@ -50,7 +74,8 @@ def summary(plan: Plan, entries: Sequence[dict[str, Any]], environment: dict[str
         "machine": environment["machine"] | {"device": environment["device"], "threads": environment["threads"]},
         "versions": environment["versions"],
         "model": environment["model"],
-        "complete": len(done) == len(plan.jobs),
+        "complete": len(done) == len(plan.jobs) and not failed,
+        "failed": list(failed),
         "seeds": plan.comparison.seeds,
         "tune_seeds": plan.tune_seeds,
         "experiment": config.dump(plan.base),
@@ -71,6 +96,7 @@ def _run(job: Job, test: dict[str, Any], out: Path) -> dict[str, Any]:
         "seed": job.seed,
         "run": job.folder.as_posix(),
         "commit": environment.get("commit"),
+        "where": places_of(out / job.folder, environment),
         "best_round": test["best_round"],
         "validation_loss": best["validation_loss"],
         "local_loss_start": start and start["local_loss"],
@@ -110,8 +136,9 @@ def _meets(plan: Plan, entry: dict[str, Any], other: dict[str, Any]) -> bool:
 def _against(entry: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """The paired test over clients of their test losses at the validation-best round, averaged over seeds."""
     mine, theirs = _by_client(entry), _by_client(other)
-    assert list(mine) == list(theirs), "runs of the same data"
-    if None in mine.values() or None in theirs.values():
+    whole = None not in (entry["bytes"]["mean"], other["bytes"]["mean"])  # all seeds are there
+    assert not whole or list(mine) == list(theirs), "runs of the same data"
+    if not whole or None in mine.values() or None in theirs.values():
         values: dict[str, Any] = dict.fromkeys(("clients", "wins", "ties", "difference", "p"))
         return {"baseline": other["name"], **values, "win_rate": None}
     result = paired([x for x in mine.values() if x is not None], [x for x in theirs.values() if x is not None])

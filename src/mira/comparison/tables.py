@@ -125,6 +125,8 @@ def _notes(value: Value) -> list[str]:
         f" {machine['threads']} threads, {machine['device']}; {model['name']} (sha256 {model['sha256'][:12]});"
         f" {value['command']}",
         *_warnings(value),
+        *_machines(value),
+        *(f"Failed: {described(failed)}." for failed in value.get("failed", ())),
         *([] if value["complete"] else ["Not complete: some entries have not been run yet."]),
     ]
 
@@ -141,6 +143,27 @@ def _warnings(value: Value) -> list[str]:
         if lost := sum(run["lost"] for run in runs):
             found.append(f"{entry['name']}: a client fell out of a round {lost} times.")
     return found
+
+
+def described(failed: Value) -> str:
+    """'MIRA, lr=0.002, seed 1: reason' for a line of ``failed``."""
+    seed = "" if failed["seed"] is None else f"seed {failed['seed']}"
+    place = ", ".join(part for part in (failed["entry"], _short(failed["point"] or ""), seed) if part)
+    return f"{place}: {failed['reason']}"
+
+
+def _machines(value: Value) -> list[str]:
+    """The machines of the runs, where they are unlike each other."""
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for entry in value["entries"]:
+        for run in entry.get("runs", ()):
+            for place in run.get("where", ()):
+                kind = tuple(str(place[key]) for key in ("processor", "system", "device") if place[key])
+                kinds.setdefault(kind, []).append(f"{entry['name']} seed {run['seed']}")
+    if len(kinds) < 2:
+        return []
+    told = [f"{', '.join(kind)} ({', '.join(dict.fromkeys(runs))})" for kind, runs in kinds.items()]
+    return [f"Runs on unlike machines: {'; '.join(told)}."]
 
 
 def _older(value: Value) -> str:

@@ -7,19 +7,24 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from mira.comparison.plan import Job
+from mira.core.machine import Share
+
+Kind = Literal["run", "test"]
 
 
 @dataclass(frozen=True)
 class Task:
     """Work on one run folder: train the run to its end, or measure its best round on the test split.
 
-    ``threads``: CPU threads of the task. Every task of a comparison has the same number, so that the number of workers changes no
-    digit.
+    ``threads``: CPU threads of the task. ``share``: memory and GPUs that it plans with. ``day``: date of its prompts. All tasks
+    of a comparison have the same ones, so that the number of workers changes no digit. Paths of the experiment are absolute.
     """
 
-    kind: Literal["run", "test"]
+    kind: Kind
     job: Job
     threads: int
+    share: Share
+    day: str
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,8 @@ class Outcome:
     """End of a task. The run folder has the numbers.
 
     ``error``: None; or the reason in one line. ``lost``: the worker died (killed, out of memory, its node gone), the run
-    may be resumed. ``where``: host, processor, cores, device of the worker. ``seconds``: wall time of the task.
+    may be resumed. ``where``: host, processor, cores, device of the worker; empty for a lost one. ``seconds``: wall time of the
+    task. ``messages``: warnings of the task, and the traceback of an error that is a bug.
     """
 
     task: Task
@@ -35,6 +41,7 @@ class Outcome:
     seconds: float
     error: str | None = None
     lost: bool = False
+    messages: tuple[str, ...] = ()
 
 
 class Workers(Protocol):

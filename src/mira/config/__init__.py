@@ -7,11 +7,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from mira.config import placement
 from mira.config.experiment import Experiment, refresh
 from mira.config.moved import check_there, moved
 from mira.config.overrides import override
+from mira.config.placement import Placement
 from mira.config.sections import SECTIONS
 from mira.config.yaml_io import flat, mapping, read, write
+from mira.core.errors import UserError
 from mira.core.pydantic_config import expanded
 from mira.core.registry import plugins as registered
 from mira.core.types import uses_graph
@@ -33,6 +36,10 @@ __all__ = [
     "override",
     "parse",
     "parse_text",
+    "placed",
+    "placement_in",
+    "placement_of",
+    "placement_told",
     "plugins",
     "read",
     "recorded",
@@ -105,6 +112,34 @@ def absolute(experiment: Experiment) -> Experiment:
     if (folder := expanded(Path(experiment.model.name))).is_dir():
         update["model"] = replace(experiment.model, name=str(folder.absolute()))
     return experiment.model_copy(update=update)
+
+
+def placed(experiment: Experiment, given: Placement) -> Experiment:
+    """``experiment`` on other devices or workers. ``given``: some of the fields devices, workers and ray of the section engine.
+    Raises UserError."""
+    values = mapping(dump(experiment), "engine")
+    values["engine"] |= placement.completed(given)
+    return experiment.model_copy(update={"engine": parse(values).engine})
+
+
+def placement_of(experiment: Experiment) -> dict[str, Any]:
+    """The devices and workers of an experiment, as for ``placed``."""
+    return {name: getattr(experiment.engine, name) for name in placement.FIELDS}
+
+
+def placement_told(experiment: Experiment) -> str:
+    """The devices or workers of an experiment, in words."""
+    return placement.told(**placement_of(experiment))
+
+
+def placement_in(overrides: Sequence[str]) -> dict[str, Any]:
+    """The fields for ``placed`` in overrides such as "engine.workers=2". Raises UserError for another key."""
+    values = override({}, overrides)
+    engine = values.pop("engine", None) or {}
+    if values or any(name not in placement.FIELDS for name in engine):
+        keys = ", ".join(f"engine.{name}" for name in placement.FIELDS)
+        raise UserError(f"--set {overrides[0]}: a run resumes with its own settings, {keys} excepted")
+    return dict(engine)
 
 
 def dated(experiment: Experiment, day: str | None) -> Experiment:

@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from mira.adapters import ADAPTERS
-from mira.config import compatibility
+from mira.config import compatibility, placement
 from mira.config.overrides import override
 from mira.config.prompt import PromptSection
 from mira.config.sections import SECTIONS, AdapterSection, DataSection, GraphSection, MethodSection
@@ -35,6 +35,7 @@ from mira.methods import METHODS
 from mira.trackers import Tracking
 
 CountOrNone = Annotated[int, Field(strict=True, ge=0)]
+DeviceName = Annotated[str, Field(pattern=r"^(cpu|cuda:[0-9]+)$")]
 Share = Annotated[float, Field(strict=True, gt=0, le=1)]
 
 
@@ -83,7 +84,22 @@ class EngineSection:
     results in less time. Not available with dropout, checkpointing, virtual tokens, experts and some models: their passes differ
     in more than their numbers."""
     threads: Count | None = None
-    """CPU threads, divided among concurrent passes. null: PyTorch's number, within the CPU limit of a container."""
+    """CPU threads, divided among concurrent passes. null: PyTorch's number, within the CPU limit of a container. With several
+    workers: the threads of each; null: an equal share of the cores."""
+    devices: Annotated[tuple[DeviceName, ...], Field(min_length=1)] | None = None
+    """Devices of this machine for one run, such as [cuda:0, cuda:1]: a worker process on each trains and evaluates a part of the
+    clients (needs mira-fl[ray]; docs/devices.md). One device needs no worker. null: the device of model.device."""
+    workers: Count | None = None
+    """Number of worker processes for one run on a Ray cluster, each with a GPU of its own where model.device allows and the
+    cluster has one, else on CPU threads. null: no cluster."""
+    ray: Annotated[str, Field(min_length=1)] = "auto"
+    """The Ray cluster of the workers: its address (HOST:PORT or ray://HOST:PORT), or auto: the cluster of this machine, which is
+    started where there is none."""
+
+    @property
+    def spreads(self) -> bool:
+        """True if worker processes compute the run."""
+        return self.workers is not None or len(self.devices or ()) > 1
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -232,13 +248,14 @@ class Experiment(BaseModel):
         check = getattr(self.adapter, "check", None)
         if check is not None:
             check(self)
-        compatibility.check(self.method, layout, ranks_differ=bool(self.clients.rank))
+        compatibility.check(self.method, layout, bool(self.clients.rank), self.rounds, self.training.plain_sgd)
         dropout = getattr(self.adapter, "dropout", 0.0)
         if self.engine.prefix == "on" and dropout > 0:
             raise UserError(
                 f"engine.prefix=on: a shared prefix is computed once, but adapter.dropout={dropout:g} "
                 "differs from sequence to sequence; set engine.prefix=off or adapter.dropout=0"
             )
+        placement.check(self.engine.devices or (), self.engine.workers, self.engine.ray, self.model.device)
         if self.model.quantization != "none" and self.model.dtype == "float64":
             raise UserError(
                 f"model.quantization={self.model.quantization}: not available with model.dtype=float64, which is exact; "

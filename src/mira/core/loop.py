@@ -159,7 +159,7 @@ def describe(
         returned = [j for j in jobs if j in back and not is_private(work, j)]
         client_bytes[names[k]] = {
             "down": 0 if k in away else len(sent.rows) * num_bytes(down(wire), sent.numbers, work.start.dtype),
-            "up": len(returned) * num_bytes(wire, sent.numbers, work.start.dtype),
+            "up": len(returned) * num_bytes(wire, sent.numbers_back, work.start.dtype),
         }
     return {
         "round": round,

@@ -22,20 +22,35 @@ from mira.core.graph import Edges
 _TILE = 2**20  # numbers of a tile in float64, 8 MiB
 
 
-def cosines(rows: Tensor) -> Tensor:
-    """cos(x_k − x̄, x_l − x̄) as float64 [M,M] of rows x [M,P], x̄ their mean; 0 for a row equal to the mean.
+def cosines(rows: Tensor, origin: Tensor | None = None) -> Tensor:
+    """cos(x_k − o, x_l − o) as float64 [M,M] of rows x [M,P], o the ``origin`` [P]; 0 for a row equal to it.
 
-    Subtracting the mean removes the part that all rows share (the common start, the template), which does not tell clients
-    apart. Computed in tiles of columns: the rows are not copied.
+    Without an origin it is the mean of the rows. Subtracting the mean removes the part that all rows share (the common start, the
+    template), which does not tell clients apart.
     """
-    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    for part in rows.split(max(1, _TILE // len(rows)), dim=1):
-        x = part.double()
-        x = x - x.mean(0)
-        gram += x @ x.T
-    norm = gram.diagonal().sqrt()
+    products = gram(rows, origin)
+    norm = products.diagonal().sqrt()
     size = norm[:, None] * norm
-    return torch.where(size > 0, gram / size.where(size > 0, 1.0), 0.0)
+    return torch.where(size > 0, products / size.where(size > 0, 1.0), 0.0)
+
+
+def square_distances(rows: Tensor) -> Tensor:
+    """‖x_k − x_l‖² as float64 [M,M] of rows x [M,P]."""
+    products = gram(rows)
+    square = products.diagonal()
+    return (square[:, None] + square - 2 * products).clamp(min=0)
+
+
+def gram(rows: Tensor, origin: Tensor | None = None) -> Tensor:
+    """(x_k − o)·(x_l − o) as float64 [M,M] of rows x [M,P], o the ``origin`` [P] or the mean of the rows. Computed in tiles of
+    columns: the rows are not copied."""
+    products = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    width = max(1, _TILE // len(rows))
+    for begin in range(0, rows.shape[1], width):
+        x = rows[:, begin : begin + width].double()
+        x = x - (x.mean(0) if origin is None else origin[begin : begin + width].double())
+        products += x @ x.T
+    return products
 
 
 Choices = tuple[

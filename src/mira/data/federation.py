@@ -151,7 +151,7 @@ def _client(data: Client, questions: Questions, sizes: SplitSizes, seed: int) ->
         repeats = f" (of {len(data.examples)} read)" if len(questions) < len(data.examples) else ""
         raise UserError(
             f"data: client '{data.name}' has {len(questions)} different examples{repeats}, fewer than split.train +"
-            f" split.validation + split.test = {train} + {validation} + {test}; lower them or leave this client out"
+            f" split.validation + split.test = {train} + {validation} + {test}; lower them or {data.fix}"
         )
     order = [questions[i] for i in _permutation(len(questions), generator("split", seed, data.name))]
     # Test from the front, train from the back: the size of one split does not change the examples of another.
@@ -219,13 +219,18 @@ def batches(
     if epochs is not None:
         passes = [_permutation(num_examples, random) for _ in range(epochs)]
         return [order[i : i + batch_size] for order in passes for i in range(0, num_examples, batch_size)]
-    size = min(batch_size, num_examples)
+    return walk(num_examples, min(batch_size, num_examples), steps or 0, random)
+
+
+def walk(number: int, size: int, steps: int, random: torch.Generator) -> list[list[int]]:
+    """``steps`` lists of ``size`` different numbers below ``number``, cut from endless permutations: all numbers occur equally
+    often, up to one."""
     queue: list[int] = []
     made: list[list[int]] = []
-    for _ in range(steps or 0):
+    for _ in range(steps):
         if len(queue) < size:
-            # The rest of the last pass comes first. Its repeats in the next pass come last, so that no batch has one twice.
-            fresh = _permutation(num_examples, random)
+            # The rest of the last pass comes first. Its repeats in the next pass come last, so that no list has one twice.
+            fresh = _permutation(number, random)
             left = set(queue)
             queue += [i for i in fresh if i not in left] + [i for i in fresh if i in left]
         made.append(queue[:size])

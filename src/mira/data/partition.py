@@ -1,6 +1,7 @@
-"""Partition of one pool of examples into clients: by a column, by Dirichlet(α) over a label, or at random.
+"""Partition of one pool of examples into clients: by a column, by Dirichlet(α) over a label, by mixtures of labels, or at random.
 
-The two random partitions are Flower Datasets' partitioners, imported on use; they see row numbers and labels alone.
+The partitions by Dirichlet(α) and at random are Flower Datasets' partitioners, imported on use; they see row numbers and labels
+alone.
 """
 
 from __future__ import annotations
@@ -8,18 +9,19 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError
-from mira.core.pydantic_config import STRICT
-from mira.core.seeds import generator, stream
+from mira.core.pydantic_config import STRICT, Count
+from mira.core.seeds import stream
 from mira.data.fields import RawRecord, label_field
 from mira.data.records import Columns, Tally
+from mira.data.tasks import Mixture, dealt, mixed, taken
 from mira.data.types import Client, Example, client_data
 
 _log = logging.getLogger(__name__)
@@ -63,7 +65,22 @@ class ByChance:
     by: Literal["iid"] = "iid"
 
 
-Partition = Annotated[ByColumn | ByDirichlet | ByChance, Field(discriminator="by")]
+@dataclass(frozen=True, config=STRICT)
+class ByMixture:
+    """Clients of equal size that each draw from a few labels, without replacement; the group is the label of most examples."""
+
+    column: str
+    """The column with the label, such as the task or category."""
+    clients: Count
+    """Number of clients."""
+    tasks_per_client: Count = 2
+    """Number of labels that a client draws from, all labels equally often, up to one."""
+    alpha: Annotated[float, Field(gt=0)] = 1.0
+    """α of the Dirichlet distribution of a client's proportions; the smaller it is, the more one label outweighs the others."""
+    by: Literal["mixture"] = "mixture"
+
+
+Partition = Annotated[ByColumn | ByDirichlet | ByMixture | ByChance, Field(discriminator="by")]
 
 
 def split_pool(
@@ -84,10 +101,16 @@ def split_pool(
     tally.tell()
     if isinstance(partition, ByColumn):
         return _by_column(list(asked.values()), partition, seed)
+    if isinstance(partition, ByMixture):
+        pools: dict[str, list[list[Example]]] = {}
+        for labels in asked.values():
+            pools.setdefault(next(iter(labels)), []).append(list(chain.from_iterable(labels.values())))
+        mixture = Mixture(partition.clients, partition.tasks_per_client, partition.alpha)
+        return mixed(dict(sorted(pools.items())), mixture, None, seed, "data.partition")
     parts = _deal([next(iter(labels)) for labels in asked.values()], partition, seed)
     questions = [list(chain.from_iterable(labels.values())) for labels in asked.values()]
     width = len(str(len(parts) - 1))
-    return [client_data(f"client-{n:0{width}}", _taken(questions, part)) for n, part in enumerate(parts)]
+    return [client_data(f"client-{n:0{width}}", taken(questions, part)) for n, part in enumerate(parts)]
 
 
 def _by_column(asked: Sequence[Mapping[str, list[Example]]], partition: ByColumn, seed: int) -> list[Client]:
@@ -100,23 +123,8 @@ def _by_column(asked: Sequence[Mapping[str, list[Example]]], partition: ByColumn
             "%d questions are under several values of '%s': the clients of each have them", shared, partition.column
         )
     among = partition.clients_per_value
-    return [client for value, group in sorted(groups.items()) for client in _dealt(value, group, among, seed)]
-
-
-def _dealt(value: str, questions: Sequence[list[Example]], clients: int, seed: int) -> list[Client]:
-    """``clients`` clients of the group ``value``, which share its questions equally and at random."""
-    if clients == 1:
-        return [client_data(value, list(chain.from_iterable(questions)), value)]
-    order = torch.randperm(len(questions), generator=generator("partition", seed, value)).tolist()
-    width = len(str(clients - 1))
-    return [
-        client_data(f"{value}-{n:0{width}}", _taken(questions, sorted(order[n::clients])), value)
-        for n in range(clients)
-    ]
-
-
-def _taken(questions: Sequence[list[Example]], numbers: Iterable[int]) -> list[Example]:
-    return [example for number in numbers for example in questions[number]]
+    made = [client for value, group in sorted(groups.items()) for client in dealt(value, group, among, seed)]
+    return made if among == 1 else [replace(client, fix="lower data.partition.clients_per_value") for client in made]
 
 
 def _deal(labels: Sequence[str], partition: ByDirichlet | ByChance, seed: int) -> list[list[int]]:

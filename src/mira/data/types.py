@@ -80,7 +80,7 @@ class Client:
 
     ``task``: the name of its task; the client's name where none is given. ``group``: its true family or category, "" for none.
     ``description``: its task in words, "" for none. ``elsewhere``: the count of its training examples on a machine of its own, 0
-    while unknown; None where its data is here.
+    while unknown; None where its data is here. ``fix``: a way to more examples, for the message where it has too few.
     """
 
     name: str
@@ -89,6 +89,7 @@ class Client:
     group: str = ""
     description: str = ""
     elsewhere: int | None = None
+    fix: str = field(default="leave this client out", compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "task", self.task or self.name)

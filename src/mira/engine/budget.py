@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
+
+from mira.core.machine import available_memory, share
 
 # Useful tokens in a pass for each CPU thread, by bytes of a number: larger passes are hardly faster. In 16 bits, products are
 # twice as fast and a token keeps half as much.
@@ -78,13 +78,16 @@ def _peak(frozen: set[int], train: Callable[[int], None], tokens: int) -> int:
     return meter.peak
 
 
-def tokens_per_pass(device: torch.device, dtype: torch.dtype, each: float, threads: int, captured: bool = False) -> int:
+def tokens_per_pass(
+    device: torch.device, dtype: torch.dtype, each: float, threads: int, captured: bool = False, held: int = 0
+) -> int:
     """Tokens of all passes at a time: a share of the free memory at ``each`` bytes a token, up to a useful number for ``dtype``.
+    ``held``: bytes of the weights.
 
     A power of two where memory decides: free memory differs a little from run to run, its power of two rarely.
     """
     most = _GPU if device.type == "cuda" else threads * _CLIENT * useful_tokens(dtype)
-    fitting = max(_LEAST, int((_SHARE_CAPTURED if captured else _SHARE) * free_memory(device) / each))
+    fitting = max(_LEAST, int((_SHARE_CAPTURED if captured else _SHARE) * _room(device, held) / each))
     return min(most, 1 << fitting.bit_length() - 1)
 
 
@@ -122,14 +125,15 @@ def useful_tokens(dtype: torch.dtype) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes on ``device``; on a CPU within the memory limit of the container (cgroup v2), if there is one."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
-    if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        free.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    if limit.exists() and (most := limit.read_text().strip()).isdigit():
-        free.append(int(most) - int(limit.with_name("memory.current").read_text()))
-    return max(min(free), 0)
+    """Free bytes on ``device``; on a CPU within the memory limit of the container, if there is one."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+
+
+def _room(device: torch.device, held: int) -> int:
+    """Bytes that passes may fill: the free ones or, of a run with a share of the machine, those that the weights, ``held`` bytes,
+    leave of it. A share is fixed, so that the passes of a run do not depend on the runs beside it."""
+    given = share()
+    if given is None or (device.type == "cuda" and given.gpus >= 1):
+        return free_memory(device)
+    whole = int(given.gpus * torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else given.memory
+    return max(whole - held, 0)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mira.core.errors import UserError
 from mira.core.layout import Entry
-from mira.core.mixing import weighted_mean
+from mira.core.mixing import mix, weighted_mean
 from mira.core.types import MemoryRows, ServerState, Setting, Trained
 
 GLOBAL = torch.zeros(1, dtype=torch.int64)
@@ -20,6 +20,11 @@ def global_state(setting: Setting, extra: dict[str, Tensor] | None = None) -> Se
 def global_and_personal_state(setting: Setting, extra: dict[str, Tensor] | None = None) -> ServerState:
     """A state of K + 1 rows: the global row, and the row of client k in place k + 1."""
     return ServerState(MemoryRows(setting.start, setting.num_clients + 1, {}), setting.graph, extra or {})
+
+
+def personal_state(setting: Setting, extra: dict[str, Tensor] | None = None) -> ServerState:
+    """A state of K rows: the row of client k in place k."""
+    return ServerState(MemoryRows(setting.start, setting.num_clients, {}), setting.graph, extra or {})
 
 
 def global_rows(state: ServerState, client: Tensor) -> Tensor:
@@ -37,6 +42,28 @@ def mean(state: ServerState, trained: Trained) -> Tensor:
     if state.ranks is None:
         return weighted_mean(trained.rows, trained.examples)
     return state.ranks.mean(trained.rows, trained.client, trained.examples, otherwise=state.rows[GLOBAL][0])
+
+
+def compared(state: ServerState, rows: Tensor) -> Tensor:
+    """The numbers of ``rows`` [n,P] by which clients are compared: those that all clients have."""
+    return rows if state.ranks is None else rows[..., state.ranks.shared]
+
+
+def combined(state: ServerState, trained: Trained, weight: Tensor) -> Tensor:
+    """Σ_l w_kl·θ̂_l [M,P] over the trained rows: ``weight`` [M,M] float64, not negative, each row of sum 1.
+
+    Where ranks differ, each number is combined over the clients that have it, their weights normalised (``mira.core.ranks``).
+    """
+    if state.ranks is None:
+        return mix(trained.rows, *_shares(weight))
+    nobody = torch.empty(0, dtype=torch.int64)
+    return state.ranks.mix(trained.rows, trained.client, nobody, lambda absent: iter(()), weight, _shares)
+
+
+def _shares(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients of ``mix``: weights normalised to sum 1, the own row where they sum to 0."""
+    total = weight.sum(1)
+    return (total == 0).double(), weight / total.where(total > 0, 1.0)[:, None]
 
 
 def factor_mask(setting: Setting, factor: str, method: str) -> Tensor:

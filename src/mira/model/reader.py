@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from mira.core.errors import UserError
-from mira.model.files import TOKENIZER_FILES, first_line, way_out
+from mira.model.files import TOKENIZER_FILES, first_line, way_out, weight_files
 from mira.model.find import Source, find
 from mira.model.wheel import WHEELS, is_made, quiet
 
@@ -53,6 +53,15 @@ def open_reader(
         raise UserError(
             f"model.name={name}: {folder} cannot be loaded ({first_line(error)}){way_out(error)}"
         ) from error
+
+
+def weights_bytes(name: str, source: Source = "auto", revision: str | None = None) -> int | None:
+    """Bytes of the weight files of the model ``name``; None where they are not on this machine."""
+    try:
+        folder = _local(name, source, revision)
+        return None if folder is None else sum(file.stat().st_size for file in weight_files(folder))
+    except UserError:
+        return None
 
 
 def _stops(folder: Path) -> frozenset[int]:

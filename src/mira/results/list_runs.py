@@ -1,10 +1,12 @@
-"""``mira runs``: the run folders below a folder, with their headline figures."""
+"""``mira runs``: the run folders below a folder, with their headline figures, and the comparisons there."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +18,56 @@ from rich.text import Text
 from mira.config import mixes_along_graph
 from mira.config.yaml_io import mapping
 from mira.core.errors import UserError
+from mira.results import comparisons
 from mira.results.tables import Fitting, data_size, number
 from mira.store import Store
 from mira.store.files import LOCK, TESTED, is_locked, read_json
+from mira.store.folders import PROGRESS
 
 Summary = dict[str, Any]
 
 
-def runs(root: Path) -> tuple[list[Summary], list[Summary]]:
-    """(readable runs, unreadable runs with the reason) in or below ``root``. docs/commands/reports.md documents the fields.
+@dataclass(frozen=True)
+class Listing:
+    """Readable runs, comparisons, and what cannot be read with the reason (docs/commands/reports.md)."""
 
-    Raises UserError where ``root`` is not a folder.
-    """
+    runs: list[Summary]
+    comparisons: list[Summary]
+    broken: list[Summary]
+
+    def __bool__(self) -> bool:
+        return bool(self.runs or self.comparisons or self.broken)
+
+
+def listing(root: Path) -> Listing:
+    """All runs and comparisons in or below ``root``. Raises UserError where ``root`` is not a folder."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; 'mira run' makes run folders below runs/, or as --out says")
-    good, broken = list[Summary](), list[Summary]()
-    for folder in _folders(root):
+    found = Listing([], [], [])
+    under_way = cache(comparisons.under_way)
+    for folder, is_run in _folders(root):
         try:
-            good.append(_summary(folder))
+            if is_run:
+                at_work = folder.absolute() in under_way(comparisons.of_run(folder))
+                found.runs.append(_summary(folder, at_work))
+            else:
+                found.comparisons.append(comparisons.summary(folder))
         except UserError as error:
-            broken.append({"run": str(folder), "reason": str(error)})
+            found.broken.append({"run": str(folder), "reason": str(error)})
         except OSError as error:
-            broken.append({"run": str(folder), "reason": f"cannot be read ({error.strerror})"})
+            found.broken.append({"run": str(folder), "reason": f"cannot be read ({error.strerror})"})
         except (AttributeError, KeyError, TypeError, ValueError) as error:  # records of another version of mira
-            broken.append({"run": str(folder), "reason": f"malformed records ({type(error).__name__}: {error})"})
-    return good, broken
+            found.broken.append({"run": str(folder), "reason": f"malformed records ({type(error).__name__}: {error})"})
+    return found
 
 
-def table(root: Path, good: Sequence[Summary], broken: Sequence[Summary]) -> Group:
-    """One line for each run, two where the console is narrow, oldest first; then the unreadable runs."""
-    runs = sorted(good, key=lambda each: str(each["date"]))
-    failed = [Text(f"{each['run']}: {_reason(each)}", style="yellow", overflow="fold") for each in broken]
+def table(root: Path, found: Listing) -> Group:
+    """One line for each run, two where the console is narrow, oldest first; then the comparisons, and what is unreadable."""
+    runs = sorted(found.runs, key=lambda each: str(each["date"]))
     grids = [_grid(root, runs, stacked) for stacked in (False, True)]
-    return Group(*([Fitting(grids, bare=("what",))] if good else []), *failed)
+    lines = [Text(line, overflow="fold") for each in found.comparisons for line in comparisons.lines(each)]
+    broken = [Text(f"{each['run']}: {_reason(each)}", style="yellow", overflow="fold") for each in found.broken]
+    return Group(*([Fitting(grids, bare=("what",))] if runs else []), *lines, *broken)
 
 
 def _grid(root: Path, runs: Sequence[Summary], stacked: bool) -> Table:
@@ -65,6 +84,7 @@ def _grid(root: Path, runs: Sequence[Summary], stacked: bool) -> Table:
     grid.add_column("started", no_wrap=True)
     for run in runs:
         state = "" if run["state"] == "finished" else f" {run['state']}"
+        state += f" on {run['host']}" if run["state"] == "running" and run["host"] else ""
         name, what = os.path.relpath(run["run"], root), f"{run['method']}, {run['adapter']}, {run['graph']}"
         grid.add_row(
             *([Text(f"{name}\n {what}")] if stacked else [Text(name), Text(what)]), str(run["clients"]),
@@ -74,8 +94,9 @@ def _grid(root: Path, runs: Sequence[Summary], stacked: bool) -> Table:
     return grid
 
 
-def _folders(root: Path) -> Iterator[Path]:
-    """Run folders, also those with a broken creation or manifest. Folders below a run are skipped, links are not followed."""
+def _folders(root: Path) -> Iterator[tuple[Path, bool]]:
+    """Run folders (True), also those with a broken creation or manifest, and folders of comparisons (False). Folders below a run
+    are skipped, links are not followed."""
     for place, names, files in os.walk(root):
         if (
             "store.json" in files
@@ -83,11 +104,14 @@ def _folders(root: Path) -> Iterator[Path]:
             or LOCK in files
         ):
             names.clear()
-            yield Path(place)
+            yield Path(place), True
+        elif PROGRESS in files:
+            yield Path(place), False
         names.sort()
 
 
-def _summary(folder: Path) -> Summary:
+def _summary(folder: Path, at_work: bool) -> Summary:
+    """The figures of a run. ``at_work``: a comparison has it under way."""
     with Store.open(folder, writable=False) as store:
         config = mapping(store.config(), str(folder / "config.yaml"))
         records, result = store.metrics(), store.result()
@@ -107,7 +131,8 @@ def _summary(folder: Path) -> Summary:
             "clients": store.environment()["data"]["clients"],
             "round": store.last_round or 0,
             "rounds": config["rounds"],
-            "state": "finished" if result else "running" if is_locked(folder) else "interrupted",
+            "state": "finished" if result else "running" if at_work or is_locked(folder) else "interrupted",
+            "host": comparisons.host_of(folder),
             "best_round": store.best_round,
             "best_loss": best.get("local_loss"),
             "exact_match": _figure(answers.get("exact_match")),

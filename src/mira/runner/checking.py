@@ -9,7 +9,7 @@ import torch
 from mira import config
 from mira.config import Experiment
 from mira.data.federation import Federation, make_federation
-from mira.model.reader import open_reader
+from mira.model.reader import open_reader, weights_bytes
 from mira.runner import preview
 from mira.runner.evaluation import check_metrics
 
@@ -32,6 +32,12 @@ def check(experiment: Experiment, where: str) -> Iterator[str]:
         yield from (encoder.about, *encoder.cautions)
     unseen = "" if reader else f"; prompts not checked: {model.name} is not on this machine yet"
     yield f"{where}: fine; {len(federation.clients)} clients, {about}{unseen}"
+
+
+def weights_of(experiment: Experiment) -> int | None:
+    """Bytes of the weight files of the base model; None where they are not on this machine yet."""
+    model = experiment.model
+    return weights_bytes(model.name, model.source, model.revision)
 
 
 def _check_graph(experiment: Experiment, federation: Federation) -> None:

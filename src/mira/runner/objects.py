@@ -49,9 +49,10 @@ class Objects:
         progress: Callable[[int], None] = lambda tokens: None,
         folder: Path | None = None,
         clients: Federation | None = None,
+        to_run: bool = False,
     ) -> Session:
         """Open the session of ``experiment`` on these objects. ``clients``: the clients recorded by a run, if no examples are
-        needed. Raises UserError."""
+        needed. ``to_run``: see ``open_session``. Raises UserError."""
         if recorded is None and experiment.privacy is not None:
             raise UserError(
                 "privacy: sites add the noise (mira server), and one process has no sites; leave privacy out"
@@ -59,5 +60,16 @@ class Objects:
         if self.clients is not None:
             clients = make_federation(Given(self.clients), experiment.split, experiment.seed)
         return open_session(
-            experiment, recorded, progress, folder, clients=clients, base=self.base and fresh(self.base)
+            experiment, recorded, progress, folder, clients=clients, base=self.base and fresh(self.base), to_run=to_run
         )
+
+    def open_to_run(
+        self,
+        experiment: Experiment,
+        recorded: Mapping[str, Any] | None = None,
+        progress: Callable[[int], None] = lambda tokens: None,
+        folder: Path | None = None,
+    ) -> Session:
+        """Open the session of a run that begins or is resumed: on the workers that the configuration asks for. A run that is only
+        read needs none."""
+        return self.open(experiment, recorded, progress, folder, to_run=True)

@@ -29,7 +29,7 @@ Preview = dict[str, Any]
 
 _ENDLESS = 2**31  # tokens: a limit that truncates nothing
 _WIDTH = 78
-_CLIENTS, _LINES = 20, 30  # largest numbers of clients and lines shown to people
+_CLIENTS, _GROUPS, _LINES = 24, 12, 30  # largest numbers of clients, groups and lines shown to people
 
 
 NO_MODEL = "-"  # the model name for a preview without a tokenizer
@@ -101,6 +101,11 @@ def lines(result: Preview, path: Path) -> Iterator[str]:
     told += f", {repeats} repeat a question of their client ({others} with another answer)" if repeats else ""
     told += f"; {result['shared']} questions occur at several clients" if result["shared"] else ""
     yield from _row("clients", told)
+    groups = Counter(client["group"] for client in clients if client["group"])
+    if groups:
+        named = [f"{group} ({count})" for group, count in groups.most_common(_GROUPS)]
+        more = f" and {len(groups) - _GROUPS} more" if len(groups) > _GROUPS else ""
+        yield from _row("groups", f"{len(groups)}: {', '.join(named)}{more}")
     measured = result["model"] is not None
     if measured:
         over = sum(client["over"] for client in clients)
@@ -153,6 +158,7 @@ def _client(client: Client, encoder: Encoder | None, limit: int) -> Preview:
     kept = sum(map(len, asked))
     told = {
         "name": client.name,
+        "task": client.task,
         "group": client.group,
         "examples": len(client.examples),
         "repeats": len(client.examples) - len(asked),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from mira import config
 from mira.core.errors import UserError
@@ -11,15 +12,13 @@ from mira.store import Store
 
 def to_resume(
     target: Path, overrides: list[str], out: Path | None, data: Path | None, model: str | None
-) -> tuple[Path, Path | None, str | None]:
-    """The run folder, and the new places of its data and model. A configuration given with it must equal that of the run, apart
-    from these two places. Raises UserError."""
+) -> tuple[Path, Path | None, str | None, dict[str, Any]]:
+    """The run folder, the new places of its data and model, and the devices or workers that are given. A configuration given with
+    it must equal that of the run, apart from these. Raises UserError."""
     if target.is_dir():
-        if overrides or out:
-            raise UserError(
-                f"--resume {target}: a run resumes with its own settings; drop --set and --out, or start a new run"
-            )
-        return target, data, model
+        if out:
+            raise UserError(f"--resume {target}: is the run folder; drop --out, or start a new run")
+        return target, data, model, config.placement_in(overrides)
     if not target.exists():
         raise UserError(f"--resume {target}: no such folder or file; name a run folder, made by 'mira run'")
     if out is None:
@@ -29,12 +28,13 @@ def to_resume(
         started = config.recorded(store.config(), store.environment(), store.folder)
     there, here = (getattr(each.data, "path", None) for each in (started, asked))
     data = here if isinstance(there, Path) and isinstance(here, Path) else None
+    given = config.placement_of(asked)
     differences = config.differences(
-        config.moved(started, data, asked.model.name), config.dated(asked, started.prompt.date)
+        config.placed(config.moved(started, data, asked.model.name), given), config.dated(asked, started.prompt.date)
     )
     if differences:
         raise UserError(
             f"--resume {out}: the configuration changed: {'; '.join(differences)} (here: the run folder, there: the "
             "new one); resume it unchanged with 'mira run DIR --resume', or start a new run"
         )
-    return out, data, asked.model.name
+    return out, data, asked.model.name, given

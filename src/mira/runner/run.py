@@ -48,7 +48,7 @@ class Open(Protocol):
     ) -> Session: ...
 
 
-IN_THIS_PROCESS: Open = Objects().open
+IN_THIS_PROCESS: Open = Objects().open_to_run
 
 
 def run(
@@ -67,21 +67,21 @@ def run(
     experiment.tracking.check()
     evaluation.check_metrics(experiment.evaluation.metrics)
     told.stage("preparing")
-    session = open(experiment, progress=told.tokens)
-    state = session.initial_state()
-    text, graph = config.dump(session.experiment), to_tensors(state.graph)
-    store = Store.create(folder, text, session.environment, session.start(), len(state.rows), graph)
-    with store:
-        session.corpus.keep(store.folder / TOKENS)
-        return _go_on(session, store, state, told)
+    with closing(open(experiment, progress=told.tokens)) as session:
+        state = session.initial_state()
+        text, graph = config.dump(session.experiment), to_tensors(state.graph)
+        store = Store.create(folder, text, session.environment, session.start(), len(state.rows), graph)
+        with store:
+            session.corpus.keep(store.folder / TOKENS)
+            return _go_on(session, store, state, told)
 
 
 def resume(
     folder: Path | str, callbacks: Sequence[Callback] = (), open: Open = IN_THIS_PROCESS,
-    data: Path | None = None, model: str | None = None,
+    data: Path | None = None, model: str | None = None, placement: Mapping[str, Any] | None = None,
 ) -> Result:  # fmt: skip
     """Resume the run in ``folder`` after its last committed round, and return its result. ``data``, ``model``: their new places,
-    if they were moved. Raises UserError."""
+    if they were moved. ``placement``: other devices or workers, as for ``config.placed``. Raises UserError."""
     told = Callbacks(callbacks)
     with Store.open(Path(folder)) as store:
         finished = store.result()
@@ -90,11 +90,21 @@ def resume(
             return located(finished, store.folder)
         told.stage("preparing")
         experiment = config.moved(config.recorded(store.config(), store.environment(), store.folder), data, model)
+        experiment = _placed(experiment, placement or {})
         evaluation.check_metrics(experiment.evaluation.metrics)
-        session = open(experiment, store.environment(), told.tokens, store.folder)
-        check_environment(store.environment(), session.environment)
-        session.corpus.keep(store.folder / TOKENS)
-        return _go_on(session, store, state_of(session, store), told)
+        with closing(open(experiment, store.environment(), told.tokens, store.folder)) as session:
+            check_environment(store.environment(), session.environment)
+            session.corpus.keep(store.folder / TOKENS)
+            return _go_on(session, store, state_of(session, store), told)
+
+
+def _placed(began: Experiment, placement: Mapping[str, Any]) -> Experiment:
+    """The experiment on the devices or workers of ``placement``."""
+    experiment = config.placed(began, placement) if placement else began
+    before, now = config.placement_told(began), config.placement_told(experiment)
+    if before != now:
+        log.info("the run began on %s and goes on on %s; its numbers are the same up to rounding", before, now)
+    return experiment
 
 
 def _go_on(session: Session, store: Store, state: ServerState, told: Callbacks) -> Result:

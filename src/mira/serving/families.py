@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from gguf import MODEL_ARCH
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from gguf import MODEL_ARCH
 
 Rows = Callable[[int, Any], Tensor]
 """The row of a layer's output at each place in llama.cpp [out], from the number of rows and the configuration."""
@@ -65,17 +67,24 @@ _EXPERTS = {"gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "down_proj": ("ffn
 class Family:
     """A family of models.
 
-    ``rows`` and ``columns``: the order of a tensor's rows or columns where llama.cpp has another, by the end of its name.
-    ``parts``: the tensors that a layer is split into, by the end of the layer's name. ``experts``: the same for a tensor of
-    experts [E,out,in], in the order of their module. ``proven``: tells whether a configuration was tested.
+    ``name``: the architecture's name in gguf's enumeration. ``rows`` and ``columns``: the order of a tensor's rows or columns
+    where llama.cpp has another, by the end of its name. ``parts``: the tensors that a layer is split into, by the end of the
+    layer's name. ``experts``: the same for a tensor of experts [E,out,in], in the order of their module. ``proven``: tells
+    whether a configuration was tested.
     """
 
-    arch: MODEL_ARCH
+    name: str
     rows: dict[str, Rows]
     columns: dict[str, Rows] = field(default_factory=dict)
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     experts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     proven: Callable[[Any], bool] = lambda config: True
+
+    @property
+    def arch(self) -> MODEL_ARCH:
+        from gguf import MODEL_ARCH  # training needs no GGUF files: a machine without gguf can train
+
+        return MODEL_ARCH[self.name]
 
 
 def _dense(config: Any) -> bool:
@@ -84,50 +93,50 @@ def _dense(config: Any) -> bool:
 
 
 FAMILIES = {
-    "apertus": Family(MODEL_ARCH.APERTUS, {}),
-    "arcee": Family(MODEL_ARCH.ARCEE, _TURNED),
-    "bloom": Family(MODEL_ARCH.BLOOM, _FUSED),
-    "cohere": Family(MODEL_ARCH.COMMAND_R, {}),
-    "cohere2": Family(MODEL_ARCH.COHERE2, {}),
-    "ernie4_5": Family(MODEL_ARCH.ERNIE4_5, {}),
-    "exaone4": Family(MODEL_ARCH.EXAONE4, {}),
-    "gemma": Family(MODEL_ARCH.GEMMA, {}),
-    "gemma2": Family(MODEL_ARCH.GEMMA2, {}),
-    "gemma3_text": Family(MODEL_ARCH.GEMMA3, {}),
-    "gemma4_text": Family(MODEL_ARCH.GEMMA4, {}),
-    "glm4": Family(MODEL_ARCH.GLM4, {}),
-    "gpt2": Family(MODEL_ARCH.GPT2, {}),
-    "gpt_neox": Family(MODEL_ARCH.GPTNEOX, _FUSED),
-    "gpt_oss": Family(MODEL_ARCH.GPT_OSS, {}),
-    "granite": Family(MODEL_ARCH.GRANITE, _TURNED),
+    "apertus": Family("APERTUS", {}),
+    "arcee": Family("ARCEE", _TURNED),
+    "bloom": Family("BLOOM", _FUSED),
+    "cohere": Family("COMMAND_R", {}),
+    "cohere2": Family("COHERE2", {}),
+    "ernie4_5": Family("ERNIE4_5", {}),
+    "exaone4": Family("EXAONE4", {}),
+    "gemma": Family("GEMMA", {}),
+    "gemma2": Family("GEMMA2", {}),
+    "gemma3_text": Family("GEMMA3", {}),
+    "gemma4_text": Family("GEMMA4", {}),
+    "glm4": Family("GLM4", {}),
+    "gpt2": Family("GPT2", {}),
+    "gpt_neox": Family("GPTNEOX", _FUSED),
+    "gpt_oss": Family("GPT_OSS", {}),
+    "granite": Family("GRANITE", _TURNED),
     "granitemoehybrid": Family(
-        MODEL_ARCH.GRANITE,
+        "GRANITE",
         _TURNED,
         parts={"input_linear": ("ffn_gate", "ffn_up"), "output_linear": ("ffn_down",)},
         proven=_dense,
     ),
-    "hunyuan_v1_dense": Family(MODEL_ARCH.HUNYUAN_DENSE, {}),
-    "lfm2": Family(MODEL_ARCH.LFM2, {}),
-    "llama": Family(MODEL_ARCH.LLAMA, _TURNED),
-    "ministral3": Family(MODEL_ARCH.MISTRAL3, _TURNED),
-    "mistral": Family(MODEL_ARCH.LLAMA, _TURNED),
-    "mixtral": Family(MODEL_ARCH.LLAMA, _TURNED, experts=_EXPERTS),
-    "nemotron": Family(MODEL_ARCH.NEMOTRON, {}),
-    "olmo": Family(MODEL_ARCH.OLMO, _TURNED),
-    "olmo2": Family(MODEL_ARCH.OLMO2, {}),
-    "olmo3": Family(MODEL_ARCH.OLMO2, {}),
-    "olmoe": Family(MODEL_ARCH.OLMOE, {}, experts=_EXPERTS),
-    "phi": Family(MODEL_ARCH.PHI2, {}),
-    "phi3": Family(MODEL_ARCH.PHI3, {}),
-    "qwen2": Family(MODEL_ARCH.QWEN2, {}),
-    "qwen2_moe": Family(MODEL_ARCH.QWEN2MOE, {}, experts=_EXPERTS),
-    "qwen3": Family(MODEL_ARCH.QWEN3, {}),
-    "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, {}, experts=_EXPERTS),
-    "qwen3_5_text": Family(MODEL_ARCH.QWEN35, _DELTA, {"ssm_out": _VALUES}),
-    "seed_oss": Family(MODEL_ARCH.SEED_OSS, {}),
-    "smollm3": Family(MODEL_ARCH.SMOLLM3, _TURNED),
-    "stablelm": Family(MODEL_ARCH.STABLELM, {}),
-    "starcoder2": Family(MODEL_ARCH.STARCODER2, {}),
+    "hunyuan_v1_dense": Family("HUNYUAN_DENSE", {}),
+    "lfm2": Family("LFM2", {}),
+    "llama": Family("LLAMA", _TURNED),
+    "ministral3": Family("MISTRAL3", _TURNED),
+    "mistral": Family("LLAMA", _TURNED),
+    "mixtral": Family("LLAMA", _TURNED, experts=_EXPERTS),
+    "nemotron": Family("NEMOTRON", {}),
+    "olmo": Family("OLMO", _TURNED),
+    "olmo2": Family("OLMO2", {}),
+    "olmo3": Family("OLMO2", {}),
+    "olmoe": Family("OLMOE", {}, experts=_EXPERTS),
+    "phi": Family("PHI2", {}),
+    "phi3": Family("PHI3", {}),
+    "qwen2": Family("QWEN2", {}),
+    "qwen2_moe": Family("QWEN2MOE", {}, experts=_EXPERTS),
+    "qwen3": Family("QWEN3", {}),
+    "qwen3_moe": Family("QWEN3MOE", {}, experts=_EXPERTS),
+    "qwen3_5_text": Family("QWEN35", _DELTA, {"ssm_out": _VALUES}),
+    "seed_oss": Family("SEED_OSS", {}),
+    "smollm3": Family("SMOLLM3", _TURNED),
+    "stablelm": Family("STABLELM", {}),
+    "starcoder2": Family("STARCODER2", {}),
 }
 """By the model type of transformers' configuration of the text model."""
 

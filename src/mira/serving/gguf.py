@@ -11,14 +11,16 @@ import re
 from collections.abc import Sequence
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gguf
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mira.core.errors import UserError
 from mira.serving.families import FAMILIES, TENSORS, Family
+
+if TYPE_CHECKING:
+    import gguf
 
 _PREFIX = "base_model.model."
 _FACTOR = {".lora_A.weight": "A", ".lora_B.weight": "B"}
@@ -43,6 +45,8 @@ def write(peft: Path, config: Any, out: Path, name: str) -> None:
 
     Raises UserError for an adapter that llama.cpp cannot apply.
     """
+    import gguf  # only here: a machine without gguf can train
+
     family = check(config)
     settings = json.loads((peft / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = _converted(load_file(peft / "adapter_model.safetensors"), settings, family, config.get_text_config())
@@ -63,7 +67,9 @@ def _converted(
     tensors: dict[str, Tensor], settings: dict[str, Any], family: Family, config: Any
 ) -> list[tuple[str, Tensor]]:
     """PEFT's A and B under llama.cpp's names, with rows and columns in its order."""
-    names, converted = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers), []
+    from gguf import get_tensor_name_map
+
+    names, converted = get_tensor_name_map(family.arch, config.num_hidden_layers), []
     for module, (a, b) in _factors(tensors).items():
         if leaf := _expert_tensor(module, settings.get("target_parameters") or (), family):
             count = getattr(config, "num_experts", None) or config.num_local_experts

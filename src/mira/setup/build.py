@@ -21,10 +21,11 @@ from mira.data.prompt_check import prove as prove_prompts
 from mira.data.text import Encoder
 from mira.engine.generate import positions
 from mira.engine.memory import share_heap
-from mira.model import Base, load
+from mira.model import Base, Device, load
 from mira.setup.engine import EnginePlan
 from mira.setup.environment import environment_of
 from mira.setup.session import TOKENS, Session
+from mira.setup.spread import check_gpus
 
 log = logging.getLogger(__name__)
 
@@ -37,21 +38,24 @@ def open_session(
     first: int = 0,
     clients: Federation | None = None,
     base: Base | None = None,
+    to_run: bool = False,
 ) -> Session:
     """Build the parts of ``experiment``. The engine is built on first use.
 
     ``recorded``: the environment of a resumed run, whose threads, engine and pass size apply again. ``folder``: its run folder.
     ``first``: the number of the first client. ``clients``: the clients, instead of those of the data source. ``base``: the base
-    model, if it is loaded already. Raises UserError.
+    model, if it is loaded already. ``to_run``: for a run that begins or goes on, which computes on its devices and workers.
+    Raises UserError.
     """
-    recorded = recorded or {}
+    recorded, device = recorded or {}, _device(experiment) if to_run else experiment.model.device
+    spread = to_run and experiment.engine.spreads
     if folder is not None:
         check_there(experiment, folder, data=clients is None, model=base is None)
     threads = recorded.get("threads") or experiment.engine.threads or usable_threads()
     torch.set_num_threads(threads)
     share_heap()
     federation = clients or make_federation(experiment.data, experiment.split, experiment.seed)
-    base = base or _base(experiment, recorded)
+    base = base or _base(experiment, recorded, device)
     adapter: Adapter = experiment.adapter.on(base, experiment.seed)
     encoder = _encoder(experiment, base, adapter, recorded)
     experiment = experiment.model_copy(update={"prompt": replace(experiment.prompt, date=encoder.wording.date)})
@@ -66,10 +70,26 @@ def open_session(
             adapter.in_pass.dropout,
         )
     surroundings = environment_of(experiment, base, federation, threads, plan.shares_prefix, truncated, encoder)
-    return Session(experiment, base, federation, corpus, adapter, plan, surroundings)
+    return Session(experiment, base, federation, corpus, adapter, plan, surroundings, spread=spread)
 
 
-def _base(experiment: Experiment, recorded: Mapping[str, Any]) -> Base:
+def _device(experiment: Experiment) -> Device:
+    """The device of the base in this process. Side effect: a single GPU out of several becomes the current one. Raises UserError
+    where it is absent."""
+    section = experiment.engine
+    if section.spreads:  # a quantised base needs a GPU to be loaded
+        return "cpu" if experiment.model.quantization == "none" else experiment.model.device
+    if not section.devices:
+        return experiment.model.device
+    [device] = section.devices
+    if device == "cpu":
+        return "cpu"
+    check_gpus(section.devices)
+    torch.cuda.set_device(device)
+    return "cuda"
+
+
+def _base(experiment: Experiment, recorded: Mapping[str, Any], device: Device) -> Base:
     """Load the base model by its name. For a run that was started on a model in memory, the weights are hashed by their
     tensors."""
     section = experiment.model
@@ -77,8 +97,7 @@ def _base(experiment: Experiment, recorded: Mapping[str, Any]) -> Base:
     if began == "memory" and section.name == "memory":
         raise UserError("model: the run was started with a model in memory; pass it again as model=(model, tokenizer)")
     base = load(
-        section.name, section.source, section.dtype, section.device, section.trust_remote_code, section.quantization,
-        section.revision,
+        section.name, section.source, section.dtype, device, section.trust_remote_code, section.quantization, section.revision,
     )  # fmt: skip
     return base.as_in_memory() if began == "memory" else base
 

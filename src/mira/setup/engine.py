@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from mira.adapters.types import Adapter
 from mira.config import Experiment
 from mira.core.engine import Engine
@@ -15,10 +17,12 @@ from mira.data.federation import SPLITS
 from mira.data.text import Encoder
 from mira.engine.attention.hook import CannotPackError
 from mira.engine.batched import BatchedEngine
+from mira.engine.budget import useful_tokens
 from mira.engine.checkpoint import check_gradients
 from mira.engine.reference import ReferenceEngine
 from mira.engine.seeds import SeedsEngine, without_gradients
 from mira.engine.spec import EngineSpec, Text
+from mira.engine.spread import SpreadEngine
 from mira.model import Base
 
 log = logging.getLogger(__name__)
@@ -27,7 +31,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class EnginePlan:
     """The parts of an engine that is not built yet. ``taken_over``: the environment of a resumed run, whose engine and pass size
-    apply again. ``progress``: called with the number of computed tokens."""
+    apply again. ``progress``: called with the number of computed tokens. ``sharing``: engines in
+    the memory of one device."""
 
     experiment: Experiment
     base: Base
@@ -36,6 +41,7 @@ class EnginePlan:
     corpus: Corpus
     taken_over: Mapping[str, Any]
     progress: Callable[[int], None]
+    sharing: int = 1
 
     @property
     def shares_prefix(self) -> bool:
@@ -55,12 +61,22 @@ class EnginePlan:
 
     def recorded(self, engine: Engine) -> dict[str, Any]:
         """The entries of the environment about ``engine``."""
+        if isinstance(engine, SpreadEngine):
+            return engine.about
         inner = engine.inner if isinstance(engine, SeedsEngine) else engine
         batched = isinstance(inner, BatchedEngine)
         return {
             "engine": "batched" if batched else "reference",
             "tokens_per_pass": inner.budget if isinstance(inner, BatchedEngine) else None,
         }
+
+    def full(self, engine: Engine) -> int | None:
+        """The tokens of all clients in one step that keep ``engine`` busy; None: those of one client, as each is computed by
+        itself."""
+        if not isinstance(engine, BatchedEngine):
+            return None
+        useful = torch.get_num_threads() * useful_tokens(self.base.model.dtype)
+        return engine.budget if self.base.model.device.type != "cpu" else min(engine.budget, useful)
 
     def _with_gradients(self, name: str) -> BatchedEngine | ReferenceEngine:
         """The engine called ``name``; "auto": the batched engine if it can compute the model, else the reference engine."""
@@ -87,6 +103,7 @@ class EnginePlan:
             prefix=self.shares_prefix,
             longest=longest,
             cuda_graphs=section.cuda_graphs == "auto",
+            sharing=self.sharing,
         )
 
     def _spec(self) -> EngineSpec:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from mira.config import Experiment, plugins
 from mira.core.errors import UserError
 from mira.core.git_commit import commit
-from mira.core.threads import usable_cores
+from mira.core.machine import machine
 from mira.core.versions import version_of
 from mira.data.federation import Federation, Manner, SplitClient, slug
 from mira.data.text import Encoder
@@ -57,7 +56,7 @@ def environment_of(
         "device": base.model.device.type,
         "prefix": prefix,
         "commit": commit(),
-        "machine": _machine(),
+        "machine": machine(),
         "truncated": truncated,
         "prompt": {
             "template": encoder.template, "date": encoder.wording.date, "sha256": encoder.fingerprint,
@@ -74,7 +73,7 @@ def _raw(federation: Federation) -> bool:
 def taken_over(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
     """The recorded settings for reading a run without resuming it: all of them on the machine of the run. On another machine
     none: threads, engine and pass size are its own."""
-    return recorded if recorded.get("machine") == _machine() else {}
+    return recorded if recorded.get("machine") == machine() else {}
 
 
 def clients_told(federation: Federation) -> dict[str, Any]:
@@ -107,13 +106,6 @@ def clients_of(recorded: Mapping[str, Any], seed: int) -> Federation | None:
     )  # fmt: skip
 
 
-def _machine() -> dict[str, Any]:
-    return {
-        "python": platform.python_version(), "platform": platform.platform(), "processor": processor(),
-        "cores": usable_cores(),
-    }  # fmt: skip
-
-
 def _fingerprint(federation: Federation) -> str:
     """SHA-256 of the clients' names and splits. It depends on the content of the data, not on its files."""
     digest = hashlib.sha256()
@@ -121,17 +113,6 @@ def _fingerprint(federation: Federation) -> str:
         for split in ("train", "validation", "test"):
             digest.update(json.dumps([client.name, split, [e.content for e in client.split(split)]]).encode())
     return digest.hexdigest()
-
-
-def processor() -> str:
-    """Name of the processor of this machine."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(
-                (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-            )
-    except OSError:
-        return platform.processor() or platform.machine()
 
 
 def check_environment(recorded: dict[str, Any], now: dict[str, Any], must: Sequence[str] = DECIDING) -> None:

@@ -27,10 +27,12 @@ from mira.data.corpus import Corpus
 from mira.data.federation import Federation
 from mira.engine.embed import embed
 from mira.engine.memory import is_out_of_memory
+from mira.engine.spread import SpreadEngine
 from mira.methods.heterogeneous_ranks import with_ranks
 from mira.methods.warm_start import WarmStart
 from mira.model import Base
 from mira.setup.engine import EnginePlan
+from mira.setup.spread import spread_out
 
 TOKENS = "tokens"  # in the run folder: the examples as encoded, for a session that opens the run again
 
@@ -49,11 +51,19 @@ class Session:
     """The environment without the engine."""
     remote: ClientBackend | None = None
     """Training and evaluation at sites on other machines; None: in this process, by ``engine``."""
+    spread: bool = False
+    """Compute on the workers that the configuration asks for."""
 
     @cached_property
     def engine(self) -> Engine:
         """The engine of this process, built on first use: a server of sites needs none."""
-        return self.engine_plan.build()
+        return spread_out(self.engine_plan) if self.spread else self.engine_plan.build()
+
+    def close(self) -> None:
+        """End the workers, if there are any."""
+        engine = vars(self).get("engine")
+        if isinstance(engine, SpreadEngine):
+            engine.close()
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -150,6 +160,7 @@ class Session:
             max_lr=training.lr,
             max_steps=steps,
             rounds=self.experiment.rounds,
+            plain_sgd=training.plain_sgd,
         )
         # The method without ranks: the wrapper of ranks computes with the objects that are checked here.
         return checked_state(self.experiment.method, self.method.init(setting), setting.start, len(clients))

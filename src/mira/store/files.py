@@ -18,6 +18,7 @@ from torch import Tensor
 from mira.core.errors import UserError
 
 TESTED = "test.json"  # test measurements of a comparison's run, written once its grid point was chosen
+WHERE = "where.json"  # machines that a comparison's run was computed on, in order
 LOCK = ".lock"
 
 
@@ -119,7 +120,10 @@ def pack_json(value: Any) -> bytes:
 
 
 def read_json(path: Path, expected: str | None = None) -> Any:
-    data = read(path, expected)
+    return _json(path, read(path, expected))
+
+
+def _json(path: Path, data: bytes) -> Any:
     try:
         return json.loads(data, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -132,7 +136,12 @@ def seal(value: dict[str, Any]) -> bytes:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    value = read_json(path)
+    return unsealed(path, read(path))
+
+
+def unsealed(path: Path, data: bytes) -> dict[str, Any]:
+    """The value of ``data``, the content of the sealed file ``path``. Raises UserError where it is damaged."""
+    value = _json(path, data)
     if not isinstance(value, dict) or value.pop("check", None) != digest(pack_json(value)):
         raise corrupt(path, "its content does not match its checksum")
     return value

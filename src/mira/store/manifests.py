@@ -14,9 +14,9 @@ from mira.store import files
 from mira.store.history import KINDS
 
 _FORMAT = 1
-_FIXED = ("config.yaml", "environment.json", "graph.safetensors", "start.safetensors")
-_MANIFEST = "store.json"
-_FOLDERS = (*KINDS, "rounds")
+FIXED = ("config.yaml", "environment.json", "graph.safetensors", "start.safetensors")
+MANIFEST = "store.json"
+FOLDERS = (*KINDS, "rounds")
 
 _Parsed = TypeVar("_Parsed", bound=BaseModel)
 
@@ -31,16 +31,16 @@ class Manifest(BaseModel):
 
 
 def exists(folder: Path) -> bool:
-    return (folder / _MANIFEST).exists()
+    return (folder / MANIFEST).exists()
 
 
 def read(folder: Path) -> Manifest:
     """The manifest of ``folder``. Raises UserError when it is damaged or another version's, or a file is in
     the place of a folder beside it."""
-    manifest = parse(Manifest, folder / _MANIFEST)
-    if manifest.format != _FORMAT or sorted(manifest.files) != sorted(_FIXED):
+    manifest = parse(Manifest, folder / MANIFEST)
+    if manifest.format != _FORMAT or sorted(manifest.files) != sorted(FIXED):
         raise UserError(f"{folder}: written by another version of mira (format {manifest.format}, here {_FORMAT})")
-    for name in _FOLDERS:
+    for name in FOLDERS:
         place = folder / name
         # A copy by git, or of an object store, lacks empty folders: they count as empty.
         if place.is_symlink() or (not place.is_dir() and (name == "rounds" or place.exists())):
@@ -61,12 +61,12 @@ def write(folder: Path, contents: Mapping[str, bytes], num_rows: int) -> int:
     lock = files.take_lock(folder)
     try:
         check_vacant(folder)  # again, now that no other process can fill it
-        for name in _FOLDERS:
+        for name in FOLDERS:
             (folder / name).mkdir(exist_ok=True)
         for name, data in contents.items():
             files.replace(folder / name, data)
         files.sync(folder)
-        files.replace(folder / _MANIFEST, files.seal(manifest.model_dump()))
+        files.replace(folder / MANIFEST, files.seal(manifest.model_dump()))
         files.sync(folder)
         files.sync(folder.parent)
     except BaseException:
@@ -78,8 +78,8 @@ def write(folder: Path, contents: Mapping[str, bytes], num_rows: int) -> int:
 def check_vacant(folder: Path) -> None:
     """Raises UserError unless ``folder`` is empty, or its creation was interrupted: locked once, all names known, no manifest."""
     names = set(os.listdir(folder))
-    known = {files.LOCK, *_FOLDERS, *_FIXED, *(f".{name}.tmp" for name in (*_FIXED, _MANIFEST))}
-    filled = any(os.listdir(folder / name) for name in names.intersection(_FOLDERS))
+    known = {files.LOCK, *FOLDERS, *FIXED, *(f".{name}.tmp" for name in (*FIXED, MANIFEST))}
+    filled = any(os.listdir(folder / name) for name in names.intersection(FOLDERS))
     if names and (filled or files.LOCK not in names or not names <= known):
         raise UserError(
             f"{folder}: not empty; continue its run with --resume, or choose another --out; in Python: mira.resume, or out="
@@ -88,8 +88,13 @@ def check_vacant(folder: Path) -> None:
 
 def parse(kind: type[_Parsed], path: Path) -> _Parsed:
     """The content of a sealed file. Raises UserError where it is damaged or not of this ``kind``."""
+    return parsed(kind, path, files.read(path))
+
+
+def parsed(kind: type[_Parsed], path: Path, data: bytes) -> _Parsed:
+    """``data``, the content of the sealed file ``path``. Raises UserError as ``parse`` does."""
     try:
-        return kind.model_validate(files.read_sealed(path))
+        return kind.model_validate(files.unsealed(path, data))
     except ValidationError as error:
         first = error.errors()[0]
         raise files.corrupt(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from mira.store.history import History, RoundRecord
 from mira.store.rounds import Rounds
 from mira.store.rows import StoredRows
 
-_METRICS, _RESULT = "metrics.jsonl", "result.json"
+METRICS, _RESULT = "metrics.jsonl", "result.json"
 _CONTINUE = "continue with --resume; committed rounds are intact"
 
 
@@ -51,7 +50,7 @@ class Store:
             self._history.add(record)
             metrics.update(record.line())
         if lock is not None:
-            self._rounds.tidy(self._history.kept(), (_METRICS, _RESULT))
+            self._rounds.tidy(self._history.kept(), (METRICS, _RESULT))
             self._rebuild(metrics.digest())
 
     @staticmethod
@@ -70,6 +69,11 @@ class Store:
             "graph.safetensors": files.pack_tensors(graph),
             "start.safetensors": files.pack_tensors({"start": start}),
         }
+        return Store.copied(folder, contents, num_rows)
+
+    @staticmethod
+    def copied(folder: Path, contents: Mapping[str, bytes], num_rows: int) -> Store:
+        """Make a run of the files that never change, by name, as ``create`` does of their values."""
         try:
             return _held(folder, manifests.write(folder, contents, num_rows))
         except OSError as error:
@@ -181,24 +185,20 @@ class Store:
         if extra:
             new.append(("extra", 0, {**self.extra(), **extra}))
         record = RoundRecord(round=round, metrics=metrics, rows={}, optim={}, extra={})
-        path = self._rounds.record(round)
+        self._add(record, ((kind, key, files.pack_tensors(tensors)) for kind, key, tensors in new))
+
+    def adopt(self, record: RoundRecord, contents: Iterable[tuple[str, int, bytes]]) -> None:
+        """Commit a round that another run folder has committed: its ``record``, and the versions that it wrote, by kind and key.
+        The caller has checked their digests. Raises UserError as ``commit`` does."""
+        assert self._lock is not None, "opened to read only, or closed"
+        assert record.round == self._next_round(), f"round {record.round} adopted, expected {self._next_round()}"
+        self._add(record.model_copy(update={"rows": {}, "optim": {}, "extra": {}}), contents)
+
+    def _add(self, record: RoundRecord, contents: Iterable[tuple[str, int, bytes]]) -> None:
         try:
-            for kind, key, tensors in new:
-                data = files.pack_tensors(tensors)
-                record.digests(kind)[key] = files.digest(data)
-                files.replace(self._rounds.version(kind, key, round), data)
-            for kind in {kind for kind, _, _ in new}:
-                files.sync(self.folder / kind)
-            files.replace(path, files.seal(record.model_dump()))
-            files.sync(path.parent)
-        except OSError as error:
-            with suppress(OSError):  # only to free the space: the next opening removes the rest
-                files.remove([path, *(self._rounds.version(kind, key, round) for kind, key, _ in new)])
-            raise files.unwritable(self.folder, error, _CONTINUE) from None
-        obsolete = self._history.add(record)
-        try:
-            files.remove([self._rounds.version(*version) for version in obsolete])
-            with open(self.folder / _METRICS, "ab") as file:
+            self._rounds.write(record, contents)
+            files.remove([self._rounds.version(*version) for version in self._history.add(record)])
+            with open(self.folder / METRICS, "ab") as file:
                 file.write(record.line())
         except OSError as error:
             raise files.unwritable(self.folder, error, _CONTINUE) from None
@@ -217,12 +217,12 @@ class Store:
         return 0 if self.last_round is None else self.last_round + 1
 
     def _rebuild(self, expected: bytes) -> None:
-        path = self.folder / _METRICS
+        path = self.folder / METRICS
         if path.exists() and not path.is_symlink():
             with open(path, "rb") as file:
                 if hashlib.file_digest(file, "blake2b").digest() == expected:
                     return
-        self._write(_METRICS, (record.line() for record in self._rounds.records()))
+        self._write(METRICS, (record.line() for record in self._rounds.records()))
 
     def _write(self, name: str, data: bytes | Iterable[bytes]) -> None:
         try:

@@ -1,20 +1,23 @@
-"""The demo suite: 12 small tasks in 4 families, generated, so that it needs no download.
+"""Generated tasks, which need no download, and the easy suite: 12 small tasks in 4 families.
 
-The answers of a family follow a house style that no task definition explains. It has to be learned from examples, and helps all
-three clients of the family. Families are the ground-truth graph.
+The answers of a family of the easy suite follow a house style that no task definition explains. It has to be learned from
+examples, and helps all three tasks of the family. Families are the ground-truth graph.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from mira.core.pydantic_config import STRICT
+from mira.core.errors import UserError
+from mira.core.pydantic_config import STRICT, Count
+from mira.data.sources.hard_suite import hard_tasks
+from mira.data.sources.made import MOST, Make, Task, family
+from mira.data.tasks import Mixture, exclude, mixed, named, questions_of, shared, spaced
 from mira.data.types import Client, Example
 
 MONTHS = (
@@ -29,16 +32,6 @@ WORDS = (
     " Lake Light Long Milk Moon Mountain Night Old Paper Rain Red River Road Rock Salt Sand Sea Ship Silver Snow Stone"
     " Storm Summer Sun Tree Water White Wind Winter Wood"
 )
-
-Make = Callable[[random.Random], tuple[str, str]]  # one (input, output)
-
-
-@plain_dataclass(frozen=True)
-class Task:
-    name: str
-    family: str
-    definition: str
-    make: Make
 
 
 def _thousandfold(large: str, small: str) -> Make:
@@ -82,30 +75,26 @@ def _record(layout: str) -> Make:
     return make
 
 
-def _family(family: str, *tasks: tuple[str, str, Make]) -> tuple[Task, ...]:
-    return tuple(Task(f"{family}-{name}", family, definition, make) for name, definition, make in tasks)
-
-
 TASKS = (
-    *_family(
+    *family(
         "units",
         ("length", "Convert kilometres to metres in log style.", _thousandfold("km", "m")),
         ("mass", "Convert kilograms to grams in log style.", _thousandfold("kg", "g")),
         ("volume", "Convert litres to millilitres in log style.", _thousandfold("l", "ml")),
     ),
-    *_family(
+    *family(
         "dates",
         ("day-first", "Rewrite the date in archive style.", _date("{day} {month} {year}")),
         ("month-first", "Rewrite the US date in archive style.", _date("{month} {day}, {year}")),
         ("short", "Rewrite the short date in archive style.", _date("{day}-{month:.3}-{year}")),
     ),
-    *_family(
+    *family(
         "tags",
         ("all", "Make a tag of all words.", _tag(lambda words: words)),
         ("ends", "Make a tag of the first and the last word.", _tag(lambda words: words[::2])),
         ("tail", "Make a tag without the first word.", _tag(lambda words: words[1:])),
     ),
-    *_family(
+    *family(
         "records",
         (
             "sentence",
@@ -118,19 +107,57 @@ TASKS = (
 )
 
 
+SUITES: dict[str, Callable[[int], tuple[Task, ...]]] = {"easy": lambda seed: TASKS, "hard": hard_tasks}
+
+
 @dataclass(frozen=True, config=STRICT)
 class Builtin:
-    """12 clients, one per task; the group is the family."""
+    """Generated tasks, by default with a client for each task; the group is the family then."""
 
-    examples: Annotated[int, Field(ge=1, le=500)] = 64
+    examples: Annotated[int, Field(ge=1, le=MOST)] = 64
     """Different examples of each client, over all of its splits."""
+    suite: Literal["easy", "hard"] = "easy"
+    """easy: 12 tasks in 4 families, the same for every seed. hard: 12 tasks in 6 families with tables, words and conventions
+    that the seed decides, so that a few examples do not show all of them."""
+    tasks: Count | tuple[str, ...] | None = None
+    """The tasks to use, by name, or a number of tasks, evenly spaced over the families; null: all."""
+    clients_per_task: Annotated[int, Field(ge=1, le=MOST)] = 1
+    """Clients for each task, without an example in common. With more than one the group is the task, not the family."""
+    mixture: Mixture | None = None
+    """Clients that each draw from a few tasks, in place of clients for each task."""
     source: Literal["builtin"] = "builtin"
 
+    def __post_init__(self) -> None:
+        exclude(self.clients_per_task, self.mixture)
+        if self.examples * self.clients_per_task > MOST:
+            raise UserError(
+                f"data.examples={self.examples}: {self.examples} for each of {self.clients_per_task} clients per task, and a"
+                f" task has {MOST}; lower examples to {MOST // self.clients_per_task} or use fewer clients"
+            )
+
     def load(self, seed: int) -> list[Client]:
-        return [
-            Client(task.name, _examples(task, self.examples, seed), group=task.family, description=task.definition)
-            for task in TASKS
+        every = {task.name: task for task in SUITES[self.suite](seed)}
+        if isinstance(self.tasks, tuple):
+            tasks = named(every, self.tasks)
+        elif (self.tasks or 0) > len(every):
+            raise UserError(f"data.tasks={self.tasks}: data.suite={self.suite} has {len(every)} tasks; ask for fewer")
+        else:
+            tasks = spaced(list(every.values()), self.tasks)
+        count = MOST if self.mixture else self.examples * self.clients_per_task
+        clients = [
+            Client(
+                task.name,
+                _examples(task, count, seed),
+                group=task.family,
+                description=task.definition,
+                fix="raise data.examples",
+            )
+            for task in tasks
         ]
+        if self.mixture is None:
+            return shared(clients, self.clients_per_task, seed, "raise data.examples")
+        pools = {client.name: questions_of(client.examples) for client in clients}
+        return mixed(pools, self.mixture, self.examples, seed, "data.mixture")
 
 
 def _examples(task: Task, count: int, seed: int) -> tuple[Example, ...]:

@@ -7,8 +7,10 @@ is aligned at their ends: the first query sees the whole prefix.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from inspect import signature
 from itertools import accumulate
 from typing import Any
 
@@ -54,12 +56,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, me
     queries, keys, values = (x.transpose(0, 1) for x in (q, k, v))
     if metadata.key_token is not None:
         keys, values = (_Gather.apply(x, metadata.key_token) for x in (keys, values))  # type: ignore[no-untyped-call]
+    grouped: dict[str, Any] = {"enable_gqa": len(q) != len(k)} if _names_groups(kernels.varlen_attn) else {}
     out: Tensor = kernels.varlen_attn(
         queries.contiguous(), keys.contiguous(), values.contiguous(), metadata.cu_seqlens_q, metadata.cu_seqlens_k,
         metadata.max_seqlen_q, metadata.max_seqlen_k,
-        scale=scale, window_size=(-1 if window is None else window - 1, 0), enable_gqa=len(q) != len(k),
+        scale=scale, window_size=(-1 if window is None else window - 1, 0), **grouped,
     )  # type: ignore[assignment]  # fmt: skip
     return out
+
+
+@cache
+def _names_groups(kernel: Callable[..., object]) -> bool:
+    """Tell whether the kernel wants to be told that query heads share key heads: torch 2.11 takes any heads without a word."""
+    return "enable_gqa" in signature(kernel).parameters
 
 
 class _Gather(torch.autograd.Function):

@@ -49,14 +49,17 @@ def training_request(work: Work, jobs: Sequence[int], wire: Wire, values: Values
     tensors |= {key: encode_mask(mask) for key, mask in masks.items() if mask is not None}
     asked = [
         {
-            "start": None if start is None else row_key(start), "anchor": None if anchor is None else row_key(anchor),
-            "private": is_private(work, j),
+            "start": _key(start), "anchor": _key(anchor), "shift": _key(shift), "private": is_private(work, j),
             "prox": float(work.prox[j]) if anchor is not None and work.prox is not None else 0.0,
-        } for j, start, anchor in zip(jobs, sent.start, sent.anchor, strict=True)
+        } for j, start, anchor, shift in zip(jobs, sent.start, sent.anchor, sent.shift, strict=True)
     ]  # fmt: skip
-    size = num_bytes(wire, sent.numbers, work.start.dtype)
+    size = num_bytes(wire, sent.numbers_back, work.start.dtype)
     reply = {row_key(n): ((size,), torch.uint8) for n, j in enumerate(jobs) if not is_private(work, j)}
     return Request({"jobs": asked, **values}, tensors, reply)
+
+
+def _key(place: int | None) -> str | None:
+    return None if place is None else row_key(place)
 
 
 def evaluation_request(rows: Tensor, splits: Sequence[str], values: Values) -> Request:
@@ -103,13 +106,13 @@ def read_training(
     steps = policy.training.steps_for(examples)
     checked = {j: result_of(answers[n], n, examples, steps) for n, j in enumerate(jobs)}
     sent = parcel(work, jobs)
-    travels = slice(None) if sent.upload is None else sent.upload
+    travels = slice(None) if sent.back is None else sent.back
     exact, rows = policy.wire == "fp32" and policy.privacy is None, dict[int, Tensor]()
     for n, j in enumerate(jobs):
         if is_private(work, j):
             continue
         try:
-            given = decode(reply.tensors[row_key(n)], policy.wire, sent.numbers, work.start.dtype)
+            given = decode(reply.tensors[row_key(n)], policy.wire, sent.numbers_back, work.start.dtype)
         except ValueError as error:
             raise RejectedReply(str(error)) from None
         rows[j] = work.start[j].clone()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mira.core.payload import returning
 from mira.core.types import Trained, Work
 from mira.core.wire import Wire, decode, decode_mask
 from mira.fleet.messages.packet import Packet, row_key
@@ -31,12 +32,14 @@ def work_of(packet: Packet, client: int, start: Tensor, kept: Mapping[str, Tenso
     beneath = [kept.get(row_key(j), start) for j in range(len(jobs))]
     begin = [_row(packet, job["start"], row, upload, wire) for job, row in zip(jobs, beneath, strict=True)]
     anchor = [_row(packet, job["anchor"], row, upload, wire) for job, row in zip(jobs, begin, strict=True)]
-    anchored = any(job["anchor"] for job in jobs)
+    anchored, shifted = any(job["anchor"] for job in jobs), any(job["shift"] for job in jobs)
+    shift = [_row(packet, job["shift"], torch.zeros_like(start), upload, wire) for job in jobs]
     return Work(
         client=torch.full((len(jobs),), client),
         start=torch.stack(begin),
         anchor=torch.stack(anchor) if anchored else None,
         prox=torch.tensor([job["prox"] for job in jobs], dtype=torch.float64) if anchored else None,
+        shift=torch.stack(shift) if shifted else None,
         trainable=trainable,
         upload=upload,
         private=torch.tensor([job["private"] for job in jobs]),
@@ -50,8 +53,9 @@ def is_sent(work: Work, job: int) -> bool:
 
 
 def travelling(work: Work) -> Tensor | slice:
-    """The index of the numbers of a row that travel."""
-    return slice(None) if work.upload is None else work.upload
+    """The index of the numbers of a row that return to the server."""
+    back = returning(work.upload, work.trainable)
+    return slice(None) if back is None else back
 
 
 def private_parts(work: Work, trained: Trained) -> dict[str, Tensor]:

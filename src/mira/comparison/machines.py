@@ -1,0 +1,94 @@
+"""Machines of a comparison's runs: which one computed a run, and whether all are alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mira.comparison.plan import Job
+from mira.config import Experiment
+from mira.core.errors import UserError
+from mira.core.machine import host, machine
+from mira.store.files import WHERE, pack_json, read_json, replace
+
+Place = dict[str, Any]  # host, processor, cores, system, device
+
+_ALIKE = ("processor", "system", "device")
+
+
+def place_of(experiment: Experiment) -> Place:
+    """The machine of this process, with the device of ``experiment``: "cpu", or the name of the GPU."""
+    gpu = experiment.model.device != "cpu" and torch.cuda.is_available()
+    return _place(machine()) | {"host": host(), "device": torch.cuda.get_device_name() if gpu else "cpu"}
+
+
+def note(folder: Path, place: Place) -> None:
+    """Add ``place`` to the machines of the run in ``folder``, where it was not the last one."""
+    known = noted(folder)
+    if known[-1:] != [place]:
+        replace(folder / WHERE, pack_json([*known, place]))
+
+
+def noted(folder: Path) -> list[Place]:
+    return list(read_json(folder / WHERE)) if (folder / WHERE).exists() else []
+
+
+def places_of(folder: Path, environment: Mapping[str, Any]) -> list[Place]:
+    """The machines that the run in ``folder`` was computed on, in order. Runs of older versions recorded the first one, without
+    its host and the name of its GPU."""
+    cpu = environment["device"] == "cpu"
+    return noted(folder) or [_place(environment["machine"]) | {"host": None, "device": "cpu" if cpu else None}]
+
+
+def _place(found: Mapping[str, Any]) -> Place:
+    # Without the release of the kernel, which decides no number.
+    system = re.sub(r"^([^-]*)-.*?(-with-.*)?$", r"\1\2", found["platform"]).replace("-with-", " ")
+    return {"host": None, "processor": found["processor"], "cores": found["cores"], "system": system}
+
+
+@dataclass
+class Same:
+    """The environment of the first run, and the data of the first run of each seed; all other runs must have the same.
+
+    ``unlike``: runs may differ in machine, device and libraries.
+    """
+
+    unlike: bool = False
+    environment: dict[str, Any] = field(default_factory=dict)
+    _place: Place = field(default_factory=dict)
+    _data: dict[int, Any] = field(default_factory=dict)
+    _plugins: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+    def check(self, job: Job, environment: dict[str, Any], places: list[Place]) -> None:
+        """Raise UserError where the run of ``job`` differs from the others."""
+        self.environment = self.environment or environment
+        keys = ("model", "threads") if self.unlike else ("versions", "model", "threads", "device")
+        expected = {key: self.environment[key] for key in keys}
+        expected["data"] = self._data.setdefault(job.seed, environment["data"])
+        there = dict(environment)
+        for section, plugin in environment.get("plugins", {}).items():
+            key = f"plug-in {section} {plugin['name']}"
+            there[key], expected[key] = plugin, self._plugins.setdefault((section, plugin["name"]), plugin)
+        for key, value in expected.items():
+            if there[key] != value:
+                raise UserError(
+                    f"{job.folder}: {key} is {there[key]}, but {value} in the other runs; runs of a comparison need the"
+                    " same: restore it, or start another comparison with --out"
+                )
+        for place in () if self.unlike else places:
+            self.check_place(job, place)
+
+    def check_place(self, job: Job, place: Place) -> None:
+        """Raise UserError where the machine ``place`` of a run is unlike the first one."""
+        self._place = self._place or place
+        for key in _ALIKE:
+            if place[key] != self._place[key] and None not in (place[key], self._place[key]):
+                raise UserError(
+                    f"{job.folder}: its {key} is {place[key]}, but {self._place[key]} in the other runs, so that numbers may"
+                    " differ in their last digits; allow that with --unlike-machines, or start another comparison with --out"
+                )

@@ -1,0 +1,147 @@
+"""Connection to a Ray cluster. Ray, an extra, is imported here and only when it is asked for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from mira.core.errors import UserError
+from mira.core.threads import usable_cores
+
+log = logging.getLogger(__name__)
+
+AUTO, LOCAL = "auto", "local"
+_LIMIT = 10.0  # seconds that a cluster has to answer; Ray itself waits for minutes
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A connection of this process to a Ray cluster, for ``with``. ``ours``: it was made here and not before by the caller."""
+
+    ours: bool
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Disconnect; a cluster that ``connect`` started ends, with all of its processes. Nothing where the caller connected."""
+        if self.ours:
+            import ray
+
+            ray.shutdown()
+
+
+def connect(address: str, key: str) -> Connection:
+    """Connect this process to a Ray cluster.
+
+    ``address``: HOST:PORT, from a node of the cluster; ray://HOST:PORT, from anywhere; auto, the cluster of this machine, which
+    is started for this process where none runs; or local, always a new one for this process. ``key``: name of the setting, for
+    messages. A process that is connected already keeps its connection.
+
+    Raises UserError: Ray is not installed, the address is none, no cluster answers there within 10 s, or it refuses.
+    """
+    ray = _ray(key)
+    if ray.is_initialized():
+        return Connection(ours=False)
+    try:
+        if address == AUTO:
+            _find_or_start(ray)
+        elif address == LOCAL:
+            _start(ray)
+        else:
+            _check_answers(address, key)
+            ray.init(address=address, **_QUIET)
+    except UserError:
+        raise
+    except BaseException as error:
+        ray.shutdown()
+        if not isinstance(error, Exception):
+            raise
+        raise UserError(f"{key}={address}: {_reason(error)}") from None
+    return Connection(ours=True)
+
+
+def _ray(key: str) -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise UserError(f"{key}: Ray is not installed; pip install 'mira-fl[ray]'") from None
+    return ray
+
+
+def _find_or_start(ray: Any) -> None:
+    if told := os.environ.get("RAY_ADDRESS"):
+        _check_answers(told, "RAY_ADDRESS")
+    running = told or _recorded()
+    if running is not None and _answers(running):
+        ray.init(address=AUTO, **_QUIET)
+        return
+    _start(ray)
+
+
+def _start(ray: Any) -> None:
+    # Ray gives a cluster of this kind a token: without it nobody on the network can run code here.
+    ray.init(address="local", num_cpus=usable_cores(), include_dashboard=False, **_QUIET)
+    log.info("started Ray on this machine: %d cores", usable_cores())
+
+
+def _recorded() -> str | None:
+    """The address of the cluster of this machine, as Ray left it; the cluster may have ended since."""
+    place = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir()), "ray", "ray_current_cluster")
+    return place.read_text().strip() or None if place.is_file() else None
+
+
+def _check_answers(address: str, key: str) -> None:
+    """Raises UserError unless ``address`` names a host and a port that accepts connections."""
+    if _place(address) is None:
+        raise UserError(
+            f"{key}={address}: give auto, HOST:PORT (usual port 6379) or ray://HOST:PORT (usual port 10001)"
+        )
+    if not _answers(address):
+        raise UserError(
+            f"{key}={address}: no Ray cluster answers there; start one with 'ray start --head', or give auto for this machine"
+        )
+
+
+def _answers(address: str) -> bool:
+    place = _place(address)
+    if place is None:
+        return False
+    try:
+        socket.create_connection(place, timeout=_LIMIT).close()
+    except OSError:
+        return False
+    return True
+
+
+def _place(address: str) -> tuple[str, int] | None:
+    """Host and port; None where ``address`` has another form."""
+    try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        port = parts.port
+    except ValueError:
+        return None
+    if parts.scheme not in ("", "ray") or not parts.hostname or not port:
+        return None
+    return parts.hostname, port
+
+
+def _reason(error: Exception) -> str:
+    """The reason for a refusal, in one line, with its fix where it is a common one."""
+    text = " ".join(str(error).split())
+    if type(error).__name__ == "AuthenticationError":
+        return "the cluster asks for its token; set RAY_AUTH_MODE=token and copy the token of its head to ~/.ray/auth_token"
+    if "ersion mismatch" in text:
+        return f"{text[:300]}; install the same Python and Ray here and on all nodes"
+    return f"Ray cannot connect ({text[:300] or type(error).__name__})"

@@ -1,0 +1,128 @@
+"""Start of the workers that an experiment asks for."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mira.config import Experiment
+from mira.core.errors import UserError
+from mira.core.ray import LOCAL, connect
+from mira.core.threads import usable_threads
+from mira.engine.spread import SpreadEngine
+from mira.model import Base
+from mira.model.shipped import ShippedBase
+from mira.setup.crew import Place, RayCrew
+from mira.setup.engine import EnginePlan
+from mira.setup.worker import Parts
+
+log = logging.getLogger(__name__)
+
+
+def spread_out(plan: EnginePlan) -> SpreadEngine:
+    """Start the workers that the configuration asks for, and wait for those that have room. Raises UserError."""
+    import ray
+
+    experiment, recorded = plan.experiment, plan.taken_over.get("threads")
+    here = experiment.engine.devices
+    connection = connect(LOCAL, "engine.devices") if here else connect(experiment.engine.ray, "engine.ray")
+    try:
+        if here:
+            threads = recorded or experiment.engine.threads or max(1, usable_threads() // len(here))
+            places, fitting = _on_devices(here), len(here)
+            together = max(here.count(device) for device in here)
+        else:
+            places, threads, fitting, together = _on_cluster(experiment, recorded)
+        # A worker needs neither data nor method, a plugged-in one least of all: it may not be installed there.
+        needed = experiment.model_copy(update={"data": None, "method": None, "graph": None})
+        parts = Parts(needed, _shipped(plan.base), plan.base.sha256, plan.encoder, plan.corpus, threads, together)
+        crew = RayCrew(connection, places, ray.put(parts), dict(plan.taken_over), plan.progress)
+        about = crew.start(fitting)
+    except BaseException:
+        connection.close()
+        raise
+    log.info("%d workers, each on %s with %d threads", fitting, about.recorded["device"], threads)
+    return SpreadEngine(crew, plan.corpus, about.recorded)
+
+
+def _shipped(base: Base) -> ShippedBase | None:
+    """The base for the workers; None where they have to load it: a quantised one, and one with code of its own. Raises UserError
+    if there is nothing to load it from."""
+    if base.quantization == "none" and not base.trust_remote_code:
+        return ShippedBase.of(base)
+    if base.path is None:
+        raise UserError(
+            "model: a quantised model in memory cannot be sent to workers; give its name or folder as model.name"
+        )
+    return None
+
+
+def check_gpus(devices: Sequence[str]) -> None:
+    """Raise UserError if a GPU of engine.devices is absent."""
+    there = torch.cuda.device_count()
+    for device in devices:
+        if device != "cpu" and int(device.partition(":")[2]) >= there:
+            seen = f"torch sees {there} here, cuda:0 to cuda:{there - 1}" if there else "torch sees no GPU here"
+            raise UserError(f"engine.devices: there is no {device}; {seen}{'' if there else ', use cpu'}")
+
+
+def _on_devices(devices: Sequence[str]) -> list[Place]:
+    """One place on this machine for each device. Ray reserves nothing: the user has chosen."""
+    import ray
+
+    check_gpus(devices)
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    needs = {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": node}
+    seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    numbers = [int(device.partition(":")[2] or -1) for device in devices]
+    return [Place(needs, None if n < 0 else seen[n] if seen else str(n)) for n in numbers]
+
+
+def _on_cluster(experiment: Experiment, recorded: int | None) -> tuple[list[Place], int, int, int]:
+    """A place for each of engine.workers, the threads of a worker, the number of workers that the cluster has room for, and the
+    most that share the memory of one device. Raises UserError if there is room for none."""
+    import ray
+
+    wanted = experiment.engine.workers or 1
+    listed: Any = ray.nodes
+    nodes = [node["Resources"] for node in listed() if node["Alive"]]
+    gpu = experiment.model.device == "cuda" or (
+        experiment.model.device == "auto" and any(node.get("GPU", 0) >= 1 for node in nodes)
+    )
+
+    def room(threads: int) -> list[int]:
+        return [int(min(node.get("CPU", 0) // threads, node.get("GPU", 0) if gpu else wanted)) for node in nodes]
+
+    most = int(max(node.get("CPU", 0) for node in nodes))
+    equal = next((threads for threads in range(most, 0, -1) if sum(room(threads)) >= wanted), 1)
+    threads = recorded or experiment.engine.threads or equal
+    fitting = min(wanted, sum(room(threads)))
+    asked = f"{threads} CPU{'s' if threads > 1 else ''}{' and 1 GPU' if gpu else ''}"
+    if not fitting:
+        raise UserError(
+            f"engine.workers={wanted}: no node of the Ray cluster has {asked} for a worker"
+            f" ({_told(nodes)}); lower engine.threads{', or set model.device=cpu' if gpu else ''}"
+        )
+    if fitting < wanted:
+        log.warning(
+            "engine.workers=%d: the cluster has room for %d with %s each; others begin when it grows",
+            wanted,
+            fitting,
+            asked,
+        )
+    return (
+        [Place({"num_cpus": threads, "num_gpus": int(gpu)})] * wanted,
+        threads,
+        fitting,
+        1 if gpu else max(room(threads)),
+    )
+
+
+def _told(nodes: Sequence[Mapping[str, Any]]) -> str:
+    return "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)

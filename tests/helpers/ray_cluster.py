@@ -1,0 +1,113 @@
+"""A Ray cluster of several nodes on this machine, and a look at the processes that are left of one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mira
+
+SOURCES = Path(mira.__file__).parents[1]
+_LONGEST = 20.0  # seconds that processes have to end
+
+
+class RayCluster:
+    """``nodes`` of so many CPUs each; the first one is the head, to which ``address`` leads."""
+
+    def __init__(self, nodes: tuple[int, ...], folder: str) -> None:
+        from ray.cluster_utils import Cluster
+
+        # Small stores, so that several fit into the shared memory of a small machine.
+        self._common: dict[str, Any] = {"object_store_memory": 80_000_000, "include_dashboard": False}
+        head = {"num_cpus": nodes[0], "temp_dir": folder, **self._common}
+        self._cluster: Any = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
+        for cpus in nodes[1:]:
+            self.add(cpus)
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    def add(self, cpus: int) -> Any:
+        """A new node."""
+        return self._cluster.add_node(num_cpus=cpus, **self._common)
+
+    def remove(self, node: Any) -> None:
+        """Kill a node with all of its processes."""
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+
+@contextmanager
+def ray_cluster(*nodes: int) -> Iterator[RayCluster]:
+    """A cluster whose workers import this very source tree. Asserts that no process is left of it."""
+    before, paths = descendants(), os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(SOURCES), str(Path(__file__).parents[1]), *([paths] if paths else [])]
+    )
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        with tempfile.TemporaryDirectory(
+            prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
+        ) as folder:  # short: sockets
+            cluster = RayCluster(nodes, folder)
+            try:
+                yield cluster
+            finally:
+                cluster.close()
+        assert_ended(before)
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if paths is not None:
+            os.environ["PYTHONPATH"] = paths
+
+
+def descendants() -> dict[int, str]:
+    """The processes below this one: number and command."""
+    parents, found = {}, {os.getpid(): ""}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                # The name, in brackets, may contain spaces.
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+    for _ in parents:
+        more = {pid for pid, parent in parents.items() if parent in found} - found.keys()
+        if not more:
+            break
+        found |= {pid: _command(pid) for pid in more}
+    del found[os.getpid()]
+    return found
+
+
+def assert_ended(before: dict[int, str]) -> None:
+    """Assert that all processes below this one that began since ``before`` end."""
+    until = time.monotonic() + _LONGEST
+    while (
+        left := {pid: told for pid, told in descendants().items() if pid not in before}
+    ) and time.monotonic() < until:
+        time.sleep(0.2)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, left
+
+
+def busy_workers() -> list[int]:
+    """The processes in which a worker of a spread run computes now. Ray names a process by the method that it runs."""
+    return [pid for pid, command in descendants().items() if command.startswith("ray::Worker.call")]
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
