@@ -82,24 +82,20 @@ def compared(file: Path, out: Path, cluster: RayCluster) -> str:
     return ended.err
 
 
-def processes(name: str) -> list[int]:
-    return [pid for pid, command in descendants().items() if command.startswith(name)]
-
-
 def test_runs_on_two_nodes_have_the_figures_of_a_serial_comparison(
     file: Path, serial: dict[str, Any], cluster: RayCluster, tmp_path: Path
 ) -> None:
     told = compared(file, tmp_path / "o", cluster)
     assert results(tmp_path / "o") == serial
-    assert len(re.findall(r"worker on \S+\n", told)) == 2, told
+    assert len(re.findall(r"worker \d+ on \S+\n", told)) == 2, told
     assert not list(Path(tempfile.gettempdir()).glob("mira-compare-*"))
 
 
 def test_workers_and_a_node_are_lost_without_a_shared_folder(
     file: Path, serial: dict[str, Any], cluster: RayCluster, second: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Both workers are killed after the first round; later the second node, for which another one comes."""
-    lost: dict[str, set[Path]] = {"workers": set(), "node": set()}
+    """The second node goes with its first run, and another one comes. A worker of another run is killed."""
+    lost: dict[str, Path] = {}
     hired: list[on_ray.RayWorkers] = []
     made = on_ray.RayWorkers.__init__
 
@@ -107,23 +103,19 @@ def test_workers_and_a_node_are_lost_without_a_shared_folder(
         def apply(self, parcel: Parcel) -> None:
             super().apply(parcel)
             if parcel[-1].name == "rounds/000001.json":
-                harm(self)
+                harm(next(worker for worker in hired[0]._workers if worker.mirror is self))
 
-    def harm(copy: mirror.Mirror) -> None:
-        busy = [worker for worker in hired[0]._workers if worker.task is not None]
-        sender = next(worker for worker in busy if worker.mirror is copy)
+    def harm(sender: on_ray._Worker) -> None:
         assert sender.task is not None
         assert sender.arrival is not None
-        if not lost["workers"]:
-            lost["workers"] = {worker.task.job.folder for worker in busy if worker.task is not None}
-            for pid in processes("ray::Remote"):
-                os.kill(pid, signal.SIGKILL)
-        elif (
-            not lost["node"] and sender.arrival.node == second.node_id and sender.task.job.folder not in lost["workers"]
-        ):
-            lost["node"] = {sender.task.job.folder}
+        run = sender.task.job.folder
+        if "node" not in lost and sender.arrival.node == second.node_id:
+            lost["node"] = run
             cluster.remove(second)
             cluster.add(1)
+        elif "worker" not in lost and run not in lost.values():
+            lost["worker"] = run
+            os.kill(sender.arrival.process, signal.SIGKILL)
 
     def init(self: on_ray.RayWorkers, *given: Any) -> None:
         made(self, *given)
@@ -133,8 +125,7 @@ def test_workers_and_a_node_are_lost_without_a_shared_folder(
     monkeypatch.setattr(on_ray, "Mirror", Watched)
     monkeypatch.setattr(on_ray.RayWorkers, "__init__", init)
     told = compared(file, tmp_path / "o", cluster)
-    assert lost["workers"]
-    assert lost["node"]
+    assert set(lost) == {"node", "worker"}
     assert results(tmp_path / "o") == serial
     assert "which does not share the folder" in told
     assert "died (killed, or its node is gone)" in told
