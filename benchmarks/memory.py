@@ -31,7 +31,7 @@ def measure() -> dict[str, Any]:
 
     return {
         "ratios": {
-            "peak memory, fp32": ratio(whole, 0.5),
+            "peak memory, fp32": ratio(whole, 0.45),
             "without libraries and base": ratio(step, None),
         },
         "bytes": peaks,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -92,6 +93,12 @@ def generate(peft: PeftModel, workload: Workload, rows: Tensor, split: str, limi
     return answers
 
 
+def save(peft: PeftModel, workload: Workload, row: Tensor, folder: Path) -> None:
+    """One client's adapter as PEFT writes it."""
+    _load(peft, workload.made.spec.layout, row)
+    peft.save_pretrained(str(folder))
+
+
 def padded(sequences: Sequence[Encoded], workload: Workload) -> Batch:
     width = max(len(s.tokens) for s in sequences)
     ids = torch.full((len(sequences), width), workload.made.spec.text.pad)
@@ -114,7 +121,7 @@ def _train_one(
     for sequences in workload.made.spec.corpus.batches(round, client):
         optimizer.zero_grad()
         loss = loss_of(peft, workload, sequences)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         losses.append(loss.detach().double())
     return torch.cat([p.detach().flatten() for p in parameters]), torch.stack(losses).mean()

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
+from pathlib import Path
 from statistics import median
-from time import perf_counter
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from benchmarks import peft_loop
 from benchmarks.flops import Cost, of_batches
-from benchmarks.workload import Workload, open_workload
+from benchmarks.probe import sample
+from benchmarks.workload import LR, Workload, open_workload
 from mira.data.text import Encoded
+from mira.store import Store
 
 SPLIT, BATCH, PROMPTS, NEW = "test", 8, 4, 16
 
@@ -32,20 +37,51 @@ def measure(samples: int, say: Callable[[str], None]) -> dict[str, Any]:
         lambda: peft_loop.generate(peft, workload, rows, SPLIT, PROMPTS, NEW),
         lambda: engine.generate(rows, clients, SPLIT, PROMPTS, NEW),
     )  # fmt: skip
+    with TemporaryDirectory() as folder:
+        everything = _everything(samples, say, workload, peft, Path(folder))
     theirs, ours = evaluation["results"]
     alike = sum(a == b for x, y in zip(*generation["results"], strict=True) for a, b in zip(x, y, strict=True))
     return {
         "ratios": {
-            "evaluation, fp32": _ratio(evaluation, _evaluation_flops(workload)),
-            f"greedy generation, {NEW} tokens, fp32": _ratio(generation, _generation_flops(workload)),
+            "evaluation, fp32": _ratio(evaluation, _evaluation_flops(workload), 5.0),
+            f"greedy generation, {NEW} tokens, fp32": _ratio(generation, _generation_flops(workload), 5.0),
+            "train, evaluate, generate, commit, fp32": _ratio(everything, None, 4.0),
         },
         "agreement": {
             "evaluation": {"difference": float(((theirs - ours).abs() / theirs).max()), "allowed": 1e-5},
             # Greedy answers part where two tokens are equally likely up to rounding.
             "share of answers that differ": {"difference": 1 - alike / (PROMPTS * len(clients)), "allowed": 0.05},
         },
-        "seconds": {"evaluation": evaluation["seconds"], "generation": generation["seconds"]},
+        "seconds": {
+            "evaluation": evaluation["seconds"],
+            "generation": generation["seconds"],
+            "all": everything["seconds"],
+        },
     }
+
+
+def _everything(
+    samples: int, say: Callable[[str], None], workload: Workload, peft: PeftModel, folder: Path
+) -> dict[str, Any]:
+    """A round as in a run: a local step of every client, losses and answers of the new adapters, rows on the disk."""
+    engine, rows, clients = workload.engine(), workload.rows(), torch.tensor(list(workload.clients))
+    store = Store.create(folder / "mira", "", {}, workload.start, len(clients), {})
+    rounds = count()
+
+    def theirs() -> None:
+        new, _ = peft_loop.train(peft, workload, rows, 0)
+        peft_loop.evaluate(peft, workload, new, SPLIT, BATCH)
+        peft_loop.generate(peft, workload, new, SPLIT, PROMPTS, NEW)
+        for k, row in enumerate(new):
+            peft_loop.save(peft, workload, row, folder / f"peft-{k}")
+
+    def ours() -> None:
+        new = engine.train(workload.work(rows), 0, LR).rows
+        engine.evaluate(new, clients, [SPLIT])
+        engine.generate(new, clients, SPLIT, PROMPTS, NEW)
+        store.commit(next(rounds), clients, new, {}, None, {})
+
+    return _turns(samples, say, "all of it", theirs, ours)
 
 
 def _turns(
@@ -54,12 +90,15 @@ def _turns(
     runs = {"peft": theirs, "mira": ours}
     seconds: dict[str, list[float]] = {who: [] for who in runs}
     for _ in range(samples):
-        results = []
+        results, noise = [], ""
         for who, run in runs.items():
-            start = perf_counter()
-            results.append(run())
-            seconds[who].append(perf_counter() - start)
-        say(f"{name}: peft {seconds['peft'][-1]:.1f} s, mira {seconds['mira'][-1]:.1f} s")
+            result, timed = sample(run, torch.device("cpu"))
+            results.append(result)
+            seconds[who].append(timed.seconds)
+            noise = noise or timed.disturbance
+        say(
+            f"{name}: peft {seconds['peft'][-1]:.1f} s, mira {seconds['mira'][-1]:.1f} s{noise and f' (disturbed: {noise})'}"
+        )
     return {"results": results, "seconds": seconds}
 
 
@@ -82,6 +121,6 @@ def _generation_flops(workload: Workload) -> float:
     return cost.answers_loop(tokens, number, NEW) / cost.answers_ours(tokens, number, NEW)
 
 
-def _ratio(turns: dict[str, Any], flops: float) -> dict[str, Any]:
+def _ratio(turns: dict[str, Any], flops: float | None, goal: float) -> dict[str, Any]:
     samples = [a / b for a, b in zip(turns["seconds"]["peft"], turns["seconds"]["mira"], strict=True)]
-    return {"value": median(samples), "goal": 4.0, "better": "higher", "flop_ratio": flops, "samples": samples}
+    return {"value": median(samples), "goal": goal, "better": "higher", "flop_ratio": flops, "samples": samples}

@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.gpu import summary
 
-_IMPORTED = ("torch", "transformers", "peft", "benchmarks.gpu.throughput", "benchmarks.gpu.equality")
+IMPORTED = ("torch", "transformers", "peft", "benchmarks.gpu.throughput", "benchmarks.gpu.equality")
 _TAIL = 6000  # characters of a part's output that are kept
 _TRACED = 2.0  # seconds before its limit in which a part that overruns still tells where it is
 
@@ -86,8 +86,8 @@ def look(parts: Sequence[Part], options: Options, out: Path, seconds: float) -> 
     """
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + seconds
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, _interrupt)
     records: dict[str, Record] = {}
     status = 1
     try:
@@ -126,7 +126,7 @@ def _context(options: Options, out: Path, records: dict[str, Record]) -> BaseCon
     for way in ("forkserver", "spawn"):
         context = multiprocessing.get_context(way)
         if way == "forkserver":
-            context.set_forkserver_preload(list(_IMPORTED))
+            context.set_forkserver_preload(list(IMPORTED))
         with TemporaryDirectory() as folder:
             record = _run(context, MACHINE, options, Path(folder) / "machine.json", MACHINE.share)
         record["started by"] = way
@@ -162,7 +162,7 @@ def _run(context: BaseContext, part: Part, options: Options, file: Path, limit: 
         finally:
             _stop(process)
         text = output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
-    record = json.loads(file.read_text(encoding="utf-8")) | {
+    record: Record = json.loads(file.read_text(encoding="utf-8")) | {
         "status": ended, "seconds": round(time.monotonic() - began, 1), "limit": round(limit, 1), "output": text[-_TAIL:],
     }  # fmt: skip
     write(file, record)

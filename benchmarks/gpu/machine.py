@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.gpu.first_look import Report
 from mira.core.git_commit import commit
-from mira.setup.environment import processor
+from mira.core.machine import processor
 
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "pydantic", "triton")
 

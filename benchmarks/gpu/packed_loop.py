@@ -60,7 +60,7 @@ def _attention(
         return attend(query[0], key[0], value[0], scaling, None, metadata)[None], None
     parts = [
         scaled_dot_product_attention(
-            *(x[:, :, a:b] for x in (query, key, value)), is_causal=True, scale=scaling, enable_gqa=True
+            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scaling, enable_gqa=True
         )
         for a, b in pairwise(ends)
     ]

@@ -100,10 +100,11 @@ def random_model(config: LlamaConfig, device: torch.device, dtype: torch.dtype) 
     try:
         with torch.device(device):
             torch.manual_seed(0)
-            model = LlamaForCausalLM(config)
+            model: PreTrainedModel = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    return model
 
 
 def random_workload(model: PreTrainedModel, crowd: Crowd) -> Workload:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -21,12 +22,21 @@ _KEPT = 12  # lines of a failure
 
 
 def write(records: Mapping[str, Record], left: Sequence[str], out: Path) -> None:
-    """``left``: the parts that were not started."""
-    whole = json.dumps({"parts": records, "not started": list(left)}, indent=1)
-    for name, text in (("summary.json", whole), ("summary.md", told(records, left))):
-        new = out / f"{name}.new"
-        new.write_text(text + "\n", encoding="utf-8")
-        new.replace(out / name)
+    """``left``: the parts that were not started. A mistake in the summary for people does not end the look."""
+    _replace(out / "summary.json", json.dumps({"parts": records, "not started": list(left)}, indent=1))
+    try:
+        text = told(records, left)
+    except Exception:
+        text = (
+            f"# First look\n\nThe summary could not be made; summary.json has all.\n\n```\n{traceback.format_exc()}```"
+        )
+    _replace(out / "summary.md", text)
+
+
+def _replace(file: Path, text: str) -> None:
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(text + "\n", encoding="utf-8")
+    new.replace(file)
 
 
 def told(records: Mapping[str, Record], left: Sequence[str]) -> str:

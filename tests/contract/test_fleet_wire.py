@@ -32,7 +32,8 @@ def payload(message: Packet) -> int:
 
 COUNTED: list[tuple[Wire, str, dict[str, int]]] = [
     ("fp32", "mira", {}), ("fp32", "fedsa-lora", {}), ("bf16", "fedit", {}), ("bf16", "ffa-lora", {}), ("int8", "mira", {}),
-    ("int8", "mr-mtl", {}), ("int8", "ditto", {}), ("int8", "local", {}), ("int8", "fedit", {"ann": 5, "cleo": 23}),
+    ("int8", "mr-mtl", {}), ("int8", "ditto", {}), ("int8", "local", {}), ("int8", "fedsvd", {}),
+    ("int8", "fedit", {"ann": 5, "cleo": 23}),
 ]  # fmt: skip
 
 

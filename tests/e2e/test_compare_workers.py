@@ -23,7 +23,7 @@ from mira.comparison.machines import noted
 from mira.runner import run as experiment
 from mira.store.files import is_locked
 
-TIMES = ("seconds", "date", "command", "where")
+VOLATILE = ("seconds", "date", "command", "where", "commit")
 
 
 def write(folder: Path, model: Path, **changes: Any) -> Path:
@@ -39,7 +39,7 @@ def write(folder: Path, model: Path, **changes: Any) -> Path:
 
 def timeless(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: timeless(item) for key, item in value.items() if key not in TIMES}
+        return {key: timeless(item) for key, item in value.items() if key not in VOLATILE}
     return [timeless(item) for item in value] if isinstance(value, list) else value
 
 
@@ -209,4 +209,4 @@ def test_an_entry_without_a_point_is_left_out(tiny_folder: Path, tmp_path: Path,
 def test_a_fault_of_all_runs_is_told_once(tiny_folder: Path, tmp_path: Path) -> None:
     file = write(tmp_path, tiny_folder, set={"model.name": "/nowhere"}, seeds=[0], tune_seeds=None, grid={})
     error = mira("compare", file, "--out", tmp_path / "o", "--workers", 1).error
-    assert error.startswith("model.name=/nowhere: ")
+    assert error.startswith("model.name='/nowhere': no such folder")

@@ -25,12 +25,19 @@ VARIANTS: dict[str, Any] = {name: METHODS[name]() for name in METHODS} | {
     "fedadam": METHODS["fedadam"](lr=0.01),
 }
 ROW_OF_EACH = [name for name in VARIANTS if name.startswith("mira") or name == "local"]  # row k is client k's
-COHORT_MIXED = ["pfedgraph", "cfl"]  # row k is client k's, made of the rows of the cohort
-BESIDE_ONE = ["ditto", "mr-mtl", "pfedme", "fedsa-lora", "fedavg-ft"]  # row 0 is that of all, row k + 1 client k's
+COHORT_MIXED = ["pfedgraph", "cfl", "fedtreelora"]  # row k is client k's, made of the rows of the cohort
+BESIDE_ONE = [
+    "ditto",
+    "mr-mtl",
+    "pfedme",
+    "fedsa-lora",
+    "fedavg-ft",
+    "scaffold",
+]  # row 0 is that of all, row k + 1 client k's
 TWO_OF_EACH = ["fedamp"]  # row k is client k's, row K + k the one it is pulled to
 HALVES = ["fedalt", "feddpa"]  # a row holds two adapters: an even rank
 ONE_ROW = [name for name in VARIANTS if name not in ROW_OF_EACH + COHORT_MIXED + BESIDE_ONE + TWO_OF_EACH + HALVES]
-ONE_RANK = ["fedsvd", *HALVES]  # refuse clients of unlike ranks
+ONE_RANK = ["fedsvd", "scaffold", "fedtreelora", *HALVES]  # refuse clients of unlike ranks
 WHOLE = {name: method for name, method in VARIANTS.items() if name not in HALVES}
 
 

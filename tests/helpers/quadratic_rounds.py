@@ -58,9 +58,9 @@ def same(ours: Tensor, expected: Any) -> None:
     np.testing.assert_allclose(ours.numpy(), expected, **EXACT)
 
 
-def descent(w: Any, client: int, anchor: Any, prox: float, seed: int = 0) -> Any:
+def descent(w: Any, client: int, anchor: Any, prox: float, seed: int = 0, shift: Any = 0.0) -> Any:
     """The toy's three local steps in numpy."""
     toy = QuadraticClients.draw(K, seed)
     for _ in range(3):
-        w = w - 0.1 * (toy.curvature[client].numpy() * (w - toy.target[client].numpy()) + prox * (w - anchor))
+        w = w - 0.1 * (toy.curvature[client].numpy() * (w - toy.target[client].numpy()) + prox * (w - anchor) + shift)
     return w

@@ -12,7 +12,8 @@ from torch import Tensor
 from helpers.quadratic_rounds import COHORT, EXACT, A, B, K, complete, descent, go, one_round, same, start_of, weights
 from mira.core.errors import UserError
 from mira.core.layout import Entry
-from mira.core.types import MemoryRows, Method
+from mira.core.loop import apply
+from mira.core.types import MemoryRows, Method, Setting
 from mira.methods import METHODS
 from mira.methods.flexlora import best_factors
 from mira.testing.quadratic import LAYOUT, QuadraticClients, all_rows
@@ -28,6 +29,22 @@ def test_fedprox() -> None:
         state, _ = one_round(method, state, seed)
         theta = sum(w * descent(theta, k, theta, 0.7, seed) for w, k in zip(p, [3, 0, 4], strict=True))
     same(all_rows(state)[0], theta)
+
+
+def test_scaffold() -> None:
+    """With every client's control variate kept over the rounds in which it is absent."""
+    state, toys = start_of(method := METHODS["scaffold"]()), [QuadraticClients.draw(K, seed) for seed in range(3)]
+    theta, c, own = all_rows(state)[0].numpy(), 0.0, np.zeros((K, LAYOUT.size))
+    for seed, who in enumerate([[3, 0, 4], [1, 0], [3, 2, 1]]):
+        work = method.broadcast(state, torch.tensor(who))
+        state = apply(state, method.aggregate(state, toys[seed].train(work, seed, 0.1)))
+        trained = np.stack([descent(theta, k, theta, 0.0, seed, c - own[k]) for k in who])
+        new = own[who] - c + (theta - trained) / (3 * 0.1)
+        theta = theta + (trained - theta).mean(0)
+        c = c + (new - own[who]).sum(0) / K
+        own[who] = new
+        same(method.deployed(state, COHORT), np.stack(3 * [theta]))
+    same(state.extra["scaffold.c"], own.mean(0))
 
 
 def test_ditto() -> None:
@@ -218,6 +235,24 @@ def test_ffas_average_of_b_is_the_average_of_the_products() -> None:
     torch.testing.assert_close(B.view(row) @ A.view(row), products, **EXACT)
 
 
+def test_scaffold_ends_at_the_optimum_of_all_clients_and_fedavg_beside_it() -> None:
+    """The mean of quadratics has a closed form. Three local steps on unlike clients take FedAvg elsewhere."""
+    toy = QuadraticClients.draw(K)
+    best = (toy.curvature * toy.target).sum(0) / toy.curvature.sum(0)
+    found = all_rows(go(METHODS["scaffold"](), 150, share=1.0))[0]
+    torch.testing.assert_close(found, best, rtol=0, atol=1e-10)
+    assert float((all_rows(go(METHODS["fedit"](), 150, share=1.0))[0] - best).abs().max()) > 1e-2
+
+
+def test_scaffold_refuses_an_optimiser_whose_displacements_are_no_gradients() -> None:
+    setting = Setting(LAYOUT, torch.zeros(LAYOUT.size), K, complete(), 0.01, 4, plain_sgd=False)
+    with pytest.raises(UserError, match=r"^method.name=scaffold: .* set training.optimizer=sgd and leave"):
+        METHODS["scaffold"]().init(setting)
+    for layout in (replace(LAYOUT, plus=4.0), replace(LAYOUT, entries=(replace(A, factor="seed"),))):
+        with pytest.raises(UserError, match=r"^method.name=scaffold: needs one learning rate for all numbers"):
+            start_of(METHODS["scaffold"](), layout)
+
+
 # FlexLoRA's factorisation.
 
 
@@ -258,7 +293,7 @@ def test_a_product_that_is_zero_stays_zero_and_finite() -> None:
     assert not bool(new_b.any())
 
 
-@pytest.mark.parametrize("name", ["ffa-lora", "fedsa-lora", "flexlora", "rolora", "fedsvd"])
+@pytest.mark.parametrize("name", ["ffa-lora", "fedsa-lora", "flexlora", "rolora", "fedsvd", "fedtreelora"])
 def test_methods_of_factors_refuse_other_adapters(name: str) -> None:
     prompt = replace(LAYOUT, entries=(replace(LAYOUT.entries[0], factor="prompt"),))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=rf"method.name={name}: .* 'prompt'; set adapter.kind=lora"):

@@ -193,6 +193,7 @@ def test_factors_go_on_from_where_they_were() -> None:
     ("settings", "message"),
     [
         ({"space": "product", "factors": "B"}, "method.factors=B: space=product mixes products"),
+        ({"space": "rotated", "factors": "B"}, "method.factors=B: space=rotated mixes A and B together"),
         ({"form": "paper", "strength_end": 0.5}, "method.strength_end=0.5: belongs to form 'normalised'"),
         ({"upper_layers": (0.5,)}, r"method.upper_layers=\[0.5\]: a list needs two shares or more"),
     ],
@@ -207,6 +208,7 @@ def test_settings_that_exclude_each_other(settings: dict[str, Any], message: str
     [
         ({"factors": "A"}, "method.factors=A"),
         ({"space": "product"}, "method.space=product"),
+        ({"space": "rotated"}, "method.space=rotated"),
         ({"upper_layers": 0.5}, "method.upper_layers"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from helpers.quadratic_rounds import COHORT, EXACT, K, descent, go, one_round, same, start_of
 from mira.core.errors import UserError
+from mira.core.layout import Layout
 from mira.core.loop import apply
 from mira.methods import METHODS
 from mira.methods.clusters import best_cut, cuts, silhouette
@@ -191,3 +193,31 @@ def test_cfl_is_fedavg_within_the_clusters_of_clients_that_move_alike() -> None:
 def test_cfl_of_one_cluster_is_fedavg() -> None:
     together = all_rows(go(METHODS["cfl"](silhouette=1.0), 6, share=1.0))
     torch.testing.assert_close(together, all_rows(go(METHODS["fedit"](), 6, share=1.0)).expand(K, -1), **EXACT)
+
+
+# FedTreeLoRA.
+
+
+def test_fedtreelora_shares_the_lower_layer_among_all_and_the_upper_one_within_branches() -> None:
+    """In the lower layer all clients are equally far apart, in the upper one 0, 1 and 2, 3, 4 are alike."""
+    layout = Layout.of({"layers.0.q": (3, 5), "layers.1.q": (3, 5)}, rank=1, alpha=1.0)
+    state = start_of(method := METHODS["fedtreelora"](warmup_rounds=1), layout)
+    work, draw = method.broadcast(state, EVERYONE), np.random.default_rng(0)
+    rows = torch.from_numpy(draw.normal(size=(K, layout.size)))
+    layout.entries[1].view(rows)[..., 0] = torch.eye(K).double()
+    layout.entries[3].view(rows)[..., 0] = torch.eye(K).double()[[0, 0, 2, 2, 2]]
+    done = replace(QuadraticClients.draw(K, size=layout.size).train(work, 0, 0.1), rows=rows)
+    assert torch.equal(method.aggregate(state, done).value, rows)
+    change = method.aggregate(replace(state, round=1), done)
+    assert change.notes == {"clusters": 1.5}
+    for entry, clusters in zip(layout.entries, 2 * [[[0, 1, 2, 3, 4]]] + 2 * [[[0, 1], [2, 3, 4]]], strict=True):
+        for members in clusters:
+            n = done.examples[members].numpy()
+            mean = np.einsum("k,kxy->xy", n / n.sum(), entry.view(rows)[members].numpy())
+            same(entry.view(change.value)[members], np.stack(len(members) * [mean]))
+
+
+def test_fedtreelora_of_one_cluster_is_fedavg_and_of_warm_up_alone_local() -> None:
+    together = all_rows(go(METHODS["fedtreelora"](warmup_rounds=0, silhouette=1.0), 6, share=1.0))
+    torch.testing.assert_close(together, all_rows(go(METHODS["fedit"](), 6, share=1.0)).expand(K, -1), **EXACT)
+    assert torch.equal(all_rows(go(METHODS["fedtreelora"](warmup_rounds=6), 6)), all_rows(go(METHODS["local"](), 6)))

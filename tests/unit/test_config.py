@@ -83,7 +83,8 @@ def test_file_overrides_and_back(file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("graph", ["groups", "complete", "random"])
 def test_every_variant_survives_the_round_trip(file: Path, method: str, graph: str) -> None:
-    experiment = load(file, [f"method.name={method}", f"graph.name={graph}"])
+    needs = ["training.optimizer=sgd"] if method == "scaffold" else []  # it refuses AdamW
+    experiment = load(file, [f"method.name={method}", f"graph.name={graph}", *needs])
     assert parse_text(dump(experiment)) == experiment
 
 

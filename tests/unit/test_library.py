@@ -255,7 +255,7 @@ def test_worker_processes_know_no_class_of_this_process(tmp_path: Path) -> None:
     file.write_text(json.dumps({"experiment": base, "seeds": [0, 1], "entries": {"Pull": {"method.name": "pull"}}}))
     with pytest.raises(
         mira.UserError,
-        match=r"^workers=2: method 'pull' \(.*:Pull\) is registered in this process alone; use workers=1",
+        match=r"^workers=2: method 'pull' \(.*:Pull\) is registered in this process alone; run it with workers=1",
     ):
         mira.compare(file, tmp_path / "o", workers=2)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 import time
@@ -14,12 +13,14 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
-
-from pebble import ProcessExpired, ProcessPool
+from typing import TYPE_CHECKING
 
 from mira.comparison.work import outcome_of
 from mira.comparison.workers import Outcome, Task
 from mira.core.errors import UserError
+
+if TYPE_CHECKING:
+    from pebble import ProcessPool
 
 _LOST = "its worker process died (killed, or out of memory)"
 
@@ -41,13 +42,12 @@ class Processes:
         return len(self._idle)
 
     def start(self, task: Task) -> None:
-        data = pickle.dumps(task)  # here, where a failure has a traceback
         pool = self._idle.pop()
         with _no_interrupts():
             if not pool.active:  # its process died when it had nothing to do
                 _end([pool])
                 pool = _new_pool()
-            future: Future[Outcome] = pool.schedule(_do, args=(data, self._out))
+            future: Future[Outcome] = pool.schedule(outcome_of, args=(task, self._out))
         self._busy[future] = pool, task, time.perf_counter()
 
     def finished(self, seconds: float) -> Sequence[Outcome]:
@@ -64,6 +64,8 @@ class Processes:
         error = future.exception()
         if error is None:
             return future.result()
+        from pebble import ProcessExpired
+
         if not isinstance(error, ProcessExpired | BrokenProcessPool):
             raise error
         return Outcome(task, {}, time.perf_counter() - began, _LOST, lost=True)
@@ -80,6 +82,8 @@ def check_main() -> None:
 
 def _new_pool() -> ProcessPool:
     # Spawned, not forked: a fork of a process with threads may hang.
+    from pebble import ProcessPool  # only here: a machine without pebble can train
+
     context = multiprocessing.get_context("spawn")
     return ProcessPool(1, initializer=_begin, initargs=(multiprocessing.get_start_method(),), context=context)
 
@@ -117,8 +121,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     wait_for([parent.sentinel])
     os._exit(1)
-
-
-def _do(data: bytes, out: Path) -> Outcome:
-    task: Task = pickle.loads(data)
-    return outcome_of(task, out)

@@ -12,8 +12,10 @@ from mira.core.layout import Layout
 from mira.core.types import Method, Setting
 
 
-def check(method: Method, layout: Layout, ranks_differ: bool) -> None:
-    """Raise UserError if ``method`` cannot work on rows of ``layout``, or not with the different ranks of its clients."""
+def check(method: Method, layout: Layout, ranks_differ: bool, rounds: int, plain_sgd: bool) -> None:
+    """Raise UserError if ``method`` cannot work on rows of ``layout``, not with the different ranks of its clients, not in
+    ``rounds`` or not with the optimiser (``plain_sgd``: SGD without momentum)."""
     alone = torch.zeros(1, dtype=torch.int64)
     rank = torch.full_like(alone, layout.rank) if ranks_differ else None
-    method.init(Setting(layout, torch.zeros(layout.size), 1, Groups(alone), max_lr=0.0, max_steps=0, rank=rank))
+    start, graph = torch.zeros(layout.size), Groups(alone)
+    method.init(Setting(layout, start, 1, graph, 0.0, 0, rank, rounds, plain_sgd))

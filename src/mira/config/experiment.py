@@ -248,7 +248,7 @@ class Experiment(BaseModel):
         check = getattr(self.adapter, "check", None)
         if check is not None:
             check(self)
-        compatibility.check(self.method, layout, ranks_differ=bool(self.clients.rank))
+        compatibility.check(self.method, layout, bool(self.clients.rank), self.rounds, self.training.plain_sgd)
         dropout = getattr(self.adapter, "dropout", 0.0)
         if self.engine.prefix == "on" and dropout > 0:
             raise UserError(

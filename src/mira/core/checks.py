@@ -74,6 +74,8 @@ def checked_work(method: Method, work: Any, num_clients: int, row: Tensor | None
         raise UserError(f"{place}: anchor and prox must be given together, or neither")
     if work.anchor is not None:
         _check_rows(work.anchor, len(work.client), row, f"{place}: anchor")
+    if work.shift is not None:
+        _check_rows(work.shift, len(work.client), row, f"{place}: shift")
     return work
 
 

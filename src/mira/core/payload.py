@@ -13,13 +13,15 @@ from mira.core.types import Work
 
 @dataclass(frozen=True)
 class Parcel:
-    """The rows sent to one client. ``rows``: each [P], sent once. ``start`` and ``anchor``: for each job of the client the place
-    in ``rows`` that it starts from and is pulled to; None where nothing is sent. ``upload``: mask [P] of the numbers that
-    travel to the client; None: all. ``back``: those that return, less the numbers that training cannot move."""
+    """The rows sent to one client. ``rows``: each [P], sent once. ``start``, ``anchor`` and ``shift``: for each job of the client
+    the place in ``rows`` that it starts from, is pulled to and is shifted by; None where nothing is sent. ``upload``: mask [P] of
+    the numbers that travel to the client; None: all. ``back``: those that return, less the numbers that training cannot move.
+    """
 
     rows: tuple[Tensor, ...]
     start: tuple[int | None, ...]
     anchor: tuple[int | None, ...]
+    shift: tuple[int | None, ...]
     upload: Tensor | None
     back: Tensor | None
 
@@ -50,8 +52,9 @@ def parcel(work: Work, jobs: Sequence[int]) -> Parcel:
         None if work.anchor is None or work.prox is None or not work.prox[j] > 0 else place(work.anchor[j])
         for j in jobs
     )
+    shift = tuple(None if work.shift is None or not work.shift[j].any() else place(work.shift[j]) for j in jobs)
     upload = work.upload if work.upload is None or work.upload.dim() == 1 else work.upload[jobs[0]]
-    return Parcel(tuple(rows), start, anchor, upload, returning(upload, work.trainable))
+    return Parcel(tuple(rows), start, anchor, shift, upload, returning(upload, work.trainable))
 
 
 def returning(upload: Tensor | None, trainable: Tensor | None) -> Tensor | None:

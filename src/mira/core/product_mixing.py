@@ -40,6 +40,32 @@ def product_mix(
     return mixed
 
 
+def rotated_mix(
+    rows: Tensor, own: Tensor, pull: Tensor, others: Iterable[Tensor], pairs: Tensor, share: Tensor, on_b: bool
+) -> Tensor:
+    """Rows [M,P] with the factors own_k·A_k + Σ_l pull_kl·R_klᵀ·A_l and own_k·B_k + Σ_l pull_kl·B_l·R_kl, arguments as for
+    ``product_mix``. R_kl is the orthogonal matrix [r,r] that brings R_klᵀ·A_l nearest to A_k, or B_l·R_kl to B_k if ``on_b``.
+
+    The product B_l·A_l is the same in any rotation, while the mean of factors is not (Zhang et al., FedRot-LoRA, ICML 2026).
+    """
+    pool, mixed = torch.cat([rows, *others]), rows.clone()
+    pulled = (pull != 0).any(1).nonzero()[:, 0].tolist()
+    for (at_a, at_b, fan_in, fan_out, rank), part in zip(pairs.tolist(), share.tolist(), strict=True):
+        if part == 0:
+            continue
+        a = pool[:, at_a : at_a + rank * fan_in].view(-1, rank, fan_in).double()
+        b = pool[:, at_b : at_b + fan_out * rank].view(-1, fan_out, rank).double()
+        for k in pulled:
+            near = pull[k].nonzero()[:, 0]
+            left, _, right = torch.linalg.svd(b[near].mT @ b[k] if on_b else a[near] @ a[k].T)
+            turn, weight, stay = left @ right, part * pull[k, near], 1 - part * (1 - own[k])
+            new_a = stay * a[k] + torch.einsum("n,nri->ri", weight, turn.mT @ a[near])
+            new_b = stay * b[k] + torch.einsum("n,nor->or", weight, b[near] @ turn)
+            mixed[k, at_a : at_a + rank * fan_in] = new_a.flatten().to(rows.dtype)
+            mixed[k, at_b : at_b + fan_out * rank] = new_b.flatten().to(rows.dtype)
+    return mixed
+
+
 def best_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """A [r,in] and B [out,r] with the product nearest to Σ_k b_k·a_k (Eckart and Young): a [M,r,in], b [M,out,r].
 

@@ -16,7 +16,7 @@ from mira.core.threads import usable_cores
 
 log = logging.getLogger(__name__)
 
-AUTO = "auto"
+AUTO, LOCAL = "auto", "local"
 _LIMIT = 10.0  # seconds that a cluster has to answer; Ray itself waits for minutes
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
@@ -44,9 +44,9 @@ class Connection:
 def connect(address: str, key: str) -> Connection:
     """Connect this process to a Ray cluster.
 
-    ``address``: HOST:PORT, from a node of the cluster; ray://HOST:PORT, from anywhere; or auto, the cluster of this machine,
-    which is started for this process where none runs. ``key``: name of the setting, for messages. A process that is connected
-    already keeps its connection.
+    ``address``: HOST:PORT, from a node of the cluster; ray://HOST:PORT, from anywhere; auto, the cluster of this machine, which
+    is started for this process where none runs; or local, always a new one for this process. ``key``: name of the setting, for
+    messages. A process that is connected already keeps its connection.
 
     Raises UserError: Ray is not installed, the address is none, no cluster answers there within 10 s, or it refuses.
     """
@@ -56,6 +56,8 @@ def connect(address: str, key: str) -> Connection:
     try:
         if address == AUTO:
             _find_or_start(ray)
+        elif address == LOCAL:
+            _start(ray)
         else:
             _check_answers(address, key)
             ray.init(address=address, **_QUIET)
@@ -85,6 +87,10 @@ def _find_or_start(ray: Any) -> None:
     if running is not None and _answers(running):
         ray.init(address=AUTO, **_QUIET)
         return
+    _start(ray)
+
+
+def _start(ray: Any) -> None:
     # Ray gives a cluster of this kind a token: without it nobody on the network can run code here.
     ray.init(address="local", num_cpus=usable_cores(), include_dashboard=False, **_QUIET)
     log.info("started Ray on this machine: %d cores", usable_cores())

@@ -46,6 +46,11 @@ class Training:
         if self.momentum and self.optimizer != "sgd":
             raise UserError(f"training.momentum={self.momentum}: belongs to optimizer 'sgd', not '{self.optimizer}'")
 
+    @property
+    def plain_sgd(self) -> bool:
+        """True for SGD without momentum: a displacement is then -lr times the sum of the gradients."""
+        return self.optimizer == "sgd" and not self.momentum
+
     def lr_at(self, round: int, rounds: int) -> float:
         """Learning rate of ``round`` (from 0) of ``rounds``; linear and cosine reach 0 one round after the last."""
         if round < self.warmup_rounds:

@@ -82,6 +82,7 @@ class Setting:
     max_steps: int
     rank: Tensor | None = None  # [K] int64, the number of the layout's ranks that each client uses; None: all
     rounds: int = 1
+    plain_sgd: bool = True  # local steps are SGD without momentum: a displacement is -lr times the sum of the gradients
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ class ServerState:
 
 @dataclass(frozen=True)
 class Work:
-    """Jobs of one round, as plain data: job j minimises F_client[j](w) + prox[j]/2·‖w − anchor[j]‖² from w = start[j].
+    """Jobs of one round, as plain data: job j minimises F_client[j](w) + prox[j]/2·‖w − anchor[j]‖² + shift[j]·w from
+    w = start[j].
 
     The jobs of one client see the same batches. Numbers that are not ``trainable`` never move.
     """
@@ -109,6 +111,7 @@ class Work:
     start: Tensor  # [J,P]
     anchor: Tensor | None = None  # [J,P]; set if and only if prox is
     prox: Tensor | None = None  # [J] float64, not negative
+    shift: Tensor | None = None  # [J,P], added to the gradient of every local step; None: 0
     trainable: Tensor | None = None  # [P] bool; None: all
     # [P] or [J,P] bool: numbers of a row that travel, each way; None: all. Those not trainable do not return.
     upload: Tensor | None = None

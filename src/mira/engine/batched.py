@@ -119,6 +119,7 @@ class BatchedEngine:
         optimizer = RowOptimizer.start(spec.training, rows, states, work.trainable, spec.layout.rate)
         anchor = None if work.anchor is None else self.adapted.rows(work.anchor[jobs])
         prox = None if work.prox is None else work.prox[jobs].to(spec.model.device)
+        shift = None if work.shift is None else self.adapted.rows(work.shift[jobs])
         grad = torch.zeros_like(rows)
         loss = torch.zeros(len(jobs), dtype=torch.float64, device=spec.model.device)
         dropout = [generator("dropout", spec.seed, now.number, int(k)) for k in client] if spec.dropout else None
@@ -127,7 +128,8 @@ class BatchedEngine:
         for step in range(len(batches[0])):
             active = sum(len(steps) > step for steps in batches)
             due = {row: batches[row][step] for row in range(active) if row not in lost}
-            grad[:active].zero_()
+            if step:
+                grad[:active].zero_()
             self._add_passes(
                 StepSums(rows if ratio is None else rows * ratio, grad, loss, dropout, due, lost), now.budget
             )
@@ -135,6 +137,8 @@ class BatchedEngine:
                 grad[:active].mul_(ratio[:active])
             if anchor is not None and prox is not None:  # before clipping: part of the objective
                 pull(grad[:active], rows[:active], anchor[:active], prox[:active])
+            if shift is not None:
+                grad[:active].add_(shift[:active])
             optimizer.step(rows, grad, active, now.lr)
         steps = torch.tensor([len(each) for each in batches])
         trained = Trained(
@@ -144,6 +148,8 @@ class BatchedEngine:
             steps=steps, loss=loss.cpu() / steps, lr=now.lr,
             optimizer=optimizer.packed().cpu() if spec.training.keep_optimizer else None,
         )  # fmt: skip
+        if not lost:
+            return trained  # without another copy of the rows
         alive = [row for row in range(len(jobs)) if row not in lost]
         failed = [Failure(int(client[row]), reason) for row, reason in sorted(lost.items())]
         return trained.select(torch.tensor(alive, dtype=torch.int64), failed)

@@ -90,6 +90,7 @@ class ReferenceEngine:
                 (loss + self._proximal(work, job, parameters)).backward()
                 for p in parameters:  # a layer that no text reaches has no gradient
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                self._shift(work, job, parameters)
                 self._freeze(work, parameters)
                 if self.spec.training.clip is not None:
                     torch.nn.utils.clip_grad_norm_(parameters, self.spec.training.clip)
@@ -113,6 +114,13 @@ class ReferenceEngine:
         return (
             0.5 * float(work.prox[job]) * torch.stack([(p - anchor.to(p)).square().sum() for anchor, p in pairs]).sum()
         )
+
+    def _shift(self, work: Work, job: int, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Add the job's shift to the gradients."""
+        if work.shift is not None:
+            for shift, p in zip(self._views(work.shift[job]), parameters, strict=True):
+                assert p.grad is not None
+                p.grad.add_(shift.to(p.grad))
 
     def _freeze(self, work: Work, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Set the gradients of numbers that are not trainable to 0, before clipping."""

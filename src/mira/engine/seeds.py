@@ -88,6 +88,7 @@ class SeedsEngine:
                 g = (above - below) / (2 * self.directions.epsilon)
                 if work.anchor is not None and work.prox is not None:
                     g += float(work.prox[job]) * float(row[s] - work.anchor[job, s])
+                g += 0.0 if work.shift is None else float(work.shift[job, s])
                 self.directions.add(s, self.directions.epsilon - lr * g)  # back to w, and the step
                 row[s] -= lr * g
                 total += (above + below) / 2

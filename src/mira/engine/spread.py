@@ -235,6 +235,7 @@ def part(work: Work, jobs: list[int]) -> Work:
     kept = {work.kept_under[job]: state for job in jobs if (state := work.kept_state(job)) is not None}
     return replace(
         work, client=work.client[jobs], start=work.start[jobs], anchor=chosen(work.anchor), prox=chosen(work.prox),
+        shift=chosen(work.shift),
         upload=upload, private=chosen(work.private), slot=chosen(work.slot),
         optimizer=None if work.optimizer is None else kept,
     )  # fmt: skip

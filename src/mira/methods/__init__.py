@@ -11,6 +11,7 @@ from mira.methods.fedit import FedIT
 from mira.methods.fedprox import FedProx
 from mira.methods.fedsa_lora import FedSALoRA
 from mira.methods.fedsvd import FedSVD
+from mira.methods.fedtreelora import FedTreeLoRA
 from mira.methods.ffa_lora import FFALoRA
 from mira.methods.flexlora import FlexLoRA
 from mira.methods.local import Local
@@ -19,6 +20,7 @@ from mira.methods.mr_mtl import MRMTL
 from mira.methods.pfedgraph import PFedGraph
 from mira.methods.pfedme import PFedMe
 from mira.methods.rolora import RoLoRA
+from mira.methods.scaffold import Scaffold
 from mira.methods.server_optimizers import FedAdam, FedAvgM
 
 METHODS = Registry(
@@ -33,12 +35,14 @@ METHODS = Registry(
         "fedit": FedIT,
         "fedavg-ft": FedAvgFT,
         "fedprox": FedProx,
+        "scaffold": Scaffold,
         "ditto": Ditto,
         "mr-mtl": MRMTL,
         "pfedme": PFedMe,
         "pfedgraph": PFedGraph,
         "fedamp": FedAMP,
         "cfl": CFL,
+        "fedtreelora": FedTreeLoRA,
         "ffa-lora": FFALoRA,
         "rolora": RoLoRA,
         "fedsvd": FedSVD,

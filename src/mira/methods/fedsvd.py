@@ -11,11 +11,10 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from mira.core.errors import UserError
 from mira.core.product_mixing import best_factors
 from mira.core.pydantic_config import STRICT
 from mira.core.types import Change, ServerState, Setting, Trained, Work
-from mira.methods.layers import refuse_experts
+from mira.methods.layers import refuse_experts, refuse_unlike_ranks
 from mira.methods.rows import GLOBAL, factor_mask, factor_pairs, global_rows, global_state, mean
 
 _B = "fedsvd.B"  # in extra: mask [P] of the numbers of B
@@ -31,8 +30,7 @@ class FedSVD:
     def init(self, setting: Setting) -> ServerState:
         pairs = factor_pairs(setting, self.name)
         refuse_experts(setting.layout, "method.name=fedsvd", "set name=ffa-lora")
-        if setting.rank is not None:
-            raise UserError("method.name=fedsvd: needs the same rank for all clients (clients.rank); use name=flexlora")
+        refuse_unlike_ranks(setting, self.name, "flexlora")
         places = [[a.offset, b.offset, a.shape[1], b.shape[0], a.shape[0]] for a, b in pairs]
         return global_state(setting, {_B: factor_mask(setting, "B", self.name), _PLACES: torch.tensor(places)})
 

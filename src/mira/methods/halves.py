@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mira.core.errors import UserError
 from mira.core.types import Setting
-from mira.methods.layers import refuse_experts
+from mira.methods.layers import refuse_experts, refuse_unlike_ranks
 from mira.methods.rows import factor_pairs
 
 
@@ -20,8 +20,7 @@ def halves(setting: Setting, method: str) -> Tensor:
     """
     pairs, rank = factor_pairs(setting, method), setting.layout.rank
     refuse_experts(setting.layout, f"method.name={method}", "set name=ditto")
-    if setting.rank is not None:
-        raise UserError(f"method.name={method}: needs the same rank for all clients (clients.rank); use name=ditto")
+    refuse_unlike_ranks(setting, method, "ditto")
     if rank % 2:
         raise UserError(
             f"adapter.rank={rank}: method.name={method} holds two adapters of half the rank; set an even rank, such as {rank + 1}"

@@ -43,7 +43,8 @@ class HeterogeneousRanks:
         own = self._ranks.held(work.client)
         upload = own if work.upload is None else own & work.upload
         anchor = None if work.anchor is None else work.anchor * own
-        return replace(work, start=work.start * own, anchor=anchor, upload=upload)
+        shift = None if work.shift is None else work.shift * own
+        return replace(work, start=work.start * own, anchor=anchor, shift=shift, upload=upload)
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
         return self.method.aggregate(self._with_ranks(state), trained)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mira.core.errors import UserError
 from mira.core.layout import Layout
+from mira.core.types import Setting
 
 
 def shares(layout: Layout, factors: str, upper: float | Sequence[float]) -> Tensor:
@@ -33,22 +34,22 @@ def shares(layout: Layout, factors: str, upper: float | Sequence[float]) -> Tens
     return mixed * given[below].lerp(given[below + 1], place - below)
 
 
-def pairs(layout: Layout) -> Tensor:
+def pairs(layout: Layout, space: str) -> Tensor:
     """For each layer the offsets of A and B in a row, and in, out, r: [layers,5] int64. Raises UserError where the adapter has
-    other tensors."""
+    other tensors than the mixing ``space`` takes."""
     a = {entry.module: entry for entry in layout.entries if entry.factor == "A"}
     b = {entry.module: entry for entry in layout.entries if entry.factor == "B"}
     if layout.dora:
         raise UserError(
-            "method.space=product: multiplies the factors A and B, and DoRA has magnitudes too; set space=factors or"
+            f"method.space={space}: multiplies the factors A and B, and DoRA has magnitudes too; set space=factors or"
             " adapter.dora=false"
         )
     if not a or len(a) + len(b) < len(layout.entries):
         raise UserError(
-            "method.space=product: multiplies the factors A and B of LoRA, and this adapter has "
+            f"method.space={space}: multiplies the factors A and B of LoRA, and this adapter has "
             f"'{layout.entries[0].factor}'; use space=factors or adapter.kind=lora"
         )
-    refuse_experts(layout, "method.space=product", "set space=factors")
+    refuse_experts(layout, f"method.space={space}", "set space=factors")
     return torch.tensor([
         [x.offset, b[module].offset, x.shape[1], b[module].shape[0], x.shape[0]] for module, x in a.items()
     ])  # fmt: skip
@@ -62,6 +63,12 @@ def refuse_experts(layout: Layout, what: str, instead: str) -> None:
             f"{what}: multiplies factors layer by layer, but '{found}' holds the factors of many experts; {instead}, or"
             " leave experts out of adapter.targets"
         )
+
+
+def refuse_unlike_ranks(setting: Setting, method: str, instead: str) -> None:
+    """Raise UserError where clients have unlike ranks. ``instead``: a method for such clients."""
+    if setting.rank is not None:
+        raise UserError(f"method.name={method}: needs the same rank for all clients (clients.rank); use name={instead}")
 
 
 def _depths(layout: Layout) -> Tensor:

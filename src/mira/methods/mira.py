@@ -20,7 +20,7 @@ from mira.core.errors import UserError
 from mira.core.graph import Graph
 from mira.core.layout import Layout
 from mira.core.mixing import mix, normalised_weights, paper_weights
-from mira.core.product_mixing import product_mix
+from mira.core.product_mixing import product_mix, rotated_mix
 from mira.core.pydantic_config import STRICT
 from mira.core.ranks import Weigh
 from mira.core.types import Change, MemoryRows, ServerState, Setting, Trained, Work
@@ -54,8 +54,9 @@ class Mira:
     """λ of the paper's form; the step is c = learning rate × local steps × λ. 0 is local training."""
     neighbours: Literal["cohort", "all"] = "cohort"
     """cohort: mix with the neighbours that trained in this round. all: with the last known adapters of all neighbours."""
-    space: Literal["factors", "product"] = "factors"
-    """factors: mix A and B of LoRA separately. product: mix the updates B·A, truncated to rank r by singular values."""
+    space: Literal["factors", "product", "rotated"] = "factors"
+    """factors: mix A and B of LoRA separately. product: mix the updates B·A, truncated to rank r by singular values. rotated: mix
+    A and B after rotating each neighbour's towards the client's own, in odd rounds by A, in even rounds by B (FedRot-LoRA)."""
     factors: Literal["all", "A", "B"] = "all"
     """The factors of LoRA to mix; a factor that is not mixed stays the client's own."""
     upper_layers: Share | tuple[Share, ...] = 1.0
@@ -81,9 +82,10 @@ class Mira:
                 f"method.upper_layers={list(self.upper_layers)}: a list needs two shares or more, from the lowest layer to the "
                 "highest; give one number for the share of the highest layer"
             )
-        if self.space == "product" and self.factors != "all":
+        if self.space != "factors" and self.factors != "all":
+            mixed = "products" if self.space == "product" else "A and B together"
             raise UserError(
-                f"method.factors={self.factors}: space=product mixes products and has no factor to choose; "
+                f"method.factors={self.factors}: space={self.space} mixes {mixed} and has no factor to choose; "
                 "set method.space=factors or method.factors=all"
             )
 
@@ -94,9 +96,9 @@ class Mira:
                 "%d of %d clients have no neighbour in the graph and train alone; graph.name=complete connects all clients",
                 alone, setting.num_clients,
             )  # fmt: skip
-        if self.space == "product" and setting.rank is not None:
+        if self.space != "factors" and setting.rank is not None:
             raise UserError(
-                "method.space=product: needs the same rank for all clients (clients.rank); use space=factors"
+                f"method.space={self.space}: needs the same rank for all clients (clients.rank); use space=factors"
             )
         extra = self._parts(setting.layout)
         if self.strength_end is not None:
@@ -139,9 +141,9 @@ class Mira:
 
     def _parts(self, layout: Layout) -> dict[str, Tensor]:
         """The extra tensors for mixing parts of a row differently; none where all numbers are mixed alike."""
-        if self.space == "product":
+        if self.space != "factors":
             a = torch.tensor([entry.factor == "A" for entry in layout.entries])
-            return {_PAIRS: pairs(layout), _SHARES: shares(layout, "all", self.upper_layers)[a]}
+            return {_PAIRS: pairs(layout, self.space), _SHARES: shares(layout, "all", self.upper_layers)[a]}
         share = shares(layout, self.factors, self.upper_layers)
         if bool((share == 1).all()):
             return {}
@@ -155,6 +157,9 @@ class Mira:
             return ((block, state.rows[block]) for block in blocks if len(block))
 
         others = (block for _, block in known(absent))
+        if self.space == "rotated":
+            on_b = state.round % 2 == 1
+            return rotated_mix(rows, *weigh(a), others, extra[_PAIRS], extra[_SHARES], on_b)
         if _PAIRS in extra:
             return product_mix(rows, *weigh(a), others, extra[_PAIRS], extra[_SHARES])
         if state.ranks is None:

@@ -67,9 +67,10 @@ _EXPERTS = {"gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "down_proj": ("ffn
 class Family:
     """A family of models.
 
-    ``name``: the architecture's name in gguf's enumeration. ``rows`` and ``columns``: the order of a tensor's rows or columns where llama.cpp has another, by the end of its name.
-    ``parts``: the tensors that a layer is split into, by the end of the layer's name. ``experts``: the same for a tensor of
-    experts [E,out,in], in the order of their module. ``proven``: tells whether a configuration was tested.
+    ``name``: the architecture's name in gguf's enumeration. ``rows`` and ``columns``: the order of a tensor's rows or columns
+    where llama.cpp has another, by the end of its name. ``parts``: the tensors that a layer is split into, by the end of the
+    layer's name. ``experts``: the same for a tensor of experts [E,out,in], in the order of their module. ``proven``: tells
+    whether a configuration was tested.
     """
 
     name: str

@@ -10,13 +10,14 @@ from typing import Any
 
 from mira.core.errors import UserError
 from mira.core.ray import Connection
+from mira.core.versions import version_of
 from mira.engine.spread import Call, Reply
-from mira.setup.worker import About, Worker
+from mira.setup.worker import About, Told, Worker
 
 log = logging.getLogger(__name__)
 
 _LOOK = 0.5  # seconds between two looks at the progress of the workers
-_PATIENCE = 120.0  # seconds to wait for workers that have room
+_PATIENCE = 300.0  # seconds to wait for workers that have room: a busy machine imports slowly
 _TRIES = 2  # failed starts in a row after which a place is given up
 
 
@@ -43,6 +44,7 @@ class RayCrew:
     parts: Any
     taken_over: dict[str, Any]
     progress: Callable[[int], None]
+    made: type = Worker  # of the actors
     first: About | None = None
     actors: dict[int, Any] = field(default_factory=dict)  # by the worker's number
     starting: dict[Any, int] = field(default_factory=dict)  # by the call that builds the engine
@@ -119,8 +121,8 @@ class RayCrew:
 
         worker, self.number = self.number, self.number + 1
         chosen = self.places[place]
-        made: Any = ray.remote(Worker)
-        actor = made.options(concurrency_groups={"looks": 1}, **chosen.needs).remote(self.parts, chosen.gpu)
+        remote: Any = ray.remote  # its types lack concurrency groups
+        actor = remote(concurrency_groups={"looks": 1}, **chosen.needs)(self.made).remote(self.parts, chosen.gpu)
         self.actors[worker], self.place[worker] = actor, place
         self._build(worker)
 
@@ -137,6 +139,8 @@ class RayCrew:
         worker = self.starting.pop(done[0])
         try:
             about, lost = _result(done[0])
+            if about is not None:
+                _check_versions(about)
         except Exception as error:
             if self.first is None:
                 raise
@@ -186,14 +190,29 @@ class RayCrew:
             self.looks[self.actors[worker].tokens.options(concurrency_group="looks").remote()] = worker
 
 
+def _check_versions(about: About) -> None:
+    """Raise UserError if a worker has another version of a library that decides numbers."""
+    for name, there in about.versions.items():
+        if there != (here := version_of(name)):
+            raise UserError(
+                f"engine.workers: {about.node} has {name} {there}, this machine {here}; install the same there"
+            )
+
+
 def _result(ref: Any) -> tuple[Any, str | None]:
-    """The value of a call, or the reason for which its worker is lost. Raises the error with which the call ended."""
+    """The value of a call, or the reason for which its worker is lost. Logs the worker's warnings. Raises the error with which
+    the call ended."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 
     try:
-        return ray.get(ref), None
+        told = ray.get(ref)
     except RayTaskError as error:
         raise (error.cause if isinstance(error.cause, Exception) else error) from None
     except RayError as error:
         return None, " ".join(str(error).split())[:200] or type(error).__name__
+    if not isinstance(told, Told):
+        return told, None
+    for warning in told.warnings:
+        log.warning("a worker: %s", warning)
+    return told.value, None

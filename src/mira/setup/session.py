@@ -160,6 +160,7 @@ class Session:
             max_lr=training.lr,
             max_steps=steps,
             rounds=self.experiment.rounds,
+            plain_sgd=training.plain_sgd,
         )
         # The method without ranks: the wrapper of ranks computes with the objects that are checked here.
         return checked_state(self.experiment.method, self.method.init(setting), setting.start, len(clients))

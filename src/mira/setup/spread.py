@@ -11,9 +11,10 @@ import torch
 
 from mira.config import Experiment
 from mira.core.errors import UserError
-from mira.core.ray import AUTO, connect
+from mira.core.ray import LOCAL, connect
 from mira.core.threads import usable_threads
 from mira.engine.spread import SpreadEngine
+from mira.model import Base
 from mira.model.shipped import ShippedBase
 from mira.setup.crew import Place, RayCrew
 from mira.setup.engine import EnginePlan
@@ -28,7 +29,7 @@ def spread_out(plan: EnginePlan) -> SpreadEngine:
 
     experiment, recorded = plan.experiment, plan.taken_over.get("threads")
     here = experiment.engine.devices
-    connection = connect(AUTO, "engine.devices") if here else connect(experiment.engine.ray, "engine.ray")
+    connection = connect(LOCAL, "engine.devices") if here else connect(experiment.engine.ray, "engine.ray")
     try:
         if here:
             threads = recorded or experiment.engine.threads or max(1, usable_threads() // len(here))
@@ -38,7 +39,7 @@ def spread_out(plan: EnginePlan) -> SpreadEngine:
             places, threads, fitting, together = _on_cluster(experiment, recorded)
         # A worker needs neither data nor method, a plugged-in one least of all: it may not be installed there.
         needed = experiment.model_copy(update={"data": None, "method": None, "graph": None})
-        parts = Parts(needed, ShippedBase.of(plan.base), plan.encoder, plan.corpus, threads, together)
+        parts = Parts(needed, _shipped(plan.base), plan.base.sha256, plan.encoder, plan.corpus, threads, together)
         crew = RayCrew(connection, places, ray.put(parts), dict(plan.taken_over), plan.progress)
         about = crew.start(fitting)
     except BaseException:
@@ -46,6 +47,18 @@ def spread_out(plan: EnginePlan) -> SpreadEngine:
         raise
     log.info("%d workers, each on %s with %d threads", fitting, about.recorded["device"], threads)
     return SpreadEngine(crew, plan.corpus, about.recorded)
+
+
+def _shipped(base: Base) -> ShippedBase | None:
+    """The base for the workers; None where they have to load it: a quantised one, and one with code of its own. Raises UserError
+    if there is nothing to load it from."""
+    if base.quantization == "none" and not base.trust_remote_code:
+        return ShippedBase.of(base)
+    if base.path is None:
+        raise UserError(
+            "model: a quantised model in memory cannot be sent to workers; give its name or folder as model.name"
+        )
+    return None
 
 
 def check_gpus(devices: Sequence[str]) -> None:

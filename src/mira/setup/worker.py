@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Mapping
@@ -13,12 +14,14 @@ import torch
 
 from mira.config import Experiment
 from mira.core.engine import Engine
+from mira.core.errors import UserError
 from mira.core.machine import processor
 from mira.core.versions import version_of
 from mira.data.corpus import Corpus
 from mira.data.text import Encoder
 from mira.engine.memory import share_heap
 from mira.engine.spread import Call
+from mira.model import Base, Device, load
 from mira.model.shipped import ShippedBase
 from mira.setup.engine import EnginePlan
 
@@ -27,11 +30,12 @@ LIBRARIES = ("mira", "torch", "transformers", "peft")
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a worker's engine. ``experiment``: the sections that an engine reads. ``sharing``: the most workers on one
-    machine, which share its memory."""
+    """The parts of a worker's engine. ``experiment``: the sections that an engine reads. ``base``: None for a base that the
+    worker loads itself, which must have the hash ``sha256``. ``sharing``: see ``EnginePlan``."""
 
     experiment: Experiment
-    base: ShippedBase
+    base: ShippedBase | None
+    sha256: str
     encoder: Encoder
     corpus: Corpus
     threads: int
@@ -47,6 +51,29 @@ class About:
     node: str
     processor: str
     versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Told:
+    """The value of a call, and the warnings of its worker for the user."""
+
+    value: Any
+    warnings: list[str]
+
+
+class _Warnings(logging.Handler):
+    """Keeps warnings until they are taken."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._kept: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._kept.append(record.getMessage())
+
+    def told(self, value: Any) -> Told:
+        kept, self._kept = self._kept, []
+        return Told(value, kept)
 
 
 @dataclass
@@ -75,15 +102,16 @@ class Worker:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu
         self._parts = parts
         self._device = torch.device("cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu")
-        self._progress = Progress()
+        self._progress, self._warnings = Progress(), _Warnings()
+        logging.getLogger("mira").addHandler(self._warnings)
         self._engine: Engine | None = None
 
-    def build(self, taken_over: Mapping[str, Any]) -> About:
-        """Build the engine. ``taken_over``: as for ``EnginePlan``."""
+    def build(self, taken_over: Mapping[str, Any]) -> Told:
+        """Build the engine, and tell ``About`` it. ``taken_over``: as for ``EnginePlan``."""
         parts = self._parts
         torch.set_num_threads(parts.threads)
         share_heap()
-        base = parts.base.unpacked(self._device)
+        base = self._loaded() if parts.base is None else parts.base.unpacked(self._device)
         adapter = parts.experiment.adapter.on(base, parts.experiment.seed)
         if adapter.directions is not None:  # an engine writes into these weights
             for tensor in adapter.directions.tensors.values():
@@ -94,12 +122,27 @@ class Worker:
         self._engine = plan.build()
         recorded = plan.recorded(self._engine) | {"threads": parts.threads, "device": self._device.type}
         versions = {name: version_of(name) for name in LIBRARIES}
-        return About(recorded, plan.full(self._engine), socket.gethostname(), processor(), versions)
+        about = About(recorded, plan.full(self._engine), socket.gethostname(), processor(), versions)
+        return self._warnings.told(about)
 
-    def call(self, call: Call) -> Any:
+    def call(self, call: Call) -> Told:
         """The result of an engine's method."""
-        return getattr(self._engine, call.name)(*call.arguments)
+        return self._warnings.told(getattr(self._engine, call.name)(*call.arguments))
 
     def tokens(self) -> int:
         """The number of tokens computed since this was last asked."""
         return self._progress.take()
+
+    def _loaded(self) -> Base:
+        """The base from this machine's own files."""
+        section = self._parts.experiment.model
+        device: Device = "cuda" if self._device.type == "cuda" else "cpu"
+        base = load(
+            section.name, section.source, section.dtype, device, section.trust_remote_code, section.quantization,
+            section.revision,
+        )  # fmt: skip
+        if base.sha256 != self._parts.sha256:
+            raise UserError(
+                f"model.name={section.name}: {socket.gethostname()} has other weights of this name; copy them there"
+            )
+        return base

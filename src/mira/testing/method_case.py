@@ -69,9 +69,10 @@ class Case:
         return mixed.rows[torch.arange(len(mixed.rows))]
 
     def seen(self, state: ServerState, client: Tensor) -> list[Tensor]:
-        """All rows that ``client`` would be given in this state: to deploy, to start from, to be pulled to."""
+        """All rows that ``client`` would be given in this state: to deploy, to start from, to be pulled to, to be shifted by."""
         work = self.method.broadcast(state, client)
-        return [self.method.deployed(state, client), work.start, *([] if work.anchor is None else [work.anchor])]
+        more = [row for row in (work.anchor, work.shift) if row is not None]
+        return [self.method.deployed(state, client), work.start, *more]
 
     def in_memory(self, state: ServerState) -> MemoryRecorder:
         """A recorder of rounds that begin with ``state``, before the first."""

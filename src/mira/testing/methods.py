@@ -58,6 +58,8 @@ def gives_work_that_engines_can_do(case: Case) -> None:
         require_equal(tuple(work.anchor.shape), (jobs, size), "broadcast: the shape of anchor")
         require_equal(work.prox.dtype, torch.float64, "broadcast: the type of prox")
         require((work.prox >= 0).all(), "broadcast: prox is negative")
+    if work.shift is not None:
+        require_equal(tuple(work.shift.shape), (jobs, size), "broadcast: the shape of shift")
     for name, mask, shapes in (
         ("trainable", work.trainable, [(size,)]),
         ("upload", work.upload, [(size,), (jobs, size)]),

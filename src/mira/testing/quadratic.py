@@ -16,7 +16,7 @@ LAYOUT = Layout.of({"layer": (3, 2)}, rank=2, alpha=1.0)  # P = 10
 @dataclass(frozen=True)
 class QuadraticClients:
     """Clients that train by exact gradient steps on F_k(w) = ½ Σ_i curvature_ki·(w_i − target_ki)², as a ``Work`` asks:
-    from its start, pulled to its anchor, and only where it is trainable. ``target`` and ``curvature``: [K,P] float64;
+    from its start, pulled to its anchor, shifted, and only where it is trainable. ``target`` and ``curvature``: [K,P] float64;
     ``steps``: local steps of a round."""
 
     target: Tensor
@@ -38,6 +38,8 @@ class QuadraticClients:
             gradient = self.curvature[k] * (w - self.target[k])
             if work.anchor is not None and work.prox is not None:
                 gradient = gradient + work.prox[:, None] * (w - work.anchor)
+            if work.shift is not None:
+                gradient = gradient + work.shift
             w = w - lr * moves * gradient
         ones = torch.ones(len(k), dtype=torch.int64)
         loss = 0.5 * (self.curvature[k] * (w - self.target[k]).square()).sum(1)

@@ -56,7 +56,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, me
     queries, keys, values = (x.transpose(0, 1) for x in (q, k, v))
     if metadata.key_token is not None:
         keys, values = (_Gather.apply(x, metadata.key_token) for x in (keys, values))  # type: ignore[no-untyped-call]
-    grouped = {"enable_gqa": len(q) != len(k)} if _names_groups(kernels.varlen_attn) else {}
+    grouped: dict[str, Any] = {"enable_gqa": len(q) != len(k)} if _names_groups(kernels.varlen_attn) else {}
     out: Tensor = kernels.varlen_attn(
         queries.contiguous(), keys.contiguous(), values.contiguous(), metadata.cu_seqlens_q, metadata.cu_seqlens_k,
         metadata.max_seqlen_q, metadata.max_seqlen_k,

@@ -10,7 +10,7 @@ import safetensors.torch
 from torch import Tensor
 
 RequestKind = Literal["open", "train", "evaluate", "grade", "finish"]
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the packets' content. A server and a site of different versions refuse each other when a run is opened."""
 _HEAD_LIMIT = 2**20  # bytes of JSON in a packet
 _JSON = "mira"  # the metadata key that holds it

@@ -49,14 +49,17 @@ def training_request(work: Work, jobs: Sequence[int], wire: Wire, values: Values
     tensors |= {key: encode_mask(mask) for key, mask in masks.items() if mask is not None}
     asked = [
         {
-            "start": None if start is None else row_key(start), "anchor": None if anchor is None else row_key(anchor),
-            "private": is_private(work, j),
+            "start": _key(start), "anchor": _key(anchor), "shift": _key(shift), "private": is_private(work, j),
             "prox": float(work.prox[j]) if anchor is not None and work.prox is not None else 0.0,
-        } for j, start, anchor in zip(jobs, sent.start, sent.anchor, strict=True)
+        } for j, start, anchor, shift in zip(jobs, sent.start, sent.anchor, sent.shift, strict=True)
     ]  # fmt: skip
     size = num_bytes(wire, sent.numbers_back, work.start.dtype)
     reply = {row_key(n): ((size,), torch.uint8) for n, j in enumerate(jobs) if not is_private(work, j)}
     return Request({"jobs": asked, **values}, tensors, reply)
+
+
+def _key(place: int | None) -> str | None:
+    return None if place is None else row_key(place)
 
 
 def evaluation_request(rows: Tensor, splits: Sequence[str], values: Values) -> Request:

@@ -147,6 +147,10 @@ def _check(experiment: Experiment) -> None:
     """Raises UserError for settings that sites cannot follow."""
     if (asked := experiment.privacy) is not None:
         epsilon(asked.noise, asked.delta, 1)  # a missing accountant is found now
+    if experiment.engine.spreads:
+        raise UserError(
+            "engine: devices and workers spread a run of one process; each site computes its own, leave them out"
+        )
     for key in ("template_file", "chat_template", "template_kwargs"):
         if getattr(experiment.prompt, key):
             raise UserError(f"prompt.{key}: sites render texts with their model's own template alone; leave it out")

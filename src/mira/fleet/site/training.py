@@ -32,12 +32,14 @@ def work_of(packet: Packet, client: int, start: Tensor, kept: Mapping[str, Tenso
     beneath = [kept.get(row_key(j), start) for j in range(len(jobs))]
     begin = [_row(packet, job["start"], row, upload, wire) for job, row in zip(jobs, beneath, strict=True)]
     anchor = [_row(packet, job["anchor"], row, upload, wire) for job, row in zip(jobs, begin, strict=True)]
-    anchored = any(job["anchor"] for job in jobs)
+    anchored, shifted = any(job["anchor"] for job in jobs), any(job["shift"] for job in jobs)
+    shift = [_row(packet, job["shift"], torch.zeros_like(start), upload, wire) for job in jobs]
     return Work(
         client=torch.full((len(jobs),), client),
         start=torch.stack(begin),
         anchor=torch.stack(anchor) if anchored else None,
         prox=torch.tensor([job["prox"] for job in jobs], dtype=torch.float64) if anchored else None,
+        shift=torch.stack(shift) if shifted else None,
         trainable=trainable,
         upload=upload,
         private=torch.tensor([job["private"] for job in jobs]),
