@@ -64,7 +64,8 @@ def test_as_many_runs_at_a_time_as_cores_and_measured_memory_allow(tmp_path: Pat
     assert number_of_workers("auto", free, BIG, 1, Need.of([], None))[0] == 8  # 5 GB each
     assert number_of_workers("auto", free, Machine(2, GB, 0), 2, Need.of([], GB))[0] == 1
     assert number_of_workers("auto", free, Machine(16, GB, 40 * GB, gpu=True), 2, Need.of([], GB))[0] == 1
-    assert number_of_workers("8", free, BIG, 2, Need.of([], GB)) == (8, "8 runs at a time with 2 threads each: as given")
+    full = number_of_workers("8", free, BIG, 2, Need.of([], GB))
+    assert full == (8, "8 runs at a time with 2 threads each: as given")
     one = number_of_workers(1, free, BIG, 2, Need.of([], GB))
     assert one == (1, "1 run at a time with 2 threads each: as given; auto: 8")
 

@@ -112,7 +112,7 @@ def tested(folder: Path) -> None:
 def _measured(folder: Path, kept: dict[str, Any]) -> dict[str, Any]:
     with Store.open(folder, writable=False) as store:
         if store.best_round is None:
-            raise UserError("no round has a finite validation loss, so that there is no best one to measure on test data")
+            raise UserError("no round has a finite validation loss, so that none can be measured on test data")
         session = reopened(store)
         losses = partial(measured, session, callbacks=Callbacks(()), answers=False, transfer=False)
         start = losses(session.initial_state())
