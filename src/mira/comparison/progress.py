@@ -141,7 +141,7 @@ def estimate(state: State) -> str | None:
         whole = spread([], runs * state.rounds * state.pace[1] / state.pace[0], workers)
         return f"about {duration(whole)} for {runs} runs, estimated from {state.trained} finished runs, {TESTS}"
     found = next((s for each in state.going if (s := of_seen(each.seen, state.rounds, state.every)) is not None), None)
-    if found is None:
+    if found is None or not runs:
         return None
     whole = spread([], runs * found, workers)
     return f"about {duration(whole)} for {runs} runs, estimated from the first round ({duration(found)} a run), {TESTS}"
