@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from helpers.ray_cluster import SOURCES, RayCluster, assert_ended, descendants, ray_cluster
+from helpers.ray_cluster import SOURCES, RayCluster, assert_ended, descendants, own_folder, ray_cluster
 from helpers.sample_config import mira, outcome, settings, write_clients
 from mira.comparison import on_ray
 from mira.store import mirror
@@ -155,19 +155,19 @@ def test_no_cluster_outlives_the_command_that_started_it(file: Path, tmp_path: P
     """Killed, and interrupted on the way; the same command goes on."""
     before = descendants()
     for number, instant in ((signal.SIGKILL, "000001"), (signal.SIGINT, "000002")):
-        command = start(file, tmp_path / "o")
-        wait_for(lambda instant=instant: list((tmp_path / "o").rglob(f"rounds/{instant}.json")), command)
-        command.send_signal(number)
-        told = command.communicate(timeout=60)[0]
-        assert command.returncode == (-9 if number == signal.SIGKILL else 130), told
-        assert_ended(before)
+        with own_folder():
+            command = start(file, tmp_path / "o")
+            wait_for(lambda instant=instant: list((tmp_path / "o").rglob(f"rounds/{instant}.json")), command)
+            command.send_signal(number)
+            told = command.communicate(timeout=60)[0]
+            assert command.returncode == (-9 if number == signal.SIGKILL else 130), told
+            assert_ended(before)
     assert told.endswith("repeat the command to resume\n")
 
 
 def start(file: Path, out: Path) -> subprocess.Popen[str]:
     run = "import sys; from mira.cli import main; sys.argv[0] = 'mira'; main()"
     environment = os.environ | {"PYTHONPATH": str(SOURCES)}
-    environment.pop("RAY_ADDRESS", None)
     return subprocess.Popen(
         [sys.executable, "-c", run, "compare", str(file), "--out", str(out), "--ray", "auto"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
