@@ -81,7 +81,11 @@ def main() -> None:
 
 
 def sample(side: Side, rounds: int) -> dict[str, Any]:
-    """Wall seconds of the whole command in a new folder, and a digest of its numbers without seconds and machines."""
+    """Wall seconds of the whole command in a new folder, with the test losses of all clients.
+
+    ``load``: the machine's load average before it. Above 1, other processes were at work and the sample is worth little.
+    ``run_seconds``: of each run, without the start of its process.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file, out = Path(folder, "parallel.yaml"), Path(folder, "out")
         file.write_text(yaml.safe_dump(comparison(rounds), sort_keys=False), encoding="utf-8")
@@ -89,13 +93,14 @@ def sample(side: Side, rounds: int) -> dict[str, Any]:
         command += ["--workers", str(side.workers), "--set", f"engine.threads={side.threads}"]
         # The package that this process imports, wherever it lies.
         paths = {"PYTHONPATH": str(Path(mira.__file__).parents[1])}
-        began = perf_counter()
+        load, began = os.getloadavg()[0], perf_counter()
         ended = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, timeout=_LIMIT)
         seconds = perf_counter() - began
         if ended.returncode:
             sys.exit(f"{' '.join(command)}: {ended.stderr}")
         entries = json.loads((out / "compare.json").read_text(encoding="utf-8"))["entries"]
-    return {"side": side.name, "seconds": seconds, "losses": losses(entries)}
+    runs = [run["seconds"] for entry in entries for run in entry["runs"]]
+    return {"side": side.name, "seconds": seconds, "load": load, "run_seconds": runs, "losses": losses(entries)}
 
 
 def losses(entries: list[dict[str, Any]]) -> dict[str, list[float]]:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from helpers.ray_cluster import SOURCES, RayCluster, assert_ended, descendants, own_folder, ray_cluster
+from helpers.ray_cluster import SOURCES, RayCluster, ray_cluster
 from helpers.sample_config import mira, outcome, settings, write_clients
 from mira.comparison import on_ray
 from mira.store import mirror
@@ -82,24 +82,26 @@ def compared(file: Path, out: Path, cluster: RayCluster) -> str:
     return ended.err
 
 
-def processes(name: str) -> list[int]:
-    return [pid for pid, command in descendants().items() if command.startswith(name)]
+def own_folders() -> set[Path]:
+    """Folders of workers that do not share the comparison's, apart from those of killed ones, which the next worker removes."""
+    return set(Path(tempfile.gettempdir()).glob("mira-compare-*"))
 
 
 def test_runs_on_two_nodes_have_the_figures_of_a_serial_comparison(
     file: Path, serial: dict[str, Any], cluster: RayCluster, tmp_path: Path
 ) -> None:
+    before = own_folders()
     told = compared(file, tmp_path / "o", cluster)
+    assert own_folders() == before, "the folder is shared"
     assert results(tmp_path / "o") == serial
-    assert len(re.findall(r"worker on \S+\n", told)) == 2, told
-    assert not list(Path(tempfile.gettempdir()).glob("mira-compare-*"))
+    assert len(re.findall(r"worker \d+ on \S+\n", told)) == 2, told
 
 
 def test_workers_and_a_node_are_lost_without_a_shared_folder(
     file: Path, serial: dict[str, Any], cluster: RayCluster, second: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Both workers are killed after the first round; later the second node, for which another one comes."""
-    lost: dict[str, set[Path]] = {"workers": set(), "node": set()}
+    """The second node goes with its first run, and another one comes. A worker of another run is killed."""
+    lost: dict[str, Path] = {}
     hired: list[on_ray.RayWorkers] = []
     made = on_ray.RayWorkers.__init__
 
@@ -107,23 +109,19 @@ def test_workers_and_a_node_are_lost_without_a_shared_folder(
         def apply(self, parcel: Parcel) -> None:
             super().apply(parcel)
             if parcel[-1].name == "rounds/000001.json":
-                harm(self)
+                harm(next(worker for worker in hired[0]._workers if worker.mirror is self))
 
-    def harm(copy: mirror.Mirror) -> None:
-        busy = [worker for worker in hired[0]._workers if worker.task is not None]
-        sender = next(worker for worker in busy if worker.mirror is copy)
+    def harm(sender: on_ray._Worker) -> None:
         assert sender.task is not None
         assert sender.arrival is not None
-        if not lost["workers"]:
-            lost["workers"] = {worker.task.job.folder for worker in busy if worker.task is not None}
-            for pid in processes("ray::Remote"):
-                os.kill(pid, signal.SIGKILL)
-        elif (
-            not lost["node"] and sender.arrival.node == second.node_id and sender.task.job.folder not in lost["workers"]
-        ):
-            lost["node"] = {sender.task.job.folder}
+        run = sender.task.job.folder
+        if "node" not in lost and sender.arrival.node == second.node_id:
+            lost["node"] = run
             cluster.remove(second)
             cluster.add(1)
+        elif "worker" not in lost and run not in lost.values():
+            lost["worker"] = run
+            os.kill(sender.arrival.process, signal.SIGKILL)
 
     def init(self: on_ray.RayWorkers, *given: Any) -> None:
         made(self, *given)
@@ -133,8 +131,7 @@ def test_workers_and_a_node_are_lost_without_a_shared_folder(
     monkeypatch.setattr(on_ray, "Mirror", Watched)
     monkeypatch.setattr(on_ray.RayWorkers, "__init__", init)
     told = compared(file, tmp_path / "o", cluster)
-    assert lost["workers"]
-    assert lost["node"]
+    assert set(lost) == {"node", "worker"}
     assert results(tmp_path / "o") == serial
     assert "which does not share the folder" in told
     assert "died (killed, or its node is gone)" in told
@@ -153,30 +150,51 @@ def test_a_run_that_no_node_can_hold_is_refused(file: Path, cluster: RayCluster,
 
 def test_no_cluster_outlives_the_command_that_started_it(file: Path, tmp_path: Path) -> None:
     """Killed, and interrupted on the way; the same command goes on."""
-    before = descendants()
-    for number, instant in ((signal.SIGKILL, "000001"), (signal.SIGINT, "000002")):
-        with own_folder():
-            command = start(file, tmp_path / "o")
-            wait_for(lambda instant=instant: list((tmp_path / "o").rglob(f"rounds/{instant}.json")), command)
-            command.send_signal(number)
-            told = command.communicate(timeout=60)[0]
-            assert command.returncode == (-9 if number == signal.SIGKILL else 130), told
-            assert_ended(before)
+    for number, status in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
+        done = len(records(tmp_path))
+        command = start(file, tmp_path / "o")
+        wait_for(lambda done=done: len(records(tmp_path)) > done, command)
+        command.send_signal(number)
+        told = command.communicate(timeout=60)[0]
+        assert command.returncode == status, told
+        wait_for(lambda: not of_command(tmp_path / "o"))
     assert told.endswith("repeat the command to resume\n")
+
+
+def of_command(out: Path) -> list[int]:
+    """The processes of the command that writes to ``out``, also those whose parent is gone: all have its environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if f"COMPARED={out}\0".encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def records(folder: Path) -> list[Path]:
+    """The committed rounds of all runs."""
+    return list(folder.rglob("rounds/*.json"))
 
 
 def start(file: Path, out: Path) -> subprocess.Popen[str]:
     run = "import sys; from mira.cli import main; sys.argv[0] = 'mira'; main()"
-    environment = os.environ | {"PYTHONPATH": str(SOURCES)}
+    environment = os.environ | {"PYTHONPATH": str(SOURCES), "COMPARED": str(out)}
+    environment["RAY_TMPDIR"] = (
+        tempfile.gettempdir() + "/ray-none"
+    )  # where no other cluster of this machine is recorded
+    environment.pop("RAY_ADDRESS", None)
     return subprocess.Popen(
         [sys.executable, "-c", run, "compare", str(file), "--out", str(out), "--ray", "auto"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
     )  # fmt: skip
 
 
-def wait_for(reached: Callable[[], Any], command: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + 120
+def wait_for(reached: Callable[[], bool], command: subprocess.Popen[str] | None = None) -> None:
+    until = time.monotonic() + 150  # a machine that is busy otherwise
     while not reached():
-        assert command.poll() is None, command.communicate()[0]
+        assert command is None or command.poll() is None, command.communicate()[0]
         assert time.monotonic() < until
         time.sleep(0.05)

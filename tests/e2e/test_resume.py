@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mira.core.machine
 import mira.setup.environment
 from helpers.sample_config import begin, outcome, snapshot, write_clients, write_config
 from helpers.sample_config import mira as command
@@ -240,7 +241,7 @@ def test_the_threads_of_the_start_are_those_of_the_end(config: Path, tmp_path: P
 
 
 def test_another_machine_is_only_warned_about(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mira.setup.environment, "processor", lambda: "Abacus 3000")
+    monkeypatch.setattr(mira.core.machine, "processor", lambda: "Abacus 3000")
     ended = command("run", begun, "--resume")
     assert ended.status == 0
     assert "another machine" in ended.err

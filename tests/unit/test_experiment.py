@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-import mira.setup.environment
+import mira.core.machine
 from helpers.sample_config import settings, write_clients
 from mira import Experiment
 from mira.core import threads as core_threads
@@ -112,7 +112,7 @@ def test_who_only_reads_a_run_takes_over_what_was_decided_on_this_machine(
     environment = open_session(Experiment(**settings(tiny_folder, write_clients(tmp_path / "data.jsonl")))).environment
     recorded = json.loads(json.dumps(environment))
     assert taken_over(recorded) == recorded
-    monkeypatch.setattr(mira.setup.environment, "processor", lambda: "Abacus 3000")
+    monkeypatch.setattr(mira.core.machine, "processor", lambda: "Abacus 3000")
     assert taken_over(recorded) == {}
 
 

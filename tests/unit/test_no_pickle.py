@@ -11,6 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "src" / "mira"
 # multiprocessing pickles whatever passes between its processes.
 MODULES = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "multiprocessing"}
+# The processes of one comparison, started by it, talk over pipes that no other process can open.
+ALLOWED = {"comparison/processes.py": {"multiprocessing", "multiprocessing.connection"}}
 CALLS = {
     "torch.load",
     "torch.save",
@@ -41,7 +43,8 @@ def found(source: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_nothing_reads_what_may_run_code(path: Path) -> None:
-    assert list(found(path.read_text(encoding="utf-8"))) == []
+    allowed = ALLOWED.get(path.relative_to(PACKAGE).as_posix(), set())
+    assert set(found(path.read_text(encoding="utf-8"))) == allowed
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from mira.adapters.lora_peft import start_row
 from mira.core.training import Training
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
-from mira.engine.packing import by_size, common_prefix, pack, packed_tokens, plan, read_tokens
+from mira.engine.packing import common_prefix, pack, packed_tokens, plan, read_tokens
 from mira.engine.spec import EngineSpec, Text
 
 PassItems = list[tuple[int, list[Encoded]]]
@@ -289,10 +289,3 @@ def test_an_answer_ends_at_its_end_token() -> None:
     )[0]
     assert [a.split() for a in ended] == [w[: w.index(end)] if end in w else w for w in whole]
     assert len(ended[1].split()) <= 4
-
-
-def test_passes_by_size_unless_a_client_has_several() -> None:
-    passes: list[Any] = [[(0, ()), (1, ())], [(2, ())], [(3, ())]]
-    assert by_size(passes, [5, 9, 7], rising=True) == [passes[0], passes[2], passes[1]]
-    assert by_size(passes, [5, 9, 7], rising=False) == [passes[1], passes[2], passes[0]]
-    assert by_size([passes[0], passes[0]], [5, 9], rising=False) == [passes[0], passes[0]]

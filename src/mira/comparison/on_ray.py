@@ -175,7 +175,12 @@ class RayWorkers:
                 f"{arrival.host} has mira {arrival.version}, and here is {here}; install the same on all nodes"
             )
         worker.arrival = arrival
-        log.info("worker on %s%s", arrival.host, "" if arrival.shares else ", which does not share the folder")
+        log.info(
+            "worker %d on %s%s",
+            arrival.process,
+            arrival.host,
+            "" if arrival.shares else ", which does not share the folder",
+        )
         self._hand_over(worker)
 
     def _hand_over(self, worker: _Worker) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 import time
@@ -43,13 +42,12 @@ class Processes:
         return len(self._idle)
 
     def start(self, task: Task) -> None:
-        data = pickle.dumps(task)  # here, where a failure has a traceback
         pool = self._idle.pop()
         with _no_interrupts():
             if not pool.active:  # its process died when it had nothing to do
                 _end([pool])
                 pool = _new_pool()
-            future: Future[Outcome] = pool.schedule(_do, args=(data, self._out))
+            future: Future[Outcome] = pool.schedule(outcome_of, args=(task, self._out))
         self._busy[future] = pool, task, time.perf_counter()
 
     def finished(self, seconds: float) -> Sequence[Outcome]:
@@ -123,8 +121,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     wait_for([parent.sentinel])
     os._exit(1)
-
-
-def _do(data: bytes, out: Path) -> Outcome:
-    task: Task = pickle.loads(data)
-    return outcome_of(task, out)

@@ -30,10 +30,12 @@ _NEW = 60.0  # seconds for which a folder without a lock is taken for one that i
 
 @dataclass(frozen=True)
 class Arrival:
-    """A worker that is ready. ``node``: identity of its machine. ``shares``: it sees the comparison's folder."""
+    """A worker that is ready. ``node``: identity of its machine. ``process``: its number there. ``shares``: it sees the
+    comparison's folder."""
 
     host: str
     node: str
+    process: int
     version: str
     shares: bool
 
@@ -49,7 +51,7 @@ class Remote:
         self._news: Queue[Parcel | Outcome] = Queue(maxsize=1)  # a run waits until its last round but one was fetched
 
     def arrived(self) -> Arrival:
-        return Arrival(host(), self._node, version_of("mira"), self._shares)
+        return Arrival(host(), self._node, os.getpid(), version_of("mira"), self._shares)
 
     def receive(self, folder: Path, parcel: Parcel) -> None:
         """Write a parcel of a run that was begun elsewhere. ``folder``: relative, as of a job."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -36,7 +36,7 @@ from mira.engine.forward_only import FORWARD_FACTOR, ForwardOnly
 from mira.engine.generate import cache_bytes_per_token
 from mira.engine.memory import HALVING, OUT_OF_MEMORY, is_out_of_memory
 from mira.engine.optim import RowOptimizer, pull
-from mira.engine.packing import Pass, PassItems, by_size, halves, labels_of, plan
+from mira.engine.packing import Pass, PassItems, halves, labels_of, plan
 from mira.engine.reference import ReferenceEngine
 from mira.engine.spec import EngineSpec
 from mira.engine.step import StepSums
@@ -52,15 +52,13 @@ Batches = Sequence[Sequence[Encoded]]  # of one client in a round: the sequences
 
 @dataclass(frozen=True)
 class _Round:
-    """A round's work: the ``batches`` of each job, the learning rate, ``budget``: the tokens of one pass, ``rising``: the jobs
-    whose group begins with its smallest pass."""
+    """A round's work: the ``batches`` of each job, the learning rate, and ``budget``: the tokens of one pass."""
 
     work: Work
     batches: Sequence[Batches]
     number: int
     lr: float
     budget: int
-    rising: Set[int]
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,7 @@ class BatchedEngine:
         chosen = plan(sizes, _PASSES_PER_GROUP * passes.tokens, passes.workers)
         tokens = [sum(sum(sizes[place]) for place in places) for places in chosen]
         groups = [[order[place] for place in places] for places in chosen]
-        rising = {job for n in sorted(range(len(groups)), key=lambda n: -tokens[n])[1::2] for job in groups[n]}
-        train = partial(self._train_group, _Round(work, batches, round, lr, passes.tokens, rising))
+        train = partial(self._train_group, _Round(work, batches, round, lr, passes.tokens))
         with _recomputing(self.spec, self.adapted):
             trained = Trained.joined(parallel_map(train, groups, passes.workers, tokens))
             if trained.failed and min(passes.workers, len(groups)) > 1:
@@ -133,8 +130,9 @@ class BatchedEngine:
             due = {row: batches[row][step] for row in range(active) if row not in lost}
             if step:
                 grad[:active].zero_()
-            sums = StepSums(rows if ratio is None else rows * ratio, grad, loss, dropout, due, lost)
-            self._add_passes(sums, now.budget, jobs[0] in now.rising)
+            self._add_passes(
+                StepSums(rows if ratio is None else rows * ratio, grad, loss, dropout, due, lost), now.budget
+            )
             if ratio is not None:
                 grad[:active].mul_(ratio[:active])
             if anchor is not None and prox is not None:  # before clipping: part of the objective
@@ -156,10 +154,9 @@ class BatchedEngine:
         failed = [Failure(int(client[row]), reason) for row, reason in sorted(lost.items())]
         return trained.select(torch.tensor(alive, dtype=torch.int64), failed)
 
-    def _add_passes(self, sums: StepSums, budget: int, rising: bool) -> None:
+    def _add_passes(self, sums: StepSums, budget: int) -> None:
         """Add gradients and losses of all passes of a step. A pass that runs out of memory is undone and split."""
-        passes = list(self.adapted.passes(self._items(sums.batches), budget))
-        waiting = deque(by_size(passes, [sum(self.adapted.tokens(s) for _, s in items) for items in passes], rising))
+        waiting = deque(self.adapted.passes(self._items(sums.batches), budget))
         while waiting:
             items = [item for item in waiting.popleft() if item[0] not in sums.lost]
             if not items:

@@ -162,18 +162,6 @@ def _first_fit(sizes: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
     return passes
 
 
-def by_size(passes: Sequence[PassItems], sizes: Sequence[int], rising: bool) -> list[PassItems]:
-    """Order ``passes`` by their ``sizes`` in tokens, ``rising`` or falling.
-
-    Two threads, one in each order, rarely have their largest passes in memory together. Passes with parts of one client keep
-    their order, in which sums of gradients are added up.
-    """
-    rows = [row for items in passes for row in {row for row, _ in items}]
-    if len(set(rows)) < len(rows):
-        return list(passes)
-    return [passes[n] for n in sorted(range(len(passes)), key=sizes.__getitem__, reverse=not rising)]
-
-
 def halves(items: PassItems) -> list[PassItems]:
     """Split a pass into two, in order: several items, or the sequences of one; nothing where there is a single sequence."""
     if len(items) > 1:
