@@ -7,6 +7,7 @@ import os
 import socket
 import tempfile
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -81,9 +82,7 @@ def _use_mode(mode: str | None) -> None:
     """Return to the authentication ``mode`` of before. A cluster that ``ray.init`` starts turns on tokens for the whole process,
     and a cluster without them could then not call it: its workers would be taken for unused and end."""
     if mode is None and os.environ.pop(_MODE, None) is not None:
-        from ray._raylet import Config  # no public function reads the environment again
-
-        Config.initialize("")
+        import_module("ray._raylet").Config.initialize("")  # no public function reads the environment again
 
 
 def _ray(key: str) -> Any:
