@@ -193,7 +193,7 @@ def start(file: Path, out: Path) -> subprocess.Popen[str]:
 
 
 def wait_for(reached: Callable[[], bool], command: subprocess.Popen[str] | None = None) -> None:
-    until = time.monotonic() + 90
+    until = time.monotonic() + 150  # a machine that is busy otherwise
     while not reached():
         assert command is None or command.poll() is None, command.communicate()[0]
         assert time.monotonic() < until

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from collections.abc import Iterator
@@ -111,7 +112,7 @@ def test_auto_uses_the_cluster_of_this_machine(listening: str, monkeypatch: pyte
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text(listening)
     with connect("auto", "--ray"):
-        assert [given["address"] for given in ray.given] == ["auto"]
+        assert [given["address"] for given in ray.given] == [listening]
 
 
 def test_the_connection_of_the_caller_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -140,3 +141,21 @@ def test_a_refusal_is_one_line(
     assert told in line
     assert "\n" not in line
     assert not ray.connected
+
+
+def test_tokens_of_an_own_cluster_end_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """``ray.init`` turns them on for the process; a cluster without tokens would then be unusable from it."""
+    ray = faked(monkeypatch, tmp_path)
+    read: list[str | None] = []
+    config = SimpleNamespace(initialize=lambda given: read.append(os.environ.get("RAY_AUTH_MODE")))
+    monkeypatch.setitem(sys.modules, "ray._raylet", SimpleNamespace(Config=config))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with connect(None, "--ray"):
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert not ray.connected
+    assert read == [None]
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # by the user
+    with connect(None, "--ray"):
+        pass
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert read == [None]
