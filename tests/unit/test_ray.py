@@ -71,7 +71,7 @@ def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal("auto") == "--ray: Ray is not installed; pip install 'mira-fl[ray]'"
 
 
-@pytest.mark.parametrize("address", ["", "local", "host", "host:", "host:x", "http://host:1", "host:99999"])
+@pytest.mark.parametrize("address", ["", "host", "host:", "host:x", "http://host:1", "host:99999"])
 def test_an_address_has_a_host_and_a_port(address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ray = faked(monkeypatch, tmp_path)
     assert refusal(address).startswith(f"--ray={address}: give auto, HOST:PORT (usual port 6379) or ray://HOST:PORT")
@@ -106,12 +106,15 @@ def test_an_interrupt_while_a_cluster_starts_ends_it(monkeypatch: pytest.MonkeyP
     assert not ray.connected
 
 
-def test_auto_uses_the_cluster_of_this_machine(listening: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("address", ["auto", "local"])
+def test_auto_uses_the_cluster_of_this_machine_and_local_does_not(
+    address: str, listening: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     ray = faked(monkeypatch, tmp_path)
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text(listening)
-    with connect("auto", "--ray"):
-        assert [given["address"] for given in ray.given] == ["auto"]
+    with connect(address, "--ray"):
+        assert [given["address"] for given in ray.given] == [address]
 
 
 def test_the_connection_of_the_caller_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
