@@ -136,7 +136,7 @@ def by_workers(counts: Sequence[int] = (1, 2, 4)) -> dict[str, Any]:
     seconds = {}
     for count in counts:
         crew = RayCrew(
-            connect("local", "ray"), [Place({"num_cpus": 0})] * count, None, {}, lambda tokens: None, made=ToyWorker
+            connect(None, "ray"), [Place({"num_cpus": 0})] * count, None, {}, lambda tokens: None, made=ToyWorker
         )
         crew.start(count)
         engine: Any = SpreadEngine(crew, ToyCorpus(), {})  # type: ignore[arg-type]

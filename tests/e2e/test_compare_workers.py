@@ -123,7 +123,9 @@ def test_a_comparison_that_is_interrupted_or_killed_leaves_no_process_and_goes_o
 ) -> None:
     file, expected = serial
     out = tmp_path / "o"
-    command = [sys.executable, "-c", "from mira.cli import main; main()", "compare", str(file), "--out", str(out)]
+    # A shell starts its background jobs deaf to Ctrl-C, and their children inherit that.
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from mira.cli import main; main()"
+    command = [sys.executable, "-c", start, "compare", str(file), "--out", str(out)]
     for number, rounds in ((signal.SIGINT, 0), (signal.SIGKILL, 1)):
         driver = subprocess.Popen(
             [*command, "--workers", "2"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import mira
 
 SOURCES = Path(mira.__file__).parents[1]
@@ -37,6 +39,11 @@ class RayCluster:
     def add(self, cpus: int) -> Any:
         """A new node."""
         return self._cluster.add_node(num_cpus=cpus, **self._common)
+
+    @staticmethod
+    def process_of(node: Any) -> int:
+        """The process whose children are the workers of ``node``."""
+        return int(node.all_processes["raylet"][0].process.pid)
 
     def remove(self, node: Any) -> None:
         """Kill a node with all of its processes."""
@@ -70,9 +77,22 @@ def ray_cluster(*nodes: int) -> Iterator[RayCluster]:
             os.environ["PYTHONPATH"] = paths
 
 
-def descendants() -> dict[int, str]:
-    """The processes below this one: number and command."""
-    parents, found = {}, {os.getpid(): ""}
+@contextmanager
+def own_folder() -> Iterator[None]:
+    """A folder of Ray's for this process and its children, so that a cluster of this machine is neither found nor disturbed."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder,
+    ):
+        patch.setenv("RAY_TMPDIR", folder)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield
+
+
+def descendants(of: int | None = None) -> dict[int, str]:
+    """The processes below the process ``of``, this one if it is None: number and command."""
+    top = os.getpid() if of is None else of
+    parents, found = {}, {top: ""}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -85,7 +105,7 @@ def descendants() -> dict[int, str]:
         if not more:
             break
         found |= {pid: _command(pid) for pid in more}
-    del found[os.getpid()]
+    del found[top]
     return found
 
 
@@ -101,9 +121,11 @@ def assert_ended(before: dict[int, str]) -> None:
     assert not left, left
 
 
-def busy_workers() -> list[int]:
-    """The processes in which a worker of a spread run computes now. Ray names a process by the method that it runs."""
-    return [pid for pid, command in descendants().items() if command.startswith("ray::Worker.call")]
+def busy_workers(besides: int) -> list[int]:
+    """The processes in which a worker of a spread run computes now, but not those below the process ``besides``. Ray names a
+    process by the method that it runs."""
+    busy = [pid for pid, command in descendants().items() if command.startswith("ray::Worker.call")]
+    return [pid for pid in busy if pid not in descendants(besides)]
 
 
 def _command(pid: int) -> str:

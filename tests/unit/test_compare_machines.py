@@ -11,6 +11,7 @@ import yaml
 from mira.comparison.machines import Same, note, noted, places_of
 from mira.comparison.plan import Job, Plan, load
 from mira.comparison.shares import Machine, Need, number_of_workers, share_of_a_run, threads_of_a_run
+from mira.core import machine
 from mira.core.errors import UserError
 
 GB = 10**9
@@ -63,10 +64,13 @@ def test_as_many_runs_at_a_time_as_cores_and_measured_memory_allow(tmp_path: Pat
     assert number_of_workers("auto", free, BIG, 1, Need.of([], None))[0] == 8  # 5 GB each
     assert number_of_workers("auto", free, Machine(2, GB, 0), 2, Need.of([], GB))[0] == 1
     assert number_of_workers("auto", free, Machine(16, GB, 40 * GB, gpu=True), 2, Need.of([], GB))[0] == 1
-    assert number_of_workers("7", free, BIG, 2, Need.of([], GB))[0] == 7
+    full = number_of_workers("8", free, BIG, 2, Need.of([], GB))
+    assert full == (8, "8 runs at a time with 2 threads each: as given")
+    one = number_of_workers(1, free, BIG, 2, Need.of([], GB))
+    assert one == (1, "1 run at a time with 2 threads each: as given; auto: 8")
 
 
-@pytest.mark.parametrize("given", ["0", "-1", "two", 0])
+@pytest.mark.parametrize("given", ["0", "-1", "two", "²", 0])
 def test_a_wrong_number_of_workers_is_refused(given: int | str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"^--workers {given}: give a number of runs at a time from 1 on, or auto$"):
         number_of_workers(given, plan(tmp_path), BIG, 1, Need.of([], GB))
@@ -101,3 +105,13 @@ def test_other_data_models_and_threads_are_refused_in_any_case(key: str, value: 
     same.check(job, ENVIRONMENT, [PLACE])
     with pytest.raises(UserError, match=rf"{key} is .* in the other runs; runs of a comparison need the same"):
         same.check(job, ENVIRONMENT | {key: value}, [PLACE])
+
+
+def test_free_memory_of_a_container_includes_its_file_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = tmp_path / "memory.max"
+    limit.write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("4000000\n")
+    monkeypatch.setattr(machine, "_MEMORY_LIMIT", limit)
+    assert machine.available_memory() == 1_000_000
+    (tmp_path / "memory.stat").write_text("anon 1000000\ninactive_file 2500000\n")
+    assert machine.available_memory() == 3_500_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from collections.abc import Iterator
@@ -106,15 +107,15 @@ def test_an_interrupt_while_a_cluster_starts_ends_it(monkeypatch: pytest.MonkeyP
     assert not ray.connected
 
 
-@pytest.mark.parametrize("address", ["auto", "local"])
-def test_auto_uses_the_cluster_of_this_machine_and_local_does_not(
-    address: str, listening: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("address", ["auto", None])
+def test_auto_uses_the_cluster_of_this_machine_and_none_does_not(
+    address: str | None, listening: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     ray = faked(monkeypatch, tmp_path)
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text(listening)
     with connect(address, "--ray"):
-        assert [given["address"] for given in ray.given] == [address]
+        assert [given["address"] for given in ray.given] == ["local" if address is None else listening]
 
 
 def test_the_connection_of_the_caller_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -143,3 +144,21 @@ def test_a_refusal_is_one_line(
     assert told in line
     assert "\n" not in line
     assert not ray.connected
+
+
+def test_tokens_of_an_own_cluster_end_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """``ray.init`` turns them on for the process; a cluster without tokens would then be unusable from it."""
+    ray = faked(monkeypatch, tmp_path)
+    read: list[str | None] = []
+    config = SimpleNamespace(initialize=lambda given: read.append(os.environ.get("RAY_AUTH_MODE")))
+    monkeypatch.setitem(sys.modules, "ray._raylet", SimpleNamespace(Config=config))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with connect(None, "--ray"):
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert not ray.connected
+    assert read == [None]
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # by the user
+    with connect(None, "--ray"):
+        pass
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert read == [None]

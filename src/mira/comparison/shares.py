@@ -64,17 +64,22 @@ def share_of_a_run(resources: Resources, machine: Machine, threads: int) -> Shar
 
 def number_of_workers(given: int | str, plan: Plan, machine: Machine, threads: int, need: Need) -> tuple[int, str]:
     """The number of runs at a time, and a line that says why. ``given``: a number, or "auto"."""
-    if given != "auto":
-        if not str(given).isdigit() or int(given) < 1:
-            raise UserError(f"--workers {given}: give a number of runs at a time from 1 on, or auto")
-        return int(given), _line(int(given), threads, "as given")
+    most, why = _allowed(plan, machine, threads, need)
+    if given == "auto":
+        return most, _line(most, threads, why)
+    if not str(given).isdecimal() or int(given) < 1:
+        raise UserError(f"--workers {given}: give a number of runs at a time from 1 on, or auto")
+    return int(given), _line(int(given), threads, f"as given; auto: {most}" if most > int(given) else "as given")
+
+
+def _allowed(plan: Plan, machine: Machine, threads: int, need: Need) -> tuple[int, str]:
+    """The number of runs at a time that cores and memory allow, and its reason."""
     if machine.gpu:
-        return 1, _line(1, threads, "on one GPU; --ray auto runs several, with gpus under resources")
+        return 1, "on one GPU; --ray auto runs several, with gpus under resources"
     by_cores, by_memory = machine.cores // threads, machine.free // need.memory
-    count = max(1, min(by_cores, by_memory, plan.total))
     source = "measured" if need.is_measured else "estimated from its weights"
     gb = f"{need.memory / 1e9:.1f} GB a run ({source}), {machine.free / 1e9:.1f} GB free"
-    return count, _line(count, threads, f"{machine.cores} cores; {gb}")
+    return max(1, min(by_cores, by_memory, plan.total)), f"{machine.cores} cores; {gb}"
 
 
 def _line(count: int, threads: int, why: str) -> str:

@@ -127,8 +127,12 @@ def _notes(value: Value) -> list[str]:
         *_warnings(value),
         *_machines(value),
         *(f"Failed: {described(failed)}." for failed in value.get("failed", ())),
-        *([] if value["complete"] else ["Not complete: some entries have not been run yet."]),
+        *([] if value["complete"] else [f"Not complete: {_missing(value)}."]),
     ]
+
+
+def _missing(value: Value) -> str:
+    return "see what failed" if value.get("failed") else "some entries have not been run yet"
 
 
 def _warnings(value: Value) -> list[str]:

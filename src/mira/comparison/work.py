@@ -111,7 +111,8 @@ def tested(folder: Path) -> None:
 
 def _measured(folder: Path, kept: dict[str, Any]) -> dict[str, Any]:
     with Store.open(folder, writable=False) as store:
-        assert store.best_round is not None
+        if store.best_round is None:
+            raise UserError("no round has a finite validation loss, so that none can be measured on test data")
         session = reopened(store)
         losses = partial(measured, session, callbacks=Callbacks(()), answers=False, transfer=False)
         start = losses(session.initial_state())

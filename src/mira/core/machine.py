@@ -79,5 +79,12 @@ def available_memory() -> int:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         free.append(int(lines["MemAvailable"].split()[0]) * 1024)
     if _MEMORY_LIMIT.exists() and (most := _MEMORY_LIMIT.read_text().strip()).isdigit():
-        free.append(int(most) - int(_MEMORY_LIMIT.with_name("memory.current").read_text()))
+        free.append(int(most) - int(_MEMORY_LIMIT.with_name("memory.current").read_text()) + _reclaimable())
     return max(min(free), 0)
+
+
+def _reclaimable() -> int:
+    """Bytes of files that the container keeps in memory for as long as nothing else needs it."""
+    stat = _MEMORY_LIMIT.with_name("memory.stat")
+    lines = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+    return int(lines.get("inactive_file", 0))

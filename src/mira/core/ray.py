@@ -16,16 +16,19 @@ from mira.core.threads import usable_cores
 
 log = logging.getLogger(__name__)
 
-AUTO, LOCAL = "auto", "local"
+AUTO = "auto"
+_MODE = "RAY_AUTH_MODE"
 _LIMIT = 10.0  # seconds that a cluster has to answer; Ray itself waits for minutes
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 
 @dataclass(frozen=True)
 class Connection:
-    """A connection of this process to a Ray cluster, for ``with``. ``ours``: it was made here and not before by the caller."""
+    """A connection of this process to a Ray cluster, for ``with``. ``ours``: it was made here and not before by the caller.
+    ``mode``: the kind of authentication that this process had before; None: none was set."""
 
     ours: bool
+    mode: str | None = None
 
     def __enter__(self) -> Connection:
         return self
@@ -39,24 +42,26 @@ class Connection:
             import ray
 
             ray.shutdown()
+            _use_mode(self.mode)
 
 
-def connect(address: str, key: str) -> Connection:
+def connect(address: str | None, key: str) -> Connection:
     """Connect this process to a Ray cluster.
 
-    ``address``: HOST:PORT, from a node of the cluster; ray://HOST:PORT, from anywhere; auto, the cluster of this machine, which
-    is started for this process where none runs; or local, always a new one for this process. ``key``: name of the setting, for
-    messages. A process that is connected already keeps its connection.
+    ``address``: HOST:PORT, from a node of the cluster; ray://HOST:PORT, from anywhere; auto, the cluster at RAY_ADDRESS or the
+    one that ``ray start`` began on this machine, and where none runs a new one for this process. None: always a new one.
+    ``key``: name of the setting, for messages. A process that is connected already keeps its connection.
 
     Raises UserError: Ray is not installed, the address is none, no cluster answers there within 10 s, or it refuses.
     """
     ray = _ray(key)
     if ray.is_initialized():
         return Connection(ours=False)
+    mode = os.environ.get(_MODE)
     try:
         if address == AUTO:
             _find_or_start(ray)
-        elif address == LOCAL:
+        elif address is None:
             _start(ray)
         else:
             _check_answers(address, key)
@@ -65,10 +70,20 @@ def connect(address: str, key: str) -> Connection:
         raise
     except BaseException as error:
         ray.shutdown()
+        _use_mode(mode)
         if not isinstance(error, Exception):
             raise
-        raise UserError(f"{key}={address}: {_reason(error)}") from None
-    return Connection(ours=True)
+        raise UserError(f"{key}{f'={address}' if address else ''}: {_reason(error)}") from None
+    return Connection(ours=True, mode=mode)
+
+
+def _use_mode(mode: str | None) -> None:
+    """Return to the authentication ``mode`` of before. A cluster that ``ray.init`` starts turns on tokens for the whole process,
+    and a cluster without them could then not call it: its workers would be taken for unused and end."""
+    if mode is None and os.environ.pop(_MODE, None) is not None:
+        from ray._raylet import Config  # no public function reads the environment again
+
+        Config.initialize("")
 
 
 def _ray(key: str) -> Any:
@@ -85,7 +100,8 @@ def _find_or_start(ray: Any) -> None:
         _check_answers(told, "RAY_ADDRESS")
     running = told or _recorded()
     if running is not None and _answers(running):
-        ray.init(address=AUTO, **_QUIET)
+        # Not AUTO: with it Ray also takes a cluster that another process started for itself alone.
+        ray.init(address=running, **_QUIET)
         return
     _start(ray)
 
@@ -97,7 +113,7 @@ def _start(ray: Any) -> None:
 
 
 def _recorded() -> str | None:
-    """The address of the cluster of this machine, as Ray left it; the cluster may have ended since."""
+    """The address of the cluster that ``ray start`` began on this machine; the cluster may have ended since."""
     place = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir()), "ray", "ray_current_cluster")
     return place.read_text().strip() or None if place.is_file() else None
 

@@ -78,18 +78,18 @@ class BatchedEngine:
     @staticmethod
     def of(
         spec: EngineSpec, *, tokens_per_pass: int | None = None, prefix: bool = True, longest: int = 64,
-        cuda_graphs: bool = True, sharing: int = 1,
+        cuda_graphs: bool = True,
     ) -> BatchedEngine:  # fmt: skip
         """Patch ``spec.model`` and measure the budget. ``tokens_per_pass``: the budget; None: as many tokens as memory allows.
 
         ``prefix``: compute the tokens that all sequences of a client begin with once per pass. ``longest``: tokens of the run's
-        longest sequence. ``cuda_graphs``: capture passes on a GPU.
-        ``sharing``: engines that share the free memory. Raises CannotPackError where the model cannot be packed.
+        longest sequence. ``cuda_graphs``: capture passes on a GPU. Raises CannotPackError where the model
+        cannot be packed.
         """
         adapted = AdaptedModel.of(spec.model, spec.layout, spec.dropout, prefix, longest)
         fallback = None if adapted.patched.decodes else ReferenceEngine.of(replace(spec, checkpointing=False))
         replayer = GraphReplayer(adapted) if cuda_graphs and _capturable(spec, adapted) else None
-        budget = tokens_per_pass or _measured_budget(spec, adapted, replayer is not None, sharing)
+        budget = tokens_per_pass or _measured_budget(spec, adapted, replayer is not None)
         return BatchedEngine(spec, adapted, fallback, replayer, budget)
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
@@ -279,13 +279,13 @@ def _recomputing(spec: EngineSpec, adapted: AdaptedModel) -> AbstractContextMana
     return recomputed(spec.model, adapted.dropout_generators, adapted.surroundings)
 
 
-def _measured_budget(spec: EngineSpec, adapted: AdaptedModel, captured: bool, sharing: int) -> int:
+def _measured_budget(spec: EngineSpec, adapted: AdaptedModel, captured: bool) -> int:
     """As many tokens as memory allows, by the bytes that a training pass keeps of each token."""
     device, dtype, threads = spec.model.device, spec.model.dtype, torch.get_num_threads()
     held = spec.model.get_memory_footprint()
     if not spec.layout.entries:  # the base alone has no backward pass to measure
         each = FORWARD_FACTOR * max(1.0, cache_bytes_per_token(adapted.body))
-        return tokens_per_pass(device, dtype, sharing * each, threads, held=held)
+        return tokens_per_pass(device, dtype, each, threads, held=held)
     rows = adapted.rows(torch.zeros(1, spec.layout.size))
 
     def train(tokens: int) -> None:
@@ -297,4 +297,4 @@ def _measured_budget(spec: EngineSpec, adapted: AdaptedModel, captured: bool, sh
 
     frozen = (*spec.model.parameters(), *spec.model.buffers(), rows)
     each = bytes_per_token({tensor.untyped_storage().data_ptr() for tensor in frozen}, train)
-    return tokens_per_pass(device, dtype, sharing * each, threads, captured, held)
+    return tokens_per_pass(device, dtype, each, threads, captured, held)

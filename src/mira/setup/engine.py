@@ -31,8 +31,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class EnginePlan:
     """The parts of an engine that is not built yet. ``taken_over``: the environment of a resumed run, whose engine and pass size
-    apply again. ``progress``: called with the number of computed tokens. ``sharing``: engines in
-    the memory of one device."""
+    apply again. ``progress``: called with the number of computed tokens."""
 
     experiment: Experiment
     base: Base
@@ -41,7 +40,6 @@ class EnginePlan:
     corpus: Corpus
     taken_over: Mapping[str, Any]
     progress: Callable[[int], None]
-    sharing: int = 1
 
     @property
     def shares_prefix(self) -> bool:
@@ -103,7 +101,6 @@ class EnginePlan:
             prefix=self.shares_prefix,
             longest=longest,
             cuda_graphs=section.cuda_graphs == "auto",
-            sharing=self.sharing,
         )
 
     def _spec(self) -> EngineSpec:

@@ -11,7 +11,7 @@ import torch
 
 from mira.config import Experiment
 from mira.core.errors import UserError
-from mira.core.ray import LOCAL, connect
+from mira.core.ray import connect
 from mira.core.threads import usable_threads
 from mira.engine.spread import SpreadEngine
 from mira.model import Base
@@ -29,7 +29,7 @@ def spread_out(plan: EnginePlan) -> SpreadEngine:
 
     experiment, recorded = plan.experiment, plan.taken_over.get("threads")
     here = experiment.engine.devices
-    connection = connect(LOCAL, "engine.devices") if here else connect(experiment.engine.ray, "engine.ray")
+    connection = connect(None, "engine.devices") if here else connect(experiment.engine.ray, "engine.ray")
     try:
         if here:
             threads = recorded or experiment.engine.threads or max(1, usable_threads() // len(here))

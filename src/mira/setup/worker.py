@@ -15,7 +15,7 @@ import torch
 from mira.config import Experiment
 from mira.core.engine import Engine
 from mira.core.errors import UserError
-from mira.core.machine import processor
+from mira.core.machine import Share, processor, total_memory, use_share
 from mira.core.versions import version_of
 from mira.data.corpus import Corpus
 from mira.data.text import Encoder
@@ -31,7 +31,7 @@ LIBRARIES = ("mira", "torch", "transformers", "peft")
 @dataclass(frozen=True)
 class Parts:
     """The parts of a worker's engine. ``experiment``: the sections that an engine reads. ``base``: None for a base that the
-    worker loads itself, which must have the hash ``sha256``. ``sharing``: see ``EnginePlan``."""
+    worker loads itself, which must have the hash ``sha256``. ``together``: workers that share the memory of one device."""
 
     experiment: Experiment
     base: ShippedBase | None
@@ -39,7 +39,7 @@ class Parts:
     encoder: Encoder
     corpus: Corpus
     threads: int
-    sharing: int
+    together: int
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,14 @@ class Worker:
         parts = self._parts
         torch.set_num_threads(parts.threads)
         share_heap()
+        if parts.together > 1:
+            use_share(Share(total_memory() // parts.together, 1 / parts.together))
         base = self._loaded() if parts.base is None else parts.base.unpacked(self._device)
         adapter = parts.experiment.adapter.on(base, parts.experiment.seed)
         if adapter.directions is not None:  # an engine writes into these weights
             for tensor in adapter.directions.tensors.values():
                 tensor.data = tensor.data.clone()
-        plan = EnginePlan(
-            parts.experiment, base, adapter, parts.encoder, parts.corpus, taken_over, self._progress.add, parts.sharing
-        )
+        plan = EnginePlan(parts.experiment, base, adapter, parts.encoder, parts.corpus, taken_over, self._progress.add)
         self._engine = plan.build()
         recorded = plan.recorded(self._engine) | {"threads": parts.threads, "device": self._device.type}
         versions = {name: version_of(name) for name in LIBRARIES}
