@@ -81,8 +81,8 @@ def connect(address: str | None, key: str) -> Connection:
 def _use_mode(mode: str | None) -> None:
     """Let this process use the authentication ``mode``, "token" or none.
 
-    Ray turns tokens on for the whole process when it starts a cluster. A cluster without them could then not call this process: its
-    workers would be taken for unused and end.
+    Ray turns tokens on for the whole process when it starts a cluster. A cluster without them could then not call this process:
+    its workers would be taken for unused and end.
     """
     if os.environ.get(_MODE) == mode:
         return
