@@ -1,7 +1,8 @@
-"""One run on several workers (``python -m benchmarks.spread``): against the threads of one process, and by their number.
+"""One run on several workers (``python -m benchmarks.spread [threads] [workers] [memory]``; all three if none is named).
 
-First, two workers of one thread each against one process of two threads, on the workload of ``benchmarks``. Second, rounds of
-a toy trainer that sleeps: all that is not sleep is the cost of spreading, the transfer of rows included.
+``threads``: two workers of one thread each against one process of two threads, on the workload of ``benchmarks``. ``workers``:
+rounds of a toy trainer that sleeps; all that is not sleep is the cost of spreading, the transfer of rows included. ``memory``:
+that of the main process and of the workers, by their number.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +29,7 @@ from mira.core.types import Trained, Work
 from mira.engine.spread import Call, SpreadEngine
 from mira.setup.build import open_session
 from mira.setup.crew import Place, RayCrew
+from mira.setup.engine import EnginePlan
 from mira.setup.spread import spread_out
 from mira.setup.worker import About, Told
 
@@ -37,27 +40,18 @@ _CLIENTS, _SECONDS = 160, 0.25  # of the toy trainer, on average; 10 s a round w
 
 
 def main() -> None:
-    measured: dict[str, Any] = {"environment": environment()}
-    for name, measure in {"threads": against_threads, "workers": by_workers}.items():
-        measured[name] = measure()
+    measures = {"threads": against_threads, "workers": by_workers, "memory": memory}
+    measured: dict[str, Any] = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
+    for name in sys.argv[1:] or measures:
+        measured[name] = {"environment": environment(), **measures[name]()}
         console.print(name, json.dumps(measured[name], indent=1))
-    write(measured, OUT)
+        write(measured, OUT)
 
 
 def against_threads() -> dict[str, Any]:
     """Tokens per second of two workers of one thread, and of one process of two, A B A B."""
-    values = {
-        "rounds": 1,
-        "model": {"name": MODEL},
-        "adapter": {"rank": 16, "alpha": 32, "targets": ["q_proj", "v_proj"]},
-        "data": {"source": "natural-instructions", "path": str(TASKS), "clients": 8, "max_input_chars": 300},
-        "split": {"train": 64, "validation": 8, "test": 8},
-        "training": {"lr": LR, "local_steps": 1, "batch_size": 4, "clip": None},
-        "graph": {"name": "complete"},
-        "engine": {"threads": 2},
-    }
-    session = open_session(parse(values))
-    spread = spread_out(_on_workers(session.engine_plan))
+    session = open_session(parse(_values()))
+    spread = spread_out(_on_workers(session.engine_plan, 2))
     work = Work(torch.arange(8), session.start().repeat(8, 1))
     samples: dict[str, list[float]] = {"one process": [], "two workers": []}
     try:
@@ -79,9 +73,53 @@ def against_threads() -> dict[str, Any]:
     }
 
 
-def _on_workers(plan: Any) -> Any:
-    """The same plan on two workers of one thread, each with a share of the tokens in a pass that one process has."""
-    values = placed(plan.experiment, {"devices": ("cpu", "cpu")})
+def memory(counts: Sequence[int] = (1, 2, 4)) -> dict[str, Any]:
+    """Memory in MB after a training call, by the number of workers of one thread: a page that n processes share counts as 1/n in
+    each (Pss of proc(5)). ``shared``: pages of Ray's store and of libraries that a worker shares, in full."""
+    session = open_session(parse(_values()))
+    work = Work(torch.arange(8), session.start().repeat(8, 1))
+    found: dict[str, Any] = {"base": session.base.model.get_memory_footprint() / 1e6}
+    for count in counts:
+        engine = spread_out(_on_workers(session.engine_plan, count))
+        try:
+            engine.train(work, 0, LR)
+            workers = [_memory(entry.parent) for entry in Path("/proc").glob("[0-9]*/cmdline") if _is_worker(entry)]
+            found[str(count)] = {"main process": _memory(Path("/proc/self")), "workers": workers}
+        finally:
+            engine.close()
+    return found
+
+
+def _is_worker(entry: Path) -> bool:
+    try:
+        return entry.read_bytes().startswith(b"ray::Worker")
+    except OSError:  # it has ended
+        return False
+
+
+def _memory(process: Path) -> dict[str, float]:
+    lines = (line.split() for line in (process / "smaps_rollup").read_text().splitlines()[1:])
+    kilobytes = {line[0].rstrip(":"): int(line[1]) for line in lines}
+    shared = kilobytes["Shared_Clean"] + kilobytes["Shared_Dirty"]
+    return {"pss": round(kilobytes["Pss"] / 1e3), "shared": round(shared / 1e3)}
+
+
+def _values() -> dict[str, Any]:
+    return {
+        "rounds": 1,
+        "model": {"name": MODEL},
+        "adapter": {"rank": 16, "alpha": 32, "targets": ["q_proj", "v_proj"]},
+        "data": {"source": "natural-instructions", "path": str(TASKS), "clients": 8, "max_input_chars": 300},
+        "split": {"train": 64, "validation": 8, "test": 8},
+        "training": {"lr": LR, "local_steps": 1, "batch_size": 4, "clip": None},
+        "graph": {"name": "complete"},
+        "engine": {"threads": 2},
+    }
+
+
+def _on_workers(plan: EnginePlan, count: int) -> EnginePlan:
+    """The same plan on ``count`` workers of one thread."""
+    values = placed(plan.experiment, {"devices": ("cpu",) * count})
     return replace(plan, experiment=values, taken_over={"threads": 1})
 
 

@@ -38,6 +38,7 @@ def on(day: int, monkeypatch: pytest.MonkeyPatch) -> None:
             return cls(2026, 1, day)
 
     monkeypatch.setattr(mira.setup.build, "Date", Day)
+    monkeypatch.setattr("mira.comparison.run.date", Day)
 
 
 def test_a_run_keeps_the_day_that_its_template_writes(

@@ -200,12 +200,12 @@ def test_a_piece_carries_only_what_is_its_own() -> None:
 
 def test_every_field_of_a_work_is_divided() -> None:
     """A new field of ``Work`` must be put into ``part`` if it has an entry for each job."""
-    by_job = {"client", "start", "anchor", "prox", "upload", "private", "slot", "optimizer"}
+    by_job = {"client", "start", "anchor", "prox", "shift", "upload", "private", "slot", "optimizer"}
     assert {each.name for each in fields(Work)} == by_job | {"trainable"}
     whole = work()
     upload, trainable = torch.rand(10, 2) > 0.5, torch.tensor([True, False])
     private = torch.arange(10) > 4
-    values = {each.name: getattr(whole, each.name) for each in fields(Work)}
+    values = {each.name: getattr(whole, each.name) for each in fields(Work)} | {"shift": torch.arange(20.0).view(10, 2)}
     found = part(Work(**values | {"upload": upload, "trainable": trainable, "private": private}), [6, 1])
     assert found.client.tolist() == [0, 0]
     assert found.slot is not None
@@ -215,6 +215,8 @@ def test_every_field_of_a_work_is_divided() -> None:
     assert found.private is not None
     assert found.private.tolist() == [True, False]
     assert found.trainable is trainable
+    assert found.shift is not None
+    assert found.shift.tolist() == [[12.0, 13.0], [2.0, 3.0]]
 
 
 def test_a_client_that_kills_every_worker_is_lost_alone() -> None:
