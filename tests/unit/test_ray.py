@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import mira.core.ray
 from mira.core.errors import UserError
 from mira.core.ray import connect
 
@@ -72,7 +74,7 @@ def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal("auto") == "--ray: Ray is not installed; pip install 'mira-fl[ray]'"
 
 
-@pytest.mark.parametrize("address", ["", "local", "host", "host:", "host:x", "http://host:1", "host:99999"])
+@pytest.mark.parametrize("address", ["", "host", "host:", "host:x", "http://host:1", "host:99999"])
 def test_an_address_has_a_host_and_a_port(address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ray = faked(monkeypatch, tmp_path)
     assert refusal(address).startswith(f"--ray={address}: give auto, HOST:PORT (usual port 6379) or ray://HOST:PORT")
@@ -107,12 +109,34 @@ def test_an_interrupt_while_a_cluster_starts_ends_it(monkeypatch: pytest.MonkeyP
     assert not ray.connected
 
 
-def test_auto_uses_the_cluster_of_this_machine(listening: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("address", ["auto", None])
+def test_auto_uses_the_cluster_of_this_machine_and_none_does_not(
+    address: str | None, listening: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     ray = faked(monkeypatch, tmp_path)
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text(listening)
-    with connect("auto", "--ray"):
-        assert [given["address"] for given in ray.given] == [listening]
+    with connect(address, "--ray"):
+        assert [given["address"] for given in ray.given] == ["local" if address is None else listening]
+
+
+@pytest.mark.parametrize("mode", ["token", "disabled"])
+def test_tokens_are_used_where_the_node_of_this_machine_uses_them(
+    mode: str, listening: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    faked(monkeypatch, tmp_path)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    used: list[str | None] = []
+    monkeypatch.setattr(mira.core.ray, "_use_mode", used.append)
+    idle = [sys.executable, "-c", "print(flush=True); input()", f"--gcs-address={listening}"]
+    with subprocess.Popen(
+        idle, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"RAY_AUTH_MODE": mode}
+    ) as node:
+        assert node.stdout is not None
+        node.stdout.readline()
+        with connect(listening, "--ray"):
+            assert used == (["token"] if mode == "token" else [])
+        node.communicate(b"\n")
 
 
 def test_the_connection_of_the_caller_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

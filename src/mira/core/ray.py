@@ -66,7 +66,7 @@ def connect(address: str | None, key: str) -> Connection:
             _start(ray)
         else:
             _check_answers(address, key)
-            ray.init(address=address, **_QUIET)
+            _join(ray, address)
     except UserError:
         raise
     except BaseException as error:
@@ -79,10 +79,18 @@ def connect(address: str | None, key: str) -> Connection:
 
 
 def _use_mode(mode: str | None) -> None:
-    """Return to the authentication ``mode`` of before. A cluster that ``ray.init`` starts turns on tokens for the whole process,
-    and a cluster without them could then not call it: its workers would be taken for unused and end."""
-    if mode is None and os.environ.pop(_MODE, None) is not None:
-        import_module("ray._raylet").Config.initialize("")  # no public function reads the environment again
+    """Let this process use the authentication ``mode``, "token" or none.
+
+    Ray turns tokens on for the whole process when it starts a cluster. A cluster without them could then not call this process:
+    its workers would be taken for unused and end.
+    """
+    if os.environ.get(_MODE) == mode:
+        return
+    os.environ.pop(_MODE, None)
+    if mode is not None:
+        os.environ[_MODE] = mode
+    raylet: Any = import_module("ray._raylet")  # no public function reads the environment again
+    raylet.Config.initialize("")
 
 
 def _ray(key: str) -> Any:
@@ -99,10 +107,29 @@ def _find_or_start(ray: Any) -> None:
         _check_answers(told, "RAY_ADDRESS")
     running = told or _recorded()
     if running is not None and _answers(running):
-        # Not AUTO: with it Ray also takes a cluster that another process started for itself alone.
-        ray.init(address=running, **_QUIET)
+        _join(ray, running)  # not AUTO: with it Ray also takes a cluster that another process started for itself alone
         return
     _start(ray)
+
+
+def _join(ray: Any, address: str) -> None:
+    if _MODE not in os.environ and _asks_for_token(address):
+        _use_mode("token")
+    ray.init(address=address, **_QUIET)
+
+
+def _asks_for_token(address: str) -> bool:
+    """True where this machine's node of the cluster at ``address`` uses tokens, as ``ray start`` does by itself where one exists.
+    It refuses a process that does not. False where it cannot be told: elsewhere, or a node of another user."""
+    place = _place(address)
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if place and any(word.startswith(b"--gcs-address=") and word.endswith(b":%d" % place[1]) for word in words):
+                return b"RAY_AUTH_MODE=token" in (entry / "environ").read_bytes().split(b"\0")
+        except OSError:  # it has ended, or is another user's
+            continue
+    return False
 
 
 def _start(ray: Any) -> None:
