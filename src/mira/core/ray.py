@@ -82,7 +82,9 @@ def _use_mode(mode: str | None) -> None:
     """Return to the authentication ``mode`` of before. A cluster that ``ray.init`` starts turns on tokens for the whole process,
     and a cluster without them could then not call it: its workers would be taken for unused and end."""
     if mode is None and os.environ.pop(_MODE, None) is not None:
-        import_module("ray._raylet").Config.initialize("")  # no public function reads the environment again
+        raylet = import_module("ray._raylet")  # no public function reads the environment again
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _ray(key: str) -> Any:
