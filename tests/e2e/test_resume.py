@@ -78,7 +78,9 @@ def test_a_changed_configuration_is_named_by_its_keys(config: Path, begun: Path)
 
 
 def test_a_run_folder_takes_no_further_settings(begun: Path) -> None:
-    assert "drop --set and --out" in refused(begun, begun, "--set", "training.lr=0.5")
+    error = refused(begun, begun, "--set", "engine.workers=2", "--set", "training.lr=0.5")
+    assert error.startswith("--set training.lr=0.5: a run resumes with its own settings")
+    assert error.endswith("drop it, or start a new run")
 
 
 def test_changed_weights(begun: Path, tmp_path: Path) -> None:

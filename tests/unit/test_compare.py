@@ -12,6 +12,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from mira import Experiment
 from mira.comparison import load
 from mira.comparison.plan import parse, points, shown
 from mira.comparison.progress import of_a_run
@@ -149,6 +150,12 @@ def test_a_fault_is_named_in_one_line(changes: dict[str, Any], message: str, tmp
 def test_an_override_does_not_touch_what_is_compared(text: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^(override|seed)"):
         load(write(tmp_path), [text])
+
+
+def test_a_comparison_is_no_single_run() -> None:
+    file = Path(__file__).parents[2] / "configs" / "demo-compare.yaml"
+    with pytest.raises(UserError, match=f"^{file}: has the key entries .*; use: mira compare {file}$"):
+        Experiment.from_yaml(file)
 
 
 def test_a_comparison_needs_its_entries() -> None:

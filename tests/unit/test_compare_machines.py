@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +108,22 @@ def test_other_data_models_and_threads_are_refused_in_any_case(key: str, value: 
     same.check(job, ENVIRONMENT, [PLACE])
     with pytest.raises(UserError, match=rf"{key} is .* in the other runs; runs of a comparison need the same"):
         same.check(job, ENVIRONMENT | {key: value}, [PLACE])
+
+
+def test_the_first_worker_too_starts_deaf_to_ctrl_c() -> None:
+    # In a fresh process: the first worker starts the tracker of multiprocessing, which unblocks signals.
+    script = """
+import signal
+from multiprocessing import resource_tracker
+from mira.comparison.processes import _no_interrupts
+with _no_interrupts():
+    resource_tracker.ensure_running()
+    print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+"""
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], env=paths, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
 
 
 def test_free_memory_of_a_container_includes_its_file_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

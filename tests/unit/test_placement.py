@@ -97,5 +97,6 @@ def test_set_gives_a_resumed_run_other_workers_and_nothing_else(tmp_path: Path) 
         with pytest.raises(UserError) as caught:
             to_resume(tmp_path, [other], None, None, None)
         assert str(caught.value) == (
-            f"--set {other}: a run resumes with its own settings, engine.devices, engine.workers, engine.ray excepted"
+            f"--set {other}: a run resumes with its own settings, engine.devices, engine.workers, engine.ray excepted;"
+            " drop it, or start a new run"
         )

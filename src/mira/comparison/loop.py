@@ -124,7 +124,7 @@ class Loop:
             again = self._schedule.fail(kind, job, outcome.error)
             self.watcher.ended(outcome, None, again)
             if (reason := self._schedule.hopeless) is not None:
-                raise UserError(reason)
+                raise UserError(f"{reason}; give runs more memory, or fewer at a time" if outcome.lost else reason)
             return
         loss = None
         if kind == "run":

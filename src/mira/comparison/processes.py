@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,6 +99,7 @@ def _end(pools: Sequence[ProcessPool]) -> None:
 @contextmanager
 def _no_interrupts() -> Iterator[None]:
     """Keep Ctrl-C from the processes and threads that start meanwhile: they inherit the mask, and this process ends them."""
+    resource_tracker.ensure_running()  # before: its start would lift the mask again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -134,11 +134,13 @@ def placement_told(experiment: Experiment) -> str:
 
 def placement_in(overrides: Sequence[str]) -> dict[str, Any]:
     """The fields for ``placed`` in overrides such as "engine.workers=2". Raises UserError for another key."""
-    values = override({}, overrides)
-    engine = values.pop("engine", None) or {}
-    if values or any(name not in placement.FIELDS for name in engine):
-        keys = ", ".join(f"engine.{name}" for name in placement.FIELDS)
-        raise UserError(f"--set {overrides[0]}: a run resumes with its own settings, {keys} excepted")
+    allowed = [f"engine.{name}" for name in placement.FIELDS]
+    for text in overrides:
+        if text.partition("=")[0].strip() not in allowed:
+            raise UserError(
+                f"--set {text}: a run resumes with its own settings, {', '.join(allowed)} excepted; drop it, or start a new run"
+            )
+    engine = override({}, overrides).get("engine") or {}
     return dict(engine)
 
 

@@ -201,7 +201,12 @@ class Experiment(BaseModel):
         An override that changes the variant of a section (``method.name=fedit``) drops the fields that only the former variant
         has. Raises UserError: one line that names the key, or the file and line.
         """
-        return cls(**override(read(Path(path)), overrides))
+        values = read(Path(path))
+        if "entries" in values:
+            raise UserError(
+                f"{path}: has the key entries of a comparison, and is no single run; use: mira compare {path}"
+            )
+        return cls(**override(values, overrides))
 
     def __init__(self, **values: Any) -> None:
         """Build an experiment; sections may be mappings. Raises UserError: one line for the first fault."""
