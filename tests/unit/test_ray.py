@@ -172,14 +172,16 @@ def test_tokens_of_an_own_cluster_end_with_it(monkeypatch: pytest.MonkeyPatch, t
     ray = faked(monkeypatch, tmp_path)
     read: list[str | None] = []
     config = SimpleNamespace(initialize=lambda given: read.append(os.environ.get("RAY_AUTH_MODE")))
-    monkeypatch.setitem(sys.modules, "ray._raylet", SimpleNamespace(Config=config))
+    loader = SimpleNamespace(reset_cache=lambda: read.append("forgotten"))
+    raylet = SimpleNamespace(Config=config, AuthenticationTokenLoader=SimpleNamespace(instance=lambda: loader))
+    monkeypatch.setitem(sys.modules, "ray._raylet", raylet)
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with connect(None, "--ray"):
         monkeypatch.setenv("RAY_AUTH_MODE", "token")
     assert not ray.connected
-    assert read == [None]
+    assert read == [None, "forgotten"]
     monkeypatch.setenv("RAY_AUTH_MODE", "token")  # by the user
     with connect(None, "--ray"):
         pass
     assert os.environ["RAY_AUTH_MODE"] == "token"
-    assert read == [None]
+    assert read == [None, "forgotten"]

@@ -91,6 +91,7 @@ def _use_mode(mode: str | None) -> None:
         os.environ[_MODE] = mode
     raylet: Any = import_module("ray._raylet")  # no public function reads the environment again
     raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _ray(key: str) -> Any:
