@@ -49,7 +49,7 @@ def told(records: Mapping[str, Record], left: Sequence[str]) -> str:
 
 
 def _speeds(record: Record) -> list[Record]:
-    """What a part about speed found for each of its crowds."""
+    """The findings of a part about speed, one for each of its crowds."""
     results = record["results"]
     found = results if isinstance(results, list) else []
     return [one for one in found if "crowd" in one]

@@ -39,7 +39,7 @@ def second(head: RayCluster) -> Any:
 
 @pytest.fixture(scope="module")
 def cluster(head: RayCluster, second: Any) -> RayCluster:
-    """Of two nodes, ``second`` the one without the head."""
+    """A cluster of two nodes; ``second`` is the one without the head."""
     return head
 
 
@@ -75,7 +75,7 @@ def results(out: Path) -> dict[str, Any]:
 
 
 def compared(file: Path, out: Path, cluster: RayCluster) -> str:
-    """What the command told."""
+    """The output of the command."""
     ended = mira("compare", file, "--out", out, "--ray", cluster.address)
     assert ended.status == 0, ended.err
     assert not list(out.glob(".ray-*"))

@@ -49,6 +49,11 @@ def is_locked(folder: Path) -> bool:
         descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
         return False
+    return closes_locked(descriptor)
+
+
+def closes_locked(descriptor: int) -> bool:
+    """Close ``descriptor``, and return whether another process holds its lock. The check shares the lock for an instant."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mira.core.errors import UserError
-from mira.store.files import unwritable
+from mira.store.files import closes_locked, unwritable
 
 PROGRESS = (
     "progress.json"  # counts of a comparison, and its tasks under way, written by the process at work in its folder
@@ -36,11 +36,4 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def in_use(folder: Path) -> bool:
     """True while a process is ``alone_in`` the folder. The check shares the lock for an instant."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+    return closes_locked(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
