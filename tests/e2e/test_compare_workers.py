@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 import mira as library
+from helpers.documented_json import documented, fields
 from helpers.sample_config import mira, outcome, settings, write_clients
 from mira import comparison
 from mira.comparison import work
@@ -183,6 +184,8 @@ def test_a_run_that_fails_twice_is_named_and_the_others_go_on(
         {"entry": "Local", "point": "training.lr=0.03", "seed": 0, "reason": reason},
         {"entry": "MIRA", "point": "training.lr=0.03", "seed": 1, "reason": reason},
     ]
+    shown = {name for name, _ in fields({"failed": value["failed"]})}
+    assert shown == {name for name in documented("mira compare") if name.startswith("failed[]")}
     local, other = value["entries"]
     assert (local["chosen"], local["tuning"][1]["validation_loss"]) == ("training.lr=0.001", None)
     assert local["local_loss"]["mean"] is not None
