@@ -149,7 +149,12 @@ def test_a_run_that_no_node_can_hold_is_refused(file: Path, cluster: RayCluster,
 
 
 def test_no_cluster_outlives_the_command_that_started_it(file: Path, tmp_path: Path) -> None:
-    """Killed, and interrupted on the way; the same command goes on."""
+    """Killed, and interrupted on the way; the same command goes on. One long run, so that one worker is to be started."""
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    values |= {"seeds": [0], "grid": {}, "entries": {"MIRA": {}}}
+    values["experiment"]["rounds"] = 1000
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
     for number, status in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
         done = len(records(tmp_path))
         command = start(file, tmp_path / "o")
