@@ -158,9 +158,12 @@ def test_no_cluster_outlives_the_command_that_started_it(file: Path, tmp_path: P
     for number, status in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
         done = len(records(tmp_path))
         command = start(file, tmp_path / "o")
-        wait_for(lambda done=done: len(records(tmp_path)) > done, command)
-        command.send_signal(number)
-        told = command.communicate(timeout=60)[0]
+        try:
+            wait_for(lambda done=done: len(records(tmp_path)) > done, command)
+            command.send_signal(number)
+            told = command.communicate(timeout=60)[0]
+        finally:
+            command.kill()  # nothing where it has ended
         assert command.returncode == status, told
         wait_for(lambda: not of_command(tmp_path / "o"))
     assert told.endswith("repeat the command to resume\n")
