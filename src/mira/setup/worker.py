@@ -31,9 +31,9 @@ LIBRARIES = ("mira", "torch", "transformers", "peft")
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a worker's engine. ``experiment``: the sections that an engine reads. ``device``: that of all workers. ``base``:
-    None for a base that the worker loads itself, which must have the hash ``sha256``. ``together``: workers that share the memory
-    of one device."""
+    """The parts of a worker's engine. ``experiment``: the sections that an engine reads. ``device``: that of all workers.
+    ``base``: None for a base that the worker loads itself, which must have the hash ``sha256``. ``together``: workers that share
+    the memory of one device."""
 
     experiment: Experiment
     device: Device
