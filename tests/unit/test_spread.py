@@ -15,6 +15,7 @@ from hypothesis import strategies as some
 from torch import Tensor
 
 from mira.core.encoded import Encoded
+from mira.core.errors import UserError
 from mira.core.types import Scores, Trained, Work
 from mira.engine.spread import Call, Reply, SpreadEngine, how_many, part, pieces
 
@@ -237,7 +238,7 @@ def test_a_round_may_lose_all_its_clients() -> None:
 
 def test_a_measurement_may_lose_no_row() -> None:
     crew = Crew([0, 1], dies=lambda call: 2 in call.arguments[1])
-    with pytest.raises(RuntimeError, match="lost its worker, again when tried alone: killed"):
+    with pytest.raises(UserError, match="lost its worker, again when tried alone: killed; .* resume the run"):
         spread(crew).evaluate(torch.zeros(3, 2), torch.tensor([1, 2, 3]), ("test",))
 
 
