@@ -1,4 +1,4 @@
-"""The workers of a run whose places fail, with a stand-in for Ray."""
+"""The workers of a run without Ray, and those whose places fail, with a stand-in for it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mira.core.errors import UserError
 from mira.core.ray import Connection
 from mira.setup import crew as module
 from mira.setup.crew import Place, RayCrew
+from mira.setup.spread import spread_out
 
 
 class Actor(SimpleNamespace):
@@ -30,6 +31,17 @@ def crew(monkeypatch: pytest.MonkeyPatch) -> RayCrew:
     monkeypatch.setattr(module, "send_tensors_as_arrays", lambda: None)
     monkeypatch.setattr(module, "_result", lambda ref: (None, "its node ran out of memory"))
     return RayCrew(Connection(ours=False), [Place({})] * 2, None, {}, lambda tokens: None)
+
+
+@pytest.mark.parametrize("engine", [{"devices": ("cpu", "cpu")}, {"workers": 2}], ids=["devices", "ray"])
+def test_the_extra_is_named(engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    section = SimpleNamespace(**{"devices": None, "ray": "auto"} | engine)
+    plan: Any = SimpleNamespace(experiment=SimpleNamespace(engine=section), taken_over={})
+    with pytest.raises(UserError) as caught:
+        spread_out(plan)
+    key = "devices" if "devices" in engine else "ray"
+    assert str(caught.value) == f"engine.{key}: Ray is not installed; pip install 'mira-fl[ray]'"
 
 
 def test_workers_that_cannot_begin_are_told_with_their_reason(crew: RayCrew, caplog: pytest.LogCaptureFixture) -> None:

@@ -38,11 +38,11 @@ class _Layout:
 
 def spread_out(plan: EnginePlan) -> SpreadEngine:
     """Start the workers that the configuration asks for, and wait for those that have room. Raises UserError."""
-    import ray
-
     experiment, recorded = plan.experiment, plan.taken_over.get("threads")
     here = experiment.engine.devices
     connection = connect(None, "engine.devices") if here else connect(experiment.engine.ray, "engine.ray")
+    import ray  # after the connection, which says what to do where it is not installed
+
     try:
         layout = _on_devices(experiment, recorded) if here else _on_cluster(experiment, recorded)
         # A worker needs neither data nor method, a plugged-in one least of all: it may not be installed there.
