@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Layout:
-    """The places of the workers. ``fitting``: those that have room now. ``together``: the most that share the memory of a device."""
+    """The places of the workers. ``fitting``: those with room now. ``together``: the most that share the memory of a device."""
 
     places: Sequence[Place]
     device: Device
