@@ -238,7 +238,9 @@ def test_a_round_may_lose_all_its_clients() -> None:
 
 def test_a_measurement_may_lose_no_row() -> None:
     crew = Crew([0, 1], dies=lambda call: 2 in call.arguments[1])
-    with pytest.raises(UserError, match="lost its worker, again when tried alone: killed; committed rounds are kept: resume"):
+    with pytest.raises(
+        UserError, match="lost its worker, again when tried alone: killed; committed rounds are kept: resume"
+    ):
         spread(crew).evaluate(torch.zeros(3, 2), torch.tensor([1, 2, 3]), ("test",))
 
 
