@@ -71,7 +71,7 @@ def after(state: ServerState, change: Change) -> dict[int, Tensor]:
 
 # Row i of the state is all i: from which rows A (3 numbers) and B (2) of each job start, and which it is pulled to.
 START = {
-    "ditto": [0, 5, 0, 1, 0, 4], "mr-mtl": [5, 1, 4], "fedavg-ft": [5, 1, 4],
+    "ditto": [0, 5, 0, 1, 0, 4], "mr-mtl": [5, 1, 4], "fedavg-ft": [5, 1, 4], "mira-common": [5, 1, 4],
     **dict.fromkeys([*ROW_OF_EACH, *COHORT_MIXED, *TWO_OF_EACH], COHORT),
 }  # fmt: skip
 ANCHOR = {
@@ -156,7 +156,8 @@ def test_a_round_touches_the_cohorts_rows_and_their_neighbours_alone(method: Met
     else:
         assert set(spy.read) <= (set() if name in ROW_OF_EACH + COHORT_MIXED + TWO_OF_EACH else {0})
     own = COHORT if name in ROW_OF_EACH + COHORT_MIXED + TWO_OF_EACH else [5, 1, 4] if name in BESIDE_ONE else []
-    together = [] if name in ROW_OF_EACH + COHORT_MIXED + TWO_OF_EACH + ["fedavg-ft"] else [0]
+    together = [] if name in ROW_OF_EACH + COHORT_MIXED + TWO_OF_EACH + ["fedavg-ft", "mira-common"] else [0]
+    together = [0, 1, 2] if name == "ifca" else together  # the clusters that begin
     assert change.index.tolist() == together + own + ([11, 7, 10] if name in TWO_OF_EACH else [])
     assert change.value.shape == (len(change.index), LAYOUT.size)
     assert change.value.dtype == torch.float32
@@ -177,7 +178,7 @@ def test_a_lost_client_keeps_its_row_and_is_not_missed_by_strangers(name: str) -
     assert torch.equal(without[3], torch.full((5,), 3.0))
     torch.testing.assert_close(without[4], whole[4], rtol=0, atol=1e-6)
     related = not torch.allclose(without[0], whole[0])
-    assert related is (name != "local")
+    assert related is (name not in ("local", "mira-personal"))  # personal: until the client has chosen
     pool = {"mira-all": [1, 3], "mira-paper-all": [1, 3]}.get(name, [])  # the lost one counts with its last known row
     strength = 0.4 if not name.startswith("mira-paper") else 0.01 * 1 * 2.0
     weight = {1: 0.5, 3: 1.0}

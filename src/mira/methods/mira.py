@@ -82,7 +82,7 @@ class Mira:
         unused, form = ("strength", "normalised") if self.form == "paper" else ("regularisation", "paper")
         if getattr(self, unused) != getattr(type(self), unused):
             raise UserError(
-                f"method.{unused}={getattr(self, unused)}: belongs to form '{form}', not '{self.form}'; "
+                f"method.{unused}={getattr(self, unused):g}: belongs to form '{form}', not '{self.form}'; "
                 f"set method.form={form} or leave {unused} out"
             )
         if self.form == "paper" and self.strength_end is not None:
