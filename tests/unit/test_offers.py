@@ -91,7 +91,7 @@ class Two:
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
         assert trained.option is not None
-        others = drawn(2).double()[1 - trained.option]
+        others = drawn(2).double()[1 - trained.option.clamp(min=0)]
         places = torch.arange(len(trained.client))
         made = Offer("kept", places, trained.client, (trained.rows, others), "validation", (0.0, 1.0))
         return Change(trained.client, trained.rows, {}, {}, offer=made)
