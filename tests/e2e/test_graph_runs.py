@@ -72,7 +72,7 @@ class Star:
     def isolated(self) -> Tensor:
         return torch.empty(0, dtype=torch.int64)
 
-    def updated(self, round: int, client: Tensor, rows: Tensor) -> Star:
+    def updated(self, round: int, client: Tensor, moved: Tensor) -> Star:
         return replace(self, weight=self.weight + 0.25) if self.grows else self
 
     def to_tensors(self) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from mira.core.errors import UserError
-from mira.core.graph import Graph
+from mira.core.graph import Edges, Graph, Groups
 from mira.core.layout import Layout
 from mira.core.mixing import mix, normalised_weights, paper_weights
 from mira.core.product_mixing import product_mix, rotated_mix
@@ -192,8 +192,7 @@ class Mira:
             lines = rows[who], towards[who]
             offer = Offer("strength", who, client[who], lines, "validation", _POINTS)
             return replace(change, offer=offer) if len(who) else change
-        moved = compared(state, rows) - compared(state, self._rows(state, client))
-        s = of_similarity(moved, a)
+        s = of_similarity(self._moved(state, trained), a)
         change = _step(client, rows + s[:, None].to(rows.dtype) * (towards - rows), float(s.max()), float(s.mean()))
         taken = dict(zip(client[related].tolist(), s[related].tolist(), strict=True))
         return replace(change, of_clients={"strength": taken})
@@ -237,11 +236,16 @@ class Mira:
                 mixed[:, start:stop] = rows[:, start:stop].lerp(mixed[:, start:stop], share)
         return mixed
 
+    def _moved(self, state: ServerState, trained: Trained) -> Tensor:
+        """Displacements [M,p] of the round, of the numbers that all clients have: clients of the same rank would look
+        related by the zeros beyond it."""
+        return compared(state, trained.rows) - compared(state, self._rows(state, trained.client))
+
     def _graph(self, state: ServerState, trained: Trained) -> Graph:
         """The graph to mix along, re-estimated from the rows just trained where it is one that is."""
-        # Beyond a client's rank there are zeros, by which clients of the same rank would look related.
-        rows = trained.rows if state.ranks is None else trained.rows[:, state.ranks.shared]
-        graph = state.graph.updated(state.round, trained.client, rows)
+        if isinstance(state.graph, Groups | Edges):
+            return state.graph
+        graph = state.graph.updated(state.round, trained.client, self._moved(state, trained))
         if graph is not state.graph and self.form == "paper":
             self._check(graph, float(state.extra[_STEP]), f" learned in round {state.round + 1}")
         return graph
