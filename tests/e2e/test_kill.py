@@ -19,11 +19,12 @@ from mira.config import load
 KILLS = 20
 SCENARIOS: dict[str, dict[str, Any]] = {
     "fresh-optimiser": {"rounds": 8},
-    "kept-optimiser-half-cohort-all-neighbours": {
+    "kept-optimiser-half-cohort-own-strength": {
         "rounds": 10,
         "cohort": 0.5,
         "training": {"keep_optimizer": True},
-        "method": {"name": "mira", "neighbours": "all"},
+        "method": {"name": "mira", "neighbours": "all", "strength": "personal", "common_rounds": 2},
+        "graph": {"name": "learned"},
         "evaluation": {"every": 2},
     },
 }
