@@ -21,7 +21,7 @@ from helpers.method_variants import WHOLE as VARIANTS
 from mira.core.graph import Graph, Groups
 from mira.core.loop import apply, describe, screen
 from mira.core.seeds import generator
-from mira.core.types import Change, Method, ServerState, Setting, Trained, uses_graph
+from mira.core.types import Change, MemoryRows, Method, ServerState, Setting, Trained, uses_graph
 from mira.methods import METHODS
 from mira.testing.method_case import LAYOUT, sparse_graph
 from mira.testing.methods import Spy
@@ -117,6 +117,9 @@ def test_a_learned_graph_mixes_from_the_first_round_on_and_is_kept() -> None:
     """With who was found related in this very round; whoever was absent has nobody yet."""
     method = VARIANTS["mira-learned"]
     state, done = state_of(method), trained(method)
+    state = replace(
+        state, rows=MemoryRows(torch.zeros(LAYOUT.size), 7, {})
+    )  # where all rows begin, they are displacements
     done.rows[1] = done.rows[0] + 0.1 * done.rows[1]  # clients 4 and 0 alike, 3 apart
     change = method.aggregate(state, done)
     torch.testing.assert_close(change.value[0], 0.6 * done.rows[0] + 0.4 * done.rows[1])
@@ -127,9 +130,10 @@ def test_a_learned_graph_mixes_from_the_first_round_on_and_is_kept() -> None:
 def test_who_mixes_along_no_graph_is_known(method: Method) -> None:
     """For the others none is made: all relations or none must be the same to them."""
     graphs = Groups(torch.zeros(7, dtype=torch.int64)), Groups(torch.arange(7))
-    a, b = (method.aggregate(state_of(method, known), trained(method)).value for known in graphs)
+    a, b = (method.aggregate(state_of(method, known), trained(method)) for known in graphs)
     learns = method is VARIANTS["mira-learned"]
-    assert torch.equal(a, b) is (learns or not uses_graph(method))
+    same = torch.equal(a.value, b.value) and (a.offer is None) is (b.offer is None)
+    assert same is (learns or not uses_graph(method))
 
 
 # The cost of a round.
@@ -153,10 +157,13 @@ def test_a_round_touches_the_cohorts_rows_and_their_neighbours_alone(method: Met
         assert sorted(spy.read) == sorted(NEIGHBOURS)
     elif name in ("mr-mtl", "scaffold"):
         assert sorted(spy.read) == [0, 1, 4, 5]  # the row of all, and what the cohort's rows were
+    elif name in ("mira-learned", "mira-similarity"):
+        assert sorted(spy.read) == sorted(COHORT)  # what they were, for displacements
     else:
         assert set(spy.read) <= (set() if name in ROW_OF_EACH + COHORT_MIXED + TWO_OF_EACH else {0})
     own = COHORT if name in ROW_OF_EACH + COHORT_MIXED + TWO_OF_EACH else [5, 1, 4] if name in BESIDE_ONE else []
-    together = [] if name in ROW_OF_EACH + COHORT_MIXED + TWO_OF_EACH + ["fedavg-ft", "mira-common"] else [0]
+    own = [] if name == "mira-common" else own  # the first round is a common one
+    together = [] if name in ROW_OF_EACH + COHORT_MIXED + TWO_OF_EACH + ["fedavg-ft"] else [0]
     together = [0, 1, 2] if name == "ifca" else together  # the clusters that begin
     assert change.index.tolist() == together + own + ([11, 7, 10] if name in TWO_OF_EACH else [])
     assert change.value.shape == (len(change.index), LAYOUT.size)

