@@ -46,9 +46,8 @@ log = logging.getLogger(__name__)
 
 Values = dict[str, Any]
 Answer = tuple[Values, dict[str, Tensor]]
-SEE_LOG = (
-    "it failed; the reason is in the site's own log"  # in the place of an error, which may hold text or file names
-)
+# In the place of an error, which may hold text or file names.
+SEE_LOG = "it failed; the reason is in the site's own log"
 
 
 class RefusedRequest(Exception):
