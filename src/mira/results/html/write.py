@@ -23,6 +23,7 @@ from mira.results.html.clients import MANY
 from mira.results.html.comparison import FILE, ComparedRuns, read_comparison
 from mira.results.html.load import RunData, read
 from mira.results.html.notes import notes
+from mira.results.html.strengths import strengths
 from mira.results.html.svg import text
 from mira.results.html.tables import call, client_table, configurations, environments, extremes, tiles
 from mira.results.html.variants import Variant, differing, group
@@ -98,6 +99,7 @@ def _content(runs: Sequence[RunData], variants: Sequence[Variant], names: list[s
         "maps": [clients.map_of(v, order, _losses(variants), 520) for v in variants[: curves.COLOURS]] if many else [],
         "extremes": extremes(variants, names) if many else [],
         "client_table": client_table(variants, order),
+        "strengths": [each for v in variants[:_PANELS] if (each := strengths(v, order)) is not None],
         "transfers": _transfers(variants, order), "graphs": _graphs(variants, order),
         "differences": differences, "configurations": configurations(variants), "environments": environments(runs),
         "lost": [(run.folder.name, *each) for run in runs for each in run.lost],
