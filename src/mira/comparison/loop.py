@@ -166,8 +166,7 @@ class Loop:
         chosen, schedule = self._schedule.chosen(name), self._schedule
         if chosen is None:
             self._lost_entries.append(failed_entry(name, schedule.failures))
-            tests = len(self.plan.comparison.seeds)
-            self.watcher.dropped(tests - len(self.plan.tune_seeds), tests)
+            self.watcher.dropped(len(self.plan.other_seeds), len(self.plan.comparison.seeds))
             log.warning("entries.%s: %s", name, self._lost_entries[-1]["reason"])
             return
         done = [(job, read_json(self.out / job.folder / TESTED)) for job in chosen if schedule.is_done("test", job)]

@@ -45,6 +45,19 @@ class Resources(BaseModel):
     """GB of memory of a run, weights included; null: the memory of the machine, divided by the runs that its cores allow."""
 
 
+class Primary(BaseModel):
+    """Comparisons that were chosen before the first run, and whose p values are corrected for their number."""
+
+    model_config = ConfigDict(**STRICT, frozen=True)
+
+    entry: str
+    """The entry of the claim."""
+    against: Annotated[list[str], Field(min_length=1)]
+    """The entries that it is compared with."""
+    margin: Annotated[float, Field(ge=0)] | None = None
+    """null: the claim is a lower loss. A number: the claim is a mean loss not higher by this share of the other's, e.g. 0.02."""
+
+
 class Comparison(BaseModel):
     """Entries × grid × seeds over one experiment."""
 
@@ -57,9 +70,9 @@ class Comparison(BaseModel):
     set: dict[str, Any] = {}
     """Dotted keys to set in the experiment of all entries."""
     seeds: Annotated[list[Seed], Field(min_length=1)]
-    """The seeds of every entry, at its chosen point of the grid."""
+    """The reported seeds: of every entry, at its chosen point of the grid."""
     tune_seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
-    """The seeds for every point of the grid, a part of seeds; null: all. Fewer seeds cost less; the choice is less certain."""
+    """The seeds for every point of the grid; null: seeds. Other seeds than those keep the choice apart from the report."""
     grid: Grid = {}
     """Dotted key -> values to try; every combination is a point. All entries have the same grid."""
     entries: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
@@ -67,6 +80,8 @@ class Comparison(BaseModel):
     with the same number of points, e.g. for steps of another scale."""
     against: list[str] | None = None
     """The baselines that all entries are tested against; null: all entries."""
+    primary: list[Primary] = []
+    """The comparisons that the file is about."""
     resources: Resources = Resources()
     """The share of a machine that each run may use."""
 
@@ -78,12 +93,17 @@ class Comparison(BaseModel):
             values = getattr(self, key) or []
             if len(set(values)) < len(values):
                 raise UserError(f"{key}={values}: has a repeated value")
-        for key, values, allowed in (
-            ("tune_seeds", self.tune_seeds, self.seeds), ("against", self.against, list(self.entries)),
-        ):  # fmt: skip
-            for value in values or []:
-                if value not in allowed:
-                    raise UserError(f"{key}: unknown value {value!r}{did_you_mean(str(value), map(str, allowed))}")
+        named = [("against", name) for name in self.against or []]
+        for n, each in enumerate(self.primary):
+            named += [(f"primary[{n}].entry", each.entry), *((f"primary[{n}].against", name) for name in each.against)]
+        for key, name in named:
+            if name not in self.entries:
+                raise UserError(f"{key}: no entry '{name}'{did_you_mean(name, self.entries)}")
+        pairs = [(each.entry, name) for each in self.primary for name in each.against]
+        for entry, other in pairs:
+            if entry == other or pairs.count((entry, other)) > 1:
+                what = "with itself" if entry == other else f"with '{other}' twice"
+                raise UserError(f"primary: compares '{entry}' {what}; name each pair of different entries once")
         self._check_keys()
         return self
 
@@ -146,7 +166,7 @@ class Plan:
     name: str
     comparison: Comparison
     base: Experiment  # without the settings of entries, grid and seeds
-    jobs: Mapping[str, Sequence[Sequence[Job]]]  # entry -> point -> one job for each seed
+    jobs: Mapping[str, Sequence[Sequence[Job]]]  # entry -> point -> one job for each reported and tuning seed
 
     @property
     def tune_seeds(self) -> list[int]:
@@ -157,10 +177,14 @@ class Plan:
         return self.comparison.against or list(self.jobs)
 
     @property
+    def other_seeds(self) -> list[int]:
+        """The reported seeds that tune nothing: they are run at the chosen point alone."""
+        return [seed for seed in self.comparison.seeds if seed not in self.tune_seeds]
+
+    @property
     def total(self) -> int:
         """The number of runs: the tuning seeds at every point, and the other seeds at the chosen point."""
-        tuned, seeds = len(self.tune_seeds), len(self.comparison.seeds)
-        return sum(len(points) * tuned + seeds - tuned for points in self.jobs.values())
+        return sum(len(points) * len(self.tune_seeds) + len(self.other_seeds) for points in self.jobs.values())
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Plan:
@@ -190,6 +214,16 @@ def points(grid: Grid) -> list[Point]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
+def edges(grid: Grid, point: Point) -> Point:
+    """The settings of ``point`` that are the smallest or largest of several numbers in ``grid``: a better one may lie beyond."""
+
+    def ends(values: Sequence[Any]) -> tuple[Any, ...]:
+        numbers = len(values) > 1 and all(isinstance(x, int | float) and not isinstance(x, bool) for x in values)
+        return (min(values), max(values)) if numbers else ()
+
+    return {key: value for key, value in point.items() if value in ends(grid[key])}
+
+
 def shown(settings: Mapping[str, Any]) -> str:
     """``settings`` as text: 'training.lr=0.001, method.strength=0.5', as for --set."""
     return ", ".join(_texts(settings))
@@ -202,9 +236,8 @@ def slug(name: str) -> str:
 def _jobs(comparison: Comparison, common: Mapping[str, Any], entry: str) -> list[list[Job]]:
     try:
         mine = override(common, _texts(comparison.sets(entry)))
-        return [
-            [_job(mine, entry, point, seed) for seed in comparison.seeds] for point in points(comparison.grid_of(entry))
-        ]
+        seeds = dict.fromkeys([*comparison.seeds, *(comparison.tune_seeds or ())])
+        return [[_job(mine, entry, point, seed) for seed in seeds] for point in points(comparison.grid_of(entry))]
     except UserError as error:
         raise UserError(f"entries.{entry}: {error}") from None
 

@@ -173,10 +173,9 @@ def position(each: Going, rounds: int) -> str:
 
 
 def sizes(plan: Plan) -> str:
-    seeds = len(plan.comparison.seeds)
     points = len(next(iter(plan.jobs.values())))
     text = f"{len(plan.jobs)} entries × {points} points × {len(plan.tune_seeds)} seeds"
-    more = seeds - len(plan.tune_seeds)
+    more = len(plan.other_seeds)
     return text + (f", and {more} more seeds at each entry's chosen point" if more else "")
 
 

@@ -1,4 +1,4 @@
-"""Order of a comparison's tasks: an entry's point is chosen by its tuning runs, then come its other seeds, and a test of each."""
+"""Order of a comparison's tasks: an entry's point is chosen by its tuning runs, then come its other seeds and the tests."""
 
 from __future__ import annotations
 
@@ -74,12 +74,14 @@ class Schedule:
         return self._is_tuned(entry) and all(self._state(*step) in _ENDED for step in self._known(entry))
 
     def chosen(self, entry: str) -> Sequence[Job] | None:
-        """The jobs at the point with the lowest mean validation loss, once it is known; None before, and where every point is
-        ruled out by a run that failed or has no finite loss."""
+        """The jobs of the reported seeds at the point with the lowest mean validation loss, once it is known; None before, and
+        where every point is ruled out by a run that failed or has no finite loss."""
         if not self._is_tuned(entry):
             return None
         means = [_mean_or_inf(losses) for _, losses in self.tuning(entry)]
-        return self.plan.jobs[entry][means.index(min(means))] if min(means) < inf else None
+        if min(means) == inf:
+            return None
+        return [job for job in self.plan.jobs[entry][means.index(min(means))] if job.seed in self.plan.comparison.seeds]
 
     def tuning(self, entry: str) -> list[tuple[Sequence[Job], list[float | None]]]:
         """The jobs of each point, and the losses of its tuning seeds; None for a run without a finite loss, or not done."""
@@ -105,7 +107,7 @@ class Schedule:
             yield "run", job
         chosen = self.chosen(entry) or ()
         for job in chosen:
-            if job.seed not in self.plan.tune_seeds:
+            if job.seed in self.plan.other_seeds:
                 yield "run", job
         for job in chosen:
             if self.is_done("run", job):

@@ -64,12 +64,13 @@ def page(runs: Sequence[RunData], compared: ComparedRuns | None = None) -> str:
     )
     environment.filters |= {"loss": _loss, "share": _share, "size": data_size, "number": number}
     template = environment.from_string(files("mira.results.html").joinpath("page.html").read_text(encoding="utf-8"))
+    content = _content(runs, variants, names)
     return template.render(
         style=Markup(style),  # our own file
         style_hash=b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         version=version_of("mira"),
         compared=compared,
-        **_content(runs, variants, names),
+        **content | {"notes": [*content["notes"], *(compared.notes if compared else ())]},
     )
 
 
