@@ -77,7 +77,9 @@ def done(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         patched.setattr(BatchedEngine, "evaluate", watched)
         patched.setattr(work, "tested", allowed)
         claims = [{"entry": "MIRA (s = 1)", "against": ["Local"], "margin": 0.02}]
-        ended = compare(write(folder, tiny_folder, primary=claims), "--out", folder / "o", "--results", folder / "r", "--json")
+        ended = compare(
+            write(folder, tiny_folder, primary=claims), "--out", folder / "o", "--results", folder / "r", "--json"
+        )
     assert ended.status == 0, ended.err
     return folder, one_object(ended.out), ended.err
 

@@ -14,11 +14,13 @@ from mira.comparison.plan import Job, Plan, Point, edges, shown
 from mira.comparison.schedule import Failure
 from mira.core.git_commit import commit
 from mira.results.statistics import mean
+from mira.runner.evaluation import LABEL_ACCURACY
 from mira.store import Store
 
 # Values of a run that the table averages over seeds.
 MEASURES = (
-    "local_loss", "local_loss_last", "global_loss", "mean_row_loss", "rouge_l", "exact_match", "validation_loss",
+    "local_loss", "local_loss_last", "global_loss", "mean_row_loss", "rouge_l", "exact_match", "label_accuracy",
+    "validation_loss",
     "bytes", "seconds",
 )  # fmt: skip
 
@@ -110,6 +112,7 @@ def _run(job: Job, test: dict[str, Any], out: Path) -> dict[str, Any]:
         "mean_row_loss": transfer.get("mean_row_loss"),
         "rouge_l": answers.get("rouge_l"),
         "exact_match": answers.get("exact_match"),
+        "label_accuracy": answers.get(LABEL_ACCURACY),
         "bytes": sum(record.get("bytes_up", 0) + record.get("bytes_down", 0) for record in records),
         "seconds": sum(record["seconds"] for record in records),
         "lost": sum(len(record["lost"]) for record in training),
@@ -122,6 +125,7 @@ def _run(job: Job, test: dict[str, Any], out: Path) -> dict[str, Any]:
                 "loss_last": last["clients"][name]["test_loss"],
                 "rouge_l": answers["clients"][name]["rouge_l"] if answers else None,
                 "exact_match": answers["clients"][name]["exact_match"] if answers else None,
+                "label_accuracy": answers["clients"][name].get(LABEL_ACCURACY) if answers else None,
             }
             for (name, scores), group in zip(best["clients"].items(), groups, strict=True)
         ],

@@ -22,9 +22,16 @@ Cells = list[list[str]]  # rows; the first one is the header
 _LOSSES = (
     ("local loss", "local_loss", 4),
     ("last round", "local_loss_last", 4),
-    ("global loss", "global_loss", 3),
+    ("on others' data", "global_loss", 3),
+    ("one for all", "mean_row_loss", 3),
 )
-_COSTS = (("ROUGE-L", "rouge_l", 3), ("exact match", "exact_match", 3), ("MB", "bytes", 1), ("s", "seconds", 0))
+_COSTS = (
+    ("ROUGE-L", "rouge_l", 3),
+    ("exact match", "exact_match", 3),
+    ("accuracy", "label_accuracy", 3),
+    ("MB", "bytes", 1),
+    ("s", "seconds", 0),
+)
 _DUELS = {
     "wins": "wins against", "difference": "difference to", "difference_low": "lower end to",
     "difference_high": "upper end to", "p": "p against",
@@ -48,8 +55,10 @@ def duels(value: Value) -> Cells:
 
 
 def costs(value: Value) -> Cells:
-    """Metrics of answers at the same rounds, bytes up and down, and seconds of a run."""
-    return [["", *(title for title, _, _ in _COSTS)], *([e["name"], *_cells(e, _COSTS)] for e in value["entries"])]
+    """Metrics of answers at the same rounds (accuracy where it was measured), bytes up and down, and seconds of a run."""
+    entries = value["entries"]
+    columns = [c for c in _COSTS if c[1] != "label_accuracy" or any(e[c[1]]["mean"] is not None for e in entries)]
+    return [["", *(title for title, _, _ in columns)], *([e["name"], *_cells(e, columns)] for e in entries)]
 
 
 def rich_tables(value: Value) -> Group:
@@ -118,6 +127,8 @@ def _notes(value: Value) -> list[str]:
     return [
         f"Mean over seeds {_list(seeds)} ± half the 95 % t-interval, test split, at the round and the point of the grid with the"
         f" lowest validation loss{tuning}.",
+        "On others' data: adapters of sampled clients on each other's data. One for all: the mean of all clients' adapters, on"
+        " every client's data; with one adapter for all it is that adapter.",
         *([CLAIMS_NOTE] if value["primary"] else []),
         *([DUELS_NOTE] if _baselines(value) else []),
         f"{value['date']}, commit {value['commit'] or 'unknown'}{_older(value)}, {machine['processor']},"

@@ -71,6 +71,7 @@ def _runs(folder: Path, entry: dict[str, Any]) -> list[RunData]:
         tested = {client["name"]: client["loss"] for client in run["clients"]}
         start = {client["name"]: client.get("loss_start") for client in run["clients"]}  # absent in older comparisons
         scores = {key: run[key] for key in ("global_loss", "exact_match", "rouge_l")}
+        scores |= {key: run.get(key) for key in ("mean_row_loss", "label_accuracy")}  # absent in older comparisons
         transfer = _transfer(folder / place / TESTED)
         known = read(folder / place)
         found.append(replace(known, tested=tested, tested_start=start, scores=scores, tested_transfer=transfer))

@@ -88,7 +88,7 @@ def _content(runs: Sequence[RunData], variants: Sequence[Variant], names: list[s
         "curve": first.split, "split": first.judged,
         "runs": runs, "variants": variants, "names": names, "families": families, "rows": rows,
         "wins": wins(variants, names), "call": call(variants, rows), "tiles": tiles(variants[0], names),
-        "colour": curves.colour,
+        "colour": curves.colour, "labelled": any(v.score("label_accuracy") for v in variants),
         "notes": notes(runs, variants, names),
         "curves": curves.over_rounds(variants, names, _WIDTH, 380),
         "panels": curves.families(variants, dict(list(families.items())[:_PANELS]), 256, 180),
