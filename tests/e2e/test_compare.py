@@ -325,6 +325,26 @@ def test_a_comparison_goes_on_within_a_run(tiny_folder: Path, tmp_path: Path, mo
         assert one | {"seconds": 0} == other | {"seconds": 0}
 
 
+def test_a_grid_grows_where_its_end_is_the_best(tiny_folder: Path, tmp_path: Path) -> None:
+    """On the tiny model higher rates are better up to a point; the totals grow with the grid."""
+    file = write(
+        tmp_path, tiny_folder, {"Local": LINE["Local"]}, seeds=[0], grid={"training.lr": [1e-4, 1e-3]}, extend=1
+    )
+    ended = compare(file, "--out", tmp_path / "o", "--json")
+    entry = one_object(ended.out)["entries"][0]
+    assert [each["point"] for each in entry["tuning"]] == [f"training.lr={lr}" for lr in (0.0001, 0.001, 0.01)]
+    assert "2 points × 1 seeds (and up to 1 beyond an end that is the best)" in ended.err
+    assert [line[:10] for line in ended.err.splitlines() if line[:4] == "run "] == [
+        "run 1 of 2",
+        "run 2 of 2",
+        "run 3 of 3",
+    ]
+    assert entry["edge"] == entry["chosen"] == "training.lr=0.01"
+    again = compare(file, "--out", tmp_path / "o", "--json")
+    assert again.err.count("finished before") == 3
+    assert one_object(again.out)["entries"] == one_object(ended.out)["entries"]
+
+
 def test_the_page_shows_what_was_chosen_and_tested(done: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
     folder, value, _ = done
     out = tmp_path / "page.html"

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from mira import Experiment
 from mira.comparison import load
+from mira.comparison.grid import edges, points
 from mira.comparison.paired import against, primary
-from mira.comparison.plan import Primary, edges, parse, points, shown
+from mira.comparison.plan import Primary, parse, shown
 from mira.comparison.progress import of_a_run
 from mira.comparison.summary import MEASURES
 from mira.comparison.tables import csv_text, latex, markdown, rich_tables
@@ -88,10 +89,43 @@ def test_seeds_that_tune_may_be_apart_from_those_that_are_reported(tmp_path: Pat
 
 
 def test_the_edge_of_a_grid() -> None:
-    grid = {"training.lr": [0.1, 0.4, 0.2], "method.form": ["a", "b"], "method.s": [1.0], "method.n": [1, None]}
-    assert edges(grid, {"training.lr": 0.4, "method.form": "a", "method.s": 1.0, "method.n": 1}) == {"training.lr": 0.4}
-    assert edges(grid, {"training.lr": 0.1, "method.form": "b", "method.s": 1.0, "method.n": 1}) == {"training.lr": 0.1}
-    assert edges(grid, {"training.lr": 0.2, "method.form": "a", "method.s": 1.0, "method.n": None}) == {}
+    tried = points(
+        {"training.lr": [0.1, 0.4, 0.2], "method.form": ["a", "b"], "method.s": [1.0], "method.n": [1, None]}
+    )
+    ends = {each["training.lr"]: edges(tried, each) for each in tried}
+    assert ends == {0.1: {"training.lr": 0.1}, 0.4: {"training.lr": 0.4}, 0.2: {}}
+
+
+@pytest.mark.parametrize(
+    ("grid", "below", "above"),
+    [
+        ({"lr": [0.001, 0.002, 0.004]}, [0.0005, 0.00025], [0.008, 0.016]),
+        ({"lr": [0.01, 0.003]}, [0.0009, 0.00027], [0.0333333333, 0.111111111]),
+        ({"lr": [1, 2, 10]}, [0.5, 0.25], [50.0, 250.0]),
+        ({"lr": [0.0, 1.0]}, [], []),
+        ({"lr": [1.0]}, [], []),
+        ({"on": [False, True]}, [], []),
+        ({"form": ["a", "b"]}, [], []),
+        ({"n": [1, None]}, [], []),
+        ({"lr": [1, 2], "n": [1, 2]}, [], []),
+    ],
+)
+def test_what_lies_beyond_a_grid(grid: Any, below: list[float], above: list[float]) -> None:
+    sides = [[value for point in side for value in point.values()] for side in beyond(grid, 2)]
+    assert sides == [below, above]
+    assert beyond(grid, 0) == ([], [])
+
+
+def test_a_grid_is_extended_as_far_as_the_configuration_allows(tmp_path: Path) -> None:
+    entries = {"MIRA": {"grid": {"method.strength": [0.25, 0.5]}}, "Local": {"method.name": "local"}}
+    plan = load(write(tmp_path, entries=entries, extend=3))
+    lower, upper = plan.beyond["MIRA"]
+    assert [jobs[0].point for jobs in lower] == [{"method.strength": s} for s in (0.125, 0.0625, 0.03125)]
+    assert [jobs[0].point for jobs in upper] == [{"method.strength": 1.0}]
+    assert [[job.seed for job in jobs] for jobs in upper] == [[0, 1, 2]]
+    assert plan.total == 2 * 2 * 3
+    assert len(list(plan.every_job())) == (2 + 4) * 3 + (2 + 6) * 3
+    assert load(write(tmp_path)).beyond["Local"] == ([], [])
 
 
 @pytest.mark.parametrize("file", PROTOCOL, ids=lambda file: file.name)
@@ -162,6 +196,7 @@ def test_points_that_differ_in_signs_have_folders_of_their_own(tmp_path: Path) -
             {"primary": [{"entry": "Local", "against": ["MIRA (s = 1)"], "margin": m} for m in (None, 0.02)]},
             r"primary: compares 'Local' with 'MIRA \(s = 1\)' twice",
         ),
+        ({"extend": 9}, r"extend=9: .*less than or equal to 8"),
         ({"experiment": None}, r"base: give the experiment either as base, a YAML file, or under experiment"),
         ({"base": "x.yaml"}, r"base: give the experiment either as base"),
         ({"grid": {"rounds": [1, 2]}}, r"grid\.rounds: must be the same for all"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mira.comparison.plan import Job, Plan, parse, points, slug
+from mira.comparison.grid import points
+from mira.comparison.plan import Job, Plan, parse, slug
 from mira.comparison.schedule import MOST_TRIES, Schedule, Step
 from mira.config import parse as experiment
 
@@ -129,6 +131,37 @@ def test_seeds_that_only_tune_are_not_tested() -> None:
     assert [(kind, str(job.folder)) for kind, job in steps] == [
         ("run", "e0/0/1"), ("run", "e0/0/2"), ("run", "e0/1/1"), ("run", "e0/1/2"), ("run", "e0/0/0"), ("test", "e0/0/0")
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("losses", "tried", "chosen"),
+    [
+        ({0.1: 3, 0.2: 2, 0.4: 3}, [0.1, 0.2, 0.4], 0.2),  # an inner point
+        ({0.1: 3, 0.2: 2, 0.4: 1, 0.8: 2}, [0.1, 0.2, 0.4, 0.8], 0.4),
+        ({0.1: 3, 0.2: 2, 0.4: 1, 0.8: 0, 1.6: -1}, [0.1, 0.2, 0.4, 0.8, 1.6], 1.6),  # no further than allowed
+        ({0.1: 3, 0.2: 2, 0.4: 1, 0.8: None}, [0.1, 0.2, 0.4, 0.8], 0.4),  # beyond the end a run diverges
+        ({0.05: 1, 0.1: 1, 0.2: 2, 0.4: 3}, [0.1, 0.2, 0.4, 0.05], 0.1),  # no better than the end
+        ({0.1: None, 0.2: None, 0.4: None}, [0.1, 0.2, 0.4], None),
+    ],
+)
+def test_a_grid_grows_while_its_end_is_the_best(
+    losses: dict[float, float | None], tried: list[float], chosen: float | None
+) -> None:
+    plan = plan_of(1, 1, 1, 0, apart=2)
+    grid: dict[str, Any] = {"training.lr": [0.1, 0.2, 0.4]}
+
+    def jobs(point: dict[str, Any]) -> list[Job]:
+        (lr,) = point.values()
+        return [Job("e0", point, seed, EXPERIMENT, Path(f"{lr}/{seed}")) for seed in range(3)]
+
+    lower, upper = ([jobs(point) for point in side] for side in beyond(grid, 2))
+    plan = replace(plan, jobs={"e0": [jobs(point) for point in points(grid)]}, beyond={"e0": (lower, upper)})
+    schedule = Schedule(plan)
+    steps = done_serially(schedule, {job.folder: losses.get(job.point["training.lr"]) for job in plan.every_job()})
+    assert [job.point["training.lr"] for kind, job in steps if kind == "run" and job.seed == 1] == tried
+    found = schedule.chosen("e0")
+    assert (found and found[0].point["training.lr"]) == chosen
+    assert [job.seed for kind, job in steps if kind == "test"] == ([] if chosen is None else [0])
 
 
 def done_serially(schedule: Schedule, losses: Losses) -> list[Step]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
-from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mira import config
+from mira.comparison.grid import Grid, Point, beyond, points, size
 from mira.config import Experiment
 from mira.config.overrides import override
 from mira.config.validation_errors import explain
@@ -23,9 +22,6 @@ from mira.core.errors import UserError, did_you_mean
 from mira.core.pydantic_config import STRICT, Count, UserPath
 
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
-Scalar = Annotated[bool, Field(strict=True)] | Annotated[int, Field(strict=True)] | float | str | None
-Grid = dict[str, Annotated[list[Scalar], Field(min_length=1)]]
-Point = dict[str, Any]  # one point of a grid: dotted key -> value
 
 # Sections in which entries may differ, except for the training keys that decide the order of examples.
 _OWN = ("method", "graph", "adapter", "training")
@@ -75,6 +71,9 @@ class Comparison(BaseModel):
     """The seeds for every point of the grid; null: seeds. Other seeds than those keep the choice apart from the report."""
     grid: Grid = {}
     """Dotted key -> values to try; every combination is a point. All entries have the same grid."""
+    extend: Annotated[int, Field(strict=True, ge=0, le=8)] = 0
+    """Points by which a grid of one number may grow beyond each end: as long as the end is the best one, the next point is in the
+    ratio of the last two."""
     entries: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     """Name of an entry -> the dotted keys that it sets, in method, graph, adapter and training. An entry may have its own grid
     with the same number of points, e.g. for steps of another scale."""
@@ -119,16 +118,16 @@ class Comparison(BaseModel):
                         f"{place}.{key}: must be the same for all entries, which see the same data in the same order; entries may"
                         f" differ in method, graph, adapter and training (except {', '.join(_SHARED)}); set it under set"
                     )
-        size = _size(self.grid)
+        wanted = size(self.grid)
         for name in self.entries:
             for key, values in self.grid_of(name).items():
                 if len(set(map(_text, values))) < len(values):
                     raise UserError(
                         f"grid.{key}={values}: has a repeated value; every entry has the same number of points"
                     )
-            if _size(self.grid_of(name)) != size:
+            if size(self.grid_of(name)) != wanted:
                 raise UserError(
-                    f"entries.{name}.grid: {_size(self.grid_of(name))} points, but the others have {size}; every entry"
+                    f"entries.{name}.grid: {size(self.grid_of(name))} points, but the others have {wanted}; every entry"
                     " has the same number of points"
                 )
             if both := sorted(set(self.grid_of(name)) & set(self.sets(name))):
@@ -167,6 +166,14 @@ class Plan:
     comparison: Comparison
     base: Experiment  # without the settings of entries, grid and seeds
     jobs: Mapping[str, Sequence[Sequence[Job]]]  # entry -> point -> one job for each reported and tuning seed
+    beyond: Mapping[str, tuple[Sequence[Sequence[Job]], Sequence[Sequence[Job]]]] = field(default_factory=dict)
+    """Entry -> points below and above its grid, from the inside to the outside, that it may be extended by."""
+
+    def every_job(self) -> Iterator[Job]:
+        """All possible runs."""
+        for name, inside in self.jobs.items():
+            for by_point in (inside, *self.beyond.get(name, ())):
+                yield from (job for jobs in by_point for job in jobs)
 
     @property
     def tune_seeds(self) -> list[int]:
@@ -198,8 +205,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Plan:
             raise UserError(f"override '{text}': entries or grid set {key}; change it there")
     if "seed" in {text.partition("=")[0].strip() for text in [*_texts(comparison.set), *overrides]}:
         raise UserError("seed: give the seeds of a comparison in seeds")
-    jobs = {name: _jobs(comparison, common, name) for name in comparison.entries}
-    return Plan(path.stem, comparison, config.parse(common), jobs)
+    jobs, outside = {}, {}
+    for name in comparison.entries:
+        grid = comparison.grid_of(name)
+        jobs[name] = [_jobs(comparison, common, name, point) for point in points(grid)]
+        lower, upper = (_possible(comparison, common, name, side) for side in beyond(grid, comparison.extend))
+        outside[name] = lower, upper
+    return Plan(path.stem, comparison, config.parse(common), jobs, outside)
 
 
 def parse(values: Mapping[str, Any]) -> Comparison:
@@ -208,20 +220,6 @@ def parse(values: Mapping[str, Any]) -> Comparison:
         return Comparison(**values)
     except ValidationError as error:
         raise UserError(explain(error, values, Comparison.model_json_schema())) from None
-
-
-def points(grid: Grid) -> list[Point]:
-    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-
-
-def edges(grid: Grid, point: Point) -> Point:
-    """The settings of ``point`` that are the smallest or largest of several numbers in ``grid``: a better one may lie beyond."""
-
-    def ends(values: Sequence[Any]) -> tuple[Any, ...]:
-        numbers = len(values) > 1 and all(isinstance(x, int | float) and not isinstance(x, bool) for x in values)
-        return (min(values), max(values)) if numbers else ()
-
-    return {key: value for key, value in point.items() if value in ends(grid[key])}
 
 
 def shown(settings: Mapping[str, Any]) -> str:
@@ -233,13 +231,24 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60]
 
 
-def _jobs(comparison: Comparison, common: Mapping[str, Any], entry: str) -> list[list[Job]]:
+def _jobs(comparison: Comparison, common: Mapping[str, Any], entry: str, point: Point) -> list[Job]:
     try:
         mine = override(common, _texts(comparison.sets(entry)))
         seeds = dict.fromkeys([*comparison.seeds, *(comparison.tune_seeds or ())])
-        return [[_job(mine, entry, point, seed) for seed in seeds] for point in points(comparison.grid_of(entry))]
+        return [_job(mine, entry, point, seed) for seed in seeds]
     except UserError as error:
         raise UserError(f"entries.{entry}: {error}") from None
+
+
+def _possible(comparison: Comparison, common: Mapping[str, Any], entry: str, side: Sequence[Point]) -> list[list[Job]]:
+    """The jobs of the points of ``side`` up to the first that the configuration does not allow, e.g. a strength above 1."""
+    found: list[list[Job]] = []
+    for point in side:
+        try:
+            found.append(_jobs(comparison, common, entry, point))
+        except UserError:
+            break
+    return found
 
 
 def _job(values: Mapping[str, Any], entry: str, point: Point, seed: int) -> Job:
@@ -264,7 +273,3 @@ def _text(value: Any) -> str:
     word = isinstance(value, str) and re.fullmatch(r"[A-Za-z][A-Za-z_-]*", value)
     plain = word and value.lower() not in ("true", "false", "null")
     return value if plain else json.dumps(value, ensure_ascii=False)  # JSON is YAML
-
-
-def _size(grid: Grid) -> int:
-    return prod(len(values) for values in grid.values())

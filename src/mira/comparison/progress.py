@@ -176,6 +176,7 @@ def sizes(plan: Plan) -> str:
     points = len(next(iter(plan.jobs.values())))
     text = f"{len(plan.jobs)} entries × {points} points × {len(plan.tune_seeds)} seeds"
     more = len(plan.other_seeds)
+    text += f" (and up to {plan.comparison.extend} beyond an end that is the best)" if plan.comparison.extend else ""
     return text + (f", and {more} more seeds at each entry's chosen point" if more else "")
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mira import config
+from mira.comparison.grid import Point, edges
 from mira.comparison.machines import places_of
 from mira.comparison.paired import against, primary
-from mira.comparison.plan import Job, Plan, Point, edges, shown
+from mira.comparison.plan import Job, Plan, shown
 from mira.comparison.schedule import Failure
 from mira.core.git_commit import commit
 from mira.results.statistics import mean
@@ -39,7 +40,7 @@ def entry_of(
         "name": name,
         "sets": shown(plan.comparison.sets(name)),
         "chosen": shown(point),
-        "edge": shown(edges(plan.comparison.grid_of(name), point)),
+        "edge": shown(edges([tried for tried, _ in tuning], point)),
         "tuning": [
             {"point": shown(point), "validation_loss": _spread(losses)["mean"], "losses": list(losses)}
             for point, losses in tuning
