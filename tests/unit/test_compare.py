@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mira import Experiment
 from mira.comparison import load
-from mira.comparison.grid import edges, points
+from mira.comparison.grid import beyond, edges, points
 from mira.comparison.paired import against, primary
 from mira.comparison.plan import Primary, parse, shown
 from mira.comparison.progress import of_a_run

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mira.comparison.grid import points
+from mira.comparison.grid import beyond, points
 from mira.comparison.plan import Job, Plan, parse, slug
 from mira.comparison.schedule import MOST_TRIES, Schedule, Step
 from mira.config import parse as experiment
