@@ -39,11 +39,12 @@ def main() -> None:
     for shape in SHAPES:
         for what, spread in SPREADS.items():
             drawn = [sample(shape, spread, np.random.default_rng(n)) for n in range(samples)]
-            error = sqrt(sum(s**2 / n for s, n in zip(spread, (*shape[:2], np.prod(shape)), strict=True)))
+            seeds, tasks, clients = shape
+            error = sqrt(spread[0] ** 2 / seeds + spread[1] ** 2 / tasks + spread[2] ** 2 / (seeds * tasks * clients))
             cells = []
             for interval in INTERVALS.values():
                 found = [interval(d) for d in drawn]
-                held = fmean(low <= 0 <= high for low, high in found)
+                held = sum(low <= 0 <= high for low, high in found) / samples
                 width = fmean((high - low) / 2 for low, high in found) / error
                 cells.append(f"{100 * held:.1f} %, {width:.1f}")
             print(f"| {' × '.join(map(str, shape))} | {what} |", " | ".join(cells), "|", flush=True)

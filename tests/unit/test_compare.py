@@ -101,7 +101,7 @@ def test_the_edge_of_a_grid() -> None:
     [
         ({"lr": [0.001, 0.002, 0.004]}, [0.0005, 0.00025], [0.008, 0.016]),
         ({"lr": [0.01, 0.003]}, [0.0009, 0.00027], [0.0333333333, 0.111111111]),
-        ({"lr": [1, 2, 10]}, [0.5, 0.25], [50.0, 250.0]),
+        ({"rank": [1, 2, 10]}, [0.5, 0.25], [50, 250]),
         ({"lr": [0.0, 1.0]}, [], []),
         ({"lr": [1.0]}, [], []),
         ({"on": [False, True]}, [], []),
@@ -113,6 +113,7 @@ def test_the_edge_of_a_grid() -> None:
 def test_what_lies_beyond_a_grid(grid: Any, below: list[float], above: list[float]) -> None:
     sides = [[value for point in side for value in point.values()] for side in beyond(grid, 2)]
     assert sides == [below, above]
+    assert list(map(type, sides[1])) == list(map(type, above))
     assert beyond(grid, 0) == ([], [])
 
 
@@ -305,7 +306,7 @@ TWO = value(
 
 def test_markdown() -> None:
     lines = markdown(TWO).splitlines()
-    assert "| a | lr=0.1, s=1 | 0.5000 ± 0.2500 | 0.5000 ± 0.2500 | 0.500 ± 0.250 |" in lines
+    assert "| a | lr=0.1, s=1 | 0.5000 ± 0.2500 | 0.5000 ± 0.2500 | 0.500 ± 0.250 | 0.500 ± 0.250 |" in lines
     assert "|  | lower than a |" in lines
     assert {"| a |  |", "| b_c | 9 of 12, −0.100 [−0.150, −0.050] |", "| d | – |"} <= set(lines)
     assert "| b_c | – | 0.500 ± 0.250 | 2.5 | 0 ± 0 |" in lines

@@ -34,16 +34,18 @@ def beyond(grid: Grid, most: int) -> tuple[list[Point], list[Point]]:
     if len(grid) != 1 or not most:
         return [], []
     [(key, values)] = grid.items()
-    if not _ends(values) or min(values) <= 0:  # type: ignore[type-var, operator]
+    if not (ends := _ends(values)) or ends[0] <= 0:
         return [], []
-    up: list[float] = sorted(values)  # type: ignore[type-var, arg-type]
-    return _on(key, up[::-1], most), _on(key, up, most)
+    numbers: list[Any] = sorted(values, key=float)  # type: ignore[arg-type]
+    return _on(key, numbers[::-1], most), _on(key, numbers, most)
 
 
 def _on(key: str, values: Sequence[float], most: int) -> list[Point]:
-    """``most`` points after the last of ``values``. Numbers have nine digits, as 0.004·2 shall be 0.008."""
+    """``most`` points after the last of ``values``. Numbers have nine digits, as 0.004·2 shall be 0.008; counts stay whole."""
     before, last = values[-2:]
-    return [{key: float(f"{last * (last / before) ** n:.9g}")} for n in range(1, most + 1)]
+    found = [float(f"{last * (last / before) ** n:.9g}") for n in range(1, most + 1)]
+    counts = all(isinstance(value, int) for value in values)
+    return [{key: int(value) if counts and value.is_integer() else value} for value in found]
 
 
 def _ends(values: Sequence[Any]) -> tuple[Any, ...]:

@@ -49,7 +49,7 @@ def short(settings: str) -> str:
 def _evidence(each: Values) -> list[str]:
     if each["wins"] is None:
         return [number(None)] * 6
-    relative = {key: value if value is None else 100 * value for key, value in each.items() if "relative" in key}
+    relative: Values = {key: each[key] and 100 * each[key] for key in each if "relative" in key}
     return [
         _interval(each, "difference", 3),
         f"{_interval(relative, 'relative', 1)} %",
