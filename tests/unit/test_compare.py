@@ -309,7 +309,11 @@ def test_markdown() -> None:
     assert "| a | lr=0.1, s=1 | 0.5000 ± 0.2500 | 0.5000 ± 0.2500 | 0.500 ± 0.250 | 0.500 ± 0.250 |" in lines
     assert "|  | lower than a |" in lines
     assert {"| a |  |", "| b_c | 9 of 12, −0.100 [−0.150, −0.050] |", "| d | – |"} <= set(lines)
-    assert "| b_c | – | 0.500 ± 0.250 | 2.5 | 0 ± 0 |" in lines
+    assert "|  | ROUGE-L | exact match | accuracy | MB | s |" in lines
+    assert "| b_c | – | 0.500 ± 0.250 | 0.500 ± 0.250 | 2.5 | 0 ± 0 |" in lines
+    assert "| a | 0.500 ± 0.250 | 0.500 ± 0.250 | 2.5 | 0 ± 0 |" in markdown(
+        value(entry("a", label_accuracy=spread(None)))
+    )
     assert any(
         line.startswith("2026-01-02, commit unknown, P, 2 threads, cpu; m (sha256 0123456789ab)") for line in lines
     )
