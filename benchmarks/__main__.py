@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks import memory, server, serving, training
+from benchmarks import demo, memory, server, serving, training
 from benchmarks.report import console, environment, show, write
 
 OUT = Path(__file__).parent / "out" / "bench.json"
@@ -15,7 +15,9 @@ OUT = Path(__file__).parent / "out" / "bench.json"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--samples", type=int, default=3, help="turns of every contest; 3 take about 9 minutes")
-    parser.add_argument("--full", action="store_true", help="one client a pass, batch 8 and the server as well")
+    parser.add_argument(
+        "--full", action="store_true", help="one client a pass, batch 8, the whole demo and the server as well"
+    )
     given = parser.parse_args()
     samples, full = given.samples, given.full
     results: dict[str, Any] = {"environment": environment(), "samples": samples, "ratios": {}, "agreement": {}}
@@ -24,6 +26,7 @@ def main() -> None:
     _add(results, "memory", memory.measure())
     if full:
         _add(results, "batch 8", training.measure(2, console.print, batch=8), goals=False)
+        _add(results, "demo", demo.measure(console.print))
         results["ratios"].update({name: {"flop_ratio": None, **value} for name, value in server.measure(3).items()})
         write(results, OUT)
     show(results, OUT)

@@ -6,7 +6,7 @@ PyTorch's. Data and order are those of the engine under test.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from mira.core.layout import Layout
 from mira.data.text import Encoded
 
 IGNORED = -100
+EVALUATED = 8  # sequences of a batch without gradients
 Loss = Callable[[PeftModel, Workload, Sequence[Encoded]], Tensor]  # of one step
 
 
@@ -50,34 +51,39 @@ def train(
     peft: PeftModel, workload: Workload, rows: Tensor, round: int, loss_of: Loss = padded_loss
 ) -> tuple[Tensor, Tensor]:
     """The fair loop: one model for all clients. Rows after the round [J,P], and the mean loss of each client [J]."""
-    done = [_train_one(peft, workload, rows[k], round, k, loss_of) for k in workload.clients]
-    return torch.stack([row for row, _ in done]).cpu(), torch.stack([loss for _, loss in done]).cpu()
+    done = [train_one(peft, workload, rows[k], round, k, loss_of=loss_of) for k in workload.clients]
+    return torch.stack([row for row, _ in done]), torch.stack([loss for _, loss in done])
 
 
 @torch.no_grad()
-def evaluate(peft: PeftModel, workload: Workload, rows: Tensor, split: str, batch_size: int) -> Tensor:
-    """Mean loss of each client over a split [J]."""
-    losses = []
-    for k in workload.clients:
-        _load(peft, workload.made.spec.layout, rows[k])
-        sequences = workload.made.spec.corpus.encoded(k, split)
+def evaluate(
+    peft: PeftModel, workload: Workload, rows: Tensor, clients: Iterable[int], split: str, limit: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Summed loss [n] and number of label tokens [n] of row i [n,P] on a split of the i-th client."""
+    nll, tokens = [], []
+    for row, k in zip(rows, clients, strict=True):
+        _load(peft, workload.made.spec.layout, row)
+        sequences = workload.made.spec.corpus.encoded(k, split, limit)
         total = torch.zeros((), dtype=torch.float64, device=peft.device)
-        for start in range(0, len(sequences), batch_size):
-            part = sequences[start : start + batch_size]
+        for start in range(0, len(sequences), EVALUATED):
+            part = sequences[start : start + EVALUATED]
             batch = padded(part, workload)
             loss = peft(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).loss
-            total += loss.double() * sum(sum(s.label) for s in part)
-        losses.append(total / sum(sum(s.label) for s in sequences))
-    return torch.stack(losses).cpu()
+            total += loss.double() * _labels(part)
+        nll.append(total.cpu())
+        tokens.append(_labels(sequences))
+    return torch.stack(nll), torch.tensor(tokens)
 
 
 @torch.no_grad()
-def generate(peft: PeftModel, workload: Workload, rows: Tensor, split: str, limit: int, new: int) -> list[list[str]]:
-    """Greedy answers, all prompts of a client in one left-padded batch."""
+def generate(
+    peft: PeftModel, workload: Workload, rows: Tensor, clients: Iterable[int], split: str, limit: int | None, new: int
+) -> list[list[str]]:
+    """Greedy answers of row i [n,P] to prompts of the i-th client, all of a client in one left-padded batch."""
     pad, stops = workload.made.spec.text.pad, sorted(workload.made.spec.text.stops)
     answers = []
-    for k in workload.clients:
-        _load(peft, workload.made.spec.layout, rows[k])
+    for row, k in zip(rows, clients, strict=True):
+        _load(peft, workload.made.spec.layout, row)
         prompts = workload.made.spec.corpus.prompts(k, split, limit)
         width = max(len(p) for p in prompts)
         ids = torch.full((len(prompts), width), pad)
@@ -112,19 +118,28 @@ def padded(sequences: Sequence[Encoded], workload: Workload) -> Batch:
     return Batch(*(x.to(workload.plain.device) for x in (ids, mask, labels)))
 
 
-def _train_one(
-    peft: PeftModel, workload: Workload, row: Tensor, round: int, client: int, loss_of: Loss
-) -> tuple[Tensor, Tensor]:
-    parameters = _load(peft, workload.made.spec.layout, row)
-    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
+def train_one(
+    peft: PeftModel, workload: Workload, row: Tensor, round: int, client: int, lr: float = LR,
+    loss_of: Loss = padded_loss,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The row [P] of one client after a round, and the mean loss of its steps."""
+    spec = workload.made.spec
+    parameters = _load(peft, spec.layout, row)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=spec.training.weight_decay)
     losses = []
-    for sequences in workload.made.spec.corpus.batches(round, client):
+    for sequences in spec.corpus.batches(round, client):
         optimizer.zero_grad()
         loss = loss_of(peft, workload, sequences)
         loss.backward()
+        if spec.training.clip is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, spec.training.clip)
         optimizer.step()
         losses.append(loss.detach().double())
-    return torch.cat([p.detach().flatten() for p in parameters]), torch.stack(losses).mean()
+    return torch.cat([p.detach().flatten() for p in parameters]).cpu(), torch.stack(losses).mean().cpu()
+
+
+def _labels(sequences: Sequence[Encoded]) -> int:
+    return sum(sum(s.label) for s in sequences)
 
 
 def _load(peft: PeftModel, layout: Layout, row: Tensor) -> list[torch.nn.Parameter]:

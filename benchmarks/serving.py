@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import count
-from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from benchmarks import peft_loop
 from benchmarks.flops import Cost, of_batches
 from benchmarks.probe import sample
-from benchmarks.workload import LR, Workload, open_workload
+from benchmarks.workload import Workload, open_workload
 from mira.data.text import Encoded
-from mira.store import Store
 
-SPLIT, BATCH, PROMPTS, NEW = "test", 8, 4, 16
+SPLIT, PROMPTS, NEW = "test", 4, 16
 
 
 def measure(samples: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -29,23 +24,20 @@ def measure(samples: int, say: Callable[[str], None]) -> dict[str, Any]:
     clients = torch.tensor(list(workload.clients))
     evaluation = _turns(
         samples, say, "evaluation",
-        lambda: peft_loop.evaluate(peft, workload, rows, SPLIT, BATCH),
+        lambda: torch.div(*peft_loop.evaluate(peft, workload, rows, workload.clients, SPLIT)),
         lambda: engine.evaluate(rows, clients, [SPLIT]).loss[:, 0],
     )  # fmt: skip
     generation = _turns(
         samples, say, "generation",
-        lambda: peft_loop.generate(peft, workload, rows, SPLIT, PROMPTS, NEW),
+        lambda: peft_loop.generate(peft, workload, rows, workload.clients, SPLIT, PROMPTS, NEW),
         lambda: engine.generate(rows, clients, SPLIT, PROMPTS, NEW),
     )  # fmt: skip
-    with TemporaryDirectory() as folder:
-        everything = _everything(samples, say, workload, peft, Path(folder))
     theirs, ours = evaluation["results"]
     alike = sum(a == b for x, y in zip(*generation["results"], strict=True) for a, b in zip(x, y, strict=True))
     return {
         "ratios": {
             "evaluation, fp32": _ratio(evaluation, _evaluation_flops(workload), 5.0),
             f"greedy generation, {NEW} tokens, fp32": _ratio(generation, _generation_flops(workload), 5.0),
-            "train, evaluate, generate, commit, fp32": _ratio(everything, None, 4.0),
         },
         "agreement": {
             "evaluation": {"difference": float(((theirs - ours).abs() / theirs).max()), "allowed": 1e-5},
@@ -55,33 +47,8 @@ def measure(samples: int, say: Callable[[str], None]) -> dict[str, Any]:
         "seconds": {
             "evaluation": evaluation["seconds"],
             "generation": generation["seconds"],
-            "all": everything["seconds"],
         },
     }
-
-
-def _everything(
-    samples: int, say: Callable[[str], None], workload: Workload, peft: PeftModel, folder: Path
-) -> dict[str, Any]:
-    """A round as in a run: a local step of every client, losses and answers of the new adapters, rows on the disk."""
-    engine, rows, clients = workload.engine(), workload.rows(), torch.tensor(list(workload.clients))
-    store = Store.create(folder / "mira", "", {}, workload.start, len(clients), {})
-    rounds = count()
-
-    def theirs() -> None:
-        new, _ = peft_loop.train(peft, workload, rows, 0)
-        peft_loop.evaluate(peft, workload, new, SPLIT, BATCH)
-        peft_loop.generate(peft, workload, new, SPLIT, PROMPTS, NEW)
-        for k, row in enumerate(new):
-            peft_loop.save(peft, workload, row, folder / f"peft-{k}")
-
-    def ours() -> None:
-        new = engine.train(workload.work(rows), 0, LR).rows
-        engine.evaluate(new, clients, [SPLIT])
-        engine.generate(new, clients, SPLIT, PROMPTS, NEW)
-        store.commit(next(rounds), clients, new, {}, None, {})
-
-    return _turns(samples, say, "all of it", theirs, ours)
 
 
 def _turns(
@@ -105,7 +72,7 @@ def _turns(
 def _evaluation_flops(workload: Workload) -> float:
     """Of the loop over ours. A client's split is one batch of the loop, and one piece of ours."""
     splits = [workload.made.spec.corpus.encoded(k, SPLIT) for k in workload.clients]
-    assert max(map(len, splits)) <= BATCH
+    assert max(map(len, splits)) <= peft_loop.EVALUATED
     cost, tokens = Cost.of(workload), of_batches(splits)
     return cost.loop(tokens) / cost.ours(tokens, True)  # forward alone is half of both
 

@@ -32,7 +32,7 @@ ONLY_IN = {
     "cryptography": ("fleet/identity",),
     "h11": ("fleet/gate",),
     "peft": ("adapters", "engine", "testing"),
-    "ray": ("core/ray", "comparison/on_ray", "setup/crew", "setup/spread"),
+    "ray": ("core/ray", "comparison/on_ray", "setup/crew", "setup/sending", "setup/spread"),
 }
 CORE_MAY = {"torch", "pydantic", "mira"} | set(sys.stdlib_module_names)
 

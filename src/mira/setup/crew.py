@@ -12,6 +12,7 @@ from mira.core.errors import UserError
 from mira.core.ray import Connection
 from mira.core.versions import version_of
 from mira.engine.spread import Call, Reply
+from mira.setup.sending import send_tensors_as_arrays
 from mira.setup.worker import About, Told, Worker
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class RayCrew:
 
     def start(self, fitting: int) -> About:
         """Start all workers, and wait for the ``fitting`` ones that have room. Returns the first one's engine and machine."""
+        send_tensors_as_arrays()
         for place in range(len(self.places)):
             self._create(place)
         while len(self._ready()) < fitting and self._admit(_PATIENCE):

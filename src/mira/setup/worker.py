@@ -24,6 +24,7 @@ from mira.engine.spread import Call
 from mira.model import Base, Device, load
 from mira.model.shipped import ShippedBase
 from mira.setup.engine import EnginePlan
+from mira.setup.sending import send_tensors_as_arrays
 
 LIBRARIES = ("mira", "torch", "transformers", "peft")
 
@@ -100,6 +101,7 @@ class Worker:
     def __init__(self, parts: Parts, gpu: str | None) -> None:
         if gpu is not None:  # before CUDA starts: the worker sees this GPU alone
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+        send_tensors_as_arrays()
         self._parts = parts
         self._device = torch.device("cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu")
         self._progress, self._warnings = Progress(), _Warnings()
