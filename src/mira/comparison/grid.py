@@ -36,7 +36,7 @@ def beyond(grid: Grid, most: int) -> tuple[list[Point], list[Point]]:
     [(key, values)] = grid.items()
     if not (ends := _ends(values)) or ends[0] <= 0:
         return [], []
-    numbers: list[Any] = sorted(values, key=float)  # type: ignore[arg-type]
+    numbers: list[Any] = sorted(values, key=float)
     return _on(key, numbers[::-1], most), _on(key, numbers, most)
 
 
