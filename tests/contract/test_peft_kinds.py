@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, VeraConfig
+from peft.tuners import LoHaModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -120,6 +122,31 @@ def test_a_row_is_what_peft_reads_and_merges(name: str, tmp_path: Path) -> None:
     with adapter.merged(row) as merged:
         torch.testing.assert_close(logits(merged), logits(theirs), rtol=0, atol=1e-5)
     assert torch.equal(logits(adapter.base.model), logits(make_tiny()))
+
+
+def test_a_kind_that_peft_cannot_merge_is_refused_and_a_fault_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = adapter_on(CONFIGS["loha"])
+    row = adapter.start(0)
+
+    def merged_with(raised: Exception) -> None:
+        def merge(*given: object, **named: object) -> None:
+            raise raised
+
+        monkeypatch.setattr(LoHaModel, "merge_and_unload", merge)
+        with adapter.merged(row):
+            pass
+
+    for refusal in (NotImplementedError("not yet"), ValueError("not yet")):
+        with pytest.raises(
+            UserError, match=r"^--merge: PEFT cannot merge LOHA \(\w+: not yet\); export the adapter alone$"
+        ):
+            merged_with(refusal)
+    with pytest.raises(AttributeError, match="fault"):
+        merged_with(AttributeError("fault"))
+    monkeypatch.undo()
+    monkeypatch.delattr(BaseTuner, "merge_and_unload")
+    with pytest.raises(UserError, match="it has no merge_and_unload"), adapter.merged(row):
+        pass
 
 
 def test_a_start_is_pefts_own() -> None:

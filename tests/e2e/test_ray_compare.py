@@ -149,13 +149,21 @@ def test_a_run_that_no_node_can_hold_is_refused(file: Path, cluster: RayCluster,
 
 
 def test_no_cluster_outlives_the_command_that_started_it(file: Path, tmp_path: Path) -> None:
-    """Killed, and interrupted on the way; the same command goes on."""
+    """Killed, and interrupted on the way; the same command goes on. One long run, so that one worker is to be started."""
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    values |= {"seeds": [0], "grid": {}, "entries": {"MIRA": {}}}
+    values["experiment"]["rounds"] = 1000
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
     for number, status in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
         done = len(records(tmp_path))
         command = start(file, tmp_path / "o")
-        wait_for(lambda done=done: len(records(tmp_path)) > done, command)
-        command.send_signal(number)
-        told = command.communicate(timeout=60)[0]
+        try:
+            wait_for(lambda done=done: len(records(tmp_path)) > done, command)
+            command.send_signal(number)
+            told = command.communicate(timeout=60)[0]
+        finally:
+            command.kill()  # nothing where it has ended
         assert command.returncode == status, told
         wait_for(lambda: not of_command(tmp_path / "o"))
     assert told.endswith("repeat the command to resume\n")

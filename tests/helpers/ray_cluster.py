@@ -17,6 +17,8 @@ import mira
 
 SOURCES = Path(mira.__file__).parents[1]
 _LONGEST = 20.0  # seconds that processes have to end
+# Ray lowers the priority of its workers by 15: beside other tests they would get a thirtieth of a core.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 class RayCluster:
@@ -27,7 +29,9 @@ class RayCluster:
 
         # Small stores, so that several fit into the shared memory of a small machine.
         self._common: dict[str, Any] = {"object_store_memory": 80_000_000, "include_dashboard": False}
-        head = {"num_cpus": nodes[0], "temp_dir": folder, **self._common}
+        # Neither the autoscaler nor the collector of logs, each a process that takes seconds of CPU to start.
+        spared = {"no_monitor": True, "include_log_monitor": False}
+        head = {"num_cpus": nodes[0], "temp_dir": folder, **spared, **self._common}
         self._cluster: Any = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
         for cpus in nodes[1:]:
             self.add(cpus)

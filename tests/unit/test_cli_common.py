@@ -6,6 +6,7 @@ What each command prints and writes is in test_cli_commands.py.
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import subprocess
@@ -96,6 +97,37 @@ def test_a_bug_of_ours_is_a_traceback() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback")
     assert "ZeroDivisionError" in done.stderr
+
+
+def test_a_command_goes_on_where_nobody_reads_its_messages() -> None:
+    program = "from mira.cli.terminal import print_json, say\nsay('one')\nsay('two')\nprint_json({'a': 1})"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=writer, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stdout) == (0, '{"a": 1}\n')
+
+
+def test_results_that_nobody_reads_end_a_command_without_a_traceback() -> None:
+    program = "import mira.cli as cli\nfrom mira.cli.terminal import print_json\n"
+    program += "@cli.app.command()\ndef told(): print_json({'a': 1})\ncli.main()"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", program, "told"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_streams_that_are_closed_count_as_unread(tmp_path: Path) -> None:
+    program = "import mira.cli as cli\nfrom mira.cli.terminal import print_json, say\n"
+    program += "cli.app = lambda **_: (say('one'), print_json({'a': 1}), open('file', 'w').close()) and 3\ncli.main()"
+    closed = ["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', sys.executable, "-c", program]
+    assert subprocess.run(closed, cwd=tmp_path, check=False).returncode == 3
+    assert (tmp_path / "file").read_text() == ""
 
 
 def test_help_does_not_wait_for_the_deep_learning_libraries() -> None:

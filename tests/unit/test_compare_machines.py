@@ -87,6 +87,15 @@ def test_the_machines_of_a_run_are_kept_in_order(tmp_path: Path) -> None:
     assert places_of(tmp_path / "older", ENVIRONMENT) == [PLACE | {"host": None}]
 
 
+@pytest.mark.parametrize("text", ["[{}]", '[{"host": "a"}]', "[3]", "{}", "3", "{", ""])
+def test_a_damaged_list_of_machines_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "where.json").write_text(text)
+    for read in (lambda: places_of(tmp_path, ENVIRONMENT), lambda: note(tmp_path, PLACE)):
+        with pytest.raises(UserError, match=r"where\.json: corrupt checkpoint"):
+            read()
+    assert (tmp_path / "where.json").read_text() == text
+
+
 @pytest.mark.parametrize("key", ["processor", "system", "device"])
 def test_an_unlike_machine_is_refused_unless_allowed(key: str, tmp_path: Path) -> None:
     job, unlike = plan(tmp_path).jobs["Local"][0][0], PLACE | {key: "another"}

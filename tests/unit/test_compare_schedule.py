@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mira.comparison.grid import beyond, points
 from mira.comparison.plan import Job, Plan, parse, slug
-from mira.comparison.schedule import MOST_TRIES, Schedule, Step
+from mira.comparison.schedule import Schedule, Step
 from mira.config import parse as experiment
 
 EXPERIMENT = experiment(
@@ -55,7 +55,7 @@ def done(
         assert len({(kind, job.folder) for kind, job in at_work}) == len(at_work)
         kind, job = at_work.pop(pick(len(at_work)))
         if (reason := fails((kind, job))) is not None:
-            schedule.fail(kind, job, reason)
+            schedule.fail(kind, job, reason, rounds=0)
         else:
             schedule.finish(kind, job, losses[job.folder] if kind == "run" else None)
             ended.append((kind, job))
@@ -186,18 +186,21 @@ def test_all_tuning_runs_can_go_at_once_and_a_chosen_run_is_tested_at_once() -> 
 
 
 @pytest.mark.parametrize(
-    ("reasons", "tries"),
-    [("aa", 2), ("aba", 3), ("abc", MOST_TRIES)],
-    ids=["the same", "again later", "never the same"],
-)
-def test_the_second_of_two_equal_failures_ends_a_run(reasons: str, tries: int) -> None:
+    ("reasons", "rounds"),
+    [("aa", "00"), ("aba", "000"), ("abc", "000"), ("aa", "22"), ("aaa", "011"), ("aaaaaa", "013455"), ("ababc", "00222")],
+    ids=[
+        "the same", "again later", "never the same", "the same of a resumed run", "the same after a new round",
+        "after many new rounds", "a new round between others",
+    ],
+)  # fmt: skip
+def test_the_second_of_two_equal_failures_without_a_round_between_ends_a_run(reasons: str, rounds: str) -> None:
     schedule = Schedule(plan_of(1, 1, 1, 1))
     step = schedule.ready()[0]
     again = []
-    for reason in reasons:
+    for reason, committed in zip(reasons, rounds, strict=True):
         schedule.start(*step)
-        again.append(schedule.fail(*step, reason))
-    assert again == [True] * (tries - 1) + [False]
+        again.append(schedule.fail(*step, reason, int(committed)))
+    assert again == [True] * (len(reasons) - 1) + [False]
     assert schedule.ended
     assert schedule.chosen("e0") is None
     assert [failure.reason for failure in schedule.failures] == [reasons[-1]]
@@ -208,10 +211,10 @@ def test_a_reason_that_ends_runs_of_two_entries_before_anything_was_done_is_ever
     schedule = Schedule(plan)
     a, b = plan.jobs["e0"][0][0], plan.jobs["e1"][0][0]
     for _ in range(2):
-        schedule.fail("run", a, "no model")
+        schedule.fail("run", a, "no model", rounds=0)
     assert schedule.hopeless is None
     for _ in range(2):
-        schedule.fail("run", b, "no model")
+        schedule.fail("run", b, "no model", rounds=0)
     assert schedule.hopeless == "no model"
     schedule.finish("run", plan.jobs["e2"][0][0], 1.0)
     assert schedule.hopeless is None

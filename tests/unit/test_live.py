@@ -18,6 +18,7 @@ from helpers.generated_runs import write_run
 from mira import config
 from mira.comparison import live
 from mira.comparison.live import Live, drawn, elsewhere, look
+from mira.comparison.machines import note
 from mira.comparison.plan import Comparison, Job, Plan
 from mira.comparison.progress import Going, Seen, State, estimate, fraction, headline, seconds_left, spread
 from mira.comparison.workers import Outcome, Task
@@ -116,7 +117,8 @@ def test_records_tell_the_progress(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("places", "shown"), [([host(), "node7"], "node7"), (["node7", host()], ""), ([None], "")])
 def test_another_host_is_named(places: list[str | None], shown: str, tmp_path: Path) -> None:
-    (tmp_path / "where.json").write_text(json.dumps([{"host": name} for name in places]))
+    for name in places:
+        note(tmp_path, {"host": name, "processor": "P", "cores": 2, "system": "S", "device": "cpu"})
     assert elsewhere(tmp_path) == shown
 
 

@@ -1,12 +1,15 @@
-"""Placement of a comparison's workers on a Ray cluster, and the reasons of their deaths."""
+"""Placement of a comparison's workers on a Ray cluster, and the reasons of their ends."""
 
 from __future__ import annotations
 
 import pytest
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskError
 
 from mira.comparison.on_ray import Needs, _reason, _Worker
 from mira.comparison.plan import Resources
 from mira.comparison.remote import Arrival
+from mira.core.errors import UserError
+from mira.core.ray import failed_start, reason_of
 
 KILLED = "Some common causes include: (1) the process was killed by the OOM killer due to high memory usage"
 GUARD = "Worker exit type: NODE_OUT_OF_MEMORY Worker exit detail: 1 worker(s) were killed"
@@ -30,9 +33,60 @@ def test_a_node_holds_as_many_workers_as_its_scarcest_resource(
     assert Needs.of(Resources(**resources), 2, on_gpu).fits(node) == number
 
 
+class Died(ActorDiedError):
+    """Of an actor that ran, with the text that Ray has for it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.error_msg = text
+
+
 @pytest.mark.parametrize(
-    ("text", "cause"), [(KILLED, "killed, or its node is gone"), (GUARD, "its node ran out of memory")]
+    ("error", "cause"),
+    [
+        (Died(KILLED), "killed, or its node is gone"),
+        (Died(GUARD), "its node ran out of memory"),
+        (OutOfMemoryError("too much"), "its node ran out of memory"),
+        (RayError("no\nroom"), "no room"),
+    ],
 )
-def test_the_guard_of_memory_is_told_from_other_deaths(text: str, cause: str) -> None:
+def test_the_guard_of_memory_is_told_from_other_deaths(error: RayError, cause: str) -> None:
     worker = _Worker(None, Arrival("there", "", 1, "", True))
-    assert _reason(worker, RuntimeError(text)) == f"its worker on there died ({cause})"
+    assert _reason(worker, error) == f"its worker on there died ({cause})"
+
+
+def failed(cause: Exception, text: str = "") -> RayTaskError:
+    """The error of a call that ended with ``cause``, with Ray's ``text`` about it."""
+    return RayTaskError("call", text, cause, proctitle="ray::Remote.call", pid=7, ip="10.0.0.3", actor_id="0a")
+
+
+MISSING = ModuleNotFoundError("No module named 'plugged'")
+# What Ray 2.58 says of an actor's class, or of an argument, that a node cannot import.
+IMPORT = (
+    "Traceback (most recent call last):\n  File \"x.py\", line 1, in f\nModuleNotFoundError: No module named 'plugged'"
+)
+CLASS = RuntimeError(f"The actor with name Remote failed to import on the worker. This may be because:\n\n{IMPORT}")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (failed(MISSING, IMPORT), "ModuleNotFoundError: No module named 'plugged'"),
+        (failed(CLASS, "no matter"), "ModuleNotFoundError: No module named 'plugged'"),
+        (failed(RayError(f"System error: No module named 'plugged'\ntraceback: {IMPORT}")),
+         "ModuleNotFoundError: No module named 'plugged'"),
+        (failed(UserError("data.path=x: no such file")), "data.path=x: no such file"),
+        (failed(RuntimeError("out of\nluck")), "RuntimeError: out of luck"),
+        (RayError(), "RayError"),
+    ],
+)  # fmt: skip
+def test_the_reason_of_a_failed_call_is_one_line(error: Exception, reason: str) -> None:
+    assert reason_of(error) == reason
+
+
+def test_a_worker_that_cannot_start_says_why_and_where() -> None:
+    error = ActorDiedError(failed(MISSING, IMPORT))
+    assert _reason(_Worker(None), error) == (
+        "its worker cannot start on 10.0.0.3: ModuleNotFoundError: No module named 'plugged'"
+    )
+    assert failed_start(Died(KILLED)) is None

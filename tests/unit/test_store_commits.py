@@ -5,12 +5,14 @@ What comes of crashes and broken files is in test_store_damage.py.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from hypothesis import strategies as st
 from helpers.sample_run_folder import P, commit, create, fingerprint, names, row
 from mira.core.errors import UserError
 from mira.store import Store, files
+from mira.store.files import is_locked
+from mira.store.folders import alone_in, in_use
 
 NONE = torch.empty(0, dtype=torch.int64)
 
@@ -208,6 +212,18 @@ def test_a_second_writer_is_refused_and_a_reader_is_not(store: Store) -> None:
     Store.open(store.folder, writable=False).close()
     store.close()
     Store.open(store.folder).close()
+
+
+@pytest.mark.parametrize(("place", "take"), [(".lock", Store.open), (".", alone_in)], ids=["run", "comparison"])
+def test_a_check_of_the_lock_refuses_no_writer(
+    place: str, take: Callable[[Path], AbstractContextManager[Any]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``is_locked`` and ``in_use`` share the lock for an instant, in which a run may be started."""
+    check = os.open(folder / place, os.O_RDONLY)
+    fcntl.flock(check, fcntl.LOCK_SH)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: os.close(check))
+    with take(folder):
+        assert (is_locked if take == Store.open else in_use)(folder)
 
 
 def test_a_reader_left_behind_says_so(folder: Path) -> None:

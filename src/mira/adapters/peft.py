@@ -143,12 +143,17 @@ class PeftAdapter:
 
     @contextmanager
     def merged(self, row: Tensor) -> Iterator[PreTrainedModel]:
-        """A copy of the base, merged by PEFT."""
+        """A copy of the base, merged by PEFT. Raises UserError where PEFT cannot merge this kind, or not into this base."""
         single = self.attached(deepcopy(self.base.unquantised()))
         single.load(row)
         try:
+            if not hasattr(single.module, "merge_and_unload"):
+                raise NotImplementedError("it has no merge_and_unload")
             merged: PreTrainedModel = single.module.merge_and_unload(safe_merge=True)  # type: ignore[operator]
-        except (AttributeError, NotImplementedError, ValueError) as error:
+        except (
+            NotImplementedError,
+            ValueError,
+        ) as error:  # what PEFT raises for it; others are faults, of PEFT or of MIRA
             kind = _kind(self.config)
             raise UserError(f"--merge: PEFT cannot merge {kind} ({_line(error)}); export the adapter alone") from None
         yield merged

@@ -57,6 +57,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences its warning when a child process is started
     # Threads that spin while they wait make a step up to six times slower when another process needs a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # the run must not end at a name that the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
@@ -76,6 +77,14 @@ def main() -> None:
         where = f" (see: {context.command_path} --help)" if context else ""
         status = _refuse(error.format_message() + where)
     sys.exit(status)
+
+
+def _open_closed_streams() -> None:
+    """Put a stream to nowhere in the place of each closed standard stream. Python has None there, and the next opened file would
+    get its number, and with it what C libraries print."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _check_utf8(arguments: Sequence[str]) -> None:

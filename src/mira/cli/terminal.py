@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,9 +13,20 @@ from rich.console import Console
 
 from mira.core.escape import visible
 
+
+class _Messages(Console):
+    """The console of progress and messages. Where their reader is gone (``2>&1 | head``), the work goes on without them."""
+
+    def on_broken_pipe(self) -> None:
+        # The descriptor, so that libraries and child processes are rid of the pipe as well.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stderr.fileno())
+        os.close(nowhere)
+
+
 # Names come from data: what looks like markup or an emoji code in them is shown as it is.
 out_console = Console(markup=False, emoji=False, highlight=False)
-err_console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
+err_console = _Messages(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 Set = Annotated[
     list[str] | None,
@@ -45,6 +57,7 @@ def silent(line: str) -> None:
 
 def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+    sys.stdout.flush()  # here a reader that is gone ends the command quietly; at the end of Python with a traceback
 
 
 def print_result(result: dict[str, Any], as_json: bool) -> None:

@@ -208,7 +208,7 @@ def elsewhere(folder: Path) -> str:
     try:
         last = noted(folder)[-1]["host"]
         return "" if last in (None, host()) else str(last)
-    except (UserError, OSError, LookupError, TypeError):
+    except (UserError, OSError, LookupError):
         return ""
 
 

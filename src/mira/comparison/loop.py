@@ -19,6 +19,7 @@ from mira.comparison.workers import Kind, Outcome, Task, Workers
 from mira.core.errors import UserError
 from mira.store import Store
 from mira.store.files import TESTED, is_locked, pack_json, read_json, replace
+from mira.store.rounds import Rounds
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ class Loop:
         for message in outcome.messages:
             log.warning("%s: %s", job.folder, message)
         if outcome.error is not None:
-            again = self._schedule.fail(kind, job, outcome.error)
+            again = self._schedule.fail(kind, job, outcome.error, _committed(self.out / job.folder))
             self.watcher.ended(outcome, None, again)
             if (reason := self._schedule.hopeless) is not None:
                 raise UserError(f"{reason}; give runs more memory, or fewer at a time" if outcome.lost else reason)
@@ -214,6 +215,14 @@ def _check_vacant(folder: Path) -> None:
         if time.monotonic() > until:
             raise UserError(f"{folder}: another process is writing to this run; wait for it or stop it")
         time.sleep(0.1)
+
+
+def _committed(folder: Path) -> int:
+    """The number of committed rounds in ``folder``; 0 where there is no run."""
+    try:
+        return len(Rounds(folder).committed())
+    except OSError:
+        return 0
 
 
 def _all_failed(failed: list[dict[str, Any]]) -> str:

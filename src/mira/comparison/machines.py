@@ -14,11 +14,12 @@ from mira.comparison.plan import Job
 from mira.config import Experiment
 from mira.core.errors import UserError
 from mira.core.machine import host, machine
-from mira.store.files import WHERE, pack_json, read_json, replace
+from mira.store.files import WHERE, corrupt, pack_json, read_json, replace
 
 Place = dict[str, Any]  # host, processor, cores, system, device
 
 _ALIKE = ("processor", "system", "device")
+_KEYS = {"host", "processor", "cores", "system", "device"}
 
 
 def place_of(experiment: Experiment) -> Place:
@@ -35,7 +36,14 @@ def note(folder: Path, place: Place) -> None:
 
 
 def noted(folder: Path) -> list[Place]:
-    return list(read_json(folder / WHERE)) if (folder / WHERE).exists() else []
+    """The machines in where.json, in order; none where there is no such file. Raises UserError where it is damaged."""
+    path = folder / WHERE
+    if not path.exists():
+        return []
+    found = read_json(path)
+    if not isinstance(found, list) or not all(isinstance(place, dict) and place.keys() >= _KEYS for place in found):
+        raise corrupt(path, f"it has to be a list of machines, each with {', '.join(sorted(_KEYS))}")
+    return found
 
 
 def places_of(folder: Path, environment: Mapping[str, Any]) -> list[Place]:

@@ -19,7 +19,7 @@ from mira.comparison.plan import Plan, Resources
 from mira.comparison.remote import Arrival, Remote
 from mira.comparison.workers import Outcome, Task
 from mira.core.errors import UserError
-from mira.core.ray import Connection, connect
+from mira.core.ray import Connection, cause_of_death, connect, failed_start, reason_of
 from mira.core.versions import version_of
 from mira.store.mirror import Mirror, whole
 
@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 
 _POLL = 1.0  # seconds that a worker waits for news before it answers that there are none
 _ANSWER = 30.0  # seconds for which an idle worker may be silent before it is replaced
-_OUT_OF_MEMORY = ("NODE_OUT_OF_MEMORY", "low on memory", "due to memory pressure")
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -149,12 +148,14 @@ class RayWorkers:
         """Take a ``step`` of a worker's task; a failure of the worker or of the step ends the task."""
         try:
             step()
+        except (
+            self._ray.exceptions.RayTaskError
+        ) as error:  # before UserError: Ray derives from the class of the call's error
+            self._end(worker, reason_of(error), lost=False)
         except UserError as error:
             self._end(worker, str(error), lost=False)
-        except self._ray.exceptions.RayTaskError as error:
-            self._end(worker, f"{type(error.cause).__name__}: {error.cause}", lost=False)
         except self._ray.exceptions.RayError as error:
-            self._end(worker, _reason(worker, error), lost=True)
+            self._end(worker, _reason(worker, error), lost=failed_start(error) is None)
 
     def _answered(self, worker: _Worker, reference: Any) -> None:
         answer = self._ray.get(reference)
@@ -192,7 +193,9 @@ class RayWorkers:
             worker.mirror = Mirror(self._out / place)
             for parcel in whole(self._out / place):
                 self._ray.get(worker.actor.receive.remote(place, parcel))
-        worker.actor.begin.remote(worker.task)
+        self._ray.get(
+            worker.actor.begin.remote(worker.task)
+        )  # it returns at once, or says why the task cannot be read there
         self._waited[worker.actor.news.remote(_POLL)] = worker
 
     def _finish(self, worker: _Worker, outcome: Outcome) -> None:
@@ -262,9 +265,8 @@ def _nodes(ray: Any) -> list[dict[str, float]]:
 
 
 def _reason(worker: _Worker, error: Exception) -> str:
-    """The reason of a worker's death in one line."""
+    """The reason of a worker's end in one line."""
+    if (why := failed_start(error)) is not None:
+        return f"its worker cannot start {why}"
     place = "its worker" if worker.arrival is None else f"its worker on {worker.arrival.host}"
-    # Of a process that was killed Ray tells in many words that it might have been for memory; so the words of its own guard.
-    guard = type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _OUT_OF_MEMORY)
-    cause = "its node ran out of memory" if guard else "killed, or its node is gone"
-    return f"{place} died ({cause})"
+    return f"{place} died ({cause_of_death(error)})"

@@ -11,8 +11,7 @@ from typing import Literal
 from mira.comparison.plan import Job, Plan
 from mira.comparison.workers import Kind
 
-MOST_TRIES = 3
-"""Tries of a task whose failures differ from each other; the second of two equal failures ends it earlier."""
+_TRIES = 3  # of a task whose failures differ from each other; the second of two equal ones ends it earlier
 
 State = Literal["waiting", "at work", "done", "failed"]
 Step = tuple[Kind, Job]
@@ -40,6 +39,7 @@ class Schedule:
     _states: dict[tuple[Kind, Path], State] = field(default_factory=dict)
     _losses: dict[Path, float | None] = field(default_factory=dict)
     _reasons: dict[tuple[Kind, Path], list[str]] = field(default_factory=dict)
+    _rounds: dict[tuple[Kind, Path], int] = field(default_factory=dict)
 
     def ready(self) -> list[Step]:
         """Tasks that can start now, in the order of a serial comparison."""
@@ -55,11 +55,16 @@ class Schedule:
         if kind == "run":
             self._losses[job.folder] = loss
 
-    def fail(self, kind: Kind, job: Job, reason: str) -> bool:
-        """Note a failure. True: the task is waiting again; False: it is given up, as its failure is not the first of its kind."""
-        reasons = self._reasons.setdefault((kind, job.folder), [])
+    def fail(self, kind: Kind, job: Job, reason: str, rounds: int) -> bool:
+        """Note a failure. ``rounds``: those committed so far; failures before the last of them no longer count. True: the task is
+        waiting again; False: it is given up, as its failure is not the first of its kind."""
+        key = kind, job.folder
+        if rounds > self._rounds.get(key, 0):
+            self._reasons[key] = []
+        self._rounds[key] = rounds
+        reasons = self._reasons.setdefault(key, [])
         reasons.append(reason)
-        again = reasons.count(reason) < 2 and len(reasons) < MOST_TRIES
+        again = reasons.count(reason) < 2 and len(reasons) < _TRIES
         self._states[kind, job.folder] = "waiting" if again else "failed"
         if not again:
             self.failures.append(Failure(kind, job, reason))

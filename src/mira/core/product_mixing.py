@@ -7,7 +7,7 @@ for one shared adapter Bai et al., FlexLoRA, NeurIPS 2024). The sum [out,in] is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -23,21 +23,13 @@ def product_mix(
     ``pairs`` [layers,5]: the offsets of A and B, then in, out, r of each layer. ``share`` [layers]: the part of the step that a
     layer makes. Rows without a pull and layers of share 0 do not change.
     """
-    pool, mixed = torch.cat([rows, *others]), rows.clone()
-    pulled = (pull != 0).any(1).nonzero()[:, 0].tolist()
-    for (at_a, at_b, fan_in, fan_out, rank), part in zip(pairs.tolist(), share.tolist(), strict=True):
-        if part == 0:
-            continue
-        a = pool[:, at_a : at_a + rank * fan_in].view(-1, rank, fan_in).double()
-        b = pool[:, at_b : at_b + fan_out * rank].view(-1, fan_out, rank).double()
-        for k in pulled:
-            weight = part * pull[k]
-            weight[k] += 1 - part * (1 - own[k])
-            near = weight.nonzero()[:, 0]
-            new_a, new_b = rotated(*best_factors(a[near], weight[near, None, None] * b[near]), towards=a[k])
-            mixed[k, at_a : at_a + rank * fan_in] = new_a.flatten().to(rows.dtype)
-            mixed[k, at_b : at_b + fan_out * rank] = new_b.flatten().to(rows.dtype)
-    return mixed
+
+    def mix(k: int, a: Tensor, b: Tensor, stay: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        weight[k] += stay
+        near = weight.nonzero()[:, 0]
+        return rotated(*best_factors(a[near], weight[near, None, None] * b[near]), towards=a[k])
+
+    return _mixed(rows, own, pull, others, pairs, share, mix)
 
 
 def rotated_mix(
@@ -48,6 +40,23 @@ def rotated_mix(
 
     The product B_l·A_l is the same in any rotation, while the mean of factors is not (Zhang et al., FedRot-LoRA, ICML 2026).
     """
+
+    def mix(k: int, a: Tensor, b: Tensor, stay: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        near = weight.nonzero()[:, 0]
+        left, _, right = torch.linalg.svd(b[near].mT @ b[k] if on_b else a[near] @ a[k].T)
+        turn = left @ right
+        new_a = stay * a[k] + torch.einsum("n,nri->ri", weight[near], turn.mT @ a[near])
+        return new_a, stay * b[k] + torch.einsum("n,nor->or", weight[near], b[near] @ turn)
+
+    return _mixed(rows, own, pull, others, pairs, share, mix)
+
+
+def _mixed(
+    rows: Tensor, own: Tensor, pull: Tensor, others: Iterable[Tensor], pairs: Tensor, share: Tensor,
+    mix: Callable[[int, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> Tensor:  # fmt: skip
+    """Rows [M,P], arguments as for ``product_mix``, of which ``mix`` makes the new A [r,in] and B [out,r] of row k from all A
+    [N,r,in] and B [N,out,r] of a layer, the weight of row k's own and the weights [N] with which all pull."""
     pool, mixed = torch.cat([rows, *others]), rows.clone()
     pulled = (pull != 0).any(1).nonzero()[:, 0].tolist()
     for (at_a, at_b, fan_in, fan_out, rank), part in zip(pairs.tolist(), share.tolist(), strict=True):
@@ -56,11 +65,7 @@ def rotated_mix(
         a = pool[:, at_a : at_a + rank * fan_in].view(-1, rank, fan_in).double()
         b = pool[:, at_b : at_b + fan_out * rank].view(-1, fan_out, rank).double()
         for k in pulled:
-            near = pull[k].nonzero()[:, 0]
-            left, _, right = torch.linalg.svd(b[near].mT @ b[k] if on_b else a[near] @ a[k].T)
-            turn, weight, stay = left @ right, part * pull[k, near], 1 - part * (1 - own[k])
-            new_a = stay * a[k] + torch.einsum("n,nri->ri", weight, turn.mT @ a[near])
-            new_b = stay * b[k] + torch.einsum("n,nor->or", weight, b[near] @ turn)
+            new_a, new_b = mix(k, a, b, 1 - part * (1 - own[k]), part * pull[k])
             mixed[k, at_a : at_a + rank * fan_in] = new_a.flatten().to(rows.dtype)
             mixed[k, at_b : at_b + fan_out * rank] = new_b.flatten().to(rows.dtype)
     return mixed

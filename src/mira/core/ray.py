@@ -1,9 +1,10 @@
-"""Connection to a Ray cluster. Ray, an extra, is imported here and only when it is asked for."""
+"""Connection to a Ray cluster, and what its errors mean. Ray, an extra, is imported only when it is asked for."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import tempfile
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ AUTO = "auto"
 _MODE = "RAY_AUTH_MODE"
 _LIMIT = 10.0  # seconds that a cluster has to answer; Ray itself waits for minutes
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+_OUT_OF_MEMORY = ("NODE_OUT_OF_MEMORY", "low on memory", "due to memory pressure")
+_ERROR = re.compile(r"[\w.]+(Error|Exception)\b")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,35 @@ def connect(address: str | None, key: str) -> Connection:
             raise
         raise UserError(f"{key}{f'={address}' if address else ''}: {_reason(error)}") from None
     return Connection(ours=True, mode=mode)
+
+
+def reason_of(error: Exception) -> str:
+    """The reason of an ``error`` that Ray raises, in one line. Where it quotes a traceback, this is the error at its end."""
+    cause = getattr(error, "cause", None)  # the exception of the call, where there is one
+    if isinstance(cause, UserError):
+        return str(cause)
+    lines = (str(error) if cause is None else f"{type(cause).__name__}: {cause}").splitlines()
+    begins = [n for n, line in enumerate(lines) if _ERROR.match(line)]
+    text = " ".join(" ".join(lines[begins[-1] :] if begins else lines).split())
+    return text[:300] or type(error).__name__
+
+
+def failed_start(error: Exception) -> str | None:
+    """'on 10.0.0.3: ModuleNotFoundError: …' where ``error`` says that an actor could not be built; else None."""
+    if not getattr(error, "actor_init_failed", False):
+        return None
+    address = re.search(r"\bip=([^,)]+)", str(error))
+    return f"{f'on {address[1]}: ' if address else ''}{reason_of(error)}"
+
+
+def cause_of_death(error: Exception) -> str:
+    """The cause of an actor's death in a few words."""
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    # Of a process that was killed Ray tells in many words that it might have been for memory; so the words of its own guard.
+    if isinstance(error, OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
+        return "its node ran out of memory"
+    return "killed, or its node is gone" if isinstance(error, RayActorError) else reason_of(error)
 
 
 def _use_mode(mode: str | None) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mira.core.errors import UserError
-from mira.core.ray import Connection
+from mira.core.ray import Connection, cause_of_death, failed_start
 from mira.core.versions import version_of
 from mira.engine.spread import Call, Reply
 from mira.setup.sending import send_tensors_as_arrays
@@ -52,6 +52,7 @@ class RayCrew:
     busy: dict[Any, int] = field(default_factory=dict)  # by the call of the engine
     looks: dict[Any, int] = field(default_factory=dict)  # by the call that asks for progress
     place: dict[int, int] = field(default_factory=dict)
+    nodes: dict[int, str] = field(default_factory=dict)  # of the workers that are built
     failures: Counter[int] = field(default_factory=Counter)  # of a place, in a row
     number: int = 0  # of the next worker
 
@@ -65,6 +66,8 @@ class RayCrew:
         if self.first is None:
             raise UserError(
                 f"engine.workers: no worker began within {_PATIENCE:g} s; see 'ray status' for the free CPUs and GPUs"
+                if self.starting
+                else "engine.workers: every worker died while it began; the warnings above say why"
             )
         return self.first
 
@@ -164,6 +167,7 @@ class RayCrew:
             self._build(worker)
             return
         self.failures[self.place[worker]] = 0
+        self.nodes[worker] = about.node
         if about.processor != self.first.processor:
             log.warning(
                 "the worker on %s has another processor (%s) than the one on %s (%s); numbers may differ in their last digits",
@@ -174,6 +178,7 @@ class RayCrew:
         import ray
 
         ray.kill(self.actors.pop(worker))  # it may still be alive, without a connection
+        self.nodes.pop(worker, None)
         place = self.place.pop(worker)
         if self.failures[place] < _TRIES:
             self._create(place)
@@ -203,7 +208,7 @@ def _check_versions(about: About) -> None:
 
 def _result(ref: Any) -> tuple[Any, str | None]:
     """The value of a call, or the reason for which its worker is lost. Logs the worker's warnings. Raises the error with which
-    the call ended."""
+    the call ended, and UserError where the worker could not be built."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 
@@ -212,7 +217,11 @@ def _result(ref: Any) -> tuple[Any, str | None]:
     except RayTaskError as error:
         raise (error.cause if isinstance(error.cause, Exception) else error) from None
     except RayError as error:
-        return None, " ".join(str(error).split())[:200] or type(error).__name__
+        if (why := failed_start(error)) is not None:
+            raise UserError(
+                f"engine.workers: a worker cannot start {why}; see 'What every node needs' in docs/devices.md"
+            ) from None
+        return None, cause_of_death(error)
     if not isinstance(told, Told):
         return told, None
     for warning in told.warnings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,8 +46,18 @@ def spread_out(plan: EnginePlan) -> SpreadEngine:
     except BaseException:
         connection.close()
         raise
-    log.info("%d workers, each on %s with %d threads", fitting, about.recorded["device"], threads)
+    log.info("%s", _workers(list(crew.nodes.values()), about.recorded["device"], here or (), threads))
     return SpreadEngine(crew, plan.corpus, about.recorded)
+
+
+def _workers(nodes: Sequence[str], device: str, named: Sequence[str], threads: int) -> str:
+    """'2 workers with 1 thread each: cpu, cpu', with the names of engine.devices; on a cluster with the number on each node."""
+    places = named or [f"{count} on {node} ({device})" for node, count in sorted(Counter(nodes).items())]
+    return f"{_plural(len(nodes), 'worker')} with {_plural(threads, 'thread')} each: {', '.join(places)}"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _shipped(base: Base) -> ShippedBase | None:

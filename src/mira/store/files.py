@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mira.core.errors import UserError
 TESTED = "test.json"  # test measurements of a comparison's run, written once its grid point was chosen
 WHERE = "where.json"  # machines that a comparison's run was computed on, in order
 LOCK = ".lock"
+_INSTANT = 0.5  # seconds in which a check of a lock ends, also on a busy machine
 
 
 def _point(name: str) -> None:
@@ -34,13 +36,27 @@ def take_lock(folder: Path) -> int:
     """Take the folder's write lock. Returns the descriptor that holds it until closed. Raises UserError when it is taken."""
     descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(descriptor)
     except OSError as error:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):
             raise UserError(f"{folder}: another process is writing to this run; wait for it or stop it") from None
         raise
     return descriptor
+
+
+def lock(descriptor: int) -> None:
+    """Lock the open file or folder until it is closed. Raises BlockingIOError while another process holds the lock; a check by
+    ``closes_locked``, which shares it for an instant, is waited for."""
+    until = time.monotonic() + _INSTANT
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(0.01)
 
 
 def is_locked(folder: Path) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mira.core.errors import UserError
-from mira.store.files import closes_locked, unwritable
+from mira.store.files import closes_locked, lock, unwritable
 
 PROGRESS = (
     "progress.json"  # counts of a comparison, and its tasks under way, written by the process at work in its folder
@@ -26,7 +25,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         raise unwritable(folder, error, "give another --out") from None
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor)
         except BlockingIOError:
             raise UserError(f"{folder}: another process is at work here; wait for it, or give another --out") from None
         yield
