@@ -202,7 +202,10 @@ def test_a_piece_carries_only_what_is_its_own() -> None:
 def test_every_field_of_a_work_is_divided() -> None:
     """A new field of ``Work`` must be put into ``part`` if it has an entry for each job."""
     by_job = {"client", "start", "anchor", "prox", "shift", "upload", "private", "slot", "optimizer"}
-    assert {each.name for each in fields(Work)} == by_job | {"trainable"}
+    assert {each.name for each in fields(Work)} == by_job | {
+        "trainable",
+        "offer",
+    }  # which is settled before an engine trains
     whole = work()
     upload, trainable = torch.rand(10, 2) > 0.5, torch.tensor([True, False])
     private = torch.arange(10) > 4
