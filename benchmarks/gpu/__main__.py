@@ -34,6 +34,11 @@ def main() -> int:
         taken = kit.unpacked(given.kit, ROOT / "pyproject.toml", Path(unpacked)) if given.kit else []
         if taken:
             print("from the kit:", ", ".join(taken), flush=True)
+        elif missing := kit.lacking(ROOT / "pyproject.toml"):
+            print(
+                f"missing here: {', '.join(missing)}; parts that need them fail: give --kit, from make gpu-kit",
+                flush=True,
+            )
         path = [
             *(str(ROOT / part) for part in ("src", "tests", ".")),
             unpacked,

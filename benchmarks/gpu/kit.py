@@ -45,6 +45,12 @@ def unpacked(kit: Path, pyproject: Path, into: Path) -> list[str]:
     return sorted(taken)
 
 
+def lacking(pyproject: Path) -> list[str]:
+    """What the parts need beside the sources, and this machine lacks or has in a version that is not admitted."""
+    _, *others = roots(pyproject)
+    return sorted(each.name for each in others if not admitted(each))
+
+
 def fitting(kit: Path) -> dict[str, Path]:
     """The wheels in ``kit`` that this interpreter can use, by the name of their distribution."""
     tags, found = frozenset(sys_tags()), {}

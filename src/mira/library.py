@@ -89,7 +89,7 @@ def compare(
     ``results``: a second folder for the tables. ``workers``: runs at a time; 1: in this process; more: in processes of their own,
     which do not know the classes of ``mira.register``; "auto": what cores and memory allow. ``unlike_machines``: allow runs of
     unlike processors, devices or libraries. ``ray``: run on a Ray cluster instead: "auto", that of this machine, started if none
-    runs; or HOST:PORT or ray://HOST:PORT. Raises UserError."""
+    runs; or HOST:PORT. Raises UserError."""
     plan = load_comparison(Path(config), overrides)
     place = Path("runs") / plan.name if out is None else expanded(Path(out))
     return run_comparison(

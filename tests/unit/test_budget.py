@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers.tiny_models import Kind, make_tiny
 from mira.adapters.attach import Attached
+from mira.core.machine import Share
 from mira.engine import budget
 from mira.engine.attention.patching import patch_attention
 from mira.engine.budget import PassPlan, bytes_per_token, tokens_per_pass
@@ -52,6 +53,15 @@ def test_a_pass_takes_half_of_what_is_free_within_bounds(monkeypatch: pytest.Mon
     assert beside_recordings == [256, 128]  # of 416 and 250
     assert tokens_per_pass(cpu, torch.float32, 1, 3) == 3 * 8 * 512
     assert tokens_per_pass(cpu, torch.bfloat16, 1, 1) == 8 * 1024
+
+
+def test_copies_of_weights_go_by_the_share_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs side by side see the same free memory, and would all take their copies from it."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(budget, "free_memory", lambda device: 1000)
+    assert [budget.copies_fit(cpu, weights) for weights in (250, 251)] == [True, False]
+    monkeypatch.setattr(budget, "share", lambda: Share(memory=500))
+    assert [budget.copies_fit(cpu, weights) for weights in (100, 101)] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -256,3 +256,9 @@ def test_weights_that_no_sum_can_hold_are_one_line(weight: str, file: Path, tmp_
     edges.write_text(f"source,target,weight\nann,bob,{weight}\nann,cleo,{weight}\n")
     refused = mira("config", "check", file, "--set", f"graph={{name: file, path: {edges}}}").error
     assert refused.endswith(f"line 2: weight '{weight}' is above 1e+100; scale all weights down")
+
+
+def test_the_command_needs_no_installed_script() -> None:
+    """As docs/cuda.md has it for a machine without network."""
+    done = subprocess.run([sys.executable, "-m", "mira.cli", "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"mira {version_of('mira')}\n"), done.stderr

@@ -47,7 +47,20 @@ def test_threads_are_the_recorded_ones_or_the_given_ones_or_what_leaves_room_for
     assert threads_of_a_run(free, BIG, GB, None) == 16 // 12
     assert threads_of_a_run(free, BIG, 7 * GB, None) == 16 // 4  # four runs of 15 GB in 64 GB
     assert threads_of_a_run(free, Machine(2, GB, GB), 7 * GB, None) == 2
-    assert threads_of_a_run(free, Machine(16, 64 * GB, GB, gpu=True), GB, None) == 16
+
+
+@pytest.mark.parametrize(
+    ("gpus", "resources", "threads"),
+    [(1, {}, 16), (4, {}, 4), (4, {"gpus": 1}, 4), (1, {"gpus": 0.5}, 8), (2, {"gpus": 0.3}, 2), (4, {"gpus": 2}, 8),
+     (16, {}, 1), (2, {"gpus": 4}, 16), (4, {"gpus": 0}, 1)],
+)  # fmt: skip
+def test_all_gpus_of_a_machine_can_be_busy(
+    gpus: int, resources: dict[str, float], threads: int, tmp_path: Path
+) -> None:
+    """A run that took all cores would keep the other GPUs idle on a cluster, where its threads are reserved cores."""
+    there = Machine(16, 64 * GB, GB, gpus)
+    found = threads_of_a_run(plan(tmp_path, **resources), there, GB, None)
+    assert found == threads
 
 
 def test_the_share_of_a_run_does_not_depend_on_what_is_free_or_on_the_number_of_workers(tmp_path: Path) -> None:
@@ -66,7 +79,7 @@ def test_as_many_runs_at_a_time_as_cores_and_measured_memory_allow(tmp_path: Pat
     assert number_of_workers("auto", free, BIG, 2, Need.of([], GB))[0] == 8
     assert number_of_workers("auto", free, BIG, 1, Need.of([], None))[0] == 8  # 5 GB each
     assert number_of_workers("auto", free, Machine(2, GB, 0), 2, Need.of([], GB))[0] == 1
-    assert number_of_workers("auto", free, Machine(16, GB, 40 * GB, gpu=True), 2, Need.of([], GB))[0] == 1
+    assert number_of_workers("auto", free, Machine(16, GB, 40 * GB, gpus=4), 2, Need.of([], GB))[0] == 1
     full = number_of_workers("8", free, BIG, 2, Need.of([], GB))
     assert full == (8, "8 runs at a time with 2 threads each: as given")
     one = number_of_workers(1, free, BIG, 2, Need.of([], GB))

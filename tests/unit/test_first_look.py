@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.gpu import shapes, summary, throughput
+from benchmarks.gpu import first_look, shapes, summary, throughput
 from benchmarks.gpu.first_look import PARTS
 from benchmarks.gpu.shapes import TINY, Crowd
 from transformers import LlamaForCausalLM
@@ -71,6 +71,20 @@ def test_a_part_that_fails_or_overruns_stops_no_other(tmp_path: Path) -> None:
     told = (tmp_path / "summary.md").read_text(encoding="utf-8")
     assert "ZeroDivisionError: on purpose" in told
     assert "in hangs" in told
+
+
+def test_parts_without_time_are_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the import of the libraries took all of it."""
+
+    def known(options: Any, out: Path, records: dict[str, Any]) -> Any:
+        records["machine"] = {"status": "done", "results": {}, "seconds": 60.0, "limit": 60.0, "output": ""}
+        return object()
+
+    monkeypatch.setattr(first_look, "_context", known)
+    monkeypatch.setattr(first_look.signal, "signal", lambda *_: None)
+    assert first_look.look(PARTS, first_look.Options("cpu", True), tmp_path, seconds=0) == 1
+    assert read(tmp_path / "summary.json")["not started"] == [part.name for part in PARTS]
+    assert {file.name for file in tmp_path.iterdir()} == {"summary.json", "summary.md"}
 
 
 @pytest.mark.slow

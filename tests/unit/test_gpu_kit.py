@@ -37,6 +37,7 @@ def test_a_machine_takes_what_it_lacks_or_has_too_old(tmp_path: Path) -> None:
         '[project]\nname = "mira-fl"\ndependencies = ["mira-absent", "numpy>=998", "torch>=2"]\n'
         "[project.optional-dependencies]\ndev = []\n"
     )
+    assert kit.lacking(project) == ["mira-absent", "numpy"]
     assert kit.unpacked(wheels, project, site) == ["mira-absent", "mira-deeper", "numpy"]
     assert (site / "mira_deeper.py").read_text() == "version = '2.0'\n"
     assert not (site / "torch.py").exists()

@@ -80,6 +80,9 @@ def test_a_device_is_named_as_torch_names_it(devices: list[str]) -> None:
         ({"workers": 2, "ray": "h:1"}, {"workers": 1}, "1 worker on Ray (h:1)"),
         ({"workers": 2, "ray": "h:1"}, {"ray": "i:1"}, "2 workers on Ray (i:1)"),
         ({"devices": ["cpu", "cpu"]}, {"devices": None}, "one process"),
+        ({"devices": ["cpu", "cpu"]}, {"workers": None}, "one process"),
+        ({"workers": 2, "ray": "h:1"}, {"devices": None}, "one process"),
+        ({"workers": 2, "ray": "h:1"}, {"workers": None}, "one process"),
     ],
 )
 def test_a_run_goes_on_elsewhere(began: dict[str, Any], given: dict[str, Any], now: str) -> None:

@@ -77,19 +77,39 @@ def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("address", ["", "host", "host:", "host:x", "http://host:1", "host:99999"])
 def test_an_address_has_a_host_and_a_port(address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ray = faked(monkeypatch, tmp_path)
-    assert refusal(address).startswith(f"--ray={address}: give auto, HOST:PORT (usual port 6379) or ray://HOST:PORT")
+    assert refusal(address).startswith(f"--ray={address}: give auto or HOST:PORT (usual port 6379)")
     assert not ray.given
 
 
-@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_ray_client_is_refused_by_name(listening: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It needs packages that the extra does not have."""
+    ray = faked(monkeypatch, tmp_path)
+    assert refusal(f"ray://{listening}").startswith(f"--ray=ray://{listening}: Ray Client is not supported; ")
+    monkeypatch.setenv("RAY_ADDRESS", f"ray://{listening}")
+    assert refusal("auto").startswith(f"RAY_ADDRESS=ray://{listening}: Ray Client is not supported; ")
+    assert not ray.given
+
+
 def test_a_cluster_that_does_not_answer_is_not_waited_for(
-    scheme: str, silent: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    silent: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     ray = faked(monkeypatch, tmp_path)
-    assert "no Ray cluster answers there" in refusal(scheme + silent)
-    monkeypatch.setenv("RAY_ADDRESS", scheme + silent)
-    assert refusal("auto").startswith(f"RAY_ADDRESS={scheme}{silent}: no Ray cluster answers there")
+    assert "no Ray cluster answers there" in refusal(silent)
+    monkeypatch.setenv("RAY_ADDRESS", silent)
+    assert refusal("auto").startswith(f"RAY_ADDRESS={silent}: no Ray cluster answers there")
     assert not ray.given
+
+
+@pytest.mark.parametrize("told", ["auto", "local"])
+def test_the_words_that_ray_allows_as_its_address(
+    told: str, listening: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ray = faked(monkeypatch, tmp_path)
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(listening)
+    monkeypatch.setenv("RAY_ADDRESS", told)
+    with connect("auto", "--ray"):
+        assert [given["address"] for given in ray.given] == [listening if told == "auto" else "local"]
 
 
 def test_auto_starts_a_cluster_where_none_runs(silent: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as some
 from torch import Tensor
 
 from mira.core.encoded import Encoded
+from mira.core.errors import UserError
 from mira.core.types import Scores, Trained, Work
 from mira.engine.spread import Call, Reply, SpreadEngine, how_many, part, pieces
 
@@ -201,7 +202,10 @@ def test_a_piece_carries_only_what_is_its_own() -> None:
 def test_every_field_of_a_work_is_divided() -> None:
     """A new field of ``Work`` must be put into ``part`` if it has an entry for each job."""
     by_job = {"client", "start", "anchor", "prox", "shift", "upload", "private", "slot", "optimizer"}
-    assert {each.name for each in fields(Work)} == by_job | {"trainable"}
+    assert {each.name for each in fields(Work)} == by_job | {
+        "trainable",
+        "offer",
+    }  # which is settled before an engine trains
     whole = work()
     upload, trainable = torch.rand(10, 2) > 0.5, torch.tensor([True, False])
     private = torch.arange(10) > 4
@@ -237,7 +241,9 @@ def test_a_round_may_lose_all_its_clients() -> None:
 
 def test_a_measurement_may_lose_no_row() -> None:
     crew = Crew([0, 1], dies=lambda call: 2 in call.arguments[1])
-    with pytest.raises(RuntimeError, match="lost its worker, again when tried alone: killed"):
+    with pytest.raises(
+        UserError, match="lost its worker, again when tried alone: killed; committed rounds are kept: resume"
+    ):
         spread(crew).evaluate(torch.zeros(3, 2), torch.tensor([1, 2, 3]), ("test",))
 
 

@@ -87,6 +87,13 @@ def test_a_container_has_no_more_threads_than_its_share_of_the_processors(
     limit: str, threads: int, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(core_threads, "_CPU_LIMIT", tmp_path / "cpu.max")
-    assert (usable_threads(), usable_cores()) == (4, os.cpu_count())
+    there = len(os.sched_getaffinity(0))
+    assert (usable_threads(), usable_cores()) == (4, there)
     (tmp_path / "cpu.max").write_text(limit + "\n")
-    assert (usable_threads(), usable_cores()) == (threads, min(os.cpu_count() or 1, cores))
+    assert (usable_threads(), usable_cores()) == (threads, min(there, cores))
+
+
+def test_a_process_has_no_more_cores_than_those_it_is_bound_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by taskset, or by Slurm for a job."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3})
+    assert usable_cores() == 1

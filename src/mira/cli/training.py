@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -82,26 +82,25 @@ def compare(
     Repeat the command to resume an interrupted comparison; finished runs are not repeated.
     """
     from mira import comparison
-    from mira.comparison.tables import described, rich_tables
     from mira.core.pydantic_config import expanded
 
     place = expanded(out) if out else None
     plan = comparison.load(target, overrides or [])
     try:
         value = comparison.compare(
-            plan,
-            place or Path("runs") / plan.name,
-            shlex.join(["mira", *sys.argv[1:]]),
-            results,
-            say,
-            workers,
-            unlike_machines,
-            ray,
-            err_console,
-        )
+            plan, place or Path("runs") / plan.name, shlex.join(["mira", *sys.argv[1:]]), results, say, workers,
+            unlike_machines, ray, err_console,
+        )  # fmt: skip
     except KeyboardInterrupt:
         err_console.print("interrupted; finished runs and committed rounds are kept; repeat the command to resume")
         raise typer.Exit(130) from None
+    _print_comparison(value, as_json)
+
+
+def _print_comparison(value: dict[str, Any], as_json: bool) -> None:
+    """The tables. Ends the command with status 1 where something failed."""
+    from mira.comparison.tables import described, rich_tables
+
     if as_json:
         print_json(value)
     else:

@@ -123,9 +123,12 @@ class RayWorkers:
             self._connection.close()
 
     def _hired(self) -> _Worker:
+        variables = _ENVIRONMENT | {"OMP_NUM_THREADS": str(self._needs.cpus)}
+        if not self._needs.gpus:  # Ray leaves the node's GPUs in sight
+            variables["CUDA_VISIBLE_DEVICES"] = ""
         options = {
             "num_cpus": self._needs.cpus, "num_gpus": self._needs.gpus, "max_concurrency": 2, "max_restarts": 0,
-            "max_task_retries": 0, "runtime_env": {"env_vars": _ENVIRONMENT | {"OMP_NUM_THREADS": str(self._needs.cpus)}},
+            "max_task_retries": 0, "runtime_env": {"env_vars": variables},
         }  # fmt: skip
         if self._needs.memory is not None:
             options["memory"] = self._needs.memory

@@ -133,8 +133,8 @@ def _existing(plan: Plan, out: Path) -> Iterator[tuple[dict[str, Any], dict[str,
 
 
 def _this_machine(plan: Plan) -> Machine:
-    gpu = plan.base.model.device != "cpu" and torch.cuda.is_available()
-    return Machine(usable_cores(), total_memory(), available_memory(), gpu)
+    gpus = 0 if plan.base.model.device == "cpu" else torch.cuda.device_count()
+    return Machine(usable_cores(), total_memory(), available_memory(), gpus)
 
 
 def _check_privacy(plan: Plan) -> None:

@@ -18,12 +18,12 @@ _UNKNOWN = 2 * 10**9  # bytes of weights that are not on this machine yet
 
 @dataclass(frozen=True)
 class Machine:
-    """``memory``: bytes in all. ``free``: bytes not in use. ``gpu``: true if runs are computed on a GPU of this machine."""
+    """``memory``: bytes in all. ``free``: bytes not in use. ``gpus``: GPUs of this machine that runs may use."""
 
     cores: int
     memory: int
     free: int
-    gpu: bool = False
+    gpus: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,16 @@ def threads_of_a_run(plan: Plan, machine: Machine, weights: int | None, recorded
     given = recorded or plan.base.engine.threads or plan.comparison.resources.cpus
     if given:
         return given
-    if machine.gpu:
-        return machine.cores
-    fitting = max(1, machine.memory // estimated(weights))
-    return machine.cores // min(machine.cores, plan.total, fitting)
+    return machine.cores // min(machine.cores, plan.total, _side_by_side(plan.comparison.resources, machine, weights))
+
+
+def _side_by_side(resources: Resources, machine: Machine, weights: int | None) -> int:
+    """The number of runs that fit on the GPUs of the machine, whether or not they are all used; else into its memory."""
+    gpus = 1.0 if resources.gpus is None else resources.gpus
+    if not machine.gpus or not gpus:
+        return max(1, machine.memory // estimated(weights))
+    # The part of one GPU that is left beside whole runs is no use to another.
+    return max(1, machine.gpus * int(1 / gpus + 1e-9) if gpus < 1 else int(machine.gpus / gpus))
 
 
 def share_of_a_run(resources: Resources, machine: Machine, threads: int) -> Share:
@@ -74,8 +80,8 @@ def number_of_workers(given: int | str, plan: Plan, machine: Machine, threads: i
 
 def _allowed(plan: Plan, machine: Machine, threads: int, need: Need) -> tuple[int, str]:
     """The number of runs at a time that cores and memory allow, and its reason."""
-    if machine.gpu:
-        return 1, "on one GPU; --ray auto runs several, with gpus under resources"
+    if machine.gpus:
+        return 1, "on one GPU; --ray auto runs one on each GPU, or more with gpus: 0.5 under resources"
     by_cores, by_memory = machine.cores // threads, machine.free // need.memory
     source = "measured" if need.is_measured else "estimated from its weights"
     gb = f"{need.memory / 1e9:.1f} GB a run ({source}), {machine.free / 1e9:.1f} GB free"

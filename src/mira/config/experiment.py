@@ -93,8 +93,8 @@ class EngineSection:
     """Number of worker processes for one run on a Ray cluster, each with a GPU of its own where model.device allows and the
     cluster has one, else on CPU threads. null: no cluster."""
     ray: Annotated[str, Field(min_length=1)] = "auto"
-    """The Ray cluster of the workers: its address (HOST:PORT or ray://HOST:PORT), or auto: the cluster of this machine, which is
-    started where there is none."""
+    """The Ray cluster of the workers: its address (HOST:PORT), or auto: the cluster of this machine, which is started where there
+    is none."""
 
     @property
     def spreads(self) -> bool:

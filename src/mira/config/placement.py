@@ -31,13 +31,17 @@ def check(devices: Sequence[str], workers: int | None, ray: str, device: str) ->
 
 
 def completed(given: Placement) -> dict[str, Any]:
-    """All that ``given`` changes: new workers take the place of devices, and new devices that of workers on a cluster. Raises
-    UserError for a field of another kind."""
+    """All that ``given`` changes: new workers take the place of devices, and new devices that of workers on a cluster. Where
+    either is given as null, one process takes the place of both. Raises UserError for a field of another kind."""
     if other := [name for name in given if name not in FIELDS]:
         raise UserError(f"engine.{other[0]}: a run resumes with its own; other {', '.join(FIELDS)} may be given")
     if given.get("devices") is not None:
         return {"workers": None, "ray": "auto", **given}
-    return {"devices": None, **given} if given.get("workers") is not None else dict(given)
+    if given.get("workers") is not None:
+        return {"devices": None, **given}
+    if {"devices", "workers"} & given.keys():
+        return {"devices": None, "workers": None, "ray": "auto", **given}
+    return dict(given)
 
 
 def told(devices: Sequence[str] | None, workers: int | None, ray: str) -> str:

@@ -19,6 +19,8 @@ from mira.core.threads import usable_cores
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
+_LOCAL = "local"  # Ray's word for a new cluster
+_CLIENT = "ray://"
 _MODE = "RAY_AUTH_MODE"
 _LIMIT = 10.0  # seconds that a cluster has to answer; Ray itself waits for minutes
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -52,8 +54,8 @@ class Connection:
 def connect(address: str | None, key: str) -> Connection:
     """Connect this process to a Ray cluster.
 
-    ``address``: HOST:PORT, from a node of the cluster; ray://HOST:PORT, from anywhere; auto, the cluster at RAY_ADDRESS or the
-    one that ``ray start`` began on this machine, and where none runs a new one for this process. None: always a new one.
+    ``address``: HOST:PORT, from a node of the cluster; auto, the cluster at RAY_ADDRESS or the one that ``ray start`` began on
+    this machine, and where none runs a new one for this process. None: always a new one.
     ``key``: name of the setting, for messages. A process that is connected already keeps its connection.
 
     Raises UserError: Ray is not installed, the address is none, no cluster answers there within 10 s, or it refuses.
@@ -136,9 +138,12 @@ def _ray(key: str) -> Any:
 
 
 def _find_or_start(ray: Any) -> None:
-    if told := os.environ.get("RAY_ADDRESS"):
+    told = os.environ.get("RAY_ADDRESS", "")
+    if told not in ("", AUTO, _LOCAL):
         _check_answers(told, "RAY_ADDRESS")
-    running = told or _recorded()
+        _join(ray, told)
+        return
+    running = None if told == _LOCAL else _recorded()
     if running is not None and _answers(running):
         _join(ray, running)  # not AUTO: with it Ray also takes a cluster that another process started for itself alone
         return
@@ -167,7 +172,7 @@ def _asks_for_token(address: str) -> bool:
 
 def _start(ray: Any) -> None:
     # Ray gives a cluster of this kind a token: without it nobody on the network can run code here.
-    ray.init(address="local", num_cpus=usable_cores(), include_dashboard=False, **_QUIET)
+    ray.init(address=_LOCAL, num_cpus=usable_cores(), include_dashboard=False, **_QUIET)
     log.info("started Ray on this machine: %d cores", usable_cores())
 
 
@@ -179,10 +184,13 @@ def _recorded() -> str | None:
 
 def _check_answers(address: str, key: str) -> None:
     """Raises UserError unless ``address`` names a host and a port that accepts connections."""
-    if _place(address) is None:
+    if address.startswith(_CLIENT):
         raise UserError(
-            f"{key}={address}: give auto, HOST:PORT (usual port 6379) or ray://HOST:PORT (usual port 10001)"
+            f"{key}={address}: Ray Client is not supported; run the command on a node of the cluster, with auto or with HOST:PORT"
+            " (usual port 6379)"
         )
+    if _place(address) is None:
+        raise UserError(f"{key}={address}: give auto or HOST:PORT (usual port 6379)")
     if not _answers(address):
         raise UserError(
             f"{key}={address}: no Ray cluster answers there; start one with 'ray start --head', or give auto for this machine"
@@ -203,13 +211,11 @@ def _answers(address: str) -> bool:
 def _place(address: str) -> tuple[str, int] | None:
     """Host and port; None where ``address`` has another form."""
     try:
-        parts = urlsplit(address if "://" in address else f"//{address}")
+        parts = urlsplit(f"//{address}")
         port = parts.port
     except ValueError:
         return None
-    if parts.scheme not in ("", "ray") or not parts.hostname or not port:
-        return None
-    return parts.hostname, port
+    return (parts.hostname, port) if parts.hostname and port else None
 
 
 def _reason(error: Exception) -> str:

@@ -30,8 +30,9 @@ def usable_threads() -> int:
 
 
 def usable_cores() -> int:
-    """Number of processors of this machine, or of the share that a container has of them (cgroup v2)."""
-    return min(os.cpu_count() or 1, _limit() or sys.maxsize)
+    """Number of processors that this process may use: those of the machine, or its share of them (taskset, cgroup v2)."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, _limit() or sys.maxsize)
 
 
 def _limit() -> int | None:

@@ -28,7 +28,7 @@ from mira.core.threads import check_cancelled, parallel_map
 from mira.core.types import Failure, Scores, Trained, Work
 from mira.engine.adapted_model import AdaptedModel, PassInputs
 from mira.engine.attention.packed import PackedAttention, in_one_kernel
-from mira.engine.budget import bytes_per_token, free_memory, tokens_per_pass, useful_tokens
+from mira.engine.budget import bytes_per_token, copies_fit, tokens_per_pass, useful_tokens
 from mira.engine.checkpoint import recomputed
 from mira.engine.cuda import graphs
 from mira.engine.cuda.replay import GraphReplayer
@@ -45,7 +45,6 @@ log = logging.getLogger(__name__)
 
 # Passes whose clients have rows, gradients and moments in memory at the same time. With fewer, more passes are half empty.
 _PASSES_PER_GROUP = 2
-_SHARE_OF_COPIES = 0.25  # of the free memory, at most, for prepared copies of the weights
 
 Batches = Sequence[Sequence[Encoded]]  # of one client in a round: the sequences of each local step
 
@@ -244,7 +243,7 @@ class BatchedEngine:
         model = self.spec.model
         if not FrozenWeights.available(model.device, model.dtype):
             return None
-        return FrozenWeights(sum(p.nbytes for p in model.parameters()) <= _SHARE_OF_COPIES * free_memory(model.device))
+        return FrozenWeights(copies_fit(model.device, sum(p.nbytes for p in model.parameters())))
 
     def _items(self, batches: Mapping[int, Sequence[Encoded]]) -> list[tuple[int, Sequence[Encoded]]]:
         """The batch of each row, in pieces of at most the budget where that is more than a useful number of tokens."""

@@ -22,6 +22,7 @@ _LEAST = 64
 # Share of the free memory. The temporaries of a layer and the backward pass come on top of what a pass keeps.
 _SHARE = 0.5
 _SHARE_CAPTURED = 0.3  # captured passes keep their memory while other passes run
+_SHARE_OF_COPIES = 0.25
 _PROBE = 64  # tokens
 
 
@@ -122,6 +123,11 @@ class PassPlan:
 def useful_tokens(dtype: torch.dtype) -> int:
     """Useful tokens in a pass for each CPU thread: more make it hardly faster."""
     return _USEFUL.get(dtype.itemsize, _USEFUL[4])
+
+
+def copies_fit(device: torch.device, weights: int) -> bool:
+    """True if prepared copies of the weights, of as many bytes, leave enough of the memory that passes may fill."""
+    return weights <= _SHARE_OF_COPIES * _room(device, weights)
 
 
 def free_memory(device: torch.device) -> int:

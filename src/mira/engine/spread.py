@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mira.core.encoded import Encoded
+from mira.core.errors import UserError
 from mira.core.payload import jobs_of
 from mira.core.types import Failure, Scores, Trained, Work
 from mira.data.corpus import Corpus
@@ -212,12 +213,13 @@ class SpreadEngine:
         self, sizes: Sequence[int], make: Callable[[list[int]], Call],
         by_row: Callable[[Any, list[int]], Iterable[Any]],
     ) -> list[Any]:  # fmt: skip
-        """The results of all rows, in order. ``by_row``: those in the value of a call. Raises RuntimeError where a row is lost
+        """The results of all rows, in order. ``by_row``: those in the value of a call. Raises UserError where a row is lost
         with its workers: none may be missing."""
         out = spread(self.crew, sizes, [size // FORWARD_FACTOR for size in sizes], make)
         if out.lost:
-            raise RuntimeError(
-                f"a measurement lost its worker, again when tried alone: {next(iter(out.lost.values()))}"
+            raise UserError(
+                f"engine: a measurement lost its worker, again when tried alone: {next(iter(out.lost.values()))}; committed"
+                " rounds are kept: resume the run, with fewer workers where memory ran out (engine.workers, engine.devices)"
             )
         found: dict[int, Any] = {}
         for units, value in out.done:

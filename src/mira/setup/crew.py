@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mira.core.errors import UserError
-from mira.core.ray import Connection, cause_of_death, failed_start
+from mira.core.ray import Connection, cause_of_death, failed_start, reason_of
 from mira.core.versions import version_of
 from mira.engine.spread import Call, Reply
 from mira.setup.sending import send_tensors_as_arrays
@@ -54,6 +54,7 @@ class RayCrew:
     place: dict[int, int] = field(default_factory=dict)
     nodes: dict[int, str] = field(default_factory=dict)  # of the workers that are built
     failures: Counter[int] = field(default_factory=Counter)  # of a place, in a row
+    why: str = ""  # the last worker that could not begin did not
     number: int = 0  # of the next worker
 
     def start(self, fitting: int) -> About:
@@ -67,7 +68,7 @@ class RayCrew:
             raise UserError(
                 f"engine.workers: no worker began within {_PATIENCE:g} s; see 'ray status' for the free CPUs and GPUs"
                 if self.starting
-                else "engine.workers: every worker died while it began; the warnings above say why"
+                else f"engine.workers: no worker can begin: {self.why}"
             )
         return self.first
 
@@ -86,9 +87,10 @@ class RayCrew:
         """See ``Crew``."""
         while not self._ready():
             if not self._admit(_PATIENCE):
+                new = f"began within {_PATIENCE:g} s" if self.starting else f"can begin ({self.why})"
                 raise UserError(
-                    f"engine: all workers were lost, and no new one began within {_PATIENCE:g} s; committed rounds are kept:"
-                    " resume the run when there are workers again"
+                    f"engine: all workers were lost, and no new one {new}; committed rounds are kept: resume the run when"
+                    " there are workers again"
                 )
         return self._ready()
 
@@ -149,13 +151,14 @@ class RayCrew:
         except Exception as error:
             if self.first is None:
                 raise
-            about, lost = None, str(error)
+            about, lost = None, reason_of(error)
         if lost is None:
             self._check(worker, about)
         else:
+            self.why = lost
             self.failures[self.place[worker]] += 1
-            self._replace(worker)
-            log.warning("a worker did not begin: %s", lost)
+            given_up = "" if self._replace(worker) else f"; after {_TRIES} failures its place stays empty"
+            log.warning("a worker did not begin: %s%s", lost, given_up)
         return True
 
     def _check(self, worker: int, about: About) -> None:
@@ -174,14 +177,17 @@ class RayCrew:
                 about.node, about.processor, self.first.node, self.first.processor,
             )  # fmt: skip
 
-    def _replace(self, worker: int) -> None:
+    def _replace(self, worker: int) -> bool:
+        """Put a new worker in the place of a lost one; returns False where the place is given up."""
         import ray
 
         ray.kill(self.actors.pop(worker))  # it may still be alive, without a connection
         self.nodes.pop(worker, None)
         place = self.place.pop(worker)
-        if self.failures[place] < _TRIES:
-            self._create(place)
+        if self.failures[place] >= _TRIES:
+            return False
+        self._create(place)
+        return True
 
     def _look(self) -> None:
         """Report the progress that workers have told, and ask again those that are busy."""

@@ -15,13 +15,18 @@ def send_tensors_as_arrays() -> None:
     register_serializer(Tensor, serializer=_packed, deserializer=_unpacked)
 
 
-def _packed(tensor: Tensor) -> tuple[np.ndarray, torch.dtype, tuple[int, ...]]:
+def _packed(tensor: Tensor) -> tuple[np.ndarray | None, torch.dtype, tuple[int, ...]]:
+    """None for the numbers of an empty tensor (device meta), such as the weights of a ``ShippedBase``."""
+    if tensor.is_meta:
+        return None, tensor.dtype, tuple(tensor.shape)
     flat = tensor.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy(), flat.dtype, tuple(tensor.shape)
 
 
-def _unpacked(packed: tuple[np.ndarray, torch.dtype, tuple[int, ...]]) -> Tensor:
+def _unpacked(packed: tuple[np.ndarray | None, torch.dtype, tuple[int, ...]]) -> Tensor:
     """A tensor with memory of its own: the array is read-only, and held in the store by whoever has it."""
     array, dtype, shape = packed
+    if array is None:
+        return torch.empty(shape, dtype=dtype, device="meta")
     flat = torch.empty(0, dtype=dtype) if not array.size else torch.from_numpy(array.copy()).view(dtype)
     return flat.view(shape)

@@ -6,6 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from mira.core.errors import UserError
 from mira.core.ray import connect
 from mira.core.threads import usable_threads
 from mira.engine.spread import SpreadEngine
-from mira.model import Base
+from mira.model import Base, Device
 from mira.model.shipped import ShippedBase
 from mira.setup.crew import Place, RayCrew
 from mira.setup.engine import EnginePlan
@@ -24,29 +25,38 @@ from mira.setup.worker import Parts
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """The places of the workers. ``fitting``: those with room now. ``together``: the most that share the memory of a device."""
+
+    places: Sequence[Place]
+    device: Device
+    threads: int
+    fitting: int
+    together: int
+
+
 def spread_out(plan: EnginePlan) -> SpreadEngine:
     """Start the workers that the configuration asks for, and wait for those that have room. Raises UserError."""
-    import ray
-
     experiment, recorded = plan.experiment, plan.taken_over.get("threads")
     here = experiment.engine.devices
     connection = connect(None, "engine.devices") if here else connect(experiment.engine.ray, "engine.ray")
+    import ray  # after the connection, which says what to do where it is not installed
+
     try:
-        if here:
-            threads = recorded or experiment.engine.threads or max(1, usable_threads() // len(here))
-            places, fitting = _on_devices(here), len(here)
-            together = max(here.count(device) for device in here)
-        else:
-            places, threads, fitting, together = _on_cluster(experiment, recorded)
+        layout = _on_devices(experiment, recorded) if here else _on_cluster(experiment, recorded)
         # A worker needs neither data nor method, a plugged-in one least of all: it may not be installed there.
         needed = experiment.model_copy(update={"data": None, "method": None, "graph": None})
-        parts = Parts(needed, _shipped(plan.base), plan.base.sha256, plan.encoder, plan.corpus, threads, together)
-        crew = RayCrew(connection, places, ray.put(parts), dict(plan.taken_over), plan.progress)
-        about = crew.start(fitting)
+        parts = Parts(
+            needed, layout.device, _shipped(plan.base), plan.base.sha256, plan.encoder, plan.corpus, layout.threads,
+            layout.together,
+        )  # fmt: skip
+        crew = RayCrew(connection, layout.places, ray.put(parts), dict(plan.taken_over), plan.progress)
+        about = crew.start(layout.fitting)
     except BaseException:
         connection.close()
         raise
-    log.info("%s", _workers(list(crew.nodes.values()), about.recorded["device"], here or (), threads))
+    log.info("%s", _workers(list(crew.nodes.values()), layout.device, here or (), layout.threads))
     return SpreadEngine(crew, plan.corpus, about.recorded)
 
 
@@ -81,10 +91,12 @@ def check_gpus(devices: Sequence[str]) -> None:
             raise UserError(f"engine.devices: there is no {device}; {seen}{'' if there else ', use cpu'}")
 
 
-def _on_devices(devices: Sequence[str]) -> list[Place]:
-    """One place on this machine for each device. Ray reserves nothing: the user has chosen."""
+def _on_devices(experiment: Experiment, recorded: int | None) -> _Layout:
+    """One place on this machine for each of engine.devices. Ray reserves nothing: the user has chosen. ``recorded``: threads of a
+    resumed run."""
     import ray
 
+    devices = experiment.engine.devices or ()
     check_gpus(devices)
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -92,12 +104,17 @@ def _on_devices(devices: Sequence[str]) -> list[Place]:
     needs = {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": node}
     seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     numbers = [int(device.partition(":")[2] or -1) for device in devices]
-    return [Place(needs, None if n < 0 else seen[n] if seen else str(n)) for n in numbers]
+    return _Layout(
+        places=[Place(needs, None if n < 0 else seen[n] if seen else str(n)) for n in numbers],
+        device="cpu" if devices[0] == "cpu" else "cuda",  # all are of one kind
+        threads=recorded or experiment.engine.threads or max(1, usable_threads() // len(devices)),
+        fitting=len(devices),
+        together=max(devices.count(device) for device in devices),
+    )
 
 
-def _on_cluster(experiment: Experiment, recorded: int | None) -> tuple[list[Place], int, int, int]:
-    """A place for each of engine.workers, the threads of a worker, the number of workers that the cluster has room for, and the
-    most that share the memory of one device. Raises UserError if there is room for none."""
+def _on_cluster(experiment: Experiment, recorded: int | None) -> _Layout:
+    """A place for each of engine.workers. ``recorded``: threads of a resumed run. Raises UserError if there is room for none."""
     import ray
 
     wanted = experiment.engine.workers or 1
@@ -114,25 +131,28 @@ def _on_cluster(experiment: Experiment, recorded: int | None) -> tuple[list[Plac
     equal = next((threads for threads in range(most, 0, -1) if sum(room(threads)) >= wanted), 1)
     threads = recorded or experiment.engine.threads or equal
     fitting = min(wanted, sum(room(threads)))
-    asked = f"{threads} CPU{'s' if threads > 1 else ''}{' and 1 GPU' if gpu else ''}"
+    _check_room(wanted, fitting, f"{threads} CPU{'s' if threads > 1 else ''}{' and 1 GPU' if gpu else ''}", nodes)
+    return _Layout(
+        places=[Place({"num_cpus": threads, "num_gpus": int(gpu)})] * wanted,
+        device="cuda" if gpu else "cpu",
+        threads=threads,
+        fitting=fitting,
+        together=1 if gpu else max(room(threads)),
+    )
+
+
+def _check_room(wanted: int, fitting: int, asked: str, nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Raise UserError if there is room for no worker; warn where there is room for some. ``asked``: the needs of one."""
     if not fitting:
+        less = "lower engine.threads" + (", or set model.device=cpu" if "GPU" in asked else "")
         raise UserError(
-            f"engine.workers={wanted}: no node of the Ray cluster has {asked} for a worker"
-            f" ({_told(nodes)}); lower engine.threads{', or set model.device=cpu' if gpu else ''}"
+            f"engine.workers={wanted}: no node of the Ray cluster has {asked} for a worker ({_told(nodes)}); {less}"
         )
     if fitting < wanted:
         log.warning(
             "engine.workers=%d: the cluster has room for %d with %s each; others begin when it grows",
-            wanted,
-            fitting,
-            asked,
-        )
-    return (
-        [Place({"num_cpus": threads, "num_gpus": int(gpu)})] * wanted,
-        threads,
-        fitting,
-        1 if gpu else max(room(threads)),
-    )
+            wanted, fitting, asked,
+        )  # fmt: skip
 
 
 def _told(nodes: Sequence[Mapping[str, Any]]) -> str:

@@ -31,10 +31,12 @@ LIBRARIES = ("mira", "torch", "transformers", "peft")
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a worker's engine. ``experiment``: the sections that an engine reads. ``base``: None for a base that the
-    worker loads itself, which must have the hash ``sha256``. ``together``: workers that share the memory of one device."""
+    """The parts of a worker's engine. ``experiment``: the sections that an engine reads. ``device``: that of all workers.
+    ``base``: None for a base that the worker loads itself, which must have the hash ``sha256``. ``together``: workers that share
+    the memory of one device."""
 
     experiment: Experiment
+    device: Device
     base: ShippedBase | None
     sha256: str
     encoder: Encoder
@@ -103,7 +105,6 @@ class Worker:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu
         send_tensors_as_arrays()
         self._parts = parts
-        self._device = torch.device("cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu")
         self._progress, self._warnings = Progress(), _Warnings()
         logging.getLogger("mira").addHandler(self._warnings)
         self._engine: Engine | None = None
@@ -115,14 +116,14 @@ class Worker:
         share_heap()
         if parts.together > 1:
             use_share(Share(total_memory() // parts.together, 1 / parts.together))
-        base = self._loaded() if parts.base is None else parts.base.unpacked(self._device)
+        base = self._loaded() if parts.base is None else parts.base.unpacked(torch.device(parts.device))
         adapter = parts.experiment.adapter.on(base, parts.experiment.seed)
         if adapter.directions is not None:  # an engine writes into these weights
             for tensor in adapter.directions.tensors.values():
                 tensor.data = tensor.data.clone()
         plan = EnginePlan(parts.experiment, base, adapter, parts.encoder, parts.corpus, taken_over, self._progress.add)
         self._engine = plan.build()
-        recorded = plan.recorded(self._engine) | {"threads": parts.threads, "device": self._device.type}
+        recorded = plan.recorded(self._engine) | {"threads": parts.threads, "device": parts.device}
         versions = {name: version_of(name) for name in LIBRARIES}
         about = About(recorded, plan.full(self._engine), socket.gethostname(), processor(), versions)
         return self._warnings.told(about)
@@ -138,9 +139,8 @@ class Worker:
     def _loaded(self) -> Base:
         """The base from this machine's own files."""
         section = self._parts.experiment.model
-        device: Device = "cuda" if self._device.type == "cuda" else "cpu"
         base = load(
-            section.name, section.source, section.dtype, device, section.trust_remote_code, section.quantization,
+            section.name, section.source, section.dtype, self._parts.device, section.trust_remote_code, section.quantization,
             section.revision,
         )  # fmt: skip
         if base.sha256 != self._parts.sha256:
