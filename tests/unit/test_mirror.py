@@ -102,6 +102,7 @@ def sent(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Parcel], list[A
     (folder / "adapters" / "x").mkdir(parents=True)
     (folder / "adapters" / "x" / "a.bin").write_text("b")
     (folder / "where.json").write_text("[]")
+    (folder / "test.json").write_text("{}")
     known = {"where.json": files.digest(b"[]")}
     parcels += mirror.others(folder, known, at_end=True)
     return parcels, contents, files_of(folder)
@@ -114,6 +115,19 @@ def test_all_but_the_tokens_comes_back(sent: tuple[list[Parcel], list[Any], Any]
     copy.close()
     known_already = {"where.json", "tokens/private"}
     assert files_of(tmp_path) == {name: data for name, data in sent[2].items() if name not in known_already}
+
+
+def test_a_copy_with_a_result_lacks_nothing_that_the_run_wrote(
+    sent: tuple[list[Parcel], list[Any], Any], tmp_path: Path
+) -> None:
+    """So no copy is taken for finished whose sender died on the way."""
+    copy = Mirror(tmp_path)
+    for parcel in sent[0]:
+        copy.apply(parcel)
+        if parcel[-1].name == "result.json":
+            break
+    copy.close()
+    assert {"adapters/x/a.bin", "test.json"} <= files_of(tmp_path).keys()
 
 
 def test_a_machine_that_goes_on_needs_no_end_products(

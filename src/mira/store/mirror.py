@@ -1,7 +1,8 @@
 """Copies of run folders on other machines: the committed rounds of a run as files, and a folder that follows them.
 
 A parcel is a few files in the order in which they are written. The last one makes it valid: store.json a run, a record a round.
-So a copy is in a committed state at every instant, and a process that is killed costs it the parcel under way at most.
+So a copy is in a committed state at every instant, and a process that is killed costs it the parcel under way at most. The result,
+which tells that nothing is left to do, comes after all else that a run writes.
 
 Not copied: tokens/, which is as private as the data and is made anew; temporary files and locks; metrics.jsonl, which a store
 writes itself. A copy to a machine that goes on with the run leaves out what a run writes anew at its end, and exports.
@@ -19,7 +20,7 @@ from mira.core.errors import UserError
 from mira.store import files, manifests
 from mira.store.history import KINDS, History, RoundRecord
 from mira.store.rounds import Rounds
-from mira.store.run import METRICS, Store
+from mira.store.run import METRICS, RESULT, Store
 
 _NEVER = ("tokens", METRICS, files.LOCK)
 _AT_THE_END = ("adapted", "adapters", "gguf", "merged", "mlflow.db", "tensorboard", "wandb")
@@ -73,8 +74,8 @@ def committed(folder: Path, round: int) -> Parcel:
 
 
 def others(folder: Path, known: Mapping[str, str], at_end: bool) -> Iterator[Parcel]:
-    """The other files that are not in ``known`` (digest by name), a file a parcel. ``at_end``: those that a run writes at its end
-    included."""
+    """The other files that are not in ``known`` (digest by name), a file a parcel, the result last. ``at_end``: those that a run
+    writes at its end included."""
     for name in _others(folder, () if at_end else _AT_THE_END):
         file = File.of(folder, name)
         if known.get(name) != file.digest:
@@ -167,16 +168,19 @@ class Mirror:
         return UserError(f"{self._folder}: a worker sent '{file.name}', which is refused ({why}); repeat the command")
 
 
-def _others(folder: Path, left_out: Sequence[str]) -> Iterator[str]:
-    """Names of the files beside the state of the run and those that are never copied, in order. Links are left alone."""
+def _others(folder: Path, left_out: Sequence[str]) -> list[str]:
+    """Names of the files beside the state of the run and those that are never copied, the result last. Links are left alone."""
+    return sorted(_found(folder, left_out), key=lambda name: (name == RESULT, name))
+
+
+def _found(folder: Path, left_out: Sequence[str]) -> Iterator[str]:
     out = {*_NEVER, *left_out, *manifests.FIXED, manifests.MANIFEST, *manifests.FOLDERS}
     for path, folders, names in os.walk(folder):
         here = Path(path)
         if here == folder:
             folders[:] = [name for name in folders if name not in out]
             names = [name for name in names if name not in out]
-        folders.sort()
-        for name in sorted(names):
+        for name in names:
             if not name.endswith(".tmp") and not (here / name).is_symlink():
                 yield (here / name).relative_to(folder).as_posix()
 

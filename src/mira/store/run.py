@@ -29,7 +29,7 @@ from mira.store.history import History, RoundRecord
 from mira.store.rounds import Rounds
 from mira.store.rows import StoredRows
 
-METRICS, _RESULT = "metrics.jsonl", "result.json"
+METRICS, RESULT = "metrics.jsonl", "result.json"
 _CONTINUE = "continue with --resume; committed rounds are intact"
 
 
@@ -50,7 +50,7 @@ class Store:
             self._history.add(record)
             metrics.update(record.line())
         if lock is not None:
-            self._rounds.tidy(self._history.kept(), (METRICS, _RESULT))
+            self._rounds.tidy(self._history.kept(), (METRICS, RESULT))
             self._rebuild(metrics.digest())
 
     @staticmethod
@@ -205,11 +205,11 @@ class Store:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary of a finished run."""
-        self._write(_RESULT, files.pack_json(summary))
+        self._write(RESULT, files.pack_json(summary))
 
     def result(self) -> dict[str, Any] | None:
         """The summary, None while the run is not finished."""
-        path = self.folder / _RESULT
+        path = self.folder / RESULT
         result: dict[str, Any] | None = files.read_json(path) if path.exists() else None
         return result
 
