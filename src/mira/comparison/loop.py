@@ -14,11 +14,11 @@ from mira.comparison.plan import Job, Plan
 from mira.comparison.schedule import Schedule
 from mira.comparison.summary import entry_of, failed_entry, failed_task, summary
 from mira.comparison.tables import FILES, described
-from mira.comparison.work import is_tested
+from mira.comparison.tested import is_tested, measured
 from mira.comparison.workers import Kind, Outcome, Task, Workers
 from mira.core.errors import UserError
 from mira.store import Store
-from mira.store.files import TESTED, is_locked, pack_json, read_json, replace
+from mira.store.files import is_locked, pack_json, replace
 from mira.store.rounds import Rounds
 
 log = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ class Loop:
             self.watcher.dropped(tests - len(self.plan.tune_seeds), tests)
             log.warning("entries.%s: %s", name, self._lost_entries[-1]["reason"])
             return
-        done = [(job, read_json(self.out / job.folder / TESTED)) for job in chosen if schedule.is_done("test", job)]
+        done = [(job, measured(self.out / job.folder) or {}) for job in chosen if schedule.is_done("test", job)]
         tuning = [(jobs[0].point, losses) for jobs, losses in schedule.tuning(name)]
         self._entries[name] = entry_of(self.plan, name, chosen[0].point, tuning, done, self.out)
 

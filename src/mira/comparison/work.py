@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mira.comparison.machines import Place, note, place_of
+from mira.comparison.tested import measured as measured_before
 from mira.comparison.workers import Outcome, Task
 from mira.config import Experiment
 from mira.core.errors import UserError
@@ -22,7 +23,7 @@ from mira.runner.callbacks import Callback, Callbacks
 from mira.runner.measuring import measured
 from mira.runner.recording import reopened, state_of
 from mira.store import Store
-from mira.store.files import TESTED, pack_json, read_json, replace
+from mira.store.files import TESTED, pack_json, replace
 
 log = logging.getLogger(__name__)
 
@@ -90,15 +91,10 @@ def do(task: Task, out: Path, callbacks: Sequence[Callback] = ()) -> None:
         use_share(None)
 
 
-def is_tested(folder: Path) -> bool:
-    """True where nothing is left to measure. Files of older comparisons have no losses before training."""
-    return (folder / TESTED).exists() and "start" in read_json(folder / TESTED)
-
-
 def tested(folder: Path) -> None:
     """Measure test losses, answers and transfer at the validation-best round, and test losses after the last round and before
     training, for ``test.json``. Losses before training are added to a file without them where the run can be opened."""
-    kept: dict[str, Any] = read_json(folder / TESTED) if (folder / TESTED).exists() else {}
+    kept = measured_before(folder) or {}
     try:
         value = _measured(folder, kept)
     except UserError as error:
