@@ -52,7 +52,8 @@ class Watcher(Protocol):
 
 @dataclass
 class Loop:
-    """A comparison under way. ``task_of``: makes the task of a job. ``same``: refuses a run that differs from the others."""
+    """A comparison under way. ``task_of``: makes the task of a job. ``same``: refuses a run that differs from the others.
+    ``here``: the workers are of this machine; on a cluster they look at theirs."""
 
     plan: Plan
     out: Path
@@ -61,6 +62,7 @@ class Loop:
     watcher: Watcher
     command: str
     results: Path | None
+    here: bool = False
     value: dict[str, Any] = field(default_factory=dict)
     _looked: set[tuple[Kind, Path]] = field(default_factory=set)
     _unchecked: list[Job] = field(default_factory=list)
@@ -110,6 +112,8 @@ class Loop:
         for kind, job in self._schedule.ready():
             if not workers.free:
                 return
+            if kind == "run" and self.here:
+                self.same.check_here(job.experiment.model.device)  # before the run notes this machine
             task = self.task_of(kind, job)
             self._schedule.start(kind, job)
             if kind == "run":

@@ -68,15 +68,19 @@ def attempted(task: Task, out: Path, callbacks: Sequence[Callback] = ()) -> Outc
     except UserError as fault:
         error = str(fault)
     except Exception as bug:
-        error = f"{type(bug).__name__}: {' '.join(str(bug).split())[:300]}"
+        error = one_line(bug)
         log.warning("%s", traceback.format_exc().rstrip())
-    return Outcome(task, place_of(task.job.experiment), time.perf_counter() - began, error)
+    return Outcome(task, place_of(task.job.experiment.model.device), time.perf_counter() - began, error)
+
+
+def one_line(bug: Exception) -> str:
+    return f"{type(bug).__name__}: {' '.join(str(bug).split())[:300]}"
 
 
 def do(task: Task, out: Path, callbacks: Sequence[Callback] = ()) -> None:
     """Do ``task`` in its run folder below ``out``: start or resume its run, or measure the test split. Raises UserError."""
     folder = out / task.job.folder
-    told = [*callbacks, _Noted(place_of(task.job.experiment))]
+    told = [*callbacks, _Noted(place_of(task.job.experiment.model.device))]
     use_share(task.share)
     gc.collect()  # the model of the task before, which is part of circles
     forget_peak_memory()
