@@ -51,7 +51,7 @@ class Remote:
         """``mark``: name of a file that the comparison's process made in ``out``. ``device``: model.device of the runs. ``node``:
         tells the identity of the machine."""
         self._shares = (out / mark).is_file()
-        self._out = out if self._shares else _own_folder()
+        self._out = out if self._shares else _removed_at_the_end(_own_folder())
         self._device, self._node = device, node()
         self._news: Queue[Parcel | Outcome] = Queue(maxsize=1)  # a run waits until its last round but one was fetched
 
@@ -160,6 +160,16 @@ def _own_folder() -> Path:
                 shutil.rmtree(path)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
     _lock(folder)
+    return folder
+
+
+def _removed_at_the_end(folder: Path) -> Path:
+    """Start a process that removes ``folder`` when this one has ended, also where it was killed."""
+    its, _ = os.pipe()  # the other end closes with this process
+    nowhere = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_WRONLY, 0) for number in (1, 2)]
+    script = ["sh", "-c", 'cat; rm -rf -- "$0"', str(folder)]
+    os.posix_spawn("/bin/sh", script, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, its, 0), *nowhere], setpgroup=0)
+    os.close(its)
     return folder
 
 
