@@ -17,6 +17,8 @@ import mira
 
 SOURCES = Path(mira.__file__).parents[1]
 _LONGEST = 20.0  # seconds that processes have to end
+# Ray lowers the priority of its workers by 15: beside other tests they would get a thirtieth of a core.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 class RayCluster:

@@ -46,7 +46,7 @@ def spread_out(plan: EnginePlan) -> SpreadEngine:
     except BaseException:
         connection.close()
         raise
-    log.info("%s", _workers(list(crew.nodes.values()), about.recorded["device"], here, threads))
+    log.info("%s", _workers(list(crew.nodes.values()), about.recorded["device"], here or (), threads))
     return SpreadEngine(crew, plan.corpus, about.recorded)
 
 
