@@ -104,7 +104,7 @@ class Same:
                 )
 
     def difference(self, place: Place, versions: Mapping[str, str]) -> str | None:
-        """What would make a run on the machine ``place`` with libraries of ``versions`` unlike the others, in words; None where
+        """Words for what makes a run on the machine ``place`` with libraries of ``versions`` unlike the others; None where
         nothing does. Before there is a run, this machine and its libraries are those of the others from now on."""
         if self.unlike:
             return None

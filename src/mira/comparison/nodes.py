@@ -75,7 +75,7 @@ class Nodes:
         return {"label_selector": {"ray.io/node-id": f"!in({', '.join(sorted(self._unlike))})"}}
 
     def take(self, arrival: Arrival) -> bool:
-        """Whether a worker that arrived may be used; where it may not, its node is left alone from now on, with a warning."""
+        """Return True where a worker that arrived may be used; else leave its node alone from now on, with a warning."""
         why = self._difference(arrival)
         if why is None:
             return True
@@ -85,7 +85,7 @@ class Nodes:
         return False
 
     def why_none(self) -> str:
-        """Why there is no worker for now. Raises UserError where every node that has what it needs is left alone."""
+        """Words for why there is no worker for now. Raises UserError where every node that has what it needs is left alone."""
         if self.room():
             return f"the cluster is busy, or slow to start a worker ({self.needs})"
         if any(self.needs.fits(there) for node, there in alive(self.ray).items() if node in self._unlike):
