@@ -36,7 +36,7 @@ def task(tiny_folder: Path, tmp_path: Path) -> Task:
 
 
 def worker(out: Path) -> Remote:
-    return Remote(out, ".elsewhere", lambda: "node")
+    return Remote(out, ".elsewhere", "cpu", lambda: "node")
 
 
 def parcels(remote: Remote, task: Task, out: Path) -> Iterator[Parcel]:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _POLL = 1.0  # seconds that a worker waits for news before it answers that there are none
 _ANSWER = 30.0  # seconds for which an idle worker may be silent before it is replaced
 _LEAVE = 3.0  # seconds that workers have to remove their folders
-_SILENCE = 30.0  # seconds without a worker, after which a line says so
+_SILENCE = 60.0  # seconds without a worker, after which a line says so
 _MARK = ".ray-"
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 
