@@ -30,15 +30,28 @@ from mira.setup.session import Session
 TRAINED: dict[str, Any] = {"scaffold": {"optimizer": "sgd"}}  # it refuses AdamW
 
 
-@pytest.mark.parametrize(("name", "keep"), [*((name, False) for name in METHODS), ("mira", True), ("ditto", True)])
-def test_rows_and_scores_are_those_of_one_process_to_the_last_bit(world: World, name: str, keep: bool) -> None:
-    plan: dict[str, Any] = {"method": {"name": name}, "training": {"keep_optimizer": keep} | TRAINED.get(name, {})}
+@pytest.mark.parametrize(
+    ("name", "keep", "more"),
+    [
+        *((name, False, {}) for name in METHODS), ("mira", True, {}), ("ditto", True, {}),
+        ("mira", False, {"strength": "personal"}), ("mira", False, {"strength": "similarity", "common_rounds": 1}),
+    ],
+)  # fmt: skip
+def test_rows_and_scores_are_those_of_one_process_to_the_last_bit(
+    world: World, name: str, keep: bool, more: dict[str, Any]
+) -> None:
+    plan: dict[str, Any] = {
+        "method": {"name": name} | more,
+        "training": {"keep_optimizer": keep} | TRAINED.get(name, {}),
+    }
     together = experiment.run(world.experiment(**plan), world.folder / "together")
     world.apart(world.sites(), **plan)
     for a, b in zip(metrics(world.folder / "together"), metrics(world.folder / "apart"), strict=True):
         assert a.get("train_loss") == b.get("train_loss")
         assert a["clients"] == b["clients"]
         assert a.get("answers") == b.get("answers")
+        assert a.get("offers") == b.get("offers")
+        assert a.get("client_bytes") == b.get("client_bytes")
     for client in together["clients"]:
         own = world.folder / "sites" / client["name"] / "adapter" / "adapter_model.safetensors"
         assert own.read_bytes() == (Path(client["adapter"]) / "adapter_model.safetensors").read_bytes()

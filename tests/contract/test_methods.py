@@ -21,7 +21,7 @@ from helpers.method_variants import WHOLE as VARIANTS
 from mira.core.graph import Graph, Groups
 from mira.core.loop import apply, describe, screen
 from mira.core.seeds import generator
-from mira.core.types import Change, Method, ServerState, Setting, Trained, uses_graph
+from mira.core.types import Change, MemoryRows, Method, ServerState, Setting, Trained, uses_graph
 from mira.methods import METHODS
 from mira.testing.method_case import LAYOUT, sparse_graph
 from mira.testing.methods import Spy
@@ -71,7 +71,7 @@ def after(state: ServerState, change: Change) -> dict[int, Tensor]:
 
 # Row i of the state is all i: from which rows A (3 numbers) and B (2) of each job start, and which it is pulled to.
 START = {
-    "ditto": [0, 5, 0, 1, 0, 4], "mr-mtl": [5, 1, 4], "fedavg-ft": [5, 1, 4],
+    "ditto": [0, 5, 0, 1, 0, 4], "mr-mtl": [5, 1, 4], "fedavg-ft": [5, 1, 4], "mira-common": [5, 1, 4],
     **dict.fromkeys([*ROW_OF_EACH, *COHORT_MIXED, *TWO_OF_EACH], COHORT),
 }  # fmt: skip
 ANCHOR = {
@@ -117,6 +117,9 @@ def test_a_learned_graph_mixes_from_the_first_round_on_and_is_kept() -> None:
     """With who was found related in this very round; whoever was absent has nobody yet."""
     method = VARIANTS["mira-learned"]
     state, done = state_of(method), trained(method)
+    state = replace(
+        state, rows=MemoryRows(torch.zeros(LAYOUT.size), 7, {})
+    )  # where all rows begin, they are displacements
     done.rows[1] = done.rows[0] + 0.1 * done.rows[1]  # clients 4 and 0 alike, 3 apart
     change = method.aggregate(state, done)
     torch.testing.assert_close(change.value[0], 0.6 * done.rows[0] + 0.4 * done.rows[1])
@@ -127,9 +130,10 @@ def test_a_learned_graph_mixes_from_the_first_round_on_and_is_kept() -> None:
 def test_who_mixes_along_no_graph_is_known(method: Method) -> None:
     """For the others none is made: all relations or none must be the same to them."""
     graphs = Groups(torch.zeros(7, dtype=torch.int64)), Groups(torch.arange(7))
-    a, b = (method.aggregate(state_of(method, known), trained(method)).value for known in graphs)
+    a, b = (method.aggregate(state_of(method, known), trained(method)) for known in graphs)
     learns = method is VARIANTS["mira-learned"]
-    assert torch.equal(a, b) is (learns or not uses_graph(method))
+    same = torch.equal(a.value, b.value) and (a.offer is None) is (b.offer is None)
+    assert same is (learns or not uses_graph(method))
 
 
 # The cost of a round.
@@ -153,10 +157,14 @@ def test_a_round_touches_the_cohorts_rows_and_their_neighbours_alone(method: Met
         assert sorted(spy.read) == sorted(NEIGHBOURS)
     elif name in ("mr-mtl", "scaffold"):
         assert sorted(spy.read) == [0, 1, 4, 5]  # the row of all, and what the cohort's rows were
+    elif name in ("mira-learned", "mira-similarity"):
+        assert sorted(spy.read) == sorted(COHORT)  # what they were, for displacements
     else:
         assert set(spy.read) <= (set() if name in ROW_OF_EACH + COHORT_MIXED + TWO_OF_EACH else {0})
     own = COHORT if name in ROW_OF_EACH + COHORT_MIXED + TWO_OF_EACH else [5, 1, 4] if name in BESIDE_ONE else []
+    own = [] if name == "mira-common" else own  # the first round is a common one
     together = [] if name in ROW_OF_EACH + COHORT_MIXED + TWO_OF_EACH + ["fedavg-ft"] else [0]
+    together = [0, 1, 2] if name == "ifca" else together  # the clusters that begin
     assert change.index.tolist() == together + own + ([11, 7, 10] if name in TWO_OF_EACH else [])
     assert change.value.shape == (len(change.index), LAYOUT.size)
     assert change.value.dtype == torch.float32
@@ -177,7 +185,7 @@ def test_a_lost_client_keeps_its_row_and_is_not_missed_by_strangers(name: str) -
     assert torch.equal(without[3], torch.full((5,), 3.0))
     torch.testing.assert_close(without[4], whole[4], rtol=0, atol=1e-6)
     related = not torch.allclose(without[0], whole[0])
-    assert related is (name != "local")
+    assert related is (name not in ("local", "mira-personal"))  # personal: until the client has chosen
     pool = {"mira-all": [1, 3], "mira-paper-all": [1, 3]}.get(name, [])  # the lost one counts with its last known row
     strength = 0.4 if not name.startswith("mira-paper") else 0.01 * 1 * 2.0
     weight = {1: 0.5, 3: 1.0}

@@ -30,6 +30,7 @@ KINDS = {
     **TYPES,
     "integer or null": (int, type(None)),
     "true or false": (bool,),
+    "true, false or null": (bool, type(None)),
     "mean and interval": TYPES["number or null"],
 }
 LINE = {"Local": {"method.name": "local"}, "MIRA (s = 1)": {"method.strength": 1.0}}
@@ -75,7 +76,10 @@ def done(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(BatchedEngine, "evaluate", watched)
         patched.setattr(work, "tested", allowed)
-        ended = compare(write(folder, tiny_folder), "--out", folder / "o", "--results", folder / "r", "--json")
+        claims = [{"entry": "MIRA (s = 1)", "against": ["Local"], "margin": 0.02}]
+        ended = compare(
+            write(folder, tiny_folder, primary=claims), "--out", folder / "o", "--results", folder / "r", "--json"
+        )
     assert ended.status == 0, ended.err
     return folder, one_object(ended.out), ended.err
 
@@ -87,7 +91,9 @@ def validation(run: Path) -> float:
 def test_json_is_as_documented(done: tuple[Path, dict[str, Any], str]) -> None:
     value = done[1]
     expected = documented("mira compare")
-    found = [(name.removesuffix(".mean").removesuffix(".interval"), item) for name, item in fields(value)]
+    plain = [(name.removesuffix(".mean").removesuffix(".interval"), item) for name, item in fields(value)]
+    same = [(name, name.replace("primary[]", "entries[].against[]")) for name, _ in plain]
+    found = [(name if name in expected else other, item) for (name, other), (_, item) in zip(same, plain, strict=True)]
     inner = [name for name, _ in found if name.startswith("entries[].runs[].")]
     assert inner
     shown = {name for name, _ in found} - set(inner)
@@ -152,7 +158,19 @@ def test_wins_are_counted_client_by_client(done: tuple[Path, dict[str, Any], str
     assert duel["win_rate"] == (duel["wins"] + duel["ties"] / 2) / len(NAMES)
     assert duel["wins"] == sum(mine < theirs for mine, theirs in zip(*mean, strict=True))
     assert duel["difference"] == pytest.approx(sum(a - b for a, b in zip(*mean, strict=True)) / len(NAMES))
-    assert duel["p"] in [n / 16 for n in range(2, 17, 2)]
+    assert duel["pairs"] == 2 * len(NAMES)
+    assert duel["difference_low"] < duel["difference"] < duel["difference_high"]
+    assert duel["relative"] == pytest.approx(sum(mean[0]) / sum(mean[1]) - 1)
+    (claim,) = done[1]["primary"]
+    assert {key: claim[key] for key in duel.keys() - {"p"}} == {key: duel[key] for key in duel.keys() - {"p"}}
+    assert claim["p_holm"] == claim["p"]
+
+
+def test_groups_of_the_data_are_the_tasks(done: tuple[Path, dict[str, Any], str]) -> None:
+    folder, value, _ = done
+    for run in (run for entry in value["entries"] for run in entry["runs"]):
+        environment = json.loads((folder / "o" / run["run"] / "environment.json").read_text())
+        assert [client["group"] for client in run["clients"]] == environment["groups"]
 
 
 def test_progress_and_files(done: tuple[Path, dict[str, Any], str]) -> None:
@@ -186,7 +204,8 @@ def test_what_is_finished_is_not_done_again(done: tuple[Path, dict[str, Any], st
     ended = compare(folder / "c.yaml", "--out", folder / "o")
     assert ended.err.count("finished before") == 8
     assert snapshot(folder / "o" / "runs") == before
-    assert "beats Local (p)" in ended.out
+    assert "lower than Local" in ended.out
+    assert "MIRA (s = 1) < Local + 2 %" in ended.out
     again = json.loads((folder / "o" / "compare.json").read_text())
     assert again["entries"] == value["entries"]
 
@@ -306,6 +325,26 @@ def test_a_comparison_goes_on_within_a_run(tiny_folder: Path, tmp_path: Path, mo
         assert one | {"seconds": 0} == other | {"seconds": 0}
 
 
+def test_a_grid_grows_where_its_end_is_the_best(tiny_folder: Path, tmp_path: Path) -> None:
+    """On the tiny model higher rates are better up to a point; the totals grow with the grid."""
+    file = write(
+        tmp_path, tiny_folder, {"Local": LINE["Local"]}, seeds=[0], grid={"training.lr": [1e-4, 1e-3]}, extend=1
+    )
+    ended = compare(file, "--out", tmp_path / "o", "--json")
+    entry = one_object(ended.out)["entries"][0]
+    assert [each["point"] for each in entry["tuning"]] == [f"training.lr={lr}" for lr in (0.0001, 0.001, 0.01)]
+    assert "2 points × 1 seeds (and up to 1 beyond an end that is the best)" in ended.err
+    assert [line[:10] for line in ended.err.splitlines() if line[:4] == "run "] == [
+        "run 1 of 2",
+        "run 2 of 2",
+        "run 3 of 3",
+    ]
+    assert entry["edge"] == entry["chosen"] == "training.lr=0.01"
+    again = compare(file, "--out", tmp_path / "o", "--json")
+    assert again.err.count("finished before") == 3
+    assert one_object(again.out)["entries"] == one_object(ended.out)["entries"]
+
+
 def test_the_page_shows_what_was_chosen_and_tested(done: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
     folder, value, _ = done
     out = tmp_path / "page.html"
@@ -315,7 +354,13 @@ def test_the_page_shows_what_was_chosen_and_tested(done: tuple[Path, dict[str, A
         assert f"<code>{entry['chosen']}</code>" in html
         assert f"{entry['local_loss']['mean']:.3f} ± {entry['local_loss']['interval']:.3f}" in html
         for duel in entry["against"]:
-            assert f"{duel['wins']} of {duel['clients']} (p {duel['p']:.3f})" in html
+            ends = [duel[f"difference{end}"] for end in ("", "_low", "_high")]
+            mean, low, high = (f"{each:+.3f}".replace("-", "−") for each in ends)
+            assert f"{duel['wins']} of {duel['clients']}, {mean} [{low}, {high}]" in html
+    assert "<h3>Primary comparisons</h3>" in html
+    assert "MIRA (s = 1) &lt; Local + 2 %" in html
+    assert "Seeds that chose points of the grid and are reported too: 0, 1." in html
+    assert f"MIRA (s = 1): {value['entries'][1]['edge'].removeprefix('training.')} is the edge of its grid" in html
     assert "Every client, before and after" in html
     assert "Mean validation loss by round" in html, "the rounds of a comparison leave the test split alone"
     assert "no finite loss" not in html

@@ -17,6 +17,7 @@ from helpers.tiny_models import make_tiny, make_tokenizer
 from mira import Experiment, run
 from mira.core.graph import Embed
 from mira.core.graph_io import from_tensors, in_use
+from mira.core.learned_graph import Learned
 from mira.data.federation import make_federation
 from mira.engine.embed import embed
 from mira.model import Base
@@ -45,7 +46,10 @@ def test_a_run_that_learns_its_graph_resumes_with_it(tiny_folder: Path, data: Pa
         kept, _ = in_use(store.graph(), store.extra())
     everyone = torch.arange(4)
     assert not begun.weights(everyone, everyone).any()
-    assert used.weights(everyone, everyone).any()
+    assert isinstance(used, Learned)
+    assert isinstance(kept, Learned)
+    assert used.seen.tolist() == [0, 1, 2, 3]
+    assert torch.equal(used.moved, kept.moved)
     assert torch.equal(used.weights(everyone, everyone), kept.weights(everyone, everyone))
 
 
@@ -72,7 +76,7 @@ class Star:
     def isolated(self) -> Tensor:
         return torch.empty(0, dtype=torch.int64)
 
-    def updated(self, round: int, client: Tensor, rows: Tensor) -> Star:
+    def updated(self, round: int, client: Tensor, moved: Tensor) -> Star:
         return replace(self, weight=self.weight + 0.25) if self.grows else self
 
     def to_tensors(self) -> dict[str, Tensor]:

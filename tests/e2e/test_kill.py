@@ -19,11 +19,12 @@ from mira.config import load
 KILLS = 20
 SCENARIOS: dict[str, dict[str, Any]] = {
     "fresh-optimiser": {"rounds": 8},
-    "kept-optimiser-half-cohort-all-neighbours": {
+    "kept-optimiser-half-cohort-own-strength": {
         "rounds": 10,
         "cohort": 0.5,
         "training": {"keep_optimizer": True},
-        "method": {"name": "mira", "neighbours": "all"},
+        "method": {"name": "mira", "neighbours": "all", "strength": "personal", "common_rounds": 2},
+        "graph": {"name": "learned"},
         "evaluation": {"every": 2},
     },
 }
@@ -56,9 +57,8 @@ def test_killed_twenty_times_and_resumed(name: str, killed: Path) -> None:
     assert report["random"] >= KILLS // 2
     assert {point for point, _ in report["aimed"]} == {"before-write", "before-fsync", "before-rename", "after-rename"}
     hit = {file.split("/")[0] for _, file in report["aimed"]}
-    assert {"rows", "rounds"} <= hit, f"no kill inside a commit: {hit}"
-    if "kept" in name:
-        assert "optim" in hit
+    files = {"optim", "extra", "rounds"} if "kept" in name else {"rows", "rounds"}
+    assert files <= hit, f"no kill inside a commit: {hit}"
     whole = outcome(base / "whole")
     assert len(whole["metrics"]) == SCENARIOS[name]["rounds"] + 1
     assert report["finished"], "no killed run came to its end"

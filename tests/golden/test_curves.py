@@ -25,6 +25,7 @@ from mira.adapters.lora import Lora
 from mira.adapters.lora_peft import LoraAdapter, start_row
 from mira.core.graph import Groups
 from mira.core.loop import Record, Schedule, run_rounds
+from mira.core.offers import option_scores
 from mira.core.seeds import generator
 from mira.core.training import Training
 from mira.core.types import ServerState, Setting
@@ -41,7 +42,7 @@ FAMILY = torch.tensor([0, 0, 1, 1])
 ROUNDS = 5
 OWN = [name for name in METHODS if METHODS.plugin(name) is None]
 # Settings that show more of a method than its defaults do.
-SHOWN = {"fedavg-ft": {"fine_tuning_rounds": 2}, "feddpa": {"local_rounds": 2}}
+SHOWN = {"fedavg-ft": {"fine_tuning_rounds": 2}, "feddpa": {"local_rounds": 2}, "ifca": {"clusters": 2}}
 TRAINED = {"scaffold": {"optimizer": "sgd", "lr": 2.0}}  # it refuses AdamW
 CURVES = ("train_loss", "validation_loss", "local_loss")
 Curves = dict[str, list[float]]
@@ -97,7 +98,10 @@ def curves(name: str) -> Curves:
 
     recorder = MemoryRecorder(state.rows)
     records = [look(state, {})]
-    run_rounds(method, engine, state, Schedule(0, ROUNDS, 0.75, training), NAMES, recorder, look, records.append)
+    run_rounds(
+        method, engine, state, Schedule(0, ROUNDS, 0.75, training), NAMES, recorder, look, records.append,
+        lambda offer: option_scores(engine, offer, None).loss,
+    )  # fmt: skip
     for record in records[1:]:
         record["train_loss"] = sum(record["train_loss"].values()) / len(record["train_loss"])
     return {curve: [record[curve] for record in records if curve in record] for curve in CURVES}

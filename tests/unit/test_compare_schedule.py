@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mira.comparison.plan import Job, Plan, parse, points, slug
+from mira.comparison.grid import beyond, points
+from mira.comparison.plan import Job, Plan, parse, slug
 from mira.comparison.schedule import Schedule, Step
 from mira.config import parse as experiment
 
@@ -20,16 +22,18 @@ EXPERIMENT = experiment(
 Losses = dict[Path, float | None]
 
 
-def plan_of(entries: int, sizes: int, seeds: int, tune: int) -> Plan:
+def plan_of(entries: int, sizes: int, seeds: int, tune: int, apart: int = 0) -> Plan:
+    """``tune`` of the ``seeds`` and ``apart`` others tune."""
     names = [f"e{n}" for n in range(entries)]
     grid: dict[str, Any] = {"training.lr": [0.1 * (n + 1) for n in range(sizes)]}
+    tuning = [*range(tune), *range(seeds, seeds + apart)]
     comparison = parse(
-        {"base": "x.yaml", "seeds": list(range(seeds)), "tune_seeds": list(range(tune)), "grid": grid,
+        {"base": "x.yaml", "seeds": list(range(seeds)), "tune_seeds": tuning, "grid": grid,
          "entries": {name: {} for name in names}}
     )  # fmt: skip
     jobs = {
         name: [
-            [Job(name, point, seed, EXPERIMENT, Path(slug(name), str(n), str(seed))) for seed in comparison.seeds]
+            [Job(name, point, seed, EXPERIMENT, Path(slug(name), str(n), str(seed))) for seed in range(seeds + apart)]
             for n, point in enumerate(points(grid))
         ]
         for name in names
@@ -61,12 +65,14 @@ def done(
 
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)).flatmap(
-    lambda n: st.tuples(st.just(n[0]), st.just(n[1]), st.just(n[2]), st.integers(1, n[2]))
+    lambda n: st.tuples(*map(st.just, n), st.integers(0, n[2]), st.integers(0, 2)).filter(
+        lambda shape: sum(shape[3:]) > 0
+    )
 )
 
 
 @given(shape=SHAPES, data=st.data())
-def test_every_order_of_ends_does_the_same_tasks(shape: tuple[int, int, int, int], data: st.DataObject) -> None:
+def test_every_order_of_ends_does_the_same_tasks(shape: tuple[int, int, int, int, int], data: st.DataObject) -> None:
     plan = plan_of(*shape)
     jobs = [job for by_point in plan.jobs.values() for jobs in by_point for job in jobs]
     values = st.one_of(st.none(), st.sampled_from([1.0, 2.0, 3.0]))
@@ -95,7 +101,8 @@ def test_every_order_of_ends_does_the_same_tasks(shape: tuple[int, int, int, int
         known = [mean for mean in means if mean is not None]
         assert (chosen is None) == (not known)
         if chosen is not None:
-            assert means[plan.jobs[name].index(chosen)] == min(known)
+            assert [job.seed for job in chosen] == plan.comparison.seeds
+            assert means[points(plan.comparison.grid).index(chosen[0].point)] == min(known)
             tested = {job.folder for kind, job in first if kind == "test" and job.entry == name}
             assert tested == {job.folder for job in chosen} - broken
     assert {failure.job.folder for failure in serial.failures} <= broken
@@ -114,6 +121,47 @@ def test_a_serial_comparison_goes_entry_by_entry() -> None:
         for entry in ("e0", "e1")
         for kind, place in (("run", "0/0"), ("run", "1/0"), ("run", "1/1"), ("test", "1/0"), ("test", "1/1"))
     ]
+
+
+def test_seeds_that_only_tune_are_not_tested() -> None:
+    plan = plan_of(1, 2, 1, 0, apart=2)
+    schedule = Schedule(plan)
+    losses: Losses = {job.folder: float(n) for jobs in plan.jobs.values() for n, p in enumerate(jobs) for job in p}
+    steps = done_serially(schedule, losses)
+    assert [(kind, str(job.folder)) for kind, job in steps] == [
+        ("run", "e0/0/1"), ("run", "e0/0/2"), ("run", "e0/1/1"), ("run", "e0/1/2"), ("run", "e0/0/0"), ("test", "e0/0/0")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("losses", "tried", "chosen"),
+    [
+        ({0.1: 3, 0.2: 2, 0.4: 3}, [0.1, 0.2, 0.4], 0.2),  # an inner point
+        ({0.1: 3, 0.2: 2, 0.4: 1, 0.8: 2}, [0.1, 0.2, 0.4, 0.8], 0.4),
+        ({0.1: 3, 0.2: 2, 0.4: 1, 0.8: 0, 1.6: -1}, [0.1, 0.2, 0.4, 0.8, 1.6], 1.6),  # no further than allowed
+        ({0.1: 3, 0.2: 2, 0.4: 1, 0.8: None}, [0.1, 0.2, 0.4, 0.8], 0.4),  # beyond the end a run diverges
+        ({0.05: 1, 0.1: 1, 0.2: 2, 0.4: 3}, [0.1, 0.2, 0.4, 0.05], 0.1),  # no better than the end
+        ({0.1: None, 0.2: None, 0.4: None}, [0.1, 0.2, 0.4], None),
+    ],
+)
+def test_a_grid_grows_while_its_end_is_the_best(
+    losses: dict[float, float | None], tried: list[float], chosen: float | None
+) -> None:
+    plan = plan_of(1, 1, 1, 0, apart=2)
+    grid: dict[str, Any] = {"training.lr": [0.1, 0.2, 0.4]}
+
+    def jobs(point: dict[str, Any]) -> list[Job]:
+        (lr,) = point.values()
+        return [Job("e0", point, seed, EXPERIMENT, Path(f"{lr}/{seed}")) for seed in range(3)]
+
+    lower, upper = ([jobs(point) for point in side] for side in beyond(grid, 2))
+    plan = replace(plan, jobs={"e0": [jobs(point) for point in points(grid)]}, beyond={"e0": (lower, upper)})
+    schedule = Schedule(plan)
+    steps = done_serially(schedule, {job.folder: losses.get(job.point["training.lr"]) for job in plan.every_job()})
+    assert [job.point["training.lr"] for kind, job in steps if kind == "run" and job.seed == 1] == tried
+    found = schedule.chosen("e0")
+    assert (found and found[0].point["training.lr"]) == chosen
+    assert [job.seed for kind, job in steps if kind == "test"] == ([] if chosen is None else [0])
 
 
 def done_serially(schedule: Schedule, losses: Losses) -> list[Step]:

@@ -49,7 +49,7 @@ class Ring:
     def isolated(self) -> Tensor:
         return torch.empty(0, dtype=torch.int64)
 
-    def updated(self, round: int, client: Tensor, rows: Tensor) -> Ring:
+    def updated(self, round: int, client: Tensor, moved: Tensor) -> Ring:
         return replace(self, trained=round + 1) if self.turns else self
 
     def to_tensors(self) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +11,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from helpers.sample_config import mira, settings, write_config
 from mira import Experiment
 from mira.core.errors import UserError
+from mira.core.layout import Entry, Layout
 from mira.core.text_metrics import chrf, words
+from mira.core.types import Scores
 from mira.runner import evaluation as measure
-from mira.runner.evaluation import answers, check_metrics, exact_match, grade, register, rouge_l
+from mira.runner.evaluation import answers, check_metrics, exact_match, grade, register, rouge_l, transfer
 from mira.runner.label_accuracy import label_accuracy
 from mira.setup.build import open_session
 
@@ -160,3 +164,34 @@ def test_label_accuracy_is_the_share_whose_answer_is_the_likeliest(
             tried[label] = sum(float(logits[n - 1, t]) for n, t in enumerate(encoded.tokens) if encoded.label[n])
         right += max(tried, key=tried.__getitem__) == example.output
     assert few == right / len(owner.test)
+
+
+class Distances:
+    """Losses that are the distance of a row's first number to the client's, and the limits of what was measured."""
+
+    def __init__(self) -> None:
+        self.limits: list[tuple[int, int | None]] = []
+
+    def evaluate(self, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None) -> Scores:
+        assert splits == ("test",)
+        self.limits.append((len(client), limit))
+        return Scores((rows[:, :1].double() - client[:, None]).abs(), torch.ones(len(client), 1, dtype=torch.int64))
+
+
+class Own:
+    def deployed(self, state: Tensor, client: Tensor) -> Tensor:
+        return state[client]
+
+
+def test_one_row_for_all_is_the_mean_of_all_rows_on_all_data() -> None:
+    """Beside the matrix, which is of few clients and few examples."""
+    rows = torch.tensor([[0.0, 1.0], [1.0, 1.0], [5.0, 1.0], [10.0, 1.0]])
+    engine, layout = Distances(), Layout((Entry("m", "seed", (2,), 0),))
+    names = ["a", "b", "c", "d"]
+    found = transfer(Own(), engine, rows, layout, names, 0, clients=2, examples=3, limit=None)  # type: ignore[arg-type]
+    assert found["mean_row_loss"] == (4 + 3 + 2 + 1) / 4  # the mean row is at 4, the clients at 0, 1, 2, 3
+    assert engine.limits == [(2, 3), (2, 3), (4, None)]
+    some = transfer(Own(), engine, rows, layout, names, 0, 8, 3, 5, among=torch.tensor([0, 2]))  # type: ignore[arg-type]
+    assert some["names"] == ["a", "c"]
+    assert some["mean_row_loss"] == (2.5 + 0.5) / 2
+    assert engine.limits[-1] == (2, 5)

@@ -18,6 +18,7 @@ from helpers.generated_runs import ROW, write_comparison, write_run
 from helpers.sample_config import mira
 from mira.results.html.load import read
 from mira.results.html.notes import notes
+from mira.results.html.strengths import strengths
 from mira.results.html.svg import Scale, cividis, scale, spread, tag
 from mira.results.html.tables import call, client_table
 from mira.results.html.variants import differing, group
@@ -221,3 +222,23 @@ def test_the_configuration_what_differs_and_whose_graph(tmp_path: Path) -> None:
     row = both.split("<code>training.lr</code>")[1].split("</tr>")[0]
     assert re.findall(r"<td><code>([^<]*)</code>", row) == ["0.001", "0.5"]
     assert both.count("Weight of the edge between two clients") == one.count("Weight of the edge between two clients")
+
+
+def test_the_strength_of_every_client_by_round(tmp_path: Path) -> None:
+    """Only of runs in which clients have one of their own; of more than forty clients in blocks."""
+    fixed = read(write_run(tmp_path / "a", NAMES, GROUPS))
+    taken = [{}, {"ann": 0.25, "bob": 0.0}, {"ann": 1.0, "<i>": 0.5}, {"ann": 0.75}]
+    chosen = replace(fixed, records=[r | {"strength": s} for r, s in zip(fixed.records, taken, strict=True)])
+    order = [("", name) for name in NAMES]
+    assert strengths(group([fixed])[0], order) is None
+    drawn = strengths(group([chosen])[0], order)
+    assert drawn is not None
+    assert re.findall(r"<title>(\w+), round (\d): s = ([\d.]+)", drawn) == [
+        ("ann", "1", "0.25"), ("ann", "2", "1"), ("ann", "3", "0.75"), ("bob", "1", "0"),
+    ]  # fmt: skip
+    assert "mean strength 0.12 in the first round, 0.75 in the last" in drawn
+    many = strengths(group([chosen])[0], [("", name) for name in (*NAMES, *(f"c{n}" for n in range(80)))])
+    assert many is not None
+    assert "ann … cleo, round 1: s = 0.125" in many
+    whole, without = page([chosen]), page([fixed])
+    assert ("Mixing strength of every client" in whole, "Mixing strength" in without) == (True, False)

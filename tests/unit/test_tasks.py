@@ -13,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mira import config
+from mira.adapters.lora_peft import start_row
 from mira.core.errors import UserError
-from mira.data.federation import Federation, SplitSizes, make_federation
+from mira.core.layout import Entry, Layout
+from mira.core.loop import sample_cohort
+from mira.data.federation import SPLITS, Federation, SplitSizes, batches, make_federation
 from mira.data.partition import ByColumn, ByMixture, split_pool
 from mira.data.sources.builtin import SUITES, Builtin
 from mira.data.sources.memory import Given
@@ -277,6 +280,25 @@ def test_a_shipped_federation(file: Path, tmp_path: Path) -> None:
         assert all(len(client.task.split(" + ")) <= 2 for client in federation.clients)
     assert all(len(client.train) == 12 for client in federation.clients)
     assert f"mira run configs/federations/{file.name}" in file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("file", FEDERATIONS, ids=lambda file: file.stem)
+def test_another_seed_is_another_sample_of_everything(file: Path, tmp_path: Path) -> None:
+    """Examples of each client and their order, the start and the cohorts: differences over seeds show all of the chance."""
+    names = [f"task{n:02}" for n in range(14)]
+    more = [f"data.path={tasks_in(tmp_path, *names, instances=400)}"] if file.stem.endswith("-ni") else []
+    experiment = config.load(file, more)
+    one, other = (make_federation(experiment.data, experiment.split, seed).clients for seed in (20, 21))
+    for mine, theirs in zip(one, other, strict=True):
+        for split in SPLITS:
+            shown = [{example.key for example in client.split(split)} for client in (mine, theirs)]
+            assert len(shown[0] & shown[1]) < len(shown[0]) / 2, (mine.name, split)
+    orders = [[batches(seed, 1, client.name, 12, 2, steps=3) for client in one] for seed in (20, 21)]
+    assert sum(a == b for a, b in zip(*orders, strict=True)) < 2
+    layout = Layout((Entry("q", "A", (2, 8), 0),), rank=2)
+    assert not (start_row(layout, 20) == start_row(layout, 21)).any()
+    cohorts = [[sample_cohort(seed, n, 24, 0.1).tolist() for n in range(20)] for seed in (20, 21)]
+    assert sum(a == b for a, b in zip(*cohorts, strict=True)) < 5
 
 
 def test_three_federations_on_two_suites() -> None:

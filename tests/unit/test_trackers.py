@@ -47,6 +47,7 @@ RECORD: dict[str, Any] = {
     "clients": {name: {"test_loss": k + 1.0, "validation_loss": None} for k, name in enumerate(("ann", "bob"))},
     "answers": {"exact_match": 0.5, "clients": {name: {"exact_match": 0.5, "rouge_l": 0.0} for name in ("ann", "bob")}},
     "transfer": {"names": ["ann", "bob"], "matrix": [[1.0]], "global_loss": 4.0},
+    "strength": {"ann": 0.25, "bob": 0.0}, "offers": {"strength": {"options": [0.0, 0.25], "losses": {"ann": [2.0, 1.0]}}},
 }  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def test_a_record_becomes_flat_numbers() -> None:
     assert numbers.of_round(RECORD, {"ann": "client 0"}) == {
         "lr": 0.1, "bytes_up": 8.0, "mixing_step": 0.5, "local_loss": 2.0, "exact_match": 0.5, "global_loss": 4.0,
         "lost": 1.0, "train_loss": 1.5, "train/client 0": 1.5, "test/client 0": 1.0, "exact_match/client 0": 0.5,
-        "ROUGE-L/client 0": 0.0,
+        "ROUGE-L/client 0": 0.0, "strength/client 0": 0.25,
     }  # fmt: skip
 
 

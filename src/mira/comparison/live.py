@@ -134,6 +134,12 @@ class Live:
                 self._line("test data", *words(task.job), f"{outcome.seconds:.0f} s")
             self._keep()
 
+    def added(self, runs: int) -> None:
+        """Add runs to the total, because a grid grew."""
+        with self._lock:
+            self._state = replace(self._state, runs=self._state.runs + runs)
+            self._keep()
+
     def dropped(self, runs: int, tests: int) -> None:
         """Take tasks off the totals that are not done, because their entry has no point left."""
         with self._lock:

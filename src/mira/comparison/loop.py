@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from mira.comparison.machines import Same, places_of
 from mira.comparison.plan import Job, Plan
-from mira.comparison.schedule import Schedule
+from mira.comparison.schedule import Schedule, Step
 from mira.comparison.summary import entry_of, failed_entry, failed_task, summary
 from mira.comparison.tables import FILES, described
 from mira.comparison.tested import is_tested, measured
@@ -45,6 +45,10 @@ class Watcher(Protocol):
         """A task ended. ``loss``: the lowest validation loss of a finished run. ``again``: it failed, and is put back."""
         ...
 
+    def added(self, runs: int) -> None:
+        """Runs are needed as well, because the best point was at the end of its grid."""
+        ...
+
     def dropped(self, runs: int, tests: int) -> None:
         """Tasks are not needed, because their entry has no point left."""
         ...
@@ -71,6 +75,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self._schedule = Schedule(self.plan)
+        self._points = {name: len(points) for name, points in self.plan.jobs.items()}
 
     def run(self, workers: Workers) -> dict[str, Any]:
         """Do all tasks, and return the content of compare.json. Raises UserError where no entry could be completed."""
@@ -88,7 +93,7 @@ class Loop:
 
     def _take_over(self) -> None:
         """Note the tasks that were done before. Each folder is read once."""
-        while new := [step for step in self._schedule.ready() if (step[0], step[1].folder) not in self._looked]:
+        while new := [step for step in self._ready() if (step[0], step[1].folder) not in self._looked]:
             for kind, job in new:
                 self._looked.add((kind, job.folder))
                 if kind == "test" and is_tested(self.out / job.folder):
@@ -109,7 +114,7 @@ class Loop:
         self.watcher.found(job, loss, float(result["seconds"]))
 
     def _start(self, workers: Workers) -> None:
-        for kind, job in self._schedule.ready():
+        for kind, job in self._ready():
             if not workers.free:
                 return
             if kind == "run" and self.here:
@@ -120,6 +125,14 @@ class Loop:
                 self._unchecked.append(job)
             self.watcher.started(task)
             workers.start(task)
+
+    def _ready(self) -> list[Step]:
+        """The tasks that can start; the watcher is told where a grid grew since the last time."""
+        for name, known in self._points.items():
+            if new := len(self._schedule.points(name)) - known:
+                self._points[name] += new
+                self.watcher.added(new * len(self.plan.tune_seeds))
+        return self._schedule.ready()
 
     def _end(self, outcome: Outcome) -> None:
         kind, job = outcome.task.kind, outcome.task.job
@@ -171,8 +184,7 @@ class Loop:
         chosen, schedule = self._schedule.chosen(name), self._schedule
         if chosen is None:
             self._lost_entries.append(failed_entry(name, schedule.failures))
-            tests = len(self.plan.comparison.seeds)
-            self.watcher.dropped(tests - len(self.plan.tune_seeds), tests)
+            self.watcher.dropped(len(self.plan.other_seeds), len(self.plan.comparison.seeds))
             log.warning("entries.%s: %s", name, self._lost_entries[-1]["reason"])
             return
         done = [(job, measured(self.out / job.folder) or {}) for job in chosen if schedule.is_done("test", job)]

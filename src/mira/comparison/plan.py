@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
-from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mira import config
+from mira.comparison.grid import Grid, Point, beyond, points, size
 from mira.config import Experiment
 from mira.config.overrides import override
 from mira.config.validation_errors import explain
@@ -23,9 +22,6 @@ from mira.core.errors import UserError, did_you_mean
 from mira.core.pydantic_config import STRICT, Count, UserPath
 
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
-Scalar = Annotated[bool, Field(strict=True)] | Annotated[int, Field(strict=True)] | float | str | None
-Grid = dict[str, Annotated[list[Scalar], Field(min_length=1)]]
-Point = dict[str, Any]  # one point of a grid: dotted key -> value
 
 # Sections in which entries may differ, except for the training keys that decide the order of examples.
 _OWN = ("method", "graph", "adapter", "training")
@@ -45,6 +41,19 @@ class Resources(BaseModel):
     """GB of memory of a run, weights included; null: the memory of the machine, divided by the runs that its cores allow."""
 
 
+class Primary(BaseModel):
+    """Comparisons that were chosen before the first run, and whose p values are corrected for their number."""
+
+    model_config = ConfigDict(**STRICT, frozen=True)
+
+    entry: str
+    """The entry of the claim."""
+    against: Annotated[list[str], Field(min_length=1)]
+    """The entries that it is compared with."""
+    margin: Annotated[float, Field(ge=0)] | None = None
+    """null: the claim is a lower loss. A number: the claim is a mean loss not higher by this share of the other's, e.g. 0.02."""
+
+
 class Comparison(BaseModel):
     """Entries × grid × seeds over one experiment."""
 
@@ -57,16 +66,21 @@ class Comparison(BaseModel):
     set: dict[str, Any] = {}
     """Dotted keys to set in the experiment of all entries."""
     seeds: Annotated[list[Seed], Field(min_length=1)]
-    """The seeds of every entry, at its chosen point of the grid."""
+    """The reported seeds: of every entry, at its chosen point of the grid."""
     tune_seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
-    """The seeds for every point of the grid, a part of seeds; null: all. Fewer seeds cost less; the choice is less certain."""
+    """The seeds for every point of the grid; null: seeds. Other seeds than those keep the choice apart from the report."""
     grid: Grid = {}
     """Dotted key -> values to try; every combination is a point. All entries have the same grid."""
+    extend: Annotated[int, Field(strict=True, ge=0, le=8)] = 0
+    """Points by which a grid of one number may grow beyond each end: as long as the end is the best one, the next point is in the
+    ratio of the last two."""
     entries: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     """Name of an entry -> the dotted keys that it sets, in method, graph, adapter and training. An entry may have its own grid
     with the same number of points, e.g. for steps of another scale."""
     against: list[str] | None = None
     """The baselines that all entries are tested against; null: all entries."""
+    primary: list[Primary] = []
+    """The comparisons that the file is about."""
     resources: Resources = Resources()
     """The share of a machine that each run may use."""
 
@@ -78,12 +92,17 @@ class Comparison(BaseModel):
             values = getattr(self, key) or []
             if len(set(values)) < len(values):
                 raise UserError(f"{key}={values}: has a repeated value")
-        for key, values, allowed in (
-            ("tune_seeds", self.tune_seeds, self.seeds), ("against", self.against, list(self.entries)),
-        ):  # fmt: skip
-            for value in values or []:
-                if value not in allowed:
-                    raise UserError(f"{key}: unknown value {value!r}{did_you_mean(str(value), map(str, allowed))}")
+        named = [("against", name) for name in self.against or []]
+        for n, each in enumerate(self.primary):
+            named += [(f"primary[{n}].entry", each.entry), *((f"primary[{n}].against", name) for name in each.against)]
+        for key, name in named:
+            if name not in self.entries:
+                raise UserError(f"{key}: no entry '{name}'{did_you_mean(name, self.entries)}")
+        pairs = [(each.entry, name) for each in self.primary for name in each.against]
+        for entry, other in pairs:
+            if entry == other or pairs.count((entry, other)) > 1:
+                what = "with itself" if entry == other else f"with '{other}' twice"
+                raise UserError(f"primary: compares '{entry}' {what}; name each pair of different entries once")
         self._check_keys()
         return self
 
@@ -99,16 +118,16 @@ class Comparison(BaseModel):
                         f"{place}.{key}: must be the same for all entries, which see the same data in the same order; entries may"
                         f" differ in method, graph, adapter and training (except {', '.join(_SHARED)}); set it under set"
                     )
-        size = _size(self.grid)
+        wanted = size(self.grid)
         for name in self.entries:
             for key, values in self.grid_of(name).items():
                 if len(set(map(_text, values))) < len(values):
                     raise UserError(
                         f"grid.{key}={values}: has a repeated value; every entry has the same number of points"
                     )
-            if _size(self.grid_of(name)) != size:
+            if size(self.grid_of(name)) != wanted:
                 raise UserError(
-                    f"entries.{name}.grid: {_size(self.grid_of(name))} points, but the others have {size}; every entry"
+                    f"entries.{name}.grid: {size(self.grid_of(name))} points, but the others have {wanted}; every entry"
                     " has the same number of points"
                 )
             if both := sorted(set(self.grid_of(name)) & set(self.sets(name))):
@@ -146,7 +165,15 @@ class Plan:
     name: str
     comparison: Comparison
     base: Experiment  # without the settings of entries, grid and seeds
-    jobs: Mapping[str, Sequence[Sequence[Job]]]  # entry -> point -> one job for each seed
+    jobs: Mapping[str, Sequence[Sequence[Job]]]  # entry -> point -> one job for each reported and tuning seed
+    beyond: Mapping[str, tuple[Sequence[Sequence[Job]], Sequence[Sequence[Job]]]] = field(default_factory=dict)
+    """Entry -> points below and above its grid, from the inside to the outside, that it may be extended by."""
+
+    def every_job(self) -> Iterator[Job]:
+        """All possible runs."""
+        for name, inside in self.jobs.items():
+            for by_point in (inside, *self.beyond.get(name, ())):
+                yield from (job for jobs in by_point for job in jobs)
 
     @property
     def tune_seeds(self) -> list[int]:
@@ -157,10 +184,14 @@ class Plan:
         return self.comparison.against or list(self.jobs)
 
     @property
+    def other_seeds(self) -> list[int]:
+        """The reported seeds that tune nothing: they are run at the chosen point alone."""
+        return [seed for seed in self.comparison.seeds if seed not in self.tune_seeds]
+
+    @property
     def total(self) -> int:
         """The number of runs: the tuning seeds at every point, and the other seeds at the chosen point."""
-        tuned, seeds = len(self.tune_seeds), len(self.comparison.seeds)
-        return sum(len(points) * tuned + seeds - tuned for points in self.jobs.values())
+        return sum(len(points) * len(self.tune_seeds) + len(self.other_seeds) for points in self.jobs.values())
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Plan:
@@ -174,8 +205,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Plan:
             raise UserError(f"override '{text}': entries or grid set {key}; change it there")
     if "seed" in {text.partition("=")[0].strip() for text in [*_texts(comparison.set), *overrides]}:
         raise UserError("seed: give the seeds of a comparison in seeds")
-    jobs = {name: _jobs(comparison, common, name) for name in comparison.entries}
-    return Plan(path.stem, comparison, config.parse(common), jobs)
+    jobs, outside = {}, {}
+    for name in comparison.entries:
+        grid = comparison.grid_of(name)
+        jobs[name] = [_jobs(comparison, common, name, point) for point in points(grid)]
+        lower, upper = (_possible(comparison, common, name, side) for side in beyond(grid, comparison.extend))
+        outside[name] = lower, upper
+    return Plan(path.stem, comparison, config.parse(common), jobs, outside)
 
 
 def parse(values: Mapping[str, Any]) -> Comparison:
@@ -184,10 +220,6 @@ def parse(values: Mapping[str, Any]) -> Comparison:
         return Comparison(**values)
     except ValidationError as error:
         raise UserError(explain(error, values, Comparison.model_json_schema())) from None
-
-
-def points(grid: Grid) -> list[Point]:
-    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
 def shown(settings: Mapping[str, Any]) -> str:
@@ -199,14 +231,24 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60]
 
 
-def _jobs(comparison: Comparison, common: Mapping[str, Any], entry: str) -> list[list[Job]]:
+def _jobs(comparison: Comparison, common: Mapping[str, Any], entry: str, point: Point) -> list[Job]:
     try:
         mine = override(common, _texts(comparison.sets(entry)))
-        return [
-            [_job(mine, entry, point, seed) for seed in comparison.seeds] for point in points(comparison.grid_of(entry))
-        ]
+        seeds = dict.fromkeys([*comparison.seeds, *(comparison.tune_seeds or ())])
+        return [_job(mine, entry, point, seed) for seed in seeds]
     except UserError as error:
         raise UserError(f"entries.{entry}: {error}") from None
+
+
+def _possible(comparison: Comparison, common: Mapping[str, Any], entry: str, side: Sequence[Point]) -> list[list[Job]]:
+    """The jobs of the points of ``side`` up to the first that the configuration does not allow, e.g. a strength above 1."""
+    found: list[list[Job]] = []
+    for point in side:
+        try:
+            found.append(_jobs(comparison, common, entry, point))
+        except UserError:
+            break
+    return found
 
 
 def _job(values: Mapping[str, Any], entry: str, point: Point, seed: int) -> Job:
@@ -231,7 +273,3 @@ def _text(value: Any) -> str:
     word = isinstance(value, str) and re.fullmatch(r"[A-Za-z][A-Za-z_-]*", value)
     plain = word and value.lower() not in ("true", "false", "null")
     return value if plain else json.dumps(value, ensure_ascii=False)  # JSON is YAML
-
-
-def _size(grid: Grid) -> int:
-    return prod(len(values) for values in grid.values())

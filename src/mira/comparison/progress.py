@@ -173,10 +173,10 @@ def position(each: Going, rounds: int) -> str:
 
 
 def sizes(plan: Plan) -> str:
-    seeds = len(plan.comparison.seeds)
     points = len(next(iter(plan.jobs.values())))
     text = f"{len(plan.jobs)} entries × {points} points × {len(plan.tune_seeds)} seeds"
-    more = seeds - len(plan.tune_seeds)
+    more = len(plan.other_seeds)
+    text += f" (and up to {plan.comparison.extend} beyond an end that is the best)" if plan.comparison.extend else ""
     return text + (f", and {more} more seeds at each entry's chosen point" if more else "")
 
 

@@ -118,7 +118,7 @@ class _Existing:
 
 def _existing(plan: Plan, out: Path, same: Same) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
     """The environment and the result (None: not finished) of each existing run, whose configuration is checked."""
-    for job in (job for by_point in plan.jobs.values() for jobs in by_point for job in jobs):
+    for job in plan.every_job():
         folder = out / job.folder
         if not Store.exists(folder):
             continue

@@ -1,4 +1,4 @@
-"""Order of a comparison's tasks: an entry's point is chosen by its tuning runs, then come its other seeds, and a test of each."""
+"""Order of a comparison's tasks: an entry's point is chosen by its tuning runs, then come its other seeds and the tests."""
 
 from __future__ import annotations
 
@@ -79,19 +79,31 @@ class Schedule:
         return self._is_tuned(entry) and all(self._state(*step) in _ENDED for step in self._known(entry))
 
     def chosen(self, entry: str) -> Sequence[Job] | None:
-        """The jobs at the point with the lowest mean validation loss, once it is known; None before, and where every point is
-        ruled out by a run that failed or has no finite loss."""
+        """The jobs of the reported seeds at the point with the lowest mean validation loss, once it is known; None before, and
+        where every point is ruled out by a run that failed or has no finite loss."""
         if not self._is_tuned(entry):
             return None
-        means = [_mean_or_inf(losses) for _, losses in self.tuning(entry)]
-        return self.plan.jobs[entry][means.index(min(means))] if min(means) < inf else None
+        means = self._means(self.points(entry))
+        if min(means) == inf:
+            return None
+        return [job for job in self.points(entry)[means.index(min(means))] if job.seed in self.plan.comparison.seeds]
+
+    def points(self, entry: str) -> list[Sequence[Job]]:
+        """The jobs at each point of the grid, and at those that it was extended by, as its end was the best."""
+        found = list(self.plan.jobs[entry])
+        lower, upper = (list(side) for side in self.plan.beyond.get(entry, ((), ())))
+        while (lower or upper) and all(self._state("run", job) in _ENDED for job in self._tuning(found)):
+            means, values = self._means(found), [next(iter(jobs[0].point.values())) for jobs in found]
+            best = values[means.index(min(means))]
+            side = lower if best == min(values) else upper if best == max(values) else []
+            if not side or min(means) == inf:
+                break
+            found.append(side.pop(0))
+        return found
 
     def tuning(self, entry: str) -> list[tuple[Sequence[Job], list[float | None]]]:
         """The jobs of each point, and the losses of its tuning seeds; None for a run without a finite loss, or not done."""
-        return [
-            (jobs, [self._losses.get(job.folder) for job in jobs if job.seed in self.plan.tune_seeds])
-            for jobs in self.plan.jobs[entry]
-        ]
+        return [(jobs, self._losses_of(jobs)) for jobs in self.points(entry)]
 
     def is_done(self, kind: Kind, job: Job) -> bool:
         return self._state(kind, job) == "done"
@@ -106,26 +118,29 @@ class Schedule:
 
     def _known(self, entry: str) -> Iterator[Step]:
         """The tasks of ``entry`` that are known to be needed."""
-        for job in self._tuning_jobs(entry):
+        for job in self._tuning(self.points(entry)):
             yield "run", job
         chosen = self.chosen(entry) or ()
         for job in chosen:
-            if job.seed not in self.plan.tune_seeds:
+            if job.seed in self.plan.other_seeds:
                 yield "run", job
         for job in chosen:
             if self.is_done("run", job):
                 yield "test", job
 
-    def _tuning_jobs(self, entry: str) -> list[Job]:
-        return [job for jobs in self.plan.jobs[entry] for job in jobs if job.seed in self.plan.tune_seeds]
+    def _tuning(self, points: Sequence[Sequence[Job]]) -> list[Job]:
+        return [job for jobs in points for job in jobs if job.seed in self.plan.tune_seeds]
+
+    def _losses_of(self, point: Sequence[Job]) -> list[float | None]:
+        return [self._losses.get(job.folder) for job in point if job.seed in self.plan.tune_seeds]
+
+    def _means(self, points: Sequence[Sequence[Job]]) -> list[float]:
+        """The mean loss over tuning seeds of each point; infinite where a run has no finite loss, which rules it out."""
+        found = [self._losses_of(jobs) for jobs in points]
+        return [inf if None in losses else sum(x for x in losses if x is not None) / len(losses) for losses in found]
 
     def _is_tuned(self, entry: str) -> bool:
-        return all(self._state("run", job) in _ENDED for job in self._tuning_jobs(entry))
+        return all(self._state("run", job) in _ENDED for job in self._tuning(self.points(entry)))
 
     def _state(self, kind: Kind, job: Job) -> State:
         return self._states.get((kind, job.folder), "waiting")
-
-
-def _mean_or_inf(losses: Sequence[float | None]) -> float:
-    """The mean; infinite where a run has no finite loss, which rules out its point."""
-    return inf if None in losses else sum(loss for loss in losses if loss is not None) / len(losses)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mira import config
+from mira.comparison.grid import Point, edges
 from mira.comparison.machines import places_of
-from mira.comparison.plan import Job, Plan, Point, shown
+from mira.comparison.paired import against, primary
+from mira.comparison.plan import Job, Plan, shown
 from mira.comparison.schedule import Failure
 from mira.core.git_commit import commit
-from mira.results.statistics import mean, paired
+from mira.results.statistics import mean
+from mira.runner.evaluation import LABEL_ACCURACY
 from mira.store import Store
 
 # Values of a run that the table averages over seeds.
 MEASURES = (
-    "local_loss", "local_loss_last", "global_loss", "mean_row_loss", "rouge_l", "exact_match", "validation_loss",
+    "local_loss", "local_loss_last", "global_loss", "mean_row_loss", "rouge_l", "exact_match", "label_accuracy",
+    "validation_loss",
     "bytes", "seconds",
 )  # fmt: skip
 
@@ -37,6 +40,7 @@ def entry_of(
         "name": name,
         "sets": shown(plan.comparison.sets(name)),
         "chosen": shown(point),
+        "edge": shown(edges([tried for tried, _ in tuning], point)),
         "tuning": [
             {"point": shown(point), "validation_loss": _spread(losses)["mean"], "losses": list(losses)}
             for point, losses in tuning
@@ -79,8 +83,9 @@ def summary(
         "seeds": plan.comparison.seeds,
         "tune_seeds": plan.tune_seeds,
         "experiment": config.dump(plan.base),
+        "primary": primary(plan.comparison.primary, entries),
         "entries": [
-            entry | {"against": [_against(entry, other) for other in entries if _meets(plan, entry, other)]}
+            entry | {"against": [against(entry, other) for other in entries if _meets(plan, entry, other)]}
             for entry in entries
         ],
     }
@@ -92,6 +97,8 @@ def _run(job: Job, test: dict[str, Any], out: Path) -> dict[str, Any]:
     start, best, last = test.get("start"), test["best"], test["last"]
     answers, transfer = best.get("answers", {}), best["transfer"]
     training = [record for record in records if record["round"]]
+    names = list(best["clients"])
+    groups = environment.get("groups") or [""] * len(names)  # absent in runs of older versions
     return {
         "seed": job.seed,
         "run": job.folder.as_posix(),
@@ -106,19 +113,22 @@ def _run(job: Job, test: dict[str, Any], out: Path) -> dict[str, Any]:
         "mean_row_loss": transfer.get("mean_row_loss"),
         "rouge_l": answers.get("rouge_l"),
         "exact_match": answers.get("exact_match"),
+        "label_accuracy": answers.get(LABEL_ACCURACY),
         "bytes": sum(record.get("bytes_up", 0) + record.get("bytes_down", 0) for record in records),
         "seconds": sum(record["seconds"] for record in records),
         "lost": sum(len(record["lost"]) for record in training),
         "clients": [
             {
                 "name": name,
+                "group": group,
                 "loss_start": start and start["clients"][name]["test_loss"],
                 "loss": scores["test_loss"],
                 "loss_last": last["clients"][name]["test_loss"],
                 "rouge_l": answers["clients"][name]["rouge_l"] if answers else None,
                 "exact_match": answers["clients"][name]["exact_match"] if answers else None,
+                "label_accuracy": answers["clients"][name].get(LABEL_ACCURACY) if answers else None,
             }
-            for name, scores in best["clients"].items()
+            for (name, scores), group in zip(best["clients"].items(), groups, strict=True)
         ],
     }
 
@@ -131,23 +141,3 @@ def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
 
 def _meets(plan: Plan, entry: dict[str, Any], other: dict[str, Any]) -> bool:
     return other["name"] in plan.baselines and other is not entry
-
-
-def _against(entry: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The paired test over clients of their test losses at the validation-best round, averaged over seeds."""
-    mine, theirs = _by_client(entry), _by_client(other)
-    whole = None not in (entry["bytes"]["mean"], other["bytes"]["mean"])  # all seeds are there
-    assert not whole or list(mine) == list(theirs), "runs of the same data"
-    if not whole or None in mine.values() or None in theirs.values():
-        values: dict[str, Any] = dict.fromkeys(("clients", "wins", "ties", "difference", "p"))
-        return {"baseline": other["name"], **values, "win_rate": None}
-    result = paired([x for x in mine.values() if x is not None], [x for x in theirs.values() if x is not None])
-    return {"baseline": other["name"], **asdict(result), "win_rate": (result.wins + result.ties / 2) / result.clients}
-
-
-def _by_client(entry: dict[str, Any]) -> dict[str, float | None]:
-    losses: dict[str, list[float | None]] = {}
-    for run in entry["runs"]:
-        for client in run["clients"]:
-            losses.setdefault(client["name"], []).append(client["loss"])
-    return {name: _spread(values)["mean"] for name, values in losses.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Callable, Sequence
 from io import StringIO
 from typing import Any
@@ -14,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mira.comparison.summary import MEASURES
-from mira.results.tables import Fitting, number, probability
+from mira.results.claims import CLAIMS_NOTE, DUELS_NOTE, against, claims, short, tuning_notes
+from mira.results.tables import Fitting, number
 
 Value = dict[str, Any]  # the content of compare.json
 Cells = list[list[str]]  # rows; the first one is the header
@@ -22,30 +22,43 @@ Cells = list[list[str]]  # rows; the first one is the header
 _LOSSES = (
     ("local loss", "local_loss", 4),
     ("last round", "local_loss_last", 4),
-    ("global loss", "global_loss", 3),
+    ("on others' data", "global_loss", 3),
+    ("one for all", "mean_row_loss", 3),
 )
-_COSTS = (("ROUGE-L", "rouge_l", 3), ("exact match", "exact_match", 3), ("MB", "bytes", 1), ("s", "seconds", 0))
+_COSTS = (
+    ("ROUGE-L", "rouge_l", 3),
+    ("exact match", "exact_match", 3),
+    ("accuracy", "label_accuracy", 3),
+    ("MB", "bytes", 1),
+    ("s", "seconds", 0),
+)
+_DUELS = {
+    "wins": "wins against", "difference": "difference to", "difference_low": "lower end to",
+    "difference_high": "upper end to", "p": "p against",
+}  # fmt: skip
 _ESCAPES = {
     **{c: f"\\{c}" for c in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-    "±": r"$\pm$", "–": "--", "<": "$<$", ">": "$>$",
+    "±": r"$\pm$", "–": "--", "−": "$-$", "<": "$<$", ">": "$>$",
 }  # fmt: skip
 
 
 def losses(value: Value) -> Cells:
-    rows = [[entry["name"], _short(entry["chosen"]), *_cells(entry, _LOSSES)] for entry in value["entries"]]
+    rows = [[entry["name"], short(entry["chosen"]), *_cells(entry, _LOSSES)] for entry in value["entries"]]
     return [["", "chosen", *(title for title, _, _ in _LOSSES)], *rows]
 
 
 def duels(value: Value) -> Cells:
-    """For each baseline the number of clients with a lower test loss, and the p of the paired test."""
+    """For each baseline the number of clients with a lower test loss, and the mean difference with its interval."""
     baselines = _baselines(value)
     rows = [[entry["name"], *(_duel(entry, name) for name in baselines)] for entry in value["entries"]]
-    return [["", *(f"beats {name} (p)" for name in baselines)], *rows] if baselines else []
+    return [["", *(f"lower than {name}" for name in baselines)], *rows] if baselines else []
 
 
 def costs(value: Value) -> Cells:
-    """Metrics of answers at the same rounds, bytes up and down, and seconds of a run."""
-    return [["", *(title for title, _, _ in _COSTS)], *([e["name"], *_cells(e, _COSTS)] for e in value["entries"])]
+    """Metrics of answers at the same rounds (accuracy where it was measured), bytes up and down, and seconds of a run."""
+    entries = value["entries"]
+    columns = [c for c in _COSTS if c[1] != "label_accuracy" or any(e[c[1]]["mean"] is not None for e in entries)]
+    return [["", *(title for title, _, _ in columns)], *([e["name"], *_cells(e, columns)] for e in entries)]
 
 
 def rich_tables(value: Value) -> Group:
@@ -68,14 +81,14 @@ def csv_text(value: Value) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(
         ["entry", "sets", "chosen", *(f"{m}_{part}" for m in MEASURES for part in ("mean", "interval"))]
-        + [f"{what} {name}" for name in baselines for what in ("wins against", "difference to", "p against")]
+        + [f"{title} {name}" for name in baselines for title in _DUELS.values()]
     )
     for entry in value["entries"]:
         duels = {duel["baseline"]: duel for duel in entry["against"]}
         writer.writerow(
             [entry["name"], entry["sets"], entry["chosen"]]
             + [entry[measure][part] for measure in MEASURES for part in ("mean", "interval")]
-            + [duels.get(name, {}).get(key) for name in baselines for key in ("wins", "difference", "p")]
+            + [duels.get(name, {}).get(key) for name in baselines for key in _DUELS]
         )
     return stream.getvalue()
 
@@ -84,12 +97,7 @@ FILES: dict[str, Callable[[Value], str]] = {"table.md": markdown, "table.csv": c
 
 
 def _tables(value: Value) -> list[Cells]:
-    return [rows for rows in (losses(value), duels(value), costs(value)) if rows]
-
-
-def _short(settings: str) -> str:
-    """'lr=0.001' for 'training.lr=0.001'."""
-    return re.sub(r"(^|, )[a-z]+\.", r"\1", settings)
+    return [rows for rows in (claims(value["primary"]), losses(value), duels(value), costs(value)) if rows]
 
 
 def _baselines(value: Value) -> list[str]:
@@ -109,21 +117,24 @@ def _cells(entry: Value, columns: Sequence[tuple[str, str, int]]) -> list[str]:
 
 
 def _duel(entry: Value, baseline: str) -> str:
-    duel = next((duel for duel in entry["against"] if duel["baseline"] == baseline), None)
-    if duel is None:
-        return ""
-    return number(None) if duel["p"] is None else f"{duel['wins']} of {duel['clients']} ({probability(duel['p'])})"
+    found = next((duel for duel in entry["against"] if duel["baseline"] == baseline), None)
+    return "" if found is None else against(found)
 
 
 def _notes(value: Value) -> list[str]:
     machine, model, seeds = value["machine"], value["model"], value["seeds"]
-    few = "" if value["tune_seeds"] == seeds else f" (of seeds {_list(value['tune_seeds'])})"
+    tuning = "" if value["tune_seeds"] == seeds else f" (of seeds {_list(value['tune_seeds'])})"
     return [
         f"Mean over seeds {_list(seeds)} ± half the 95 % t-interval, test split, at the round and the point of the grid with the"
-        f" lowest validation loss{few}; p: sign-flip test over clients, not corrected for the number of tests.",
+        f" lowest validation loss{tuning}.",
+        "On others' data: adapters of sampled clients on each other's data. One for all: the mean of all clients' adapters, on"
+        " every client's data; with one adapter for all it is that adapter.",
+        *([CLAIMS_NOTE] if value["primary"] else []),
+        *([DUELS_NOTE] if _baselines(value) else []),
         f"{value['date']}, commit {value['commit'] or 'unknown'}{_older(value)}, {machine['processor']},"
         f" {machine['threads']} threads, {machine['device']}; {model['name']} (sha256 {model['sha256'][:12]});"
         f" {value['command']}",
+        *tuning_notes(value),
         *_warnings(value),
         *_machines(value),
         *(f"Failed: {described(failed)}." for failed in value.get("failed", ())),
@@ -152,7 +163,7 @@ def _warnings(value: Value) -> list[str]:
 def described(failed: Value) -> str:
     """'MIRA, lr=0.002, seed 1: reason' for a line of ``failed``."""
     seed = "" if failed["seed"] is None else f"seed {failed['seed']}"
-    place = ", ".join(part for part in (failed["entry"], _short(failed["point"] or ""), seed) if part)
+    place = ", ".join(part for part in (failed["entry"], short(failed["point"] or ""), seed) if part)
     return f"{place}: {failed['reason']}"
 
 

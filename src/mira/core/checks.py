@@ -13,12 +13,12 @@ from torch import Tensor
 
 from mira.core.errors import UserError, kind_of
 from mira.core.graph import Graph
-from mira.core.types import Change, Method, ServerState, Work
+from mira.core.types import Change, Method, Offer, ServerState, Work
 
 FIELDS = frozenset({
     "round", "lr", "cohort", "lost", "train_loss", "steps", "tokens", "bytes_up", "bytes_down", "client_bytes",
     "validation_loss", "local_loss", "unmeasured", "clients", "answers", "transfer", "privacy", "stopped", "seconds",
-    "tokens_per_second", "peak_memory_bytes", "joined",
+    "tokens_per_second", "peak_memory_bytes", "joined", "offers",
 })  # fmt: skip
 """The fields of a round's record that are not a method's notes."""
 
@@ -76,6 +76,10 @@ def checked_work(method: Method, work: Any, num_clients: int, row: Tensor | None
         _check_rows(work.anchor, len(work.client), row, f"{place}: anchor")
     if work.shift is not None:
         _check_rows(work.shift, len(work.client), row, f"{place}: shift")
+    if work.offer is not None:
+        _check_offer(work.offer, len(work.client), num_clients, row, f"{place}: offer")
+        if not torch.equal(work.offer.client, work.client[work.offer.place]):
+            raise UserError(f"{place}: offer must name the client of each job that it is for")
     return work
 
 
@@ -95,6 +99,9 @@ def checked_change(method: Method, change: Any, state: ServerState, row: Tensor)
         raise UserError(f"{place}: row {endless[0]} is not finite; the trained rows were")
     _check_extra(change.extra, place)
     _check_notes(change.notes, place)
+    _check_of_clients(change.of_clients, state.graph.num_clients, place)
+    if change.offer is not None:
+        _check_offer(change.offer, len(change.index), state.graph.num_clients, row, f"{place}: offer")
     if change.graph is not None:
         checked_graph(change.graph, state.graph.num_clients, f"{place}: graph")
     return change
@@ -136,6 +143,41 @@ def _check_notes(notes: Any, place: str) -> None:
         if not isinstance(name, str) or not isinstance(value, int | float) or not isfinite(value):
             shown = value if isinstance(value, int | float) else kind_of(value)
             raise UserError(f"{place}: notes must be finite numbers by name; notes[{name!r}] is {shown}")
+
+
+def _check_of_clients(of_clients: Any, num_clients: int, place: str) -> None:
+    for name, numbers in of_clients.items():
+        _check_name(name, f"{place}: of_clients[{name!r}]")
+        for client, value in numbers.items():
+            if client not in range(num_clients) or not isinstance(value, int | float) or not isfinite(value):
+                raise UserError(
+                    f"{place}: of_clients[{name!r}] must hold finite numbers by client number; it holds {client!r}: {value!r}"
+                )
+
+
+def _check_offer(offer: Any, places: int, num_clients: int, row: Tensor, place: str) -> None:
+    """``places``: the jobs, or the rows of the change, that it may be for."""
+    if not isinstance(offer, Offer):
+        raise UserError(f"{place} must be a mira.core.types.Offer; it is {kind_of(offer)}")
+    _check_name(offer.name, f"{place}: name {offer.name!r}")
+    _check_numbers(offer.place, places, f"{place}: place")
+    _check_numbers(offer.client, num_clients, f"{place}: client")
+    for name, numbers in (("place", offer.place), ("client", offer.client)):
+        if len(numbers.unique()) != len(offer.place):
+            raise UserError(f"{place}: {name} must hold {len(offer.place)} different numbers, one for each client")
+    if offer.split not in ("train", "validation"):
+        raise UserError(f"{place}: split must be 'train' or 'validation'; it is {offer.split!r}")
+    if offer.points is not None and len(offer.rows) != 2:
+        raise UserError(f"{place}: points lie between two rows; it has {len(offer.rows)}")
+    if not len(offer):
+        raise UserError(f"{place}: has no option")
+    for number, rows in enumerate(offer.rows):
+        _check_rows(rows, len(offer.place), row, f"{place}: rows[{number}]")
+
+
+def _check_name(name: Any, place: str) -> None:
+    if not isinstance(name, str) or name in FIELDS:
+        raise UserError(f"{place} is no name of its own: fields of the record itself are taken; give another name")
 
 
 def _finite(row: Tensor) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from mira.core.encoded import Encoded
-from mira.core.types import Scores, Trained, Work
+from mira.core.types import Offer, Scores, Trained, Work
 from mira.core.wire import Wire
 
 
@@ -87,6 +87,11 @@ class ClientBackend(Protocol):
 
     def grade(self, rows: Tensor, client: Tensor, limit: int | None, max_new_tokens: int, round: int) -> list[Grade]:
         """Scores of the answers of row i [n,P], as of ``round``, to at most ``limit`` test prompts of client[i] [n]."""
+        ...
+
+    def losses(self, offer: Offer, limit: int | None) -> Tensor:
+        """Loss [n,c] of each option of ``offer`` on at most ``limit`` examples of each client's split; NaN where a client is
+        silent."""
         ...
 
     def allow_transfer(self) -> Tensor:

@@ -41,8 +41,9 @@ class Graph(Protocol):
         """The clients without neighbours [n], for a warning; none while the edges are not known yet."""
         ...
 
-    def updated(self, round: int, client: Tensor, rows: Tensor) -> Graph:
-        """The graph to mix along once the rows [M,P] of ``client`` [M] came back in ``round`` (from 0).
+    def updated(self, round: int, client: Tensor, moved: Tensor) -> Graph:
+        """The graph to mix along once ``client`` [M] came back in ``round`` (from 0). ``moved`` [M,P]: by how much training moved
+        the row of each.
 
         A static graph returns itself. A graph that is re-estimated while training returns a new one of its class; it is
         committed with the round.
@@ -105,7 +106,7 @@ class Groups:
     def isolated(self) -> Tensor:
         return (self._size[self.label] == 1).nonzero()[:, 0]
 
-    def updated(self, round: int, client: Tensor, rows: Tensor) -> Groups:
+    def updated(self, round: int, client: Tensor, moved: Tensor) -> Groups:
         return self
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -206,7 +207,7 @@ class Edges:
     def isolated(self) -> Tensor:
         return (self.indptr.diff() == 0).nonzero()[:, 0]
 
-    def updated(self, round: int, client: Tensor, rows: Tensor) -> Edges:
+    def updated(self, round: int, client: Tensor, moved: Tensor) -> Edges:
         return self
 
     def to_tensors(self) -> dict[str, Tensor]:

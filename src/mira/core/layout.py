@@ -14,6 +14,7 @@ from torch import Tensor
 Factor = Literal["A", "B", "magnitude", "prompt", "encoder", "seed", "peft"]
 
 
+_BLOCK = 2**16  # columns in float64 at a time, so that a mean of many rows takes little memory beside them
 PLUS = ("B", "magnitude")  # factors with the LoRA+ learning rate, as in PEFT's optimiser
 
 
@@ -117,9 +118,9 @@ class Layout:
         (``mira.core.ranks``). Where all rows use fewer ranks than the layout so does the mean, and it gets their scale.
         """
         ratio = self.scale_ratio(rows)
-        scaled = rows.double() if ratio is None else rows.double() * ratio.double()
+        scaled = rows if ratio is None else rows.double() * ratio.double()
         p = torch.ones(len(rows), dtype=torch.float64) if weight is None else weight.double()
-        mean = p @ scaled / p.sum()
+        mean = torch.cat([p @ block.double() for block in scaled.split(_BLOCK, dim=1)]) / p.sum()
         if ratio is not None:
             share = self.share(torch.tensor(self.ranks(rows)), p / p.sum())
             mean = torch.where(share > 0, mean / share, mean)

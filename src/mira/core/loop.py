@@ -13,10 +13,11 @@ from torch import Tensor
 
 from mira.core.checks import checked_change, checked_work
 from mira.core.engine import Trainer
+from mira.core.offers import Choice, begun, choose, described, named, settled, unanswered
 from mira.core.payload import is_private, jobs_of, parcel
 from mira.core.seeds import generator
 from mira.core.training import Training
-from mira.core.types import Change, Failure, Method, OptimizerStates, Overlay, Rows, ServerState, Trained, Work
+from mira.core.types import Change, Failure, Method, Offer, OptimizerStates, Overlay, Rows, ServerState, Trained, Work
 from mira.core.wire import Wire, down, num_bytes
 
 Record = dict[str, Any]
@@ -56,11 +57,13 @@ def run_rounds(
     recorder: Recorder,
     measure: Callable[[ServerState, Record], Record],
     observe: Callable[[Record], None],
+    losses: Callable[[Offer], Tensor] = unanswered,
 ) -> ServerState:
     """Run all rounds from ``state`` to the end of the schedule, and return the last state.
 
     ``measure`` evaluates the state after a server step, given the round's record so far; its result becomes part of the record. A
     reason under the key ``stopped`` ends the run with this round. ``observe`` is called with each record once it is committed.
+    ``losses``: of each option of an offer for each of its clients [n,c], on their own data; NaN where one does not answer.
     Raises UserError if the method returns a wrong object, or adapters that are not finite.
     """
     while state.round < schedule.rounds:
@@ -70,17 +73,33 @@ def run_rounds(
         work = checked_work(method, method.broadcast(state, cohort), len(names))
         if schedule.training.keep_optimizer:
             work = replace(work, optimizer=recorder.optimizer())
+        start = None if work.offer is None else choose(work.offer, losses(work.offer))
+        work = work if start is None else begun(work, start)
+        training = perf_counter()
         trained = screen(engine.train(work, state.round, lr))
-        training_seconds = perf_counter() - began
+        training_seconds = perf_counter() - training
+        if start is not None:
+            trained = replace(trained, option=start.of_jobs(len(work.client))[trained.job])
         change = aggregate(method, state, trained)
+        end = None if change.offer is None else choose(change.offer, losses(change.offer))
+        change = change if end is None else settled(change, end)
         mixed = apply(state, change)
-        record = describe(mixed.round, work, trained, change, names, schedule.wire)
+        choices = [choice for choice in (start, end) if choice is not None]
+        record = describe(mixed.round, work, trained, change, names, schedule.wire, choices)
         record |= measure(mixed, record)
         record["tokens_per_second"] = record["tokens"] / training_seconds
         record["seconds"] = perf_counter() - began
         recorder.commit(mixed.round, change, _kept(work, trained), record)
         state = replace(mixed, rows=recorder.rows() if len(change.index) else state.rows)
-        del work, trained, change, mixed  # their rows would be in memory beside those of the next round
+        del (
+            work,
+            trained,
+            change,
+            start,
+            end,
+            choices,
+            mixed,
+        )  # their rows would be in memory beside those of the next round
         observe(record)
         if "stopped" in record:
             break
@@ -143,12 +162,14 @@ def apply(state: ServerState, change: Change) -> ServerState:
 
 
 def describe(
-    round: int, work: Work, trained: Trained, change: Change, names: Sequence[str], wire: Wire = "fp32"
-) -> Record:
+    round: int, work: Work, trained: Trained, change: Change, names: Sequence[str], wire: Wire = "fp32",
+    choices: Sequence[Choice] = (),
+) -> Record:  # fmt: skip
     """The record of a round, as plain numbers.
 
-    Bytes count the adapters that travel to a client and back in the format ``wire``; a private job sends none, and a client that
-    was not asked gets none. For a client with several jobs: bytes of all, loss and steps of the last one.
+    Bytes count the adapters that travel to a client and back in the format ``wire``, those offered among them; a private job
+    sends none, and a client that was not asked gets none. For a client with several jobs: bytes of all, loss and steps of the
+    last one.
     """
     came = [names[k] for k in trained.client.tolist()]
     back = set(trained.job.tolist())
@@ -161,6 +182,10 @@ def describe(
             "down": 0 if k in away else len(sent.rows) * num_bytes(down(wire), sent.numbers, work.start.dtype),
             "up": len(returned) * num_bytes(wire, sent.numbers_back, work.start.dtype),
         }
+    for choice in choices:
+        offered = len(choice.offer.rows) * num_bytes(down(wire), work.start.shape[1], work.start.dtype)
+        for k in set(choice.offer.client.tolist()) - away:
+            client_bytes[names[k]]["down"] += offered
     return {
         "round": round,
         "lr": trained.lr,
@@ -172,6 +197,8 @@ def describe(
         "bytes_down": sum(sent["down"] for sent in client_bytes.values()),
         "bytes_up": sum(sent["up"] for sent in client_bytes.values()),
         "client_bytes": client_bytes,
+        **described(choices, names),
+        **named(change.of_clients, names),
         **change.notes,
     }
 

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from mira.core.graph import Edges
+from mira.core.seeds import generator
 
+SKETCH = 512  # numbers kept of a displacement: cosines within about 0.04
 _TILE = 2**20  # numbers of a tile in float64, 8 MiB
 
 
@@ -32,6 +34,33 @@ def cosines(rows: Tensor, origin: Tensor | None = None) -> Tensor:
     norm = products.diagonal().sqrt()
     size = norm[:, None] * norm
     return torch.where(size > 0, products / size.where(size > 0, 1.0), 0.0)
+
+
+def sketch(rows: Tensor) -> Tensor:
+    """Unit vectors of rows [M,P] as float32 [M,d], d at most ``SKETCH``, with nearly the same cosines: numbers are added with
+    random signs in d random groups, whose inner products err by about 1/√d. Rows of at most d numbers are kept whole; a row of
+    zeros stays one.
+
+    Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", ICML 2009.
+    """
+    norm = torch.stack([row.double().norm() for row in rows]).clamp(min=torch.finfo(torch.float64).tiny)
+    size = rows.shape[1]
+    if size <= SKETCH:
+        return (rows.double() / norm[:, None]).float()
+    draw = generator("sketch", size)
+    group = torch.randint(SKETCH, (size,), generator=draw)
+    sign = torch.randint(2, (size,), generator=draw).float() * 2 - 1
+    found = torch.zeros(len(rows), SKETCH)
+    for row, each, length in zip(found, rows, norm, strict=True):  # row by row: signed rows would be another copy
+        row.index_add_(0, group, (each / length).float() * sign)
+    return found
+
+
+def cosines_between(vectors: Tensor, some: Tensor) -> Tensor:
+    """cos(x_k − x̄, x_l − x̄) as float64 [m,n] of the vectors x [n,d], k those at the mask ``some`` [n], l all; 0 for a vector
+    equal to the mean."""
+    u = _centred_units(vectors)
+    return u[some] @ u.T
 
 
 def square_distances(rows: Tensor) -> Tensor:
@@ -72,15 +101,19 @@ def strongest(choices: Choices, most: int) -> Choices:
 def choices_among_all(vectors: Tensor, most: int, above: float) -> Choices:
     """The choices of all clients among each other by the cosine of centred ``vectors`` [K,d]. Computed in blocks of clients:
     memory for K·most choices, never [K,K]."""
-    x = vectors.double() - vectors.double().mean(0)
-    norm = x.norm(dim=1, keepdim=True)
-    u = torch.where(norm > 0, x / norm.where(norm > 0, 1.0), 0.0)
-    found = []
+    u, found = _centred_units(vectors), []
     for mine in torch.arange(len(u)).split(max(1, _TILE // len(u))):
         cosine = u[mine] @ u.T
         cosine[torch.arange(len(mine)), mine] = -1.0
         found.append(strongest(pairs_above(cosine, mine, torch.arange(len(u)), above), most))
     return _joined(found)
+
+
+def _centred_units(vectors: Tensor) -> Tensor:
+    """(x_k − x̄)/‖x_k − x̄‖ as float64 of the vectors x [n,d]; 0 for a vector equal to the mean."""
+    x = vectors.double() - vectors.double().mean(0)
+    norm = x.norm(dim=1, keepdim=True)
+    return torch.where(norm > 0, x / norm.where(norm > 0, 1.0), 0.0)
 
 
 def pairs_above(cosine: Tensor, source: Tensor, target: Tensor, above: float) -> Choices:

@@ -6,9 +6,9 @@ S rows on the server · P numbers in a row · T tokens · E local steps · r ran
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -100,6 +100,45 @@ class ServerState:
 
 
 @dataclass(frozen=True)
+class Offer:
+    """Several rows offered to each of n clients, which takes the one of least loss on its own ``split``; of equal ones the first.
+
+    ``points``: None offers the ``rows`` themselves. Otherwise there are two, a and b, and the options are the points
+    a + s·(b − a) for each s of ``points``: over a network two rows travel, in memory there is one option at a time.
+    """
+
+    name: str  # of the metrics' field with what each client took, e.g. "strength"
+    place: Tensor  # [n] int64: the job of the Work, or the place in the Change's value, that the row taken is for
+    client: Tensor  # [n] int64, all different
+    rows: tuple[Tensor, ...]  # each [n,P]
+    split: Literal["train", "validation"]
+    points: tuple[float, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def labels(self) -> tuple[float, ...]:
+        """The number of each option in the metrics: its point, or its place among the rows."""
+        return tuple(range(len(self.rows))) if self.points is None else self.points
+
+    def row(self, option: int) -> Tensor:
+        """One option of every client [n,P]."""
+        return self.taken(torch.full((len(self.client),), option))
+
+    def taken(self, option: Tensor) -> Tensor:
+        """The rows [n,P] that the clients have with the options [n]."""
+        if self.points is not None:
+            start, end = self.rows
+            # Not lerp: one formula for one option and for many, so that a row taken is the row measured, to the bit.
+            return start + torch.tensor(self.points, dtype=start.dtype)[option][:, None] * (end - start)
+        rows = self.rows[0].clone()
+        for number, each in enumerate(self.rows):
+            rows[option == number] = each[option == number]
+        return rows
+
+
+@dataclass(frozen=True)
 class Work:
     """Jobs of one round, as plain data: job j minimises F_client[j](w) + prox[j]/2·‖w − anchor[j]‖² + shift[j]·w from
     w = start[j].
@@ -118,6 +157,8 @@ class Work:
     private: Tensor | None = None  # [J] bool: the row stays with the client and is never sent; None: none
     slot: Tensor | None = None  # [J] int64: the number of a job's kept optimiser state; None: its client's
     optimizer: OptimizerStates | None = None  # kept states, read when a job begins; None: all begin fresh
+    # Rows to start from, of which each client takes one; ``start`` is that of jobs without one, and of clients without an answer.
+    offer: Offer | None = None
 
     @property
     def kept_under(self) -> list[int]:
@@ -154,6 +195,7 @@ class Trained:
     lr: float  # learning rate of this round
     failed: tuple[Failure, ...] = ()
     optimizer: Tensor | None = None  # [M,1+2P] optimiser states to keep; None: not kept
+    option: Tensor | None = None  # [M] int64: of the Work's offer, the option that each job began with; None: no offer
 
     @staticmethod
     def joined(parts: Sequence[Trained], failed: Sequence[Failure] = ()) -> Trained:
@@ -177,6 +219,7 @@ class Trained:
             tokens=self.tokens[keep], steps=self.steps[keep], loss=self.loss[keep], lr=self.lr,
             failed=self.failed + tuple(failed),
             optimizer=None if self.optimizer is None else self.optimizer[keep],
+            option=None if self.option is None else self.option[keep],
         )  # fmt: skip
 
 
@@ -184,8 +227,9 @@ class Trained:
 class Change:
     """The changes of a round: rows ``value`` [n,P] at ``index`` [n], and the method's extra tensors; committed atomically.
 
-    ``notes``: numbers for the round's metrics (e.g. the effective mixing step). ``graph``: the graph re-estimated in this
-    round; None: the graph stays.
+    ``notes``: numbers for the round's metrics (e.g. the effective mixing step); ``of_clients``: such numbers of single clients.
+    ``graph``: the graph re-estimated in this round; None: the graph stays. ``offer``: rows of which each client takes one in the
+    place of its ``value``, which stays where it does not answer; it is settled before the commit.
     """
 
     index: Tensor
@@ -193,6 +237,8 @@ class Change:
     extra: dict[str, Tensor]
     notes: dict[str, float]
     graph: Graph | None = None
+    of_clients: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    offer: Offer | None = None
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Knn:
     """Largest number of neighbours that a client chooses."""
     source: Literal["description", "displacement"] = "description"
     """description: compare embeddings of the clients' task descriptions by the base model; the embeddings leave the client.
-    displacement: compare θ_k − θ^0, re-estimated in every round."""
+    displacement: compare displacements in training, re-estimated in every round."""
 
     def build(self, names: Sequence[str], groups: Sequence[str], seed: int, embed: Embed) -> Graph:
         return _related(self, embed, len(names), most=self.neighbours, above=0.0)
@@ -50,12 +50,13 @@ class Similarity:
 
 @dataclass(frozen=True, config=STRICT)
 class LearnedGraph:
-    """Learned while training, from adapters alone: nearest neighbours by the cosine of displacements θ_k − θ^0, less the cohort's
-    mean. ``mira.core.similarity`` has the objective and its sources."""
+    """Learned while training, from adapters alone: nearest neighbours by the cosine of the clients' mean displacements in their
+    rounds, less the mean over clients. ``mira.core.similarity`` has the objective and its sources."""
 
     name: Literal["learned"] = "learned"
     every: Count = 1
-    """Rounds from one estimate to the next, the first in round 1; an estimate compares the clients of the round's cohort."""
+    """Rounds from one estimate to the next, the first in round 1; an estimate compares the clients of the round's cohort with all
+    that took part in an earlier one."""
     neighbours: Count = 3
     """Largest number of neighbours that a client chooses."""
     threshold: Cosine = 0.0

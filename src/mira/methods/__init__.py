@@ -14,6 +14,7 @@ from mira.methods.fedsvd import FedSVD
 from mira.methods.fedtreelora import FedTreeLoRA
 from mira.methods.ffa_lora import FFALoRA
 from mira.methods.flexlora import FlexLoRA
+from mira.methods.ifca import IFCA
 from mira.methods.local import Local
 from mira.methods.mira import Mira
 from mira.methods.mr_mtl import MRMTL
@@ -43,6 +44,7 @@ METHODS = Registry(
         "fedamp": FedAMP,
         "cfl": CFL,
         "fedtreelora": FedTreeLoRA,
+        "ifca": IFCA,
         "ffa-lora": FFALoRA,
         "rolora": RoLoRA,
         "fedsvd": FedSVD,

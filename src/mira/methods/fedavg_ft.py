@@ -16,7 +16,7 @@ from torch import Tensor
 from mira.core.errors import UserError
 from mira.core.pydantic_config import STRICT
 from mira.core.types import Change, ServerState, Setting, Trained, Work
-from mira.methods.rows import GLOBAL, global_and_personal_state, global_rows, mean
+from mira.methods.rows import GLOBAL, global_and_personal_state, global_rows, mean, own_or_global
 
 _START = "fedavg-ft.start"  # in extra: the common start row [P]
 _COMMON = "fedavg-ft.common"  # in extra: rounds of FedAvg
@@ -53,11 +53,9 @@ class FedAvgFT:
 
     def _rows(self, state: ServerState, client: Tensor, round: int) -> Tensor:
         """The rows [n,P] of ``client`` once ``round`` (from 0) has begun. A client that has not fine-tuned has the global row."""
-        together = global_rows(state, client)
         if not self._fine_tunes(state, round):
-            return together
-        own = state.rows[client + 1]
-        return torch.where((own == state.extra[_START]).all(1, keepdim=True), together, own)
+            return global_rows(state, client)
+        return own_or_global(state, client, state.extra[_START])
 
     def _fine_tunes(self, state: ServerState, round: int) -> bool:
         return round >= int(state.extra[_COMMON])

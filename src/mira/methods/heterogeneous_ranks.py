@@ -44,7 +44,10 @@ class HeterogeneousRanks:
         upload = own if work.upload is None else own & work.upload
         anchor = None if work.anchor is None else work.anchor * own
         shift = None if work.shift is None else work.shift * own
-        return replace(work, start=work.start * own, anchor=anchor, shift=shift, upload=upload)
+        offer = work.offer
+        if offer is not None:
+            offer = replace(offer, rows=tuple(rows * own[offer.place] for rows in offer.rows))
+        return replace(work, start=work.start * own, anchor=anchor, shift=shift, upload=upload, offer=offer)
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
         return self.method.aggregate(self._with_ranks(state), trained)

@@ -7,6 +7,7 @@ Learning with Laplacian Regularization" (FedU).
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from decimal import ROUND_FLOOR, Context
 from functools import partial
 from typing import Annotated, ClassVar, Literal
@@ -17,23 +18,27 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from mira.core.errors import UserError
-from mira.core.graph import Graph
+from mira.core.graph import Edges, Graph, Groups
 from mira.core.layout import Layout
 from mira.core.mixing import mix, normalised_weights, paper_weights
 from mira.core.product_mixing import product_mix, rotated_mix
 from mira.core.pydantic_config import STRICT
 from mira.core.ranks import Weigh
-from mira.core.types import Change, MemoryRows, ServerState, Setting, Trained, Work
+from mira.core.types import Change, Offer, ServerState, Setting, Trained, Work
 from mira.methods.layers import pairs, shares
+from mira.methods.rows import GLOBAL, compared, global_and_personal_state, mean, own_or_global, personal_state
+from mira.methods.strength import of_similarity
 
 log = logging.getLogger(__name__)
 
 _BLOCK = 2**24  # numbers of absent neighbours' rows in memory at a time, 64 MiB in fp32
+_START = "mira.start"  # in extra: the common start row [P]
 _ROUNDS = "mira.rounds"  # in extra: rounds of the whole run
 _PLACES = "mira.places"  # in extra: begin and end of each tensor in a row [n,2]
 _PAIRS = "mira.pairs"  # in extra: ``layers.pairs``
 _SHARES = "mira.shares"  # in extra: the share of the step for each of these
 _STEP = "mira.step"  # in extra: the largest lr·steps, for checking a graph that is learned
+_POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # s offered to a client that chooses its own
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -48,8 +53,10 @@ class Mira:
     form: Literal["normalised", "paper"] = "normalised"
     """Form of the server step. normalised: θ_k ← (1−s)·θ̂_k + s·weighted mean of its neighbours. paper: θ_k ← θ̂_k −
     ηEλ·Σ_l a_kl(θ̂_k − θ̂_l)."""
-    strength: Share = 0.5
-    """s of the normalised form; 0 is local training."""
+    strength: Share | Literal["personal", "similarity"] = 0.5
+    """s of the normalised form; 0 is local training. personal: each client takes the s out of 0, 0.25, 0.5, 0.75 and 1 with the
+    least loss on its own validation data, in each round. similarity: s = m·c/(1 + m·c), c ≥ 0 the mean cosine of the client's
+    displacement in the round to those of its m neighbours."""
     regularisation: Annotated[float, Field(ge=0)] = 1e-3
     """λ of the paper's form; the step is c = learning rate × local steps × λ. 0 is local training."""
     neighbours: Literal["cohort", "all"] = "cohort"
@@ -64,9 +71,14 @@ class Mira:
     the highest layer, at equal distances and linear in between: one for each layer, or fewer."""
     strength_end: Share | None = None
     """s in the last round, linear from strength in the first round; null: constant."""
+    common_rounds: Annotated[int, Field(ge=0)] = 0
+    """First rounds, in which all clients share one adapter (FedAvg). Each then goes on from it with one of its own, mixed along
+    the graph. With strength=0 this is fedavg-ft."""
 
     def __post_init__(self) -> None:
         """Refuse settings that would have no effect, such as a strength of the other form."""
+        if isinstance(self.strength, str):
+            self._check_adaptive()
         unused, form = ("strength", "normalised") if self.form == "paper" else ("regularisation", "paper")
         if getattr(self, unused) != getattr(type(self), unused):
             raise UserError(
@@ -89,6 +101,24 @@ class Mira:
                 "set method.space=factors or method.factors=all"
             )
 
+    def _check_adaptive(self) -> None:
+        """Refuse settings that a strength of each client's own cannot have."""
+        given = f"method.strength={self.strength}"
+        if self.form == "paper":
+            raise UserError(f"{given}: belongs to form 'normalised', not 'paper'; set method.form=normalised")
+        if self.strength_end is not None:
+            raise UserError(f"{given}: changes by itself; leave method.strength_end out, or give strength as a number")
+        if self.space == "product":
+            raise UserError(
+                f"{given}: moves along a line between adapters, and space=product mixes their products; set"
+                " method.space=factors or rotated"
+            )
+        if self.strength == "similarity" and self.neighbours == "all":
+            raise UserError(
+                f"{given}: compares displacements of this round, which absent neighbours do not have; set"
+                " method.neighbours=cohort"
+            )
+
     def init(self, setting: Setting) -> ServerState:
         alone = len(setting.graph.isolated())
         if alone and setting.num_clients > 1:
@@ -100,44 +130,79 @@ class Mira:
             raise UserError(
                 f"method.space={self.space}: needs the same rank for all clients (clients.rank); use space=factors"
             )
+        if self.common_rounds > setting.rounds:
+            raise UserError(
+                f"method.common_rounds={self.common_rounds}: the run has {setting.rounds} rounds; set it to {setting.rounds} or"
+                " less, or raise rounds"
+            )
         extra = self._parts(setting.layout)
         if self.strength_end is not None:
             extra[_ROUNDS] = torch.tensor(setting.rounds)
         if self.form == "paper":
             extra[_STEP] = torch.tensor(setting.max_lr * setting.max_steps, dtype=torch.float64)
             self._check(setting.graph, float(extra[_STEP]))
-        return ServerState(MemoryRows(setting.start, setting.num_clients, {}), setting.graph, extra)
+        if not self.common_rounds:
+            return personal_state(setting, extra)
+        return global_and_personal_state(setting, extra | {_START: setting.start})
 
     def broadcast(self, state: ServerState, cohort: Tensor) -> Work:
-        return Work(cohort, start=state.rows[cohort])
+        return Work(cohort, start=self._rows(state, cohort))
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
         graph = self._graph(state, trained)
-        absent = torch.empty(0, dtype=torch.int64)
-        if self.neighbours == "all":
-            near = graph.neighbours(trained.client)
-            absent = near[~torch.isin(near, trained.client)]
-        a = graph.weights(trained.client, torch.cat([trained.client, absent]))
-        weigh: Weigh
-        if self.form == "normalised":
-            step = self._strength(state)
-            weigh, effective = partial(normalised_weights, s=step), step * float((a.sum(1) > 0).double().mean())
-        else:
-            step = trained.lr * float(trained.steps.double().mean()) * self.regularisation
-            weigh, effective = partial(paper_weights, c=step), step * float(a.sum(1).mean())
-        mixed = self._mixed(state, trained, absent, a, weigh)
-        notes = {"mixing_step": step, "effective_step": effective}
-        return Change(trained.client, mixed, {}, notes, None if graph is state.graph else graph)
+        if graph is state.graph:
+            return self._change(state, trained)
+        return replace(self._change(replace(state, graph=graph), trained), graph=graph)
 
     def deployed(self, state: ServerState, client: Tensor) -> Tensor:
-        return state.rows[client]
+        return self._rows(state, client)
 
-    def _strength(self, state: ServerState) -> float:
-        """s of this round's server step."""
+    def _rows(self, state: ServerState, client: Tensor) -> Tensor:
+        """The rows [n,P] of ``client``: its own, or while it has none the common row."""
+        return own_or_global(state, client, state.extra[_START]) if self.common_rounds else state.rows[client]
+
+    def _change(self, state: ServerState, trained: Trained) -> Change:
+        """FedAvg's step in a common round, else the step along the graph of ``state``."""
+        if state.round < self.common_rounds:
+            return Change(GLOBAL, mean(state, trained)[None], {}, notes={})
+        client, absent = trained.client, torch.empty(0, dtype=torch.int64)
+        if self.neighbours == "all":
+            near = state.graph.neighbours(client)
+            absent = near[~torch.isin(near, client)]
+        a = state.graph.weights(client, torch.cat([client, absent]))
+        if isinstance(self.strength, str):
+            change = self._own_strength(state, trained, absent, a)
+        elif self.form == "normalised":
+            step = self._strength(self.strength, state)
+            mixed = self._mixed(state, trained, absent, a, partial(normalised_weights, s=step))
+            change = _step(client, mixed, step, step * float((a.sum(1) > 0).double().mean()))
+        else:
+            step = trained.lr * float(trained.steps.double().mean()) * self.regularisation
+            mixed = self._mixed(state, trained, absent, a, partial(paper_weights, c=step))
+            change = _step(client, mixed, step, step * float(a.sum(1).mean()))
+        return replace(change, index=client + 1) if self.common_rounds else change
+
+    def _own_strength(self, state: ServerState, trained: Trained, absent: Tensor, a: Tensor) -> Change:
+        """The step with a strength of each client's own: a point between its row and the mean of its neighbours."""
+        rows, client, related = trained.rows, trained.client, a.sum(1) > 0
+        towards = self._mixed(state, trained, absent, a, partial(normalised_weights, s=1.0))
+        if self.strength == "personal":
+            change = _step(client, rows, _POINTS[-1], 0.0)
+            who = related.nonzero()[:, 0]
+            lines = rows[who], towards[who]
+            offer = Offer("strength", who, client[who], lines, "validation", _POINTS)
+            return replace(change, offer=offer) if len(who) else change
+        s = of_similarity(self._moved(state, trained), a)
+        change = _step(client, rows + s[:, None].to(rows.dtype) * (towards - rows), float(s.max()), float(s.mean()))
+        taken = dict(zip(client[related].tolist(), s[related].tolist(), strict=True))
+        return replace(change, of_clients={"strength": taken})
+
+    def _strength(self, first: float, state: ServerState) -> float:
+        """s of this round's server step; ``first``: of the first round."""
         if self.strength_end is None:
-            return self.strength
+            return first
         done = state.round / max(int(state.extra[_ROUNDS]) - 1, 1)
-        return self.strength + (self.strength_end - self.strength) * min(done, 1.0)
+        return first + (self.strength_end - first) * min(done, 1.0)
 
     def _parts(self, layout: Layout) -> dict[str, Tensor]:
         """The extra tensors for mixing parts of a row differently; none where all numbers are mixed alike."""
@@ -154,7 +219,7 @@ class Mira:
 
         def known(who: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             blocks = who.split(max(1, _BLOCK // rows.shape[1]))
-            return ((block, state.rows[block]) for block in blocks if len(block))
+            return ((block, self._rows(state, block)) for block in blocks if len(block))
 
         others = (block for _, block in known(absent))
         if self.space == "rotated":
@@ -171,11 +236,16 @@ class Mira:
                 mixed[:, start:stop] = rows[:, start:stop].lerp(mixed[:, start:stop], share)
         return mixed
 
+    def _moved(self, state: ServerState, trained: Trained) -> Tensor:
+        """Displacements [M,p] of the round, of the numbers that all clients have: clients of the same rank would look
+        related by the zeros beyond it."""
+        return compared(state, trained.rows) - compared(state, self._rows(state, trained.client))
+
     def _graph(self, state: ServerState, trained: Trained) -> Graph:
         """The graph to mix along, re-estimated from the rows just trained where it is one that is."""
-        # Beyond a client's rank there are zeros, by which clients of the same rank would look related.
-        rows = trained.rows if state.ranks is None else trained.rows[:, state.ranks.shared]
-        graph = state.graph.updated(state.round, trained.client, rows)
+        if isinstance(state.graph, Groups | Edges):
+            return state.graph
+        graph = state.graph.updated(state.round, trained.client, self._moved(state, trained))
         if graph is not state.graph and self.form == "paper":
             self._check(graph, float(state.extra[_STEP]), f" learned in round {state.round + 1}")
         return graph
@@ -198,6 +268,11 @@ class Mira:
                 "method.regularisation=%g: c·max degree = %.3g is above 1: mixed adapters are no longer convex combinations",
                 self.regularisation, c * graph.degree_max(),
             )  # fmt: skip
+
+
+def _step(client: Tensor, rows: Tensor, step: float, effective: float) -> Change:
+    """The change of the rows of ``client`` with the notes of a step; ``effective``: its mean over the clients."""
+    return Change(client, rows, {}, {"mixing_step": step, "effective_step": effective})
 
 
 def _floor(number: float) -> str:

@@ -33,6 +33,13 @@ def global_rows(state: ServerState, client: Tensor) -> Tensor:
     return rows if state.ranks is None else state.ranks.to_client_scale(rows, client)
 
 
+def own_or_global(state: ServerState, client: Tensor, start: Tensor) -> Tensor:
+    """The own rows [n,P] of ``client`` [n], in a state of K + 1 rows; the global row for a client whose own was never written and
+    reads as the common ``start`` [P]."""
+    own = state.rows[client + 1]
+    return torch.where((own == start).all(1, keepdim=True), global_rows(state, client), own)
+
+
 def mean(state: ServerState, trained: Trained) -> Tensor:
     """FedAvg's mean [P] of trained rows, weighted by the clients' numbers of training examples.
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from mira.core.engine import ClientBackend, Engine, Grade
+from mira.core.offers import option_scores
+from mira.core.types import Offer
 from mira.core.wire import Wire
 from mira.runner import evaluation
 from mira.runner.label_accuracy import label_accuracy
-from mira.setup.session import Session
+from mira.setup.session import Session, enough_memory
 
 
 def clients_of(session: Session) -> ClientBackend:
@@ -42,6 +44,10 @@ class LocalClients:
             return grades
         pairs = zip(grades, label_accuracy(engine, corpus, rows, limit), strict=True)
         return [grade if share is None else grade | {evaluation.LABEL_ACCURACY: share} for grade, share in pairs]
+
+    def losses(self, offer: Offer, limit: int | None) -> Tensor:
+        with enough_memory(self.session.experiment):
+            return option_scores(self.session.engine, offer, limit).loss
 
     def allow_transfer(self) -> Tensor:
         return torch.arange(len(self.session.names))

@@ -117,12 +117,13 @@ def grade(
 
 def transfer(
     method: Method, engine: ClientEngine, state: ServerState, layout: Layout, names: Sequence[str], seed: int, clients: int,
-    examples: int, among: Tensor | None = None,
+    examples: int, limit: int | None, among: Tensor | None = None,
 ) -> Record:  # fmt: skip
-    """Losses of the rows of sampled clients, and of their mean row, on the test splits of all sampled clients. ``among``: the
-    clients to sample from; None: all.
+    """Losses of the rows of sampled clients on ``examples`` of the test splits of all sampled clients, and of one row for all on
+    all of the test data. ``among``: the clients that take part; None: all.
 
-    ``matrix[i][j]``: loss of row i on the data of client j. ``global_loss``: the mean off the diagonal.
+    ``matrix[i][j]``: loss of row i on the data of client j. ``global_loss``: the mean off the diagonal. ``mean_row_loss``: the
+    mean loss of the clients with the mean of their rows, on at most ``limit`` examples each, as for the losses of own rows.
     """
     pool = torch.arange(len(names)) if among is None else among
     n = min(clients, len(pool))
@@ -131,13 +132,14 @@ def transfer(
     chosen = pool[torch.randperm(len(pool), generator=generator("transfer", seed))[:n]].sort().values
     rows = method.deployed(state, chosen)
     matrix = torch.stack([engine.evaluate(row.expand(n, -1), chosen, ("test",), examples).loss[:, 0] for row in rows])
-    mean = engine.evaluate(layout.mean(rows).expand(n, -1), chosen, ("test",), examples).loss[:, 0]
+    one = layout.mean(method.deployed(state, pool))
+    common = engine.evaluate(one.expand(len(pool), -1), pool, ("test",), limit).loss[:, 0]
     others = ~torch.eye(n, dtype=torch.bool)
     return {
         "names": [names[int(k)] for k in chosen],
         "matrix": matrix.tolist(),
         "global_loss": float(matrix[others].mean()),
-        "mean_row_loss": float(mean.mean()),
+        "mean_row_loss": float(common.mean()),
     }
 
 

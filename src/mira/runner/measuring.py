@@ -70,7 +70,7 @@ def measured(
             callbacks.stage("measuring transfer")
             record["transfer"] = evaluation.transfer(
                 method, clients.engine, state, session.layout, names, e.seed, plan.transfer_clients, plan.transfer_examples,
-                clients.allow_transfer(),
+                plan.examples, clients.allow_transfer(),
             )  # fmt: skip
     clean: Record = without_nan(record)
     shown = ("validation_loss", "test_loss", "perplexity") if test else ("validation_loss",)

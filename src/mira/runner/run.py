@@ -124,7 +124,10 @@ def _go_on(session: Session, store: Store, state: ServerState, told: Callbacks) 
         method = session.method_with_warm_start(store.start, clients.needs_warm_start)
         schedule = Schedule(experiment.seed, experiment.rounds, experiment.cohort, experiment.training, clients.wire)
         if "stopped" not in store.metrics()[-1]:
-            run_rounds(method, clients.engine, state, schedule, names, FolderRecorder(store), look, observer.round)
+            losses = partial(clients.losses, limit=experiment.evaluation.examples)
+            run_rounds(
+                method, clients.engine, state, schedule, names, FolderRecorder(store), look, observer.round, losses
+            )
         result = _finish(session, store, told)
         shown.finish(result)
     return located(result, store.folder)
@@ -171,7 +174,7 @@ def _finish(session: Session, store: Store, told: Callbacks) -> Result:
     if "stopped" in record:
         log.info("stopped after round %d: %s", last.round, record["stopped"])
     mixed = [each for each in store.metrics() if each.get("mixing_step")]
-    if mixed and not any(each["effective_step"] for each in mixed):
+    if mixed and not any(each["effective_step"] or "offers" in each for each in mixed):
         log.warning("no adapters were mixed: the graph connected no two clients in any round (docs/mixing.md)")
     told.stage("measuring the best round")
     best = best_answers(session, store, record)

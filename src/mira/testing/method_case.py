@@ -58,6 +58,7 @@ class Case:
         return Trained(
             client, torch.arange(len(client)), rows, examples=10 + 7 * client, tokens=100 + client,
             steps=2 + client % 3, loss=loss, lr=0.01,
+            option=None if work.offer is None else client % len(work.offer),
         )  # fmt: skip
 
     def _row(self, client: int, job: int) -> Tensor:
@@ -69,10 +70,11 @@ class Case:
         return mixed.rows[torch.arange(len(mixed.rows))]
 
     def seen(self, state: ServerState, client: Tensor) -> list[Tensor]:
-        """All rows that ``client`` would be given in this state: to deploy, to start from, to be pulled to, to be shifted by."""
+        """All rows that ``client`` would be given in this state: to deploy, start from, be pulled to, shifted by, or offered."""
         work = self.method.broadcast(state, client)
         more = [row for row in (work.anchor, work.shift) if row is not None]
-        return [self.method.deployed(state, client), work.start, *more]
+        offered = [] if work.offer is None else work.offer.rows
+        return [self.method.deployed(state, client), work.start, *more, *offered]
 
     def in_memory(self, state: ServerState) -> MemoryRecorder:
         """A recorder of rounds that begin with ``state``, before the first."""
@@ -92,6 +94,7 @@ class Case:
             recorder,
             lambda state, record: {"validation_loss": 1.0},
             lambda record: None,
+            self.clients().losses,
         )
 
     def clients(self) -> QuadraticClients:

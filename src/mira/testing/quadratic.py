@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mira.core.layout import Layout
-from mira.core.types import MemoryRows, Rows, ServerState, Trained, Work
+from mira.core.types import MemoryRows, Offer, Rows, ServerState, Trained, Work
 
 LAYOUT = Layout.of({"layer": (3, 2)}, rank=2, alpha=1.0)  # P = 10
 
@@ -44,6 +44,11 @@ class QuadraticClients:
         ones = torch.ones(len(k), dtype=torch.int64)
         loss = 0.5 * (self.curvature[k] * (w - self.target[k]).square()).sum(1)
         return Trained(k, torch.arange(len(k)), w, 10 + 7 * k, ones, self.steps * ones, loss, lr)
+
+    def losses(self, offer: Offer) -> Tensor:
+        """F_k of each option of ``offer`` [n,c]; the split makes no difference."""
+        apart = [offer.row(n).double() - self.target[offer.client] for n in range(len(offer))]
+        return torch.stack([0.5 * (self.curvature[offer.client] * each.square()).sum(1) for each in apart], 1)
 
 
 def all_rows(state: ServerState) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mira.core.checks import FIELDS
+
 CLIENTS = 100  # with more clients only means are shown: a curve for each would be slow and unreadable
 
 Record = Mapping[str, Any]
@@ -33,7 +35,8 @@ def by_number(names: Sequence[str]) -> Labels:
 
 def of_round(record: Record, labels: Labels) -> dict[str, float]:
     """All numbers of a round under their names in metrics.jsonl, the mean training loss, and 'train/CLIENT',
-    'validation/CLIENT', 'test/CLIENT' for each client in ``labels``. Numbers that were not measured are absent."""
+    'validation/CLIENT', 'test/CLIENT' for each client in ``labels``, with those of the method, such as 'strength/CLIENT'. Numbers
+    that were not measured are absent."""
     numbers = _plain(record, without=("round",))
     numbers |= _plain(record.get("answers", {})) | _plain(record.get("transfer", {}))
     numbers |= {"lost": float(len(record["lost"]))} if "lost" in record else {}
@@ -41,6 +44,9 @@ def of_round(record: Record, labels: Labels) -> dict[str, float]:
     if trained:
         numbers["train_loss"] = sum(trained.values()) / len(trained)
     numbers |= {f"train/{labels[name]}": loss for name, loss in trained.items() if name in labels}
+    for key, values in record.items():
+        if isinstance(values, Mapping) and key not in FIELDS:  # a method's numbers of single clients
+            numbers |= {f"{key}/{labels[name]}": float(value) for name, value in values.items() if name in labels}
     for (section, key), group in _OF_CLIENTS:
         scores = record.get(section, {})
         for name, values in (scores if section == "clients" else scores.get("clients", {})).items():

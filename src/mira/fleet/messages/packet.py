@@ -9,8 +9,8 @@ from typing import Any, Literal
 import safetensors.torch
 from torch import Tensor
 
-RequestKind = Literal["open", "train", "evaluate", "grade", "finish"]
-PROTOCOL = 2
+RequestKind = Literal["open", "train", "choose", "evaluate", "grade", "finish"]
+PROTOCOL = 3
 """Version of the packets' content. A server and a site of different versions refuse each other when a run is opened."""
 _HEAD_LIMIT = 2**20  # bytes of JSON in a packet
 _JSON = "mira"  # the metadata key that holds it

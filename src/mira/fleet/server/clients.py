@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import nan
 from typing import Any
 
 import torch
@@ -16,21 +15,23 @@ from mira.core.best_round import UNMEASURED, Standing, standing
 from mira.core.engine import Grade
 from mira.core.errors import UserError
 from mira.core.payload import jobs_of
-from mira.core.types import Failure, Scores, Trained, Work
+from mira.core.types import Failure, Offer, Scores, Trained, Work
 from mira.core.wire import Wire
 from mira.fleet.messages.packet import Head, Packet, RequestKind, other_protocol, pack, row_key
 from mira.fleet.messages.policy import RemoteRun, RoundPolicy
-from mira.fleet.messages.replies import RejectedReply, column, grade_of, is_count, read_reply, unlike_scores
+from mira.fleet.messages.replies import column, grade_of, is_count, read_reply
 from mira.fleet.messages.transport import NoReply, Reply, Transport
 from mira.fleet.server.requests import (
     Request,
     Values,
     addressed,
     astray,
+    choice_request,
     evaluation_request,
-    read_training,
+    scores_of,
     stragglers,
     training_request,
+    training_results,
     unasked,
 )  # fmt: skip
 from mira.fleet.site.privacy import epsilon
@@ -86,7 +87,7 @@ class RemoteClients:
         replies = self._ask("train", {name: self._training(name, work, mine, lr) for name, mine in jobs.items()})
         last = round + 1 >= self.policy.rounds  # after it, nothing is faster without the stragglers
         self._busy = set() if last else stragglers(replies)
-        rows, answers, failed = self._results(replies, jobs, work)
+        rows, answers, failed = training_results(replies, jobs, work, self.policy, self.run)
         for k, reason in astray(work, rows, sorted(answers), self.policy.max_norm).items():
             failed.append(Failure(k, reason))
             answers = {j: answer for j, answer in answers.items() if int(work.client[j]) != k}
@@ -107,16 +108,16 @@ class RemoteClients:
             name: evaluation_request(rows[places], splits, {"limit": limit, **self._kept(name)})
             for name, places in mine.items() if name not in self._busy
         })  # fmt: skip
-        nll = torch.full((len(client), len(splits)), nan, dtype=torch.float64)
-        tokens = torch.zeros(len(client), len(splits), dtype=torch.int64)
-        for name, places in mine.items():
-            if isinstance(reply := replies.get(name), NoReply | None):
-                continue
-            if (wrong := unlike_scores(reply)) is None:
-                nll[places], tokens[places] = reply.tensors["nll"], reply.tensors["tokens"]
-            else:
-                log.warning("evaluate from %s: %s", name, wrong)
-        return Scores(nll, tokens)
+        return scores_of("evaluate", replies, mine, (len(client), len(splits)))
+
+    def losses(self, offer: Offer, limit: int | None) -> Tensor:
+        """Stragglers are not asked, as for ``evaluate``."""
+        mine = {self.run.names[k]: [i] for i, k in enumerate(offer.client.tolist())}
+        replies = self._ask("choose", {
+            name: choice_request(offer, i, self.policy.wire, {"limit": limit, **self._kept(name)})
+            for name, [i] in mine.items() if name not in self._busy
+        })  # fmt: skip
+        return scores_of("choose", replies, mine, (len(offer.client), len(offer))).loss
 
     def generate(
         self, rows: Tensor, client: Tensor, split: str, limit: int | None, max_new_tokens: int
@@ -202,26 +203,6 @@ class RemoteClients:
     def _training(self, name: str, work: Work, mine: Sequence[int], lr: float) -> Request:
         keep = [] if self.best[1] is None else [self._kept(name, self.best[1])["since"]]
         return training_request(work, mine, self.policy.wire, {"lr": lr, "keep": keep, **self._kept(name)})
-
-    def _results(
-        self, replies: Mapping[str, Packet | NoReply], jobs: Mapping[str, Sequence[int]], work: Work
-    ) -> tuple[Tensor, dict[int, Values], list[Failure]]:
-        """Rows [J,P] as they are after the round, the counts and losses of the jobs that came back, and the clients lost."""
-        rows, answers, failed = work.start.clone(), dict[int, Values](), list[Failure]()
-        for name, mine in jobs.items():
-            reply = replies[name]
-            try:
-                if isinstance(reply, NoReply):
-                    raise RejectedReply(reply.reason)
-                found = read_training(reply, work, mine, self.policy, self.run.examples[name])
-            except RejectedReply as reason:
-                asked = not isinstance(reply, NoReply) or reply.sent
-                failed.append(Failure(self.run.names.index(name), str(reason), asked))
-                continue
-            answers |= found.answers
-            for j, row in found.rows.items():
-                rows[j] = row
-        return rows, answers, failed
 
     def _ask(self, kind: RequestKind, requests: Mapping[str, Request]) -> dict[str, Packet | NoReply]:
         """The reply of each site to its request of one ``kind``. Newcomers among the sites are asked to join meanwhile; they

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import nan
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mira.core.payload import is_private, parcel
-from mira.core.types import Work
+from mira.core.types import Failure, Offer, Scores, Work
 from mira.core.wire import Wire, decode, down, encode, encode_mask, num_bytes
-from mira.fleet.messages.packet import Head, Packet, row_key
-from mira.fleet.messages.policy import RoundPolicy
-from mira.fleet.messages.replies import RejectedReply, result_of
+from mira.fleet.messages.packet import Head, Packet, RequestKind, row_key
+from mira.fleet.messages.policy import RemoteRun, RoundPolicy
+from mira.fleet.messages.replies import RejectedReply, result_of, unlike_scores
 from mira.fleet.messages.transport import NoReply
 from mira.fleet.messages.validate import Expected, Shapes, distance, too_far
+
+log = logging.getLogger(__name__)
 
 Values = dict[str, Any]
 
@@ -71,6 +75,35 @@ def evaluation_request(rows: Tensor, splits: Sequence[str], values: Values) -> R
     )
 
 
+def choice_request(offer: Offer, place: int, wire: Wire, values: Values) -> Request:
+    """The request for the losses of what ``offer`` has for the client at ``place``, with further ``values``. Of points on a line
+    the two ends travel."""
+    rows = {row_key(n): encode(each[place], down(wire)) for n, each in enumerate(offer.rows)}
+    points = None if offer.points is None else list(offer.points)
+    shape = 1, len(offer)
+    reply = {"nll": (shape, torch.float64), "tokens": (shape, torch.int64)}
+    return Request({"points": points, "split": offer.split, **values}, rows, reply)
+
+
+def scores_of(
+    kind: RequestKind,
+    replies: Mapping[str, Packet | NoReply],
+    places: Mapping[str, Sequence[int]],
+    shape: tuple[int, int],
+) -> Scores:
+    """The scores of ``shape`` in the replies to requests of one ``kind``; ``places``: the rows of each site in it. NaN where a
+    site has not answered, or with losses that no measurement gives."""
+    nll, tokens = torch.full(shape, nan, dtype=torch.float64), torch.zeros(shape, dtype=torch.int64)
+    for name, mine in places.items():
+        if isinstance(reply := replies.get(name), NoReply | None):
+            continue
+        if (wrong := unlike_scores(reply)) is None:
+            nll[mine], tokens[mine] = reply.tensors["nll"], reply.tensors["tokens"]
+        else:
+            log.warning("%s from %s: %s", kind, name, wrong)
+    return Scores(nll, tokens)
+
+
 def addressed(head: Head, request: Request) -> tuple[Packet, Expected]:
     """The packet of ``request``, and the reply expected."""
     return Packet(head, request.values, request.tensors), Expected(head, request.reply)
@@ -93,6 +126,31 @@ def astray(work: Work, rows: Tensor, done: Sequence[int], max_norm: float | None
     sent = [j for j in done if not is_private(work, j)]
     norm = torch.tensor([distance(rows[j], work.start[j]) for j in sent], dtype=torch.float64)
     return {int(work.client[sent[i]]): found.reason for i, found in too_far(norm, max_norm).items()}
+
+
+def training_results(
+    replies: Mapping[str, Packet | NoReply],
+    jobs: Mapping[str, Sequence[int]],
+    work: Work,
+    policy: RoundPolicy,
+    run: RemoteRun,
+) -> tuple[Tensor, dict[int, Values], list[Failure]]:
+    """Rows [J,P] as they are after the round, the counts and losses of the jobs that came back, and the clients lost."""
+    rows, answers, failed = work.start.clone(), dict[int, Values](), list[Failure]()
+    for name, mine in jobs.items():
+        reply = replies[name]
+        try:
+            if isinstance(reply, NoReply):
+                raise RejectedReply(reply.reason)
+            found = read_training(reply, work, mine, policy, run.examples[name])
+        except RejectedReply as reason:
+            asked = not isinstance(reply, NoReply) or reply.sent
+            failed.append(Failure(run.names.index(name), str(reason), asked))
+            continue
+        answers |= found.answers
+        for j, row in found.rows.items():
+            rows[j] = row
+    return rows, answers, failed
 
 
 def read_training(

@@ -17,9 +17,10 @@ from mira import config
 from mira.config.sections import SECTIONS
 from mira.core.errors import UserError
 from mira.core.loop import screen
+from mira.core.offers import option_scores
 from mira.core.pydantic_config import is_folder
 from mira.core.types import Trained, Work
-from mira.core.wire import compress, down, encode
+from mira.core.wire import Wire, compress, down, encode
 from mira.data.sources.sites import Own
 from mira.data.types import Source
 from mira.fleet.messages.packet import PROTOCOL, Packet, other_protocol, pack, row_key, unpack
@@ -28,6 +29,7 @@ from mira.fleet.site.state import SiteState
 from mira.fleet.site.training import (
     answers,
     is_sent,
+    offer_of,
     optimizer_states,
     private_parts,
     travelling,
@@ -44,9 +46,8 @@ log = logging.getLogger(__name__)
 
 Values = dict[str, Any]
 Answer = tuple[Values, dict[str, Tensor]]
-SEE_LOG = (
-    "it failed; the reason is in the site's own log"  # in the place of an error, which may hold text or file names
-)
+# In the place of an error, which may hold text or file names.
+SEE_LOG = "it failed; the reason is in the site's own log"
 
 
 class RefusedRequest(Exception):
@@ -61,6 +62,15 @@ class JoinedRun:
     state: SiteState
     number: int
     start: Tensor
+
+    @property
+    def wire(self) -> Wire:
+        """The format of the rows that the server sends."""
+        return down(self.session.experiment.server.wire)
+
+    def kept_parts(self, values: Values) -> dict[str, Tensor]:
+        """The private parts kept of the round that a request of ``values`` goes on from."""
+        return self.state.get(int(values["since"])) if values["private_parts"] else {}
 
     @property
     def releases(self) -> int:
@@ -90,8 +100,8 @@ class SiteHandler:
         """The reply to ``request``. A failure is answered too; its full reason stays in the log."""
         packet = unpack(request)
         act: Callable[[Packet], Answer] = {
-            "open": self._open, "train": self._train, "evaluate": self._evaluate, "grade": self._grade,
-            "finish": self._finish,
+            "open": self._open, "train": self._train, "choose": self._choose, "evaluate": self._evaluate,
+            "grade": self._grade, "finish": self._finish,
         }[packet.head.kind]  # fmt: skip
         try:
             if packet.head.name != self.name:
@@ -159,7 +169,7 @@ class SiteHandler:
         here, values = self._run(packet.head.run), packet.values
         since = int(values["since"])
         kept = here.state.get(since) if _keeps_state(here, values) else {}
-        work = work_of(packet, here.number, here.start, kept, down(here.session.experiment.server.wire))
+        work = work_of(packet, here.number, here.start, kept, here.wire)
         trained = screen(here.session.engine.train(work, packet.head.round, float(values["lr"])))
         if trained.failed:
             raise RefusedRequest(trained.failed[0].reason)
@@ -171,6 +181,15 @@ class SiteHandler:
         jobs = answers(trained)
         log.info("round %d: trained, mean loss %.3f", packet.head.round + 1, jobs[-1]["loss"])
         return {"jobs": jobs, "releases": here.releases}, rows
+
+    def _choose(self, packet: Packet) -> Answer:
+        here = self._run(packet.head.run)
+        try:
+            offer = offer_of(packet, here.number, here.start, here.kept_parts(packet.values), here.wire)
+        except (ValueError, LookupError) as error:
+            raise RefusedRequest(f"not an offer: {error}") from None
+        scores = option_scores(here.session.engine, offer, packet.values["limit"])
+        return {}, {"nll": scores.nll, "tokens": scores.tokens}
 
     def _evaluate(self, packet: Packet) -> Answer:
         here, values = self._run(packet.head.run), packet.values
@@ -265,8 +284,7 @@ def _encoded(here: JoinedRun, row: Tensor, start: Tensor, residual: Tensor | Non
 
 def _deployed(here: JoinedRun, packet: Packet, n: int) -> Tensor:
     """Row ``n`` of ``packet``, with the private parts of this site put into it."""
-    kept = here.state.get(int(packet.values["since"])) if packet.values["private_parts"] else {}
-    return with_private_parts(packet.tensors[row_key(n)], kept)
+    return with_private_parts(packet.tensors[row_key(n)], here.kept_parts(packet.values))
 
 
 def fingerprints(session: Session) -> dict[str, str]:

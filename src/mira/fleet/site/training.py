@@ -1,4 +1,5 @@
-"""The training request of a site: from its packet to work for the engine, and from trained rows to kept parts and a reply.
+"""The requests of a site that hold rows: from a packet to work or an offer for the engine, and from trained rows to kept parts
+and a reply.
 
 A row in a request may be partial: only the numbers at ``upload`` travel. The others are those that the site kept, or those of the
 common start.
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mira.core.payload import returning
-from mira.core.types import Trained, Work
+from mira.core.types import Offer, Trained, Work
 from mira.core.wire import Wire, decode, decode_mask
 from mira.fleet.messages.packet import Packet, row_key
 
@@ -46,6 +47,20 @@ def work_of(packet: Packet, client: int, start: Tensor, kept: Mapping[str, Tenso
         slot=torch.arange(len(jobs)),
         optimizer={j: kept[f"optimizer{j}"] for j in range(len(jobs)) if f"optimizer{j}" in kept},
     )
+
+
+def offer_of(packet: Packet, client: int, start: Tensor, kept: Mapping[str, Tensor], wire: Wire) -> Offer:
+    """The rows that ``packet`` offers ``client``, with the numbers ``kept`` here put into them. Raises ValueError unless it holds
+    rows like ``start`` [P] and points on a line."""
+    points, split, count = packet.values["points"], packet.values["split"], len(packet.tensors)
+    if split not in ("train", "validation"):
+        raise ValueError("an offer on a split that is neither train nor validation")
+    if points is not None and (count != 2 or not points or not all(type(s) is float and 0 <= s <= 1 for s in points)):
+        raise ValueError("an offer of points that do not lie between two adapters")
+    found = [decode(packet.tensors[row_key(n)], wire, len(start), start.dtype) for n in range(count)]
+    rows = tuple(with_private_parts(row, kept)[None] for row in found)
+    alone = torch.zeros(1, dtype=torch.int64)
+    return Offer("choice", alone, alone + client, rows, split, None if points is None else tuple(points))
 
 
 def is_sent(work: Work, job: int) -> bool:

@@ -36,7 +36,7 @@ class RunData:
     # The next four: of a run of a comparison, which measures the test split once, at the end.
     tested: Losses | None = None  # test losses at the best round
     tested_start: Losses | None = None  # test losses before training
-    scores: dict[str, float | None] | None = None  # global_loss, exact_match, rouge_l
+    scores: dict[str, float | None] | None = None  # global_loss, mean_row_loss, exact_match, rouge_l, label_accuracy
     tested_transfer: dict[str, Any] | None = None  # the transfer matrix
 
     @cached_property
@@ -73,13 +73,12 @@ class RunData:
         return self.tested_transfer or self.records[-1].get("transfer") or {}
 
     def score(self, key: str) -> float | None:
-        """global_loss, exact_match or rouge_l: measured with the test losses, else at the best round (global_loss: the last)."""
+        """A mean over clients, measured with the test losses, else at the best round (losses with other rows: the last)."""
         if self.scores is not None:
             return self.scores[key]
-        if key == "global_loss":
-            loss: float | None = self.transfer.get(key)
-            return loss
-        return self.result["best"][key] if self.result else None
+        found = self.transfer if key in ("global_loss", "mean_row_loss") else (self.result or {}).get("best", {})
+        value: float | None = found.get(key)
+        return value
 
     @property
     def seed(self) -> int:

@@ -59,7 +59,7 @@ class Variant:
         return mean(values)
 
     def score(self, key: str) -> Mean | None:
-        """global_loss, exact_match or rouge_l over seeds; None unless all have it."""
+        """A score of ``RunData.score`` over seeds; None unless all have it."""
         return mean([run.score(key) for run in self.runs])
 
     @property

@@ -23,6 +23,7 @@ from mira.results.html.clients import MANY
 from mira.results.html.comparison import FILE, ComparedRuns, read_comparison
 from mira.results.html.load import RunData, read
 from mira.results.html.notes import notes
+from mira.results.html.strengths import strengths
 from mira.results.html.svg import text
 from mira.results.html.tables import call, client_table, configurations, environments, extremes, tiles
 from mira.results.html.variants import Variant, differing, group
@@ -64,12 +65,13 @@ def page(runs: Sequence[RunData], compared: ComparedRuns | None = None) -> str:
     )
     environment.filters |= {"loss": _loss, "share": _share, "size": data_size, "number": number}
     template = environment.from_string(files("mira.results.html").joinpath("page.html").read_text(encoding="utf-8"))
+    content = _content(runs, variants, names)
     return template.render(
         style=Markup(style),  # our own file
         style_hash=b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         version=version_of("mira"),
         compared=compared,
-        **_content(runs, variants, names),
+        **content | {"notes": [*content["notes"], *(compared.notes if compared else ())]},
     )
 
 
@@ -87,7 +89,7 @@ def _content(runs: Sequence[RunData], variants: Sequence[Variant], names: list[s
         "curve": first.split, "split": first.judged,
         "runs": runs, "variants": variants, "names": names, "families": families, "rows": rows,
         "wins": wins(variants, names), "call": call(variants, rows), "tiles": tiles(variants[0], names),
-        "colour": curves.colour,
+        "colour": curves.colour, "labelled": any(v.score("label_accuracy") for v in variants),
         "notes": notes(runs, variants, names),
         "curves": curves.over_rounds(variants, names, _WIDTH, 380),
         "panels": curves.families(variants, dict(list(families.items())[:_PANELS]), 256, 180),
@@ -98,6 +100,7 @@ def _content(runs: Sequence[RunData], variants: Sequence[Variant], names: list[s
         "maps": [clients.map_of(v, order, _losses(variants), 520) for v in variants[: curves.COLOURS]] if many else [],
         "extremes": extremes(variants, names) if many else [],
         "client_table": client_table(variants, order),
+        "strengths": [each for v in variants[:_PANELS] if (each := strengths(v, order)) is not None],
         "transfers": _transfers(variants, order), "graphs": _graphs(variants, order),
         "differences": differences, "configurations": configurations(variants), "environments": environments(runs),
         "lost": [(run.folder.name, *each) for run in runs for each in run.lost],

@@ -1,0 +1,83 @@
+"""Rows that sites choose from: what travels, what a site may answer, and what a server may offer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.in_process_federation import NAMES, Troubled, World, metrics
+from mira.core.wire import Wire
+from mira.fleet.messages.packet import Packet, pack, unpack
+from mira.fleet.messages.transport import InProcessTransport, NoReply, Reply
+from mira.runner import run as experiment
+
+PERSONAL: dict[str, Any] = {
+    "method": {"name": "mira", "strength": "personal"}, "training": {"local_steps": 1},
+    "evaluation": {"generate": False, "transfer_clients": 0},
+}  # fmt: skip
+
+
+def payload(data: bytes) -> int:
+    return sum(tensor.nbytes for key, tensor in unpack(data).tensors.items() if key.startswith("row"))
+
+
+@pytest.mark.parametrize(
+    ("wire", "method", "rows"),
+    [("fp32", {"name": "mira", "strength": "personal"}, 2), ("int8", {"name": "ifca", "clusters": 3}, 3)],
+)
+def test_the_metrics_count_the_rows_offered(world: World, wire: Wire, method: dict[str, Any], rows: int) -> None:
+    """Of a line its two ends, whatever the number of points; of clusters the row of each."""
+    _, transport = world.apart(world.sites(), rounds=2, **PERSONAL | {"method": method, "server": {"wire": wire}})
+    last = metrics(world.folder / "apart")[-1]
+    for name in NAMES:
+        sent = [data for site, data in transport.sent if site == name]
+        heads = [unpack(data).head for data in sent]
+        # The choice before the second training still bears the number of the first.
+        train = [payload(d) for d, h in zip(sent, heads, strict=True) if (h.kind, h.round) == ("train", 1)]
+        offered = [payload(d) for d, h in zip(sent, heads, strict=True) if h.kind == "choose"]
+        assert last["client_bytes"][name]["down"] == train[-1] + offered[-1]
+        assert offered[-1] == rows * train[-1]
+
+
+@pytest.mark.parametrize("kind", ["silent", "negative", "not finite", "other shape", "broken"])
+def test_a_site_without_a_good_answer_keeps_its_own_row(world: World, kind: str) -> None:
+    def change(name: str, request: bytes, reply: bytes) -> Reply:
+        message = unpack(reply)
+        if name != "ann" or message.head.kind != "choose":
+            return reply
+        nll = message.tensors["nll"]
+        wrong = {"negative": -nll, "not finite": nll / 0, "other shape": nll[:, :2]}.get(kind, nll)
+        made = pack(replace(message, tensors=message.tensors | {"nll": wrong}))
+        return {"silent": NoReply("late"), "broken": made[:-3]}.get(kind, made)
+
+    transport = Troubled(InProcessTransport({name: site.handle for name, site in world.sites().items()}), change=change)
+    experiment.run(world.experiment(rounds=1, **PERSONAL), world.folder / "apart", (), world.opener(transport))
+    record = metrics(world.folder / "apart")[-1]
+    assert not record["lost"]
+    assert sorted(record["strength"]) == ["bob", "cleo"]
+    assert record["offers"]["strength"]["losses"]["ann"] == [None] * 5
+    assert min(record["offers"]["strength"]["losses"]["bob"]) > 0
+
+
+WRONG: dict[str, Any] = {
+    "no split": {"split": "test"}, "points beyond": {"points": [0.0, 2.0]}, "points of text": {"points": ["0"]},
+    "no points": {"points": []},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, "one row", "not finite", "short"])
+def test_a_site_refuses_an_offer_that_is_none_and_goes_on(world: World, wrong: str) -> None:
+    sites = world.sites()
+    _, transport = world.apart(sites, rounds=1, **PERSONAL)
+    good = next(unpack(data) for name, data in transport.sent if name == "ann" and unpack(data).head.kind == "choose")
+    tensors = {
+        "one row": {"row0": good.tensors["row0"]},
+        "not finite": {key: torch.full_like(row, 255) for key, row in good.tensors.items()},
+        "short": {key: row[:-4] for key, row in good.tensors.items()},
+    }.get(wrong, good.tensors)
+    bad = Packet(good.head, good.values | WRONG.get(wrong, {}), tensors)
+    assert unpack(sites["ann"].handle(pack(bad))).values["failed"].startswith("not an offer: ")
+    assert unpack(sites["ann"].handle(pack(good))).tensors["nll"].shape == (1, 5)
