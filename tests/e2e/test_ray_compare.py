@@ -12,11 +12,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 import yaml
 
+from helpers.odd_machine import OddRemote
 from helpers.ray_cluster import SOURCES, RayCluster, ray_cluster
 from helpers.sample_config import mira, outcome, settings, write_clients
 from mira.comparison import on_ray
@@ -206,3 +208,60 @@ def wait_for(reached: Callable[[], bool], command: subprocess.Popen[str] | None 
         assert command is None or command.poll() is None, command.communicate()[0]
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def small(file: Path, folder: Path, **changes: Any) -> Path:
+    """A comparison of two runs."""
+    values = yaml.safe_load(file.read_text(encoding="utf-8")) | {"seeds": [0], "grid": {}, **changes}
+    (folder / "small.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    return folder / "small.yaml"
+
+
+def test_a_node_of_another_kind_is_left_alone_and_workers_with_a_gpu_leave_nothing_behind(
+    file: Path, head: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of two nodes comes first decides the kind. A worker with a GPU ends after each task."""
+    private = tmp_path / "private"
+    private.mkdir()
+    nodes = [head.add(1, 1, {"TMPDIR": str(private), **odd}) for odd in ({}, {"ODD_MACHINE": "1"})]
+    monkeypatch.setattr(on_ray, "left_mark", lambda out: out / ".ray-elsewhere")
+    monkeypatch.setattr(on_ray, "Remote", OddRemote)
+    try:
+        told = compared(small(file, tmp_path, resources={"gpus": 1}), tmp_path / "o", head)
+    finally:
+        for node in nodes:
+            head.remove(node)
+    assert "which does not share the folder" in told
+    assert told.count("is not used: its processor is") == 1, told
+    assert "put back" not in told
+    places = [json.loads(place.read_text()) for place in (tmp_path / "o").rglob("where.json")]
+    assert len(places) == 2
+    assert len({place["processor"] for run in places for place in run}) == 1
+    assert not list(private.glob("mira-compare-*"))
+
+
+def test_a_comparison_without_a_node_says_so_and_goes_on_with_the_next_one(
+    file: Path, head: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only, out = head.add(2), tmp_path / "o"
+    said: list[str] = []
+
+    def warning(text: str, *given: Any) -> None:
+        said.append(text % given)
+        if "no node" in said[-1]:
+            head.add(2)
+
+    def harm() -> None:
+        wait_for(lambda: len(records(tmp_path)) > 2)
+        head.remove(only)
+
+    monkeypatch.setattr(on_ray, "_SILENCE", 1.0)
+    monkeypatch.setattr(on_ray.log, "warning", warning)
+    thread = Thread(target=harm)
+    thread.start()
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))["experiment"]
+    values |= {"rounds": 6, "engine": {"threads": 2}}
+    values["model"]["device"] = "cpu"  # whatever nodes of other tests are still counted
+    compared(small(file, tmp_path, experiment=values, entries={"MIRA": {}}), out, head)
+    thread.join()
+    assert any("no node of the cluster has what a run needs (cpus 2, gpus 0)" in line for line in said), said

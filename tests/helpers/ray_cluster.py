@@ -6,7 +6,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,12 @@ class RayCluster:
     def address(self) -> str:
         return str(self._cluster.address)
 
-    def add(self, cpus: int) -> Any:
-        """A new node."""
-        return self._cluster.add_node(num_cpus=cpus, **self._common)
+    def add(self, cpus: int, gpus: int = 0, environment: Mapping[str, str] | None = None) -> Any:
+        """A new node. ``gpus``: said to be there. ``environment``: more variables of its workers."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in (environment or {}).items():
+                patch.setenv(name, value)
+            return self._cluster.add_node(num_cpus=cpus, num_gpus=gpus, **self._common)
 
     @staticmethod
     def process_of(node: Any) -> int:

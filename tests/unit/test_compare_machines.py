@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from mira.comparison.machines import Same, note, noted, places_of
+from mira.comparison.on_ray import workers_on
 from mira.comparison.plan import Job, Plan, load
 from mira.comparison.shares import Machine, Need, number_of_workers, share_of_a_run, threads_of_a_run
 from mira.core import machine
@@ -115,12 +116,35 @@ def test_an_unlike_machine_is_refused_unless_allowed(key: str, tmp_path: Path) -
     same = Same()
     same.check(job, ENVIRONMENT, [PLACE, PLACE | {"host": "b"}])
     with pytest.raises(
-        UserError, match=rf"its {key} is another, but {PLACE[key]} in the other runs.*--unlike-machines"
+        UserError,
+        match=rf"its {key} is another, but {PLACE[key]} in the other runs.*remove this run folder.*--unlike-machines",
     ):
         same.check(job, ENVIRONMENT, [PLACE, unlike])
     allowed = Same(unlike=True)
     allowed.check(job, ENVIRONMENT, [PLACE])
     allowed.check(job, ENVIRONMENT | {"versions": {"torch": "3"}, "device": "cuda"}, [unlike])
+
+
+def test_a_machine_is_looked_at_before_it_begins_a_run(tmp_path: Path) -> None:
+    job = plan(tmp_path).jobs["Local"][0][0]
+    for same in (fresh := Same(), Same()):
+        if same is not fresh:
+            same.check(job, ENVIRONMENT, [PLACE])
+        assert same.difference(PLACE, {"torch": "2", "peft": "1"}) is None
+        assert same.difference(PLACE | {"host": "b"}, {"torch": "2"}) is None
+        for place, versions, told in (
+            (PLACE | {"processor": "Q"}, {"torch": "2"}, "processor is Q, but P in the other runs"),
+            (PLACE, {"torch": "3"}, "torch is 3, but 2 in the other runs"),
+        ):
+            assert (same.difference(place, versions) or "").startswith(told)
+    assert Same(unlike=True).difference(PLACE | {"processor": "Q"}, {"torch": "3"}) is None
+
+
+def test_a_run_over_workers_of_its_own_is_refused_on_a_cluster_of_runs(tmp_path: Path) -> None:
+    plan(tmp_path)
+    spread = load(tmp_path / "c.yaml", ["engine.workers=2"])
+    with pytest.raises(UserError, match=r"^engine\.workers=2: spreads one run over a Ray cluster, and --ray gives"):
+        workers_on("auto", spread, tmp_path, 1, Same())
 
 
 @pytest.mark.parametrize(("key", "value"), [("threads", 2), ("model", {"sha256": "b"}), ("data", {"sha256": "e"})])

@@ -78,6 +78,14 @@ def test_a_damaged_test_file_hides_nobody_else(text: str, root: Path) -> None:
     assert mira("runs", root).status == 0
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", "5", '["a"]', '[{"place": "x"}]', "null"])
+def test_a_damaged_list_of_machines_hides_nobody_else(text: str, root: Path) -> None:
+    (root / "begun" / "where.json").write_text(text)
+    found = json.loads(mira("runs", root, "--json").out)
+    assert [Path(run["run"]).name for run in found["runs"]] == ["done"]
+    assert "where.json: corrupt checkpoint" in found["broken"][0]["reason"]
+
+
 @pytest.fixture
 def compared(tmp_path: Path) -> Path:
     """A comparison whose first run is under way on another machine: its copy here is not locked."""
@@ -120,7 +128,10 @@ def test_a_comparison_whose_process_is_gone(compared: Path, tmp_path: Path) -> N
     assert [(each["state"], each["under_way"]) for each in found["comparisons"]] == [("failed", 0)]
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"name": "x"}', '{"under_way": [3]}'])
+ENDLESS = '{"name": "x", "runs": 1e999, "trained": 1, "tests": 1, "tested": 1, "failed": [], "under_way": []}'
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"name": "x"}', '{"under_way": [3]}', ENDLESS])
 def test_a_damaged_comparison_hides_no_run(text: str, compared: Path, tmp_path: Path) -> None:
     (compared / "progress.json").write_text(text)
     with alone_in(compared):

@@ -102,6 +102,7 @@ def sent(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Parcel], list[A
     (folder / "adapters" / "x").mkdir(parents=True)
     (folder / "adapters" / "x" / "a.bin").write_text("b")
     (folder / "where.json").write_text("[]")
+    (folder / "test.json").write_text("{}")
     known = {"where.json": files.digest(b"[]")}
     parcels += mirror.others(folder, known, at_end=True)
     return parcels, contents, files_of(folder)
@@ -114,6 +115,19 @@ def test_all_but_the_tokens_comes_back(sent: tuple[list[Parcel], list[Any], Any]
     copy.close()
     known_already = {"where.json", "tokens/private"}
     assert files_of(tmp_path) == {name: data for name, data in sent[2].items() if name not in known_already}
+
+
+def test_a_copy_with_a_result_lacks_nothing_that_the_run_wrote(
+    sent: tuple[list[Parcel], list[Any], Any], tmp_path: Path
+) -> None:
+    """So no copy is taken for finished whose sender died on the way."""
+    copy = Mirror(tmp_path)
+    for parcel in sent[0]:
+        copy.apply(parcel)
+        if parcel[-1].name == "result.json":
+            break
+    copy.close()
+    assert {"adapters/x/a.bin", "test.json"} <= files_of(tmp_path).keys()
 
 
 def test_a_machine_that_goes_on_needs_no_end_products(
@@ -180,7 +194,21 @@ def begun(sent: tuple[list[Parcel], list[Any], Any], tmp_path: Path) -> Iterator
 
 
 @pytest.mark.parametrize(
-    "name", ["../out", "/out", "a/../../out", "a//b", "./a", "", ".", "a\0b", "link/out", "adapters/../../../out"]
+    "name",
+    [
+        "../out",
+        "/out",
+        "a/../../out",
+        "a//b",
+        "./a",
+        "",
+        ".",
+        "a\0b",
+        "a\nb",
+        "a\udc80b",
+        "link/out",
+        "adapters/../../../out",
+    ],
 )
 def test_no_name_leads_out_of_the_folder(name: str, begun: Mirror, tmp_path: Path) -> None:
     (tmp_path / "run" / "link").symlink_to(tmp_path)
@@ -198,6 +226,7 @@ def test_no_name_leads_out_of_the_folder(name: str, begun: Mirror, tmp_path: Pat
         "tokens/a",
         "metrics.jsonl",
         ".lock",
+        ".metrics.jsonl.tmp",
     ],
 )
 def test_no_parcel_changes_the_state_of_a_run(name: str, begun: Mirror) -> None:
@@ -221,6 +250,44 @@ def test_a_parcel_that_is_damaged_or_out_of_order_is_refused(
     assert "does not match its checksum" in refused(
         begun, [*first[:-1], named(first[-1].name, json.dumps(value).encode())]
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "data", "why"),
+    [
+        ("rows", 9, None, "the run has 4 of this kind"),
+        ("extra", 1, None, "the run has 1 of this kind"),
+        ("rows", 0, b"junk", "corrupt checkpoint"),
+        ("optim", 0, b"junk", "corrupt checkpoint"),
+        ("rows", 0, files.pack_tensors({"row": torch.zeros(P + 1)}), f"expected torch.float32 ({P},)"),
+        ("rows", 0, files.pack_tensors({"a": torch.zeros(P), "b": torch.zeros(P)}), "2 tensors instead of one"),
+    ],
+)
+def test_a_version_that_fits_no_row_is_refused(
+    kind: str, key: int, data: bytes | None, why: str, begun: Mirror, sent: tuple[list[Parcel], list[Any], Any]
+) -> None:
+    first = sent[0][2]
+    version = next(file.data for file in first if file.name.startswith(kind)) if data is None else data
+    record = json.loads(first[-1].data) | {
+        "rows": {},
+        "optim": {},
+        "extra": {},
+        kind: {str(key): files.digest(version)},
+    }
+    del record["check"]
+    parcel = [named(f"{kind}/{key:06d}.r000001.safetensors", version), named(first[-1].name, files.seal(record))]
+    assert why in refused(begun, parcel)
+
+
+def test_a_parcel_without_a_file_or_a_result_without_a_round_is_refused(
+    begun: Mirror, sent: tuple[list[Parcel], list[Any], Any], tmp_path: Path
+) -> None:
+    assert "without a file" in refused(begun, [])
+    with TemporaryDirectory() as name:
+        copy = Mirror(Path(name, "run"))
+        copy.apply(sent[0][0])
+        assert "no round is committed" in refused(copy, [named("result.json")])
+        copy.close()
 
 
 def test_a_round_of_no_run_is_refused(sent: tuple[list[Parcel], list[Any], Any], tmp_path: Path) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskError
 
-from mira.comparison.on_ray import Needs, _reason, _Worker
+from mira.comparison.machines import Same
+from mira.comparison.nodes import Needs, Nodes
+from mira.comparison.on_ray import _reason, _Worker
 from mira.comparison.plan import Resources
 from mira.comparison.remote import Arrival
 from mira.core.errors import UserError
 from mira.core.ray import failed_start, reason_of
+from mira.core.versions import version_of
 
 KILLED = "Some common causes include: (1) the process was killed by the OOM killer due to high memory usage"
 GUARD = "Worker exit type: NODE_OUT_OF_MEMORY Worker exit detail: 1 worker(s) were killed"
@@ -33,6 +39,51 @@ def test_a_node_holds_as_many_workers_as_its_scarcest_resource(
     assert Needs.of(Resources(**resources), 2, on_gpu).fits(node) == number
 
 
+class FakeRay:
+    """A cluster of one node for each of ``cpus``; None: a node that is gone."""
+
+    def __init__(self, *cpus: float | None) -> None:
+        self._cpus = cpus
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [
+            {"NodeID": f"n{number}", "Alive": cpus is not None, "Resources": {"CPU": cpus or 0.0}}
+            for number, cpus in enumerate(self._cpus)
+        ]
+
+
+def arrival(node: str, processor: str = "P", mira: str | None = None) -> Arrival:
+    place = {"host": f"host-{node}", "processor": processor, "cores": 1, "system": "S", "device": "cpu"}
+    return Arrival(place, node, 1, {"mira": mira or version_of("mira"), "torch": "2"}, True)
+
+
+def test_a_node_whose_runs_would_be_unlike_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    nodes = Nodes(FakeRay(2.0, 4.0, 1.0, None), Needs(1, 0.0, None), Same())
+    assert (nodes.room(), nodes.options()) == (7, {})
+    assert nodes.take(arrival("n0"))
+    assert not nodes.take(arrival("n1", "Q"))
+    assert not nodes.take(arrival("n1", "Q"))
+    assert not nodes.take(arrival("n2", mira="0.0"))
+    assert nodes.room() == 2
+    assert nodes.options() == {"label_selector": {"ray.io/node-id": "!in(n1, n2)"}}
+    assert len(caplog.messages) == 2
+    assert caplog.messages[0].startswith("host-n1 is not used: its processor is Q, but P in the other runs, so that")
+    assert caplog.messages[0].endswith("; allow that with --unlike-machines")
+    assert re.fullmatch("host-n2 is not used: its mira is 0.0, but .* here; install .*", caplog.messages[1])
+
+
+def test_why_there_is_no_worker() -> None:
+    nodes = Nodes(FakeRay(2.0, 2.0), Needs(2, 0.0, None), Same())
+    assert nodes.why_none() == "the cluster is busy, or slow to start a worker (cpus 2, gpus 0)"
+    assert nodes.take(arrival("n0"))
+    assert not nodes.take(arrival("n1", "Q"))
+    nodes.ray = FakeRay(None, None, 1.0)
+    assert nodes.why_none() == "no node of the cluster has what a run needs (cpus 2, gpus 0)"
+    nodes.ray = FakeRay(None, 2.0, 1.0)
+    with pytest.raises(UserError, match=r"^no node of the Ray cluster can be used; host-n1: its processor is Q, but P"):
+        nodes.why_none()
+
+
 class Died(ActorDiedError):
     """Of an actor that ran, with the text that Ray has for it."""
 
@@ -51,7 +102,7 @@ class Died(ActorDiedError):
     ],
 )
 def test_the_guard_of_memory_is_told_from_other_deaths(error: RayError, cause: str) -> None:
-    worker = _Worker(None, Arrival("there", "", 1, "", True))
+    worker = _Worker(None, Arrival({"host": "there"}, "", 1, {}, True))
     assert _reason(worker, error) == f"its worker on there died ({cause})"
 
 

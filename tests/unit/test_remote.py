@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -50,3 +51,26 @@ def test_folders_of_killed_workers_are_removed(tmp_path: Path, monkeypatch: pyte
     second = remote._own_folder()
     assert sorted(tmp_path.iterdir()) == sorted([new, others, first, second]), "another worker's is locked"
     assert first.stat().st_mode & 0o077 == 0
+
+
+def test_the_folder_of_a_worker_that_is_killed_is_removed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    child = os.fork()
+    if child == 0:
+        folder = remote._removed_at_the_end(remote._own_folder())
+        (folder / "tokens").mkdir()
+        (folder / "tokens" / "private").touch()
+        signal.pause()
+    until = time.monotonic() + 30
+    while not list(tmp_path.glob("*/tokens/private")):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    time.sleep(0.2)  # it is not removed before
+    assert list(tmp_path.glob("*/tokens/private"))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while list(tmp_path.iterdir()):
+        assert time.monotonic() < until
+        time.sleep(0.01)

@@ -14,11 +14,11 @@ from mira.comparison.plan import Job, Plan
 from mira.comparison.schedule import Schedule, Step
 from mira.comparison.summary import entry_of, failed_entry, failed_task, summary
 from mira.comparison.tables import FILES, described
-from mira.comparison.work import is_tested
+from mira.comparison.tested import is_tested, measured
 from mira.comparison.workers import Kind, Outcome, Task, Workers
 from mira.core.errors import UserError
 from mira.store import Store
-from mira.store.files import TESTED, is_locked, pack_json, read_json, replace
+from mira.store.files import is_locked, pack_json, replace
 from mira.store.rounds import Rounds
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ class Watcher(Protocol):
 
 @dataclass
 class Loop:
-    """A comparison under way. ``task_of``: makes the task of a job. ``same``: refuses a run that differs from the others."""
+    """A comparison under way. ``task_of``: makes the task of a job. ``same``: refuses a run that differs from the others.
+    ``here``: the workers are of this machine; on a cluster they look at theirs."""
 
     plan: Plan
     out: Path
@@ -65,6 +66,7 @@ class Loop:
     watcher: Watcher
     command: str
     results: Path | None
+    here: bool = False
     value: dict[str, Any] = field(default_factory=dict)
     _looked: set[tuple[Kind, Path]] = field(default_factory=set)
     _unchecked: list[Job] = field(default_factory=list)
@@ -115,6 +117,8 @@ class Loop:
         for kind, job in self._ready():
             if not workers.free:
                 return
+            if kind == "run" and self.here:
+                self.same.check_here(job.experiment.model.device)  # before the run notes this machine
             task = self.task_of(kind, job)
             self._schedule.start(kind, job)
             if kind == "run":
@@ -183,7 +187,7 @@ class Loop:
             self.watcher.dropped(len(self.plan.other_seeds), len(self.plan.comparison.seeds))
             log.warning("entries.%s: %s", name, self._lost_entries[-1]["reason"])
             return
-        done = [(job, read_json(self.out / job.folder / TESTED)) for job in chosen if schedule.is_done("test", job)]
+        done = [(job, measured(self.out / job.folder) or {}) for job in chosen if schedule.is_done("test", job)]
         tuning = [(jobs[0].point, losses) for jobs, losses in schedule.tuning(name)]
         self._entries[name] = entry_of(self.plan, name, chosen[0].point, tuning, done, self.out)
 

@@ -11,20 +11,22 @@ from typing import Any
 import torch
 
 from mira.comparison.plan import Job
-from mira.config import Experiment
 from mira.core.errors import UserError
 from mira.core.machine import host, machine
+from mira.core.versions import LIBRARIES, version_of
 from mira.store.files import WHERE, corrupt, pack_json, read_json, replace
 
 Place = dict[str, Any]  # host, processor, cores, system, device
 
 _ALIKE = ("processor", "system", "device")
+_DIFFER = "in the other runs, so that numbers may differ in their last digits"
+_OTHERWISE = "allow that with --unlike-machines, or start another comparison with --out"
 _KEYS = {"host", "processor", "cores", "system", "device"}
 
 
-def place_of(experiment: Experiment) -> Place:
-    """The machine of this process, with the device of ``experiment``: "cpu", or the name of the GPU."""
-    gpu = experiment.model.device != "cpu" and torch.cuda.is_available()
+def place_of(device: str) -> Place:
+    """The machine of this process. ``device``: model.device of an experiment; the place has "cpu", or the name of the GPU."""
+    gpu = device != "cpu" and torch.cuda.is_available()
     return _place(machine()) | {"host": host(), "device": torch.cuda.get_device_name() if gpu else "cpu"}
 
 
@@ -53,6 +55,11 @@ def places_of(folder: Path, environment: Mapping[str, Any]) -> list[Place]:
     return noted(folder) or [_place(environment["machine"]) | {"host": None, "device": "cpu" if cpu else None}]
 
 
+def libraries() -> dict[str, str]:
+    """The versions of the libraries that decide numbers, in this process."""
+    return {name: version_of(name) for name in LIBRARIES}
+
+
 def _place(found: Mapping[str, Any]) -> Place:
     # Without the release of the kernel, which decides no number.
     system = re.sub(r"^([^-]*)-.*?(-with-.*)?$", r"\1\2", found["platform"]).replace("-with-", " ")
@@ -69,12 +76,14 @@ class Same:
     unlike: bool = False
     environment: dict[str, Any] = field(default_factory=dict)
     _place: Place = field(default_factory=dict)
+    _versions: dict[str, str] = field(default_factory=dict)
     _data: dict[int, Any] = field(default_factory=dict)
     _plugins: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     def check(self, job: Job, environment: dict[str, Any], places: list[Place]) -> None:
         """Raise UserError where the run of ``job`` differs from the others."""
         self.environment = self.environment or environment
+        self._versions = self._versions or environment["versions"]
         keys = ("model", "threads") if self.unlike else ("versions", "model", "threads", "device")
         expected = {key: self.environment[key] for key in keys}
         expected["data"] = self._data.setdefault(job.seed, environment["data"])
@@ -86,17 +95,33 @@ class Same:
             if there[key] != value:
                 raise UserError(
                     f"{job.folder}: {key} is {there[key]}, but {value} in the other runs; runs of a comparison need the"
-                    " same: restore it, or start another comparison with --out"
+                    " same: restore it and remove this run folder, or start another comparison with --out"
                 )
         for place in () if self.unlike else places:
-            self.check_place(job, place)
+            if difference := self._difference(place):
+                raise UserError(
+                    f"{job.folder}: its {difference}; remove this run folder to compute it anew, {_OTHERWISE}"
+                )
 
-    def check_place(self, job: Job, place: Place) -> None:
-        """Raise UserError where the machine ``place`` of a run is unlike the first one."""
+    def difference(self, place: Place, versions: Mapping[str, str]) -> str | None:
+        """Words for what makes a run on the machine ``place`` with libraries of ``versions`` unlike the others; None where
+        nothing does. Before there is a run, this machine and its libraries are those of the others from now on."""
+        if self.unlike:
+            return None
+        self._versions = self._versions or dict(versions)
+        for name, version in versions.items():
+            if version != (other := self._versions.get(name, version)):
+                return f"{name} is {version}, but {other} {_DIFFER}"
+        return self._difference(place)
+
+    def check_here(self, device: str) -> None:
+        """Raise UserError where a run in this process would be unlike the others. ``device``: model.device of the runs."""
+        if difference := self.difference(place_of(device), libraries()):
+            raise UserError(f"this machine: {difference}; go on with this comparison on one like theirs, {_OTHERWISE}")
+
+    def _difference(self, place: Place) -> str | None:
         self._place = self._place or place
         for key in _ALIKE:
             if place[key] != self._place[key] and None not in (place[key], self._place[key]):
-                raise UserError(
-                    f"{job.folder}: its {key} is {place[key]}, but {self._place[key]} in the other runs, so that numbers may"
-                    " differ in their last digits; allow that with --unlike-machines, or start another comparison with --out"
-                )
+                return f"{key} is {place[key]}, but {self._place[key]} {_DIFFER}"
+        return None

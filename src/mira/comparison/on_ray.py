@@ -9,49 +9,29 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mira.comparison.plan import Plan, Resources
+from mira.comparison.machines import Same
+from mira.comparison.nodes import Needs, Nodes, alive
+from mira.comparison.plan import Plan
 from mira.comparison.remote import Arrival, Remote
 from mira.comparison.workers import Outcome, Task
 from mira.core.errors import UserError
 from mira.core.ray import Connection, cause_of_death, connect, failed_start, reason_of
-from mira.core.versions import version_of
 from mira.store.mirror import Mirror, whole
 
 log = logging.getLogger(__name__)
 
 _POLL = 1.0  # seconds that a worker waits for news before it answers that there are none
 _ANSWER = 30.0  # seconds for which an idle worker may be silent before it is replaced
+_LEAVE = 3.0  # seconds that workers have to remove their folders
+_SILENCE = 60.0  # seconds without a worker, after which a line says so
+_MARK = ".ray-"
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Resources of a worker, as Ray counts them. ``memory``: bytes, by which Ray places workers; None: not counted."""
-
-    cpus: int
-    gpus: float
-    memory: int | None
-
-    @staticmethod
-    def of(resources: Resources, threads: int, on_gpu: bool) -> Needs:
-        """``threads``: CPU threads of a run. ``on_gpu``: a run has a GPU, unless ``resources`` says how much of one."""
-        gpus = float(on_gpu) if resources.gpus is None else resources.gpus
-        return Needs(threads, gpus, None if resources.memory is None else int(resources.memory * 1e9))
-
-    def fits(self, there: Mapping[str, float]) -> int:
-        """Number of workers for which ``there``, the resources of a node, is enough."""
-        asked = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory or 0}
-        return min(int(there.get(name, 0) / amount + 1e-9) for name, amount in asked.items() if amount)
-
-    def __str__(self) -> str:
-        memory = [] if self.memory is None else [f"memory {self.memory / 1e9:g} GB"]
-        return ", ".join([f"cpus {self.cpus}", f"gpus {self.gpus:g}", *memory])
 
 
 @dataclass
@@ -66,18 +46,23 @@ class _Worker:
 
 
 class RayWorkers:
-    """Workers on the cluster of ``connection``, which ``stop`` closes. New nodes are used as they come."""
+    """Workers on the cluster of ``connection``, which ``stop`` closes. New nodes are used as they come. A node whose runs would
+    be unlike the others is left alone."""
 
-    def __init__(self, connection: Connection, out: Path, needs: Needs) -> None:
-        """Raises UserError where no node has what a worker needs."""
+    def __init__(self, connection: Connection, out: Path, needs: Needs, device: str, same: Same) -> None:
+        """``device``: model.device of the runs. ``same``: knows what runs are alike. Raises UserError where no node has what a
+        worker needs."""
         import ray
 
         self._ray: Any = ray
         self._connection, self._out, self._needs = connection, out.absolute(), needs
+        self._nodes = Nodes(ray, needs, same)
         self._workers: list[_Worker] = []
         self._waited: dict[Any, _Worker] = {}  # by the reference of the answer that is due
         self._ended: list[Outcome] = []
-        self._check_fits()
+        self._device = device
+        self._put_back: list[Task] = []  # tasks of workers on nodes that are left alone
+        self._silent, self._told = time.monotonic(), ""  # since when no worker has a task in hand, and the reason told
         self._mark = left_mark(self._out)
 
     @property
@@ -86,8 +71,8 @@ class RayWorkers:
         starting = sum(
             worker.arrival is None for worker in self._workers
         )  # their resources may still count as available
-        room = sum(map(self._needs.fits, _nodes(self._ray))) - len(self._workers)
-        return idle + max(0, min(room, self._needs.fits(self._ray.available_resources()) - starting))
+        hirable = max(0, min(self._nodes.room() - len(self._workers), self._nodes.vacant() - starting))
+        return max(0, idle + hirable - len(self._put_back))
 
     def start(self, task: Task) -> None:
         worker = self._idle() or self._hired()
@@ -99,6 +84,11 @@ class RayWorkers:
 
     def finished(self, seconds: float) -> Sequence[Outcome]:
         until = time.monotonic() + seconds
+        again, self._put_back = self._put_back, []
+        while again and self.free:
+            self.start(again.pop(0))
+        self._put_back = again
+        self._look_for_silence()
         while not self._ended and (left := until - time.monotonic()) > 0:
             if not self._waited:
                 time.sleep(left)
@@ -115,9 +105,9 @@ class RayWorkers:
             # Asked first, so that folders on other machines are removed; then without mercy.
             leaving = [worker.actor.leave.remote() for worker in self._workers if self._ray.is_initialized()]
             if leaving:
-                self._ray.wait(leaving, num_returns=len(leaving), timeout=3.0)
+                self._ray.wait(leaving, num_returns=len(leaving), timeout=_LEAVE)
             for worker in list(self._workers):
-                self._drop(worker)
+                self._kill(worker)
         finally:
             self._mark.unlink(missing_ok=True)
             self._connection.close()
@@ -132,7 +122,8 @@ class RayWorkers:
         }  # fmt: skip
         if self._needs.memory is not None:
             options["memory"] = self._needs.memory
-        worker = _Worker(self._ray.remote(Remote).options(**options).remote(self._out, self._mark.name, _node))
+        made = self._ray.remote(Remote).options(**options, **self._nodes.options())
+        worker = _Worker(made.remote(self._out, self._mark.name, self._device, _node))
         self._workers.append(worker)
         return worker
 
@@ -174,10 +165,11 @@ class RayWorkers:
         self._waited[worker.actor.news.remote(_POLL)] = worker
 
     def _welcome(self, worker: _Worker, arrival: Arrival) -> None:
-        if arrival.version != (here := version_of("mira")):
-            raise UserError(
-                f"{arrival.host} has mira {arrival.version}, and here is {here}; install the same on all nodes"
-            )
+        if not self._nodes.take(arrival):
+            assert worker.task is not None
+            self._put_back.append(worker.task)
+            self._drop(worker)
+            return
         worker.arrival = arrival
         log.info(
             "worker %d on %s%s",
@@ -186,6 +178,16 @@ class RayWorkers:
             "" if arrival.shares else ", which does not share the folder",
         )
         self._hand_over(worker)
+
+    def _look_for_silence(self) -> None:
+        """Say after a while that no worker has a task in hand, and why. Raises UserError where none can come."""
+        if any(worker.task and worker.arrival for worker in self._workers):
+            self._silent, self._told = time.monotonic(), ""
+            return
+        why = self._nodes.why_none()
+        if time.monotonic() - self._silent > _SILENCE and why != self._told:
+            self._told = why
+            log.warning("no run is under way: %s; waiting", why)
 
     def _hand_over(self, worker: _Worker) -> None:
         """Begin the worker's task, after its run's state where it does not see the folder."""
@@ -219,37 +221,43 @@ class RayWorkers:
         worker.task = worker.mirror = None
 
     def _drop(self, worker: _Worker) -> None:
+        """End a worker that may be alive: it removes its own folder first."""
+        if self._ray.is_initialized():
+            self._ray.wait([worker.actor.leave.remote()], timeout=_LEAVE)
+        self._kill(worker)
+
+    def _kill(self, worker: _Worker) -> None:
         self._release(worker)
         self._workers.remove(worker)
         if self._ray.is_initialized():
             self._ray.kill(worker.actor)
 
-    def _check_fits(self) -> None:
-        nodes = _nodes(self._ray)
-        if not any(map(self._needs.fits, nodes)):
-            found = "; ".join(f"CPU {node.get('CPU', 0):g}, GPU {node.get('GPU', 0):g}" for node in nodes)
-            raise UserError(
-                f"resources: no node of the Ray cluster has what a run needs ({self._needs}; nodes: {found}); lower resources or"
-                " engine.threads, or add such a node"
-            )
-
 
 def left_mark(out: Path) -> Path:
-    """A new file in ``out`` with a name that nobody else can know: a worker that finds it sees the same folder."""
-    mark = out / f".ray-{secrets.token_hex(16)}"
+    """A new file in ``out`` with a name that nobody else can know: a worker that finds it sees the same folder. Those that
+    killed processes left are removed."""
+    for left in out.glob(f"{_MARK}*"):
+        left.unlink()
+    mark = out / f"{_MARK}{secrets.token_hex(16)}"
     mark.touch()
     return mark
 
 
-def workers_on(address: str, plan: Plan, out: Path, threads: int) -> RayWorkers:
+def workers_on(address: str, plan: Plan, out: Path, threads: int, same: Same) -> RayWorkers:
     """Workers for ``plan`` on the cluster at ``address`` (``core.ray.connect``), each with ``threads`` CPU threads. Raises
     UserError."""
+    if (workers := plan.base.engine.workers) is not None:
+        raise UserError(
+            f"engine.workers={workers}: spreads one run over a Ray cluster, and --ray gives the cluster to several runs; leave"
+            " one of the two out"
+        )
     connection = connect(address, "--ray")
     try:
         import ray
 
-        on_gpu = plan.base.model.device != "cpu" and any(node.get("GPU") for node in _nodes(ray))
-        return RayWorkers(connection, out, Needs.of(plan.comparison.resources, threads, on_gpu))
+        device = plan.base.model.device
+        on_gpu = device != "cpu" and any(node.get("GPU") for node in alive(ray).values())
+        return RayWorkers(connection, out, Needs.of(plan.comparison.resources, threads, on_gpu), device, same)
     except BaseException:
         connection.close()
         raise
@@ -260,11 +268,6 @@ def _node() -> str:
     import ray
 
     return str(ray.get_runtime_context().get_node_id())
-
-
-def _nodes(ray: Any) -> list[dict[str, float]]:
-    """The resources of each node that is alive, in all."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _reason(worker: _Worker, error: Exception) -> str:

@@ -15,11 +15,11 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
-from mira.comparison.work import outcome_of
+from mira.comparison.machines import Place, libraries, place_of
+from mira.comparison.work import one_line, outcome_of
 from mira.comparison.workers import Outcome, Task
 from mira.config import Experiment
 from mira.core.machine import host
-from mira.core.versions import version_of
 from mira.runner.callbacks import Callback
 from mira.store import Store, mirror
 from mira.store.mirror import Parcel
@@ -30,28 +30,33 @@ _NEW = 60.0  # seconds for which a folder without a lock is taken for one that i
 
 @dataclass(frozen=True)
 class Arrival:
-    """A worker that is ready. ``node``: identity of its machine. ``process``: its number there. ``shares``: it sees the
-    comparison's folder."""
+    """A worker that is ready. ``node``: identity of its machine. ``process``: its number there. ``versions``: of its libraries.
+    ``shares``: it sees the comparison's folder."""
 
-    host: str
+    place: Place
     node: str
     process: int
-    version: str
+    versions: dict[str, str]
     shares: bool
+
+    @property
+    def host(self) -> str:
+        return str(self.place["host"])
 
 
 class Remote:
     """A worker process: it does one task at a time, in the comparison's folder where it sees it, else in a folder of its own."""
 
-    def __init__(self, out: Path, mark: str, node: Callable[[], str]) -> None:
-        """``mark``: name of a file that the comparison's process made in ``out``. ``node``: tells the identity of the machine."""
+    def __init__(self, out: Path, mark: str, device: str, node: Callable[[], str]) -> None:
+        """``mark``: name of a file that the comparison's process made in ``out``. ``device``: model.device of the runs. ``node``:
+        tells the identity of the machine."""
         self._shares = (out / mark).is_file()
-        self._out = out if self._shares else _own_folder()
-        self._node = node()
+        self._out = out if self._shares else _removed_at_the_end(_own_folder())
+        self._device, self._node = device, node()
         self._news: Queue[Parcel | Outcome] = Queue(maxsize=1)  # a run waits until its last round but one was fetched
 
     def arrived(self) -> Arrival:
-        return Arrival(host(), self._node, os.getpid(), version_of("mira"), self._shares)
+        return Arrival(place_of(self._device), self._node, os.getpid(), libraries(), self._shares)
 
     def receive(self, folder: Path, parcel: Parcel) -> None:
         """Write a parcel of a run that was begun elsewhere. ``folder``: relative, as of a job."""
@@ -80,7 +85,7 @@ class Remote:
         try:
             outcome = self._outcome(task)
         except Exception as error:
-            outcome = Outcome(task, {}, time.perf_counter() - began, f"{type(error).__name__}: {error}")
+            outcome = Outcome(task, {}, time.perf_counter() - began, one_line(error))
         self._news.put(replace(outcome, where=outcome.where | {"node": self._node}))
 
     def _outcome(self, task: Task) -> Outcome:
@@ -155,6 +160,16 @@ def _own_folder() -> Path:
                 shutil.rmtree(path)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
     _lock(folder)
+    return folder
+
+
+def _removed_at_the_end(folder: Path) -> Path:
+    """Start a process that removes ``folder`` when this one has ended, also where it was killed."""
+    its, _ = os.pipe()  # the other end closes with this process
+    nowhere = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_WRONLY, 0) for number in (1, 2)]
+    script = ["sh", "-c", 'cat; rm -rf -- "$0"', str(folder)]
+    os.posix_spawn("/bin/sh", script, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, its, 0), *nowhere], setpgroup=0)
+    os.close(its)
     return folder
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from mira import config
 from mira.comparison.live import Live, Say
 from mira.comparison.loop import Loop
-from mira.comparison.machines import Same
+from mira.comparison.machines import Same, places_of
 from mira.comparison.on_ray import workers_on
 from mira.comparison.plan import Job, Plan
 from mira.comparison.processes import Processes, check_main
@@ -51,7 +51,8 @@ def compare(
         if results is not None:
             _check_writable(results)
         _check_privacy(plan)
-        there = _Existing.checked(plan, out)
+        same = Same(unlike)
+        there = _Existing.checked(plan, out, same)
         weights, here = weights_of(plan.base), _this_machine(plan)
         threads = threads_of_a_run(plan, here, weights, there.threads)
         make = _Tasks(threads, share_of_a_run(plan.comparison.resources, here, threads), there.day)
@@ -65,10 +66,10 @@ def compare(
             at_work = _workers_here(plan, out, count)
         else:
             _check_importable(plan, "ray", "without ray")
-            at_work = workers_on(ray, plan, out, threads)
+            at_work = workers_on(ray, plan, out, threads, same)
         try:
             with Live(plan, out, say, console) as live:
-                return Loop(plan, out, make, Same(unlike), live, command, results).run(at_work)
+                return Loop(plan, out, make, same, live, command, results, here=ray is None).run(at_work)
         finally:
             at_work.stop()
 
@@ -102,9 +103,10 @@ class _Existing:
     peaks: tuple[int, ...]
 
     @staticmethod
-    def checked(plan: Plan, out: Path) -> _Existing:
-        """Read the existing runs. Raises UserError, before any run, where one has another configuration than the plan."""
-        stores = list(_existing(plan, out))
+    def checked(plan: Plan, out: Path, same: Same) -> _Existing:
+        """Read the existing runs. Raises UserError, before any run, where one has another configuration than the plan, or differs
+        from the others."""
+        stores = list(_existing(plan, out, same))
         environments = [environment for environment, _ in stores]
         days = (environment.get("prompt", {}).get("date") for environment in environments)
         return _Existing(
@@ -114,7 +116,7 @@ class _Existing:
         )
 
 
-def _existing(plan: Plan, out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+def _existing(plan: Plan, out: Path, same: Same) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
     """The environment and the result (None: not finished) of each existing run, whose configuration is checked."""
     for job in plan.every_job():
         folder = out / job.folder
@@ -129,6 +131,7 @@ def _existing(plan: Plan, out: Path) -> Iterator[tuple[dict[str, Any], dict[str,
                 f"{folder}: was started with another configuration: {'; '.join(differences)} (here: the run folder,"
                 " there: the comparison); undo the change, give another --out, or remove the folder"
             )
+        same.check(job, environment, places_of(folder, environment))
         yield environment, result
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mira.comparison.machines import Place, note, place_of
+from mira.comparison.tested import measured as measured_before
 from mira.comparison.workers import Outcome, Task
 from mira.config import Experiment
 from mira.core.errors import UserError
@@ -22,7 +23,7 @@ from mira.runner.callbacks import Callback, Callbacks
 from mira.runner.measuring import measured
 from mira.runner.recording import reopened, state_of
 from mira.store import Store
-from mira.store.files import TESTED, pack_json, read_json, replace
+from mira.store.files import TESTED, pack_json, replace
 
 log = logging.getLogger(__name__)
 
@@ -67,15 +68,19 @@ def attempted(task: Task, out: Path, callbacks: Sequence[Callback] = ()) -> Outc
     except UserError as fault:
         error = str(fault)
     except Exception as bug:
-        error = f"{type(bug).__name__}: {' '.join(str(bug).split())[:300]}"
+        error = one_line(bug)
         log.warning("%s", traceback.format_exc().rstrip())
-    return Outcome(task, place_of(task.job.experiment), time.perf_counter() - began, error)
+    return Outcome(task, place_of(task.job.experiment.model.device), time.perf_counter() - began, error)
+
+
+def one_line(bug: Exception) -> str:
+    return f"{type(bug).__name__}: {' '.join(str(bug).split())[:300]}"
 
 
 def do(task: Task, out: Path, callbacks: Sequence[Callback] = ()) -> None:
     """Do ``task`` in its run folder below ``out``: start or resume its run, or measure the test split. Raises UserError."""
     folder = out / task.job.folder
-    told = [*callbacks, _Noted(place_of(task.job.experiment))]
+    told = [*callbacks, _Noted(place_of(task.job.experiment.model.device))]
     use_share(task.share)
     gc.collect()  # the model of the task before, which is part of circles
     forget_peak_memory()
@@ -90,15 +95,10 @@ def do(task: Task, out: Path, callbacks: Sequence[Callback] = ()) -> None:
         use_share(None)
 
 
-def is_tested(folder: Path) -> bool:
-    """True where nothing is left to measure. Files of older comparisons have no losses before training."""
-    return (folder / TESTED).exists() and "start" in read_json(folder / TESTED)
-
-
 def tested(folder: Path) -> None:
     """Measure test losses, answers and transfer at the validation-best round, and test losses after the last round and before
     training, for ``test.json``. Losses before training are added to a file without them where the run can be opened."""
-    kept: dict[str, Any] = read_json(folder / TESTED) if (folder / TESTED).exists() else {}
+    kept = measured_before(folder) or {}
     try:
         value = _measured(folder, kept)
     except UserError as error:

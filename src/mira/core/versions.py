@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
+LIBRARIES = ("mira", "torch", "transformers", "peft", "tokenizers")  # they decide a run's numbers
+
 _DISTRIBUTIONS = {"mira": "mira-fl"}  # on the package index the name `mira` is another product's
 
 

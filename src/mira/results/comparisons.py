@@ -8,7 +8,7 @@ from typing import Any
 
 from mira.core.errors import UserError
 from mira.core.escape import visible
-from mira.store.files import WHERE, read_json
+from mira.store.files import WHERE, corrupt, read_json
 from mira.store.folders import PROGRESS, in_use
 
 _DEPTH = 4  # of a run folder below its comparison: runs/ENTRY/POINT/seed-N
@@ -31,7 +31,7 @@ def summary(folder: Path) -> dict[str, Any]:
             "under_way": len(value["under_way"]) if working else 0,
             "failed": failed,
         }
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{folder / PROGRESS}: not written by 'mira compare' ({type(error).__name__}: {error})"
         ) from None
@@ -51,8 +51,16 @@ def under_way(folder: Path) -> Set[Path]:
 
 
 def host_of(run: Path) -> str | None:
-    """The host that computed the last rounds of a comparison's run; None for another kind of run."""
-    return read_json(run / WHERE)[-1]["host"] if (run / WHERE).is_file() else None
+    """The host that computed the last rounds of a comparison's run; None for another kind of run, and in one of an older version.
+    Raises UserError where its file is damaged."""
+    path = run / WHERE
+    if not path.is_file():
+        return None
+    try:
+        host = read_json(path)[-1]["host"]
+    except (LookupError, TypeError) as error:
+        raise corrupt(path, f"no list of machines: {type(error).__name__}: {error}") from None
+    return None if host is None else str(host)
 
 
 def of_run(run: Path) -> Path:

@@ -56,7 +56,13 @@ def listing(root: Path) -> Listing:
             found.broken.append({"run": str(folder), "reason": str(error)})
         except OSError as error:
             found.broken.append({"run": str(folder), "reason": f"cannot be read ({error.strerror})"})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:  # records of another version of mira
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as error:  # records of another version of mira
             found.broken.append({"run": str(folder), "reason": f"malformed records ({type(error).__name__}: {error})"})
     return found
 

@@ -16,7 +16,7 @@ from mira.config import Experiment, plugins
 from mira.core.errors import UserError
 from mira.core.git_commit import commit
 from mira.core.machine import machine
-from mira.core.versions import version_of
+from mira.core.versions import LIBRARIES, version_of
 from mira.data.federation import Federation, Manner, SplitClient, slug
 from mira.data.text import Encoder
 from mira.model import Base
@@ -37,7 +37,6 @@ DECIDING = (
     "tokens_per_pass",
     "plugins",
 )
-_LIBRARIES = ("mira", "torch", "transformers", "peft", "tokenizers")
 
 
 def environment_of(
@@ -47,7 +46,7 @@ def environment_of(
     """The environment that a run records, without its engine. ``prefix``: true if shared prefixes are computed once.
     ``truncated``: the number of truncated inputs of each client."""
     return {
-        "versions": {name: version_of(name) for name in (*_LIBRARIES, *needed_for(base.quantization))},
+        "versions": {name: version_of(name) for name in (*LIBRARIES, *needed_for(base.quantization))},
         "model": {
             "name": base.name, "source": base.source, "sha256": base.sha256, "quantization": base.quantization,
         } | ({} if base.revision is None else {"revision": base.revision}),

@@ -177,7 +177,11 @@ def pack_tensors(tensors: dict[str, Tensor]) -> bytes:
 
 
 def read_tensors(path: Path, expected: str | None = None) -> dict[str, Tensor]:
-    data = read(path, expected)
+    return tensors_of(path, read(path, expected))
+
+
+def tensors_of(path: Path, data: bytes) -> dict[str, Tensor]:
+    """The tensors of ``data``, the content of ``path``. Raises UserError where it is damaged."""
     try:
         return safetensors.torch.load(data)
     except (SafetensorError, RuntimeError) as error:  # torch raises RuntimeError for a shape that it cannot hold
@@ -185,8 +189,13 @@ def read_tensors(path: Path, expected: str | None = None) -> dict[str, Tensor]:
 
 
 def read_tensor(path: Path, expected: str) -> Tensor:
-    """The only tensor of a file. Raises UserError for any other number of tensors."""
-    tensors = list(read_tensors(path, expected).values())
+    """The only tensor of a file. Raises UserError as ``read_tensors`` and ``only_tensor`` do."""
+    return only_tensor(path, read_tensors(path, expected))
+
+
+def only_tensor(path: Path, found: dict[str, Tensor]) -> Tensor:
+    """The only one of the tensors ``found`` in ``path``. Raises UserError for any other number of tensors."""
+    tensors = list(found.values())
     if len(tensors) != 1:
         raise corrupt(path, f"{len(tensors)} tensors instead of one")
     return tensors[0]

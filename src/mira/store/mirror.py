@@ -1,7 +1,8 @@
 """Copies of run folders on other machines: the committed rounds of a run as files, and a folder that follows them.
 
 A parcel is a few files in the order in which they are written. The last one makes it valid: store.json a run, a record a round.
-So a copy is in a committed state at every instant, and a process that is killed costs it the parcel under way at most.
+So a copy is in a committed state at every instant, and a process that is killed costs it the parcel under way at most. The
+result, which tells that nothing is left to do, comes after all else that a run writes.
 
 Not copied: tokens/, which is as private as the data and is made anew; temporary files and locks; metrics.jsonl, which a store
 writes itself. A copy to a machine that goes on with the run leaves out what a run writes anew at its end, and exports.
@@ -19,7 +20,7 @@ from mira.core.errors import UserError
 from mira.store import files, manifests
 from mira.store.history import KINDS, History, RoundRecord
 from mira.store.rounds import Rounds
-from mira.store.run import METRICS, Store
+from mira.store.run import METRICS, RESULT, Store
 
 _NEVER = ("tokens", METRICS, files.LOCK)
 _AT_THE_END = ("adapted", "adapters", "gguf", "merged", "mlflow.db", "tensorboard", "wandb")
@@ -73,8 +74,8 @@ def committed(folder: Path, round: int) -> Parcel:
 
 
 def others(folder: Path, known: Mapping[str, str], at_end: bool) -> Iterator[Parcel]:
-    """The other files that are not in ``known`` (digest by name), a file a parcel. ``at_end``: those that a run writes at its end
-    included."""
+    """The other files that are not in ``known`` (digest by name), a file a parcel, the result last. ``at_end``: those that a run
+    writes at its end included."""
     for name in _others(folder, () if at_end else _AT_THE_END):
         file = File.of(folder, name)
         if known.get(name) != file.digest:
@@ -107,7 +108,9 @@ class Mirror:
 
     def apply(self, parcel: Parcel) -> None:
         """Write a parcel of ``created``, ``committed`` or ``others``. Raises UserError, with nothing written, where it does not
-        follow the state here, or a name or a digest in it is wrong."""
+        follow the state here, or a name, a digest or a row in it is wrong."""
+        if not parcel:
+            raise UserError(f"{self._folder}: a worker sent a parcel without a file; repeat the command")
         for file in parcel:
             _check(self._folder, file)
         last = parcel[-1]
@@ -154,8 +157,10 @@ class Mirror:
     def _write(self, file: File) -> None:
         first = PurePosixPath(file.name).parts[0]
         reserved = (*_NEVER, *manifests.FIXED, manifests.MANIFEST, *manifests.FOLDERS)
-        if self._store is None or first in reserved:
+        if self._store is None or first in reserved or file.name.endswith(".tmp"):
             raise self._refused(file, "it is no file beside a run's state")
+        if file.name == RESULT and self.last_round is None:
+            raise self._refused(file, "no round is committed")
         place = self._folder / file.name
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -167,16 +172,19 @@ class Mirror:
         return UserError(f"{self._folder}: a worker sent '{file.name}', which is refused ({why}); repeat the command")
 
 
-def _others(folder: Path, left_out: Sequence[str]) -> Iterator[str]:
-    """Names of the files beside the state of the run and those that are never copied, in order. Links are left alone."""
+def _others(folder: Path, left_out: Sequence[str]) -> list[str]:
+    """Names of the files beside the state of the run and those that are never copied, the result last. Links are left alone."""
+    return sorted(_found(folder, left_out), key=lambda name: (name == RESULT, name))
+
+
+def _found(folder: Path, left_out: Sequence[str]) -> Iterator[str]:
     out = {*_NEVER, *left_out, *manifests.FIXED, manifests.MANIFEST, *manifests.FOLDERS}
     for path, folders, names in os.walk(folder):
         here = Path(path)
         if here == folder:
             folders[:] = [name for name in folders if name not in out]
             names = [name for name in names if name not in out]
-        folders.sort()
-        for name in sorted(names):
+        for name in names:
             if not name.endswith(".tmp") and not (here / name).is_symlink():
                 yield (here / name).relative_to(folder).as_posix()
 
@@ -188,7 +196,7 @@ def _check(folder: Path, file: File) -> None:
         not name.is_absolute()
         and ".." not in name.parts
         and name.as_posix() == file.name != "."
-        and "\0" not in file.name
+        and file.name.isprintable()
     )
     if not plain or not (folder / name).parent.resolve().is_relative_to(folder.resolve()):
         raise UserError(

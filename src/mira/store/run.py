@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from mira.store.history import History, RoundRecord
 from mira.store.rounds import Rounds
 from mira.store.rows import StoredRows
 
-METRICS, _RESULT = "metrics.jsonl", "result.json"
+METRICS, RESULT = "metrics.jsonl", "result.json"
 _CONTINUE = "continue with --resume; committed rounds are intact"
 
 
@@ -50,7 +51,7 @@ class Store:
             self._history.add(record)
             metrics.update(record.line())
         if lock is not None:
-            self._rounds.tidy(self._history.kept(), (METRICS, _RESULT))
+            self._rounds.tidy(self._history.kept(), (METRICS, RESULT))
             self._rebuild(metrics.digest())
 
     @staticmethod
@@ -187,11 +188,14 @@ class Store:
         record = RoundRecord(round=round, metrics=metrics, rows={}, optim={}, extra={})
         self._add(record, ((kind, key, files.pack_tensors(tensors)) for kind, key, tensors in new))
 
-    def adopt(self, record: RoundRecord, contents: Iterable[tuple[str, int, bytes]]) -> None:
+    def adopt(self, record: RoundRecord, contents: Sequence[tuple[str, int, bytes]]) -> None:
         """Commit a round that another run folder has committed: its ``record``, and the versions that it wrote, by kind and key.
-        The caller has checked their digests. Raises UserError as ``commit`` does."""
+        The caller has checked their digests. Raises UserError as ``commit`` does, and, with nothing written, where a version fits
+        no row of this run."""
         assert self._lock is not None, "opened to read only, or closed"
         assert record.round == self._next_round(), f"round {record.round} adopted, expected {self._next_round()}"
+        for version in contents:
+            self._check_version(record.round, *version)
         self._add(record.model_copy(update={"rows": {}, "optim": {}, "extra": {}}), contents)
 
     def _add(self, record: RoundRecord, contents: Iterable[tuple[str, int, bytes]]) -> None:
@@ -205,11 +209,11 @@ class Store:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary of a finished run."""
-        self._write(_RESULT, files.pack_json(summary))
+        self._write(RESULT, files.pack_json(summary))
 
     def result(self) -> dict[str, Any] | None:
         """The summary, None while the run is not finished."""
-        path = self.folder / _RESULT
+        path = self.folder / RESULT
         result: dict[str, Any] | None = files.read_json(path) if path.exists() else None
         return result
 
@@ -250,11 +254,24 @@ class Store:
         version = self._version("rows", key, as_of)
         if version is None:
             return self.start
-        row = files.read_tensor(*version)
+        return self._checked(version[0], files.read_tensor(*version))
+
+    def _checked(self, path: Path, row: Tensor) -> Tensor:
+        """``row``, the content of ``path``. Raises UserError where it is no row of this run."""
         if row.shape != self.start.shape or row.dtype != self.start.dtype:
             expected = f"{self.start.dtype} {tuple(self.start.shape)}"
-            raise files.corrupt(version[0], f"{row.dtype} {tuple(row.shape)}, expected {expected}")
+            raise files.corrupt(path, f"{row.dtype} {tuple(row.shape)}, expected {expected}")
         return row
+
+    def _check_version(self, round: int, kind: str, key: int, data: bytes) -> None:
+        """Raise UserError where ``data`` cannot be the version of ``kind`` and ``key`` that ``round`` wrote."""
+        path = self._rounds.version(kind, key, round)
+        many = {"rows": self.num_rows, "extra": 1}.get(kind, inf)  # the store does not know the number of clients
+        if key >= many:
+            raise files.corrupt(path, f"the run has {many} of this kind")
+        tensors = files.tensors_of(path, data)
+        if kind == "rows":
+            self._checked(path, files.only_tensor(path, tensors))
 
     def _check_commit(self, round: int, index: Tensor, value: Tensor) -> None:
         """Assert a valid commit; failures are bugs of the caller, not mistakes of the user."""
