@@ -319,6 +319,7 @@ def test_differences_name_every_field_that_differs() -> None:
         'method.factors: "all" here, absent there',
         "method.upper_layers: 1.0 here, absent there",
         "method.strength_end: null here, absent there",
+        "method.common_rounds: 0 here, absent there",
     ]
 
 
