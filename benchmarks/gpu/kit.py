@@ -46,7 +46,7 @@ def unpacked(kit: Path, pyproject: Path, into: Path) -> list[str]:
 
 
 def lacking(pyproject: Path) -> list[str]:
-    """What the parts need beside the sources, and this machine lacks or has in a version that is not admitted."""
+    """Needs of the parts that this machine lacks, or has in a version that is not admitted."""
     _, *others = roots(pyproject)
     return sorted(each.name for each in others if not admitted(each))
 

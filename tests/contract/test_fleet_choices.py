@@ -29,7 +29,7 @@ def payload(data: bytes) -> int:
     [("fp32", {"name": "mira", "strength": "personal"}, 2), ("int8", {"name": "ifca", "clusters": 3}, 3)],
 )
 def test_the_metrics_count_the_rows_offered(world: World, wire: Wire, method: dict[str, Any], rows: int) -> None:
-    """Of a line its two ends, whatever the number of points; of clusters the row of each."""
+    """The two ends of a line, whatever the number of points; the row of each cluster."""
     _, transport = world.apart(world.sites(), rounds=2, **PERSONAL | {"method": method, "server": {"wire": wire}})
     last = metrics(world.folder / "apart")[-1]
     for name in NAMES:

@@ -40,7 +40,7 @@ def worker(out: Path) -> Remote:
 
 
 def parcels(remote: Remote, task: Task, out: Path) -> Iterator[Parcel]:
-    """What arrives of a run to be done, or to be continued."""
+    """The parts of a run that arrive to be done, or to be continued."""
     for parcel in whole(out / RUN):
         remote.receive(RUN, parcel)
     remote.begin(task)

@@ -74,7 +74,7 @@ def test_a_part_that_fails_or_overruns_stops_no_other(tmp_path: Path) -> None:
 
 
 def test_parts_without_time_are_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the import of the libraries took all of it."""
+    """All of the time went to the import of the libraries."""
 
     def known(options: Any, out: Path, records: dict[str, Any]) -> Any:
         records["machine"] = {"status": "done", "results": {}, "seconds": 60.0, "limit": 60.0, "output": ""}

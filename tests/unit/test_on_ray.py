@@ -85,7 +85,7 @@ def test_why_there_is_no_worker() -> None:
 
 
 class Died(ActorDiedError):
-    """Of an actor that ran, with the text that Ray has for it."""
+    """The error of an actor that ran, with the text that Ray has for it."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
