@@ -55,10 +55,10 @@ def measure(say: Callable[[str], None], samples: int = 1, changes: Sequence[str]
     apart = float(((losses["mira"] - losses["peft"]).abs() / losses["peft"]).max())
     ratios = [theirs / ours for theirs, ours in zip(seconds["peft"], seconds["mira"], strict=True)]
     whole = {"value": median(ratios), "goal": GOAL, "better": "higher", "flop_ratio": None, "samples": ratios}
-    # Losses end at some hundredths of a nat. 24 steps of AdamW and eight mixings amplify rounding to thousandths.
+    # Room for rounding, which 24 steps of AdamW and eight mixings amplify. 0.029 was measured on 2026-11-30, with no known reason.
     return {
         "ratios": {"whole demo, fp32": whole},
-        "agreement": {"whole demo": {"difference": apart, "allowed": 0.05}},
+        "agreement": {"whole demo": {"difference": apart, "allowed": 0.02}},
         "seconds": seconds,
     }
 
