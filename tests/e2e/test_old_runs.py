@@ -1,7 +1,7 @@
 """Runs of version 0.1.0, stopped after round 2 of 3: they go on, and end as that version ended them.
 
-A graph that is learned goes on by the rule of this version, so that its run ends with other numbers. The loss of the mean
-adapter is measured on all test data since.
+Two things end as the version of 2026-11-30 ends them, by the numbers of that day: a run whose graph is learned goes on by another
+rule since, and the loss of the mean adapter is measured on all test data.
 """
 
 from __future__ import annotations
@@ -55,14 +55,8 @@ def test_an_old_run_goes_on_to_the_end_it_had(run: Path) -> None:
     done(mira("run", run, "--resume", *at(run)))
     before = json.loads(run.with_suffix(".result.json").read_text())
     found = json.loads((run / "result.json").read_text())
-    if run.name == "learned":
-        assert flat(lasting(found)).keys() == flat(lasting(before)).keys()
-        assert (
-            found["best"]["local_loss"] < json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["local_loss"]
-        )
-        return
     assert flat(lasting(found)) == {key: near(value) for key, value in flat(lasting(before)).items()}
-    if is_here(recorded):
+    if is_here(recorded) and run.name != "learned":  # its numbers are of another machine
         assert lasting(found) == lasting(before) | {key: found[key] for key in ("model", "mean_row_loss")}
         for line in run.with_suffix(".sha256").read_text().splitlines():
             digest, file = line.split()
@@ -70,11 +64,11 @@ def test_an_old_run_goes_on_to_the_end_it_had(run: Path) -> None:
 
 
 def flat(value: Any, key: str = "") -> dict[str, Any]:
-    """Every leaf under its path; the name of the model aside, which is where it lies, and the loss of the mean adapter."""
+    """Every leaf under its path; the name of the model aside, which is where it lies."""
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {k: v for name, item in items for k, v in flat(item, f"{key}.{name}").items()}
-    return {} if key in (".model.name", ".mean_row_loss") else {key: value}
+    return {} if key == ".model.name" else {key: value}
 
 
 def near(value: Any) -> Any:
