@@ -55,7 +55,7 @@ def measure(say: Callable[[str], None], samples: int = 1, changes: Sequence[str]
     apart = float(((losses["mira"] - losses["peft"]).abs() / losses["peft"]).max())
     ratios = [theirs / ours for theirs, ours in zip(seconds["peft"], seconds["mira"], strict=True)]
     whole = {"value": median(ratios), "goal": GOAL, "better": "higher", "flop_ratio": None, "samples": ratios}
-    # Room for rounding, which 24 steps of AdamW and eight mixings amplify. 0.029 was measured on 2026-11-30, with no known reason.
+    # Room for rounding, which AdamW and mixing amplify. 0.029 was measured on 2026-11-30; the reason is not known.
     return {
         "ratios": {"whole demo, fp32": whole},
         "agreement": {"whole demo": {"difference": apart, "allowed": 0.02}},
