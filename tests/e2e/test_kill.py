@@ -19,6 +19,13 @@ from mira.config import load
 KILLS = 20
 SCENARIOS: dict[str, dict[str, Any]] = {
     "fresh-optimiser": {"rounds": 8},
+    "kept-optimiser-half-cohort-all-neighbours": {
+        "rounds": 10,
+        "cohort": 0.5,
+        "training": {"keep_optimizer": True},
+        "method": {"name": "mira", "neighbours": "all"},
+        "evaluation": {"every": 2},
+    },
     "kept-optimiser-half-cohort-own-strength": {
         "rounds": 10,
         "cohort": 0.5,
@@ -57,7 +64,7 @@ def test_killed_twenty_times_and_resumed(name: str, killed: Path) -> None:
     assert report["random"] >= KILLS // 2
     assert {point for point, _ in report["aimed"]} == {"before-write", "before-fsync", "before-rename", "after-rename"}
     hit = {file.split("/")[0] for _, file in report["aimed"]}
-    files = {"optim", "extra", "rounds"} if "kept" in name else {"rows", "rounds"}
+    files = {"rounds", "extra" if "own-strength" in name else "rows"} | ({"optim"} if "kept" in name else set())
     assert files <= hit, f"no kill inside a commit: {hit}"
     whole = outcome(base / "whole")
     assert len(whole["metrics"]) == SCENARIOS[name]["rounds"] + 1
