@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mira.fleet.site.privacy import describe, epsilon, normal, release
+from mira.core.noise import normal
+from mira.fleet.site.privacy import describe, epsilon, release
 
 
 class Entropy:

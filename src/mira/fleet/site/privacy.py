@@ -13,15 +13,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cache
-from math import pi
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from mira.core.errors import UserError
-
-_PIECE = 1 << 20  # numbers drawn at a time
+from mira.core.noise import normal
 
 
 def release(displacement: Tensor, clip: float, noise: float, entropy: Callable[[int], bytes] = os.urandom) -> Tensor:
@@ -36,20 +32,6 @@ def release(displacement: Tensor, clip: float, noise: float, entropy: Callable[[
         raise ValueError("the displacement is not finite")
     clipped = exact * min(1.0, clip / length) if length > 0 else exact
     return (clipped + noise * clip * normal(len(exact), entropy)).to(displacement.dtype)
-
-
-def normal(count: int, entropy: Callable[[int], bytes]) -> Tensor:
-    """``count`` standard normal numbers (float64) from random bytes, by Box and Muller (1958)."""
-    pieces = [_box_muller(min(_PIECE, count - done), entropy) for done in range(0, count, _PIECE)]
-    return torch.from_numpy(np.concatenate([np.empty(0), *pieces]))
-
-
-def _box_muller(count: int, entropy: Callable[[int], bytes]) -> np.ndarray:
-    pairs = -(-count // 2)
-    bits = np.frombuffer(entropy(16 * pairs), dtype=np.uint64).reshape(2, pairs)
-    u = ((bits >> 11).astype(np.float64) + 0.5) / 2**53  # within (0, 1), ends excluded
-    radius, angle = np.sqrt(-2 * np.log(u[0])), 2 * pi * u[1]
-    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
 
 @cache

@@ -1,0 +1,54 @@
+"""What DP-SGD costs in privacy: (ε, δ) of steps on Poisson samples, by the Rényi accountant of Google's dp-accounting.
+
+A step adds Gaussian noise of deviation noise·clip to the sum of gradients of norm clip at most, over a sample that has each
+example with probability ``rate`` (Mironov, Talwar and Zhang, "Rényi Differential Privacy of the Sampled Gaussian Mechanism",
+2019). Neighbouring data sets differ by one example, which one of them lacks. Only integer orders are used: they are exact and
+quick, and ε is at most some per cent larger for it where it is below 10.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from mira.core.errors import UserError
+
+_ORDERS = (*range(2, 65), 128, 256, 512, 1024)
+_CLOSE = 1e-3  # relative width at which the search for a noise ends
+_MOST = 2.0**20  # noise above this is no training any more
+
+
+@cache
+def epsilon(noise: float, rate: float, steps: int, delta: float) -> float:
+    """ε at ``delta`` after ``steps``; 0 before the first. Raises UserError where the accountant is not installed."""
+    events, rdp = _library()
+    if steps == 0:
+        return 0.0
+    sampled = events.PoissonSampledDpEvent(rate, events.GaussianDpEvent(noise))
+    return float(rdp.RdpAccountant(_ORDERS).compose(sampled, steps).get_epsilon(delta))
+
+
+@cache
+def noise_for(target: float, rate: float, steps: int, delta: float) -> float:
+    """The least noise with which ``steps`` stay within ``target`` (ε) at ``delta``, 0.1 % too large at most.
+
+    Raises UserError where no noise does, or the accountant is not installed.
+    """
+    low, high = 0.0, 1.0
+    while epsilon(high, rate, steps, delta) > target:
+        low, high = high, 2 * high
+        if high > _MOST:
+            raise UserError(f"privacy.epsilon={target:g}: no noise gives it at delta={delta:g}; raise epsilon or delta")
+    while high - low > _CLOSE * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if epsilon(middle, rate, steps, delta) <= target else (middle, high)
+    return high
+
+
+def _library() -> tuple[Any, Any]:
+    try:
+        import dp_accounting
+        from dp_accounting import rdp
+    except ModuleNotFoundError:
+        raise UserError("privacy: the accountant is missing; pip install 'mira-fl[privacy]'") from None
+    return dp_accounting, rdp
