@@ -5,17 +5,42 @@ The method itself decides, on the smallest layout of the kind. A comparison chec
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from mira.core.errors import UserError
 from mira.core.graph import Groups
 from mira.core.layout import Layout
-from mira.core.types import Method, Setting
+from mira.core.types import Method, ServerState, Setting, chooses_by_training_loss
 
 
 def check(method: Method, layout: Layout, ranks_differ: bool, rounds: int, plain_sgd: bool) -> None:
     """Raise UserError if ``method`` cannot work on rows of ``layout``, not with the different ranks of its clients, not in
     ``rounds`` or not with the optimiser (``plain_sgd``: SGD without momentum)."""
+    _begun(method, layout, ranks_differ, rounds, plain_sgd)
+
+
+def check_private(method: Method, layout: Layout) -> None:
+    """Raise UserError where DP-SGD would not cover all that ``method`` or the adapter of ``layout`` learns from examples."""
+    if chooses_by_training_loss(method):
+        raise UserError(
+            f"privacy.unit=example: method.name={method.name} chooses by the loss on training examples, which has no noise;"
+            " take another method"
+        )
+    if any(entry.factor == "seed" for entry in layout.entries):
+        raise UserError("privacy.unit=example: adapter.kind=seeds has no gradients to clip; set adapter.kind=lora")
+
+
+def trainings(method: Method, layout: Layout, rounds: int) -> int:
+    """The number of times that a client which takes part in each of ``rounds`` trains an adapter."""
+    state = _begun(method, layout, False, rounds, True)
+    alone = torch.zeros(1, dtype=torch.int64)
+    return sum(len(method.broadcast(replace(state, round=round), alone).client) for round in range(rounds))
+
+
+def _begun(method: Method, layout: Layout, ranks_differ: bool, rounds: int, plain_sgd: bool) -> ServerState:
     alone = torch.zeros(1, dtype=torch.int64)
     rank = torch.full_like(alone, layout.rank) if ranks_differ else None
     start, graph = torch.zeros(layout.size), Groups(alone)
-    method.init(Setting(layout, start, 1, graph, 0.0, 0, rank, rounds, plain_sgd))
+    return method.init(Setting(layout, start, 1, graph, 0.0, 0, rank, rounds, plain_sgd))

@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 from mira.adapters import ADAPTERS
 from mira.config import compatibility, placement
 from mira.config.overrides import override
+from mira.config.privacy import PrivacySection
 from mira.config.prompt import PromptSection
 from mira.config.sections import SECTIONS, AdapterSection, DataSection, GraphSection, MethodSection
 from mira.config.validation_errors import explain
@@ -145,18 +146,6 @@ class ServerSection:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class PrivacySection:
-    """Gaussian noise that each site adds to its uploads (mira server). docs/security.md states its guarantees and limits."""
-
-    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    """Maximum Euclidean norm of an adapter's update; longer updates are scaled down to it."""
-    noise: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    """Standard deviation of the Gaussian noise on every uploaded number, as a multiple of clip."""
-    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    """δ of the (ε, δ) guarantee: the probability for which ε is reported."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ClientsSection:
     """Settings of single clients."""
 
@@ -191,7 +180,7 @@ class Experiment(BaseModel):
     evaluation: EvaluationSection = EvaluationSection()
     server: ServerSection = ServerSection()
     privacy: PrivacySection | None = None
-    """Noise that sites add to their adapters; null: none."""
+    """Noise for differential privacy; null: none."""
     tracking: Tracking = Tracking()
 
     @classmethod
@@ -254,6 +243,8 @@ class Experiment(BaseModel):
         if check is not None:
             check(self)
         compatibility.check(self.method, layout, bool(self.clients.rank), self.rounds, self.training.plain_sgd)
+        if self.privacy is not None and self.privacy.by_example:
+            compatibility.check_private(self.method, layout)
         dropout = getattr(self.adapter, "dropout", 0.0)
         if self.engine.prefix == "on" and dropout > 0:
             raise UserError(

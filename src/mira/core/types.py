@@ -286,6 +286,12 @@ def uses_graph(method: object) -> bool:
     return bool(getattr(method, "uses_graph", False))
 
 
+def chooses_by_training_loss(method: object) -> bool:
+    """True for a method that offers rows to be chosen by their loss on training examples: its attribute
+    ``chooses_by_training_loss``, False where absent."""
+    return bool(getattr(method, "chooses_by_training_loss", False))
+
+
 def has_private_parts(work: Work) -> bool:
     """True if a part of the trained numbers never leaves the client: no server then knows the deployed rows."""
     if work.private is not None and bool(work.private.any()):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Lock
@@ -27,18 +26,17 @@ from mira.core.seeds import generator
 from mira.core.threads import check_cancelled, parallel_map
 from mira.core.types import Failure, Scores, Trained, Work
 from mira.engine.adapted_model import AdaptedModel, PassInputs
-from mira.engine.attention.packed import PackedAttention, in_one_kernel
-from mira.engine.budget import bytes_per_token, copies_fit, tokens_per_pass, useful_tokens
-from mira.engine.checkpoint import recomputed
-from mira.engine.cuda import graphs
+from mira.engine.attention.packed import PackedAttention
+from mira.engine.budget import copies_fit, useful_tokens
+from mira.engine.capacity import capturable, measured_budget, recomputing
 from mira.engine.cuda.replay import GraphReplayer
 from mira.engine.forward_only import FORWARD_FACTOR, ForwardOnly
-from mira.engine.generate import cache_bytes_per_token
 from mira.engine.memory import HALVING, OUT_OF_MEMORY, is_out_of_memory
 from mira.engine.optim import RowOptimizer, pull
 from mira.engine.packing import Pass, PassItems, halves, labels_of, plan
+from mira.engine.private import PrivateSteps, add_clipped, drawn, examples_at_a_time
 from mira.engine.reference import ReferenceEngine
-from mira.engine.spec import EngineSpec
+from mira.engine.spec import Batches, EngineSpec
 from mira.engine.step import StepSums
 
 log = logging.getLogger(__name__)
@@ -46,18 +44,18 @@ log = logging.getLogger(__name__)
 # Passes whose clients have rows, gradients and moments in memory at the same time. With fewer, more passes are half empty.
 _PASSES_PER_GROUP = 2
 
-Batches = Sequence[Sequence[Encoded]]  # of one client in a round: the sequences of each local step
-
 
 @dataclass(frozen=True)
 class _Round:
-    """A round's work: the ``batches`` of each job, the learning rate, and ``budget``: the tokens of one pass."""
+    """A round's work: the ``batches`` of each job, the learning rate, ``budget``: the tokens of one pass, and ``passes``: those
+    at a time."""
 
     work: Work
     batches: Sequence[Batches]
     number: int
     lr: float
     budget: int
+    passes: int
 
 
 @dataclass(frozen=True)
@@ -87,22 +85,22 @@ class BatchedEngine:
         """
         adapted = AdaptedModel.of(spec.model, spec.layout, spec.dropout, prefix, longest)
         fallback = None if adapted.patched.decodes else ReferenceEngine.of(replace(spec, checkpointing=False))
-        replayer = GraphReplayer(adapted) if cuda_graphs and _capturable(spec, adapted) else None
-        budget = tokens_per_pass or _measured_budget(spec, adapted, replayer is not None)
+        replayer = GraphReplayer(adapted) if cuda_graphs and capturable(spec, adapted) else None
+        budget = tokens_per_pass or measured_budget(spec, adapted, replayer is not None)
         return BatchedEngine(spec, adapted, fallback, replayer, budget)
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
         """See ``Engine.train``."""
-        batches = [self.spec.corpus.batches(round, int(client)) for client in work.client]
+        batches = [self.spec.batches(work, job, round) for job in range(len(work.client))]
         # Longest first: the rows still active in a step are then the first ones of their group.
         order = sorted(range(len(batches)), key=lambda job: -len(batches[job]))
-        sizes = [[self.adapted.tokens(step) for step in batches[job]] for job in order]
+        sizes = [[self._tokens(step) for step in batches[job]] for job in order]
         passes = self.adapted.pass_plan([max(size) for size in sizes], self.budget)
         chosen = plan(sizes, _PASSES_PER_GROUP * passes.tokens, passes.workers)
         tokens = [sum(sum(sizes[place]) for place in places) for places in chosen]
         groups = [[order[place] for place in places] for places in chosen]
-        train = partial(self._train_group, _Round(work, batches, round, lr, passes.tokens))
-        with _recomputing(self.spec, self.adapted):
+        train = partial(self._train_group, _Round(work, batches, round, lr, passes.tokens, passes.workers))
+        with recomputing(self.spec, self.adapted):
             trained = Trained.joined(parallel_map(train, groups, passes.workers, tokens))
             if trained.failed and min(passes.workers, len(groups)) > 1:
                 # Several groups trained at a time: they may have run out of memory together only. Retry one by one.
@@ -124,27 +122,36 @@ class BatchedEngine:
         dropout = [generator("dropout", spec.seed, now.number, int(k)) for k in client] if spec.dropout else None
         lost: dict[int, str] = {}
         ratio = spec.layout.scale_ratio(rows)  # to the one scale of an adapter batch, where ranks differ
+        private = PrivateSteps.of(spec, work, jobs, now.number)
         for step in range(len(batches[0])):
             active = sum(len(steps) > step for steps in batches)
             due = {row: batches[row][step] for row in range(active) if row not in lost}
             if step:
                 grad[:active].zero_()
-            self._add_passes(
-                StepSums(rows if ratio is None else rows * ratio, grad, loss, dropout, due, lost), now.budget
-            )
-            if ratio is not None:
-                grad[:active].mul_(ratio[:active])
+            sums = StepSums(rows if ratio is None else rows * ratio, grad, loss, dropout, due, lost)
+            if private is None:
+                self._add_passes(sums, now.budget)
+                if ratio is not None:
+                    grad[:active].mul_(ratio[:active])
+            else:
+                add_clipped(
+                    sums, partial(self._add_passes, budget=now.budget), private.privacy.clip,
+                    examples_at_a_time(rows, now.passes), optimizer.frozen, ratio,
+                )  # fmt: skip
+                for row in due:
+                    grad[row] = private.finished(row, grad[row])
             if anchor is not None and prox is not None:  # before clipping: part of the objective
                 pull(grad[:active], rows[:active], anchor[:active], prox[:active])
             if shift is not None:
                 grad[:active].add_(shift[:active])
             optimizer.step(rows, grad, active, now.lr)
         steps = torch.tensor([len(each) for each in batches])
+        losses = steps if private is None else torch.tensor([drawn(each) for each in batches])
         trained = Trained(
             client=client, job=torch.tensor(jobs), rows=rows.cpu(),
             examples=torch.tensor([spec.corpus.num_train(int(k)) for k in client]),
             tokens=torch.tensor([sum(len(s.tokens) for batch in each for s in batch) for each in batches]),
-            steps=steps, loss=loss.cpu() / steps, lr=now.lr,
+            steps=steps, loss=loss.cpu() / losses, lr=now.lr,
             optimizer=optimizer.packed().cpu() if spec.training.keep_optimizer else None,
         )  # fmt: skip
         if not lost:
@@ -152,6 +159,10 @@ class BatchedEngine:
         alive = [row for row in range(len(jobs)) if row not in lost]
         failed = [Failure(int(client[row]), reason) for row, reason in sorted(lost.items())]
         return trained.select(torch.tensor(alive, dtype=torch.int64), failed)
+
+    def _tokens(self, batch: Sequence[Encoded]) -> int:
+        """Tokens of a batch in a training pass; DP-SGD shares no prefix."""
+        return self.adapted.tokens(batch) if self.spec.privacy is None else sum(self.adapted.tokens([s]) for s in batch)
 
     def _add_passes(self, sums: StepSums, budget: int) -> None:
         """Add gradients and losses of all passes of a step. A pass that runs out of memory is undone and split."""
@@ -258,42 +269,3 @@ class BatchedEngine:
         check_cancelled()
         with self.reporting:
             self.spec.progress(sum(len(s.tokens) for _, sequences in items for s in sequences))
-
-
-def _capturable(spec: EngineSpec, adapted: AdaptedModel) -> bool:
-    """Tell whether a pass can be captured: on a GPU, packed, by one attention kernel, and with the same operations every time.
-
-    Operations differ with dropout masks, recomputed layers, virtual tokens, experts per client, and tiled attention.
-    """
-    layout, model = spec.layout, spec.model
-    varying = spec.dropout or spec.checkpointing or layout.virtual_tokens or layout.experts
-    supported = model.device.type in graphs.DEVICES and in_one_kernel(model.device, model.dtype)
-    return not varying and adapted.patched.kind == "packed" and supported
-
-
-def _recomputing(spec: EngineSpec, adapted: AdaptedModel) -> AbstractContextManager[None]:
-    """Checkpointing for all training passes within the block; threads share the model."""
-    if not spec.checkpointing:
-        return nullcontext()
-    return recomputed(spec.model, adapted.dropout_generators, adapted.surroundings)
-
-
-def _measured_budget(spec: EngineSpec, adapted: AdaptedModel, captured: bool) -> int:
-    """As many tokens as memory allows, by the bytes that a training pass keeps of each token."""
-    device, dtype, threads = spec.model.device, spec.model.dtype, torch.get_num_threads()
-    held = spec.model.get_memory_footprint()
-    if not spec.layout.entries:  # the base alone has no backward pass to measure
-        each = FORWARD_FACTOR * max(1.0, cache_bytes_per_token(adapted.body))
-        return tokens_per_pass(device, dtype, each, threads, held=held)
-    rows = adapted.rows(torch.zeros(1, spec.layout.size))
-
-    def train(tokens: int) -> None:
-        sequence = Encoded((1,) * tokens, (False,) * (tokens - 1) + (True,), False)
-        with _recomputing(spec, adapted):
-            packed = adapted.pack([(0, [sequence])])
-            adapters = AdapterBatch(rows, packed.ranges, torch.zeros_like(rows), needed=packed.predict)
-            adapted.learn_packed(packed, adapters)
-
-    frozen = (*spec.model.parameters(), *spec.model.buffers(), rows)
-    each = bytes_per_token({tensor.untyped_storage().data_ptr() for tensor in frozen}, train)
-    return tokens_per_pass(device, dtype, each, threads, captured, held)

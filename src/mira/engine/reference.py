@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from mira.adapters.types import SingleAdapterModel
 from mira.adapters.weights import on_same_weights
 from mira.core.encoded import Encoded
+from mira.core.example_privacy import factors
 from mira.core.layout import PLUS
 from mira.core.seeds import stream
 from mira.core.types import Failure, Scores, Trained, Work
@@ -25,6 +26,7 @@ from mira.engine.checkpoint import recomputed
 from mira.engine.generate import positions
 from mira.engine.memory import OUT_OF_MEMORY, is_out_of_memory
 from mira.engine.model_errors import MODEL_ERRORS, is_not_model_error, raise_as, unsupported
+from mira.engine.private import PrivateSteps, drawn, labelled
 from mira.engine.spec import EngineSpec
 
 _TRIAL = Encoded((1, 1, 1), (False, False, True), False)
@@ -76,7 +78,8 @@ class ReferenceEngine:
     def _train_one(self, work: Work, job: int, round: int, lr: float) -> Trained:
         client = int(work.client[job])
         parameters = self._load(work.start[job])
-        batches = self.spec.corpus.batches(round, client)
+        batches = self.spec.batches(work, job, round)
+        private = PrivateSteps.of(self.spec, work, [job], round)
         optimizer = self._optimizer(parameters, lr)
         if (kept := work.kept_state(job)) is not None:
             self._restore(optimizer, parameters, kept)
@@ -85,35 +88,60 @@ class ReferenceEngine:
             torch.manual_seed(stream("dropout", self.spec.seed, round, client))
             for batch in batches:
                 optimizer.zero_grad()
-                with recomputed(self.peft, _dropout_generators) if self.spec.checkpointing else nullcontext():
-                    loss = self._loss(batch, "mean")
-                (loss + self._proximal(work, job, parameters)).backward()
-                for p in parameters:  # a layer that no text reaches has no gradient
-                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                if private is None:
+                    losses.append(self._backward(batch, parameters))
+                else:
+                    losses.append(self._private_backward(batch, work, parameters, private))
+                self._pull(work, job, parameters)
                 self._shift(work, job, parameters)
                 self._freeze(work, parameters)
                 if self.spec.training.clip is not None:
                     torch.nn.utils.clip_grad_norm_(parameters, self.spec.training.clip)
                 optimizer.step()
                 self._hold(work, job, parameters)
-                losses.append(loss.detach().double().cpu())
                 self.spec.progress(sum(len(s.tokens) for s in batch))
+        count = len(batches) if private is None else drawn(batches)
         return Trained(
             client=torch.tensor([client]), job=torch.tensor([job]), rows=self.single.row()[None],
             examples=torch.tensor([self.spec.corpus.num_train(client)]),
             tokens=torch.tensor([sum(len(s.tokens) for batch in batches for s in batch)]),
-            steps=torch.tensor([len(batches)]), loss=torch.stack(losses).mean()[None], lr=lr,
+            steps=torch.tensor([len(batches)]), loss=torch.stack(losses).sum()[None] / count, lr=lr,
             optimizer=self._packed(optimizer, parameters)[None] if self.spec.training.keep_optimizer else None,
         )  # fmt: skip
 
-    def _proximal(self, work: Work, job: int, parameters: Sequence[torch.nn.Parameter]) -> Tensor:
-        """prox/2·‖w − anchor‖²."""
-        if work.anchor is None or work.prox is None:
-            return torch.zeros(())
-        pairs = zip(self._views(work.anchor[job]), parameters, strict=True)
-        return (
-            0.5 * float(work.prox[job]) * torch.stack([(p - anchor.to(p)).square().sum() for anchor, p in pairs]).sum()
-        )
+    def _backward(self, batch: Sequence[Encoded], parameters: Sequence[torch.nn.Parameter]) -> Tensor:
+        """The mean label loss of ``batch`` (float64); sets its gradients."""
+        with recomputed(self.peft, _dropout_generators) if self.spec.checkpointing else nullcontext():
+            loss = self._loss(batch, "mean")
+        loss.backward()
+        for p in parameters:  # a layer that no text reaches has no gradient
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        return loss.detach().double().cpu()
+
+    def _private_backward(
+        self, batch: Sequence[Encoded], work: Work, parameters: Sequence[torch.nn.Parameter], private: PrivateSteps
+    ) -> Tensor:
+        """The sum of the examples' mean label losses (float64); sets the gradients of a step of DP-SGD."""
+        loss, total = torch.zeros((), dtype=torch.float64), [torch.zeros_like(p) for p in parameters]
+        for sequence in labelled(batch):
+            self.peft.zero_grad()
+            loss += self._backward([sequence], parameters)
+            self._freeze(work, parameters)
+            norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
+            for p, part in zip(parameters, total, strict=True):
+                assert p.grad is not None
+                part.add_(p.grad * factors(norm, private.privacy.clip))
+        noised = private.finished(0, torch.cat([part.flatten() for part in total]))
+        for p, view in zip(parameters, self._views(noised), strict=True):
+            p.grad = view.clone()
+        return loss
+
+    def _pull(self, work: Work, job: int, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Add the gradients of prox/2·‖w − anchor‖²."""
+        if work.anchor is not None and work.prox is not None:
+            pairs = zip(self._views(work.anchor[job]), parameters, strict=True)
+            parts = [(p - anchor.to(p)).square().sum() for anchor, p in pairs]
+            (0.5 * float(work.prox[job]) * torch.stack(parts).sum()).backward()
 
     def _shift(self, work: Work, job: int, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Add the job's shift to the gradients."""

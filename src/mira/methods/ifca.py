@@ -6,7 +6,7 @@ clients. Rows of LoRA with B = 0 are one and the same model, of equal loss for e
 in the first round. The trained rows that differ most begin the clusters, each joined by the clients nearest to it.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -28,6 +28,8 @@ _CLUSTER = "ifca.cluster"  # in extra: the cluster of each of them [n]
 class IFCA:
     """j_k = argmin_j F_k(θ_j), then θ_j ← Σ_k p_k·θ̂_k over the clients with j_k = j, p_k = n_k/Σn within it. Client k deploys
     the row of its last cluster."""
+
+    chooses_by_training_loss: ClassVar[bool] = True
 
     name: Literal["ifca"] = "ifca"
     clusters: Annotated[int, Field(ge=1)] = 4

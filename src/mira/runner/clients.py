@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mira.core.engine import ClientBackend, Engine, Grade
+from mira.core.errors import UserError
 from mira.core.offers import option_scores
 from mira.core.types import Offer
 from mira.core.wire import Wire
@@ -46,6 +47,11 @@ class LocalClients:
         return [grade if share is None else grade | {evaluation.LABEL_ACCURACY: share} for grade, share in pairs]
 
     def losses(self, offer: Offer, limit: int | None) -> Tensor:
+        if offer.split == "train" and self.session.accountant is not None:
+            raise UserError(
+                f"privacy.unit=example: method.name={self.session.experiment.method.name} chooses by the loss on training"
+                " examples, which has no noise; take another method"
+            )
         with enough_memory(self.session.experiment):
             return option_scores(self.session.engine, offer, limit).loss
 
@@ -56,10 +62,13 @@ class LocalClients:
         return torch.empty(0, dtype=torch.int64)
 
     def round_extras(self) -> dict[str, Any]:
-        return {}
+        accountant = self.session.accountant
+        return {} if accountant is None else {"privacy": accountant.spent()}
 
     def begin(self, has_private_parts: bool) -> None: ...
 
-    def committed(self, record: Mapping[str, Any]) -> None: ...
+    def committed(self, record: Mapping[str, Any]) -> None:
+        if self.session.accountant is not None:
+            self.session.accountant.recall(record)
 
     def finish(self, deployed: Callable[[Tensor], Tensor]) -> None: ...

@@ -72,6 +72,11 @@ def adapt(
             config.recorded(store.config(), store.environment(), store.folder),
             store.environment(),
         )
+        if experiment.privacy is not None and experiment.privacy.by_example:
+            raise UserError(
+                f"--client {name}: the run protects examples (privacy.unit=example), and mira adapt adds no noise; start a run"
+                " that has this client among its own"
+            )
         known = _known(environment, experiment, by_group=group is not None)
         _check(name, group, known)
         own = _own(experiment, _Newcomer(name, group or "", tuple(files)), overrides)

@@ -53,9 +53,10 @@ class Objects:
     ) -> Session:
         """Open the session of ``experiment`` on these objects. ``clients``: the clients recorded by a run, if no examples are
         needed. ``to_run``: see ``open_session``. Raises UserError."""
-        if recorded is None and experiment.privacy is not None:
+        if recorded is None and experiment.privacy is not None and not experiment.privacy.by_example:
             raise UserError(
-                "privacy: sites add the noise (mira server), and one process has no sites; leave privacy out"
+                "privacy: sites add the noise (mira server), and one process has no sites; set privacy.unit=example, or leave"
+                " privacy out"
             )
         if self.clients is not None:
             clients = make_federation(Given(self.clients), experiment.split, experiment.seed)

@@ -29,6 +29,7 @@ from mira.runner.recording import FolderRecorder, state_of
 from mira.runner.summary import ADAPTERS, Result, located, summary
 from mira.serving.folders import export_adapters
 from mira.setup.environment import check_environment
+from mira.setup.privacy import AccountedTrainer
 from mira.setup.session import TOKENS, Session
 from mira.store import Store
 from mira.trackers import Trackers
@@ -125,9 +126,10 @@ def _go_on(session: Session, store: Store, state: ServerState, told: Callbacks) 
         schedule = Schedule(experiment.seed, experiment.rounds, experiment.cohort, experiment.training, clients.wire)
         if "stopped" not in store.metrics()[-1]:
             losses = partial(clients.losses, limit=experiment.evaluation.examples)
-            run_rounds(
-                method, clients.engine, state, schedule, names, FolderRecorder(store), look, observer.round, losses
+            trainer = (
+                clients.engine if session.accountant is None else AccountedTrainer(clients.engine, session.accountant)
             )
+            run_rounds(method, trainer, state, schedule, names, FolderRecorder(store), look, observer.round, losses)
         result = _finish(session, store, told)
         shown.finish(result)
     return located(result, store.folder)

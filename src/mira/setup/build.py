@@ -24,6 +24,7 @@ from mira.engine.memory import share_heap
 from mira.model import Base, Device, load
 from mira.setup.engine import EnginePlan
 from mira.setup.environment import environment_of
+from mira.setup.privacy import Accountant
 from mira.setup.session import TOKENS, Session
 from mira.setup.spread import check_gpus
 
@@ -63,14 +64,17 @@ def open_session(
         federation = without_overlong(federation, encoder)
     prove_prompts(federation, encoder)
     corpus, truncated = _corpus(experiment, federation, encoder, first, folder)
-    plan = EnginePlan(experiment, base, adapter, encoder, corpus, recorded, progress)
+    accountant = Accountant.of(experiment, corpus) if to_run else None
+    plan = EnginePlan(experiment, base, adapter, encoder, corpus, recorded, progress, accountant and accountant.privacy)
     if experiment.engine.prefix != "off" and not plan.shares_prefix:
         log.warning(
             "adapter.dropout=%g: the shared prefix is off, because its sequences would share one dropout mask",
             adapter.in_pass.dropout,
         )
     surroundings = environment_of(experiment, base, federation, threads, plan.shares_prefix, truncated, encoder)
-    return Session(experiment, base, federation, corpus, adapter, plan, surroundings, spread=spread)
+    return Session(
+        experiment, base, federation, corpus, adapter, plan, surroundings, spread=spread, accountant=accountant
+    )
 
 
 def _device(experiment: Experiment) -> Device:

@@ -12,6 +12,7 @@ import torch
 from mira.adapters.types import Adapter
 from mira.config import Experiment
 from mira.core.engine import Engine
+from mira.core.example_privacy import ExamplePrivacy
 from mira.data.corpus import Corpus
 from mira.data.federation import SPLITS
 from mira.data.text import Encoder
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class EnginePlan:
     """The parts of an engine that is not built yet. ``taken_over``: the environment of a resumed run, whose engine and pass size
-    apply again. ``progress``: called with the number of computed tokens."""
+    apply again. ``progress``: called with the number of computed tokens. ``privacy``: train with DP-SGD."""
 
     experiment: Experiment
     base: Base
@@ -40,6 +41,7 @@ class EnginePlan:
     corpus: Corpus
     taken_over: Mapping[str, Any]
     progress: Callable[[int], None]
+    privacy: ExamplePrivacy | None = None
 
     @property
     def shares_prefix(self) -> bool:
@@ -107,7 +109,7 @@ class EnginePlan:
         text = Text(self.base.tokenizer.pad_token_id, self.encoder.stops, self.encoder.answer)
         return EngineSpec(
             self.base.model, text, self.adapter.in_pass, self.corpus, self.experiment.training, self.experiment.seed,
-            self.experiment.engine.checkpointing, self.progress,
+            self.experiment.engine.checkpointing, self.progress, self.privacy,
         )  # fmt: skip
 
     def _longest(self) -> int:

@@ -32,6 +32,7 @@ from mira.methods.heterogeneous_ranks import with_ranks
 from mira.methods.warm_start import WarmStart
 from mira.model import Base
 from mira.setup.engine import EnginePlan
+from mira.setup.privacy import Accountant
 from mira.setup.spread import spread_out
 
 TOKENS = "tokens"  # in the run folder: the examples as encoded, for a session that opens the run again
@@ -53,6 +54,8 @@ class Session:
     """Training and evaluation at sites on other machines; None: in this process, by ``engine``."""
     spread: bool = False
     """Compute on the workers that the configuration asks for."""
+    accountant: Accountant | None = None
+    """Counts what training costs in privacy; None: it adds no noise."""
 
     @cached_property
     def engine(self) -> Engine:

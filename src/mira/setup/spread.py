@@ -49,7 +49,7 @@ def spread_out(plan: EnginePlan) -> SpreadEngine:
         needed = experiment.model_copy(update={"data": None, "method": None, "graph": None})
         parts = Parts(
             needed, layout.device, _shipped(plan.base), plan.base.sha256, plan.encoder, plan.corpus, layout.threads,
-            layout.together,
+            layout.together, plan.privacy,
         )  # fmt: skip
         crew = RayCrew(connection, layout.places, ray.put(parts), dict(plan.taken_over), plan.progress)
         about = crew.start(layout.fitting)

@@ -15,6 +15,7 @@ import torch
 from mira.config import Experiment
 from mira.core.engine import Engine
 from mira.core.errors import UserError
+from mira.core.example_privacy import ExamplePrivacy
 from mira.core.machine import Share, processor, total_memory, use_share
 from mira.core.versions import version_of
 from mira.data.corpus import Corpus
@@ -33,7 +34,7 @@ LIBRARIES = ("mira", "torch", "transformers", "peft")
 class Parts:
     """The parts of a worker's engine. ``experiment``: the sections that an engine reads. ``device``: that of all workers.
     ``base``: None for a base that the worker loads itself, which must have the hash ``sha256``. ``together``: workers that share
-    the memory of one device."""
+    the memory of one device. ``privacy``: train with DP-SGD."""
 
     experiment: Experiment
     device: Device
@@ -43,6 +44,7 @@ class Parts:
     corpus: Corpus
     threads: int
     together: int
+    privacy: ExamplePrivacy | None
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,9 @@ class Worker:
         if adapter.directions is not None:  # an engine writes into these weights
             for tensor in adapter.directions.tensors.values():
                 tensor.data = tensor.data.clone()
-        plan = EnginePlan(parts.experiment, base, adapter, parts.encoder, parts.corpus, taken_over, self._progress.add)
+        plan = EnginePlan(
+            parts.experiment, base, adapter, parts.encoder, parts.corpus, taken_over, self._progress.add, parts.privacy
+        )
         self._engine = plan.build()
         recorded = plan.recorded(self._engine) | {"threads": parts.threads, "device": parts.device}
         versions = {name: version_of(name) for name in LIBRARIES}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mira.config.experiment import PrivacySection
+from mira.config.privacy import PrivacySection
 from mira.core.training import Training
 from mira.core.wire import Wire
 

@@ -151,7 +151,7 @@ class RemoteClients:
         if asked is None:
             return joined
         return joined | {"privacy": {
-            name: {"releases": n, "epsilon": epsilon(asked.noise, asked.delta, n), "delta": asked.delta}
+            name: {"releases": n, "epsilon": epsilon(asked.given_noise, asked.delta, n), "delta": asked.delta}
             for name, n in sorted(self._releases.items())
         }}  # fmt: skip
 

@@ -146,7 +146,9 @@ def _settled(experiment: Experiment, data: Sites, counts: dict[str, int], gone: 
 def _check(experiment: Experiment) -> None:
     """Raises UserError for settings that sites cannot follow."""
     if (asked := experiment.privacy) is not None:
-        epsilon(asked.noise, asked.delta, 1)  # a missing accountant is found now
+        if asked.by_example:
+            raise UserError("privacy.unit=example: is for mira run; sites protect all of their data, with unit: site")
+        epsilon(asked.given_noise, asked.delta, 1)  # a missing accountant is found now
     if experiment.engine.spreads:
         raise UserError(
             "engine: devices and workers spread a run of one process; each site computes its own, leave them out"

@@ -145,7 +145,9 @@ class SiteHandler:
         if self.model is not None:
             given["model"] = given["model"] | {"name": self.model, "source": "auto", "revision": None}
         experiment = config.parse(given | {"data": {"source": "builtin"}})
-        noise = 0.0 if experiment.privacy is None else experiment.privacy.noise
+        if experiment.privacy is not None and experiment.privacy.by_example:
+            raise RefusedRequest("privacy.unit=example: sites add noise to uploads alone (unit: site)")
+        noise = 0.0 if experiment.privacy is None else experiment.privacy.given_noise
         if noise < self.min_noise:
             raise RefusedRequest(f"privacy.noise={noise:g} is too little: it takes part from {self.min_noise:g} on")
         if experiment.privacy is not None:
@@ -212,7 +214,7 @@ class SiteHandler:
         export_row(here.session, place, _deployed(here, packet, 0), origin)
         log.info("adapter written to %s", place)
         if (asked := here.session.experiment.privacy) is not None:
-            log.info("privacy: %s", describe(asked.clip, asked.noise, asked.delta, here.releases))
+            log.info("privacy: %s", describe(asked.clip, asked.given_noise, asked.delta, here.releases))
         return {}, {}
 
 
@@ -275,7 +277,7 @@ def _encoded(here: JoinedRun, row: Tensor, start: Tensor, residual: Tensor | Non
         moved = row - start
         if privacy is not None:
             here.state.note("releases", {"count": here.releases + 1})  # counted before it leaves, whether used or not
-            moved = release(moved, privacy.clip, privacy.noise)
+            moved = release(moved, privacy.clip, privacy.given_noise)
         data, left = compress(moved, residual, wire)
     except ValueError as error:
         raise RefusedRequest(f"its adapter cannot be sent: {error}") from None

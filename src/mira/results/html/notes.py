@@ -55,7 +55,7 @@ def _of_run(run: RunData, alone: bool) -> list[str]:
             f"{who} continued without a client {times}: {_list([name for _, name, _ in lost])}; see Lost clients."
         )
     if spent := run.records[-1].get("privacy"):
-        found.append(f"{who} added noise to adapters: {privacy(spent)}.")
+        found.append(f"{who} added noise: {privacy(spent)}.")
     cut = run.environment.get("truncated", {})
     if cut:
         found.append(

@@ -1,0 +1,57 @@
+"""The section ``privacy``: noise for differential privacy."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from mira.core.errors import UserError
+from mira.core.pydantic_config import STRICT
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PrivacySection:
+    """Gaussian noise for differential privacy. docs/privacy.md states guarantees and limits."""
+
+    unit: Literal["site", "example"] = "site"
+    """What is protected. site: all data of a site, by noise on its uploads (mira server). example: each training example, by
+    noise in each local step (DP-SGD, Abadi et al. 2016; mira run)."""
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Maximum Euclidean norm of an adapter's update in a round (site) or of one example's gradient (example); longer ones are
+    scaled down to it."""
+    noise: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Standard deviation of the Gaussian noise, as a multiple of clip: on every uploaded number (site), or on the sum of a step's
+    gradients (example)."""
+    epsilon: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """ε that no client exceeds in the whole run; each client's noise is computed from it. Instead of noise, with unit:
+    example."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """δ of the (ε, δ) guarantee; less than 1 over the number of a client's examples."""
+    simulation: bool = False
+    """Draw samples and noise from the run's seed, so that the run can be repeated. It then protects nobody: who knows the seed
+    can subtract the noise. Only with unit: example."""
+
+    def __post_init__(self) -> None:
+        if self.unit == "site":
+            for key in ("epsilon", "simulation"):
+                if getattr(self, key):
+                    raise UserError(
+                        f"privacy.{key}={getattr(self, key)}: belongs to unit: example; set unit, or leave {key} out"
+                    )
+            if self.noise is None:
+                raise UserError("privacy.noise: missing; unit: site needs it, e.g. noise: 8.0")
+        elif (self.noise is None) == (self.epsilon is None):
+            given = "neither" if self.noise is None else "both"
+            raise UserError(f"privacy: {given} of epsilon and noise given; set exactly one, e.g. epsilon: 8")
+
+    @property
+    def by_example(self) -> bool:
+        return self.unit == "example"
+
+    @property
+    def given_noise(self) -> float:
+        """``noise``, where no ``epsilon`` is given in its place."""
+        assert self.noise is not None
+        return self.noise

@@ -1,0 +1,82 @@
+"""DP-SGD: differential privacy of every training example (Abadi et al., "Deep Learning with Differential Privacy", CCS 2016).
+
+    g = (Σ_i g_i · min(1, C / ‖g_i‖) + N(0, (z·C)² I)) / B
+
+g_i: the gradient of example i's mean label loss over the whole adapter. Each example is in a step's sample with probability
+B/n, independently of the others (Poisson sampling); B: the expected, not the drawn, number of them; n: the client's training
+examples. Anchors, shifts, clipping, optimisers and servers work on the noised g or on what came of it: post-processing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mira.core import noise
+from mira.core.seeds import generator
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random choices of one job: from the system's entropy, or from generators where the run is a simulation."""
+
+    samples: torch.Generator | None = None
+    noises: torch.Generator | None = None
+
+    def sample(self, number: int, rate: float, steps: int) -> list[list[int]]:
+        """Poisson samples of the examples 0 to ``number`` − 1, one for each step; a sample may be empty."""
+        count = number * steps
+        draw = self.samples
+        u = noise.uniform(count, os.urandom) if draw is None else torch.rand(count, generator=draw, dtype=torch.float64)
+        return [row.nonzero()[:, 0].tolist() for row in (u < rate).view(steps, number)]
+
+    def normal(self, count: int) -> Tensor:
+        """``count`` standard normal numbers (float64)."""
+        if self.noises is None:
+            return noise.normal(count, os.urandom)
+        return torch.randn(count, generator=self.noises, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class ExamplePrivacy:
+    """The settings of DP-SGD in a run. ``clip``: C. ``batch``: the expected number of examples of a step. ``noise``: z of each
+    client. ``seed``: of a simulation, whose draws anyone can repeat; None: draws from the system's entropy."""
+
+    clip: float
+    batch: int
+    noise: Mapping[int, float]
+    seed: int | None = None
+
+    def rate(self, number: int) -> float:
+        """The probability with which each of a client's ``number`` examples is in a sample; 1 where they are fewer than
+        ``batch``."""
+        return min(1.0, self.batch / number)
+
+    def expected(self, number: int) -> float:
+        """B of a client with ``number`` examples."""
+        return self.rate(number) * number
+
+    def draws(self, round: int, client: int, job: int) -> Draws:
+        """The random choices of ``client`` in ``round``. ``job``: a number that no other job of the client has."""
+        if self.seed is None:
+            return Draws()
+        return Draws(*(generator(kind, self.seed, round, client, job) for kind in ("sample", "noise")))
+
+    def finished(self, total: Tensor, draws: Draws, client: int, number: int, held: Tensor | None = None) -> Tensor:
+        """g [P] from the sum of clipped gradients ``total`` [P] of a client with ``number`` examples.
+
+        ``held`` [P] bool: numbers that the client's rank has; the others get no noise. None: all.
+        """
+        added = draws.normal(len(total)).mul_(self.noise[client] * self.clip)
+        if held is not None:
+            added.mul_(held)
+        return (total + added.to(total)) / self.expected(number)
+
+
+def factors(norms: Tensor, clip: float) -> Tensor:
+    """min(1, C / ‖g_i‖) for gradients of ``norms`` [n]."""
+    return (clip / norms).clamp(max=1.0)

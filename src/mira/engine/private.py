@@ -1,0 +1,95 @@
+"""Steps of DP-SGD (``mira.core.example_privacy``) in the engines.
+
+In a pass of the batched engine each example is a row of its own. The gradient of a row is written where it belongs, so that it
+needs no pass of its own. A shared prefix would belong to several rows: each example computes its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mira.core.device import sent
+from mira.core.encoded import Encoded
+from mira.core.example_privacy import Draws, ExamplePrivacy, factors
+from mira.core.types import Work
+from mira.engine.packing import labels_of
+from mira.engine.spec import Batches, EngineSpec
+from mira.engine.step import StepSums
+
+_BYTES = 2**29  # of the rows and gradients of examples, over all threads
+
+
+@dataclass(frozen=True)
+class PrivateSteps:
+    """The noise of jobs that train together. For each: its ``draws``, its ``client``, the ``number`` of the client's examples,
+    and the numbers that its rank has (``held`` [P] bool; None: all)."""
+
+    privacy: ExamplePrivacy
+    draws: Sequence[Draws]
+    client: Sequence[int]
+    number: Sequence[int]
+    held: Sequence[Tensor | None]
+
+    @staticmethod
+    def of(spec: EngineSpec, work: Work, jobs: Sequence[int], round: int) -> PrivateSteps | None:
+        """The noise of ``jobs`` in ``round``; None where the run has none."""
+        if spec.privacy is None:
+            return None
+        layout, client = spec.layout, work.client[jobs].tolist()
+        return PrivateSteps(
+            spec.privacy, [spec.draws(work, job, round) for job in jobs], client,
+            [spec.corpus.num_train(k) for k in client],
+            [None if rank == layout.rank else layout.within(rank) for rank in layout.ranks(work.start[jobs])],
+        )  # fmt: skip
+
+    def finished(self, n: int, total: Tensor) -> Tensor:
+        """The noised gradient [P] of job ``n`` from the sum of its clipped ones ``total`` [P]."""
+        return self.privacy.finished(total, self.draws[n], self.client[n], self.number[n], self.held[n])
+
+
+def examples_at_a_time(rows: Tensor, threads: int) -> int:
+    """The number of examples whose rows and gradients, like those of ``rows`` [R,P], each of ``threads`` has in memory."""
+    return max(1, _BYTES // (2 * threads * max(1, rows[0].nbytes)))
+
+
+def add_clipped(
+    sums: StepSums, passes: Callable[[StepSums], None], clip: float, most: int, frozen: Tensor | None,
+    ratio: Tensor | None,
+) -> None:  # fmt: skip
+    """Add to ``sums.grad`` the clipped gradient of each example, and to ``sums.loss`` its mean label loss.
+
+    ``passes``: adds gradients and losses of a step, whose rows are examples. ``most``: examples in memory together. ``frozen``
+    [n]: places of a row that never move. ``ratio`` [R,P]: the scale of ``sums.rows`` relative to that of the clients' rows;
+    None: 1.
+    """
+    given = [(row, one) for row, batch in sums.batches.items() for one in labelled(batch)]
+    for begin in range(0, len(given), most):
+        part = given[begin : begin + most]
+        owners = [row for row, _ in part]
+        owner = sent(torch.tensor(owners), sums.rows.device)
+        rows = sums.rows[owner]
+        dropout = None if sums.dropout is None else [sums.dropout[row] for row in owners]
+        batches = {n: [one] for n, (_, one) in enumerate(part)}
+        each = StepSums(rows, torch.zeros_like(rows), sums.loss.new_zeros(len(part)), dropout, batches, {})
+        passes(each)
+        grad = each.grad if ratio is None else each.grad.mul_(ratio[owner])
+        if frozen is not None:
+            grad[:, frozen] = 0
+        scale = factors(torch.linalg.vector_norm(grad, dim=1, keepdim=True), clip)
+        sums.grad.index_add_(0, owner, grad.mul_(scale))
+        sums.loss.index_add_(0, owner, each.loss)
+        sums.lost.update({owners[n]: reason for n, reason in each.lost.items()})
+
+
+def labelled(batch: Sequence[Encoded]) -> list[Encoded]:
+    """The examples of ``batch`` that have something to learn."""
+    return [one for one in batch if labels_of(one)]
+
+
+def drawn(batches: Batches) -> int:
+    """The number of examples with labels in all steps, 1 at least: the divisor of a round's mean loss."""
+    return max(1, sum(len(labelled(batch)) for batch in batches))
