@@ -65,7 +65,9 @@ def open_session(
     prove_prompts(federation, encoder)
     corpus, truncated = _corpus(experiment, federation, encoder, first, folder)
     accountant = Accountant.of(experiment, corpus) if to_run else None
-    plan = EnginePlan(experiment, base, adapter, encoder, corpus, recorded, progress, accountant and accountant.privacy)
+    plan = EnginePlan(
+        experiment, base, adapter, encoder, corpus, recorded, progress, accountant.privacy if accountant else None
+    )
     if experiment.engine.prefix != "off" and not plan.shares_prefix:
         log.warning(
             "adapter.dropout=%g: the shared prefix is off, because its sequences would share one dropout mask",
