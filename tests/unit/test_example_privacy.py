@@ -16,12 +16,12 @@ from helpers.sample_config import settings
 from mira import Experiment
 from mira.adapters import ADAPTERS
 from mira.config.compatibility import trainings
-from mira.core.accounting import epsilon, noise_for
 from mira.core.errors import UserError
 from mira.core.example_privacy import ExamplePrivacy
 from mira.core.training import Training
 from mira.core.types import Trained, Work
 from mira.methods import METHODS
+from mira.setup.accounting import epsilon, noise_for
 from mira.setup.privacy import Accountant, AccountedTrainer
 
 DELTA = 1e-5
@@ -33,10 +33,10 @@ def by_formula(noise: float, rate: float, steps: int) -> float:
     found = []
     for alpha in range(2, 65):
         terms = [
-            comb(alpha, k) * (1 - rate) ** (alpha - k) * rate**k * exp((k * k - k) / (2 * noise**2))
+            log(comb(alpha, k)) + (alpha - k) * log(1 - rate) + k * log(rate) + (k * k - k) / (2 * noise**2)
             for k in range(alpha + 1)
         ]
-        spent = steps * log(sum(terms)) / (alpha - 1)
+        spent = steps * float(torch.tensor(terms, dtype=torch.float64).logsumexp(0)) / (alpha - 1)
         found.append(spent + log((alpha - 1) / alpha) - (log(DELTA) + log(alpha)) / (alpha - 1))
     return min(found)
 
@@ -120,9 +120,10 @@ def test_trainings_of_a_client_are_counted_for_every_method(name: str) -> None:
     assert times == (24 if name == "ditto" else 12)
 
 
-def accountant(budget: tuple[int, ...] = (), target: float | None = None) -> Accountant:
+def accountant(planned: tuple[int, int] = (20, 20), target: float | None = None) -> Accountant:
     privacy = ExamplePrivacy(1.0, 4, {0: 1.0, 1: 2.0}, seed=0)
-    return Accountant(privacy, DELTA, Training(local_steps=5), ("ann", "bob"), (40, 40), target, budget)
+    names, number = {0: "ann", 1: "bob"}, {0: 40, 1: 40}
+    return Accountant(privacy, DELTA, Training(local_steps=5), names, number, dict(enumerate(planned)), target)
 
 
 class Toy:
@@ -175,7 +176,7 @@ def test_a_client_whose_budget_is_spent_leaves_the_run_and_the_others_go_on() ->
 def test_what_makes_a_run_worthless_is_told(caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("dp_accounting", reason="needs the extra 'privacy'")
     with caplog.at_level(logging.INFO, "mira"):
-        replace(accountant(), delta=0.1).tell([20, 20])
+        replace(accountant(), delta=0.1).tell()
     told = caplog.text
     assert "noise 1 to 2 times clip" in told
     assert "privacy.delta=0.1: is no protection for 40 examples" in told

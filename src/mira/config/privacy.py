@@ -17,7 +17,7 @@ class PrivacySection:
 
     unit: Literal["site", "example"] = "site"
     """What is protected. site: all data of a site, by noise on its uploads (mira server). example: each training example, by
-    noise in each local step (DP-SGD, Abadi et al. 2016; mira run)."""
+    noise in each local step (DP-SGD, Abadi et al. 2016)."""
     clip: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """Maximum Euclidean norm of an adapter's update in a round (site) or of one example's gradient (example); longer ones are
     scaled down to it."""

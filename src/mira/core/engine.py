@@ -104,7 +104,7 @@ class ClientBackend(Protocol):
 
     def round_extras(self) -> dict[str, Any]:
         """Further entries of a round's record. ``joined``: the training examples of each client that joined late.
-        ``privacy``: of each client whose site adds noise to its uploads, the number of ``releases`` so far and the (``epsilon``,
+        ``privacy``: of each client with noise, the number of ``releases``, or private ``steps``, so far and the (``epsilon``,
         ``delta``) that they add up to."""
         ...
 

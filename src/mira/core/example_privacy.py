@@ -52,9 +52,8 @@ class ExamplePrivacy:
     seed: int | None = None
 
     def rate(self, number: int) -> float:
-        """The probability with which each of a client's ``number`` examples is in a sample; 1 where they are fewer than
-        ``batch``."""
-        return min(1.0, self.batch / number)
+        """``rate`` of a client with ``number`` examples."""
+        return rate(self.batch, number)
 
     def expected(self, number: int) -> float:
         """B of a client with ``number`` examples."""
@@ -75,6 +74,12 @@ class ExamplePrivacy:
         if held is not None:
             added.mul_(held)
         return (total + added.to(total)) / self.expected(number)
+
+
+def rate(batch: int, number: int) -> float:
+    """The probability with which each of ``number`` examples is in a sample of ``batch`` expected ones; 1 where they are
+    fewer."""
+    return min(1.0, batch / number)
 
 
 def factors(norms: Tensor, clip: float) -> Tensor:

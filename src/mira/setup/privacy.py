@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,68 +12,82 @@ import torch
 
 from mira.config import Experiment
 from mira.config.compatibility import trainings
-from mira.core.accounting import epsilon, noise_for
+from mira.config.privacy import PrivacySection
 from mira.core.engine import Trainer
-from mira.core.example_privacy import ExamplePrivacy
+from mira.core.example_privacy import ExamplePrivacy, rate
 from mira.core.training import Training
 from mira.core.types import Failure, Trained, Work
 from mira.data.corpus import Corpus
 from mira.engine.spread import part
+from mira.setup.accounting import epsilon, noise_for
 
 log = logging.getLogger(__name__)
+
+
+def noise_of(section: PrivacySection, training: Training, number: int, times: int) -> float:
+    """The noise multiplier of a client with ``number`` examples, which trains an adapter ``times`` times. Raises UserError where
+    none gives privacy.epsilon."""
+    if section.epsilon is None:
+        return section.given_noise
+    return noise_for(
+        section.epsilon, rate(training.batch_size, number), times * training.steps_for(number), section.delta
+    )
+
+
+def times_of(experiment: Experiment) -> int:
+    """The number of times that a client trains an adapter in a run that protects examples, if it takes part in every round; 0
+    in another run."""
+    if experiment.privacy is None or not experiment.privacy.by_example:
+        return 0
+    return trainings(experiment.method, experiment.adapter.smallest(), experiment.rounds)
 
 
 @dataclass(frozen=True)
 class Accountant:
     """The privacy that each client's training examples have lost.
 
-    ``number``: each client's training examples. ``budget``: the steps of each that epsilon allows; empty where noise is given.
-    ``steps``: those done so far by client, updated in place.
+    ``names``: of the clients, by number; ``number``: of the training examples of each. ``planned``: the steps of each in the
+    whole run, which ``target`` (privacy.epsilon; None where the noise is given) allows. ``steps``: those done so far, updated in
+    place.
     """
 
     privacy: ExamplePrivacy
     delta: float
     training: Training
-    names: Sequence[str]
-    number: Sequence[int]
+    names: Mapping[int, str]
+    number: Mapping[int, int]
+    planned: Mapping[int, int]
     target: float | None = None
-    budget: Sequence[int] = ()
     steps: Counter[int] = field(default_factory=Counter)
 
     @staticmethod
-    def of(experiment: Experiment, corpus: Corpus) -> Accountant | None:
-        """The accountant of a run; None where it is none of DP-SGD. Raises UserError where no noise gives privacy.epsilon."""
-        section = experiment.privacy
+    def of(experiment: Experiment, corpus: Corpus, times: int) -> Accountant | None:
+        """The accountant of a run in which each client of ``corpus`` trains ``times`` times; None where it is none of DP-SGD.
+        Raises UserError where no noise gives privacy.epsilon, or the accountant is not installed."""
+        section, training = experiment.privacy, experiment.training
         if section is None or not section.by_example:
             return None
-        names = [client.name for client in corpus.federation.clients]
-        number = [corpus.num_train(k) for k in range(len(names))]
+        names = {k: client.name for k, client in enumerate(corpus.federation.clients, corpus.first)}
+        number = {k: corpus.num_train(k) for k in names}
+        noise = {k: noise_of(section, training, n, times) for k, n in number.items()}
         seed = experiment.seed if section.simulation else None
-        privacy = ExamplePrivacy(section.clip, experiment.training.batch_size, {}, seed)
-        times = trainings(experiment.method, experiment.adapter.smallest(), experiment.rounds)
-        planned = [times * experiment.training.steps_for(n) for n in number]
-        if section.epsilon is None:
-            noise = [section.given_noise] * len(names)
-        else:
-            wanted = zip(number, planned, strict=True)
-            noise = [noise_for(section.epsilon, privacy.rate(n), steps, section.delta) for n, steps in wanted]
         made = Accountant(
-            replace(privacy, noise=dict(enumerate(noise))), section.delta, experiment.training, names, number,
-            section.epsilon, planned if section.epsilon is not None else (),
+            ExamplePrivacy(section.clip, training.batch_size, noise, seed), section.delta, training, names, number,
+            {k: times * training.steps_for(n) for k, n in number.items()}, section.epsilon,
         )  # fmt: skip
-        made.tell(planned)
+        made.tell()
         return made
 
-    def tell(self, planned: Sequence[int]) -> None:
+    def tell(self) -> None:
         """Log what the run will cost, and warn of what makes it worthless."""
-        noise = self.privacy.noise.values()
-        most = max(self.epsilon(k, steps) for k, steps in enumerate(planned))
+        noise, examples = self.privacy.noise.values(), max(self.number.values())
+        most = max(self.epsilon(k, steps) for k, steps in self.planned.items())
         log.info(
             "privacy: noise %.3g to %.3g times clip in each step; at most epsilon=%.3g at delta=%g for each training example",
             min(noise), max(noise), most, self.delta,
         )  # fmt: skip
-        if self.delta >= 1 / max(self.number):
-            log.warning("privacy.delta=%g: is no protection for %d examples; lower it", self.delta, max(self.number))
+        if self.delta >= 1 / examples:
+            log.warning("privacy.delta=%g: is no protection for %d examples; lower it", self.delta, examples)
         if self.privacy.seed is not None:
             log.warning("privacy.simulation=true: noise comes from the seed; this run protects nobody")
 
@@ -89,21 +103,26 @@ class Accountant:
                 "steps": self.steps[k], "noise": self.privacy.noise[k], "epsilon": self.epsilon(k, self.steps[k]),
                 "delta": self.delta,
             } | simulated
-            for k, name in enumerate(self.names)
+            for k, name in self.names.items()
         }  # fmt: skip
 
     def recall(self, record: Mapping[str, Any]) -> None:
         """Take over the counts of a committed round, where they are higher."""
-        for name, told in record.get("privacy", {}).items():
-            client = self.names.index(name)
-            self.steps[client] = max(self.steps[client], told["steps"])
+        for client, name in self.names.items():
+            self.steps[client] = max(self.steps[client], record.get("privacy", {}).get(name, {"steps": 0})["steps"])
 
     def charge(self, work: Work) -> list[int]:
         """Count the steps of a round before they are done; returns the jobs of the clients whose budget has room for them."""
-        for_round = Counter({k: n * self.training.steps_for(self.number[k]) for k, n in _jobs(work).items()})
-        out = {k for k, steps in for_round.items() if self.budget and self.steps[k] + steps > self.budget[k]}
-        self.steps.update({k: steps for k, steps in for_round.items() if k not in out})
+        jobs = Counter(work.client.tolist())
+        due = {k: n * self.training.steps_for(self.number[k]) for k, n in jobs.items()}
+        out = {k for k, n in due.items() if self.target is not None and self.steps[k] + n > self.planned[k]}
+        self.steps.update({k: n for k, n in due.items() if k not in out})
         return [job for job, k in enumerate(work.client.tolist()) if k not in out]
+
+    @property
+    def refusal(self) -> str:
+        """The line with which a client leaves the run."""
+        return f"privacy.epsilon={self.target:g} is spent"
 
 
 @dataclass(frozen=True)
@@ -118,9 +137,8 @@ class AccountedTrainer:
         jobs = self.accountant.charge(work)
         if len(jobs) == len(work.client):
             return self.inner.train(work, round, lr)
-        reason = f"privacy.epsilon={self.accountant.target:g} is spent"
         gone = sorted(set(work.client.tolist()) - set(work.client[jobs].tolist()))
-        failed = [Failure(client, reason, asked=False) for client in gone]
+        failed = [Failure(client, self.accountant.refusal, asked=False) for client in gone]
         if not jobs:
             nothing = torch.empty(0, dtype=torch.int64)
             return Trained(
@@ -129,7 +147,3 @@ class AccountedTrainer:
         trained = self.inner.train(part(work, jobs), round, lr)
         trained = replace(trained, job=torch.tensor(jobs)[trained.job])
         return replace(trained, failed=(*trained.failed, *failed))
-
-
-def _jobs(work: Work) -> Counter[int]:
-    return Counter(work.client.tolist())

@@ -34,7 +34,8 @@ class RemoteRun:
 class RoundPolicy:
     """``rounds`` of the run. ``deadline``: the longest wait of a round, in seconds. ``minimum``: the number of replies that end
     it sooner, None for all. ``max_norm``: the longest displacement of a row in a round, None for any that is not far from the
-    others'. ``wire``: the format of rows. ``privacy``: the noise that sites add to theirs. ``training``: the local training."""
+    others'. ``wire``: the format of rows. ``privacy``: the noise that sites add. ``training``: the local training.
+    ``times``: the trainings of an adapter that a site does in the whole run."""
 
     rounds: int
     deadline: float
@@ -43,3 +44,9 @@ class RoundPolicy:
     max_norm: float | None = None
     wire: Wire = "fp32"
     privacy: PrivacySection | None = None
+    times: int = 0
+
+    @property
+    def noisy_uploads(self) -> bool:
+        """True where sites add noise to what they send."""
+        return self.privacy is not None and not self.privacy.by_example

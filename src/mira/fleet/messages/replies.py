@@ -41,7 +41,9 @@ def result_of(answer: object, place: int, examples: int, steps: int) -> Values:
     if not isinstance(answer, dict) or answer.get("job") != place:
         raise RejectedReply("its reply does not hold one result for each job")
     loss = answer.get("loss")
-    whole = all(is_count(answer.get(key)) for key in ("examples", "tokens", "steps"))
+    # Private steps on empty samples read no tokens.
+    whole = all(is_count(answer.get(key)) for key in ("examples", "steps"))
+    whole = whole and (is_count(answer.get("tokens")) or answer.get("tokens") == 0)
     if not whole or not isinstance(loss, float) or not isfinite(loss):
         raise RejectedReply("its counts or its loss are not those of a training")
     if answer["examples"] != examples or answer["steps"] > steps:

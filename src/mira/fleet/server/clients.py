@@ -34,7 +34,7 @@ from mira.fleet.server.requests import (
     training_results,
     unasked,
 )  # fmt: skip
-from mira.fleet.site.privacy import epsilon
+from mira.fleet.site.account import spent
 
 log = logging.getLogger(__name__)
 
@@ -146,13 +146,13 @@ class RemoteClients:
         return torch.tensor([k for k, n in names if n in late and not self.took_part.get(n)], dtype=torch.int64)
 
     def round_extras(self) -> Values:
-        asked, came = self.policy.privacy, sorted(self.run.expected & self.run.examples.keys())
+        policy, asked, came = self.policy, self.policy.privacy, sorted(self.run.expected & self.run.examples.keys())
         joined = {"joined": {name: self.run.examples[name] for name in came}} if came else {}
         if asked is None:
             return joined
         return joined | {"privacy": {
-            name: {"releases": n, "epsilon": epsilon(asked.given_noise, asked.delta, n), "delta": asked.delta}
-            for name, n in sorted(self._releases.items())
+            name: spent(asked, policy.training, self.run.examples[name], policy.times, n)
+            for name, n in sorted(self._releases.items()) if name in self.run.examples
         }}  # fmt: skip
 
     def begin(self, has_private_parts: bool) -> None:
@@ -161,8 +161,8 @@ class RemoteClients:
     def committed(self, record: Mapping[str, Any]) -> None:
         """Note the clients that the round counted: in the next rounds they go on from it."""
         self.run = replace(self.run, examples={**self.run.examples, **record.get("joined", {})})
-        for name, spent in record.get("privacy", {}).items():  # of a site that is away as well
-            self._releases[name] = max(spent["releases"], self._releases.get(name, 0))
+        for name, told in record.get("privacy", {}).items():  # of a site that is away as well
+            self._releases[name] = max(told.get("releases", 0), told.get("steps", 0), self._releases.get(name, 0))
         self._missed |= set(record.get("cohort", ())) - set(record.get("train_loss", ()))
         for name in record.get("cohort", ()):
             rounds = [r for r in self.took_part.get(name, []) if r < record["round"]]
@@ -276,6 +276,6 @@ class RemoteClients:
         return Head(kind, self.run.number, self.run.segment, self._round, name)
 
     def _note_releases(self, name: str, reply: Packet) -> None:
-        """Note the number of releases that a site reports; it is never less than it was before."""
+        """Note the number of releases, or private steps, that a site reports; it is never less than it was before."""
         told = reply.values.get("releases")
         self._releases[name] = max(told if is_count(told) else 0, self._releases.get(name, 0))

@@ -165,7 +165,7 @@ def read_training(
     checked = {j: result_of(answers[n], n, examples, steps) for n, j in enumerate(jobs)}
     sent = parcel(work, jobs)
     travels = slice(None) if sent.back is None else sent.back
-    exact, rows = policy.wire == "fp32" and policy.privacy is None, dict[int, Tensor]()
+    exact, rows = policy.wire == "fp32" and not policy.noisy_uploads, dict[int, Tensor]()
     for n, j in enumerate(jobs):
         if is_private(work, j):
             continue

@@ -23,6 +23,7 @@ from mira.fleet.site.handler import fingerprints
 from mira.fleet.site.privacy import epsilon
 from mira.setup.build import open_session
 from mira.setup.environment import clients_told
+from mira.setup.privacy import times_of
 from mira.setup.session import Session
 from mira.store import Store
 
@@ -82,7 +83,11 @@ class Opener:
     def _clients(self, session: Session, experiment: Experiment, data: Sites, number: str) -> RemoteClients:
         """The sites of the run ``number``, none of which has joined yet."""
         policy = RoundPolicy(
-            experiment.rounds, **asdict(experiment.server), privacy=experiment.privacy, training=experiment.training
+            experiment.rounds,
+            **asdict(experiment.server),
+            privacy=experiment.privacy,
+            training=experiment.training,
+            times=times_of(experiment),
         )
         run = RemoteRun(
             number, secrets.token_hex(8), session.names, _opening(session, experiment), experiment.clients.rank,
@@ -146,9 +151,9 @@ def _settled(experiment: Experiment, data: Sites, counts: dict[str, int], gone: 
 def _check(experiment: Experiment) -> None:
     """Raises UserError for settings that sites cannot follow."""
     if (asked := experiment.privacy) is not None:
-        if asked.by_example:
-            raise UserError("privacy.unit=example: is for mira run; sites protect all of their data, with unit: site")
-        epsilon(asked.given_noise, asked.delta, 1)  # a missing accountant is found now
+        if asked.simulation:
+            raise UserError("privacy.simulation=true: is for mira run; sites draw noise of their own, leave it out")
+        epsilon(asked.noise or 1.0, asked.delta, 1)  # a missing accountant is found now
     if experiment.engine.spreads:
         raise UserError(
             "engine: devices and workers spread a run of one process; each site computes its own, leave them out"
@@ -174,6 +179,7 @@ def _opening(session: Session, experiment: Experiment) -> dict[str, Any]:
         "experiment": {key: value for key, value in given.items() if key not in _NOT_SENT},
         "adapter_package": f"{plugin.package} {plugin.version}" if plugin is not None and plugin.package else None,
         "threads": session.surroundings["threads"],
+        "trainings": times_of(experiment),
         **fingerprints(session),
     }
 

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from mira import config
-from mira.config.sections import SECTIONS
 from mira.core.errors import UserError
 from mira.core.loop import screen
 from mira.core.offers import option_scores
-from mira.core.pydantic_config import is_folder
 from mira.core.types import Trained, Work
 from mira.core.wire import Wire, compress, down, encode
 from mira.data.sources.sites import Own
 from mira.data.types import Source
 from mira.fleet.messages.packet import PROTOCOL, Packet, other_protocol, pack, row_key, unpack
-from mira.fleet.site.privacy import describe, epsilon, release
+from mira.fleet.site.account import describe, private
+from mira.fleet.site.privacy import release
+from mira.fleet.site.refusals import RefusedRequest, check_adapter, check_noise, check_sources
 from mira.fleet.site.state import SiteState
 from mira.fleet.site.training import (
     answers,
@@ -50,10 +50,6 @@ Answer = tuple[Values, dict[str, Tensor]]
 SEE_LOG = "it failed; the reason is in the site's own log"
 
 
-class RefusedRequest(Exception):
-    """The reason for which a request cannot be done, in words that may leave the site."""
-
-
 @dataclass(frozen=True)
 class JoinedRun:
     """A run that this site takes part in. ``number``: the client's; ``start``: the common start row [P], within its rank."""
@@ -74,8 +70,16 @@ class JoinedRun:
 
     @property
     def releases(self) -> int:
-        """Number of rows with noise that left this site in this run."""
+        """Number of rows with noise that left this site in this run; with privacy.unit=example, of steps with noise."""
         return int((self.state.noted("releases") or {"count": 0})["count"])
+
+    def charge(self, work: Work) -> None:
+        """Count the private steps of ``work`` before they are done. Raises RefusedRequest where its budget has no room."""
+        accountant = self.session.accountant
+        if accountant is not None:
+            if len(accountant.charge(work)) < len(work.client):
+                raise RefusedRequest(accountant.refusal)
+            self.state.note("releases", {"count": accountant.steps[self.number]})
 
 
 @dataclass
@@ -140,22 +144,17 @@ class SiteHandler:
         if (difference := other_protocol(values.get("protocol"))) is not None:
             raise RefusedRequest(difference)
         given = dict(values["experiment"])
-        _check_sources(given)
-        _check_adapter(given["adapter"], values.get("adapter_package"))
+        check_sources(given)
+        check_adapter(given["adapter"], values.get("adapter_package"))
         if self.model is not None:
             given["model"] = given["model"] | {"name": self.model, "source": "auto", "revision": None}
         experiment = config.parse(given | {"data": {"source": "builtin"}})
-        if experiment.privacy is not None and experiment.privacy.by_example:
-            raise RefusedRequest("privacy.unit=example: sites add noise to uploads alone (unit: site)")
-        noise = 0.0 if experiment.privacy is None else experiment.privacy.given_noise
-        if noise < self.min_noise:
-            raise RefusedRequest(f"privacy.noise={noise:g} is too little: it takes part from {self.min_noise:g} on")
-        if experiment.privacy is not None:
-            epsilon(noise, experiment.privacy.delta, 1)  # a missing accountant is found now
+        check_noise(experiment.privacy, self.min_noise)
         experiment = experiment.model_copy(update={"data": Own(self.source, self.name)})
         number = int(values["number"])
         threads = {"threads": self.threads or values["threads"]}
         session = open_session(experiment, threads, folder=state.folder, first=number)
+        session = private(session, number, values, (state.noted("releases") or {"count": 0})["count"])
         for what, ours in fingerprints(session).items():
             if values[what] != ours:
                 raise RefusedRequest(
@@ -172,6 +171,7 @@ class SiteHandler:
         since = int(values["since"])
         kept = here.state.get(since) if _keeps_state(here, values) else {}
         work = work_of(packet, here.number, here.start, kept, here.wire)
+        here.charge(work)
         trained = screen(here.session.engine.train(work, packet.head.round, float(values["lr"])))
         if trained.failed:
             raise RefusedRequest(trained.failed[0].reason)
@@ -190,6 +190,8 @@ class SiteHandler:
             offer = offer_of(packet, here.number, here.start, here.kept_parts(packet.values), here.wire)
         except (ValueError, LookupError) as error:
             raise RefusedRequest(f"not an offer: {error}") from None
+        if offer.split == "train" and here.session.accountant is not None:
+            raise RefusedRequest("the loss on its training examples has no noise (privacy.unit=example)")
         scores = option_scores(here.session.engine, offer, packet.values["limit"])
         return {}, {"nll": scores.nll, "tokens": scores.tokens}
 
@@ -214,35 +216,8 @@ class SiteHandler:
         export_row(here.session, place, _deployed(here, packet, 0), origin)
         log.info("adapter written to %s", place)
         if (asked := here.session.experiment.privacy) is not None:
-            log.info("privacy: %s", describe(asked.clip, asked.given_noise, asked.delta, here.releases))
+            log.info("privacy: %s", describe(asked, here.session.accountant, here.number, here.releases))
         return {}, {}
-
-
-def _check_sources(given: Mapping[str, Any]) -> None:
-    """Raises RefusedRequest where an experiment brings code of its own, or names a folder of this site."""
-    if given["model"].get("trust_remote_code"):
-        raise RefusedRequest("model.trust_remote_code=true: a site runs no code that a model brings")
-    for key in ("chat_template", "template_file", "template_kwargs"):
-        if given["prompt"].get(key):
-            raise RefusedRequest(
-                f"prompt.{key}: a template is a program; a site renders its texts with its model's own alone"
-            )
-    start = given["adapter"].get("start")
-    if start is not None and is_folder(start):
-        raise RefusedRequest("adapter.start: a site reads no folder that a server names; the model hub has one for all")
-
-
-def _check_adapter(given: Mapping[str, Any], package: str | None) -> None:
-    """Raises RefusedRequest where the adapter's kind is a plug-in, of ``package`` at the server, that this site cannot use."""
-    adapters = SECTIONS["adapter"]
-    kind = str(given[adapters.tag])[:80]
-    if adapters.fault(kind) is not None:
-        raise RefusedRequest(f"adapter.{adapters.tag}={kind}: its plug-in is broken here; see the site's own log")
-    if kind not in adapters:
-        source = str(package)[:80] if package else "the plug-in that the server has"
-        raise RefusedRequest(
-            f"adapter.{adapters.tag}={kind}: this site has no adapter of that kind; install {source} at the site too"
-        )
 
 
 def _keeps_state(here: JoinedRun, values: Values) -> bool:
@@ -271,6 +246,8 @@ def _encoded(here: JoinedRun, row: Tensor, start: Tensor, residual: Tensor | Non
     last ``residual`` added, and rounded. Raises RefusedRequest where a number is not finite.
     """
     wire, privacy = here.session.experiment.server.wire, here.session.experiment.privacy
+    if privacy is not None and privacy.by_example:
+        privacy = None  # the row has its noise
     try:
         if wire == "fp32" and privacy is None:
             return encode(row, wire), None

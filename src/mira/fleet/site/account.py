@@ -1,0 +1,58 @@
+"""What a site's noise has cost so far: by its uploads, or by the steps of its training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mira.config.privacy import PrivacySection
+from mira.core.errors import UserError
+from mira.core.example_privacy import rate
+from mira.core.training import Training
+from mira.fleet.site import privacy
+from mira.setup import accounting
+from mira.setup.privacy import Accountant, noise_of
+from mira.setup.session import Session
+
+
+def spent(asked: PrivacySection, training: Training, number: int, times: int, count: int) -> dict[str, Any]:
+    """What a site's ``count`` releases, or private steps, add up to, for a round's record. ``number``: its training examples;
+    ``times``: the trainings of an adapter that it does in the whole run."""
+    if not asked.by_example:
+        found = privacy.epsilon(asked.given_noise, asked.delta, count)
+        return {"releases": count, "epsilon": found, "delta": asked.delta}
+    noise = noise_of(asked, training, number, times)
+    found = accounting.epsilon(noise, rate(training.batch_size, number), count, asked.delta)
+    return {"steps": count, "noise": noise, "epsilon": found, "delta": asked.delta}
+
+
+def private(session: Session, client: int, opened: Mapping[str, Any], count: int) -> Session:
+    """``session`` as it trains where the run protects examples, with noise and account of this site's own.
+
+    ``opened``: the values that the server opened the run with. ``count``: the private steps of ``client`` in this run so far. A
+    server that tells fewer trainings than it asks for makes less noise, and its site leaves the run so much sooner. Raises
+    UserError where it tells none.
+    """
+    asked, times = session.experiment.privacy, opened.get("trainings")
+    if asked is None or not asked.by_example:
+        return session
+    if type(times) is not int or times < 1:
+        raise UserError(
+            "privacy.unit=example: the server does not tell how often a site trains; it runs another version of mira"
+        )
+    accountant = Accountant.of(session.experiment, session.corpus, times)
+    assert accountant is not None
+    accountant.steps[client] = count
+    plan = replace(session.engine_plan, privacy=accountant.privacy)
+    return replace(session, engine_plan=plan, accountant=accountant)
+
+
+def describe(asked: PrivacySection, accountant: Accountant | None, client: int, count: int) -> str:
+    """One line for people on the privacy of a site after ``count`` releases, or private steps."""
+    if accountant is None:
+        return privacy.describe(asked.clip, asked.given_noise, asked.delta, count)
+    return (
+        f"after {count} steps its adapters are ({accountant.epsilon(client, count):.3g}, {asked.delta:g})-differentially private"
+        " for each of its training examples; its losses, metrics and counts are not covered"
+    )
