@@ -67,9 +67,14 @@ def client(
     min_noise: Annotated[
         float, typer.Option("--min-noise", min=0, help="Take part only in runs whose privacy.noise is at least this.")
     ] = 0.0,
+    max_epsilon: Annotated[
+        float | None,
+        typer.Option("--max-epsilon", min=0, help="Take part only in runs that protect each example within this ε."),
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Take part in a federation as one site, until interrupted. The data stays here."""
     from mira.fleet.site.main import SiteOptions, run_site
 
-    run_site(kit, SiteOptions(data, state, model, threads, allow_transfer, min_noise), say, say if verbose else silent)
+    options = SiteOptions(data, state, model, threads, allow_transfer, min_noise, max_epsilon)
+    run_site(kit, options, say, say if verbose else silent)

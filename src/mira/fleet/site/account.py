@@ -11,6 +11,7 @@ from mira.core.errors import UserError
 from mira.core.example_privacy import rate
 from mira.core.training import Training
 from mira.fleet.site import privacy
+from mira.fleet.site.refusals import RefusedRequest
 from mira.setup import accounting
 from mira.setup.privacy import Accountant, noise_of
 from mira.setup.session import Session
@@ -27,12 +28,13 @@ def spent(asked: PrivacySection, training: Training, number: int, times: int, co
     return {"steps": count, "noise": noise, "epsilon": found, "delta": asked.delta}
 
 
-def private(session: Session, client: int, opened: Mapping[str, Any], count: int) -> Session:
+def private(session: Session, client: int, opened: Mapping[str, Any], count: int, most: float | None = None) -> Session:
     """``session`` as it trains where the run protects examples, with noise and account of this site's own.
 
-    ``opened``: the values that the server opened the run with. ``count``: the private steps of ``client`` in this run so far. A
-    server that tells fewer trainings than it asks for makes less noise, and its site leaves the run so much sooner. Raises
-    UserError where it tells none.
+    ``opened``: the values that the server opened the run with. ``count``: the private steps of ``client`` in this run so far.
+    ``most``: the largest ε that the site accepts. A server that tells fewer trainings than it asks for makes less noise, and its
+    site leaves the run so much sooner. Raises UserError where it tells none, RefusedRequest where the run would cost more than
+    ``most``.
     """
     asked, times = session.experiment.privacy, opened.get("trainings")
     if asked is None or not asked.by_example:
@@ -43,6 +45,11 @@ def private(session: Session, client: int, opened: Mapping[str, Any], count: int
         )
     accountant = Accountant.of(session.experiment, session.corpus, times)
     assert accountant is not None
+    if most is not None:
+        cost = accountant.epsilon(client, accountant.planned[client])
+        if cost > most:
+            raise RefusedRequest(f"epsilon={cost:.3g} is too much: it takes part up to {most:g}")
+        accountant = replace(accountant, target=most)  # so that more steps than planned are refused
     accountant.steps[client] = count
     plan = replace(session.engine_plan, privacy=accountant.privacy)
     return replace(session, engine_plan=plan, accountant=accountant)

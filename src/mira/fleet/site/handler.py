@@ -88,7 +88,7 @@ class SiteHandler:
 
     ``state``: the folder of all that the site keeps. ``model``: the base model's name or folder here, None as the server calls
     it. ``allow_transfer``: other sites' adapters may be tried on its data. ``min_noise``: the least ``privacy.noise`` of a run
-    that it takes part in.
+    that it takes part in. ``max_epsilon``: the largest ε of each example in such a run; None: it need not protect examples.
     """
 
     name: str
@@ -98,6 +98,7 @@ class SiteHandler:
     allow_transfer: bool = False
     threads: int | None = None
     min_noise: float = 0.0
+    max_epsilon: float | None = None
     _joined: dict[str, JoinedRun] = field(default_factory=dict)
 
     def handle(self, request: bytes) -> bytes:
@@ -149,12 +150,12 @@ class SiteHandler:
         if self.model is not None:
             given["model"] = given["model"] | {"name": self.model, "source": "auto", "revision": None}
         experiment = config.parse(given | {"data": {"source": "builtin"}})
-        check_noise(experiment.privacy, self.min_noise)
+        check_noise(experiment.privacy, self.min_noise, self.max_epsilon)
         experiment = experiment.model_copy(update={"data": Own(self.source, self.name)})
         number = int(values["number"])
         threads = {"threads": self.threads or values["threads"]}
         session = open_session(experiment, threads, folder=state.folder, first=number)
-        session = private(session, number, values, (state.noted("releases") or {"count": 0})["count"])
+        session = private(session, number, values, (state.noted("releases") or {"count": 0})["count"], self.max_epsilon)
         for what, ours in fingerprints(session).items():
             if values[what] != ours:
                 raise RefusedRequest(

@@ -10,9 +10,6 @@ from mira.config.sections import SECTIONS
 from mira.core.pydantic_config import is_folder
 from mira.fleet.site.privacy import epsilon
 
-# In the place of an error, which may hold text or file names.
-SEE_LOG = "it failed; the reason is in the site's own log"
-
 
 class RefusedRequest(Exception):
     """The reason for which a request cannot be done, in words that may leave the site."""
@@ -45,9 +42,11 @@ def check_adapter(given: Mapping[str, Any], package: str | None) -> None:
         )
 
 
-def check_noise(asked: PrivacySection | None, least: float) -> None:
-    """Raises RefusedRequest where a run adds less noise to uploads than ``least``, or none of the site's own. Raises UserError
-    where the accountant is not installed."""
+def check_noise(asked: PrivacySection | None, least: float, max_epsilon: float | None) -> None:
+    """Raises RefusedRequest where a run adds less noise to uploads than ``least``, or none of the site's own, or does not protect
+    examples where ``max_epsilon`` is given. Raises UserError where the accountant is not installed."""
+    if max_epsilon is not None and (asked is None or not asked.by_example):
+        raise RefusedRequest("it takes part only in runs that protect each example (privacy.unit=example)")
     if asked is not None and asked.by_example:
         if asked.simulation:
             raise RefusedRequest("privacy.simulation=true: a site draws noise of its own")

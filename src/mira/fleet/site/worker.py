@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--min-noise", type=float, default=0.0)
+    parser.add_argument("--max-epsilon", type=float)
     parser.add_argument("--allow-transfer", action="store_true")
     given = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -57,6 +58,7 @@ def main() -> None:
             given.allow_transfer,
             given.threads,
             given.min_noise,
+            given.max_epsilon,
         )
         site.source.load(0)
         answer_requests(site, Path(given.socket))
