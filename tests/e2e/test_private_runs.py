@@ -24,7 +24,7 @@ def config(tiny_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("method", ["mira", "ditto"])
 def test_a_run_keeps_within_epsilon_and_says_what_it_spent(config: Path, tmp_path: Path, method: str) -> None:
-    ended = mira("run", config, "--out", tmp_path / "run", f"method.name={method}")
+    ended = mira("run", config, "--out", tmp_path / "run", "--set", f"method.name={method}")
     assert ended.status == 0, ended.err
     assert "noise comes from the seed; this run protects nobody" in ended.err
     assert "a simulation, which protects nobody: differential privacy (ε, δ) of each training example" in ended.out
