@@ -141,11 +141,12 @@ def _this_machine(plan: Plan) -> Machine:
 
 
 def _check_privacy(plan: Plan) -> None:
-    if plan.base.privacy is not None and not plan.base.privacy.by_example:
-        raise UserError(
-            "privacy: sites add the noise (mira server), and a comparison has no sites; set privacy.unit=example, or leave"
-            " privacy out"
-        )
+    for privacy in (job.experiment.privacy for job in plan.every_job()):
+        if privacy is not None and not privacy.by_example:
+            raise UserError(
+                "privacy: sites add the noise (mira server), and a comparison has no sites; set privacy.unit=example, or leave"
+                " privacy out"
+            )
 
 
 def _check_importable(plan: Plan, given: str, otherwise: str) -> None:
