@@ -68,12 +68,11 @@ class ExamplePrivacy:
     def finished(self, total: Tensor, draws: Draws, client: int, number: int, held: Tensor | None = None) -> Tensor:
         """g [P] from the sum of clipped gradients ``total`` [P] of a client with ``number`` examples.
 
-        ``held`` [P] bool: numbers that the client's rank has; the others get no noise. None: all.
+        ``held`` [P] bool: numbers that the client's rank has; the others stay where they are. None: all.
         """
         added = draws.normal(len(total)).mul_(self.noise[client] * self.clip)
-        if held is not None:
-            added.mul_(held)
-        return (total + added.to(total)) / self.expected(number)
+        noised = (total + added.to(total)) / self.expected(number)
+        return noised if held is None else noised * held.to(noised)
 
 
 def rate(batch: int, number: int) -> float:
