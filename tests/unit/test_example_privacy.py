@@ -178,7 +178,7 @@ def test_what_makes_a_run_worthless_is_told(caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.INFO, "mira"):
         replace(accountant(), delta=0.1).tell()
     told = caplog.text
-    assert "noise 1 to 2 times clip" in told
+    assert "noise of 1 to 2 times clip" in told
     assert "privacy.delta=0.1: is no protection for 40 examples" in told
     assert "this run protects nobody" in told
 

@@ -80,11 +80,12 @@ class Accountant:
 
     def tell(self) -> None:
         """Log what the run will cost, and warn of what makes it worthless."""
-        noise, examples = self.privacy.noise.values(), max(self.number.values())
+        low, high = min(self.privacy.noise.values()), max(self.privacy.noise.values())
+        examples = max(self.number.values())
         most = max(self.epsilon(k, steps) for k, steps in self.planned.items())
         log.info(
-            "privacy: noise %.3g to %.3g times clip in each step; at most epsilon=%.3g at delta=%g for each training example",
-            min(noise), max(noise), most, self.delta,
+            "privacy: noise of %s times clip in each step; at most epsilon=%.3g at delta=%g for each training example",
+            f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}", most, self.delta,
         )  # fmt: skip
         if self.delta >= 1 / examples:
             log.warning("privacy.delta=%g: is no protection for %d examples; lower it", self.delta, examples)
