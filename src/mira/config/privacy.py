@@ -16,7 +16,7 @@ class PrivacySection:
     """Gaussian noise for differential privacy. docs/privacy.md states guarantees and limits."""
 
     unit: Literal["site", "example"] = "site"
-    """What is protected. site: all data of a site, by noise on its uploads (mira server). example: each training example, by
+    """Protected data. site: all data of a site, by noise on its uploads (mira server). example: each training example, by
     noise in each local step (DP-SGD, Abadi et al. 2016)."""
     clip: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """Maximum Euclidean norm of an adapter's update in a round (site) or of one example's gradient (example); longer ones are

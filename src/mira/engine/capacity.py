@@ -1,4 +1,4 @@
-"""What the passes of a model can hold: their tokens, their layers' activations, and whether they can be captured."""
+"""The room of a model's passes: their tokens, their layers' activations, and whether they can be captured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What DP-SGD costs in privacy: (ε, δ) of steps on Poisson samples, by the Rényi accountant of Google's dp-accounting.
+"""The privacy that DP-SGD costs: (ε, δ) of steps on Poisson samples, by the Rényi accountant of Google's dp-accounting.
 
 A step adds Gaussian noise of deviation noise·clip to the sum of gradients of norm clip at most, over a sample that has each
 example with probability ``rate`` (Mironov, Talwar and Zhang, "Rényi Differential Privacy of the Sampled Gaussian Mechanism",

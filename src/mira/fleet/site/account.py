@@ -1,4 +1,4 @@
-"""What a site's noise has cost so far: by its uploads, or by the steps of its training."""
+"""The cost of a site's noise so far: by its uploads, or by the steps of its training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mira.setup.session import Session
 
 
 def spent(asked: PrivacySection, training: Training, number: int, times: int, count: int) -> dict[str, Any]:
-    """What a site's ``count`` releases, or private steps, add up to, for a round's record. ``number``: its training examples;
+    """The sum of a site's ``count`` releases, or private steps, for a round's record. ``number``: its training examples;
     ``times``: the trainings of an adapter that it does in the whole run."""
     if not asked.by_example:
         found = privacy.epsilon(asked.given_noise, asked.delta, count)

@@ -1,4 +1,4 @@
-"""What a site refuses to take part in, whatever its server says."""
+"""Runs and requests that a site refuses, whatever its server says."""
 
 from __future__ import annotations
 
