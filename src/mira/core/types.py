@@ -287,8 +287,7 @@ def uses_graph(method: object) -> bool:
 
 
 def chooses_by_training_loss(method: object) -> bool:
-    """True for a method that offers rows to be chosen by their loss on training examples: its attribute
-    ``chooses_by_training_loss``, False where absent."""
+    """True for a method whose offers are on the training split: its attribute of this name, False where absent."""
     return bool(getattr(method, "chooses_by_training_loss", False))
 
 
