@@ -168,7 +168,7 @@ def test_a_model_in_memory_is_as_it_was_after_the_run(tmp_path: Path) -> None:
 
 
 def test_a_base_that_takes_no_offset_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="model.quantization=4bit: method.name=flora adds to the base's weights"):
+    with pytest.raises(UserError, match=r"model.quantization=4bit: method.name=flora adds to the base's weights"):
         experiment_of("flora", tmp_path, model={"quantization": "4bit"})
-    with pytest.raises(UserError, match="engine: method.name=flora adds to the base's weights, and workers share"):
+    with pytest.raises(UserError, match=r"engine: method.name=flora adds to the base's weights, and workers share"):
         experiment_of("flora", tmp_path, engine={"devices": ["cpu", "cpu"]})

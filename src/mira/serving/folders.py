@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,12 +51,15 @@ def export_row(
     """Write the adapter of ``row`` [P] on the base with ``offset`` [n,P], with the other files that a server needs. ``equal``: a
     folder with the same adapter, whose weights are linked."""
 
+    told = replace(origin, offset_ranks=0 if offset is None else len(offset) * session.layout.rank)
+
     def write(place: Path) -> None:
         if equal is None:
             session.save(place, row, offset, card.base_name(session))
         else:
-            shutil.copytree(equal, place, copy_function=_linked)
-        card.write(place, session, origin)
+            others = shutil.ignore_patterns("README.md", "*.jinja")  # those of the client, written below
+            shutil.copytree(equal, place, copy_function=_linked, ignore=others)
+        card.write(place, session, told)
 
     replace_folder(folder, write)
 
