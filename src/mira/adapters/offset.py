@@ -57,13 +57,12 @@ class OffsetWeights:
         weights = weights_of(self.model, self.layout)
         if not self._loaded:
             self._loaded = {name: weight.detach().clone() for name, weight in weights.items()}
-        entries = {(entry.module, entry.factor): entry for entry in self.layout.entries}
+        factor_a, factor_b = ({e.module: e for e in self.layout.entries if e.factor == name} for name in ("A", "B"))
         for name, weight in weights.items():
             total = self._loaded[name]
             if offset is not None:
-                a, b = (
-                    _stacked(entries[name, factor].view(offset), factor).to(weight.device).double() for factor in "AB"
-                )
+                a = _stacked(factor_a[name].view(offset), "A").to(weight.device).double()
+                b = _stacked(factor_b[name].view(offset), "B").to(weight.device).double()
                 delta = self.layout.scale * (b @ a)
                 total = total.double() + (delta.T if _turned(self.model, name) else delta)
             weight.data.copy_(total)

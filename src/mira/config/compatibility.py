@@ -11,7 +11,7 @@ from mira.core.errors import UserError
 from mira.core.graph import Groups
 from mira.core.layout import Layout
 from mira.core.offset import offset_of
-from mira.core.types import Method, Setting
+from mira.core.types import Method, ServerState, Setting
 
 
 def check(method: Method, layout: Layout, ranks_differ: bool, rounds: int, plain_sgd: bool) -> bool:
@@ -20,7 +20,10 @@ def check(method: Method, layout: Layout, ranks_differ: bool, rounds: int, plain
     alone = torch.zeros(1, dtype=torch.int64)
     rank = torch.full_like(alone, layout.rank) if ranks_differ else None
     start, graph = torch.zeros(layout.size), Groups(alone)
-    return offset_of(method.init(Setting(layout, start, 1, graph, 0.0, 0, rank, rounds, plain_sgd))) is not None
+    state = method.init(Setting(layout, start, 1, graph, 0.0, 0, rank, rounds, plain_sgd))
+    return (
+        isinstance(state, ServerState) and offset_of(state) is not None
+    )  # anything else is refused with the base at hand
 
 
 def check_base(method: Method, quantization: str, spreads: bool) -> None:

@@ -29,14 +29,14 @@ def export_adapters(
 ) -> list[Path]:
     """Write the adapter that each client deploys in ``state`` to a folder of its own in ``folder``; it is PEFT's where PEFT has
     the kind. ``metrics``: the records of the rounds, for the card. Returns the folders."""
-    places, written, offset = list[Path](), list[Tensor](), offset_of(state)
+    places, offset, last = list[Path](), offset_of(state), torch.empty(0)
     for k in clients:
         client, row = session.federation.clients[k], deployed(session, state, k)
         # With an offset adapters are large, and one and the same where clients deploy one row.
-        equal = places[-1] if offset is not None and written and torch.equal(written[-1], row) else None
+        equal = places[-1] if offset is not None and torch.equal(last, row) else None
         places.append(folder / client.slug)
         export_row(session, places[-1], row, card.origin(client, state.round, metrics), offset, equal)
-        written = [row]
+        last = row
     return places
 
 
