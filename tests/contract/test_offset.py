@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.engines import RandomCorpus, make_engine
 from helpers.sample_config import begin, outcome, settings, write_clients
+from helpers.sample_config import mira as command
 from helpers.tiny_models import make_tiny, make_tokenizer, save_tiny
 from mira import Experiment, open_run, resume, run
 from mira.adapters.lora import Lora
@@ -58,7 +60,9 @@ def test_engines_compute_with_the_offset_and_forget_it(kind: str) -> None:
         trained = engine.train(Work(client, rows), 0, 1e-2)
         return [engine.evaluate(rows, client, ("test",)).nll, trained.rows, engine.generate(rows, client, "test", 2, 4)]
 
+    places = [weight.data_ptr() for weight in model.parameters()]
     weights.set(offset)
+    assert [weight.data_ptr() for weight in model.parameters()] == places  # passes captured on a GPU read these
     nll, trained, answers = seen(engine)
     expected = seen(other)
     # The sum of products of `set` and of `alone` round apart by 1e-16, which six layers and two steps of AdamW multiply.
@@ -172,3 +176,20 @@ def test_a_base_that_takes_no_offset_is_refused_before_it_is_loaded(tmp_path: Pa
         experiment_of("flora", tmp_path, model={"quantization": "4bit"})
     with pytest.raises(UserError, match=r"engine: method.name=flora adds to the base's weights, and workers share"):
         experiment_of("flora", tmp_path, engine={"devices": ["cpu", "cpu"]})
+
+
+def test_a_client_that_joins_trains_on_the_changed_base_and_exports_it(tmp_path: Path) -> None:
+    """Its folder has, on the base as published, the loss that was measured."""
+    experiment = experiment_of("fedex-lora", tmp_path)
+    run(experiment, tmp_path / "run")
+    data = write_clients(tmp_path / "more.jsonl", ["eve"])
+    asked = ("--client", "eve", "--data", data, "--group", "even", "--rounds", 1, "--json")
+    ended = command("adapt", tmp_path / "run", *asked)
+    assert ended.status == 0, ended.err
+    joined = json.loads(ended.out)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    own = settings(tmp_path / "base", data, adapter={"rank": 2, "alpha": 8.0})
+    examples = open_session(Experiment(**own)).corpus.encoded(0, "test")
+    adapted = PeftModel.from_pretrained(base, joined["adapter"])
+    assert joined["rounds"][-1]["warm"]["test_loss"] == pytest.approx(loss_of(adapted, examples), abs=1e-5)
+    assert "ranks of the offset of the base" in (Path(joined["adapter"]) / "README.md").read_text(encoding="utf-8")
