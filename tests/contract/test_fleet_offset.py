@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from helpers.in_process_federation import NAMES, Troubled, World, metrics
-from mira.core.offset import OFFSET
-from mira.fleet.messages.packet import Packet, pack, unpack
+from mira.core.offset import OFFSET as COMMITTED
+from mira.fleet.messages.packet import OFFSET, Packet, pack, unpack
 from mira.fleet.messages.transport import InProcessTransport, NoReply, Reply
 from mira.runner import run as experiment
 from mira.store import Store
@@ -27,7 +27,7 @@ def test_each_row_travels_once_and_a_new_process_of_the_site_has_it(world: World
     sites = world.sites()
     _, transport = world.apart(sites, **FLORA, server={"wire": "int8"})
     with Store.open(world.folder / "apart", writable=False) as store:
-        offset = store.extra()[OFFSET]
+        offset = store.extra()[COMMITTED]
     for name in NAMES:
         sent = [p.tensors[OFFSET] for p in packets(transport, name) if OFFSET in p.tensors]
         assert [len(rows) for rows in sent] == [3, 3]  # of a round's three clients
@@ -63,7 +63,7 @@ def test_a_site_that_did_not_answer_gets_all_of_it_again(world: World) -> None:
     assert firsts.count(0) > 1
     assert len(packets(transport, "bob")[-1].tensors.get(OFFSET, [])) in (0, 5)
     with Store.open(world.folder / "apart", writable=False) as store:
-        assert len(store.extra()[OFFSET]) == 5
+        assert len(store.extra()[COMMITTED]) == 5
 
 
 WRONG: dict[str, Any] = {

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mira.core.types import Change, ServerState
 
-OFFSET = "offset"
+OFFSET = "base.offset"
 """In extra: the rows [n,P] of the offset, in the layout's scale."""
-_LAYERS = "offset.layers"  # in extra: offsets of A and B of each layer in a row, and in, out, r: [layers,5] int64
+_LAYERS = "base.offset.layers"  # in extra: offsets of A and B of each layer in a row, and in, out, r: [layers,5] int64
 
 Places = tuple[slice, slice, int, int, int]  # of A and B of a layer in a row; in, out, r
 
