@@ -14,14 +14,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from helpers.engines import RandomCorpus, make_engine
+from helpers.engines import RandomCorpus, make_engine, prompt_on
 from helpers.sample_config import begin, outcome, settings, write_clients
 from helpers.sample_config import mira as command
 from helpers.tiny_models import make_tiny, make_tokenizer, save_tiny
 from mira import Experiment, open_run, resume, run
 from mira.adapters.lora import Lora
 from mira.adapters.lora_peft import LoraAdapter
-from mira.adapters.offset import OffsetWeights, with_offset
+from mira.adapters.offset import OffsetWeights, offset_weights, with_offset
+from mira.adapters.prompt import PromptAdapter
 from mira.core.encoded import Encoded
 from mira.core.errors import UserError
 from mira.core.layout import Layout
@@ -113,6 +114,11 @@ def test_weights_that_other_layers_share_are_refused() -> None:
         UserError, match=r"adapter.targets: the method adds to the weight of 'model.layers.0.self_attn.q_proj'"
     ):
         OffsetWeights.of(model, layout)
+
+
+def test_another_kind_of_adapter_is_refused() -> None:
+    with pytest.raises(UserError, match=r"adapter.kind: .*; set adapter.kind=lora, or method.name=fedit"):
+        offset_weights(PromptAdapter(make_tiny("llama"), prompt_on("llama")))
 
 
 def experiment_of(method: str, folder: Path, **sections: Any) -> Experiment:

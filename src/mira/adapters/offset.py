@@ -69,10 +69,19 @@ class OffsetWeights:
         self._now = offset
 
 
+def offset_weights(adapter: Adapter) -> OffsetWeights:
+    """The weights of the base of ``adapter``. Raises UserError where they take no offset, or the adapter cannot hold it."""
+    if not isinstance(adapter, LoraAdapter):
+        raise UserError(
+            "adapter.kind: the method adds products of LoRA's factors to the base; set adapter.kind=lora, or method.name=fedit"
+        )
+    return OffsetWeights.of(adapter.model, adapter.layout)
+
+
 def with_offset(adapter: Adapter, row: Tensor, offset: Tensor) -> tuple[Adapter, Tensor]:
     """The adapter of rank (1 + n)·r that is on the published base what ``row`` [P] is on the one with ``offset`` [n,P], and its
     row. The products are equal as their factors are the same."""
-    assert isinstance(adapter, LoraAdapter), "offsets are products of LoRA's factors"
+    assert isinstance(adapter, LoraAdapter), "checked in offset_weights"
     layout = adapter.layout
     ratio = layout.scale_ratio(row[None])
     rows = torch.cat([row[None] if ratio is None else row[None] * ratio, offset])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mira.adapters.loading import load_peft
-from mira.adapters.offset import OffsetWeights, with_offset
+from mira.adapters.offset import OffsetWeights, offset_weights, with_offset
 from mira.adapters.types import Adapter
 from mira.config import Experiment
 from mira.core.checks import checked_graph, checked_state
@@ -63,7 +63,7 @@ class Session:
 
     @cached_property
     def _offset_weights(self) -> OffsetWeights:
-        return OffsetWeights.of(self.base.model, self.layout)
+        return offset_weights(self.adapter)
 
     def rebase(self, offset: Tensor | None) -> None:
         """Give the base the ``offset`` [n,P] of a state; None: the weights as loaded."""
