@@ -124,17 +124,6 @@ def test_every_command_exists(document: Path) -> None:
             pytest.fail(f"{document.name}: '{command}': {error}")
 
 
-@pytest.fixture
-def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Classes that a document registers are forgotten afterwards."""
-    for registry in SECTIONS.values():
-        for name in ("_added", "_plugins"):
-            monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
-    yield
-    for registry in SECTIONS.values():
-        registry.changes += 1
-
-
 def experiment_of(given: Any) -> Experiment:
     if isinstance(given, Experiment):
         return given
