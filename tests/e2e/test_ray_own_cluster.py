@@ -53,7 +53,9 @@ def of_command(out: Path) -> list[int]:
 
 
 def start(file: Path, out: Path) -> subprocess.Popen[str]:
-    run = "import sys; from mira.cli import main; sys.argv[0] = 'mira'; main()"
+    # A shell starts its background jobs deaf to Ctrl-C, and their children inherit that.
+    hears = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    run = f"{hears}; from mira.cli import main; sys.argv[0] = 'mira'; main()"
     environment = os.environ | {"PYTHONPATH": str(SOURCES), "COMPARED": str(out)}
     environment["RAY_TMPDIR"] = (
         tempfile.gettempdir() + "/ray-none"
