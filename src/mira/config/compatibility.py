@@ -10,15 +10,35 @@ from dataclasses import replace
 import torch
 
 from mira.core.errors import UserError
+from mira.core.example_privacy import chooses_by_training_loss
 from mira.core.graph import Groups
 from mira.core.layout import Layout
-from mira.core.types import Method, ServerState, Setting, chooses_by_training_loss
+from mira.core.offset import offset_of
+from mira.core.types import Method, ServerState, Setting
 
 
-def check(method: Method, layout: Layout, ranks_differ: bool, rounds: int, plain_sgd: bool) -> None:
-    """Raise UserError if ``method`` cannot work on rows of ``layout``, not with the different ranks of its clients, not in
-    ``rounds`` or not with the optimiser (``plain_sgd``: SGD without momentum)."""
-    _begun(method, layout, ranks_differ, rounds, plain_sgd)
+def check(method: Method, layout: Layout, ranks_differ: bool, rounds: int, plain_sgd: bool) -> bool:
+    """Tell whether ``method`` adds to the base's weights. Raises UserError if it cannot work on rows of ``layout``, not with the
+    different ranks of its clients, not in ``rounds`` or not with the optimiser (``plain_sgd``: SGD without momentum)."""
+    state = _begun(method, layout, ranks_differ, rounds, plain_sgd)
+    return (
+        isinstance(state, ServerState) and offset_of(state) is not None
+    )  # anything else is refused with the base at hand
+
+
+def check_base(method: Method, quantization: str, spreads: bool) -> None:
+    """Raise UserError if the base cannot take the offset of ``method``, which adds to its weights."""
+    what = f"method.name={method.name} adds to the base's weights"
+    if quantization != "none":
+        raise UserError(
+            f"model.quantization={quantization}: {what}, and rounding the sum would lose much of it; set"
+            " model.quantization=none, or method.name=fedit"
+        )
+    if spreads:
+        raise UserError(
+            f"engine: {what}, and workers share those that were loaded; leave engine.devices, engine.workers and engine.ray out,"
+            " or set method.name=fedit"
+        )
 
 
 def check_private(method: Method, layout: Layout) -> None:

@@ -242,7 +242,8 @@ class Experiment(BaseModel):
         check = getattr(self.adapter, "check", None)
         if check is not None:
             check(self)
-        compatibility.check(self.method, layout, bool(self.clients.rank), self.rounds, self.training.plain_sgd)
+        if compatibility.check(self.method, layout, bool(self.clients.rank), self.rounds, self.training.plain_sgd):
+            compatibility.check_base(self.method, self.model.quantization, self.engine.spreads)
         if self.privacy is not None and self.privacy.by_example:
             compatibility.check_private(self.method, layout)
         dropout = getattr(self.adapter, "dropout", 0.0)

@@ -81,6 +81,11 @@ def rate(batch: int, number: int) -> float:
     return min(1.0, batch / number)
 
 
+def chooses_by_training_loss(method: object) -> bool:
+    """True for a method whose offers are on the training split: its attribute of this name, False where absent."""
+    return bool(getattr(method, "chooses_by_training_loss", False))
+
+
 def factors(norms: Tensor, clip: float) -> Tensor:
     """min(1, C / ‖g_i‖) for gradients of ``norms`` [n]."""
     return (clip / norms).clamp(max=1.0)

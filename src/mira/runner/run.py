@@ -129,7 +129,18 @@ def _go_on(session: Session, store: Store, state: ServerState, told: Callbacks) 
             trainer = (
                 clients.engine if session.accountant is None else AccountedTrainer(clients.engine, session.accountant)
             )
-            run_rounds(method, trainer, state, schedule, names, FolderRecorder(store), look, observer.round, losses)
+            run_rounds(
+                method,
+                trainer,
+                state,
+                schedule,
+                names,
+                FolderRecorder(store),
+                look,
+                observer.round,
+                losses,
+                clients.rebase,
+            )
         result = _finish(session, store, told)
         shown.finish(result)
     return located(result, store.folder)

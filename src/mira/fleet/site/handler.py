@@ -23,6 +23,7 @@ from mira.data.sources.sites import Own
 from mira.data.types import Source
 from mira.fleet.messages.packet import PROTOCOL, Packet, other_protocol, pack, row_key, unpack
 from mira.fleet.site.account import describe, private
+from mira.fleet.site.offset import rebase
 from mira.fleet.site.privacy import release
 from mira.fleet.site.refusals import RefusedRequest, check_adapter, check_noise, check_sources
 from mira.fleet.site.state import SiteState
@@ -141,6 +142,11 @@ class SiteHandler:
             self._joined[key] = self._join(state, values)
         return self._joined[key]
 
+    def _based(self, packet: Packet) -> tuple[JoinedRun, Tensor | None]:
+        """The run of ``packet``, its base with the packet's offset, and that offset [n,P]."""
+        here = self._run(packet.head.run)
+        return here, rebase(here.session, here.state, packet, here.start)
+
     def _join(self, state: SiteState, values: Values) -> JoinedRun:
         if (difference := other_protocol(values.get("protocol"))) is not None:
             raise RefusedRequest(difference)
@@ -168,7 +174,7 @@ class SiteHandler:
         return JoinedRun(session, state, number, start if rank is None else start * session.layout.within(rank))
 
     def _train(self, packet: Packet) -> Answer:
-        here, values = self._run(packet.head.run), packet.values
+        here, values = self._based(packet)[0], packet.values
         since = int(values["since"])
         kept = here.state.get(since) if _keeps_state(here, values) else {}
         work = work_of(packet, here.number, here.start, kept, here.wire)
@@ -186,7 +192,7 @@ class SiteHandler:
         return {"jobs": jobs, "releases": here.releases}, rows
 
     def _choose(self, packet: Packet) -> Answer:
-        here = self._run(packet.head.run)
+        here, _ = self._based(packet)
         try:
             offer = offer_of(packet, here.number, here.start, here.kept_parts(packet.values), here.wire)
         except (ValueError, LookupError) as error:
@@ -197,24 +203,24 @@ class SiteHandler:
         return {}, {"nll": scores.nll, "tokens": scores.tokens}
 
     def _evaluate(self, packet: Packet) -> Answer:
-        here, values = self._run(packet.head.run), packet.values
+        here, values = self._based(packet)[0], packet.values
         rows = torch.stack([_deployed(here, packet, n) for n in range(values["rows"])])
         client = torch.full((len(rows),), here.number)
         scores = here.session.engine.evaluate(rows, client, values["splits"], values["limit"])
         return {}, {"nll": scores.nll, "tokens": scores.tokens}
 
     def _grade(self, packet: Packet) -> Answer:
-        here, limit, most = self._run(packet.head.run), packet.values["limit"], packet.values["max_new_tokens"]
+        here, limit, most = self._based(packet)[0], packet.values["limit"], packet.values["max_new_tokens"]
         row, client = _deployed(here, packet, 0)[None], torch.tensor([here.number])
         references = [here.session.corpus.references(here.number, "test", limit)]
         metrics = here.session.experiment.evaluation.metrics
         return {"grade": evaluation.grade(here.session.engine, row, client, references, limit, most, metrics)[0]}, {}
 
     def _finish(self, packet: Packet) -> Answer:
-        here = self._run(packet.head.run)
+        here, offset = self._based(packet)
         place = self.state / "adapter"
         origin = Origin(here.session.federation.clients[0], here.session.experiment.rounds)
-        export_row(here.session, place, _deployed(here, packet, 0), origin)
+        export_row(here.session, place, _deployed(here, packet, 0), origin, offset)
         log.info("adapter written to %s", place)
         if (asked := here.session.experiment.privacy) is not None:
             log.info("privacy: %s", describe(asked, here.session.accountant, here.number, here.releases))
