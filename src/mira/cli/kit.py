@@ -11,7 +11,7 @@ from typing import Annotated
 import click
 import typer
 
-from mira.cli.terminal import err_console
+from mira.cli.terminal import err_console, say
 from mira.core.errors import UserError
 
 kit_app = typer.Typer(no_args_is_help=True, help="Make and admit the keys of a federation over machines.")
@@ -167,11 +167,11 @@ def admit(
     reply = out or request.with_name(f"{asked.name}.reply")
     _identity("key_files").check_new(reply)
     present = here.present_key(server, asked)
-    typer.echo(f"{asked.name} asks to be admitted with the key {asked.fingerprint}")
+    say(f"{asked.name} asks to be admitted with the key {asked.fingerprint}")
     question = f"{asked.name}: is it the fingerprint that the site told you"
     if present is not None and present.public_key != asked.public_key:
         old = _identity("certificates").fingerprint(present.public_key)
-        typer.echo(f"it replaces the key {old}, which works until the new one is first used")
+        say(f"it replaces the key {old}, which works until the new one is first used")
         question += ", and shall it replace the present key"
     _agree(f"{question}?", asked.fingerprint, fingerprint, yes)
     expires = here.admit(server, asked, days, reply)
@@ -195,7 +195,7 @@ def accept(
     found, known = here.read_reply(kit, reply), here.known_authorities(kit)
     trust = known is None or (known != found.authorities and fingerprint is not None)
     if trust:
-        typer.echo(f"the server proves itself by the CA {found.fingerprint}")
+        say(f"the server proves itself by the CA {found.fingerprint}")
         _agree(
             f"{found.name}: is it the fingerprint that who runs the server told you?",
             found.fingerprint,
