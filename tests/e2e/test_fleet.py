@@ -278,6 +278,7 @@ def three_sites(federation: Federation, proxy: dict[str, str]) -> None:
         assert own == adapter(folder / "run" / "adapters" / name)
         assert own == adapter(folder / "together" / "adapters" / name)
     assert result(federation)["lost"] == 0
+    assert f"{NAMES[2]} does not take part" not in federation.log("again"), "it was asked again under its new key"
     keys = [entry for entry in registry.read_registry(folder / "server-kit")[1] if entry.name == NAMES[2]]
     assert [entry.revoked is None for entry in keys] == [False, True]
     assert "flower-superlink" in federation.log("first")

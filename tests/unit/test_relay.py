@@ -192,13 +192,13 @@ def test_a_site_that_goes_on_with_a_new_key_is_asked_again(
     nodes, told = {"11": "ann", "12": "bob"}, list[dict[str, int]]()
     relay.allow = lambda most: told.append(dict(most))
 
-    def reply(name: str, data: bytes) -> bytes | None:
-        if name == "bob":
-            nodes.pop("12", None)
-            nodes["22"] = "bob.new"
-            relay.names = lambda: {"ann": "ann", "bob.new": "bob"}
-            return None
-        return echo(name, data)
+    def reply(name: str, data: bytes) -> bytes | str:
+        if name != "bob":
+            return echo(name, data)
+        nodes.pop("12", None)
+        nodes["22"] = "bob.new"
+        relay.names = lambda: {"ann": "ann", "bob": "bob", "bob.new": "bob"}
+        return frames.GONE  # Flower's answer for a node that signed off
 
     app = App(tmp_path / "relay", reply, nodes=nodes)
     app.start()

@@ -25,14 +25,15 @@ _REFUSED = 412  # the gate's own answer to a key that it does not admit
 _TEMPORARY = ("408", "429", "500", "502", "503", "504")  # a proxy's answers while it, or the server behind it, is away
 
 
-def refusal(kit: SiteKit) -> str | None:
+def refusal(kit: SiteKit, private: bytes | None = None) -> str | None:
     """The reason why this site must not start, in one line; None where it may, or where the server does not answer.
 
-    The request is a SuperNode's first one, signed but empty: a SuperLink ignores it. Raises UserError for a proxy's URL that is
-    none."""
+    The request is a SuperNode's first one, signed but empty: a SuperLink ignores it. ``private``: the key to sign with, where the
+    kit may have another by now. Raises UserError for a proxy's URL that is none."""
     proxy = proxy_of(kit.address)
     try:
-        headers = {"content-type": "application/protobuf", **signed(kit.key.read_bytes(), datetime.now(UTC))}
+        key = kit.key.read_bytes()
+        headers = {"content-type": "application/protobuf", **signed(private or key, datetime.now(UTC))}
         trust = ssl.create_default_context(cafile=str(kit.authority))
     except OSError as error:
         return (
@@ -65,7 +66,7 @@ def refusal(kit: SiteKit) -> str | None:
 
 
 def _distrust(error: BaseException | None) -> str | None:
-    """What is wrong with the server's certificate, where that is the cause of ``error``."""
+    """The fault of the server's certificate, where that is the cause of ``error``."""
     while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
         error = error.__cause__ or error.__context__
     return None if error is None else error.verify_message

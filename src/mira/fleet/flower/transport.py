@@ -56,7 +56,8 @@ class FlowerTransport:
     _back: float = 0.0  # end of the grace for these sites
     _asked: float = 0.0  # time of the last pull of all messages
     _looked: float = 0.0  # time of the last look at the sites online
-    _sent: dict[str, str] = field(default_factory=dict)  # the node that a site's last request went to
+    _keys: dict[str, str] = field(default_factory=dict)  # the names of the nodes of the sites online
+    _sent: dict[str, str] = field(default_factory=dict)  # the name of the node that a site's last request went to
 
     def roster(self, until: float = inf) -> set[str]:
         """The sites online. A SuperLink that was started anew knows no sites at first: this waits for those that were online
@@ -73,9 +74,10 @@ class FlowerTransport:
         names = self.names()
         self._looked = time.monotonic()
         before, self._nodes = self._nodes.keys(), {names[called]: node for node, called in nodes if called in names}
+        self._keys = {names[called]: called for _, called in nodes if called in names}
         if self._nodes.keys() != before:
             here = ", ".join(sorted(self._nodes)) or "nobody"
-            self.say(f"online: {here} ({len(self._nodes)} of {len(names)})")
+            self.say(f"online: {here} ({len(self._nodes)} of {len(set(names.values()))})")
         return set(self._nodes)
 
     def exchange(
@@ -102,7 +104,7 @@ class FlowerTransport:
                     waiting = {id: name for id, name in waiting.items() if name not in moved}
                     self.allow({name: size for name, size in (most or {}).items() if name in moved})
                     waiting |= self._push({name: requests[name] for name in moved}, until, replies)
-                came = self._pull(waiting)
+                came = {name: reply for name, reply in self._pull(waiting).items() if not self._left(name, reply)}
             except frames.Closed:
                 waiting, gone = {}, time.monotonic()
                 self.roster(last)
@@ -129,7 +131,7 @@ class FlowerTransport:
         """Push requests to the sites online. Returns their names by message; failures are put into ``replies``."""
         self.roster(until)  # a node that came back has a new number
         here = [name for name in requests if name in self._nodes]
-        self._sent |= {name: self._nodes[name] for name in here}
+        self._sent |= {name: self._keys[name] for name in here}
         replies |= {name: NoReply("it went offline") for name in requests if name not in self._nodes}
         if not here:
             return {}
@@ -151,7 +153,14 @@ class FlowerTransport:
         self._look()
         if self._app is not app:
             raise frames.Closed("Flower's app was started again")
-        return {name for name in waiting.values() if self._nodes.get(name, self._sent[name]) != self._sent[name]}
+        return {name for name in waiting.values() if self._keys.get(name, self._sent[name]) != self._sent[name]}
+
+    def _left(self, name: str, reply: Reply) -> bool:
+        """Whether a reply says only that the node of a key is gone that another one of the site replaces."""
+        if not isinstance(reply, NoReply) or reply.reason != frames.GONE:
+            return False
+        last = {site: called for called, site in self.names().items()}  # of two keys the later one
+        return last.get(name, self._sent[name]) != self._sent[name]
 
     def _due(self, waiting: Mapping[str, str]) -> list[str]:
         """The messages to pull: those with an answer, and all of them now and then. Flower has answers of its own, for messages

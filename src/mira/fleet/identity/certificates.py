@@ -192,7 +192,7 @@ def _issued(found: x509.Certificate, issuer: x509.Certificate) -> bool:
 
 
 def _covers(names: x509.SubjectAlternativeName, host: str) -> bool:
-    """Whether one of ``names`` is ``host``; a star stands for its first label alone (RFC 9525, section 6.3)."""
+    """True where one of ``names`` is ``host``; a star stands for its first label alone (RFC 9525, section 6.3)."""
     wanted = _general(host)
     if isinstance(wanted, x509.IPAddress):
         return wanted in list(names)

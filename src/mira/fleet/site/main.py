@@ -82,7 +82,7 @@ def _take_part(kit: SiteKit, options: SiteOptions, folder: Path, say: Say, tell:
                 say(f"{kit.name}: goes on with its new key")
                 key, asked = new, -_ASK
             if node.ended or time.monotonic() > asked + _ASK:
-                _ask(kit)
+                _ask(kit, key)
                 remind()
                 asked = time.monotonic()
             worker.tend()
@@ -98,14 +98,15 @@ def _take_part(kit: SiteKit, options: SiteOptions, folder: Path, say: Say, tell:
             process.stop()
 
 
-def _ask(kit: SiteKit) -> None:
-    """Raises UserError where the site is not admitted or the server's certificate is invalid."""
-    if (why := refusal(kit)) is not None:
+def _ask(kit: SiteKit, key: bytes | None = None) -> None:
+    """Raises UserError where the site is not admitted or the server's certificate is invalid. ``key``: the one that the SuperNode
+    has: to ask with a newer one would end it."""
+    if (why := refusal(kit, key)) is not None:
         raise UserError(why)
 
 
 def _key(kit: SiteKit, before: bytes) -> bytes:
-    """The site's key now; the one before while it cannot be read, which ``_ask`` reports."""
+    """The site's key now; the one before while it cannot be read, which the next start reports."""
     try:
         return kit.key.read_bytes()
     except OSError:
