@@ -253,7 +253,8 @@ def test_three_sites_one_killed_and_the_server_too(federation: Federation) -> No
 
 def three_sites(federation: Federation, proxy: dict[str, str]) -> None:
     folder = federation.folder
-    federation.server("first", "c.yaml", "--out", "run")
+    nowhere = f"http://127.0.0.1:{free_port()}"  # Flower's processes at the server speak with loopback alone
+    federation.server("first", "c.yaml", "--out", "run", HTTPS_PROXY=nowhere, NO_PROXY="", no_proxy="")
     federation.site(NAMES[0], **proxy)
     for name in NAMES[1:]:
         federation.site(name)

@@ -98,8 +98,8 @@ class Federation:
                 list(map(str, line)), cwd=self.folder, stdout=out, stderr=out, env=around
             )
 
-    def server(self, log: str, *arguments: object) -> None:
-        self.start(log, *MIRA, "server", "--kit", "server-kit", "--verbose", *arguments)
+    def server(self, log: str, *arguments: object, **environment: str) -> None:
+        self.start(log, *MIRA, "server", "--kit", "server-kit", "--verbose", *arguments, **environment)
 
     def site(self, name: str, data: str | None = None, **environment: str) -> None:
         what = ("--data", f"{data or name}.yaml", "--state", f"{name}-state", "--threads", 1)

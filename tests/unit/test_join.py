@@ -47,7 +47,6 @@ def joined(server: Path, folder: Path, name: str = "a") -> Path:
     """The kit of a site that made its key and was admitted."""
     asked = join.join(folder, name, ADDRESS, None)
     join.accept(folder, join.read_reply(folder, admitted(server, asked)), trust=True)
-    asked.request.unlink()
     return folder
 
 
@@ -216,7 +215,6 @@ def test_a_new_key_that_was_never_used_makes_room_for_another(server: Path, tmp_
     admitted(server, join.join_again(site))
     lost = (site / "next.key").read_bytes()
     (site / "next.key").unlink()
-    (tmp_path / "a.request").unlink()
     admitted(server, join.join_again(site))
     admit_headers = admission(server)
     assert admit_headers(signed(lost, datetime.now(UTC))) is None
@@ -235,10 +233,12 @@ def test_an_accept_that_was_interrupted_is_done_again(server: Path, tmp_path: Pa
 
 
 def test_a_request_may_be_written_again_for_the_same_key(server: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.request").write_text("mine")
+    with pytest.raises(UserError, match=r"a\.request: exists already, and is no request of a"):
+        join.join(tmp_path / "kit", "a", ADDRESS, None)
+    assert not (tmp_path / "kit").exists()
+    (tmp_path / "a.request").unlink()
     first = join.join(tmp_path / "kit", "a", ADDRESS, None)
-    with pytest.raises(UserError, match=r"a\.request: exists already"):
-        join.join_again(tmp_path / "kit")
-    first.request.unlink()
     assert join.join_again(tmp_path / "kit").fingerprint == first.fingerprint
     with pytest.raises(UserError, match=r"is not admitted yet; send .*a\.request"):
         kit.load_site(tmp_path / "kit")
@@ -336,6 +336,14 @@ def test_an_admission_ends_and_is_warned_of_before(server: Path, tmp_path: Path)
     (site / "site.json").write_text(json.dumps(values | {"expires": past.expires}))
     with pytest.raises(UserError, match=r"its admission ended on .* mira kit join --renew"):
         kit.load_site(site)
+
+
+def test_a_list_of_an_earlier_version_is_read(server: Path, tmp_path: Path) -> None:
+    site = kit.make_site(server, "a", tmp_path / "a").folder
+    values = json.loads((server / "server.json").read_text())
+    del values["sites"][0]["expires"]
+    (server / "server.json").write_text(json.dumps(values))
+    assert admission(server)(proof(site)) == "a"
 
 
 def test_join_needs_a_server_and_a_name_or_a_kit(tmp_path: Path) -> None:

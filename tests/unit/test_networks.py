@@ -18,6 +18,7 @@ pytest.importorskip("flwr", reason="needs the extra 'flower'")
 from flwr.proto.fleet_pb2 import ActivateNodeResponse
 
 from helpers.gate_on_loopback import Outside, gate, superlink
+from helpers.mitm import wiretap
 from helpers.organisation import organisation
 from helpers.sample_config import mira
 from helpers.tunnel import tunnel
@@ -27,6 +28,7 @@ from mira.fleet.flower.processes import child_environment
 from mira.fleet.flower.superlink import free_port
 from mira.fleet.identity import admit, adopt, join, kit
 from mira.fleet.identity.kit import SiteKit
+from mira.fleet.server.main import _place
 
 PASSWORD = "s3cret/@word"
 QUOTED = "s3cret%2F%40word"
@@ -107,6 +109,36 @@ def test_a_server_behind_a_balancer_with_a_chain(federation: Federation, tmp_pat
         (tmp_path / "a" / "ca.pem").write_bytes(federation.site.authority.read_bytes())
         (tmp_path / "a" / "site.json").write_text(other)
         assert "IP address mismatch" in str(refusal(kit.load_site(tmp_path / "a")))
+
+
+def test_a_server_behind_a_balancer_that_ends_tls(tmp_path: Path) -> None:
+    """The balancer has the organisation's certificate, the gate behind it one by the kit's own CA."""
+    hospital, port = organisation(tmp_path / "ca"), free_port()
+    server = kit.make_server(tmp_path / "server", f"localhost:{port}", days=2).folder
+    asked = join.join(tmp_path / "a", "a", f"localhost:{port}", hospital.ca)
+    admit.admit(server, admit.read_request(asked.request), 90, tmp_path / "a.reply")
+    join.accept(tmp_path / "a", join.read_reply(tmp_path / "a", tmp_path / "a.reply"), trust=False)
+    site = kit.load_site(tmp_path / "a")
+    with gate(tmp_path, 1, real=True) as door:
+        behind = ("localhost", door.address[1])
+        with wiretap(("127.0.0.1", port), *hospital.server("localhost"), behind, server / "ca.pem") as heard:
+            assert refusal(site) is None
+            kit.revoke(server, "a")
+            assert "does not admit this kit's key" in str(refusal(site))
+    assert b"flwr-signature" in heard[0], "it came through the balancer"
+
+
+@pytest.mark.parametrize(
+    ("listen", "place"), [(None, (None, 9443)), ("443", (None, 443)), ("127.0.0.2:443", ("127.0.0.2", 443))]
+)
+def test_a_server_listens_where_it_is_told(listen: str | None, place: object, kits: Path) -> None:
+    assert _place(kit.load_server(kits / "server"), listen) == place
+
+
+@pytest.mark.parametrize("listen", ["", "x", "0", "a b:1", ":1"])
+def test_a_place_to_listen_at_is_a_port(listen: str, kits: Path) -> None:
+    with pytest.raises(UserError, match=r"^--listen .* must be PORT or HOST:PORT"):
+        _place(kit.load_server(kits / "server"), listen)
 
 
 def test_a_proxy_is_passed_by_the_check_and_is_told_where_it_refuses(

@@ -65,8 +65,7 @@ def join(folder: Path, name: str, address: str, authorities: Path | None) -> Ask
     }  # fmt: skip
     if authorities is not None:
         contents["ca.pem"] = read_authorities(authorities)
-    if request.parent.is_dir():
-        key_files.check_new(request)
+    _check_place(request, name)
     key_files.write_folder(folder, contents)
     return _asked(folder, name, secret)
 
@@ -75,7 +74,7 @@ def join_again(folder: Path) -> Asked:
     """Write a request for a new key of a site that goes on with its present one meanwhile; where a key waits for its reply, for
     that one. Raises UserError."""
     values = read_site(folder)
-    key_files.check_new(request_of(folder, values["name"]))
+    _check_place(request_of(folder, values["name"]), values["name"])
     if "expires" in values and values["expires"] is None:
         return _asked(folder, values["name"], key_files.read(folder, "site.key"))
     if not (folder / _NEXT).exists():
@@ -89,8 +88,21 @@ def _asked(folder: Path, name: str, secret: bytes) -> Asked:
     except ValueError as error:
         raise key_files.damaged(folder, error) from None
     path = request_of(folder, name)
-    key_files.write_new(path, request)
+    files.replace(path, request)
+    files.sync(path.parent)
     return Asked(name, path, certificates.fingerprint(public))
+
+
+def _check_place(path: Path, name: str) -> None:
+    """Raises UserError where ``path`` holds anything but an earlier request of the site, which can be written again."""
+    if not path.exists():
+        return
+    try:
+        if certificates.read_request(key_files.read_foreign(path, MOST))[0] == name:
+            return
+    except ValueError:
+        pass
+    raise UserError(f"{path}: exists already, and is no request of {name}; move it away first")
 
 
 def read_authorities(path: Path) -> bytes:

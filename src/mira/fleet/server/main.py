@@ -122,9 +122,11 @@ def _place(kit: ServerKit, listen: str | None) -> proxy.Listen:
     Raises UserError."""
     if listen is None:
         return None, split_address(kit.address)[1]
-    if ":" in listen:
-        return split_address(listen)
-    return None, split_address(f"localhost:{listen}")[1]
+    try:
+        host, port = split_address(listen if ":" in listen else f"localhost:{listen}")
+    except UserError:
+        raise UserError(f"--listen {listen}: must be PORT or HOST:PORT, e.g. 9443 or 127.0.0.1:9443") from None
+    return (host if ":" in listen else None), port
 
 
 def _names(kit: ServerKit) -> frozenset[str]:
