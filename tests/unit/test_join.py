@@ -9,7 +9,6 @@ import pty
 import shutil
 import subprocess
 import textwrap
-from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -134,17 +133,25 @@ def test_a_request_from_anybody_is_refused_in_one_line(data: bytes, why: str, tm
 
 
 def test_no_damaged_request_gets_through(tmp_path: Path) -> None:
-    """Each byte of the DER changed in turn; there is one form alone."""
+    """Each byte of the DER changed in turn. One change may be harmless: DER counts the unused bits of the signature, and its last
+    bit may be taken for one; then name and key are the same."""
     der = x509.load_pem_x509_csr(request("a")).public_bytes(serialization.Encoding.DER)
     file = tmp_path / "a.request"
-    for place in [None, *range(len(der))]:
-        wrong = der if place is None else der[:place] + bytes([der[place] ^ 1]) + der[place + 1 :]
+    found: list[admit.Request | None] = []
+    for place in range(len(der) + 1):  # the last: unchanged
+        wrong = der[:place] + bytes([each ^ 1 for each in der[place : place + 1]]) + der[place + 1 :]
         lines = textwrap.wrap(base64.b64encode(wrong).decode(), 64)
         file.write_text(
             "\n".join(["-----BEGIN CERTIFICATE REQUEST-----", *lines, "-----END CERTIFICATE REQUEST-----", ""])
         )
-        with nullcontext() if place is None else pytest.raises(UserError, match="is no request"):
-            admit.read_request(file)
+        try:
+            found.append(admit.read_request(file))
+        except UserError:
+            found.append(None)
+    right = found.pop()
+    assert right is not None
+    assert found.count(None) >= len(der) - 1
+    assert set(found) <= {None, right}
 
 
 def test_a_request_mailed_with_other_ends_of_lines_is_read(tmp_path: Path) -> None:
