@@ -272,7 +272,7 @@ def three_sites(federation: Federation, proxy: dict[str, str]) -> None:
     federation.admit(join.join_again(site), site)
     federation.until(NAMES[2], "goes on with its new key")
     federation.until("again", r"best round")
-    assert federation.started["again"].wait(30) == 0
+    assert federation.started["again"].wait(PATIENCE) == 0
     assert mira("run", folder / "c.yaml", "--out", folder / "together").status == 0
     for name in NAMES:
         own = adapter(folder / f"{name}-state" / "adapter")
