@@ -12,7 +12,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # -qq: pip warns about every index that lacks a package; errors are still shown.
 INSTALL := $(PIP) install -qq --constraint constraints.txt
 # Two processes side by side, a file of tests in each. A thread for each: more would wait for cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+# Files in their order, unit/ last: the longest ones have few tests, and xdist by itself begins those last.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 EVERYTHING := --editable '.[dev,docs,pandas,datasets,flower,privacy,quantized,ray,wandb,mlflow]'
 
 .PHONY: help demo demo-compare test quick house format lock clean bench docs package gpu-kit

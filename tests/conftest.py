@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from helpers.in_process_federation import World, write_data
 from helpers.tiny_models import make_tiny, make_tokenizer, save_tiny
+from mira.config.sections import SECTIONS
 from mira.model import Base, load
 
 collect_ignore = ["plugin_package"]  # a project of its own: tests/e2e/test_plugins.py installs it
@@ -32,6 +34,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.e2e)
         if tier in ("contract", "e2e") and item.get_closest_marker("quick") is None:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported, half a million objects, is not looked at again whenever garbage is collected."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _without_sync() -> Iterator[None]:
+    """No waiting for the disk: a process that is killed loses nothing that it has written."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +80,16 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def world(tiny_folder: Path, tmp_path: Path) -> World:
     """Sites with data of their own, and a folder for what they do."""
     return World(tmp_path, tiny_folder, write_data(tmp_path / "data"))
+
+
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """Classes that a test registers are forgotten afterwards."""
+    before = {name: (dict(registry._added), dict(registry._plugins)) for name, registry in SECTIONS.items()}
+    yield
+    for name, (added, plugins) in before.items():
+        SECTIONS[name]._added, SECTIONS[name]._plugins = added, plugins
+        SECTIONS[name].changes += 1
 
 
 @pytest.fixture

@@ -98,7 +98,8 @@ def test_work_is_what_each_client_starts_from(name: str) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_is_private_and_what_travels(name: str) -> None:
     """Local sends nothing, Ditto not its clients' own rows, FFA-LoRA no A, FedSA-LoRA no B; all others the row. Down goes an
-    anchor too, where it is another row than the start. A factor that is frozen does not return."""
+    anchor too, where it is another row than the start, and the rows that a round adds to the base: those of its three clients,
+    and of FedEx-LoRA their mean. A factor that is frozen does not return."""
     method = VARIANTS[name]
     state, done = state_of(method), trained(method)
     work = method.broadcast(state, torch.tensor(COHORT))
@@ -108,7 +109,7 @@ def test_what_is_private_and_what_travels(name: str) -> None:
     sent = 3 * 4 * {"local": 0, "ffa-lora": 2, "fedsa-lora": 3}.get(name, LAYOUT.size)
     back = {"rolora": 3 * 4 * 3, "fedsvd": 3 * 4 * 2}.get(name, sent)  # the fourth round is one of A
     assert (record["bytes_down"], record["bytes_up"]) == (
-        sent * (2 if name in ("mr-mtl", "fedamp", "scaffold") else 1),
+        sent * {"mr-mtl": 2, "fedamp": 2, "scaffold": 2, "flora": 4, "fedex-lora": 5}.get(name, 1),
         back,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from helpers.engines import RandomCorpus, make_engine, warm_row
 from helpers.method_variants import ONE_ROW, VARIANTS, used_by
 from mira.adapters.lora_peft import from_peft, to_peft
+from mira.adapters.offset import OffsetWeights
 from mira.core.graph import Groups
 from mira.core.loop import Schedule, run_rounds
 from mira.core.training import Training
@@ -34,6 +36,14 @@ class Watched:
     starts: list[Work] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)
     scores: list[Scores] = field(default_factory=list)
+
+    def rebase(self, offset: Tensor | None) -> None:
+        if offset is not None:
+            self.weights.set(offset)
+
+    @cached_property
+    def weights(self) -> OffsetWeights:
+        return OffsetWeights.of(self.inner.spec.model, self.inner.spec.layout)
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
         self.starts.append(work)
@@ -56,6 +66,7 @@ def federate(name: str, engine: Any, rounds: int = 2, share: float = 0.75) -> tu
     final = run_rounds(
         method, engine, state, Schedule(0, rounds, share, TRAINING), NAMES, recorder,
         lambda mixed, record: measure.losses(method, engine, mixed, NAMES, None), lambda record: None,
+        rebase=engine.rebase,
     )  # fmt: skip
     return final, recorder
 

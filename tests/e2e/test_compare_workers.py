@@ -142,10 +142,10 @@ def test_a_comparison_that_is_interrupted_or_killed_leaves_no_process_and_goes_o
         assert driver.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL), err
         assert "Traceback" not in err
         assert number == signal.SIGKILL or err.splitlines()[-1].endswith("repeat the command to resume")
+        assert "2 runs at a time with 1 thread each: as given" in err
         wait_for(lambda workers=workers: not any(map(is_alive, workers)), 2)  # type: ignore[misc]
-    ended = mira("compare", file, "--out", out, "--workers", 2)
+    ended = mira("compare", file, "--out", out, "--workers", 1)
     assert ended.status == 0, ended.err
-    assert "2 runs at a time with 1 thread each: as given" in ended.err
     assert numbers(out) == expected
 
 

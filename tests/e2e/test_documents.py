@@ -8,6 +8,7 @@ import shlex
 import subprocess
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from functools import cache
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
@@ -49,11 +50,17 @@ def commands(text: str) -> Iterator[tuple[str, bool]]:
         yield " ".join(code.split()), False
 
 
+@cache
+def command_line() -> Any:
+    """The group of all commands; it takes 30 ms to make."""
+    return typer.main.get_command(app)
+
+
 def check_command(command: str) -> None:
     """Parses ``command`` as the command line would, without running it. Raises UsageError or UserError."""
     words = shlex.split(re.sub(r"[\[\]…]", " ", command), comments=True)
     words = words[: next((n for n, word in enumerate(words) if word in ("|", ">", ">>", "2>", "&&", ";")), None)]
-    group: Any = typer.main.get_command(app)
+    group = command_line()
     context, arguments = None, words[1:]
     if arguments == ["--version"]:
         return
@@ -115,17 +122,6 @@ def test_every_command_exists(document: Path) -> None:
                 check_command(command)
         except (click.ClickException, ValueError) as error:
             pytest.fail(f"{document.name}: '{command}': {error}")
-
-
-@pytest.fixture
-def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Classes that a document registers are forgotten afterwards."""
-    for registry in SECTIONS.values():
-        for name in ("_added", "_plugins"):
-            monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
-    yield
-    for registry in SECTIONS.values():
-        registry.changes += 1
 
 
 def experiment_of(given: Any) -> Experiment:

@@ -96,6 +96,7 @@ class StarSection:
         return Star(int(clients), bool(grows), weight)
 
 
+@pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize("grows", [False, True])
 def test_a_run_resumes_with_a_graph_of_a_foreign_class(
     grows: bool, tiny_folder: Path, data: Path, tmp_path: Path

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import yaml
 
 from helpers.federation_processes import Federation
 from helpers.fresh_environment import ROOT, build, call, environment
-from helpers.sample_config import lasting, mira, outcome, settings, write_clients
+from helpers.sample_config import Ended, lasting, mira, outcome, settings, write_clients
 from mira.fleet.flower.superlink import free_port
 from mira.fleet.identity import kit
 
@@ -31,8 +32,8 @@ pytestmark = pytest.mark.slow
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of an environment with MIRA and the package of plug-ins."""
     out = tmp_path_factory.mktemp("dist")
-    build(ROOT, out, tmp_path_factory.mktemp("mira"))
-    build(PACKAGE, out, tmp_path_factory.mktemp("plugins"))
+    build(ROOT, out, tmp_path_factory.mktemp("mira"), "--wheel")
+    build(PACKAGE, out, tmp_path_factory.mktemp("plugins"), "--wheel")
     return environment(tmp_path_factory.mktemp("with-plugins"), *out.glob("*.whl"), extras=("flower",))
 
 
@@ -41,6 +42,19 @@ def plugged(model: Path, **sections: Any) -> dict[str, Any]:
     values = settings(model, Path("unused"), rounds=4, **sections)
     named = {"method": {"name": "half-way", "step": 0.25}, "graph": {"name": "ring"}, "adapter": {"kind": "ia3"}}
     return values | {"data": {"source": "sums"}} | named
+
+
+def commands(python: Path, folder: Path, *lines: Sequence[object]) -> list[Ended]:
+    """The ends of commands of MIRA, one after another in one process of the environment: its imports take seconds."""
+    program = (
+        "import json, sys; from dataclasses import astuple; from helpers.sample_config import mira\n"
+        "print(json.dumps([astuple(mira(*words)) for words in json.loads(sys.argv[1])]))"
+    )
+    around = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    words = json.dumps([[str(word) for word in line] for line in lines])
+    done = subprocess.run([python, "-c", program, words], cwd=folder, env=around, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [Ended(*each) for each in json.loads(done.stdout)]
 
 
 @pytest.fixture
@@ -59,24 +73,26 @@ def test_none_of_the_plug_ins_is_over_forty_lines() -> None:
 def test_its_own_tests_pass_here(python: Path) -> None:
     """The contracts of ``mira.testing`` hold in the package's own environment, without pytest."""
     program = (
-        "from mira.testing import *; from mira_example import adapter, graph, method, source\n"
+        "import sys; from mira.testing import *; from mira_example import adapter, graph, method, source\n"
         "checks = [*method_checks(method.HalfWay()), *graph_checks(graph.Ring()), *source_checks(source.Sums()),"
         " *adapter_checks(adapter.Ia3())]\n"
-        "[check() for check in checks]; print(len(checks))"
+        "[check() for check in checks]; print(len(checks)); sys.exit('pytest' in sys.modules)"
     )
     assert int(call(python, "-W", "ignore", "-c", program, cwd=python.parent).splitlines()[-1]) > 20
 
 
 def test_the_schema_and_the_check_know_them(python: Path, file: Path) -> None:
-    schema = json.loads(call(python.parent / "mira", "config", "schema", cwd=file.parent))
+    wrong = file.with_name("wrong.yaml")
+    wrong.write_text(file.read_text().replace("step: 0.25", "stp: 0.25"))
+    shown, checked, refused = commands(
+        python, file.parent, ["config", "schema"], *(["config", "check", each] for each in (file, wrong))
+    )
+    schema = json.loads(shown.out)
     for section, name in (("method", "half-way"), ("graph", "ring"), ("data", "sums"), ("adapter", "ia3")):
         assert name in schema["properties"][section]["discriminator"]["mapping"]
     assert "step" in schema["$defs"]["HalfWay"]["properties"]
-    assert "4 rounds of half-way" in call(python.parent / "mira", "config", "check", file, cwd=file.parent)
-    file.write_text(file.read_text().replace("step: 0.25", "stp: 0.25"))
-    done = subprocess.run([python.parent / "mira", "config", "check", file], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "error: method.stp: unknown key; did you mean 'step'?"
+    assert "4 rounds of half-way" in checked.out
+    assert refused.error == "method.stp: unknown key; did you mean 'step'?"
 
 
 def test_a_killed_run_goes_on_to_the_same_end(python: Path, file: Path, tmp_path: Path) -> None:
@@ -107,10 +123,12 @@ def test_a_killed_run_goes_on_to_the_same_end(python: Path, file: Path, tmp_path
     assert lasting(resumed) | {"run": "", "clients": []} == lasting(whole) | {"run": "", "clients": []}
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
-    call(command, "evaluate", "killed", cwd=tmp_path)
-    call(command, "report", "killed", cwd=tmp_path)
+    *_, exported = each = commands(
+        python, tmp_path, ["evaluate", "killed"], ["report", "killed"], ["export", "killed", "--client", "plus"]
+    )
+    assert [ended.status for ended in each] == [0, 0, 0], each
     assert "half-way" in (tmp_path / "killed" / "report.html").read_text(encoding="utf-8")
-    folder = tmp_path / call(command, "export", "killed", "--client", "plus", cwd=tmp_path).splitlines()[0]
+    folder = tmp_path / exported.out.splitlines()[0]
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "IA3"
 
 
@@ -120,9 +138,10 @@ def test_a_comparison(python: Path, tiny_folder: Path, tmp_path: Path) -> None:
         "entries": {"Local": {"method.name": "local"}, "Half way": {"method.step": 0.5}, "Own": {"method.name": "half-way"}},
     }  # fmt: skip
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    compared = json.loads(call(python.parent / "mira", "compare", "c.yaml", "--out", "c", "--json", cwd=tmp_path))
-    assert [entry["name"] for entry in compared["entries"]] == ["Local", "Half way", "Own"]
-    call(python.parent / "mira", "report", "c", cwd=tmp_path)
+    compared, reported = commands(python, tmp_path, ["compare", "c.yaml", "--out", "c", "--json"], ["report", "c"])
+    assert compared.status == 0, compared
+    assert [entry["name"] for entry in json.loads(compared.out)["entries"]] == ["Local", "Half way", "Own"]
+    assert reported.status == 0, reported
 
 
 def test_over_machines_the_server_alone_needs_the_method(python: Path, tiny_folder: Path, tmp_path: Path) -> None:

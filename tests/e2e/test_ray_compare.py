@@ -6,11 +6,8 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -19,7 +16,7 @@ import pytest
 import yaml
 
 from helpers.odd_machine import OddRemote
-from helpers.ray_cluster import SOURCES, RayCluster, ray_cluster
+from helpers.ray_cluster import RayCluster, ray_cluster, wait_for
 from helpers.sample_config import mira, outcome, settings, write_clients
 from mira.comparison import on_ray
 from mira.store import mirror
@@ -150,64 +147,9 @@ def test_a_run_that_no_node_can_hold_is_refused(file: Path, cluster: RayCluster,
     )
 
 
-def test_no_cluster_outlives_the_command_that_started_it(file: Path, tmp_path: Path) -> None:
-    """Killed, and interrupted on the way; the same command goes on. One long run, so that one worker is to be started."""
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    values |= {"seeds": [0], "grid": {}, "entries": {"MIRA": {}}}
-    values["experiment"]["rounds"] = 1000
-    file = tmp_path / "c.yaml"
-    file.write_text(yaml.safe_dump(values), encoding="utf-8")
-    for number, status in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
-        done = len(records(tmp_path))
-        command = start(file, tmp_path / "o")
-        try:
-            wait_for(lambda done=done: len(records(tmp_path)) > done, command)
-            command.send_signal(number)
-            told = command.communicate(timeout=60)[0]
-        finally:
-            command.kill()  # nothing where it has ended
-        assert command.returncode == status, told
-        wait_for(lambda: not of_command(tmp_path / "o"))
-    assert told.endswith("repeat the command to resume\n")
-
-
-def of_command(out: Path) -> list[int]:
-    """The processes of the command that writes to ``out``, also those whose parent is gone: all have its environment."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if f"COMPARED={out}\0".encode() in (entry / "environ").read_bytes():
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return found
-
-
 def records(folder: Path) -> list[Path]:
     """The committed rounds of all runs."""
     return list(folder.rglob("rounds/*.json"))
-
-
-def start(file: Path, out: Path) -> subprocess.Popen[str]:
-    run = "import sys; from mira.cli import main; sys.argv[0] = 'mira'; main()"
-    environment = os.environ | {"PYTHONPATH": str(SOURCES), "COMPARED": str(out)}
-    environment["RAY_TMPDIR"] = (
-        tempfile.gettempdir() + "/ray-none"
-    )  # where no other cluster of this machine is recorded
-    environment.pop("RAY_ADDRESS", None)
-    return subprocess.Popen(
-        [sys.executable, "-c", run, "compare", str(file), "--out", str(out), "--ray", "auto"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-    )  # fmt: skip
-
-
-def wait_for(reached: Callable[[], bool], command: subprocess.Popen[str] | None = None) -> None:
-    until = time.monotonic() + 150  # a machine that is busy otherwise
-    while not reached():
-        assert command is None or command.poll() is None, command.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def small(file: Path, folder: Path, **changes: Any) -> Path:

@@ -143,13 +143,13 @@ class Stop(mira.Callback):
             raise KeyboardInterrupt
 
 
-def test_a_run_is_resumed_with_another_number_of_workers(
-    tmp_path: Path, alone: mira.Run, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Here also: the processes of a run on devices of this machine end with it, an interrupted one included."""
+def test_a_run_is_resumed_with_another_number_of_workers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Here also: the processes of a run on devices of this machine end with it, an interrupted one included; a virtual prompt on
+    workers."""
+    prompt = {"adapter": {"kind": "prompt", "virtual_tokens": 3}, "method": {"name": "local"}}
     before = descendants()
     with own_folder(), pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "run", BATCHED | {"devices": ["cpu", "cpu"]}, callbacks=[Stop()])
+        run(tmp_path / "run", BATCHED | {"devices": ["cpu", "cpu"]}, callbacks=[Stop()], **prompt)
     assert_ended(before)
     model = (make_tiny(dtype=torch.float64), make_tokenizer())
     caplog.set_level("INFO")
@@ -157,11 +157,10 @@ def test_a_run_is_resumed_with_another_number_of_workers(
     assert (
         "the run began on cpu, cpu and goes on on one process; its numbers are the same up to rounding" in caplog.text
     )
-    close(resumed, alone)
+    close(resumed, run(tmp_path / "whole", BATCHED, **prompt))
 
 
-@pytest.mark.parametrize("adapter", [{"kind": "seeds", "count": 8}, {"kind": "prompt", "virtual_tokens": 3}], ids=str)
-def test_other_adapters_on_a_worker(cluster: RayCluster, tmp_path: Path, adapter: dict[str, Any]) -> None:
-    more = {"adapter": adapter, "rounds": 1, "method": {"name": "local"}}
+def test_seeds_on_a_worker(cluster: RayCluster, tmp_path: Path) -> None:
+    more = {"adapter": {"kind": "seeds", "count": 8}, "rounds": 1, "method": {"name": "local"}}
     there = run(tmp_path / "there", BATCHED | {"workers": 1, "ray": cluster.address}, **more)
     close(there, run(tmp_path / "here", BATCHED, **more))

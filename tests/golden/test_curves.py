@@ -23,6 +23,7 @@ import torch
 from helpers.tiny_models import EOS, PAD, VOCABULARY, make_tiny
 from mira.adapters.lora import Lora
 from mira.adapters.lora_peft import LoraAdapter, start_row
+from mira.adapters.offset import OffsetWeights
 from mira.core.graph import Groups
 from mira.core.loop import Record, Schedule, run_rounds
 from mira.core.offers import option_scores
@@ -101,6 +102,7 @@ def curves(name: str) -> Curves:
     run_rounds(
         method, engine, state, Schedule(0, ROUNDS, 0.75, training), NAMES, recorder, look, records.append,
         lambda offer: option_scores(engine, offer, None).loss,
+        OffsetWeights.of(model, layout).set,
     )  # fmt: skip
     for record in records[1:]:
         record["train_loss"] = sum(record["train_loss"].values()) / len(record["train_loss"])

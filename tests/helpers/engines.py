@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -59,11 +60,13 @@ class RandomCorpus:
         return 10 + client
 
 
+@cache
 def layout_on(kind: str, rank: int = 4) -> Layout:
     targets = ("c_attn", "c_proj") if kind == "gpt2" else ("q_proj", "v_proj", "down_proj")
     return Lora(rank=rank, alpha=8.0, targets=targets).layout(make_tiny(kind))
 
 
+@cache
 def prompt_on(kind: str, virtual_tokens: int = 5) -> Layout:
     return VirtualPrompt(virtual_tokens=virtual_tokens, encoder_hidden=16).layout(make_tiny(kind))
 

@@ -21,14 +21,14 @@ def call(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
-def build(source: Path, out: Path, copy: Path) -> None:
-    """Build the wheel and the sdist of the project in ``source`` into ``out``, from a ``copy`` of what git knows of it: no stale
-    build folder takes part."""
+def build(source: Path, out: Path, copy: Path, *kind: str) -> None:
+    """Build the project in ``source`` into ``out``, from a ``copy`` of what git knows of it: no stale build folder takes part.
+    ``kind``: --wheel; none: the sdist, and the wheel from it."""
     for name in call("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=source).splitlines():
         if (source / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((source / name).read_bytes())
-    call(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, copy, cwd=copy)
+    call(sys.executable, "-m", "build", "--no-isolation", *kind, "--outdir", out, copy, cwd=copy)
 
 
 def environment(folder: Path, *wheels: Path, extras: tuple[str, ...] = ()) -> Path:

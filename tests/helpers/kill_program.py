@@ -164,5 +164,7 @@ def supervise(base: Path, kills: int) -> None:
 
 
 if __name__ == "__main__":
+    # No waiting for the disk: a process that is killed loses nothing that it has written.
+    os.fsync = lambda descriptor: None
     for place in sys.argv[2:]:
         supervise(Path(place), int(sys.argv[1]))

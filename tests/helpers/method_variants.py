@@ -43,7 +43,7 @@ BESIDE_ONE = [
 TWO_OF_EACH = ["fedamp"]  # row k is client k's, row K + k the one it is pulled to
 HALVES = ["fedalt", "feddpa"]  # a row holds two adapters: an even rank
 ONE_ROW = [name for name in VARIANTS if name not in ROW_OF_EACH + COHORT_MIXED + BESIDE_ONE + TWO_OF_EACH + HALVES]
-ONE_RANK = ["fedsvd", "scaffold", "fedtreelora", "ifca", *HALVES]  # refuse clients of unlike ranks
+ONE_RANK = ["fedsvd", "fedex-lora", "scaffold", "fedtreelora", "ifca", *HALVES]  # refuse clients of unlike ranks
 WHOLE = {name: method for name, method in VARIANTS.items() if name not in HALVES}
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,13 @@ import mira
 
 SOURCES = Path(mira.__file__).parents[1]
 _LONGEST = 20.0  # seconds that processes have to end
+# What Ray's processes read when they start, of clusters made here and of those that a command starts.
 # Ray lowers the priority of its workers by 15: beside other tests they would get a thirtieth of a core.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# Ray holds a worker ready on each CPU. Those of a comparison have variables of their own, so that no such worker fits.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+# A node is dead after five looks without an answer. Ray looks every 3 s. A node that is slow still has 10 s for each answer.
+os.environ.setdefault("RAY_health_check_period_ms", "500")
 
 
 class RayCluster:
@@ -126,6 +132,15 @@ def assert_ended(before: dict[int, str]) -> None:
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left, left
+
+
+def wait_for(reached: Callable[[], bool], command: subprocess.Popen[str] | None = None) -> None:
+    """Wait until ``reached``. Asserts that ``command`` runs meanwhile, and that it takes no more than 150 s: a busy machine."""
+    until = time.monotonic() + 150
+    while not reached():
+        assert command is None or command.poll() is None, command.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def busy_workers(besides: int) -> list[int]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import signal
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import yaml
 from mira.comparison.machines import Same, note, noted, places_of
 from mira.comparison.on_ray import workers_on
 from mira.comparison.plan import Job, Plan, load
+from mira.comparison.processes import _no_interrupts
 from mira.comparison.shares import Machine, Need, number_of_workers, share_of_a_run, threads_of_a_run
 from mira.core import machine
 from mira.core.errors import UserError
@@ -156,20 +156,17 @@ def test_other_data_models_and_threads_are_refused_in_any_case(key: str, value: 
         same.check(job, ENVIRONMENT | {key: value}, [PLACE])
 
 
-def test_the_first_worker_too_starts_deaf_to_ctrl_c() -> None:
-    # In a fresh process: the first worker starts the tracker of multiprocessing, which unblocks signals.
-    script = """
-import signal
-from multiprocessing import resource_tracker
-from mira.comparison.processes import _no_interrupts
-with _no_interrupts():
-    resource_tracker.ensure_running()
-    print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))
-print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))
-"""
-    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", script], env=paths, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "False"]
+def test_the_first_worker_too_starts_deaf_to_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first worker starts the tracker of multiprocessing, whose start unblocks signals."""
+    tracker: Any = resource_tracker.ResourceTracker()  # not yet started, whatever ran before in this process
+    monkeypatch.setattr(resource_tracker, "ensure_running", tracker.ensure_running)
+    try:
+        with _no_interrupts():
+            resource_tracker.ensure_running()
+            assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    finally:
+        tracker._stop()
 
 
 def test_free_memory_of_a_container_includes_its_file_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +20,8 @@ from helpers.tiny_models import make_tiny, make_tokenizer
 from mira.config.sections import SECTIONS
 from mira.core.graph import Edges, Graph
 from mira.core.types import MemoryRows
+
+pytestmark = pytest.mark.usefixtures("registries")
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,6 @@ class Pair:
     def build(self, names: Any, groups: Any, seed: int, embed: Any) -> Graph:
         one = torch.ones(1, dtype=torch.float64)
         return Edges.of(torch.tensor([0]), torch.tensor([1]), one, len(names))
-
-
-@pytest.fixture(autouse=True)
-def registries() -> Iterator[None]:
-    """Registered classes are gone after each test."""
-    before = {name: (dict(registry._added), dict(registry._plugins)) for name, registry in SECTIONS.items()}
-    yield
-    for name, (added, plugins) in before.items():
-        SECTIONS[name]._added, SECTIONS[name]._plugins = added, plugins
-        SECTIONS[name].changes += 1
 
 
 @pytest.fixture

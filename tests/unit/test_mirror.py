@@ -21,17 +21,8 @@ from mira.core.errors import UserError
 from mira.store import Store, files, mirror
 from mira.store.mirror import File, Mirror, Parcel
 
-pytestmark = pytest.mark.usefixtures("without_sync")
 KEYS = st.sets(st.integers(0, 3))
 ROUNDS = st.lists(st.tuples(KEYS, KEYS, st.booleans(), st.one_of(st.none(), st.floats(0, 9))), max_size=6)
-
-
-@pytest.fixture(scope="module")
-def without_sync() -> Iterator[None]:
-    """No waiting for the disk: a process that is killed loses nothing that it has written."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(os, "fsync", lambda descriptor: None)
-        yield
 
 
 def commit(store: Store, number: int, rows: set[int], optim: set[int], extra: bool, loss: float | None) -> None:

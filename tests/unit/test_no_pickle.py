@@ -22,6 +22,7 @@ CALLS = {
     "pandas.read_pickle",
     "yaml.unsafe_load",
 }
+LAST = {call.rpartition(".")[2] for call in CALLS}
 NAMES = {"eval", "exec", "compile", "__import__"}
 ARGUMENTS = {"allow_pickle", "weights_only"}  # whoever gives them reads pickles
 
@@ -33,7 +34,7 @@ def found(source: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             whole = {f"{node.module}.{name.name}" for name in node.names} & CALLS
             yield from whole or ({node.module} if (node.module or "").split(".")[0] in MODULES else set())
-        elif isinstance(node, ast.Attribute) and ast.unparse(node) in CALLS:
+        elif isinstance(node, ast.Attribute) and node.attr in LAST and ast.unparse(node) in CALLS:
             yield ast.unparse(node)
         elif isinstance(node, ast.Call):
             if isinstance(node.func, ast.Name) and node.func.id in NAMES:

@@ -138,37 +138,35 @@ def test_any_history_reads_as_a_model_in_memory(history: list[Any], tmp_path_fac
     state: dict[str, dict[int, float]] = {"rows": {}, "optim": {}, "extra": {}}
     past: list[dict[str, dict[int, float]]] = []
     losses: list[float] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: None)  # durability is not what is tested here, and it is slow
-        store = create(folder)
-        for round, (rows, loss, more, reopen) in enumerate(history):
-            optimizer = {key: torch.full((2,), value) for key, value in rows.items()} if more else None
-            index = torch.tensor(list(rows), dtype=torch.int64)
-            value = torch.tensor(list(rows.values()))[:, None].expand(-1, P)
-            extra = {str(round % 2): torch.tensor(float(round))} if more else {}
-            store.commit(round, index, value, extra, optimizer, {"validation_loss": loss})
-            state = {
-                "rows": state["rows"] | rows,
-                "optim": state["optim"] | (rows if more else {}),
-                "extra": state["extra"] | {int(name): float(x) for name, x in extra.items()},
-            }
-            past.append(state)
-            losses.append(math.inf if loss is None else loss)
-            if reopen:
-                store.close()
-                store = Store.open(folder)
-            best = losses.index(min(losses)) if min(losses) < math.inf else None
-            assert (store.last_round, store.best_round) == (round, best)
-            for as_of in {None, round, *([] if best is None else [best])}:
-                then = past[round if as_of is None else as_of]
-                assert [row(store, key, as_of) for key in range(4)] == [then["rows"].get(key, 0.0) for key in range(4)]
-                assert {int(name): float(x) for name, x in store.extra(as_of).items()} == then["extra"]
-            states = {key: store.optimizer(key) for key in range(4)}
-            assert {key: float(x[0]) for key, x in states.items() if x is not None} == state["optim"]
-            assert len(names(folder / "rows")) <= 2 * len(state["rows"])
-            assert len(names(folder / "optim")) == len(state["optim"])
-            assert len(names(folder / "extra")) <= 2
-        store.close()
+    store = create(folder)
+    for round, (rows, loss, more, reopen) in enumerate(history):
+        optimizer = {key: torch.full((2,), value) for key, value in rows.items()} if more else None
+        index = torch.tensor(list(rows), dtype=torch.int64)
+        value = torch.tensor(list(rows.values()))[:, None].expand(-1, P)
+        extra = {str(round % 2): torch.tensor(float(round))} if more else {}
+        store.commit(round, index, value, extra, optimizer, {"validation_loss": loss})
+        state = {
+            "rows": state["rows"] | rows,
+            "optim": state["optim"] | (rows if more else {}),
+            "extra": state["extra"] | {int(name): float(x) for name, x in extra.items()},
+        }
+        past.append(state)
+        losses.append(math.inf if loss is None else loss)
+        if reopen:
+            store.close()
+            store = Store.open(folder)
+        best = losses.index(min(losses)) if min(losses) < math.inf else None
+        assert (store.last_round, store.best_round) == (round, best)
+        for as_of in {None, round, *([] if best is None else [best])}:
+            then = past[round if as_of is None else as_of]
+            assert [row(store, key, as_of) for key in range(4)] == [then["rows"].get(key, 0.0) for key in range(4)]
+            assert {int(name): float(x) for name, x in store.extra(as_of).items()} == then["extra"]
+        states = {key: store.optimizer(key) for key in range(4)}
+        assert {key: float(x[0]) for key, x in states.items() if x is not None} == state["optim"]
+        assert len(names(folder / "rows")) <= 2 * len(state["rows"])
+        assert len(names(folder / "optim")) == len(state["optim"])
+        assert len(names(folder / "extra")) <= 2
+    store.close()
 
 
 def test_all_is_on_disk_before_the_record_and_nothing_is_removed_before_it_is(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -234,8 +232,3 @@ ADAPTERS: list[tuple[str, Callable[[Any], dict[str, Any]]]] = [
 @pytest.mark.parametrize(("law", "changed"), ADAPTERS)
 def test_a_faulty_adapter_is_found(law: str, changed: Any) -> None:
     assert fails(law, adapter_checks(Odd(changed)))
-
-
-def test_nothing_in_it_needs_pytest() -> None:
-    code = "import sys, mira.testing; sys.exit('pytest' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})

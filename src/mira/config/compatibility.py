@@ -7,15 +7,35 @@ from __future__ import annotations
 
 import torch
 
+from mira.core.errors import UserError
 from mira.core.graph import Groups
 from mira.core.layout import Layout
-from mira.core.types import Method, Setting
+from mira.core.offset import offset_of
+from mira.core.types import Method, ServerState, Setting
 
 
-def check(method: Method, layout: Layout, ranks_differ: bool, rounds: int, plain_sgd: bool) -> None:
-    """Raise UserError if ``method`` cannot work on rows of ``layout``, not with the different ranks of its clients, not in
-    ``rounds`` or not with the optimiser (``plain_sgd``: SGD without momentum)."""
+def check(method: Method, layout: Layout, ranks_differ: bool, rounds: int, plain_sgd: bool) -> bool:
+    """Tell whether ``method`` adds to the base's weights. Raises UserError if it cannot work on rows of ``layout``, not with the
+    different ranks of its clients, not in ``rounds`` or not with the optimiser (``plain_sgd``: SGD without momentum)."""
     alone = torch.zeros(1, dtype=torch.int64)
     rank = torch.full_like(alone, layout.rank) if ranks_differ else None
     start, graph = torch.zeros(layout.size), Groups(alone)
-    method.init(Setting(layout, start, 1, graph, 0.0, 0, rank, rounds, plain_sgd))
+    state = method.init(Setting(layout, start, 1, graph, 0.0, 0, rank, rounds, plain_sgd))
+    return (
+        isinstance(state, ServerState) and offset_of(state) is not None
+    )  # anything else is refused with the base at hand
+
+
+def check_base(method: Method, quantization: str, spreads: bool) -> None:
+    """Raise UserError if the base cannot take the offset of ``method``, which adds to its weights."""
+    what = f"method.name={method.name} adds to the base's weights"
+    if quantization != "none":
+        raise UserError(
+            f"model.quantization={quantization}: {what}, and rounding the sum would lose much of it; set"
+            " model.quantization=none, or method.name=fedit"
+        )
+    if spreads:
+        raise UserError(
+            f"engine: {what}, and workers share those that were loaded; leave engine.devices, engine.workers and engine.ray out,"
+            " or set method.name=fedit"
+        )

@@ -253,7 +253,8 @@ class Experiment(BaseModel):
         check = getattr(self.adapter, "check", None)
         if check is not None:
             check(self)
-        compatibility.check(self.method, layout, bool(self.clients.rank), self.rounds, self.training.plain_sgd)
+        if compatibility.check(self.method, layout, bool(self.clients.rank), self.rounds, self.training.plain_sgd):
+            compatibility.check_base(self.method, self.model.quantization, self.engine.spreads)
         dropout = getattr(self.adapter, "dropout", 0.0)
         if self.engine.prefix == "on" and dropout > 0:
             raise UserError(

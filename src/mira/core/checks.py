@@ -13,12 +13,13 @@ from torch import Tensor
 
 from mira.core.errors import UserError, kind_of
 from mira.core.graph import Graph
+from mira.core.offset import OFFSET
 from mira.core.types import Change, Method, Offer, ServerState, Work
 
 FIELDS = frozenset({
     "round", "lr", "cohort", "lost", "train_loss", "steps", "tokens", "bytes_up", "bytes_down", "client_bytes",
     "validation_loss", "local_loss", "unmeasured", "clients", "answers", "transfer", "privacy", "stopped", "seconds",
-    "tokens_per_second", "peak_memory_bytes", "joined", "offers",
+    "tokens_per_second", "peak_memory_bytes", "joined", "offers", "offset_bytes",
 })  # fmt: skip
 """The fields of a round's record that are not a method's notes."""
 
@@ -97,6 +98,8 @@ def checked_change(method: Method, change: Any, state: ServerState, row: Tensor)
     endless = [number for number, each in zip(change.index.tolist(), change.value, strict=True) if not _finite(each)]
     if endless:
         raise UserError(f"{place}: row {endless[0]} is not finite; the trained rows were")
+    if change.offset is not None:
+        _check_offset(change.offset, state, row, f"{place}: offset")
     _check_extra(change.extra, place)
     _check_notes(change.notes, place)
     _check_of_clients(change.of_clients, state.graph.num_clients, place)
@@ -105,6 +108,16 @@ def checked_change(method: Method, change: Any, state: ServerState, row: Tensor)
     if change.graph is not None:
         checked_graph(change.graph, state.graph.num_clients, f"{place}: graph")
     return change
+
+
+def _check_offset(offset: Any, state: ServerState, row: Tensor, place: str) -> None:
+    _check_rows(offset, len(offset) if isinstance(offset, Tensor) else 1, row, place)
+    if not _finite(offset):
+        raise UserError(f"{place}: is not finite; the trained rows were")
+    if OFFSET not in state.extra:
+        raise UserError(
+            f"{place}: there is none to add to; put mira.core.offset.no_offset(...) into the state's extra in init"
+        )
 
 
 def _check_rows(rows: Any, count: int, row: Tensor, place: str) -> None:

@@ -94,6 +94,11 @@ class ClientBackend(Protocol):
         silent."""
         ...
 
+    def rebase(self, offset: Tensor | None) -> None:
+        """Give the clients' base the ``offset`` [n,P] (``mira.core.offset``) of the state in which they train or are measured
+        next; None for a method that leaves the base as it is."""
+        ...
+
     def allow_transfer(self) -> Tensor:
         """Clients [n] on whose data the rows of other clients may be tried."""
         ...

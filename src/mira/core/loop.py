@@ -14,6 +14,7 @@ from torch import Tensor
 from mira.core.checks import checked_change, checked_work
 from mira.core.engine import Trainer
 from mira.core.offers import Choice, begun, choose, described, named, settled, unanswered
+from mira.core.offset import offset_of, with_offset
 from mira.core.payload import is_private, jobs_of, parcel
 from mira.core.seeds import generator
 from mira.core.training import Training
@@ -58,14 +59,17 @@ def run_rounds(
     measure: Callable[[ServerState, Record], Record],
     observe: Callable[[Record], None],
     losses: Callable[[Offer], Tensor] = unanswered,
+    rebase: Callable[[Tensor | None], None] = lambda offset: None,
 ) -> ServerState:
     """Run all rounds from ``state`` to the end of the schedule, and return the last state.
 
     ``measure`` evaluates the state after a server step, given the round's record so far; its result becomes part of the record. A
     reason under the key ``stopped`` ends the run with this round. ``observe`` is called with each record once it is committed.
     ``losses``: of each option of an offer for each of its clients [n,c], on their own data; NaN where one does not answer.
+    ``rebase`` gives the base the offset of a state (``offset_of``) before clients train or are measured in it.
     Raises UserError if the method returns a wrong object, or adapters that are not finite.
     """
+    rebase(offset_of(state))
     while state.round < schedule.rounds:
         began = perf_counter()
         cohort = sample_cohort(schedule.seed, state.round, len(names), schedule.share)
@@ -84,6 +88,7 @@ def run_rounds(
         end = None if change.offer is None else choose(change.offer, losses(change.offer))
         change = change if end is None else settled(change, end)
         mixed = apply(state, change)
+        rebase(offset_of(mixed))
         choices = [choice for choice in (start, end) if choice is not None]
         record = describe(mixed.round, work, trained, change, names, schedule.wire, choices)
         record |= measure(mixed, record)
@@ -143,10 +148,11 @@ def screen(trained: Trained) -> Trained:
 
 
 def aggregate(method: Method, state: ServerState, trained: Trained) -> Change:
-    """The change of a round, checked against the shape and type of the trained rows. Raises UserError."""
+    """The change of a round, checked against the shape and type of the trained rows, with the offset after it. Raises
+    UserError."""
     if not len(trained.client):
         return nothing(trained.rows)
-    return checked_change(method, method.aggregate(state, trained), state, trained.rows[0])
+    return with_offset(state, checked_change(method, method.aggregate(state, trained), state, trained.rows[0]))
 
 
 def nothing(rows: Tensor) -> Change:
@@ -169,17 +175,20 @@ def describe(
 
     Bytes count the adapters that travel to a client and back in the format ``wire``, those offered among them; a private job
     sends none, and a client that was not asked gets none. For a client with several jobs: bytes of all, loss and steps of the
-    last one.
+    last one. What the round adds to the offset (``offset_bytes``, exact) counts as sent to each client of the round.
     """
     came = [names[k] for k in trained.client.tolist()]
     back = set(trained.job.tolist())
     away = {failure.client for failure in trained.failed if not failure.asked}
+    added = {} if change.offset is None else {"offset_bytes": change.offset.nbytes}
     client_bytes = {}
     for k, jobs in jobs_of(work).items():
         sent = parcel(work, jobs)
         returned = [j for j in jobs if j in back and not is_private(work, j)]
         client_bytes[names[k]] = {
-            "down": 0 if k in away else len(sent.rows) * num_bytes(down(wire), sent.numbers, work.start.dtype),
+            "down": 0
+            if k in away
+            else sum(added.values()) + len(sent.rows) * num_bytes(down(wire), sent.numbers, work.start.dtype),
             "up": len(returned) * num_bytes(wire, sent.numbers_back, work.start.dtype),
         }
     for choice in choices:
@@ -197,6 +206,7 @@ def describe(
         "bytes_down": sum(sent["down"] for sent in client_bytes.values()),
         "bytes_up": sum(sent["up"] for sent in client_bytes.values()),
         "client_bytes": client_bytes,
+        **added,
         **described(choices, names),
         **named(change.of_clients, names),
         **change.notes,

@@ -83,6 +83,7 @@ class Setting:
     rank: Tensor | None = None  # [K] int64, the number of the layout's ranks that each client uses; None: all
     rounds: int = 1
     plain_sgd: bool = True  # local steps are SGD without momentum: a displacement is -lr times the sum of the gradients
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,8 @@ class Change:
 
     ``notes``: numbers for the round's metrics (e.g. the effective mixing step); ``of_clients``: such numbers of single clients.
     ``graph``: the graph re-estimated in this round; None: the graph stays. ``offer``: rows of which each client takes one in the
-    place of its ``value``, which stays where it does not answer; it is settled before the commit.
+    place of its ``value``, which stays where it does not answer; it is settled before the commit. ``offset``: rows [n,P] whose
+    products the base's weights take up, in the layout's scale (``mira.core.offset``).
     """
 
     index: Tensor
@@ -239,6 +241,7 @@ class Change:
     graph: Graph | None = None
     of_clients: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     offer: Offer | None = None
+    offset: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from mira.methods.fedalt import FedALT
 from mira.methods.fedamp import FedAMP
 from mira.methods.fedavg_ft import FedAvgFT
 from mira.methods.feddpa import FedDPA
+from mira.methods.fedex_lora import FedExLoRA
 from mira.methods.fedit import FedIT
 from mira.methods.fedprox import FedProx
 from mira.methods.fedsa_lora import FedSALoRA
@@ -14,6 +15,7 @@ from mira.methods.fedsvd import FedSVD
 from mira.methods.fedtreelora import FedTreeLoRA
 from mira.methods.ffa_lora import FFALoRA
 from mira.methods.flexlora import FlexLoRA
+from mira.methods.flora import FLoRA
 from mira.methods.ifca import IFCA
 from mira.methods.local import Local
 from mira.methods.mira import Mira
@@ -52,6 +54,8 @@ METHODS = Registry(
         "fedalt": FedALT,
         "feddpa": FedDPA,
         "flexlora": FlexLoRA,
+        "fedex-lora": FedExLoRA,
+        "flora": FLoRA,
         "fedavgm": FedAvgM,
         "fedadam": FedAdam,
     },

@@ -6,7 +6,9 @@ from torch import Tensor
 from mira.core.errors import UserError
 from mira.core.layout import Entry
 from mira.core.mixing import mix, weighted_mean
+from mira.core.offset import no_offset
 from mira.core.types import MemoryRows, ServerState, Setting, Trained
+from mira.methods.layers import refuse_experts
 
 GLOBAL = torch.zeros(1, dtype=torch.int64)
 """The index [1] of the global row."""
@@ -80,6 +82,15 @@ def factor_mask(setting: Setting, factor: str, method: str) -> Tensor:
         for entry in pair:
             entry.view(mask).fill_(entry.factor == factor)
     return mask
+
+
+def offset_extra(setting: Setting, method: str) -> dict[str, Tensor]:
+    """The extra tensors of a method that adds to the base's offset (``mira.core.offset``). Raises UserError where the adapter has
+    other tensors than A and B, or experts."""
+    pairs = factor_pairs(setting, method)
+    refuse_experts(setting.layout, f"method.name={method}", "set name=fedit")
+    layers = [[a.offset, b.offset, a.shape[1], b.shape[0], a.shape[0]] for a, b in pairs]
+    return no_offset(setting.start, torch.tensor(layers))
 
 
 def factor_pairs(setting: Setting, method: str) -> list[tuple[Entry, Entry]]:

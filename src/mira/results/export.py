@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mira.core.errors import UserError
 from mira.core.loop import Record
+from mira.core.offset import offset_of
 from mira.core.types import ServerState
 from mira.runner.summary import ADAPTERS
 from mira.serving import lines, push
@@ -50,11 +52,13 @@ def check(order: Order, session: Session) -> None:
 
 def export(order: Order, session: Session, run: Path, state: ServerState, metrics: Sequence[Record]) -> Iterator[str]:
     """Write the adapters below the folder ``run``. Yields lines: folders, commands, repositories. Raises UserError."""
+    _check_ranks(order, session, state)
     origins = [origin(session.federation.clients[k], state.round, metrics) for k in order.clients]
     places = [run / order.folder / each.client.slug for each in origins]
     if order.merge:
         for k, place, each in zip(order.clients, places, origins, strict=True):
-            export_merged(session, place, deployed(session, state, k), each)
+            with session.on_base_of(state):
+                export_merged(session, place, deployed(session, state, k), each)
             yield lines.merged(order.format, place)
     else:
         adapters = export_adapters(session, run / f"{ADAPTERS}{order.suffix}", state, order.clients, metrics)
@@ -68,3 +72,12 @@ def export(order: Order, session: Session, run: Path, state: ServerState, metric
         base = push.base(order.hub, session)
         for place, each in zip(places, origins, strict=True):
             yield push.push(order.hub, place, card(session, each, order.use, base), base)
+
+
+def _check_ranks(order: Order, session: Session, state: ServerState) -> None:
+    """Raise UserError for a server that bounds ranks, where adapters hold the offset of the base beside their own ranks."""
+    if offset_of(state) is not None and not order.merge and order.format not in ("peft", "gguf"):
+        raise UserError(
+            f"--format {order.format}: method.name={session.experiment.method.name} changes the base, and adapters that hold the"
+            " change have more ranks than servers take; use --merge and serve the whole model"
+        )

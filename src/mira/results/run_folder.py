@@ -16,6 +16,7 @@ from mira import config
 from mira.config import Experiment
 from mira.core.errors import UserError, did_you_mean
 from mira.core.loop import Record
+from mira.core.offset import offset_of
 from mira.core.types import Overlay, ServerState, has_private_parts
 from mira.results import answers, export, html, metrics
 from mira.results.answers import Answered
@@ -131,7 +132,8 @@ class Run(Mapping[str, Any]):
         """A client's adapter on the base model: a ``PeftModel`` in eval mode. Each call loads the base anew; a base from memory
         is copied. Raises UserError for an unknown client, and for a kind of adapter that PEFT does not have."""
         session = self._open(examples=False)
-        return session.peft_model(self._rows([client], round, session)[0])
+        rows, state = self._deployed([client], round, session)
+        return session.peft_model(rows[0], offset_of(state))
 
     def evaluate(self, round: Which = "last") -> Result:
         """The result, evaluated again with the adapters of a round. If the data is at sites: their own evaluation after the last
@@ -146,8 +148,9 @@ class Run(Mapping[str, Any]):
                 state_of(session, store, _number(store, round))
             )  # read now: the run may continue meanwhile
             told.stage(f"measuring round {state.round}")
-            record = {"round": state.round} | measured(session, state, told, answers=True, transfer=True)
-            return located(summary(session, store, record, best_answers(session, store, record)), self.folder)
+            with session.on_base_of(state):
+                record = {"round": state.round} | measured(session, state, told, answers=True, transfer=True)
+                return located(summary(session, store, record, best_answers(session, store, record)), self.folder)
 
     def generate(
         self, client: str, prompt: str, *, instruction: str | None = None, system: str | None = None,
@@ -155,8 +158,10 @@ class Run(Mapping[str, Any]):
     ) -> str:  # fmt: skip
         """The greedy answer of a client's adapter to ``prompt``, in the form of the client's training examples. ``instruction``,
         ``system``: replace those of the examples. Raises UserError."""
-        rows = self._rows([client], round)
-        return answers.answer(self._without_examples, client, rows, prompt, instruction, system, max_new_tokens)
+        session = self._without_examples
+        rows, state = self._deployed([client], round, session)
+        with session.on_base_of(state):
+            return answers.answer(session, client, rows, prompt, instruction, system, max_new_tokens)
 
     def answers(
         self, client: str, count: int = 4, *, max_new_tokens: int = 128, round: Which = "last"
@@ -165,8 +170,9 @@ class Run(Mapping[str, Any]):
         if count < 1:
             raise UserError(f"count={count}: must be at least 1")
         session = self._with_examples
-        rows = self._rows([client], round, session)
-        return answers.test_answers(session, client, rows, count, max_new_tokens)
+        rows, state = self._deployed([client], round, session)
+        with session.on_base_of(state):
+            return answers.test_answers(session, client, rows, count, max_new_tokens)
 
     def export(
         self, clients: Sequence[str] | None = None, *, merge: bool = False, format: Format = "peft", hub: Hub | None = None,
@@ -216,13 +222,13 @@ class Run(Mapping[str, Any]):
     def _recorded(self, store: Store) -> Experiment:
         return config.moved(config.recorded(store.config(), store.environment(), store.folder), self.data)
 
-    def _rows(self, names: Sequence[str], round: Which, session: Session | None = None) -> Tensor:
-        """The adapters [n,P] that the clients ``names`` deploy."""
-        session = session or self._without_examples
+    def _deployed(self, names: Sequence[str], round: Which, session: Session) -> tuple[Tensor, ServerState]:
+        """The adapters [n,P] that the clients ``names`` deploy, and the state that they are of."""
         numbers = torch.tensor([session.number(name) for name in names])
         with Store.open(self.folder, writable=False) as store:
             self._check_here(session, store)
-            return session.method.deployed(state_of(session, store, _number(store, round)), numbers)
+            state = state_of(session, store, _number(store, round))
+            return session.method.deployed(state, numbers), state
 
     def _check_here(self, session: Session, store: Store) -> None:
         """Raise UserError if the deployed adapters, or parts of them, never left their sites."""

@@ -49,6 +49,9 @@ class LocalClients:
         with enough_memory(self.session.experiment):
             return option_scores(self.session.engine, offer, limit).loss
 
+    def rebase(self, offset: Tensor | None) -> None:
+        self.session.rebase(offset)
+
     def allow_transfer(self) -> Tensor:
         return torch.arange(len(self.session.names))
 

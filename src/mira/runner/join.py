@@ -18,6 +18,7 @@ from mira.config.experiment import ClientsSection
 from mira.config.overrides import override
 from mira.config.sections import SECTIONS
 from mira.core.errors import UserError, did_you_mean
+from mira.core.offset import OFFSET, offset_of
 from mira.core.similarity import cosines
 from mira.core.types import MemoryRows, ServerState, Work
 from mira.data.federation import SplitClient, make_federation
@@ -82,10 +83,11 @@ def adapt(
         method = session.method_of(experiment, [client.name for client in known])
         state = state_of(session, store)
         warm = session.layout.mean(method.deployed(state, related), weight)
+        session.rebase(offset_of(state))
     rows = torch.stack([warm, store.start])
     curve, rows = _train(session, rows, state.round, rounds)
     told = [{"round": n, "clients": {name: point["warm"]}} for n, point in ((0, curve[0]), (rounds, curve[-1]))]
-    place = export_adapters(session, folder / ADAPTED, _alone(session, rows[0], rounds), [0], told)[0]
+    place = export_adapters(session, folder / ADAPTED, _alone(session, rows[0], rounds, state), [0], told)[0]
     chosen = [{"name": known[k].name, "weight": w} for k, w in zip(related.tolist(), weight.tolist(), strict=True)]
     found = {"client": name, "neighbours": chosen, "rounds": curve}
     kept = found | {"adapter": place.name}  # relative, so that the folder can be moved
@@ -203,5 +205,8 @@ def _losses(session: Session, rows: Tensor, steps: int) -> Joined:
     return clean
 
 
-def _alone(session: Session, row: Tensor, round: int) -> ServerState:
-    return ServerState(MemoryRows(row, 1, {}), session.initial_state().graph, {}, round)
+def _alone(session: Session, row: Tensor, round: int, run: ServerState) -> ServerState:
+    """The state of one client with ``row`` [P] on the base of ``run``."""
+    offset = offset_of(run)
+    extra = {} if offset is None else {OFFSET: offset}
+    return ServerState(MemoryRows(row, 1, {}), session.initial_state().graph, extra, round)

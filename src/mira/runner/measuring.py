@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mira.core.loop import Record
+from mira.core.offset import offset_of
 from mira.core.types import ServerState
 from mira.engine.memory import peak_memory
 from mira.runner import evaluation
@@ -61,6 +62,7 @@ def measured(
     """
     e, method, clients, names = session.experiment, session.method, clients_of(session), session.names
     plan = e.evaluation
+    clients.rebase(offset_of(state))
     with enough_memory(e):
         record = evaluation.losses(method, clients.engine, state, names, plan.examples, test, known)
         if answers:
@@ -94,8 +96,9 @@ def without_nan(value: Any) -> Any:
 
 def _answers(session: Session, state: ServerState) -> Record:
     plan, everyone = session.experiment.evaluation, torch.arange(len(session.names))
-    rows = session.method.deployed(state, everyone)
-    grades = clients_of(session).grade(rows, everyone, plan.examples, plan.max_new_tokens, state.round)
+    rows, clients = session.method.deployed(state, everyone), clients_of(session)
+    clients.rebase(offset_of(state))
+    grades = clients.grade(rows, everyone, plan.examples, plan.max_new_tokens, state.round)
     return evaluation.answers(session.names, grades)
 
 

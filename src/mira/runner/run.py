@@ -126,7 +126,16 @@ def _go_on(session: Session, store: Store, state: ServerState, told: Callbacks) 
         if "stopped" not in store.metrics()[-1]:
             losses = partial(clients.losses, limit=experiment.evaluation.examples)
             run_rounds(
-                method, clients.engine, state, schedule, names, FolderRecorder(store), look, observer.round, losses
+                method,
+                clients.engine,
+                state,
+                schedule,
+                names,
+                FolderRecorder(store),
+                look,
+                observer.round,
+                losses,
+                clients.rebase,
             )
         result = _finish(session, store, told)
         shown.finish(result)

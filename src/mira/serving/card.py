@@ -24,11 +24,12 @@ _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 @dataclass(frozen=True)
 class Origin:
     """The origin of an adapter: the client and the round. ``losses``: those on the client's test split before and after training;
-    None where not measured."""
+    None where not measured. ``offset_ranks``: the ranks in the adapter that are the base's offset."""
 
     client: SplitClient
     round: int
     losses: tuple[float | None, float | None] = (None, None)
+    offset_ranks: int = 0
 
 
 def origin(client: SplitClient, round: int, metrics: Sequence[Record]) -> Origin:
@@ -94,7 +95,7 @@ def card(session: Session, origin: Origin, use: Use, base: str | None) -> str:
     rows = {
         "client": client.name,
         "base model": base or session.base.name,
-        "adapter": _adapter(session, client.name),
+        "adapter": _adapter(session, client.name, origin.offset_ranks if use != "merged" else 0),
         "method": f"{session.experiment.method.name}, {origin.round} round{'s' * (origin.round != 1)}",
         "examples": _examples(client),
         **_prompts(session, client),
@@ -153,12 +154,13 @@ def _prompts(session: Session, client: SplitClient) -> dict[str, str]:
     return rows
 
 
-def _adapter(session: Session, client: str) -> str:
+def _adapter(session: Session, client: str, more: int) -> str:
     experiment, layout = session.experiment, session.layout
     if not layout.modules:
         return str(experiment.adapter.kind)
     ends = sorted({name.rsplit(".", 1)[-1] for name in layout.modules})
-    return f"{experiment.adapter.kind} of rank {experiment.clients.rank.get(client, layout.rank)} on {', '.join(ends)}"
+    rank = f"{experiment.clients.rank.get(client, layout.rank)}{f' and {more} ranks of the offset of the base' if more else ''}"
+    return f"{experiment.adapter.kind} of rank {rank} on {', '.join(ends)}"
 
 
 def _examples(client: SplitClient) -> str:

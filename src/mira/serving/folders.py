@@ -6,6 +6,8 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from mira.core.errors import UserError
 from mira.core.loop import Record
+from mira.core.offset import offset_of
 from mira.core.types import ServerState
 from mira.model.whole import save_whole
 from mira.serving import card, gguf
@@ -26,11 +29,14 @@ def export_adapters(
 ) -> list[Path]:
     """Write the adapter that each client deploys in ``state`` to a folder of its own in ``folder``; it is PEFT's where PEFT has
     the kind. ``metrics``: the records of the rounds, for the card. Returns the folders."""
-    places = []
+    places, offset, last = list[Path](), offset_of(state), torch.empty(0)
     for k in clients:
-        client = session.federation.clients[k]
+        client, row = session.federation.clients[k], deployed(session, state, k)
+        # With an offset adapters are large, and one and the same where clients deploy one row.
+        equal = places[-1] if offset is not None and torch.equal(last, row) else None
         places.append(folder / client.slug)
-        export_row(session, places[-1], deployed(session, state, k), card.origin(client, state.round, metrics))
+        export_row(session, places[-1], row, card.origin(client, state.round, metrics), offset, equal)
+        last = row
     return places
 
 
@@ -39,14 +45,31 @@ def deployed(session: Session, state: ServerState, client: int) -> Tensor:
     return session.method.deployed(state, torch.tensor([client]))[0]
 
 
-def export_row(session: Session, folder: Path, row: Tensor, origin: Origin) -> None:
-    """Write the adapter of ``row`` [P], with the other files that a server needs."""
+def export_row(
+    session: Session, folder: Path, row: Tensor, origin: Origin, offset: Tensor | None = None, equal: Path | None = None
+) -> None:
+    """Write the adapter of ``row`` [P] on the base with ``offset`` [n,P], with the other files that a server needs. ``equal``: a
+    folder with the same adapter, whose weights are linked."""
+
+    told = replace(origin, offset_ranks=0 if offset is None else len(offset) * session.layout.rank)
 
     def write(place: Path) -> None:
-        session.adapter.save(place, row, card.base_name(session))
-        card.write(place, session, origin)
+        if equal is None:
+            session.save(place, row, offset, card.base_name(session))
+        else:
+            others = shutil.ignore_patterns("README.md", "*.jinja")  # those of the client, written below
+            shutil.copytree(equal, place, copy_function=_linked, ignore=others)
+        card.write(place, session, told)
 
     replace_folder(folder, write)
+
+
+def _linked(source: str, target: str) -> None:
+    """Copy a file; one of weights is linked where the file system can."""
+    if source.endswith(".safetensors"):
+        with suppress(OSError):
+            return os.link(source, target)
+    shutil.copy2(source, target)
 
 
 def export_merged(session: Session, folder: Path, row: Tensor, origin: Origin) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mira.adapters.loading import load_peft
+from mira.adapters.offset import OffsetWeights, offset_weights, with_offset
 from mira.adapters.types import Adapter
 from mira.config import Experiment
 from mira.core.checks import checked_graph, checked_state
@@ -22,6 +23,7 @@ from mira.core.engine import ClientBackend, Engine
 from mira.core.errors import UserError, did_you_mean
 from mira.core.graph import Graph, Groups
 from mira.core.layout import Layout
+from mira.core.offset import offset_of
 from mira.core.types import Method, ServerState, Setting, uses_graph
 from mira.data.corpus import Corpus
 from mira.data.federation import Federation
@@ -59,8 +61,32 @@ class Session:
         """The engine of this process, built on first use: a server of sites needs none."""
         return spread_out(self.engine_plan) if self.spread else self.engine_plan.build()
 
+    @cached_property
+    def _offset_weights(self) -> OffsetWeights:
+        return offset_weights(self.adapter)
+
+    def rebase(self, offset: Tensor | None) -> None:
+        """Give the base the ``offset`` [n,P] of a state; None: the weights as loaded."""
+        if offset is not None or "_offset_weights" in vars(self):
+            self._offset_weights.set(offset)
+
+    @contextmanager
+    def on_base_of(self, state: ServerState) -> Iterator[None]:
+        """The base with the offset of ``state`` while the context is open, afterwards as loaded."""
+        self.rebase(offset_of(state))
+        try:
+            yield
+        finally:
+            self.rebase(None)
+
+    def save(self, folder: Path, row: Tensor, offset: Tensor | None, base_name: str) -> None:
+        """Write the adapter that is on the base as loaded what ``row`` [P] is on the one with ``offset`` [n,P]."""
+        adapter, row = (self.adapter, row) if offset is None else with_offset(self.adapter, row, offset)
+        adapter.save(folder, row, base_name)
+
     def close(self) -> None:
-        """End the workers, if there are any."""
+        """End the workers, if there are any, and restore the base."""
+        self.rebase(None)
         engine = vars(self).get("engine")
         if isinstance(engine, SpreadEngine):
             engine.close()
@@ -102,13 +128,13 @@ class Session:
         common ``start`` [P]."""
         return self.method_as(WarmStart(self.experiment.method, self.layout, start, new))
 
-    def peft_model(self, row: Tensor) -> Any:
-        """The base model with the adapter ``row`` [P] on it, as PEFT reads its folder: a ``PeftModel`` in eval mode. PEFT changes
-        the modules of a base loaded from files; one from memory is copied. Raises UserError if PEFT has no such kind of
-        adapter."""
+    def peft_model(self, row: Tensor, offset: Tensor | None) -> Any:
+        """The base model as loaded, with the adapter that ``save`` writes on it, as PEFT reads its folder: a ``PeftModel`` in
+        eval mode. PEFT changes the modules of a base loaded from files; one from memory is copied. Raises UserError if PEFT has
+        no such kind of adapter."""
         model = self.base.model if self.base.path else deepcopy(self.base.model)
         with TemporaryDirectory() as place:
-            self.adapter.save(Path(place), row, self.base.name)
+            self.save(Path(place), row, offset, self.base.name)
             return load_peft(model, Path(place))
 
     def start(self) -> Tensor:
@@ -161,9 +187,12 @@ class Session:
             max_steps=steps,
             rounds=self.experiment.rounds,
             plain_sgd=training.plain_sgd,
+            seed=self.experiment.seed,
         )
         # The method without ranks: the wrapper of ranks computes with the objects that are checked here.
-        return checked_state(self.experiment.method, self.method.init(setting), setting.start, len(clients))
+        state = checked_state(self.experiment.method, self.method.init(setting), setting.start, len(clients))
+        self.rebase(offset_of(state))  # a base that takes none is refused before the run begins
+        return state
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -13,6 +14,9 @@ RequestKind = Literal["open", "train", "choose", "evaluate", "grade", "finish"]
 PROTOCOL = 3
 """Version of the packets' content. A server and a site of different versions refuse each other when a run is opened."""
 _HEAD_LIMIT = 2**20  # bytes of JSON in a packet
+OFFSET = "offset"
+"""The name of the rows [m,P] that the offset of the base has beyond those that a site has, and of what a request says of it:
+``first``, the number of rows before them, and ``sha256``, the fingerprint of all rows."""
 _JSON = "mira"  # the metadata key that holds it
 
 
@@ -47,6 +51,11 @@ class Malformed(ValueError):
 def row_key(n: int) -> str:
     """The name of a packet's row ``n`` among its tensors."""
     return f"row{n}"
+
+
+def fingerprint(rows: Tensor) -> str:
+    """SHA-256 of the numbers of ``rows``."""
+    return hashlib.sha256(rows.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def other_protocol(given: object) -> str | None:

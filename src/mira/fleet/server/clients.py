@@ -21,6 +21,7 @@ from mira.fleet.messages.packet import Head, Packet, RequestKind, other_protocol
 from mira.fleet.messages.policy import RemoteRun, RoundPolicy
 from mira.fleet.messages.replies import column, grade_of, is_count, read_reply
 from mira.fleet.messages.transport import NoReply, Reply, Transport
+from mira.fleet.server.offset import OffsetOfSites
 from mira.fleet.server.requests import (
     Request,
     Values,
@@ -57,6 +58,7 @@ class RemoteClients:
     """The values that each site reported when it joined."""
     best: tuple[Standing, int | None] = UNMEASURED, None
     """Standing and number of the best committed round: sites keep their private parts of it."""
+    _offset: OffsetOfSites = field(default_factory=OffsetOfSites)
     _round: int = 0
     _private_parts: bool = False
     _releases: dict[str, int] = field(default_factory=dict)
@@ -132,6 +134,9 @@ class RemoteClients:
             for name, row in zip(names, rows, strict=True)
         })  # fmt: skip
         return [grade_of(replies[name]) for name in names]
+
+    def rebase(self, offset: Tensor | None) -> None:
+        self._offset.change(offset)
 
     def allow_transfer(self) -> Tensor:
         """No client where rows have private parts: the server has no whole row to try elsewhere."""
@@ -246,7 +251,8 @@ class RemoteClients:
     ) -> dict[str, Packet | NoReply]:
         """The replies of sites to their requests, of which ``minimum`` are enough, and of newcomers, which are asked to join."""
         asked = {name: addressed(self._head("open", name), Request(self.run.opening_of(name))) for name in newcomers}
-        asked |= {name: addressed(self._head(kind, name), request) for name, request in requests.items()}
+        based = {name: self._offset.added_to(request, name) for name, request in requests.items()}
+        asked |= {name: addressed(self._head(kind, name), request) for name, request in based.items()}
         if not asked:
             return {}
         expected = {name: expectation for name, (_, expectation) in asked.items()}
@@ -270,6 +276,8 @@ class RemoteClients:
         for name, reply in found.items():
             if isinstance(reply, Packet):
                 self._note_releases(name, reply)
+        for name in requests:
+            self._offset.note(name, isinstance(found[name], Packet))
         return found
 
     def _head(self, kind: RequestKind, name: str) -> Head:

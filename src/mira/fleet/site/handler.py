@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from mira import config
-from mira.config.sections import SECTIONS
 from mira.core.errors import UserError
 from mira.core.loop import screen
 from mira.core.offers import option_scores
-from mira.core.pydantic_config import is_folder
 from mira.core.types import Trained, Work
 from mira.core.wire import Wire, compress, down, encode
 from mira.data.sources.sites import Own
 from mira.data.types import Source
 from mira.fleet.messages.packet import PROTOCOL, Packet, other_protocol, pack, row_key, unpack
+from mira.fleet.site.offset import rebase
 from mira.fleet.site.privacy import describe, epsilon, release
+from mira.fleet.site.refusals import RefusedRequest, check_adapter, check_sources
 from mira.fleet.site.state import SiteState
 from mira.fleet.site.training import (
     answers,
@@ -48,10 +48,6 @@ Values = dict[str, Any]
 Answer = tuple[Values, dict[str, Tensor]]
 # In the place of an error, which may hold text or file names.
 SEE_LOG = "it failed; the reason is in the site's own log"
-
-
-class RefusedRequest(Exception):
-    """The reason for which a request cannot be done, in words that may leave the site."""
 
 
 @dataclass(frozen=True)
@@ -136,12 +132,17 @@ class SiteHandler:
             self._joined[key] = self._join(state, values)
         return self._joined[key]
 
+    def _based(self, packet: Packet) -> tuple[JoinedRun, Tensor | None]:
+        """The run of ``packet``, its base with the packet's offset, and that offset [n,P]."""
+        here = self._run(packet.head.run)
+        return here, rebase(here.session, here.state, packet, here.start)
+
     def _join(self, state: SiteState, values: Values) -> JoinedRun:
         if (difference := other_protocol(values.get("protocol"))) is not None:
             raise RefusedRequest(difference)
         given = dict(values["experiment"])
-        _check_sources(given)
-        _check_adapter(given["adapter"], values.get("adapter_package"))
+        check_sources(given)
+        check_adapter(given["adapter"], values.get("adapter_package"))
         if self.model is not None:
             given["model"] = given["model"] | {"name": self.model, "source": "auto", "revision": None}
         experiment = config.parse(given | {"data": {"source": "builtin"}})
@@ -166,7 +167,7 @@ class SiteHandler:
         return JoinedRun(session, state, number, start if rank is None else start * session.layout.within(rank))
 
     def _train(self, packet: Packet) -> Answer:
-        here, values = self._run(packet.head.run), packet.values
+        here, values = self._based(packet)[0], packet.values
         since = int(values["since"])
         kept = here.state.get(since) if _keeps_state(here, values) else {}
         work = work_of(packet, here.number, here.start, kept, here.wire)
@@ -183,7 +184,7 @@ class SiteHandler:
         return {"jobs": jobs, "releases": here.releases}, rows
 
     def _choose(self, packet: Packet) -> Answer:
-        here = self._run(packet.head.run)
+        here, _ = self._based(packet)
         try:
             offer = offer_of(packet, here.number, here.start, here.kept_parts(packet.values), here.wire)
         except (ValueError, LookupError) as error:
@@ -192,55 +193,28 @@ class SiteHandler:
         return {}, {"nll": scores.nll, "tokens": scores.tokens}
 
     def _evaluate(self, packet: Packet) -> Answer:
-        here, values = self._run(packet.head.run), packet.values
+        here, values = self._based(packet)[0], packet.values
         rows = torch.stack([_deployed(here, packet, n) for n in range(values["rows"])])
         client = torch.full((len(rows),), here.number)
         scores = here.session.engine.evaluate(rows, client, values["splits"], values["limit"])
         return {}, {"nll": scores.nll, "tokens": scores.tokens}
 
     def _grade(self, packet: Packet) -> Answer:
-        here, limit, most = self._run(packet.head.run), packet.values["limit"], packet.values["max_new_tokens"]
+        here, limit, most = self._based(packet)[0], packet.values["limit"], packet.values["max_new_tokens"]
         row, client = _deployed(here, packet, 0)[None], torch.tensor([here.number])
         references = [here.session.corpus.references(here.number, "test", limit)]
         metrics = here.session.experiment.evaluation.metrics
         return {"grade": evaluation.grade(here.session.engine, row, client, references, limit, most, metrics)[0]}, {}
 
     def _finish(self, packet: Packet) -> Answer:
-        here = self._run(packet.head.run)
+        here, offset = self._based(packet)
         place = self.state / "adapter"
         origin = Origin(here.session.federation.clients[0], here.session.experiment.rounds)
-        export_row(here.session, place, _deployed(here, packet, 0), origin)
+        export_row(here.session, place, _deployed(here, packet, 0), origin, offset)
         log.info("adapter written to %s", place)
         if (asked := here.session.experiment.privacy) is not None:
             log.info("privacy: %s", describe(asked.clip, asked.noise, asked.delta, here.releases))
         return {}, {}
-
-
-def _check_sources(given: Mapping[str, Any]) -> None:
-    """Raises RefusedRequest where an experiment brings code of its own, or names a folder of this site."""
-    if given["model"].get("trust_remote_code"):
-        raise RefusedRequest("model.trust_remote_code=true: a site runs no code that a model brings")
-    for key in ("chat_template", "template_file", "template_kwargs"):
-        if given["prompt"].get(key):
-            raise RefusedRequest(
-                f"prompt.{key}: a template is a program; a site renders its texts with its model's own alone"
-            )
-    start = given["adapter"].get("start")
-    if start is not None and is_folder(start):
-        raise RefusedRequest("adapter.start: a site reads no folder that a server names; the model hub has one for all")
-
-
-def _check_adapter(given: Mapping[str, Any], package: str | None) -> None:
-    """Raises RefusedRequest where the adapter's kind is a plug-in, of ``package`` at the server, that this site cannot use."""
-    adapters = SECTIONS["adapter"]
-    kind = str(given[adapters.tag])[:80]
-    if adapters.fault(kind) is not None:
-        raise RefusedRequest(f"adapter.{adapters.tag}={kind}: its plug-in is broken here; see the site's own log")
-    if kind not in adapters:
-        source = str(package)[:80] if package else "the plug-in that the server has"
-        raise RefusedRequest(
-            f"adapter.{adapters.tag}={kind}: this site has no adapter of that kind; install {source} at the site too"
-        )
 
 
 def _keeps_state(here: JoinedRun, values: Values) -> bool:

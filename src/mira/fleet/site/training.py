@@ -52,7 +52,11 @@ def work_of(packet: Packet, client: int, start: Tensor, kept: Mapping[str, Tenso
 def offer_of(packet: Packet, client: int, start: Tensor, kept: Mapping[str, Tensor], wire: Wire) -> Offer:
     """The rows that ``packet`` offers ``client``, with the numbers ``kept`` here put into them. Raises ValueError unless it holds
     rows like ``start`` [P] and points on a line."""
-    points, split, count = packet.values["points"], packet.values["split"], len(packet.tensors)
+    points, split, count = (
+        packet.values["points"],
+        packet.values["split"],
+        sum(name.startswith("row") for name in packet.tensors),
+    )
     if split not in ("train", "validation"):
         raise ValueError("an offer on a split that is neither train nor validation")
     if points is not None and (count != 2 or not points or not all(type(s) is float and 0 <= s <= 1 for s in points)):
