@@ -156,7 +156,7 @@ class FlowerTransport:
         return {name for name in waiting.values() if self._keys.get(name, self._sent[name]) != self._sent[name]}
 
     def _left(self, name: str, reply: Reply) -> bool:
-        """Whether a reply says only that the node of a key is gone that another one of the site replaces."""
+        """True for a reply that says only that a node is gone whose key another one of the site replaces."""
         if not isinstance(reply, NoReply) or reply.reason != frames.GONE:
             return False
         last = {site: called for called, site in self.names().items()}  # of two keys the later one
