@@ -28,9 +28,10 @@ from flwr.proto.node_pb2 import Node
 from helpers.federation_processes import BESIDE, NAMES, PATIENCE, Federation, children_of, free_port, kept, write_data
 from helpers.mitm import wiretap
 from helpers.sample_config import mira, settings
+from helpers.tunnel import tunnel
 from mira.fleet.flower import frames
 from mira.fleet.gate import proxy as gate
-from mira.fleet.identity import certificates, kit
+from mira.fleet.identity import certificates, join, kit, registry
 from mira.fleet.identity.signatures import signed
 
 pytestmark = pytest.mark.slow
@@ -238,10 +239,24 @@ def adapter(folder: Path) -> bytes:
 
 
 def test_three_sites_one_killed_and_the_server_too(federation: Federation) -> None:
-    """The rows are those of one process, to the last bit, whoever died on the way; and nothing but they and numbers left."""
+    """The rows are those of one process, to the last bit, whoever died on the way, whose key was replaced, and who is behind a
+    proxy; and nothing but they and numbers left."""
+    folder, secret = federation.folder, "user:s3cret"
+    with tunnel(folder, "--credentials", secret) as proxy:
+        around = {"HTTPS_PROXY": f"http://{secret}@127.0.0.1:{proxy.port}", "NO_PROXY": "", "no_proxy": ""}
+        three_sites(federation, around)
+        assert set(proxy.lines) == {f"127.0.0.1:{federation.tap}"}
+    assert f"{NAMES[0]}: through the proxy 127.0.0.1:{proxy.port}" in federation.log(NAMES[0])
+    for log in folder.rglob("*.log"):
+        assert "s3cret" not in log.read_text(), log
+
+
+def three_sites(federation: Federation, proxy: dict[str, str]) -> None:
     folder = federation.folder
-    federation.server("first", "c.yaml", "--out", "run")
-    for name in NAMES:
+    nowhere = f"http://127.0.0.1:{free_port()}"  # Flower's processes at the server speak with loopback alone
+    federation.server("first", "c.yaml", "--out", "run", HTTPS_PROXY=nowhere, NO_PROXY="", no_proxy="")
+    federation.site(NAMES[0], **proxy)
+    for name in NAMES[1:]:
         federation.site(name)
     federation.until("first", r"online: .*\(3 of 3\)")
     federation.until("first", r"round 1/3")
@@ -252,14 +267,21 @@ def test_three_sites_one_killed_and_the_server_too(federation: Federation) -> No
     pid = int(re.findall(r"worker is ready \(process (\d+)\)", federation.log(NAMES[1]))[-1])
     os.kill(pid, signal.SIGKILL)
     federation.server("again", "--resume", "run")
+    site = folder / f"{NAMES[2]}-kit"
+    federation.until("again", r"online: .*\(3 of 3\)")
+    federation.admit(join.join_again(site), site)
+    federation.until(NAMES[2], "goes on with its new key")
     federation.until("again", r"best round")
-    assert federation.started["again"].wait(30) == 0
+    assert federation.started["again"].wait(PATIENCE) == 0
     assert mira("run", folder / "c.yaml", "--out", folder / "together").status == 0
     for name in NAMES:
         own = adapter(folder / f"{name}-state" / "adapter")
         assert own == adapter(folder / "run" / "adapters" / name)
         assert own == adapter(folder / "together" / "adapters" / name)
     assert result(federation)["lost"] == 0
+    assert f"{NAMES[2]} does not take part" not in federation.log("again"), "it was asked again under its new key"
+    keys = [entry for entry in registry.read_registry(folder / "server-kit")[1] if entry.name == NAMES[2]]
+    assert [entry.revoked is None for entry in keys] == [False, True]
     assert "flower-superlink" in federation.log("first")
     size = load_file(folder / "run" / "start.safetensors")["start"].nbytes
     assert sum(map(len, federation.heard)) > len(NAMES) * 3 * size, "what was trained passed the tap"

@@ -18,7 +18,7 @@ import pytest
 from helpers.mitm import secrets_in
 from helpers.tiny_models import VOCABULARY
 from mira.fleet.flower.superlink import free_port
-from mira.fleet.identity import kit
+from mira.fleet.identity import admit, join
 
 NAMES = ("hospital-1", "hospital-2", "hospital-3")
 PATIENCE = 400.0  # seconds, for anything to happen; usually it takes a few
@@ -77,9 +77,18 @@ class Federation:
     ) -> None:
         """A site kit that leads to the tap, or to ``port``; it may say that it is another's."""
         folder = self.folder / (to or f"{name}-kit")
-        kit.make_site(self.folder / by, name, folder)
-        said = {"name": called or name, "address": f"127.0.0.1:{port or self.tap}"}
-        (folder / "site.json").write_text(json.dumps(said))
+        self.admit(join.join(folder, name, f"127.0.0.1:{port or self.tap}", None), folder, by)
+        said = json.loads((folder / "site.json").read_text())
+        (folder / "site.json").write_text(json.dumps(said | {"name": called or name}))
+
+    def admit(self, asked: join.Asked, folder: Path, by: str = "server-kit") -> None:
+        """Carry a site's request to the server, and the reply to the site's kit ``folder``."""
+        reply = asked.request.with_suffix(".reply")
+        admit.admit(self.folder / by, admit.read_request(asked.request), 90, reply)
+        found = join.read_reply(folder, reply)
+        join.accept(folder, found, trust=join.known_authorities(folder) is None)
+        asked.request.unlink()
+        reply.unlink()
 
     def start(self, name: str, *line: object, **environment: str) -> None:
         """``name``: of the log. A second process of that name adds to it."""
@@ -89,12 +98,12 @@ class Federation:
                 list(map(str, line)), cwd=self.folder, stdout=out, stderr=out, env=around
             )
 
-    def server(self, log: str, *arguments: object) -> None:
-        self.start(log, *MIRA, "server", "--kit", "server-kit", "--verbose", *arguments)
+    def server(self, log: str, *arguments: object, **environment: str) -> None:
+        self.start(log, *MIRA, "server", "--kit", "server-kit", "--verbose", *arguments, **environment)
 
-    def site(self, name: str, data: str | None = None) -> None:
+    def site(self, name: str, data: str | None = None, **environment: str) -> None:
         what = ("--data", f"{data or name}.yaml", "--state", f"{name}-state", "--threads", 1)
-        self.start(name, *MIRA, "client", "--kit", f"{name}-kit", *what)
+        self.start(name, *MIRA, "client", "--kit", f"{name}-kit", *what, **environment)
 
     def node(self, name: str, *arguments: object, address: int | None = None, tries: int = 3) -> None:
         """A SuperNode by hand, which may be anybody's."""

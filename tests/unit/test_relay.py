@@ -183,6 +183,31 @@ def test_a_superlink_that_began_anew_is_given_time_to_meet_its_sites(
     assert relay.exchange({"ann": b"1", "bob": b"2"}, 60.0, 2) == {"ann": b"ann1", "bob": answer}
 
 
+def test_a_site_that_goes_on_with_a_new_key_is_asked_again(
+    relay: FlowerTransport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its old node takes the request along. It is asked once more under its new one, the others are not, and the bytes that its
+    answer may have are told anew."""
+    monkeypatch.setattr("mira.fleet.flower.transport._MOVE", 0.1)
+    nodes, told = {"11": "ann", "12": "bob"}, list[dict[str, int]]()
+    relay.allow = lambda most: told.append(dict(most))
+
+    def reply(name: str, data: bytes) -> bytes | str:
+        if name != "bob":
+            return echo(name, data)
+        nodes.pop("12", None)
+        nodes["22"] = "bob.new"
+        relay.names = lambda: {"ann": "ann", "bob": "bob", "bob.new": "bob"}
+        return frames.GONE  # Flower's answer for a node that signed off
+
+    app = App(tmp_path / "relay", reply, nodes=nodes)
+    app.start()
+    replies = relay.exchange({"ann": b"1", "bob": b"2"}, 60.0, 2, lambda name, reply: True, {"ann": 5, "bob": 7})
+    assert replies == {"ann": b"ann1", "bob": b"bob.new2"}
+    assert app.pushed == [("ann", b"1"), ("bob", b"2"), ("bob.new", b"2")]
+    assert told == [{"ann": 5, "bob": 7}, {"bob": 7}]
+
+
 def test_the_time_in_which_the_app_is_away_does_not_count(relay: FlowerTransport, tmp_path: Path) -> None:
     app = App(tmp_path / "relay", echo, dies_on={"pull"})
     app.start()

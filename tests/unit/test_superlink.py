@@ -13,7 +13,7 @@ import pytest
 from mira.fleet.flower import superlink
 from mira.fleet.flower.flwr_commands import END
 from mira.fleet.flower.superlink import SuperLink
-from mira.fleet.identity import kit
+from mira.fleet.identity import admit, join, kit, registry
 
 
 @dataclass
@@ -53,7 +53,7 @@ def test_who_is_known_is_not_registered_again(
     for name in ("ann", "bob", "cid"):
         kit.make_site(server, name, tmp_path / name)
     (tmp_path / "here").mkdir()
-    made = SuperLink(tmp_path / "here", lambda: kit.admitted(server), tmp_path / "relay", lambda line: None)
+    made = SuperLink(tmp_path / "here", lambda: registry.admitted(server), tmp_path / "relay", lambda line: None)
     flower = Flower(**trouble)
     monkeypatch.setattr(subprocess, "run", flower)
     assert list(made.admit().values()) == ["ann", "bob", "cid"]
@@ -94,7 +94,7 @@ def test_a_superlink_that_is_new_is_told_all_again(tmp_path: Path, monkeypatch: 
     kit.make_server(server, "127.0.0.1:9443", days=2)
     kit.make_site(server, "ann", tmp_path / "ann")
     (tmp_path / "here").mkdir()
-    made = SuperLink(tmp_path / "here", lambda: kit.admitted(server), tmp_path / "relay", lambda line: None)
+    made = SuperLink(tmp_path / "here", lambda: registry.admitted(server), tmp_path / "relay", lambda line: None)
     process, executors, asked = Stand(), list[Stand](), list[str]()
 
     def executor(self: SuperLink) -> Stand:
@@ -134,3 +134,27 @@ def test_a_superlink_that_is_new_is_told_all_again(tmp_path: Path, monkeypatch: 
     assert asked[5:] == ["supernode", "run"]
     made.stop()
     assert (process.stopped, executors[-1].stopped) == (2, 1)
+
+
+def test_a_site_is_known_with_all_its_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that comes with its new key, before the SuperLink has it, must be told to wait, and not that it is unknown."""
+    server, asked = tmp_path / "server", list[tuple[str, ...]]()
+    kit.make_server(server, "127.0.0.1:9443", days=2)
+    kit.make_site(server, "ann", tmp_path / "ann")
+    (tmp_path / "here").mkdir()
+    made = SuperLink(tmp_path / "here", lambda: registry.admitted(server), tmp_path / "relay", lambda line: None)
+
+    def flower(self: SuperLink, *commands: tuple[str, ...]) -> list[bool]:
+        asked.extend(commands)
+        return [True] * len(commands)
+
+    monkeypatch.setattr(SuperLink, "_flwr", flower)
+    assert list(made.admit().values()) == ["ann"]
+    assert made.knows("ann")
+    request = admit.read_request(join.join_again(tmp_path / "ann").request)
+    admit.admit(server, request, 9, tmp_path / "ann.reply")
+    assert not made.knows("ann")
+    assert list(made.admit().values()) == ["ann", "ann"]
+    assert made.knows("ann")
+    files = [Path(command[2]) for command in asked]
+    assert [file.read_text().strip() for file in files] == [site.public_key for site in registry.admitted(server)]

@@ -23,6 +23,14 @@ def server(
         Path | None,
         typer.Option("--relay", metavar="SOCKET", help="The socket for the app of a SuperLink that you run."),
     ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            "--listen",
+            metavar="[HOST:]PORT",
+            help="Where to listen (default: the port of the kit's address, all addresses).",
+        ),
+    ] = None,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
@@ -34,7 +42,7 @@ def server(
     wanted = None if target is None else configuration(target, overrides or [])
     progress = RunProgress(err_console)
     try:
-        options = ServerOptions(out, resume, relay, say, say if verbose else silent)
+        options = ServerOptions(out, resume, relay, say, say if verbose else silent, listen)
         result = run_server(wanted, kit, options, [progress])
     except KeyboardInterrupt:
         err_console.print("interrupted; committed rounds are kept, go on with: mira server --kit DIR --resume RUN")

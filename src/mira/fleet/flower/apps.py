@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from httpx import HTTPError
 
@@ -118,6 +119,8 @@ def _opened(message: Message | Exception) -> bytes | str:
 
 def _why(error: Error) -> str:
     """One line on a failure, without the text of the site's app, which might quote anything."""
+    if error.code == ErrorCode.NODE_UNAVAILABLE:
+        return frames.GONE
     return f"no answer from the site's worker (Flower's error {error.code})"
 
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 LIMIT = 2**31  # bytes of one frame; Flower's own limit of a message
+GONE = "its SuperNode went offline"  # in the place of the reply of a site whose node signed off
 _RETRY = 0.2  # seconds between two attempts to connect
 
 

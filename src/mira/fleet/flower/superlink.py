@@ -21,7 +21,7 @@ from mira.core.errors import UserError
 from mira.fleet.flower.flwr_commands import END
 from mira.fleet.flower.processes import SupervisedProcess, child_environment, command
 from mira.fleet.identity import certificates
-from mira.fleet.identity.kit import SiteEntry
+from mira.fleet.identity.registry import SiteEntry
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +85,13 @@ class SuperLink:
                 command("flower-superlink"), "--host", _HOST, "--port", str(self.port), *paths,
                 "--enable-supernode-auth", "--disable-runtime-dependency-installation", "--isolation", "process",
             ],
-            self.folder / "superlink.log", {"FLWR_HOME": str(self.folder / "flower")}, self.tell,
+            self.folder / "superlink.log", self._environment, self.tell,
         )  # fmt: skip
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        """No proxy: all of Flower's processes here speak with loopback alone."""
+        return {"FLWR_HOME": str(self.folder / "flower"), "no_proxy": "*"}
 
     @property
     def authority(self) -> Path:
@@ -120,8 +125,9 @@ class SuperLink:
         return self._process.pid is not None and self._process.pid == self._pid
 
     def knows(self, name: str) -> bool:
-        """True where the site ``name`` is registered under the key that is admitted now."""
-        return any(site.name == name and site.public_key in self._registered for site in self.sites())
+        """True where the site ``name`` is registered under each key that is admitted now."""
+        keys = {site.public_key for site in self.sites() if site.name == name}
+        return bool(keys) and keys <= self._registered
 
     def admit(self) -> dict[str, str]:
         """The names of the sites admitted now, by the SuperLink's names of their nodes. Sites issued meanwhile are registered."""
@@ -159,7 +165,7 @@ class SuperLink:
         too, but only once."""
         line = [command("flower-superexec"), "--root-certificates", str(self.authority), "--parent-pid", str(self._pid)]
         line += ["--runtime-api-address", f"{_HOST}:{self.port}"]
-        environment = {"FLWR_HOME": str(self.folder / "flower"), "MIRA_RELAY": str(self.relay), **_MALLOC}
+        environment = {**self._environment, "MIRA_RELAY": str(self.relay), **_MALLOC}
         return SupervisedProcess("SuperExec", line, self.folder / "superlink.log", environment, self.tell)
 
     def _write(self) -> None:
@@ -178,7 +184,7 @@ class SuperLink:
         (self.folder / "flower" / "config.toml").write_text(connection)
 
     def _registration(self, site: SiteEntry) -> Sequence[str]:
-        public = self.folder / f"{site.name}.pub"
+        public = self.folder / f"{_node(site)}.pub"
         public.write_text(f"{site.public_key}\n")
         return "supernode", "register", str(public), "fleet", "--name", _node(site)
 
@@ -192,7 +198,7 @@ class SuperLink:
                 [sys.executable, "-P", "-m", "mira.fleet.flower.flwr_commands"],
                 input="".join(json.dumps(line) + "\n" for line in lines),
                 capture_output=True, text=True, timeout=_SLOW + len(lines), check=False,
-                env=child_environment({"FLWR_HOME": str(self.folder / "flower")}),
+                env=child_environment(self._environment),
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             log.warning("flwr %s did not end within %g s", commands[0][0], _SLOW + len(lines))

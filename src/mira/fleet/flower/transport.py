@@ -24,6 +24,7 @@ _STEP = 120.0  # seconds of one step of the app, after which it counts as dead
 _ACCEPT = 2.0  # seconds between two attempts to revive an app that does not come
 _DEATHS = 20  # deaths of the app over one request that are survived
 _LOOK = 1.0  # seconds between two looks for sites that should come back
+_MOVE = 10.0  # seconds between two looks for sites whose key was replaced during an exchange
 
 
 @dataclass
@@ -54,6 +55,9 @@ class FlowerTransport:
     _missed: set[str] = field(default_factory=set)  # sites online when the app went away, and not seen since
     _back: float = 0.0  # end of the grace for these sites
     _asked: float = 0.0  # time of the last pull of all messages
+    _looked: float = 0.0  # time of the last look at the sites online
+    _keys: dict[str, str] = field(default_factory=dict)  # the names of the nodes of the sites online
+    _sent: dict[str, str] = field(default_factory=dict)  # the name of the node that a site's last request went to
 
     def roster(self, until: float = inf) -> set[str]:
         """The sites online. A SuperLink that was started anew knows no sites at first: this waits for those that were online
@@ -68,10 +72,12 @@ class FlowerTransport:
     def _look(self) -> set[str]:
         nodes = json.loads(self._do({"do": "roster"})[0])
         names = self.names()
+        self._looked = time.monotonic()
         before, self._nodes = self._nodes.keys(), {names[called]: node for node, called in nodes if called in names}
+        self._keys = {names[called]: called for _, called in nodes if called in names}
         if self._nodes.keys() != before:
             here = ", ".join(sorted(self._nodes)) or "nobody"
-            self.say(f"online: {here} ({len(self._nodes)} of {len(names)})")
+            self.say(f"online: {here} ({len(self._nodes)} of {len(set(names.values()))})")
         return set(self._nodes)
 
     def exchange(
@@ -79,8 +85,8 @@ class FlowerTransport:
         most: Mapping[str, int] | None = None,
     ) -> dict[str, Reply]:  # fmt: skip
         """As ``Transport.exchange``. Where Flower's app dies meanwhile the requests are sent again: a site that has trained
-        already does so once more, with the same result. The time until app and sites are back does not count, up to another
-        ``deadline``."""
+        already does so once more, with the same result. So is the request of a site that came back with a new key. The time
+        until app and sites are back does not count, up to another ``deadline``."""
         until = time.monotonic() + deadline
         last = until + deadline
         replies: dict[str, Reply] = {}
@@ -93,7 +99,12 @@ class FlowerTransport:
                     self.allow({name: size for name, size in (most or {}).items() if name not in replies})
                     waiting = self._push({n: r for n, r in requests.items() if n not in replies}, until, replies)
                     pushed |= set(waiting.values())
-                came = self._pull(waiting)
+                elif moved := self._moved(waiting):
+                    self._late |= {id for id, name in waiting.items() if name in moved}
+                    waiting = {id: name for id, name in waiting.items() if name not in moved}
+                    self.allow({name: size for name, size in (most or {}).items() if name in moved})
+                    waiting |= self._push({name: requests[name] for name in moved}, until, replies)
+                came = {name: reply for name, reply in self._pull(waiting).items() if not self._left(name, reply)}
             except frames.Closed:
                 waiting, gone = {}, time.monotonic()
                 self.roster(last)
@@ -120,6 +131,7 @@ class FlowerTransport:
         """Push requests to the sites online. Returns their names by message; failures are put into ``replies``."""
         self.roster(until)  # a node that came back has a new number
         here = [name for name in requests if name in self._nodes]
+        self._sent |= {name: self._keys[name] for name in here}
         replies |= {name: NoReply("it went offline") for name in requests if name not in self._nodes}
         if not here:
             return {}
@@ -132,6 +144,23 @@ class FlowerTransport:
         refused = {name for name, id in zip(here, ids, strict=True) if id is None}
         replies |= {name: NoReply("Flower did not take the message") for name in refused}
         return {id: name for name, id in zip(here, ids, strict=True) if id is not None}
+
+    def _moved(self, waiting: Mapping[str, str]) -> set[str]:
+        """The sites that are waited for and have another node by now: it has another key. Raises Closed where the app died."""
+        if time.monotonic() < self._looked + _MOVE:
+            return set()
+        app = self._app
+        self._look()
+        if self._app is not app:
+            raise frames.Closed("Flower's app was started again")
+        return {name for name in waiting.values() if self._keys.get(name, self._sent[name]) != self._sent[name]}
+
+    def _left(self, name: str, reply: Reply) -> bool:
+        """True for a reply that says only that a node is gone whose key another one of the site replaces."""
+        if not isinstance(reply, NoReply) or reply.reason != frames.GONE:
+            return False
+        last = {site: called for called, site in self.names().items()}  # of two keys the later one
+        return last.get(name, self._sent[name]) != self._sent[name]
 
     def _due(self, waiting: Mapping[str, str]) -> list[str]:
         """The messages to pull: those with an answer, and all of them now and then. Flower has answers of its own, for messages

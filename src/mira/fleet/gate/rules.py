@@ -70,5 +70,5 @@ def stranger(target: bytes) -> HttpRefusal:
     unknown key, and fails; a running one ends at a 401 only. ``mira client`` asks first (``flower.preflight``)."""
     if target not in (b"/v1/fleet/register-node", BEGIN):
         return HttpRefusal(401, "not a site of this federation")
-    text = "The server does not admit this node key: it is revoked, or of another federation, or the clock is wrong."
+    text = "The server does not admit this node key: it is revoked, expired or of another federation, or the clock is wrong."
     return HttpRefusal(UNKNOWN, "not a site of this federation", json.dumps({"code": 2004, "detail": text}).encode())

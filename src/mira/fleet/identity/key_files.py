@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mira.core.errors import UserError
 from mira.store.files import sync
@@ -56,12 +58,49 @@ def read(folder: Path, name: str) -> bytes:
         return file.read()
 
 
+def read_foreign(path: Path, most: int) -> bytes:
+    """The content of a file from elsewhere, of at most ``most`` bytes. Raises UserError."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name the file that you were sent") from None
+    if len(data) > most:
+        raise UserError(f"{path}: has more than {most} bytes; allowed: at most {most}; ask for the file again")
+    return data
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write a file that holds no secret. Raises UserError when it exists."""
+    check_new(path)
+    with open(path, "xb") as file:
+        file.write(data)
+        os.fsync(file.fileno())
+    sync(path.parent)
+
+
+def check_new(path: Path) -> None:
+    """Raises UserError when ``path`` exists, or its folder does not."""
+    if os.path.lexists(path):
+        raise UserError(f"{path}: exists already; move it away first")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: the folder {path.parent} does not exist; make it, or name another")
+
+
+def write_secret(path: Path, data: bytes) -> None:
+    """Write a new file that only its owner may read. Raises FileExistsError."""
+    with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600), "wb") as file:
+        file.write(data)
+        os.fsync(file.fileno())
+    sync(path.parent)
+
+
 def check_folder(folder: Path) -> None:
     """Raises UserError unless ``folder`` is a folder of this user that nobody else may enter."""
     try:
         found = os.lstat(folder)
     except FileNotFoundError:
-        raise UserError(f"{folder}: no such kit; 'mira kit server' and 'mira kit site' make them") from None
+        raise UserError(f"{folder}: no such kit; 'mira kit server' and 'mira kit join' make them") from None
     if not stat.S_ISDIR(found.st_mode):
         what = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "not a folder"
         raise UserError(f"{folder}: is {what}; name the kit's folder itself")
@@ -82,6 +121,29 @@ def _check(path: Path, found: os.stat_result, forbidden: int, wanted: int) -> No
     if found.st_mode & forbidden:
         mode = stat.S_IMODE(found.st_mode)
         raise UserError(f"{path}: mode {mode:04o} lets others in; allowed: {wanted:04o}; do: chmod {wanted:o} {path}")
+
+
+def pack(values: Mapping[str, Any]) -> bytes:
+    """A JSON object for people too."""
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def read_object(path: Path, data: bytes, keys: Set[str], may: Set[str] = frozenset()) -> dict[str, Any]:
+    """The JSON object in ``data``, with all ``keys`` and none but those it ``may`` have. Raises UserError."""
+    try:
+        values = json.loads(data)
+        if not isinstance(values, dict) or not keys <= values.keys() <= keys | may:
+            raise ValueError(f"{path.name} is not an object of {', '.join(sorted(keys))}")
+    except (ValueError, RecursionError) as error:
+        raise damaged(path.parent, error) from None
+    return values
+
+
+def damaged(folder: Path, why: Exception) -> UserError:
+    """The refusal of a kit with a wrong content."""
+    return UserError(
+        f"{folder}: is damaged ({' '.join(str(why).split())}); copy the whole kit again, or make a new one"
+    )
 
 
 @contextmanager

@@ -7,7 +7,7 @@ revocation takes effect at the next request.
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -16,22 +16,30 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from mira.fleet.identity.certificates import openssh
-from mira.fleet.identity.kit import admitted
+from mira.fleet.identity.registry import SITES, SiteEntry, admitted, settle, successors
 
 _TOLERANCE = timedelta(seconds=305)  # as in flwr 1.41
 
 
 def admission(server_kit: Path) -> Callable[[Mapping[str, str]], str | None]:
-    """A function from request headers to the name of the admitted site that signed them within the last five minutes, or None. It
-    raises UserError where the kit's list of sites cannot be read."""
-    known: dict[object, dict[str, str]] = {}  # by version of the list, since reading a hundred sites takes a while
+    """A function from request headers to the name of the admitted site that signed them within the last five minutes, or None.
+    The first use of a site's new key ends its earlier one. The function raises UserError where the kit's list of sites cannot be
+    read, or not be written where it must."""
+    known: dict[object, tuple[dict[str, SiteEntry], set[str]]] = {}  # by version of the list: reading it takes a while
 
     def admit(headers: Mapping[str, str]) -> str | None:
-        version = _version(server_kit / "server.json")
+        version, now = _version(server_kit / SITES), datetime.now(UTC)
         if version not in known:
             known.clear()
-            known[version] = {site.public_key: site.name for site in admitted(server_kit)}
-        return signer(headers, known[version], datetime.now(UTC))
+            found = admitted(server_kit)
+            known[version] = {site.public_key: site for site in found}, successors(found)
+        sites, new = known[version]
+        key = signer(headers, sites, now)
+        if key is None or not sites[key].valid(now):
+            return None
+        if key in new:
+            settle(server_kit, key)
+        return sites[key].name
 
     return admit
 
@@ -45,16 +53,17 @@ def _version(path: Path) -> object:
     return now.st_ino, now.st_ctime_ns
 
 
-def signer(headers: Mapping[str, str], names: Mapping[str, str], now: datetime) -> str | None:
-    """The name of the key that signed ``flwr-timestamp`` (ECDSA, SHA-256); None for an unknown key or a wrong signature."""
+def signer(headers: Mapping[str, str], keys: Collection[str], now: datetime) -> str | None:
+    """The key (OpenSSH) that signed ``flwr-timestamp`` (ECDSA, SHA-256); None for one that is not in ``keys`` or a wrong
+    signature."""
     try:
         key = serialization.load_pem_public_key(b64decode(headers["flwr-public-key"], validate=True))
-        if not isinstance(key, ec.EllipticCurvePublicKey) or (name := names.get(openssh(key))) is None:
+        if not isinstance(key, ec.EllipticCurvePublicKey) or (public := openssh(key)) not in keys:
             return None
         stamp = headers["flwr-timestamp"]
         signature = b64decode(headers["flwr-signature"], validate=True)
         key.verify(signature, stamp.encode("ascii"), ec.ECDSA(hashes.SHA256()))
-        return name if abs(now - datetime.fromisoformat(stamp)) < _TOLERANCE else None
+        return public if abs(now - datetime.fromisoformat(stamp)) < _TOLERANCE else None
     except (KeyError, ValueError, TypeError, InvalidSignature):
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -16,12 +17,16 @@ from mira.fleet.flower.tempdirs import temporary_folder
 from mira.fleet.flower.transport import FlowerTransport
 from mira.fleet.gate import proxy
 from mira.fleet.gate.rules import Limits
-from mira.fleet.identity.kit import ServerKit, admitted, load_server, split_address, until
+from mira.fleet.identity import expiry
+from mira.fleet.identity.kit import ServerKit, load_server, split_address, until
+from mira.fleet.identity.registry import admitted
 from mira.fleet.identity.signatures import admission
 from mira.fleet.server.session import Opener
 from mira.runner import run as experiment
 from mira.runner.callbacks import Callback
 from mira.runner.summary import Result
+
+log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 _PATIENCE = 3600.0  # seconds for all sites to join once, before a run begins
@@ -30,13 +35,15 @@ _PATIENCE = 3600.0  # seconds for all sites to join once, before a run begins
 @dataclass(frozen=True)
 class ServerOptions:
     """``out``: the new run folder; ``resume``: the run folder to go on with instead. ``relay``: a socket for an app of Flower
-    that the user runs, without MIRA's SuperLink and gate. ``say``: called with lines for people; ``tell``: with command lines."""
+    that the user runs, without MIRA's SuperLink and gate. ``listen``: the address to listen at, where it is not the port that
+    sites connect to. ``say``: called with lines for people; ``tell``: with command lines."""
 
     out: Path | None
     resume: Path | None
     relay: Path | None
     say: Say
     tell: Say
+    listen: str | None = None
 
 
 def run_server(
@@ -46,7 +53,8 @@ def run_server(
     kit = load_server(kit_folder)
     if not kit.admitted:
         raise UserError(
-            f"{kit_folder}: no site is admitted; 'mira kit site NAME --server {kit_folder} --out DIR' makes one"
+            f"{kit_folder}: no site is admitted; do with a site's request ('mira kit join'): mira kit admit REQUEST --server"
+            f" {kit_folder}"
         )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that no keys stay in the temporary folder
     with _by_hand(kit, options) if options.relay else _federation(kit, options) as transport:
@@ -83,16 +91,22 @@ def _federation(kit: ServerKit, options: ServerOptions) -> Iterator[FlowerTransp
         trust = proxy.upstream_tls(superlink.authority)
         inside = proxy.Upstream(("127.0.0.1", superlink.port), trust, superlink.ready, superlink.knows)
         tls = proxy.server_tls(kit.certificate, kit.key)
-        listen = (None, split_address(kit.address)[1])
+        listen = _place(kit, options.listen)
         listener = stack.enter_context(closing(frames.listen(folder / "relay")))
         try:
             door = stack.enter_context(proxy.opened(listen, inside, tls, admission(kit.folder), Limits()))
         except OSError as error:
-            why = f"cannot listen at port {listen[1]} ({error.strerror}); is it taken?"
+            why = f"cannot listen at port {listen[1]} ({error.strerror}); is it taken? --listen names another"
             raise UserError(f"server: {why}") from None
         options.say(f"sites may connect to {kit.address} (its certificate: {until(kit.expires)})")
+        remind = expiry.daily(lambda: expiry.of_server(kit.folder), log.warning)
+
+        def names() -> dict[str, str]:
+            remind()
+            return superlink.admit()
+
         relay = FlowerTransport(
-            listener, superlink.admit, revive=superlink.revive, dropped=superlink.dropped, pushed=door.ring,
+            listener, names, revive=superlink.revive, dropped=superlink.dropped, pushed=door.ring,
             answered=door.answered, allow=door.allow, say=options.say,
         )  # fmt: skip
         try:
@@ -101,6 +115,18 @@ def _federation(kit: ServerKit, options: ServerOptions) -> Iterator[FlowerTransp
             for line in superlink.log_tail():
                 options.tell(line)
             raise
+
+
+def _place(kit: ServerKit, listen: str | None) -> proxy.Listen:
+    """Host and port to listen at: the port of the kit's address on all addresses, unless ``listen`` is given: HOST:PORT or PORT.
+    Raises UserError."""
+    if listen is None:
+        return None, split_address(kit.address)[1]
+    try:
+        host, port = split_address(listen if ":" in listen else f"localhost:{listen}")
+    except UserError:
+        raise UserError(f"--listen {listen}: must be PORT or HOST:PORT, e.g. 9443 or 127.0.0.1:9443") from None
+    return (host if ":" in listen else None), port
 
 
 def _names(kit: ServerKit) -> frozenset[str]:

@@ -111,7 +111,7 @@ class Opener:
             remote.joined.clear()
         staying = [name for name in begin if name in remote.run.names]
         if not staying:
-            raise UserError("server: all sites were revoked before the run began; 'mira kit site' makes one")
+            raise UserError("server: all sites were revoked before the run began; 'mira kit admit' admits one")
         return staying
 
     def _gather(self, remote: RemoteClients, names: Callable[[], Sequence[str]], patience: float) -> list[str]:

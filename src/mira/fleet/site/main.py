@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import time
@@ -11,12 +12,15 @@ from pathlib import Path
 from types import FrameType
 
 from mira.core.errors import UserError
-from mira.fleet.flower.preflight import refusal
+from mira.fleet.flower.preflight import proxy_of, refusal
 from mira.fleet.flower.processes import SupervisedProcess
 from mira.fleet.flower.superlink import check_installed, free_port
 from mira.fleet.flower.tempdirs import temporary_folder
+from mira.fleet.identity import expiry
 from mira.fleet.identity.key_files import own_folder
 from mira.fleet.identity.kit import SiteKit, load_site, until
+
+log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 _LOOK = 0.5  # seconds between two looks at the children
@@ -64,14 +68,24 @@ def _take_part(kit: SiteKit, options: SiteOptions, folder: Path, say: Say, tell:
     node, executor = _node(kit, options, folder, port, tell), _executor(options, folder, port, tell)
     signal.signal(signal.SIGTERM, _end)
     try:
+        if (through := proxy_of(kit.address)) is not None:
+            say(f"{kit.name}: through the proxy {through}")
         say(
             f"{kit.name}: taking part in the federation at {kit.address} (the kit: {until(kit.expires)}); its adapter will be in"
             f" {options.state / 'adapter'}"
         )
-        asked = time.monotonic()
+        asked, key = time.monotonic(), kit.key.read_bytes()
+        remind = expiry.daily(lambda: expiry.of_site(load_site(kit.folder)), log.warning)
+        remind()
         while True:
+            if (new := _key(kit, key)) != key:
+                node.stop()  # signs off with the old key, which the server ends when the new one is used
+                executor.stop()
+                say(f"{kit.name}: goes on with its new key")
+                key, asked = new, -_ASK
             if node.ended or time.monotonic() > asked + _ASK:
-                _ask(kit)
+                _ask(kit, key)
+                remind()
                 asked = time.monotonic()
             worker.tend()
             if node.tend():
@@ -86,10 +100,19 @@ def _take_part(kit: SiteKit, options: SiteOptions, folder: Path, say: Say, tell:
             process.stop()
 
 
-def _ask(kit: SiteKit) -> None:
-    """Raises UserError where the site is not admitted or the server's certificate is invalid."""
-    if (why := refusal(kit)) is not None:
+def _ask(kit: SiteKit, key: bytes | None = None) -> None:
+    """Raises UserError where the site is not admitted or the server's certificate is invalid. ``key``: the one that the SuperNode
+    has: to ask with a newer one would end it."""
+    if (why := refusal(kit, key)) is not None:
         raise UserError(why)
+
+
+def _key(kit: SiteKit, before: bytes) -> bytes:
+    """The site's key now; the one before while it cannot be read, which the next start reports."""
+    try:
+        return kit.key.read_bytes()
+    except OSError:
+        return before
 
 
 def _worker(kit: SiteKit, options: SiteOptions, folder: Path, tell: Say) -> SupervisedProcess:
