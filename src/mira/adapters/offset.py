@@ -26,7 +26,8 @@ class OffsetWeights:
     model: PreTrainedModel
     layout: Layout
     _loaded: dict[str, Tensor] = field(default_factory=dict)
-    _now: Tensor | None = None
+    _now: Tensor | None = None  # the offset in the weights
+    _whole: bool = True  # False after a failure midway: then _now tells nothing
 
     @staticmethod
     def of(model: PreTrainedModel, layout: Layout) -> OffsetWeights:
@@ -42,8 +43,8 @@ class OffsetWeights:
         for module, weight in weights_of(model, layout).items():
             if others := [name for name in names[id(weight)] if name != f"{module}.weight"]:
                 raise UserError(
-                    f"adapter.targets: the method adds to the weight of '{module}', which is also '{others[0]}'; leave it out of"
-                    " targets, or set method.name=fedit"
+                    f"adapter.targets: the method adds to the weight of '{module}', which is also '{others[0]}'; set"
+                    " adapter.targets to the names of other layers, or method.name=fedit"
                 )
         return OffsetWeights(model, layout)
 
@@ -52,11 +53,12 @@ class OffsetWeights:
         """W ← W₀ + s·Σ_i B_i·A_i over ``offset`` [n,P], computed in float64 from W₀ and rounded once to the weights' precision: a
         function of the offset alone. Without rows W₀ itself, to the bit."""
         offset = None if offset is None or not len(offset) else offset
-        if offset is self._now or (offset is not None and self._now is not None and torch.equal(offset, self._now)):
+        if self._whole and _same(offset, self._now):
             return
         weights = weights_of(self.model, self.layout)
         if not self._loaded:
             self._loaded = {name: weight.detach().clone() for name, weight in weights.items()}
+        self._whole = False
         factor_a, factor_b = ({e.module: e for e in self.layout.entries if e.factor == name} for name in ("A", "B"))
         for name, weight in weights.items():
             total = self._loaded[name]
@@ -66,7 +68,7 @@ class OffsetWeights:
                 delta = self.layout.scale * (b @ a)
                 total = total.double() + (delta.T if _turned(self.model, name) else delta)
             weight.data.copy_(total)
-        self._now = offset
+        self._now, self._whole = offset, True
 
 
 def offset_weights(adapter: Adapter) -> OffsetWeights:
@@ -78,7 +80,7 @@ def offset_weights(adapter: Adapter) -> OffsetWeights:
     return OffsetWeights.of(adapter.model, adapter.layout)
 
 
-def with_offset(adapter: Adapter, row: Tensor, offset: Tensor) -> tuple[Adapter, Tensor]:
+def holding_offset(adapter: Adapter, row: Tensor, offset: Tensor) -> tuple[Adapter, Tensor]:
     """The adapter of rank (1 + n)·r that is on the published base what ``row`` [P] is on the one with ``offset`` [n,P], and its
     row. The products are equal as their factors are the same."""
     assert isinstance(adapter, LoraAdapter), "checked in offset_weights"
@@ -92,6 +94,10 @@ def with_offset(adapter: Adapter, row: Tensor, offset: Tensor) -> tuple[Adapter,
     out = torch.cat([_stacked(entry.view(rows), entry.factor).flatten() for entry in layout.entries])
     _use_all_ranks(wide, out)
     return replace(adapter, layout=wide), out
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
 def _stacked(factors: Tensor, factor: str) -> Tensor:

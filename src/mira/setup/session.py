@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mira.adapters.loading import load_peft
-from mira.adapters.offset import OffsetWeights, offset_weights, with_offset
+from mira.adapters.offset import OffsetWeights, holding_offset, offset_weights
 from mira.adapters.types import Adapter
 from mira.config import Experiment
 from mira.core.checks import checked_graph, checked_state
@@ -84,7 +84,7 @@ class Session:
 
     def save(self, folder: Path, row: Tensor, offset: Tensor | None, base_name: str) -> None:
         """Write the adapter that is on the base as loaded what ``row`` [P] is on the one with ``offset`` [n,P]."""
-        adapter, row = (self.adapter, row) if offset is None else with_offset(self.adapter, row, offset)
+        adapter, row = (self.adapter, row) if offset is None else holding_offset(self.adapter, row, offset)
         adapter.save(folder, row, base_name)
 
     def close(self) -> None:
