@@ -15,6 +15,7 @@ from mira.core.graph import Groups
 from mira.core.layout import Layout
 from mira.core.offset import offset_of
 from mira.core.types import Method, ServerState, Setting
+from mira.core.wire import Wire
 
 
 def check(method: Method, layout: Layout, ranks_differ: bool, rounds: int, plain_sgd: bool) -> bool:
@@ -36,8 +37,18 @@ def check_base(method: Method, quantization: str, spreads: bool) -> None:
         )
     if spreads:
         raise UserError(
-            f"engine: {what}, and workers share those that were loaded; leave engine.devices, engine.workers and engine.ray out,"
-            " or set method.name=fedit"
+            f"engine: {what}, and workers share those that were loaded; leave engine.devices, engine.workers and engine.ray"
+            " out"
+        )
+
+
+def check_wire(method: Method, wire: Wire) -> None:
+    """Raise UserError where a site would add the rounding error of an adapter in the format ``wire`` to another adapter: a method
+    with ``begins_anew`` draws one each round."""
+    if wire != "fp32" and getattr(method, "begins_anew", False):
+        raise UserError(
+            f"server.wire={wire}: method.name={method.name} begins each round with a new adapter, to which the rounding error of"
+            " the former one does not belong; set server.wire=fp32, or method.name=fedex-lora"
         )
 
 

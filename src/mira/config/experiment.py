@@ -244,6 +244,7 @@ class Experiment(BaseModel):
             check(self)
         if compatibility.check(self.method, layout, bool(self.clients.rank), self.rounds, self.training.plain_sgd):
             compatibility.check_base(self.method, self.model.quantization, self.engine.spreads)
+        compatibility.check_wire(self.method, self.server.wire)
         if self.privacy is not None and self.privacy.by_example:
             compatibility.check_private(self.method, layout)
         dropout = getattr(self.adapter, "dropout", 0.0)

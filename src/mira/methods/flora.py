@@ -5,7 +5,7 @@ factors are stacked, not averaged, so the mean of the products is exact for clie
 """
 
 from math import sqrt
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -26,6 +26,7 @@ class FLoRA:
     base with the new adapter, which adds nothing yet."""
 
     name: Literal["flora"] = "flora"
+    begins_anew: ClassVar[bool] = True
 
     def init(self, setting: Setting) -> ServerState:
         return global_state(setting, {**offset_extra(setting, self.name), _SEED: torch.tensor(setting.seed)})
