@@ -21,7 +21,7 @@ from helpers.tiny_models import make_tiny, make_tokenizer, save_tiny
 from mira import Experiment, open_run, resume, run
 from mira.adapters.lora import Lora
 from mira.adapters.lora_peft import LoraAdapter
-from mira.adapters.offset import OffsetWeights, offset_weights, with_offset
+from mira.adapters.offset import OffsetWeights, holding_offset, offset_weights
 from mira.adapters.prompt import PromptAdapter
 from mira.core.encoded import Encoded
 from mira.core.errors import UserError
@@ -85,7 +85,7 @@ def test_an_adapter_with_the_offset_has_the_same_products(rslora: bool) -> None:
     row = rows[0] * layout.within(2)
     offset = rows[1:].clone()
     offset[-1] *= layout.within(3)
-    adapter, wide = with_offset(LoraAdapter(model, layout), row, offset)
+    adapter, wide = holding_offset(LoraAdapter(model, layout), row, offset)
     assert isinstance(adapter, LoraAdapter)
     assert adapter.layout.ranks(wide[None]) == [adapter.layout.rank] == [16]
     ratio = layout.scale_at(2) / layout.scale
@@ -103,6 +103,20 @@ def test_conv1d_weights_take_the_offset_turned() -> None:
     OffsetWeights.of(model, layout).set(offset)
     for name, delta in alone(layout, 0 * offset[0], offset).items():
         torch.testing.assert_close(model.get_parameter(f"{name}.weight"), before[name] + delta.T, rtol=0, atol=1e-12)
+
+
+def test_a_failure_midway_is_undone_by_the_next_offset(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_tiny("llama")
+    layout = Lora(rank=2, targets=("q_proj",)).layout(model)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    weights = OffsetWeights.of(model, layout)
+    turned = iter([False])  # of the first layer alone
+    monkeypatch.setattr("mira.adapters.offset._turned", lambda model, name: next(turned))
+    with pytest.raises(StopIteration):
+        weights.set(drawn(layout).float())
+    assert not all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    weights.set(None)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
 def test_weights_that_other_layers_share_are_refused() -> None:
@@ -138,7 +152,9 @@ def loss_of(model: Any, examples: Sequence[Encoded]) -> float:
 
 
 @pytest.mark.parametrize(("method", "engine"), [("flora", "batched"), ("fedex-lora", "reference")])
-def test_what_is_exported_has_the_loss_that_was_reported(method: str, engine: str, tmp_path: Path) -> None:
+def test_what_is_exported_has_the_loss_that_was_reported(
+    method: str, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The adapter on the base as published, in plain PEFT, and the merged model in plain transformers."""
     experiment = experiment_of(method, tmp_path, engine={"name": engine})
     result = run(experiment, tmp_path / "run")
@@ -156,7 +172,12 @@ def test_what_is_exported_has_the_loss_that_was_reported(method: str, engine: st
     # Clients deploy one row: their folders share one file of weights.
     files = [Path(each["adapter"]) / "adapter_model.safetensors" for each in result["clients"]]
     assert len({file.stat().st_ino for file in files}) == 1
-    with pytest.raises(UserError, match="use --merge and serve the whole model"):
+    rank = json.loads((Path(client["adapter"]) / "adapter_config.json").read_text())["r"]
+    assert rank > 8
+    monkeypatch.setattr("mira.serving.lines._VLLM_MAX_RANK", rank)
+    assert opened.export([client["name"]], format="vllm")
+    monkeypatch.setattr("mira.serving.lines._VLLM_MAX_RANK", rank - 1)
+    with pytest.raises(UserError, match=f"have rank {rank} with .*; use --merge and serve the whole model"):
         opened.export([client["name"]], format="vllm")
 
 
@@ -182,6 +203,12 @@ def test_a_base_that_takes_no_offset_is_refused_before_it_is_loaded(tmp_path: Pa
         experiment_of("flora", tmp_path, model={"quantization": "4bit"})
     with pytest.raises(UserError, match=r"engine: method.name=flora adds to the base's weights, and workers share"):
         experiment_of("flora", tmp_path, engine={"devices": ["cpu", "cpu"]})
+
+
+def test_a_new_adapter_each_round_is_refused_where_rounding_errors_are_kept(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"server.wire=int8: method.name=flora .*; set server.wire=fp32, or"):
+        experiment_of("flora", tmp_path, server={"wire": "int8"})
+    experiment_of("fedex-lora", tmp_path, server={"wire": "int8"})
 
 
 def test_a_client_that_joins_trains_on_the_changed_base_and_exports_it(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mira.core.errors import UserError
 from mira.core.loop import Record
 from mira.core.offset import offset_of
 from mira.core.types import ServerState
@@ -52,7 +51,9 @@ def check(order: Order, session: Session) -> None:
 
 def export(order: Order, session: Session, run: Path, state: ServerState, metrics: Sequence[Record]) -> Iterator[str]:
     """Write the adapters below the folder ``run``. Yields lines: folders, commands, repositories. Raises UserError."""
-    _check_ranks(order, session, state)
+    rank = _rank(session, state)
+    if not order.merge:
+        lines.check_rank(order.format, rank)
     origins = [origin(session.federation.clients[k], state.round, metrics) for k in order.clients]
     places = [run / order.folder / each.client.slug for each in origins]
     if order.merge:
@@ -67,17 +68,14 @@ def export(order: Order, session: Session, run: Path, state: ServerState, metric
             if order.use == "gguf":
                 export_gguf(session, place, adapter, each)
         yield from map(str, places)
-        yield from lines.served(order.format, session, places)
+        yield from lines.served(order.format, session, places, rank)
     if order.hub:
         base = push.base(order.hub, session)
         for place, each in zip(places, origins, strict=True):
             yield push.push(order.hub, place, card(session, each, order.use, base), base)
 
 
-def _check_ranks(order: Order, session: Session, state: ServerState) -> None:
-    """Raise UserError for a server that bounds ranks, where adapters hold the offset of the base beside their own ranks."""
-    if offset_of(state) is not None and not order.merge and order.format not in ("peft", "gguf"):
-        raise UserError(
-            f"--format {order.format}: method.name={session.experiment.method.name} changes the base, and adapters that hold the"
-            " change have more ranks than servers take; use --merge and serve the whole model"
-        )
+def _rank(session: Session, state: ServerState) -> int:
+    """The rank of the adapters, which hold the offset of the base beside their own ranks."""
+    offset = offset_of(state)
+    return session.layout.rank * (1 if offset is None else 1 + len(offset))

@@ -61,6 +61,15 @@ def check(format: Format, session: Session, merge: bool) -> None:
         raise UserError(f"--format {format}: {why}; use --merge and serve the whole model")
 
 
+def check_rank(format: Format, rank: int) -> None:
+    """Raise UserError where adapters of ``rank``, with the offset of the base in them, are more than ``format`` serves."""
+    if format == "vllm" and rank > _VLLM_MAX_RANK:
+        raise UserError(
+            f"--format vllm: the adapters have rank {rank} with the method's offset of the base, above {_VLLM_MAX_RANK}, the"
+            " largest vLLM serves; use --merge and serve the whole model"
+        )
+
+
 def check_folder(format: Format, place: Path) -> None:
     """Raise UserError where the server of ``format`` would compute another model than PEFT with the adapter in ``place``."""
     file = place / "adapter_config.json"
@@ -115,13 +124,14 @@ def merged(format: Format, place: Path) -> str:
     }.get(format, str(place))
 
 
-def served(format: Format, session: Session, places: Sequence[Path]) -> Iterator[str]:
-    """The command that serves the base with the adapters in ``places``, after the one that makes the base's file, if any."""
+def served(format: Format, session: Session, places: Sequence[Path], rank: int) -> Iterator[str]:
+    """The command that serves the base with the adapters in ``places``, of ``rank`` at most, after the one that makes the base's
+    file, if any."""
     base = shlex.quote(base_name(session))
     named = " ".join(shlex.quote(f"{path.name}={path.resolve()}") for path in places)
     template = f" --chat-template {_template(places)}" if is_own(session.corpus.encoder) and _template(places) else ""
     if format == "vllm":
-        rank = next(r for r in _VLLM_RANKS if r >= session.layout.rank)
+        rank = next(r for r in _VLLM_RANKS if r >= rank)
         yield f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {named}{template}"
     elif format == "sglang":
         yield f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {named}{template}"
