@@ -100,6 +100,11 @@ def checked_change(method: Method, change: Any, state: ServerState, row: Tensor)
         raise UserError(f"{place}: row {endless[0]} is not finite; the trained rows were")
     if change.offset is not None:
         _check_offset(change.offset, state, row, f"{place}: offset")
+        if change.offer is not None:
+            raise UserError(
+                f"{place}: returns offset and offer, and clients would choose on the base without the new offset; leave one of"
+                " the two out"
+            )
     _check_extra(change.extra, place)
     _check_notes(change.notes, place)
     _check_of_clients(change.of_clients, state.graph.num_clients, place)
@@ -111,7 +116,7 @@ def checked_change(method: Method, change: Any, state: ServerState, row: Tensor)
 
 
 def _check_offset(offset: Any, state: ServerState, row: Tensor, place: str) -> None:
-    _check_rows(offset, len(offset) if isinstance(offset, Tensor) else 1, row, place)
+    _check_rows(offset, len(offset) if isinstance(offset, Tensor) and offset.ndim else 1, row, place)
     if not _finite(offset):
         raise UserError(f"{place}: is not finite; the trained rows were")
     if OFFSET not in state.extra:
