@@ -15,9 +15,9 @@ from mira.core.checks import checked_change
 from mira.core.errors import UserError
 from mira.core.layout import Layout
 from mira.core.loop import aggregate, apply
-from mira.core.offset import OFFSET, offset_of, weighted
+from mira.core.offset import OFFSET, offset_of, weighted, with_offset
 from mira.core.ranks import Ranks
-from mira.core.types import Change, ServerState, Setting, Trained
+from mira.core.types import Change, Offer, ServerState, Setting, Trained
 from mira.methods import METHODS
 from mira.testing.quadratic import LAYOUT, QuadraticClients, all_rows
 
@@ -136,6 +136,24 @@ def test_an_offset_of_many_rows_is_written_as_sums_of_the_same_products(shape: t
         torch.testing.assert_close(found, expected / 9, rtol=0, atol=1e-12)
 
 
+def test_rows_are_added_up_to_twice_the_sums_and_a_change_tells_what_is_new() -> None:
+    """[6,5] of rank 2 takes three rows of sums. Rounds add two rows: sums are written every second round at most."""
+    layout = Layout.of({"x": (6, 5)}, rank=2, alpha=2.0)
+    start = torch.zeros(layout.size).double()
+    state = METHODS["flora"]().init(Setting(layout, start, K, complete(), 0.01, 4))
+    draw, sizes = torch.Generator().manual_seed(1), []
+    for _ in range(6):
+        added = torch.randn(2, layout.size, generator=draw).double()
+        change = with_offset(state, Change(torch.empty(0, dtype=torch.int64), added[:0], {}, {}, offset=added))
+        before, state = state.extra[OFFSET], apply(state, change)
+        new = change.offset
+        assert new is not None
+        sizes.append((len(state.extra[OFFSET]), len(new)))
+        kept = len(state.extra[OFFSET]) - len(new)
+        assert torch.equal(state.extra[OFFSET], torch.cat([before[:kept], new]))
+    assert sizes == [(2, 2), (4, 2), (6, 2), (3, 3), (5, 2), (3, 3)]
+
+
 def test_weights_of_products_are_those_of_b() -> None:
     state = start_of(METHODS["flora"]())
     rows = torch.randn(2, LAYOUT.size).double()
@@ -151,6 +169,17 @@ def test_an_offset_that_no_state_began_is_refused() -> None:
     change = Change(torch.zeros(1, dtype=torch.int64), rows, {}, {}, offset=rows)
     with pytest.raises(UserError, match=r"offset: there is none to add to; put mira.core.offset.no_offset"):
         checked_change(method, change, state, rows[0])
+
+
+def test_a_wrong_offset_is_refused_in_one_line() -> None:
+    state = start_of(method := METHODS["flora"]())
+    rows, number = all_rows(state), torch.zeros(1, dtype=torch.int64)
+    change = Change(number, rows, {}, {}, offset=rows[0, 0])
+    with pytest.raises(UserError, match=r"offset must be float64 \[1, 10\]; it is float64 \[\]"):
+        checked_change(method, change, state, rows[0])
+    both = replace(change, offset=rows, offer=Offer("x", number, number, (rows, rows), "validation"))
+    with pytest.raises(UserError, match=r"returns offset and offer, .*; leave one of the two out"):
+        checked_change(method, both, state, rows[0])
 
 
 @pytest.mark.parametrize("name", NAMES)

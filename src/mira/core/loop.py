@@ -175,7 +175,7 @@ def describe(
 
     Bytes count the adapters that travel to a client and back in the format ``wire``, those offered among them; a private job
     sends none, and a client that was not asked gets none. For a client with several jobs: bytes of all, loss and steps of the
-    last one. What the round adds to the offset (``offset_bytes``, exact) counts as sent to each client of the round.
+    last one. The rows of the offset that are new (``offset_bytes``, exact) count as sent to each client of the round.
     """
     came = [names[k] for k in trained.client.tolist()]
     back = set(trained.job.tolist())

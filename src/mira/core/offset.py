@@ -17,6 +17,7 @@ from mira.core.types import Change, ServerState
 OFFSET = "base.offset"
 """In extra: the rows [n,P] of the offset, in the layout's scale."""
 _LAYERS = "base.offset.layers"  # in extra: offsets of A and B of each layer in a row, and in, out, r: [layers,5] int64
+_GROWTH = 2  # times the rows of the sums, up to which rows are added: sums are new to all sites, so they are rare
 
 Places = tuple[slice, slice, int, int, int]  # of A and B of a layer in a row; in, out, r
 
@@ -47,13 +48,16 @@ def weighted(extra: Mapping[str, Tensor], rows: Tensor, weight: Tensor) -> Tenso
 
 
 def with_offset(state: ServerState, change: Change) -> Change:
-    """``change`` with the whole offset after it among the extra tensors, where it adds to the offset."""
+    """``change`` with the whole offset after it among the extra tensors, where it adds to the offset. Its own rows are then those
+    that a client with the former offset lacks: the added ones, or all where the offset was written as sums."""
     if change.offset is None:
         return change
     whole = torch.cat([state.extra[OFFSET], change.offset])
     most = max(-(-min(fan_in, fan_out) // rank) for _, _, fan_in, fan_out, rank in layers_of(state.extra))
-    whole = whole if len(whole) <= most else _as_sums(state.extra, whole, most)
-    return replace(change, extra={**change.extra, OFFSET: whole})
+    new = change.offset
+    if len(whole) > _GROWTH * most:
+        whole = new = _as_sums(state.extra, whole, most)
+    return replace(change, extra={**change.extra, OFFSET: whole}, offset=new)
 
 
 def _as_sums(extra: Mapping[str, Tensor], rows: Tensor, number: int) -> Tensor:
