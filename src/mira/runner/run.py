@@ -18,6 +18,7 @@ from mira.config import Experiment
 from mira.core.engine import ClientBackend
 from mira.core.graph_io import to_tensors
 from mira.core.loop import Record, Schedule, run_rounds
+from mira.core.offset import offset_of
 from mira.core.pydantic_config import expanded
 from mira.core.types import ServerState, has_private_parts
 from mira.runner import evaluation
@@ -192,6 +193,7 @@ def _finish(session: Session, store: Store, told: Callbacks) -> Result:
     told.stage("measuring the best round")
     best = best_answers(session, store, record)
     told.stage("writing adapters")
+    clients.rebase(offset_of(last))  # the best round may be another, and nothing ran in a run that had stopped
     clients.finish(partial(session.method.deployed, last))
     if clients.has_whole_adapters:
         export_adapters(session, store.folder / ADAPTERS, last, range(len(session.names)), store.metrics())

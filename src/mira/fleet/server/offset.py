@@ -21,12 +21,14 @@ class OffsetOfSites:
     _sha256: str = ""
 
     def change(self, rows: Tensor | None) -> None:
-        """Take the offset of another state. Where it is no continuation of the former one, sites need all of it."""
+        """Take the offset of another state. Sites keep the rows that both have at their beginning, if one continues the other."""
         before, self.rows = self.rows, rows
         if rows is None or rows is before:
             return
-        if before is not None and not torch.equal(rows[: len(before)], before):
-            self.known.clear()
+        if before is not None:
+            both = min(len(rows), len(before))
+            both = both if torch.equal(rows[:both], before[:both]) else 0
+            self.known = {name: min(number, both) for name, number in self.known.items()}
         self._sha256 = fingerprint(rows)
 
     def added_to(self, request: Request, name: str) -> Request:

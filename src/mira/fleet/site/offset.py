@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from mira.core.errors import UserError
 from mira.fleet.messages.packet import OFFSET, Packet, fingerprint
 from mira.fleet.site.refusals import RefusedRequest
 from mira.fleet.site.state import SiteState
@@ -18,6 +21,7 @@ def rebase(session: Session, state: SiteState, packet: Packet, like: Tensor) -> 
     offset."""
     asked = packet.values.get(OFFSET)
     if asked is None:
+        session.rebase(None)
         return None
     first, sha256 = (asked.get("first"), asked.get("sha256")) if isinstance(asked, dict) else (None, None)
     given, path = packet.tensors.get(OFFSET, like.new_empty(0, len(like))), state.folder / f"{OFFSET}.safetensors"
@@ -25,11 +29,20 @@ def rebase(session: Session, state: SiteState, packet: Packet, like: Tensor) -> 
         raise RefusedRequest("the offset of the base has no number of rows before it")
     if given.dtype != like.dtype or given.dim() != 2 or given.shape[1] != len(like) or not bool(given.isfinite().all()):
         raise RefusedRequest("the offset of the base is not made of adapters of this run")
-    rows = torch.cat([files.read_tensors(path)[OFFSET][:first], given]) if first and path.exists() else given
+    kept = _kept(path, given[:0])
+    rows = torch.cat([kept[:first], given])
     if fingerprint(rows) != sha256:
-        raise RefusedRequest("it has not all of the offset of the base; the next request brings it")
-    if len(given):
+        raise RefusedRequest("it lacks rows of the offset of the base")
+    if not torch.equal(kept[: len(rows)], rows):  # else a late request, with fewer rows than have come since
         files.replace(path, files.pack_tensors({OFFSET: rows}))
         files.sync(state.folder)
     session.rebase(rows)
     return rows
+
+
+def _kept(path: Path, none: Tensor) -> Tensor:
+    """The rows [n,P] kept in ``path``; ``none`` where it is absent or damaged: the server then sends all of them again."""
+    try:
+        return files.read_tensors(path).get(OFFSET, none) if path.exists() else none
+    except UserError:
+        return none
