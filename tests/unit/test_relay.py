@@ -288,6 +288,24 @@ def test_large_rows_pass_through_the_app_one_by_one_and_the_sites_are_told_of_ea
     assert told == [2, 3, 4]
 
 
+def test_a_request_that_is_too_long_is_not_sent_and_the_others_are(
+    relay: FlowerTransport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frames, "LIMIT", 200)
+    app = App(tmp_path / "relay", echo)
+    app.start()
+    told: list[str] = []
+    replies = relay.exchange(
+        {"ann": b"1" * 201, "bob": b"2"}, 5.0, 2, lambda name, reply: told.append(name) or isinstance(reply, bytes)
+    )
+    assert replies["bob"] == b"bob2"
+    assert isinstance(replies["ann"], NoReply)
+    assert "has 201 bytes; at most 200" in replies["ann"].reason
+    assert not replies["ann"].sent
+    assert told == ["ann", "bob"]
+    assert [name for name, _ in app.pushed] == ["bob"]
+
+
 def test_what_came_too_late_is_fetched_with_the_next_answers_and_dropped(
     relay: FlowerTransport, tmp_path: Path
 ) -> None:

@@ -89,7 +89,9 @@ class FlowerTransport:
         until app and sites are back does not count, up to another ``deadline``."""
         until = time.monotonic() + deadline
         last = until + deadline
-        replies: dict[str, Reply] = {}
+        replies: dict[str, Reply] = _too_long(requests)
+        for name, reply in replies.items():
+            on_reply(name, reply)
         waiting: dict[str, str] = {}
         pushed: set[str] = set()
         good = 0
@@ -242,6 +244,18 @@ class FlowerTransport:
         if self._app is not None:
             self._app.close()
         self.listener.close()
+
+
+def _too_long(requests: Mapping[str, bytes]) -> dict[str, Reply]:
+    """The reason for not sending a request, for each that is longer than a frame: Flower's app would end over it."""
+    return {
+        name: NoReply(
+            f"the request to it has {len(request)} bytes; at most {frames.LIMIT} are sent; start a run with fewer"
+            " adapter.targets, or with a method that does not change the base"
+        )
+        for name, request in requests.items()
+        if len(request) > frames.LIMIT
+    }
 
 
 def _shares(sizes: Mapping[str, int]) -> Iterator[list[str]]:
