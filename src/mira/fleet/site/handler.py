@@ -49,6 +49,7 @@ Values = dict[str, Any]
 Answer = tuple[Values, dict[str, Tensor]]
 # In the place of an error, which may hold text or file names.
 SEE_LOG = "it failed; the reason is in the site's own log"
+_NO_NOISE = "the loss on its training examples has no noise (privacy.unit=example)"
 
 
 @dataclass(frozen=True)
@@ -198,12 +199,14 @@ class SiteHandler:
         except (ValueError, LookupError) as error:
             raise RefusedRequest(f"not an offer: {error}") from None
         if offer.split == "train" and here.session.accountant is not None:
-            raise RefusedRequest("the loss on its training examples has no noise (privacy.unit=example)")
+            raise RefusedRequest(_NO_NOISE)
         scores = option_scores(here.session.engine, offer, packet.values["limit"])
         return {}, {"nll": scores.nll, "tokens": scores.tokens}
 
     def _evaluate(self, packet: Packet) -> Answer:
         here, values = self._based(packet)[0], packet.values
+        if here.session.accountant is not None and not set(values["splits"]) <= {"validation", "test"}:
+            raise RefusedRequest(_NO_NOISE)
         rows = torch.stack([_deployed(here, packet, n) for n in range(values["rows"])])
         client = torch.full((len(rows),), here.number)
         scores = here.session.engine.evaluate(rows, client, values["splits"], values["limit"])
