@@ -99,6 +99,7 @@ def test_a_site_refuses_what_would_escape_its_noise(world: World, caplog: pytest
         (PRIVATE | {"simulation": True}, {}, "sites draw noise of their own"),
         (PRIVATE, {"min_noise": 1.0}, "did not join"),
         (PRIVATE, {"max_epsilon": 2.0}, "did not join"),
+        (PRIVATE | {"delta": 0.25}, {"max_epsilon": 100.0}, "did not join"),  # of 4 examples
         ({"clip": 0.5, "noise": 2.0}, {"max_epsilon": 100.0}, "did not join"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from math import comb, erfc, exp, log, sqrt
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from mira.core.training import Training
 from mira.core.types import Trained, Work
 from mira.methods import METHODS
 from mira.setup.accounting import epsilon, noise_for
-from mira.setup.privacy import Accountant, AccountedTrainer
+from mira.setup.privacy import Accountant, AccountedTrainer, check_delta
 
 DELTA = 1e-5
 
@@ -176,11 +175,16 @@ def test_a_client_whose_budget_is_spent_leaves_the_run_and_the_others_go_on() ->
 def test_what_makes_a_run_worthless_is_told(caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("dp_accounting", reason="needs the extra 'privacy'")
     with caplog.at_level(logging.INFO, "mira"):
-        replace(accountant(), delta=0.1).tell()
+        accountant().tell()
     told = caplog.text
     assert "noise of 1 to 2 times clip" in told
-    assert "privacy.delta=0.1: is no protection for 40 examples" in told
     assert "this run protects nobody" in told
+
+
+def test_a_delta_that_lets_an_example_be_published_is_refused() -> None:
+    check_delta(0.0249, 40)
+    with pytest.raises(UserError, match=r"privacy\.delta=0\.025: is no protection for 40 examples; .* e\.g\. 1e-05"):
+        check_delta(0.025, 40)
 
 
 def test_no_number_has_a_gradient_without_noise() -> None:

@@ -14,6 +14,7 @@ from mira.config import Experiment
 from mira.config.compatibility import trainings
 from mira.config.privacy import PrivacySection
 from mira.core.engine import Trainer
+from mira.core.errors import UserError
 from mira.core.example_privacy import ExamplePrivacy, rate
 from mira.core.training import Training
 from mira.core.types import Failure, Trained, Work
@@ -32,6 +33,15 @@ def noise_of(section: PrivacySection, training: Training, number: int, times: in
     return noise_for(
         section.epsilon, rate(training.batch_size, number), times * training.steps_for(number), section.delta
     )
+
+
+def check_delta(delta: float, examples: int) -> None:
+    """Raise UserError where ``delta`` allows that one of ``examples`` is published as it is."""
+    if delta * examples >= 1:
+        raise UserError(
+            f"privacy.delta={delta:g}: is no protection for {examples} examples; set it well below 1/{examples}, e.g."
+            f" {min(1e-5, 0.01 / examples):.1g}"
+        )
 
 
 def times_of(experiment: Experiment) -> int:
@@ -69,6 +79,7 @@ class Accountant:
             return None
         names = {k: client.name for k, client in enumerate(corpus.federation.clients, corpus.first)}
         number = {k: corpus.num_train(k) for k in names}
+        check_delta(section.delta, max(number.values()))
         noise = {k: noise_of(section, training, n, times) for k, n in number.items()}
         seed = experiment.seed if section.simulation else None
         made = Accountant(
@@ -79,16 +90,13 @@ class Accountant:
         return made
 
     def tell(self) -> None:
-        """Log what the run will cost, and warn of what makes it worthless."""
+        """Log what the run will cost, and warn where it protects nobody."""
         low, high = min(self.privacy.noise.values()), max(self.privacy.noise.values())
-        examples = max(self.number.values())
         most = max(self.epsilon(k, steps) for k, steps in self.planned.items())
         log.info(
             "privacy: noise of %s times clip in each step; at most epsilon=%.3g at delta=%g for each training example",
             f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}", most, self.delta,
         )  # fmt: skip
-        if self.delta >= 1 / examples:
-            log.warning("privacy.delta=%g: is no protection for %d examples; lower it", self.delta, examples)
         if self.privacy.seed is not None:
             log.warning("privacy.simulation=true: noise comes from the seed; this run protects nobody")
 

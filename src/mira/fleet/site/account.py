@@ -13,7 +13,7 @@ from mira.core.training import Training
 from mira.fleet.site import privacy
 from mira.fleet.site.refusals import RefusedRequest
 from mira.setup import accounting
-from mira.setup.privacy import Accountant, noise_of
+from mira.setup.privacy import Accountant, check_delta, noise_of
 from mira.setup.session import Session
 
 
@@ -33,8 +33,8 @@ def private(session: Session, client: int, opened: Mapping[str, Any], count: int
 
     ``opened``: the values that the server opened the run with. ``count``: the private steps of ``client`` in this run so far.
     ``most``: the largest ε that the site accepts. A server that tells fewer trainings than it asks for makes less noise, and its
-    site leaves the run so much sooner. Raises UserError where it tells none, RefusedRequest where the run would cost more than
-    ``most``.
+    site leaves the run so much sooner. Raises UserError where it tells none, RefusedRequest where its delta is no protection, or
+    the run would cost more than ``most``.
     """
     asked, times = session.experiment.privacy, opened.get("trainings")
     if asked is None or not asked.by_example:
@@ -43,6 +43,10 @@ def private(session: Session, client: int, opened: Mapping[str, Any], count: int
         raise UserError(
             "privacy.unit=example: the server does not tell how often a site trains; it runs another version of mira"
         )
+    try:
+        check_delta(asked.delta, session.corpus.num_train(client))
+    except UserError as error:  # in words that may leave the site
+        raise RefusedRequest(str(error)) from None
     accountant = Accountant.of(session.experiment, session.corpus, times)
     assert accountant is not None
     if most is not None:
