@@ -106,11 +106,16 @@ def test_settings_that_do_not_go_together_are_refused(privacy: dict[str, Any], t
     [
         ("method", {"name": "ifca"}, "method.name=ifca chooses by the loss on training examples"),
         ("adapter", {"kind": "seeds"}, "adapter.kind=seeds has no gradients to clip"),
+        ("adapter", {"dropout": 0.1}, "adapter.dropout=0.1: an example changes the masks of others"),
     ],
 )
 def test_what_would_escape_the_noise_is_refused(section: str, value: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         Experiment(**settings(Path("model"), Path("data"), privacy=PRIVATE) | {section: value})
+
+
+def test_a_simulation_may_have_dropout() -> None:
+    assert experiment(PRIVATE | {"simulation": True}, adapter={"dropout": 0.1}).privacy
 
 
 @pytest.mark.parametrize("name", [name for name, _ in METHODS.items()])
