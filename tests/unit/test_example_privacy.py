@@ -94,6 +94,10 @@ def experiment(privacy: dict[str, Any], **sections: Any) -> Experiment:
         ({"clip": 1.0, "noise": 1.0, "epsilon": 8.0}, "privacy.epsilon=8.0: belongs to unit: example"),
         ({"clip": 1.0, "noise": 1.0, "simulation": True}, "privacy.simulation=True: belongs to unit: example"),
         ({"unit": "example", "noise": 1.0}, "privacy.clip"),
+        (PRIVATE | {"clip": 1e-7}, "privacy.clip"),
+        (PRIVATE | {"epsilon": 1e-170}, "privacy.epsilon"),
+        ({"unit": "example", "clip": 1.0, "noise": 1e-170}, "privacy.noise"),
+        ({"unit": "example", "clip": 1.0, "noise": 1e170}, "privacy.noise"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(privacy: dict[str, Any], told: str) -> None:
@@ -190,6 +194,14 @@ def test_a_delta_that_lets_an_example_be_published_is_refused() -> None:
     check_delta(0.0249, 40)
     with pytest.raises(UserError, match=r"privacy\.delta=0\.025: is no protection for 40 examples; .* e\.g\. 1e-05"):
         check_delta(0.025, 40)
+
+
+def test_noise_is_added_before_the_sum_is_rounded() -> None:
+    """One rounding to float32, the last: each earlier one would leave bits of a number without noise."""
+    privacy, total = ExamplePrivacy(1e-6, 40, {0: 1.0}, seed=0), torch.ones(1000)
+    drawn = privacy.draws(0, 0, 0).normal(1000) * 1e-6
+    found = privacy.finished(total, privacy.draws(0, 0, 0), 0, 40)
+    assert torch.equal(found, ((1 + drawn) / 40).float())
 
 
 def test_no_number_has_a_gradient_without_noise() -> None:

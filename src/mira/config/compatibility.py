@@ -44,8 +44,8 @@ def check_base(method: Method, quantization: str, spreads: bool) -> None:
 def check_private(method: Method, layout: Layout, dropout: float) -> None:
     """Raise UserError where DP-SGD would not cover all that ``method`` or the adapter of ``layout`` learns from examples.
 
-    ``dropout``: of the adapter; its masks come from the run's seed, one after the other, so that one example more changes those of
-    others, and with them more gradients than its own.
+    ``dropout``: of the adapter; its masks come from the run's seed, one after the other, so that one example more changes those
+    of others, and with them more gradients than its own.
     """
     if dropout:
         raise UserError(
