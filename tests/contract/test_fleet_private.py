@@ -12,6 +12,7 @@ from helpers.sample_config import Interrupt
 from mira.core.errors import UserError
 from mira.fleet.messages.packet import Head, Packet, pack, unpack
 from mira.fleet.messages.transport import InProcessTransport, NoReply
+from mira.fleet.site.handler import SiteHandler
 from mira.runner import run as experiment
 from mira.runner.callbacks import Callback
 from mira.setup.accounting import epsilon
@@ -70,27 +71,54 @@ def test_a_site_refuses_what_would_escape_its_noise(world: World, caplog: pytest
         seen[unpack(request).head.kind] = unpack(request)
         return reply
 
-    wanted = world.experiment(privacy=PRIVATE, rounds=1, **QUIET)
-    sites = {name: site.handle for name, site in world.sites().items()}
-    experiment.run(wanted, world.folder / "apart", (), world.opener(Troubled(InProcessTransport(sites), change=note)))
-    opened = seen["open"]
-    name = opened.head.name
-    site = world.sites("other")[name]
+    wanted, trained = world.experiment(privacy=PRIVATE, rounds=1, **QUIET), world.sites()
+    transport = Troubled(InProcessTransport({name: site.handle for name, site in trained.items()}), change=note)
+    experiment.run(wanted, world.folder / "apart", (), world.opener(transport))
+    opened, row = seen["open"], seen["train"].tensors["row0"]
+    site = world.sites("other", max_epsilon=100.0)[opened.head.name]
 
-    def refused(kind: Any, values: dict[str, Any], **tensors: Any) -> str:
+    def failed(site: SiteHandler, kind: Any, values: dict[str, Any], **tensors: Any) -> str | None:
         head: Head = replace(opened.head, kind=kind)
-        return str(unpack(site.handle(pack(Packet(head, values, tensors)))).values["failed"])
+        return unpack(site.handle(pack(Packet(head, values, tensors)))).values.get("failed")
 
-    section = opened.values["experiment"]["privacy"]
+    def with_sections(**sections: Any) -> dict[str, Any]:
+        given = opened.values["experiment"]
+        changed = {key: given[key] | values for key, values in sections.items()}
+        return opened.values | {"experiment": given | changed}
+
     without = {key: value for key, value in opened.values.items() if key != "trainings"}
-    assert refused("open", without) == "it failed; the reason is in the site's own log"
+    assert failed(site, "open", without) == "it failed; the reason is in the site's own log"
     assert "does not tell how often a site trains" in caplog.text
-    seeded = opened.values["experiment"] | {"privacy": section | {"simulation": True}}
-    assert "a site draws noise of its own" in refused("open", opened.values | {"experiment": seeded})
-    assert "failed" not in unpack(site.handle(pack(opened))).values
-    row = seen["train"].tensors["row0"]
+    # Numbers that no float holds
+    for values in (opened.values | {"trainings": 10**400}, with_sections(training={"local_steps": 10**400})):
+        assert failed(site, "open", values) == "trainings, training: more than 1e+09 private steps"
+    many = with_sections(training={"batch_size": 10**400})
+    assert "epsilon=" in str(failed(world.sites("strict", max_epsilon=0.5)[opened.head.name], "open", many))
+    assert "a site draws noise of its own" in str(failed(site, "open", with_sections(privacy={"simulation": True})))
+    assert "no protection for 4 examples" in str(failed(site, "open", with_sections(privacy={"delta": 0.25})))
+    assert failed(site, "open", opened.values) is None
     offer = {"points": None, "split": "train", "limit": None, "since": 0, "private_parts": False}
-    assert "has no noise" in refused("choose", offer, row0=row)
+    assert "has no noise" in str(failed(site, "choose", offer, row0=row))
+    measure = {"rows": 1, "splits": ["validation", "train"], "limit": 3, "since": 0, "private_parts": False}
+    assert "has no noise" in str(failed(site, "evaluate", measure, row0=row))
+    assert failed(site, "evaluate", measure | {"splits": ["validation", "test"]}, row0=row) is None
+
+    # A site that has trained prices all steps of the run by one noise; nothing of what it refuses stays.
+    done = trained[opened.head.name]
+    for terms in ({"privacy": {"noise": 50.0}}, {"training": {"batch_size": 1}}):
+        [changed] = terms
+        assert f"{changed}: not as in this run's first private step" in str(
+            failed(done, "open", with_sections(**terms))
+        )
+    again = failed(done, "open", opened.values | {"trainings": 2})
+    assert "trainings: not as in this run's first private step" in str(again)
+    assert failed(done, "evaluate", measure | {"splits": ["test"]}, row0=row) is None
+
+    # What a site would do beyond its plan is refused by its own limit, which the run has no key for.
+    train = seen["train"].values
+    assert failed(site, "train", train, **seen["train"].tensors) is None
+    told = failed(site, "train", train | {"since": 0}, **seen["train"].tensors)
+    assert told == "--max-epsilon=100 is spent"
 
 
 @pytest.mark.parametrize(

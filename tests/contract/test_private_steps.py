@@ -185,7 +185,7 @@ def test_engines_agree_over_steps_with_noise_and_a_crowd_changes_nothing() -> No
 @pytest.mark.quick
 @pytest.mark.parametrize("name", ["batched", "reference"])
 def test_an_example_without_a_finite_gradient_adds_nothing(name: str) -> None:
-    """One token's embedding is infinite, and the first example of each client has it. It counts no more than one without labels."""
+    """One token's embedding is infinite, and the first example of each client has it: it counts as one without labels."""
     privacy, poison = with_noise(1.0, batch=100), 127
 
     @dataclass(frozen=True)

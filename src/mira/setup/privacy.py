@@ -57,7 +57,7 @@ class Accountant:
     """The privacy that each client's training examples have lost.
 
     ``names``: of the clients, by number; ``number``: of the training examples of each. ``planned``: the steps of each in the
-    whole run, which ``target`` (privacy.epsilon; None where the noise is given) allows. ``steps``: those done so far, updated in
+    whole run, which ``target`` (an ε, set by ``limit``; None: there is none) allows. ``steps``: those done so far, updated in
     place.
     """
 
@@ -68,6 +68,7 @@ class Accountant:
     number: Mapping[int, int]
     planned: Mapping[int, int]
     target: float | None = None
+    limit: str = "privacy.epsilon"
     steps: Counter[int] = field(default_factory=Counter)
 
     @staticmethod
@@ -131,7 +132,7 @@ class Accountant:
     @property
     def refusal(self) -> str:
         """The line with which a client leaves the run."""
-        return f"privacy.epsilon={self.target:g} is spent"
+        return f"{self.limit}={self.target:g} is spent"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from mira.config.privacy import PrivacySection
@@ -15,6 +15,8 @@ from mira.fleet.site.refusals import RefusedRequest
 from mira.setup import accounting
 from mira.setup.privacy import Accountant, check_delta, noise_of
 from mira.setup.session import Session
+
+_MOST_STEPS = 10**9  # of a run; the accountant computes with floats
 
 
 def spent(asked: PrivacySection, training: Training, number: int, times: int, count: int) -> dict[str, Any]:
@@ -33,8 +35,8 @@ def private(session: Session, client: int, opened: Mapping[str, Any], count: int
 
     ``opened``: the values that the server opened the run with. ``count``: the private steps of ``client`` in this run so far.
     ``most``: the largest ε that the site accepts. A server that tells fewer trainings than it asks for makes less noise, and its
-    site leaves the run so much sooner. Raises UserError where it tells none, RefusedRequest where its delta is no protection, or
-    the run would cost more than ``most``.
+    site leaves the run so much sooner. Raises UserError where it tells none, RefusedRequest where its steps are too many, its
+    delta is no protection, or the run would cost more than ``most``.
     """
     asked, times = session.experiment.privacy, opened.get("trainings")
     if asked is None or not asked.by_example:
@@ -43,6 +45,8 @@ def private(session: Session, client: int, opened: Mapping[str, Any], count: int
         raise UserError(
             "privacy.unit=example: the server does not tell how often a site trains; it runs another version of mira"
         )
+    if times * session.experiment.training.steps_for(session.corpus.num_train(client)) > _MOST_STEPS:
+        raise RefusedRequest(f"trainings, training: more than {_MOST_STEPS:g} private steps")
     try:
         check_delta(asked.delta, session.corpus.num_train(client))
     except UserError as error:  # in words that may leave the site
@@ -53,10 +57,29 @@ def private(session: Session, client: int, opened: Mapping[str, Any], count: int
         cost = accountant.epsilon(client, accountant.planned[client])
         if cost > most:
             raise RefusedRequest(f"epsilon={cost:.3g} is too much: it takes part up to {most:g}")
-        accountant = replace(accountant, target=most)  # so that more steps than planned are refused
+        if asked.epsilon is None:  # so that more steps than planned are refused
+            accountant = replace(accountant, target=most, limit="--max-epsilon")
     accountant.steps[client] = count
     plan = replace(session.engine_plan, privacy=accountant.privacy)
     return replace(session, engine_plan=plan, accountant=accountant)
+
+
+def terms_of(session: Session, client: int, opened: Mapping[str, Any]) -> dict[str, Any]:
+    """What the private steps of ``client`` in a run are priced by. ``opened``: the values that the server opened it with."""
+    experiment = session.experiment
+    return {
+        "privacy": None if experiment.privacy is None else asdict(experiment.privacy),
+        "training": asdict(experiment.training), "trainings": opened.get("trainings"),
+        "examples": session.corpus.num_train(client),
+    }  # fmt: skip
+
+
+def check_terms(terms: Mapping[str, Any], first: Mapping[str, Any] | None) -> None:
+    """Raise RefusedRequest where a run is opened again under other terms than those of its ``first`` private step: its steps
+    would be priced by a noise that they did not have. None: it has done none."""
+    changed = [key for key in terms if first is not None and terms[key] != first[key]]
+    if changed:
+        raise RefusedRequest(f"{' and '.join(changed)}: not as in this run's first private step; start a new run")
 
 
 def describe(asked: PrivacySection, accountant: Accountant | None, client: int, count: int) -> str:
