@@ -13,6 +13,7 @@ from mira.core.errors import UserError
 from mira.fleet.messages.packet import Head, Packet, pack, unpack
 from mira.fleet.messages.transport import InProcessTransport, NoReply
 from mira.fleet.site.handler import SiteHandler
+from mira.results import tables
 from mira.runner import run as experiment
 from mira.runner.callbacks import Callback
 from mira.setup.accounting import epsilon
@@ -36,9 +37,11 @@ def test_steps_count_at_the_site_before_they_are_done(world: World) -> None:
     records = metrics(world.folder / "apart")
     assert [record["privacy"]["bob"]["steps"] for record in records] == [0, 2, 4, 6]
     assert [record["privacy"]["ann"]["steps"] for record in records] == [0, 2, 2, 6]
-    told = {"steps": 6, "noise": 1.5, "epsilon": epsilon(1.5, RATE, 6, 1e-5), "delta": 1e-5}
+    told = {"steps": 6, "noise": 1.5, "epsilon": epsilon(1.5, RATE, 6, 1e-5), "delta": 1e-5, "reported": True}
     assert result["privacy"] == records[3]["privacy"] == dict.fromkeys(NAMES, told)
     assert [sorted(record["lost"]) for record in records[1:]] == [[], ["ann"], []]
+    # Ann's own account after round 2 has two steps more.
+    assert "of each training example, as sites last reported: ann" in tables.privacy(records[2]["privacy"])
 
 
 class PulledBeforeCommit(Callback):

@@ -20,7 +20,7 @@ from mira.engine.packing import labels_of
 from mira.engine.spec import Batches, EngineSpec
 from mira.engine.step import StepSums
 
-_BYTES = 2**29  # of the rows and gradients of examples, over all threads
+_BYTES = 2**29  # of what examples have in memory, over all threads
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def expected_tokens(spec: EngineSpec, client: int, batches: Batches) -> int:
 
 
 def examples_at_a_time(rows: Tensor, threads: int) -> int:
-    """The number of examples whose rows and gradients, like those of ``rows`` [R,P], each of ``threads`` has in memory."""
-    return max(1, _BYTES // (2 * threads * max(1, rows[0].nbytes)))
+    """The number of examples whose rows, gradients and scales, like ``rows`` [R,P], each of ``threads`` has in memory."""
+    return max(1, _BYTES // (3 * threads * max(1, rows[0].nbytes)))
 
 
 def add_clipped(

@@ -20,14 +20,14 @@ _MOST_STEPS = 10**9  # of a run; the accountant computes with floats
 
 
 def spent(asked: PrivacySection, training: Training, number: int, times: int, count: int) -> dict[str, Any]:
-    """The sum of a site's ``count`` releases, or private steps, for a round's record. ``number``: its training examples;
-    ``times``: the trainings of an adapter that it does in the whole run."""
+    """The sum of the ``count`` releases, or private steps, that a site last reported, for a round's record. ``number``: its
+    training examples; ``times``: the trainings of an adapter that it does in the whole run."""
     if not asked.by_example:
         found = privacy.epsilon(asked.given_noise, asked.delta, count)
         return {"releases": count, "epsilon": found, "delta": asked.delta}
     noise = noise_of(asked, training, number, times)
     found = accounting.epsilon(noise, rate(training.batch_size, number), count, asked.delta)
-    return {"steps": count, "noise": noise, "epsilon": found, "delta": asked.delta}
+    return {"steps": count, "noise": noise, "epsilon": found, "delta": asked.delta, "reported": True}
 
 
 def private(session: Session, client: int, opened: Mapping[str, Any], count: int, most: float | None = None) -> Session:
@@ -65,7 +65,7 @@ def private(session: Session, client: int, opened: Mapping[str, Any], count: int
 
 
 def terms_of(session: Session, client: int, opened: Mapping[str, Any]) -> dict[str, Any]:
-    """What the private steps of ``client`` in a run are priced by. ``opened``: the values that the server opened it with."""
+    """The values that price the private steps of ``client`` in a run. ``opened``: those that the server opened it with."""
     experiment = session.experiment
     return {
         "privacy": None if experiment.privacy is None else asdict(experiment.privacy),

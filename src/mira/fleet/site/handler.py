@@ -55,7 +55,7 @@ _NO_NOISE = "the loss on its training examples has no noise (privacy.unit=exampl
 @dataclass(frozen=True)
 class JoinedRun:
     """A run that this site takes part in. ``number``: the client's; ``start``: the common start row [P], within its rank;
-    ``terms``: what its private steps are priced by."""
+    ``terms``: the values that price its private steps."""
 
     session: Session
     state: SiteState
