@@ -12,6 +12,8 @@ from helpers.sample_config import Interrupt
 from mira.core.errors import UserError
 from mira.fleet.messages.packet import Head, Packet, pack, unpack
 from mira.fleet.messages.transport import InProcessTransport, NoReply
+from mira.fleet.site.handler import SiteHandler
+from mira.results import tables
 from mira.runner import run as experiment
 from mira.runner.callbacks import Callback
 from mira.setup.accounting import epsilon
@@ -35,9 +37,11 @@ def test_steps_count_at_the_site_before_they_are_done(world: World) -> None:
     records = metrics(world.folder / "apart")
     assert [record["privacy"]["bob"]["steps"] for record in records] == [0, 2, 4, 6]
     assert [record["privacy"]["ann"]["steps"] for record in records] == [0, 2, 2, 6]
-    told = {"steps": 6, "noise": 1.5, "epsilon": epsilon(1.5, RATE, 6, 1e-5), "delta": 1e-5}
+    told = {"steps": 6, "noise": 1.5, "epsilon": epsilon(1.5, RATE, 6, 1e-5), "delta": 1e-5, "reported": True}
     assert result["privacy"] == records[3]["privacy"] == dict.fromkeys(NAMES, told)
     assert [sorted(record["lost"]) for record in records[1:]] == [[], ["ann"], []]
+    # Ann's own account after round 2 has two steps more.
+    assert "of each training example, as sites last reported: ann" in tables.privacy(records[2]["privacy"])
 
 
 class PulledBeforeCommit(Callback):
@@ -70,27 +74,54 @@ def test_a_site_refuses_what_would_escape_its_noise(world: World, caplog: pytest
         seen[unpack(request).head.kind] = unpack(request)
         return reply
 
-    wanted = world.experiment(privacy=PRIVATE, rounds=1, **QUIET)
-    sites = {name: site.handle for name, site in world.sites().items()}
-    experiment.run(wanted, world.folder / "apart", (), world.opener(Troubled(InProcessTransport(sites), change=note)))
-    opened = seen["open"]
-    name = opened.head.name
-    site = world.sites("other")[name]
+    wanted, trained = world.experiment(privacy=PRIVATE, rounds=1, **QUIET), world.sites()
+    transport = Troubled(InProcessTransport({name: site.handle for name, site in trained.items()}), change=note)
+    experiment.run(wanted, world.folder / "apart", (), world.opener(transport))
+    opened, row = seen["open"], seen["train"].tensors["row0"]
+    site = world.sites("other", max_epsilon=100.0)[opened.head.name]
 
-    def refused(kind: Any, values: dict[str, Any], **tensors: Any) -> str:
+    def failed(site: SiteHandler, kind: Any, values: dict[str, Any], **tensors: Any) -> str | None:
         head: Head = replace(opened.head, kind=kind)
-        return str(unpack(site.handle(pack(Packet(head, values, tensors)))).values["failed"])
+        return unpack(site.handle(pack(Packet(head, values, tensors)))).values.get("failed")
 
-    section = opened.values["experiment"]["privacy"]
+    def with_sections(**sections: Any) -> dict[str, Any]:
+        given = opened.values["experiment"]
+        changed = {key: given[key] | values for key, values in sections.items()}
+        return opened.values | {"experiment": given | changed}
+
     without = {key: value for key, value in opened.values.items() if key != "trainings"}
-    assert refused("open", without) == "it failed; the reason is in the site's own log"
+    assert failed(site, "open", without) == "it failed; the reason is in the site's own log"
     assert "does not tell how often a site trains" in caplog.text
-    seeded = opened.values["experiment"] | {"privacy": section | {"simulation": True}}
-    assert "a site draws noise of its own" in refused("open", opened.values | {"experiment": seeded})
-    assert "failed" not in unpack(site.handle(pack(opened))).values
-    row = seen["train"].tensors["row0"]
+    # Numbers that no float holds
+    for values in (opened.values | {"trainings": 10**400}, with_sections(training={"local_steps": 10**400})):
+        assert failed(site, "open", values) == "trainings, training: more than 1e+09 private steps"
+    many = with_sections(training={"batch_size": 10**400})
+    assert "epsilon=" in str(failed(world.sites("strict", max_epsilon=0.5)[opened.head.name], "open", many))
+    assert "a site draws noise of its own" in str(failed(site, "open", with_sections(privacy={"simulation": True})))
+    assert "no protection for 4 examples" in str(failed(site, "open", with_sections(privacy={"delta": 0.25})))
+    assert failed(site, "open", opened.values) is None
     offer = {"points": None, "split": "train", "limit": None, "since": 0, "private_parts": False}
-    assert "has no noise" in refused("choose", offer, row0=row)
+    assert "has no noise" in str(failed(site, "choose", offer, row0=row))
+    measure = {"rows": 1, "splits": ["validation", "train"], "limit": 3, "since": 0, "private_parts": False}
+    assert "has no noise" in str(failed(site, "evaluate", measure, row0=row))
+    assert failed(site, "evaluate", measure | {"splits": ["validation", "test"]}, row0=row) is None
+
+    # A site that has trained prices all steps of the run by one noise; nothing of what it refuses stays.
+    done = trained[opened.head.name]
+    for terms in ({"privacy": {"noise": 50.0}}, {"training": {"batch_size": 1}}):
+        [changed] = terms
+        assert f"{changed}: not as in this run's first private step" in str(
+            failed(done, "open", with_sections(**terms))
+        )
+    again = failed(done, "open", opened.values | {"trainings": 2})
+    assert "trainings: not as in this run's first private step" in str(again)
+    assert failed(done, "evaluate", measure | {"splits": ["test"]}, row0=row) is None
+
+    # What a site would do beyond its plan is refused by its own limit, which the run has no key for.
+    train = seen["train"].values
+    assert failed(site, "train", train, **seen["train"].tensors) is None
+    told = failed(site, "train", train | {"since": 0}, **seen["train"].tensors)
+    assert told == "--max-epsilon=100 is spent"
 
 
 @pytest.mark.parametrize(
@@ -99,6 +130,7 @@ def test_a_site_refuses_what_would_escape_its_noise(world: World, caplog: pytest
         (PRIVATE | {"simulation": True}, {}, "sites draw noise of their own"),
         (PRIVATE, {"min_noise": 1.0}, "did not join"),
         (PRIVATE, {"max_epsilon": 2.0}, "did not join"),
+        (PRIVATE | {"delta": 0.25}, {"max_epsilon": 100.0}, "did not join"),  # of 4 examples
         ({"clip": 0.5, "noise": 2.0}, {"max_epsilon": 100.0}, "did not join"),
     ],
 )

@@ -161,12 +161,13 @@ def test_a_step_without_examples_is_noise_alone(name: str) -> None:
     work = Work(CLIENTS, start)
     engine = engine_of(name, "llama", privacy)
     rounds = (n for n in range(100) if not engine.spec.batches(work, 0, n)[0] and engine.spec.batches(work, 1, n)[0])
-    round = next(rounds)
-    trained = engine.train(work, round, 1.0)
-    expected = privacy.draws(round, 1, 1).normal(start.shape[1]) * 0.5
+    number = next(rounds)
+    trained = engine.train(work, number, 1.0)
+    expected = privacy.draws(number, 1, 1).normal(start.shape[1]) * 0.5
     torch.testing.assert_close(start[0] - trained.rows[0], expected, rtol=0, atol=1e-12)
     assert trained.loss.tolist()[0] == 0.0
-    assert trained.tokens.tolist()[0] == 0
+    # nothing tells that no example was drawn
+    assert trained.tokens.tolist()[0] == round(sum(len(e.tokens) for e in FewExamples().encoded(1, "train")) / 7)
 
 
 @pytest.mark.quick
@@ -179,6 +180,35 @@ def test_engines_agree_over_steps_with_noise_and_a_crowd_changes_nothing() -> No
     torch.testing.assert_close(ours.loss, oracle.loss, rtol=1e-10, atol=0)
     assert ours.steps.tolist() == oracle.steps.tolist() == [6, 6, 6]
     assert ours.tokens.tolist() == oracle.tokens.tolist()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ["batched", "reference"])
+def test_an_example_without_a_finite_gradient_adds_nothing(name: str) -> None:
+    """One token's embedding is infinite, and the first example of each client has it: it counts as one without labels."""
+    privacy, poison = with_noise(1.0, batch=100), 127
+
+    @dataclass(frozen=True)
+    class Poisoned(FewExamples):
+        poisoned: bool = True
+
+        def encoded(self, client: int, split: str, limit: int | None = None) -> Sequence[Encoded]:
+            first, *others = FewExamples().encoded(client, split)
+            clean = [replace(e, tokens=tuple(3 if t == poison else t for t in e.tokens)) for e in others]
+            bad = replace(first, tokens=(poison, *first.tokens[1:]))
+            return [bad if self.poisoned else replace(first, label=(False,) * len(first.label)), *clean]
+
+    found = []
+    for poisoned in (True, False):
+        engine = engine_of(name, "llama", privacy, corpus=Poisoned(poisoned=poisoned))
+        embedding = engine.spec.model.get_input_embeddings()
+        assert embedding is not engine.spec.model.get_output_embeddings()
+        with torch.no_grad():
+            embedding.weight[poison] = torch.inf
+        found.append(engine.train(Work(CLIENTS, starts("llama")), 0, 1.0))
+    ours, without = found
+    assert bool(ours.loss.isfinite().all())
+    torch.testing.assert_close(ours.rows, without.rows, rtol=0, atol=1e-12)
 
 
 @pytest.mark.quick

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from math import comb, erfc, exp, log, sqrt
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from mira.core.training import Training
 from mira.core.types import Trained, Work
 from mira.methods import METHODS
 from mira.setup.accounting import epsilon, noise_for
-from mira.setup.privacy import Accountant, AccountedTrainer
+from mira.setup.privacy import Accountant, AccountedTrainer, check_delta
 
 DELTA = 1e-5
 
@@ -95,6 +94,10 @@ def experiment(privacy: dict[str, Any], **sections: Any) -> Experiment:
         ({"clip": 1.0, "noise": 1.0, "epsilon": 8.0}, "privacy.epsilon=8.0: belongs to unit: example"),
         ({"clip": 1.0, "noise": 1.0, "simulation": True}, "privacy.simulation=True: belongs to unit: example"),
         ({"unit": "example", "noise": 1.0}, "privacy.clip"),
+        (PRIVATE | {"clip": 1e-7}, "privacy.clip"),
+        (PRIVATE | {"epsilon": 1e-170}, "privacy.epsilon"),
+        ({"unit": "example", "clip": 1.0, "noise": 1e-170}, "privacy.noise"),
+        ({"unit": "example", "clip": 1.0, "noise": 1e170}, "privacy.noise"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(privacy: dict[str, Any], told: str) -> None:
@@ -107,11 +110,16 @@ def test_settings_that_do_not_go_together_are_refused(privacy: dict[str, Any], t
     [
         ("method", {"name": "ifca"}, "method.name=ifca chooses by the loss on training examples"),
         ("adapter", {"kind": "seeds"}, "adapter.kind=seeds has no gradients to clip"),
+        ("adapter", {"dropout": 0.1}, "adapter.dropout=0.1: an example changes the masks of others"),
     ],
 )
 def test_what_would_escape_the_noise_is_refused(section: str, value: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         Experiment(**settings(Path("model"), Path("data"), privacy=PRIVATE) | {section: value})
+
+
+def test_a_simulation_may_have_dropout() -> None:
+    assert experiment(PRIVATE | {"simulation": True}, adapter={"dropout": 0.1}).privacy
 
 
 @pytest.mark.parametrize("name", [name for name, _ in METHODS.items()])
@@ -176,11 +184,24 @@ def test_a_client_whose_budget_is_spent_leaves_the_run_and_the_others_go_on() ->
 def test_what_makes_a_run_worthless_is_told(caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("dp_accounting", reason="needs the extra 'privacy'")
     with caplog.at_level(logging.INFO, "mira"):
-        replace(accountant(), delta=0.1).tell()
+        accountant().tell()
     told = caplog.text
     assert "noise of 1 to 2 times clip" in told
-    assert "privacy.delta=0.1: is no protection for 40 examples" in told
     assert "this run protects nobody" in told
+
+
+def test_a_delta_that_lets_an_example_be_published_is_refused() -> None:
+    check_delta(0.0249, 40)
+    with pytest.raises(UserError, match=r"privacy\.delta=0\.025: is no protection for 40 examples; .* e\.g\. 1e-05"):
+        check_delta(0.025, 40)
+
+
+def test_noise_is_added_before_the_sum_is_rounded() -> None:
+    """One rounding to float32, the last: each earlier one would leave bits of a number without noise."""
+    privacy, total = ExamplePrivacy(1e-6, 40, {0: 1.0}, seed=0), torch.ones(1000)
+    drawn = privacy.draws(0, 0, 0).normal(1000) * 1e-6
+    found = privacy.finished(total, privacy.draws(0, 0, 0), 0, 40)
+    assert torch.equal(found, ((1 + drawn) / 40).float())
 
 
 def test_no_number_has_a_gradient_without_noise() -> None:

@@ -52,8 +52,17 @@ def check_wire(method: Method, wire: Wire) -> None:
         )
 
 
-def check_private(method: Method, layout: Layout) -> None:
-    """Raise UserError where DP-SGD would not cover all that ``method`` or the adapter of ``layout`` learns from examples."""
+def check_private(method: Method, layout: Layout, dropout: float) -> None:
+    """Raise UserError where DP-SGD would not cover all that ``method`` or the adapter of ``layout`` learns from examples.
+
+    ``dropout``: of the adapter; its masks come from the run's seed, one after the other, so that one example more changes those
+    of others, and with them more gradients than its own.
+    """
+    if dropout:
+        raise UserError(
+            f"adapter.dropout={dropout:g}: an example changes the masks of others, which privacy.unit=example does not cover; set"
+            " adapter.dropout=0"
+        )
     if chooses_by_training_loss(method):
         raise UserError(
             f"privacy.unit=example: method.name={method.name} chooses by the loss on training examples, which has no noise;"

@@ -245,9 +245,9 @@ class Experiment(BaseModel):
         if compatibility.check(self.method, layout, bool(self.clients.rank), self.rounds, self.training.plain_sgd):
             compatibility.check_base(self.method, self.model.quantization, self.engine.spreads)
         compatibility.check_wire(self.method, self.server.wire)
-        if self.privacy is not None and self.privacy.by_example:
-            compatibility.check_private(self.method, layout)
         dropout = getattr(self.adapter, "dropout", 0.0)
+        if self.privacy is not None and self.privacy.by_example:
+            compatibility.check_private(self.method, layout, 0.0 if self.privacy.simulation else dropout)
         if self.engine.prefix == "on" and dropout > 0:
             raise UserError(
                 f"engine.prefix=on: a shared prefix is computed once, but adapter.dropout={dropout:g} "

@@ -18,13 +18,13 @@ class PrivacySection:
     unit: Literal["site", "example"] = "site"
     """Protected data. site: all data of a site, by noise on its uploads (mira server). example: each training example, by
     noise in each local step (DP-SGD, Abadi et al. 2016)."""
-    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    clip: Annotated[float, Field(ge=1e-6, allow_inf_nan=False)]
     """Maximum Euclidean norm of an adapter's update in a round (site) or of one example's gradient (example); longer ones are
     scaled down to it."""
-    noise: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    noise: Annotated[float, Field(ge=1e-3, le=1e6)] | None = None
     """Standard deviation of the Gaussian noise, as a multiple of clip: on every uploaded number (site), or on the sum of a step's
     gradients (example)."""
-    epsilon: Annotated[float, Field(gt=0, le=1000)] | None = None
+    epsilon: Annotated[float, Field(ge=1e-3, le=1000)] | None = None
     """ε that no client exceeds in the whole run; each client's noise is computed from it. Instead of noise, with unit:
     example."""
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5

@@ -29,10 +29,12 @@ class Draws:
 
     def sample(self, number: int, rate: float, steps: int) -> list[list[int]]:
         """Poisson samples of the examples 0 to ``number`` − 1, one for each step; a sample may be empty."""
-        count = number * steps
-        draw = self.samples
-        u = noise.uniform(count, os.urandom) if draw is None else torch.rand(count, generator=draw, dtype=torch.float64)
-        return [row.nonzero()[:, 0].tolist() for row in (u < rate).view(steps, number)]
+        return [(self._uniform(number) < rate).nonzero()[:, 0].tolist() for _ in range(steps)]
+
+    def _uniform(self, count: int) -> Tensor:
+        if self.samples is None:
+            return noise.uniform(count, os.urandom)
+        return torch.rand(count, generator=self.samples, dtype=torch.float64)
 
     def normal(self, count: int) -> Tensor:
         """``count`` standard normal numbers (float64)."""
@@ -71,14 +73,15 @@ class ExamplePrivacy:
         ``held`` [P] bool: numbers that the client's rank has; the others stay where they are. None: all.
         """
         added = draws.normal(len(total)).mul_(self.noise[client] * self.clip)
-        noised = (total + added.to(total)) / self.expected(number)
+        exact = total.double() + added.to(total.device)  # rounded after the sum, so that all bits have noise
+        noised = (exact / self.expected(number)).to(total)
         return noised if held is None else noised * held.to(noised)
 
 
 def rate(batch: int, number: int) -> float:
     """The probability with which each of ``number`` examples is in a sample of ``batch`` expected ones; 1 where they are
     fewer."""
-    return min(1.0, batch / number)
+    return batch / number if batch < number else 1.0
 
 
 def chooses_by_training_loss(method: object) -> bool:

@@ -34,7 +34,7 @@ from mira.engine.forward_only import FORWARD_FACTOR, ForwardOnly
 from mira.engine.memory import HALVING, OUT_OF_MEMORY, is_out_of_memory
 from mira.engine.optim import RowOptimizer, pull
 from mira.engine.packing import Pass, PassItems, halves, labels_of, plan
-from mira.engine.private import PrivateSteps, add_clipped, drawn, examples_at_a_time
+from mira.engine.private import PrivateSteps, add_clipped, drawn, examples_at_a_time, expected_tokens
 from mira.engine.reference import ReferenceEngine
 from mira.engine.spec import Batches, EngineSpec
 from mira.engine.step import StepSums
@@ -150,7 +150,7 @@ class BatchedEngine:
         trained = Trained(
             client=client, job=torch.tensor(jobs), rows=rows.cpu(),
             examples=torch.tensor([spec.corpus.num_train(int(k)) for k in client]),
-            tokens=torch.tensor([sum(len(s.tokens) for batch in each for s in batch) for each in batches]),
+            tokens=torch.tensor([expected_tokens(spec, int(k), each) for k, each in zip(client, batches, strict=True)]),
             steps=steps, loss=loss.cpu() / losses, lr=now.lr,
             optimizer=optimizer.packed().cpu() if spec.training.keep_optimizer else None,
         )  # fmt: skip

@@ -20,7 +20,7 @@ from mira.engine.packing import labels_of
 from mira.engine.spec import Batches, EngineSpec
 from mira.engine.step import StepSums
 
-_BYTES = 2**29  # of the rows and gradients of examples, over all threads
+_BYTES = 2**29  # of what examples have in memory, over all threads
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,18 @@ class PrivateSteps:
         return self.privacy.finished(total, self.draws[n], self.client[n], self.number[n], self.held[n])
 
 
+def expected_tokens(spec: EngineSpec, client: int, batches: Batches) -> int:
+    """The tokens of a round's ``batches``. With DP-SGD the number expected: the number drawn would tell of the samples, which the
+    account takes for secret."""
+    if spec.privacy is None:
+        return sum(len(s.tokens) for batch in batches for s in batch)
+    train = spec.corpus.encoded(client, "train")
+    return round(len(batches) * spec.privacy.rate(len(train)) * sum(len(s.tokens) for s in train))
+
+
 def examples_at_a_time(rows: Tensor, threads: int) -> int:
-    """The number of examples whose rows and gradients, like those of ``rows`` [R,P], each of ``threads`` has in memory."""
-    return max(1, _BYTES // (2 * threads * max(1, rows[0].nbytes)))
+    """The number of examples whose rows, gradients and scales, like ``rows`` [R,P], each of ``threads`` has in memory."""
+    return max(1, _BYTES // (3 * threads * max(1, rows[0].nbytes)))
 
 
 def add_clipped(
@@ -61,6 +70,8 @@ def add_clipped(
     ratio: Tensor | None,
 ) -> None:  # fmt: skip
     """Add to ``sums.grad`` the clipped gradient of each example, and to ``sums.loss`` its mean label loss.
+
+    An example whose gradient or loss is not finite adds nothing: a lost client would tell that it is there.
 
     ``passes``: adds gradients and losses of a step, whose rows are examples. ``most``: examples in memory together. ``frozen``
     [n]: places of a row that never move. ``ratio`` [R,P]: the scale of ``sums.rows`` relative to that of the clients' rows;
@@ -79,9 +90,11 @@ def add_clipped(
         grad = each.grad if ratio is None else each.grad.mul_(ratio[owner])
         if frozen is not None:
             grad[:, frozen] = 0
-        scale = factors(torch.linalg.vector_norm(grad, dim=1, keepdim=True), clip)
-        sums.grad.index_add_(0, owner, grad.mul_(scale))
-        sums.loss.index_add_(0, owner, each.loss)
+        norms = torch.linalg.vector_norm(grad, dim=1)
+        finite = norms.isfinite() & each.loss.isfinite()
+        grad.mul_(factors(norms, clip)[:, None])[~finite] = 0
+        sums.grad.index_add_(0, owner, grad)
+        sums.loss.index_add_(0, owner, each.loss.where(finite, 0.0))
         sums.lost.update({owners[n]: reason for n, reason in each.lost.items()})
 
 

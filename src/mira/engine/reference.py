@@ -26,7 +26,7 @@ from mira.engine.checkpoint import recomputed
 from mira.engine.generate import positions
 from mira.engine.memory import OUT_OF_MEMORY, is_out_of_memory
 from mira.engine.model_errors import MODEL_ERRORS, is_not_model_error, raise_as, unsupported
-from mira.engine.private import PrivateSteps, drawn, labelled
+from mira.engine.private import PrivateSteps, drawn, expected_tokens, labelled
 from mira.engine.spec import EngineSpec
 
 _TRIAL = Encoded((1, 1, 1), (False, False, True), False)
@@ -104,7 +104,7 @@ class ReferenceEngine:
         return Trained(
             client=torch.tensor([client]), job=torch.tensor([job]), rows=self.single.row()[None],
             examples=torch.tensor([self.spec.corpus.num_train(client)]),
-            tokens=torch.tensor([sum(len(s.tokens) for batch in batches for s in batch)]),
+            tokens=torch.tensor([expected_tokens(self.spec, client, batches)]),
             steps=torch.tensor([len(batches)]), loss=torch.stack(losses).sum()[None] / count, lr=lr,
             optimizer=self._packed(optimizer, parameters)[None] if self.spec.training.keep_optimizer else None,
         )  # fmt: skip
@@ -125,9 +125,12 @@ class ReferenceEngine:
         loss, total = torch.zeros((), dtype=torch.float64), [torch.zeros_like(p) for p in parameters]
         for sequence in labelled(batch):
             self.peft.zero_grad()
-            loss += self._backward([sequence], parameters)
+            own = self._backward([sequence], parameters)
             self._freeze(work, parameters)
             norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
+            if not (own.isfinite() and norm.isfinite()):  # a lost client would tell that it is there
+                continue
+            loss += own
             for p, part in zip(parameters, total, strict=True):
                 assert p.grad is not None
                 part.add_(p.grad * factors(norm, private.privacy.clip))

@@ -119,19 +119,24 @@ def _mean(clients: Sequence[dict[str, Any]], key: str) -> float | None:
     return None if None in values else sum(values) / len(values)
 
 
+_REPORTED = ", as sites last reported"  # a lost reply or round counts at the site before the server hears of it
+
+
 def privacy(spent: dict[str, dict[str, Any]]) -> str:
     """One sentence for people, from a record's ``privacy``: (ε, δ) of each client, as accounted by its site or by the run."""
     if any("steps" in s for s in spent.values()):
         each = ", ".join(
             f"{name} ({s['epsilon']:.3g}, {s['delta']:g}) of {s['steps']} steps" for name, s in spent.items()
         )
+        source = _REPORTED if any(s.get("reported") for s in spent.values()) else ""
         found = (
-            f"differential privacy (ε, δ) of each training example: {each}; losses, metrics and counts are not covered"
+            f"differential privacy (ε, δ) of each training example{source}: {each}; losses, metrics and counts are not"
+            " covered"
         )
         simulated = any(s.get("simulation") for s in spent.values())
         return f"a simulation, which protects nobody: {found}" if simulated else found
     each = ", ".join(f"{name} ({s['epsilon']:.3g}, {s['delta']:g}) of {s['releases']}" for name, s in spent.items())
-    return f"differential privacy (ε, δ) of released adapters: {each}; losses, metrics and counts are not covered"
+    return f"differential privacy (ε, δ) of released adapters{_REPORTED}: {each}; losses, metrics and counts are not covered"
 
 
 def data_size(count: float) -> str:

@@ -14,6 +14,7 @@ from mira.config import Experiment
 from mira.config.compatibility import trainings
 from mira.config.privacy import PrivacySection
 from mira.core.engine import Trainer
+from mira.core.errors import UserError
 from mira.core.example_privacy import ExamplePrivacy, rate
 from mira.core.training import Training
 from mira.core.types import Failure, Trained, Work
@@ -34,6 +35,15 @@ def noise_of(section: PrivacySection, training: Training, number: int, times: in
     )
 
 
+def check_delta(delta: float, examples: int) -> None:
+    """Raise UserError where ``delta`` allows that one of ``examples`` is published as it is."""
+    if delta * examples >= 1:
+        raise UserError(
+            f"privacy.delta={delta:g}: is no protection for {examples} examples; set it well below 1/{examples}, e.g."
+            f" {min(1e-5, 0.01 / examples):.1g}"
+        )
+
+
 def times_of(experiment: Experiment) -> int:
     """The number of times that a client trains an adapter in a run that protects examples, if it takes part in every round; 0
     in another run."""
@@ -47,7 +57,7 @@ class Accountant:
     """The privacy that each client's training examples have lost.
 
     ``names``: of the clients, by number; ``number``: of the training examples of each. ``planned``: the steps of each in the
-    whole run, which ``target`` (privacy.epsilon; None where the noise is given) allows. ``steps``: those done so far, updated in
+    whole run, which ``target`` (an ε, set by ``limit``; None: there is none) allows. ``steps``: those done so far, updated in
     place.
     """
 
@@ -58,6 +68,7 @@ class Accountant:
     number: Mapping[int, int]
     planned: Mapping[int, int]
     target: float | None = None
+    limit: str = "privacy.epsilon"
     steps: Counter[int] = field(default_factory=Counter)
 
     @staticmethod
@@ -69,6 +80,7 @@ class Accountant:
             return None
         names = {k: client.name for k, client in enumerate(corpus.federation.clients, corpus.first)}
         number = {k: corpus.num_train(k) for k in names}
+        check_delta(section.delta, max(number.values()))
         noise = {k: noise_of(section, training, n, times) for k, n in number.items()}
         seed = experiment.seed if section.simulation else None
         made = Accountant(
@@ -79,16 +91,13 @@ class Accountant:
         return made
 
     def tell(self) -> None:
-        """Log what the run will cost, and warn of what makes it worthless."""
+        """Log what the run will cost, and warn where it protects nobody."""
         low, high = min(self.privacy.noise.values()), max(self.privacy.noise.values())
-        examples = max(self.number.values())
         most = max(self.epsilon(k, steps) for k, steps in self.planned.items())
         log.info(
             "privacy: noise of %s times clip in each step; at most epsilon=%.3g at delta=%g for each training example",
             f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}", most, self.delta,
         )  # fmt: skip
-        if self.delta >= 1 / examples:
-            log.warning("privacy.delta=%g: is no protection for %d examples; lower it", self.delta, examples)
         if self.privacy.seed is not None:
             log.warning("privacy.simulation=true: noise comes from the seed; this run protects nobody")
 
@@ -123,7 +132,7 @@ class Accountant:
     @property
     def refusal(self) -> str:
         """The line with which a client leaves the run."""
-        return f"privacy.epsilon={self.target:g} is spent"
+        return f"{self.limit}={self.target:g} is spent"
 
 
 @dataclass(frozen=True)

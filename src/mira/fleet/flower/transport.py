@@ -85,8 +85,9 @@ class FlowerTransport:
         most: Mapping[str, int] | None = None,
     ) -> dict[str, Reply]:  # fmt: skip
         """As ``Transport.exchange``. Where Flower's app dies meanwhile the requests are sent again: a site that has trained
-        already does so once more, with the same result. So is the request of a site that came back with a new key. The time
-        until app and sites are back does not count, up to another ``deadline``."""
+        already does so once more, with the same result unless it adds noise (privacy), which costs again. So is the request of
+        a site that came back with a new key. The time until app and sites are back does not count, up to another
+        ``deadline``."""
         until = time.monotonic() + deadline
         last = until + deadline
         replies: dict[str, Reply] = _too_long(requests)

@@ -22,7 +22,7 @@ from mira.core.wire import Wire, compress, down, encode
 from mira.data.sources.sites import Own
 from mira.data.types import Source
 from mira.fleet.messages.packet import PROTOCOL, Packet, other_protocol, pack, row_key, unpack
-from mira.fleet.site.account import describe, private
+from mira.fleet.site.account import check_terms, describe, private, terms_of
 from mira.fleet.site.offset import rebase
 from mira.fleet.site.privacy import release
 from mira.fleet.site.refusals import RefusedRequest, check_adapter, check_noise, check_sources
@@ -49,16 +49,19 @@ Values = dict[str, Any]
 Answer = tuple[Values, dict[str, Tensor]]
 # In the place of an error, which may hold text or file names.
 SEE_LOG = "it failed; the reason is in the site's own log"
+_NO_NOISE = "the loss on its training examples has no noise (privacy.unit=example)"
 
 
 @dataclass(frozen=True)
 class JoinedRun:
-    """A run that this site takes part in. ``number``: the client's; ``start``: the common start row [P], within its rank."""
+    """A run that this site takes part in. ``number``: the client's; ``start``: the common start row [P], within its rank;
+    ``terms``: the values that price its private steps."""
 
     session: Session
     state: SiteState
     number: int
     start: Tensor
+    terms: Values
 
     @property
     def wire(self) -> Wire:
@@ -80,6 +83,8 @@ class JoinedRun:
         if accountant is not None:
             if len(accountant.charge(work)) < len(work.client):
                 raise RefusedRequest(accountant.refusal)
+            if self.state.noted("terms") is None:
+                self.state.note("terms", self.terms)
             self.state.note("releases", {"count": accountant.steps[self.number]})
 
 
@@ -122,8 +127,8 @@ class SiteHandler:
         return pack(Packet(packet.head, values, tensors))
 
     def _open(self, packet: Packet) -> Answer:
-        SiteState.of(self.state, packet.head.run).note("open", packet.values)
         here = self._run(packet.head.run, packet.values)
+        here.state.note("open", packet.values)
         log.info("joined run %s", packet.head.run)
         return {
             "protocol": PROTOCOL, "examples": here.session.federation.clients[0].num_train, "releases": here.releases,
@@ -161,6 +166,8 @@ class SiteHandler:
         number = int(values["number"])
         threads = {"threads": self.threads or values["threads"]}
         session = open_session(experiment, threads, folder=state.folder, first=number)
+        terms = terms_of(session, number, values)
+        check_terms(terms, state.noted("terms"))
         session = private(session, number, values, (state.noted("releases") or {"count": 0})["count"], self.max_epsilon)
         for what, ours in fingerprints(session).items():
             if values[what] != ours:
@@ -171,7 +178,7 @@ class SiteHandler:
         log.info("computes with the %s engine", session.environment["engine"])
         session.corpus.keep(state.folder / "tokens")
         start, rank = session.start(), values["rank"]
-        return JoinedRun(session, state, number, start if rank is None else start * session.layout.within(rank))
+        return JoinedRun(session, state, number, start if rank is None else start * session.layout.within(rank), terms)
 
     def _train(self, packet: Packet) -> Answer:
         here, values = self._based(packet)[0], packet.values
@@ -198,12 +205,14 @@ class SiteHandler:
         except (ValueError, LookupError) as error:
             raise RefusedRequest(f"not an offer: {error}") from None
         if offer.split == "train" and here.session.accountant is not None:
-            raise RefusedRequest("the loss on its training examples has no noise (privacy.unit=example)")
+            raise RefusedRequest(_NO_NOISE)
         scores = option_scores(here.session.engine, offer, packet.values["limit"])
         return {}, {"nll": scores.nll, "tokens": scores.tokens}
 
     def _evaluate(self, packet: Packet) -> Answer:
         here, values = self._based(packet)[0], packet.values
+        if here.session.accountant is not None and not set(values["splits"]) <= {"validation", "test"}:
+            raise RefusedRequest(_NO_NOISE)
         rows = torch.stack([_deployed(here, packet, n) for n in range(values["rows"])])
         client = torch.full((len(rows),), here.number)
         scores = here.session.engine.evaluate(rows, client, values["splits"], values["limit"])
