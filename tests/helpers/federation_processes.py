@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from helpers.admission import admit_request
 from helpers.mitm import secrets_in
 from helpers.tiny_models import VOCABULARY
 from mira.fleet.flower.superlink import free_port
-from mira.fleet.identity import admit, join
+from mira.fleet.identity import join
 
 NAMES = ("hospital-1", "hospital-2", "hospital-3")
 PATIENCE = 400.0  # seconds, for anything to happen; usually it takes a few
@@ -84,7 +85,7 @@ class Federation:
     def admit(self, asked: join.Asked, folder: Path, by: str = "server-kit") -> None:
         """Carry a site's request to the server, and the reply to the site's kit ``folder``."""
         reply = asked.request.with_suffix(".reply")
-        admit.admit(self.folder / by, admit.read_request(asked.request), 90, reply)
+        admit_request(self.folder / by, asked.request, reply)
         found = join.read_reply(folder, reply)
         join.accept(folder, found, trust=join.known_authorities(folder) is None)
         asked.request.unlink()

@@ -15,7 +15,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from helpers.organisation import Organisation, organisation
 from helpers.sample_config import mira
 from mira.core.errors import UserError
-from mira.fleet.identity import adopt, certificates, expiry, kit
+from mira.fleet.identity import adopt, certificates, expiry, key_files, kit
 
 HOST = "fleet.example.org"
 Made = tuple[Path, Path]
@@ -118,3 +118,40 @@ def test_the_options_belong_together(hospital: Organisation, tmp_path: Path) -> 
     wrong = mira("kit", "server", "--out", tmp_path / "s", "--address", f"{HOST}:1", "--ca", hospital.ca)
     assert "--certificate, --key and --ca belong together" in wrong.error
     assert "belong together" in mira("kit", "renew", "--server", tmp_path, "--key", hospital.ca).error
+
+
+def test_a_renewal_that_was_interrupted_is_done_again(
+    hospital: Organisation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = adopted(hospital, tmp_path / "server")
+    chain, key = hospital.server(HOST)
+
+    def killed(path: Path, data: bytes) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mira.fleet.identity.adopt.files.replace", killed)  # after the key, before the certificate
+        with pytest.raises(KeyboardInterrupt):
+            adopt.renew_adopted(made.folder, chain, key)
+    with pytest.raises(UserError, match=r"not that of its certificate.*; do: mira kit renew --server .* --certificate"):
+        kit.load_server(made.folder)
+    assert adopt.renew_adopted(made.folder, chain, key).expires == made.expires
+
+
+def test_the_key_lies_on_the_kits_own_disk_alone(
+    hospital: Organisation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "system").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "system"))
+    seen: list[Path] = []
+
+    def watched(path: Path, data: bytes, write: Callable[[Path, bytes], None] = key_files.write_secret) -> None:
+        seen.append(path)
+        write(path, data)
+
+    monkeypatch.setattr("mira.fleet.identity.key_files.write_secret", watched)
+    made = adopted(hospital, tmp_path / "there" / "server")
+    adopt.renew_adopted(made.folder, *hospital.server(HOST))
+    assert len(seen) == 5
+    assert [path for path in seen if not path.is_relative_to(tmp_path / "there")] == []
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["server"], "and is gone afterwards"

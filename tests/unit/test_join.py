@@ -9,6 +9,7 @@ import pty
 import shutil
 import subprocess
 import textwrap
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -21,10 +22,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
+from helpers.admission import admit_request
 from helpers.sample_config import mira
 from mira.core.errors import UserError
-from mira.fleet.identity import admit, expiry, join, kit, registry
+from mira.fleet.identity import admit, expiry, join, key_files, kit, registry
 from mira.fleet.identity.signatures import admission, signed
+from mira.store import files
 
 ADDRESS = "127.0.0.1:9443"
 
@@ -38,7 +41,7 @@ def admitted(server: Path, asked: join.Asked, days: int = 365) -> Path:
     """The reply to a request."""
     reply = asked.request.with_suffix(".reply")
     reply.unlink(missing_ok=True)
-    admit.admit(server, admit.read_request(asked.request), days, reply)
+    admit_request(server, asked.request, reply, days)
     return reply
 
 
@@ -233,10 +236,112 @@ def test_an_accept_that_was_interrupted_is_done_again(server: Path, tmp_path: Pa
     reply = admitted(server, join.join_again(site))
     found = join.read_reply(site, reply)
     os.replace(site / "next.key", site / "site.key")  # and no more
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match=r"belong together\); do, with the last reply: mira kit accept REPLY --kit"):
         kit.load_site(site)
     join.accept(site, join.read_reply(site, reply), trust=False)
     assert kit.load_site(site).expires <= found.expires
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_an_accept_is_done_again_after_any_of_its_writes(
+    step: int, server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = joined(server, tmp_path / "kit")
+    old, reply = (site / "site.key").read_bytes(), admitted(server, join.join_again(site))
+    new = (site / "next.key").read_bytes()
+    steps = iter(range(9))
+
+    def killed(write: Callable[[Path, bytes], None]) -> Callable[[Path, bytes], None]:
+        def each(path: Path, data: bytes) -> None:
+            write(path, data)
+            if next(steps) == step:
+                raise KeyboardInterrupt
+
+        return each
+
+    with monkeypatch.context() as patch:
+        patch.setattr(key_files, "replace_secret", killed(key_files.replace_secret))
+        patch.setattr(files, "replace", killed(files.replace))
+        with pytest.raises(KeyboardInterrupt):
+            join.accept(site, join.read_reply(site, reply), trust=False)
+    join.accept(site, join.read_reply(site, reply), trust=False)
+    kit.load_site(site)
+    assert [(site / name).read_bytes() for name in ("site.key", "previous.key")] == [new, old]
+    assert not (site / "next.key").exists()
+
+
+def test_a_key_put_in_place_by_a_forged_reply_makes_way_for_the_one_before(server: Path, tmp_path: Path) -> None:
+    """Whoever saw the request can write the reply, since all of it is public."""
+    site = joined(server, tmp_path / "kit")
+    old, before = (site / "site.key").read_bytes(), json.loads((tmp_path / "a.reply").read_text())
+    asked = join.join_again(site)
+    new = admit.read_request(asked.request).public_key
+    (tmp_path / "a.reply").write_text(json.dumps(before | {"public_key": new, "expires": "2120-01-01T00:00:00+00:00"}))
+    done = mira("kit", "accept", tmp_path / "a.reply", "--kit", site)
+    assert f"should the server refuse the new one: mira kit accept {site / 'previous.reply'} --kit {site}" in done.err
+    admit_headers = admission(server)
+    assert admit_headers(proof(site)) is None
+    assert mira("kit", "accept", site / "previous.reply", "--kit", site).status == 0
+    assert (site / "site.key").read_bytes() == old
+    assert admit_headers(proof(site)) == "a"
+    assert kit.load_site(site).expires.isoformat() == before["expires"]
+    join.accept(site, join.read_reply(site, admitted(server, asked)), trust=False)  # the real reply, at last
+    assert admit_headers(proof(site)) == "a"
+    assert admit_headers(signed(old, datetime.now(UTC))) is None
+    (tmp_path / "old.reply").write_text(json.dumps(before))
+    with pytest.raises(UserError, match="is for another key"):
+        join.read_reply(site, tmp_path / "old.reply")  # which would bring a revoked key back
+
+
+def test_an_admission_says_what_it_revokes_and_does_no_more_than_it_said(server: Path, tmp_path: Path) -> None:
+    site = joined(server, tmp_path / "kit")
+    present = admit.read_request(tmp_path / "a.request")
+    (tmp_path / "old.request").write_bytes((tmp_path / "a.request").read_bytes())
+    shown = admit.change_by(server, present)
+    assert shown == admit.Change(None, ())
+    pending = join.join_again(site)
+    admitted(server, pending)
+    with pytest.raises(UserError, match="its keys have just changed; nothing was done"):
+        admit.admit(server, present, shown, 9, tmp_path / "b.reply")
+    assert len(registry.admitted(server)) == 2
+    line = ("kit", "admit", tmp_path / "old.request", "--server", server, "--out", tmp_path / "b.reply", "--yes")
+    said = mira(*line).err
+    assert f"it revokes the key {pending.fingerprint}, which was admitted and never used" in " ".join(said.split())
+    assert [site.public_key for site in registry.admitted(server)] == [present.public_key]
+
+
+def test_a_fingerprint_is_compared_where_the_ca_is_known(server: Path, tmp_path: Path) -> None:
+    join.join(tmp_path / "kit", "a", ADDRESS, server / "ca.pem")
+    admit_request(server, tmp_path / "a.request", tmp_path / "a.reply")
+    line = ("kit", "accept", tmp_path / "a.reply", "--kit", tmp_path / "kit", "--fingerprint")
+    assert "is another than SHA256:" in mira(*line, "SHA256:x").error
+    assert mira(*line, admit.authority(server)).status == 0
+
+
+def test_a_new_key_is_whole_or_absent(server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = joined(server, tmp_path / "kit")
+
+    def killed(path: Path, data: bytes) -> None:
+        path.touch(0o600)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(key_files, "write_secret", killed)
+        with pytest.raises(KeyboardInterrupt):
+            join.join_again(site)
+    admitted(server, join.join_again(site))
+    assert admission(server)(proof(site, "next.key")) == "a"
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.request")
+    with pytest.raises(UserError, match="is not a plain file"):
+        admit.read_request(tmp_path / "a.request")
+
+
+def test_no_request_is_written_into_a_kit(server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(joined(server, tmp_path / "kit"))
+    assert join.join_again(Path()).request == tmp_path / "a.request"
 
 
 def test_a_request_may_be_written_again_for_the_same_key(server: Path, tmp_path: Path) -> None:
@@ -291,7 +396,7 @@ def test_a_ca_that_the_site_named_itself_is_kept(server: Path, tmp_path: Path) -
     assert asked.status == 0, asked.err
     own = (site / "ca.pem").read_bytes()
     reply = tmp_path / "a.reply"
-    admit.admit(server, admit.read_request(tmp_path / "a.request"), 365, reply)
+    admit_request(server, tmp_path / "a.request", reply)
     told = json.loads(reply.read_text())
     reply.write_text(json.dumps(told | {"ca": (foreign / "ca.pem").read_text(), "address": "other:1"}))
     done = mira("kit", "accept", reply, "--kit", site)
@@ -331,6 +436,14 @@ def test_an_admission_ends_and_is_warned_of_before(server: Path, tmp_path: Path)
     remind()
     remind()
     assert warned == ["line"]
+    late = now + timedelta(days=3640)
+    assert [line.split(":")[0] for line in expiry.of_server(server, late)][1] == str(server / "ca.pem")
+    lines = expiry.of_site(kit.load_site(tmp_path / "trial"), late)  # it ends with the CA, and a new key would not help
+    assert [line.split(":")[0] for line in lines] == [str(tmp_path / "trial" / "ca.pem")]
+    (server / "server.key").chmod(0o644)
+    expiry.daily(lambda: expiry.of_server(server), warned.append)()
+    assert "mode 0644 lets others in" in warned[1], "and the run goes on"
+    (server / "server.key").chmod(0o600)
     address, [entry, _] = registry.read_registry(server)
     past = registry.SiteEntry(
         entry.name, entry.public_key, entry.issued, expires=registry.stamp(now - timedelta(days=1))

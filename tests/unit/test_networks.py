@@ -17,6 +17,7 @@ pytest.importorskip("flwr", reason="needs the extra 'flower'")
 
 from flwr.proto.fleet_pb2 import ActivateNodeResponse
 
+from helpers.admission import admit_request
 from helpers.gate_on_loopback import Outside, gate, superlink
 from helpers.mitm import wiretap
 from helpers.organisation import organisation
@@ -26,7 +27,7 @@ from mira.core.errors import UserError
 from mira.fleet.flower.preflight import proxy_of, refusal
 from mira.fleet.flower.processes import child_environment
 from mira.fleet.flower.superlink import free_port
-from mira.fleet.identity import admit, adopt, join, kit
+from mira.fleet.identity import adopt, join, kit
 from mira.fleet.identity.kit import SiteKit
 from mira.fleet.server.main import _place
 
@@ -69,7 +70,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
     certificate, key = hospital.server("localhost")  # the balancer's name; the server's own is another
     adopt.adopt_server(folder / "server", f"localhost:{port}", certificate, key, hospital.ca)
     asked = join.join(folder / "a", "a", f"localhost:{port}", hospital.ca)
-    admit.admit(folder / "server", admit.read_request(asked.request), 90, folder / "a.reply")
+    admit_request(folder / "server", asked.request, folder / "a.reply")
     join.accept(folder / "a", join.read_reply(folder / "a", folder / "a.reply"), trust=False)
     return Federation(folder, port)
 
@@ -101,7 +102,7 @@ def test_a_server_behind_a_balancer_with_a_chain(federation: Federation, tmp_pat
         assert refusal(federation.site) is None
         stranger = kit.make_server(tmp_path / "foreign", federation.site.address, days=2).folder
         asked = join.join(tmp_path / "a", "a", federation.site.address, stranger / "ca.pem")
-        admit.admit(federation.folder / "server", admit.read_request(asked.request), 90, tmp_path / "a.reply")
+        admit_request(federation.folder / "server", asked.request, tmp_path / "a.reply")
         join.accept(tmp_path / "a", join.read_reply(tmp_path / "a", tmp_path / "a.reply"), trust=False)
         assert "unable to get local issuer certificate" in str(refusal(kit.load_site(tmp_path / "a")))
         values = (federation.folder / "a" / "site.json").read_text()
@@ -116,7 +117,7 @@ def test_a_server_behind_a_balancer_that_ends_tls(tmp_path: Path) -> None:
     hospital, port = organisation(tmp_path / "ca"), free_port()
     server = kit.make_server(tmp_path / "server", f"localhost:{port}", days=2).folder
     asked = join.join(tmp_path / "a", "a", f"localhost:{port}", hospital.ca)
-    admit.admit(server, admit.read_request(asked.request), 90, tmp_path / "a.reply")
+    admit_request(server, asked.request, tmp_path / "a.reply")
     join.accept(tmp_path / "a", join.read_reply(tmp_path / "a", tmp_path / "a.reply"), trust=False)
     site = kit.load_site(tmp_path / "a")
     with gate(tmp_path, 1, real=True) as door:
@@ -125,6 +126,8 @@ def test_a_server_behind_a_balancer_that_ends_tls(tmp_path: Path) -> None:
             assert refusal(site) is None
             kit.revoke(server, "a")
             assert "does not admit this kit's key" in str(refusal(site))
+            (site.folder / "previous.reply").touch()
+            assert "or, where it is new, go back: mira kit accept" in str(refusal(site))
     assert b"flwr-signature" in heard[0], "it came through the balancer"
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from helpers.admission import admit_request
 from mira.fleet.flower import superlink
 from mira.fleet.flower.flwr_commands import END
 from mira.fleet.flower.superlink import SuperLink
-from mira.fleet.identity import admit, join, kit, registry
+from mira.fleet.identity import join, kit, registry
 
 
 @dataclass
@@ -151,8 +152,7 @@ def test_a_site_is_known_with_all_its_keys(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(SuperLink, "_flwr", flower)
     assert list(made.admit().values()) == ["ann"]
     assert made.knows("ann")
-    request = admit.read_request(join.join_again(tmp_path / "ann").request)
-    admit.admit(server, request, 9, tmp_path / "ann.reply")
+    admit_request(server, join.join_again(tmp_path / "ann").request, tmp_path / "ann.reply")
     assert not made.knows("ann")
     assert list(made.admit().values()) == ["ann", "ann"]
     assert made.knows("ann")

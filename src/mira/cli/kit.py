@@ -166,15 +166,18 @@ def admit(
     asked = here.read_request(request)
     reply = out or request.with_name(f"{asked.name}.reply")
     _identity("key_files").check_new(reply)
-    present = here.present_key(server, asked)
+    change, show = here.change_by(server, asked), _identity("certificates").fingerprint
     say(f"{asked.name} asks to be admitted with the key {asked.fingerprint}")
     question = f"{asked.name}: is it the fingerprint that the site told you"
-    if present is not None and present.public_key != asked.public_key:
-        old = _identity("certificates").fingerprint(present.public_key)
-        say(f"it replaces the key {old}, which works until the new one is first used")
+    if change.replaced is not None:
+        say(f"it replaces the key {show(change.replaced)}, which works until the new one is first used")
         question += ", and shall it replace the present key"
+    for key in change.revoked:
+        say(f"it revokes the key {show(key)}, which was admitted and never used: the site must not accept that reply")
+    if change.revoked:
+        question += ", and shall the unused key be revoked"
     _agree(f"{question}?", asked.fingerprint, fingerprint, yes)
-    expires = here.admit(server, asked, days, reply)
+    expires = here.admit(server, asked, change, days, reply)
     typer.echo(f"{asked.name}: admitted, {kit.until(expires)}")
     typer.echo(f"{reply}: send it to the site; it holds no secret")
     typer.echo(
@@ -196,6 +199,7 @@ def accept(
     trust = known is None or (known != found.authorities and fingerprint is not None)
     if trust:
         say(f"the server proves itself by the CA {found.fingerprint}")
+    if trust or fingerprint is not None:
         _agree(
             f"{found.name}: is it the fingerprint that who runs the server told you?",
             found.fingerprint,
@@ -209,6 +213,10 @@ def accept(
         )
     here.accept(kit, found, trust)
     made = kits.load_site(kit)
+    if found.held == "next.key":
+        say(
+            f"the key before is kept; should the server refuse the new one: mira kit accept {kit / kits.PREVIOUS} --kit {kit}"
+        )
     if made.address != found.address:
         err_console.print(f"{kit}: connects to {made.address}; the server calls itself {found.address}", style="yellow")
     typer.echo(f"{kit}: kit of {made.name} for {made.address}, {kits.until(made.expires)}")

@@ -15,7 +15,7 @@ from urllib.request import getproxies, proxy_bypass
 import httpx
 
 from mira.core.errors import UserError
-from mira.fleet.identity.kit import SiteKit, split_address
+from mira.fleet.identity.kit import PREVIOUS, SiteKit, split_address
 from mira.fleet.identity.signatures import signed
 
 log = logging.getLogger(__name__)
@@ -59,9 +59,11 @@ def refusal(kit: SiteKit, private: bytes | None = None) -> str | None:
         )
     if status != _REFUSED:
         return None
+    before = kit.folder / PREVIOUS
+    back = f", or, where it is new, go back: mira kit accept {before} --kit {kit.folder}" if before.exists() else ""
     return (
         f"{kit.name}: the server at {kit.address} does not admit this kit's key: it is revoked, expired or of another federation,"
-        " or the clock here is wrong; do: ask who runs the server"
+        f" or the clock here is wrong; do: ask who runs the server{back}"
     )
 
 

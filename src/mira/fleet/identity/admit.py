@@ -40,10 +40,18 @@ def read_request(path: Path) -> Request:
     return Request(name, public)
 
 
-def present_key(server: Path, request: Request) -> SiteEntry | None:
-    """The valid key that the name of ``request`` has now; None for a new site. Raises UserError where the requested key is
-    revoked or another site's."""
-    now, held = datetime.now(UTC), list[SiteEntry]()
+@dataclass(frozen=True)
+class Change:
+    """The effect of an admission on the other keys (OpenSSH) of its site's name. ``replaced``: ends when the new one is first
+    used; ``revoked``: new ones that were never used, which end at once."""
+
+    replaced: str | None
+    revoked: tuple[str, ...]
+
+
+def change_by(server: Path, request: Request) -> Change:
+    """The effect that admitting ``request`` would have now. Raises UserError where its key is revoked or another site's."""
+    now, held = datetime.now(UTC), list[str]()
     for site in load_server(server).sites:
         if site.public_key == request.public_key and site.name != request.name:
             raise UserError(
@@ -55,23 +63,28 @@ def present_key(server: Path, request: Request) -> SiteEntry | None:
                 " kit join with a new --kit"
             )
         if site.name == request.name and site.valid(now):
-            held.append(site)
-    return held[0] if held else None
+            held.append(site.public_key)
+    others = [key for key in held[:1] if key != request.public_key]
+    return Change(others[0] if others else None, tuple(key for key in held[1:] if key != request.public_key))
 
 
-def admit(server: Path, request: Request, days: int, reply: Path, now: datetime | None = None) -> datetime:
-    """Admit the key of ``request`` for ``days``, and write the ``reply`` for the site. A key that the name has already stays
-    valid until the new one is first used; one that never was used is revoked. Returns the end of the admission. Raises
-    UserError."""
+def admit(
+    server: Path, request: Request, change: Change, days: int, reply: Path, now: datetime | None = None
+) -> datetime:
+    """Admit the key of ``request`` for ``days``, and write the ``reply`` for the site. ``change``: what the operator agreed to.
+    Returns the end of the admission. Raises UserError, also where the keys of the name have changed since."""
     key_files.check_new(reply)
     with key_files.locked(server):
-        present = present_key(server, request)
+        if change_by(server, request) != change:
+            raise UserError(
+                f"kit admit {request.name}: its keys have just changed; nothing was done; do: mira kit list, and again"
+            )
         kit, now = load_server(server), now or datetime.now(UTC)
         expires = registry.stamp(now + timedelta(days=days))
-        kept = {request.public_key, present.public_key if present else request.public_key}
-        unused = {site.public_key for site in kit.sites if site.name == request.name} - kept
         entry = SiteEntry(request.name, request.public_key, registry.stamp(now), expires=expires)
-        sites = registry.revoked([site for site in kit.sites if site.public_key != request.public_key], unused, now)
+        sites = registry.revoked(
+            [site for site in kit.sites if site.public_key != request.public_key], change.revoked, now
+        )
         registry.commit(server, kit.address, (*sites, entry))
     authorities = key_files.read(server, "ca.pem").decode("ascii")
     told = {

@@ -22,7 +22,8 @@ def adopt_server(folder: Path, address: str, certificate: Path, key: Path, autho
     """Make a server kit with a certificate from elsewhere. ``certificate``: a PEM file, the server's own certificate first, then
     the intermediate ones; ``authorities``: the CAs that sites trust for it. Raises UserError unless sites will accept it."""
     trusted = read_authorities(authorities)
-    server = _accepted(certificate, key, trusted, split_address(address)[0])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    server = _accepted(certificate, key, trusted, split_address(address)[0], folder.parent)
     contents = {
         "ca.pem": trusted, "server.pem": server.certificate, "server.key": server.key, SITES: registry.listed(address, ()),
     }  # fmt: skip
@@ -33,22 +34,22 @@ def adopt_server(folder: Path, address: str, certificate: Path, key: Path, autho
 def renew_adopted(folder: Path, certificate: Path, key: Path) -> ServerKit:
     """Put a new certificate and its key into a kit; it must lead to the CA that the sites trust. Raises UserError."""
     with key_files.locked(folder):
-        kit = read_server(folder)
-        server = _accepted(certificate, key, key_files.read(folder, "ca.pem"), split_address(kit.address)[0])
-        (folder / ".new.key").unlink(missing_ok=True)
-        key_files.write_secret(folder / ".new.key", server.key)
-        (folder / ".new.key").replace(kit.key)
-        files.replace(kit.certificate, server.certificate)
+        address, _ = registry.read_registry(folder)  # not read_server: a renewal that was interrupted is done again
+        trusted = key_files.read(folder, "ca.pem")
+        server = _accepted(certificate, key, trusted, split_address(address)[0], folder)
+        key_files.replace_secret(folder / "server.key", server.key)
+        files.replace(folder / "server.pem", server.certificate)
         files.sync(folder)
     return load_server(folder)
 
 
-def _accepted(certificate: Path, key: Path, trusted: bytes, host: str) -> Signed:
-    """The certificate and its key, once a site's own check has accepted them. Raises UserError."""
+def _accepted(certificate: Path, key: Path, trusted: bytes, host: str, place: Path) -> Signed:
+    """The certificate and its key, once a site's own check has accepted them. ``place``: as in ``shake_hands``. Raises
+    UserError."""
     found = Signed(key_files.read_foreign(certificate, MOST), _plain_key(key))
     try:
         certificates.check_server(trusted, found, host)
-        shake_hands(found, trusted, host)
+        shake_hands(found, trusted, host, place)
     except (ValueError, TypeError) as error:
         why = " ".join(str(error).split())
         raise UserError(
@@ -71,11 +72,12 @@ def _plain_key(path: Path) -> bytes:
     return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
 
 
-def shake_hands(server: Signed, trusted: bytes, host: str) -> None:
-    """A TLS handshake in memory, as between ``server`` and a site that trusts ``trusted``. Raises ValueError where it fails."""
+def shake_hands(server: Signed, trusted: bytes, host: str, place: Path) -> None:
+    """A TLS handshake in memory, as between ``server`` and a site that trusts ``trusted``. ``place``: a folder on the disk of
+    the kit, where the key lies meanwhile. Raises ValueError where the handshake fails."""
     here, there = (ssl.MemoryBIO(), ssl.MemoryBIO()), ssl.create_default_context(cadata=trusted.decode("ascii"))
     listener = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    with tempfile.TemporaryDirectory(prefix="mira-keys-") as folder:  # 0700; OpenSSL reads files alone
+    with tempfile.TemporaryDirectory(prefix=".mira-keys-", dir=place) as folder:  # 0700; OpenSSL reads files alone
         for name, data in (("certificate", server.certificate), ("key", server.key)):
             key_files.write_secret(Path(folder) / name, data)
         try:

@@ -8,6 +8,8 @@ from datetime import UTC, datetime, timedelta
 from math import inf
 from pathlib import Path
 
+from mira.core.errors import UserError
+from mira.fleet.identity import certificates, key_files
 from mira.fleet.identity.kit import RENEW_ADOPTED, RENEW_KEY, ServerKit, SiteKit, read_server, until
 
 _AHEAD = timedelta(days=30)
@@ -15,9 +17,11 @@ _DAY = 86400.0  # seconds
 
 
 def of_server(folder: Path, now: datetime | None = None) -> list[str]:
-    """A line for the certificate of a server's kit and for each site whose admission ends soon. Raises UserError."""
+    """A line for the certificate of a server's kit, for its CA, and for each site whose admission ends soon. Raises UserError."""
     kit, soon = read_server(folder), (now or datetime.now(UTC)) + _AHEAD
     lines = [_certificate(kit)] if kit.expires < soon else []
+    if (ends := _end_of_authority(folder)) < soon:
+        lines.append(f"{folder / 'ca.pem'}: {until(ends)}; no renewal goes beyond it; do: make new kits before")
     last = {site.name: site for site in kit.admitted}  # of two keys the new one
     for name, site in last.items():
         if site.expires is not None and (ends := datetime.fromisoformat(site.expires)) < soon:
@@ -33,14 +37,22 @@ def _certificate(kit: ServerKit) -> str:
 
 
 def of_site(kit: SiteKit, now: datetime | None = None) -> list[str]:
-    """A line where the site's admission, or its server's CA, ends soon."""
-    if kit.expires >= (now or datetime.now(UTC)) + _AHEAD:
-        return []
-    return [f"{kit.name}: its kit is {until(kit.expires)}; do: {RENEW_KEY.format(kit.folder)}, and send the request"]
+    """A line where its server's CA ends soon, and one where the site's admission does so before it. Raises UserError."""
+    soon, last = (now or datetime.now(UTC)) + _AHEAD, _end_of_authority(kit.folder)
+    lines = [f"{kit.authority}: {until(last)}; do: ask who runs the server for a new kit"] if last < soon else []
+    if kit.expires < min(soon, last):
+        renew = RENEW_KEY.format(kit.folder)
+        lines.append(f"{kit.name}: its admission is {until(kit.expires)}; do: {renew}, and send the request")
+    return lines
+
+
+def _end_of_authority(folder: Path) -> datetime:
+    return max(end for _, end in certificates.periods(key_files.read(folder, "ca.pem")))
 
 
 def daily(look: Callable[[], list[str]], warn: Callable[[str], None]) -> Callable[[], None]:
-    """A function that calls ``warn`` with each line of ``look``, at its first call and then once a day."""
+    """A function that calls ``warn`` with each line of ``look``, at its first call and then once a day. It warns of a UserError
+    as well: a kit may be incomplete while a command changes it, and a reminder must not end a run."""
     told = -inf
 
     def remind() -> None:
@@ -48,7 +60,11 @@ def daily(look: Callable[[], list[str]], warn: Callable[[str], None]) -> Callabl
         if time.monotonic() < told + _DAY:
             return
         told = time.monotonic()
-        for line in look():
+        try:
+            lines = look()
+        except UserError as error:
+            lines = [f"no look at the ends of keys and certificates before tomorrow: {error}"]
+        for line in lines:
             warn(line)
 
     return remind

@@ -1,9 +1,11 @@
 """A site's own key: made where it is used, asked for with a request file, and put in place by the server's reply.
 
     site/  site.key  site.pub  site.json  [ca.pem]  [next.key]      NAME.request, beside it      NAME.reply, from the server
+           [previous.key  previous.reply]
 
 Request and reply are sent by any way, since they hold no secret. Each end compares one fingerprint over another way, e.g. the
-telephone: the server that of the site's key, the site that of the server's CA.
+telephone: the server that of the site's key, the site that of the server's CA. A reply for a new key is not proven by that, so
+the key before it stays, with a reply of its own: to accept that one brings it back.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from pathlib import Path
 from mira.core.errors import UserError
 from mira.fleet.identity import certificates, key_files
 from mira.fleet.identity.key_files import pack
-from mira.fleet.identity.kit import read_site, request_of, split_address
+from mira.fleet.identity.kit import PREVIOUS, read_site, request_of, split_address
 from mira.fleet.identity.registry import check_name
 from mira.store import files
 
 REPLY = {"name", "address", "public_key", "expires", "ca"}
 MOST = 1 << 20  # bytes of a reply and of a file of CAs; a system's list of all public ones has 250 kB
 _NEXT = "next.key"
+_PREVIOUS = "previous.key"
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,9 @@ def join_again(folder: Path) -> Asked:
     _check_place(request_of(folder, values["name"]), values["name"])
     if "expires" in values and values["expires"] is None:
         return _asked(folder, values["name"], key_files.read(folder, "site.key"))
-    if not (folder / _NEXT).exists():
-        key_files.write_secret(folder / _NEXT, certificates.new_node_key()[0])
+    with key_files.locked(folder):
+        if not (folder / _NEXT).exists():
+            key_files.replace_secret(folder / _NEXT, certificates.new_node_key()[0])
     return _asked(folder, values["name"], key_files.read(folder, _NEXT))
 
 
@@ -143,7 +147,10 @@ def read_reply(folder: Path, path: Path) -> Reply:
         )
     if expires <= datetime.now(UTC):
         raise UserError(f"{path}: its admission ended on {expires:%Y-%m-%d}; ask for a new reply to the same request")
-    held = [key for key in (_NEXT, "site.key") if _public(folder, key) == values["public_key"]]
+    back = (
+        [_PREVIOUS] if (folder / PREVIOUS).exists() and path.samefile(folder / PREVIOUS) else []
+    )  # no old reply does that
+    held = [key for key in ("site.key", _NEXT, *back) if _public(folder, key) == values["public_key"]]
     if not held:
         raise UserError(
             f"{path}: is for another key than {folder} holds; it may be the reply to an older request; do: send the request"
@@ -153,15 +160,35 @@ def read_reply(folder: Path, path: Path) -> Reply:
 
 
 def accept(folder: Path, reply: Reply, trust: bool) -> None:
-    """Put the reply's key in place of the one before. ``trust``: the reply's CA too. To be called again after a crash."""
+    """Put the reply's key in place of the one before, which is kept with a reply that brings it back. ``trust``: the reply's CA
+    too. To be called again after a crash. Raises UserError."""
     if trust:
         files.replace(folder / "ca.pem", reply.authorities)
-    if reply.held == _NEXT:
-        os.replace(folder / _NEXT, folder / "site.key")
+    if reply.held != "site.key":
+        if reply.held == _NEXT:
+            _keep(folder)
+        elif not (folder / _NEXT).exists():  # back to the key before: the present one waits for its reply again
+            key_files.replace_secret(folder / _NEXT, key_files.read(folder, "site.key"))
+        key_files.replace_secret(folder / "site.key", key_files.read(folder, reply.held))
     files.replace(folder / "site.pub", f"{reply.public_key}\n".encode())
     values = read_site(folder) | {"expires": reply.expires.isoformat(timespec="seconds")}
     files.replace(folder / "site.json", pack(values))
+    if _public(folder, _NEXT) == reply.public_key:
+        (folder / _NEXT).unlink()
     files.sync(folder)
+
+
+def _keep(folder: Path) -> None:
+    """Copy the present key to previous.key, and write the reply that brings it back."""
+    values, secret = read_site(folder), key_files.read(folder, "site.key")
+    authorities = key_files.read(folder, "ca.pem")
+    last = max(end for _, end in certificates.periods(authorities))  # a trial kit has no end of its own
+    told = {
+        "name": values["name"], "address": values["address"], "public_key": certificates.read_node_key(secret),
+        "expires": values.get("expires") or last.isoformat(), "ca": authorities.decode("ascii"),
+    }  # fmt: skip
+    key_files.replace_secret(folder / _PREVIOUS, secret)
+    files.replace(folder / PREVIOUS, pack(told))
 
 
 def _public(folder: Path, name: str) -> str | None:

@@ -59,9 +59,11 @@ def read(folder: Path, name: str) -> bytes:
 
 
 def read_foreign(path: Path, most: int) -> bytes:
-    """The content of a file from elsewhere, of at most ``most`` bytes. Raises UserError."""
+    """The content of a plain file from elsewhere, of at most ``most`` bytes. Raises UserError."""
     try:
-        with open(path, "rb") as file:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe is not waited for
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UserError(f"{path}: is not a plain file; name the file that you were sent")
             data = file.read(most + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); name the file that you were sent") from None
@@ -92,6 +94,15 @@ def write_secret(path: Path, data: bytes) -> None:
     with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600), "wb") as file:
         file.write(data)
         os.fsync(file.fileno())
+    sync(path.parent)
+
+
+def replace_secret(path: Path, data: bytes) -> None:
+    """Write a file that only its owner may read, whole or not at all, in the place of an earlier one."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.unlink(missing_ok=True)
+    write_secret(temporary, data)
+    temporary.replace(path)
     sync(path.parent)
 
 
@@ -139,11 +150,9 @@ def read_object(path: Path, data: bytes, keys: Set[str], may: Set[str] = frozens
     return values
 
 
-def damaged(folder: Path, why: Exception) -> UserError:
+def damaged(folder: Path, why: Exception, advice: str = "copy the whole kit again, or make a new one") -> UserError:
     """The refusal of a kit with a wrong content."""
-    return UserError(
-        f"{folder}: is damaged ({' '.join(str(why).split())}); copy the whole kit again, or make a new one"
-    )
+    return UserError(f"{folder}: is damaged ({' '.join(str(why).split())}); {advice}")
 
 
 @contextmanager

@@ -26,6 +26,8 @@ from mira.store import files
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]")
 _CA_DAYS = 3650  # long: sites keep the CA's certificate over many of the server's
 RENEW_KEY = "mira kit join --renew --kit {}"
+PREVIOUS = "previous.reply"  # of a site's kit: accepting it brings the key before the present one back
+_AGAIN = "do, with the last reply: mira kit accept REPLY --kit {}; or copy the whole kit again"
 RENEW_ADOPTED = "mira kit renew --server {} --certificate FILE --key FILE"
 
 
@@ -166,12 +168,13 @@ def load_site(folder: Path) -> SiteKit:
     authority, secret, public = (key_files.read(folder, name) for name in ("ca.pem", "site.key", "site.pub"))
     try:
         expires = max(end for _, end in certificates.periods(authority))
-        if certificates.read_node_key(secret) != public.decode("ascii").strip():
-            raise ValueError("site.key and site.pub do not belong together")
+        paired = certificates.read_node_key(secret) == public.decode("ascii").strip()
         if "expires" in values:
             expires = min(expires, datetime.fromisoformat(values["expires"]))
     except (ValueError, TypeError) as error:
         raise damaged(folder, error) from None
+    if not paired:  # as after an accept that was interrupted
+        raise damaged(folder, ValueError("site.key and site.pub do not belong together"), _AGAIN.format(folder))
     _check_authority(folder, authority, "; ask for a new kit")
     if datetime.now(UTC) >= expires:
         raise UserError(
@@ -196,7 +199,8 @@ def read_site(folder: Path) -> dict[str, Any]:
 
 def request_of(folder: Path, name: str) -> Path:
     """The place of the request that a site kit writes: beside it, since the folder itself must not be sent."""
-    return folder.parent / f"{name}.request"
+    named = folder if folder.name not in ("", "..") else folder.resolve()  # "." is its own parent
+    return named.parent / f"{name}.request"
 
 
 def describe(folder: Path) -> list[str]:
@@ -229,7 +233,10 @@ def read_server(folder: Path) -> ServerKit:
         certificates.check_server(authority, Signed(certificate, key), split_address(address)[0])
         expires = certificates.period(certificate)[1]
     except ValueError as error:
-        raise damaged(folder, error) from None
+        if (folder / "ca.key").exists():
+            raise damaged(folder, error) from None
+        renew = RENEW_ADOPTED.format(folder)  # as after a renewal that was interrupted
+        raise damaged(folder, error, f"do: {renew}; or copy the whole kit again") from None
     return ServerKit(folder, address, expires, sites)
 
 
