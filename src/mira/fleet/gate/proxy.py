@@ -130,9 +130,12 @@ class _Gate:
 
     async def close(self, server: asyncio.Server) -> None:
         server.close()
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
+        while self.tasks:  # a connection that is accepted meanwhile has one more
+            for task in self.tasks:
+                task.cancel()
+            await asyncio.gather(*self.tasks, return_exceptions=True)
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)  # transports end one step after they are closed
 
     def ring(self) -> None:
         self.bell.set()
@@ -148,6 +151,7 @@ class _Gate:
         task = asyncio.get_running_loop().create_task(self.serve(host, tls, transport))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
+        task.add_done_callback(lambda _: transport.close())  # a task cancelled before its first step closes nothing
 
     async def serve(self, host: str, tls: ssl.SSLContext, transport: asyncio.Transport) -> None:
         try:
