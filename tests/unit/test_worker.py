@@ -34,7 +34,7 @@ def test_the_driver_decides_the_device(device: Any, monkeypatch: pytest.MonkeyPa
 
     base: Any = SimpleNamespace(unpacked=unpacked)
     none: Any = None
-    parts = Parts(none, device, base, "", none, none, torch.get_num_threads(), 1)
+    parts = Parts(none, device, base, "", none, none, torch.get_num_threads(), 1, None)
     with pytest.raises(InterruptedError):
         Worker(parts, None).build({})
     assert asked == [torch.device(device)]
