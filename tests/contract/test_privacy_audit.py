@@ -1,4 +1,4 @@
-"""What an attacker learns of a client's examples: less than ε says, unless clipping or noise is broken.
+"""An attack on private training: it learns less of a client's examples than ε says, unless clipping or noise is broken.
 
 Steinke, Nasr and Jagielski, "Privacy Auditing with One (1) Training Run", NeurIPS 2023. Each of m canaries is a training example
 or not, by a coin. The attacker has the adapter before and after training, the canaries and the code, and guesses the coins. ε of
