@@ -27,9 +27,9 @@ from mira.engine.optim import RowOptimizer
 from mira.engine.packing import PassItems
 
 # AdamW turns the rounding of a gradient as small as its eps into a step. In a few draws of the sequences one number of a
-# tensor has such a gradient, and the fp32 oracle itself is then up to 6e-5 from its fp64 result (GPT-2, draw 6). Here it is
-# within 1e-5 for every model, which the test asserts. `test_gradients.py` compares gradients on all draws.
-WELL_CONDITIONED = 3
+# tensor has such a gradient; the fp32 oracle itself is then up to 6e-5 from its fp64 result (GPT-2, draw 6). Draw 0 has one
+# for Qwen2. The oracle is within 1e-5 in these, which the test asserts; `test_gradients.py` compares gradients on all draws.
+DRAWS = {("qwen2", torch.float32): 3}
 
 
 def train(name: str, kind: str, training: Training, dtype: torch.dtype, **options: Any) -> tuple[Any, Tensor, Any]:
@@ -43,8 +43,8 @@ def train(name: str, kind: str, training: Training, dtype: torch.dtype, **option
 
 @cache
 def well_conditioned_oracle(kind: str, training: Training, dtype: torch.dtype) -> tuple[Any, Tensor, Any]:
-    layout, start, oracle = train("reference", kind, training, dtype, draw=WELL_CONDITIONED)
-    exact = oracle if dtype == torch.float64 else well_conditioned_oracle(kind, training, torch.float64)[2]
+    layout, start, oracle = train("reference", kind, training, dtype, draw=DRAWS.get((kind, dtype), 0))
+    exact = train("reference", kind, training, torch.float64, draw=DRAWS.get((kind, dtype), 0))[2]
     assert displacement_error(layout, oracle.rows.double(), exact.rows, start.double()) <= 1e-5
     return layout, start, oracle
 
@@ -56,7 +56,7 @@ def test_batched_equals_reference_after_20_steps(kind: str, dtype: torch.dtype, 
     training = Training(lr=1e-3, local_steps=20, clip=0.5, weight_decay=0.01)
     layout, start, oracle = well_conditioned_oracle(kind, training, dtype)
     for budget in (4096, 150):  # all clients in one pass, and several passes
-        options = {"prefix": prefix, "tokens_per_pass": budget, "draw": WELL_CONDITIONED}
+        options = {"prefix": prefix, "tokens_per_pass": budget, "draw": DRAWS.get((kind, dtype), 0)}
         _, _, ours = train("batched", kind, training, dtype, **options)
         assert ours.client.tolist() == oracle.client.tolist() == [2, 0, 3, 1]
         assert ours.steps.tolist() == oracle.steps.tolist()
