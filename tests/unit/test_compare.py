@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,11 @@ def test_every_shipped_comparison_resolves(file: Path) -> None:
 
 
 def config_of_all(experiment: Any) -> str:
-    """What decides data, order and schedule."""
+    """What decides data, order and schedule. An entry may have a base of its own precision."""
     training = experiment.training
     schedule = (training.local_steps, training.local_epochs, training.batch_size, experiment.rounds, experiment.cohort)
-    return repr((experiment.data, experiment.split, experiment.prompt, experiment.model, experiment.seed, schedule))
+    model = replace(experiment.model, dtype="float32")
+    return repr((experiment.data, experiment.split, experiment.prompt, model, experiment.seed, schedule))
 
 
 def test_every_job_of_a_plan(tmp_path: Path) -> None:
@@ -165,6 +167,11 @@ def test_points_are_every_combination() -> None:
     ]  # fmt: skip
 
 
+def test_an_entry_may_have_a_base_of_its_own_precision(tmp_path: Path) -> None:
+    plan = load(write(tmp_path, entries={"a": {}, "b": {"model.dtype": "float32"}}, set={"model.dtype": "bfloat16"}))
+    assert [plan.jobs[entry][0][0].experiment.model.dtype for entry in "ab"] == ["bfloat16", "float32"]
+
+
 def test_points_that_differ_in_signs_have_folders_of_their_own(tmp_path: Path) -> None:
     values = ["q|v", "q_v", "x" * 300]
     plan = load(write(tmp_path, grid={"adapter.targets": values}))
@@ -204,6 +211,7 @@ def test_points_that_differ_in_signs_have_folders_of_their_own(tmp_path: Path) -
         ({"entries": {"a": {"data.source": "builtin"}}}, r"entries\.a\.data\.source: must be the same for all"),
         ({"entries": {"a": {"training.local_steps": 1}}}, r"entries\.a\.training\.local_steps: must be the same for all"),
         ({"entries": {"a": {"training": {}}}}, r"entries\.a\.training: must be the same for all"),
+        ({"entries": {"a": {"model.name": "other"}}}, r"entries\.a\.model\.name: must be the same for all"),
         ({"entries": {"a": {"seed": 1}}}, r"entries\.a\.seed: must be the same for all"),
         ({"entries": {"a": {"grid": {"training.lr": [1]}}}}, r"entries\.a\.grid: 1 points, but the others have 2"),
         ({"entries": {"a": {"grid": 3}}}, r"entries\.a\.grid=3: must be dotted keys, each with a list"),

@@ -23,8 +23,10 @@ from mira.core.pydantic_config import STRICT, Count, UserPath
 
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 
-# Sections in which entries may differ, except for the training keys that decide the order of examples.
+# Sections in which entries may differ, except for the training keys that decide the order of examples; and one key more: training
+# by forward passes alone needs float32, which would cost the other entries twice their time.
 _OWN = ("method", "graph", "adapter", "training")
+_PRECISION = "model.dtype"
 _SHARED = ("training.local_steps", "training.local_epochs", "training.batch_size")
 
 
@@ -113,10 +115,12 @@ class Comparison(BaseModel):
             *((f"entries.{name}", self.sets(name)) for name in self.entries),
         ]:
             for key in keys:
-                if key.split(".")[0] not in _OWN or key in _SHARED or key == "training":
+                own = key.split(".")[0] in _OWN and key not in _SHARED and key != "training"
+                if not own and key != _PRECISION:
                     raise UserError(
-                        f"{place}.{key}: must be the same for all entries, which see the same data in the same order; entries may"
-                        f" differ in method, graph, adapter and training (except {', '.join(_SHARED)}); set it under set"
+                        f"{place}.{key}: must be the same for all entries, which see the same data in the same order; entries"
+                        f" may differ in method, graph, adapter, training (except {', '.join(_SHARED)}) and {_PRECISION};"
+                        " set it under set"
                     )
         wanted = size(self.grid)
         for name in self.entries:
