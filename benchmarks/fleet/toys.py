@@ -1,6 +1,6 @@
 """Sites that train nothing: each request is answered at once, as a worker would, so that what is left is what travelling costs.
 
-``serve`` puts them behind real SuperNodes, ``nodes`` speaks Flower's fleet protocol itself for very many of them in one process,
+``serve`` puts them behind real nodes, ``nodes`` holds very many nodes in one process,
 ``together`` plays the same rounds without any transport.
 """
 
@@ -14,20 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import Message as Flower
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    iterate_object_tree,
-    no_object_id_recompute,
-)
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
-from flwr.supernode.fleet_http_connection import http_request_response
 
 from mira.fleet.flower import frames
-from mira.fleet.flower.apps import _bytes, _content
+from mira.fleet.flower.node import take_part
 from mira.fleet.identity.kit import load_site
 from mira.fleet.messages.packet import PROTOCOL, Packet, pack, unpack
 from mira.fleet.messages.transport import InProcessTransport
@@ -93,39 +82,15 @@ def nodes(kits: Path, silent: int, silent_from: int) -> None:
 
 
 def _node(folder: Path, toy: Toy) -> None:
-    """What a SuperNode does, and its app, in a thread."""
+    """A node of ``mira client`` in a thread, without a worker."""
     kit = load_site(folder)
-    private = serialization.load_ssh_private_key(kit.key.read_bytes(), None)
-    assert isinstance(private, ec.EllipticCurvePrivateKey)
-    keys = private, private.public_key()
-    with http_request_response(kit.address, False, str(kit.authority), keys) as line:
-        _, receive, send, _, _, pull_object, push_object, confirm = line
-        while True:
-            if (received := receive()) is None:
-                time.sleep(3)  # as a SuperNode does
-                continue
-            bare, tree = received
-            run, id = bare.metadata.run_id, bare.metadata.message_id
-            ids = [part.object_id for part in iterate_object_tree(tree)]
-            contents = pull_objects(ids, lambda part, run=run: pull_object(run, part), max_concurrent_pulls=1)  # type: ignore[misc]
-            confirm(run, id)
-            message = inflate_object_from_contents(id, contents)
-            assert isinstance(message, Flower)
-            message.metadata.__dict__["_message_id"] = id
-            request = _bytes(message)
-            if toy.hangs(request):
-                continue
-            reply = Flower(_content(toy.handle(request)), reply_to=message)
-            reply.metadata.__dict__["_message_id"] = reply.object_id
-            with no_object_id_recompute():
-                parts = get_all_nested_objects(reply)
-                wanted, session = send(reply, get_object_tree(reply), 0.0)
-                push_objects(
-                    parts,
-                    lambda part, data, run=run, session=session: push_object(run, session, part, data),  # type: ignore[misc]
-                    object_ids_to_push=wanted,
-                    max_concurrent_pushes=1,
-                )
+
+    def ask(request: bytes) -> bytes:
+        while toy.hangs(request):
+            time.sleep(3600)
+        return toy.handle(request)
+
+    take_part(kit.address, kit.authority, kit.key, ask)
 
 
 def together(plan: Path, out: Path, names: list[str]) -> None:
