@@ -176,7 +176,7 @@ def federation(folder: Path, names: list[str]) -> Iterator[Federation]:
 
 
 def _role(line: str) -> str:
-    if "flower-superlink" in line:
+    if "superlink_process" in line:
         return "superlink"
     return "app" if "flwr" in line or "flower" in line else "server"
 

@@ -37,7 +37,7 @@ MIRA = [sys.executable, "-c", "from mira.cli import main; main()"]
 MARK = "MIRA_CHAOS"  # in the environment of every process of ours: the folder, and whose it is
 ROLES = {  # what a command line holds. The gate is a thread of mira server, and dies with it.
     "mira": "from mira.cli import main",
-    "SuperLink": "flower-superlink",
+    "SuperLink": "mira.fleet.flower.superlink_process",
     "node": "mira.fleet.flower.node",
     "SuperExec": "flower-superexec",
     "ServerApp": "flwr-serverapp",
