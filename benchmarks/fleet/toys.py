@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ ONE = threading.Lock()  # a row at a time: all sites of a benchmark share one ma
 
 @dataclass(frozen=True)
 class Toy:
-    """``silent_from``: the round from which it answers no training any more, as one that hangs."""
+    """``silent_from``: the round from which it answers no training any more, as one that hangs. ``wires``: the format of rows of
+    each run."""
 
     silent_from: int | None = None
+    wires: dict[str, str] = field(default_factory=dict)
 
     def handle(self, request: bytes) -> bytes:
         with ONE:
@@ -44,11 +46,15 @@ class Toy:
     def _answer(self, asked: Packet) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         values = asked.values
         if asked.head.kind == "open":
+            self.wires[asked.head.run] = values["experiment"]["server"]["wire"]
             return {"protocol": PROTOCOL, "examples": 4, "releases": 0, "allow_transfer": False}, {}
         if asked.head.kind == "train":
             [job] = values["jobs"]
             row = asked.tensors[job["start"]]
-            row.view(torch.float32).add_(STEP)
+            if self.wires[asked.head.run] == "fp32":
+                row.view(torch.float32).add_(STEP)
+            else:
+                row.view(torch.bfloat16).fill_(STEP)  # the displacement
             answer = {"job": 0, "examples": 4, "tokens": 4, "steps": 1, "loss": 1.0}
             return {"jobs": [answer], "releases": 0}, {"row0": row}
         if asked.head.kind == "evaluate":
@@ -61,11 +67,12 @@ def serve(sockets: list[str]) -> None:
     """Toys at these sockets, where SuperNodes look for their workers."""
 
     def at(path: Path) -> None:
+        toy = Toy()
         with frames.listen(path) as listener:
             while True:
                 connection, _ = listener.accept()
                 with connection:
-                    frames.send(connection, Toy().handle(frames.receive(connection)))
+                    frames.send(connection, toy.handle(frames.receive(connection)))
 
     for path in sockets[1:]:
         threading.Thread(target=at, args=(Path(path),), daemon=True).start()

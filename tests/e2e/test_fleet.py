@@ -48,6 +48,7 @@ def federation(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     plan: dict[str, Any] = settings(
         tiny_folder, folder / "all", engine={"threads": 1, "tokens_per_pass": 1}, graph={"name": "complete"},
         evaluation={"generate": False, "transfer_clients": 0, "every": 3},
+        server={"wire": "fp32"},
     )  # fmt: skip
     plan["data"] = {"source": "jsonl", "path": str(folder / "all")}
     (folder / "c.yaml").write_text(json.dumps(plan))

@@ -142,7 +142,7 @@ def prepare(folder: Path, given: argparse.Namespace) -> tuple[Fleet, Experiment]
     plan = settings(
         save_tiny(folder / "model"), folder / "all", rounds=given.rounds, engine={"threads": 1, "tokens_per_pass": 1},
         graph={"name": "complete"}, method={"name": given.method}, training={"keep_optimizer": True},
-        evaluation={"generate": False, "transfer_clients": 0, "every": 2}, server={"deadline": given.deadline},
+        evaluation={"generate": False, "transfer_clients": 0, "every": 2}, server={"deadline": given.deadline, "wire": "fp32"},
     )  # fmt: skip
     plan["data"] = {"source": "jsonl", "path": str(folder / "all")}
     (folder / "c.yaml").write_text(json.dumps(plan))
