@@ -24,8 +24,6 @@ from mira.fleet.flower.processes import FLOWER
 
 os.environ |= FLOWER  # read by the imports below
 
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.proto.message_pb2 import ObjectTree
@@ -41,6 +39,7 @@ from flwr.supernode.fleet_http_connection import http_request_response
 
 from mira.fleet.flower import frames
 from mira.fleet.flower.contents import NotOurs, content_of, record_of
+from mira.fleet.identity.signatures import key_pair
 
 Ask = Callable[[bytes], bytes]
 _WORKER = 60.0  # seconds until a worker that died is back: its supervisor waits 30 at most
@@ -54,11 +53,9 @@ def take_part(
 ) -> None:
     """Answer the server's messages by ``ask``, until the connection fails. ``address``: HOST:PORT of the gate; ``authority``: the
     CA of its certificate; ``key``: the site's; ``tries``: attempts to connect, None for any number. Raises SystemExit where the
-    server refuses the key."""
-    private = load_ssh_private_key(key.read_bytes(), None)
-    if not isinstance(private, ec.EllipticCurvePrivateKey):
-        raise SystemExit(f"{key}: is no ECDSA key")
-    with http_request_response(address, False, str(authority), (private, private.public_key()), tries) as line:
+    server refuses the key, ValueError for one that is no ECDSA key."""
+    keys = key_pair(key.read_bytes())
+    with http_request_response(address, False, str(authority), keys, tries) as line:
         node, receive, send, _, _, pull, push, confirm = line
         say(f"SuperNode ID: {node}")
         while True:

@@ -32,7 +32,8 @@ def parts_wanted(body: bytes) -> int | None:
     """The number of parts of an answer that the SuperLink does not have yet, by its answer to the announcement: a
     PushMessagesResponse of flwr 1.41. None for any other body."""
     try:
-        return len(_fields(body).get(3, ()))
+        told = _fields(body)
+        return len(told.get(3, ())) if 4 in told else None  # 4: the session of the upload
     except ValueError:
         return None
 
