@@ -39,7 +39,10 @@ QUICK = (
 
 
 OTHERWISE = "fp32, sums in another order"
-VARIANTS = {**{wire: [f"server.wire={wire}"] for wire in get_args(Wire)}, OTHERWISE: ["engine.prefix=off"]}
+VARIANTS = {
+    **{wire: [f"server.wire={wire}"] for wire in get_args(Wire)},
+    OTHERWISE: ["server.wire=fp32", "engine.prefix=off"],
+}
 
 
 def measure(wanted: Experiment, folder: Path) -> dict[str, Any]:

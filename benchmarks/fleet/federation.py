@@ -93,24 +93,18 @@ class Federation:
                    "--threads", 1)  # fmt: skip
 
     def toys(self) -> None:
-        """A SuperNode and its executor for each site, as of ``mira client``, and one process that answers for all of them."""
+        """A node for each site, as of ``mira client``, and one process that answers for all of them."""
         sockets = {name: Path(f"{self.folder}/{name}.s") for name in self.names}
         self.start("toys", sys.executable, "-m", "benchmarks.fleet.toys", "serve", *sockets.values())
         while not all(path.exists() for path in sockets.values()):
             time.sleep(0.1)
         for name, path in sockets.items():
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
             kits = self.folder / "kits" / name
             self.start(
-                f"node-{name}", sys.executable, "-P", "-m", "mira.fleet.flower.supernode_process", "--superlink", self.address,
-            "--root-certificates",
-                kits / "ca.pem", "--auth-supernode-private-key", kits / "site.key", "--node-config", f'worker="{path}"',
-                "--host", "127.0.0.1", "--port", port, "--isolation", "process", home=f"{name}-home",
+                f"node-{name}", sys.executable, "-P", "-m", "mira.fleet.flower.node", "--superlink", self.address,
+                "--root-certificates", kits / "ca.pem", "--key", kits / "site.key", "--worker", path,
+                home=f"{name}-home",
             )  # fmt: skip
-            executor = (sys.executable, "-m", "mira.fleet.flower.app_launcher", "--node", f"127.0.0.1:{port}")
-            self.start(f"node-{name}-apps", *executor, home=f"{name}-home")
 
     @property
     def run(self) -> Path:
@@ -182,7 +176,7 @@ def federation(folder: Path, names: list[str]) -> Iterator[Federation]:
 
 
 def _role(line: str) -> str:
-    if "flower-superlink" in line:
+    if "superlink_process" in line:
         return "superlink"
     return "app" if "flwr" in line or "flower" in line else "server"
 

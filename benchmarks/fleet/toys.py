@@ -1,6 +1,6 @@
 """Sites that train nothing: each request is answered at once, as a worker would, so that what is left is what travelling costs.
 
-``serve`` puts them behind real SuperNodes, ``nodes`` speaks Flower's fleet protocol itself for very many of them in one process,
+``serve`` puts them behind real nodes, ``nodes`` holds very many nodes in one process,
 ``together`` plays the same rounds without any transport.
 """
 
@@ -9,25 +9,14 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import Message as Flower
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    iterate_object_tree,
-    no_object_id_recompute,
-)
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
-from flwr.supernode.fleet_http_connection import http_request_response
 
 from mira.fleet.flower import frames
-from mira.fleet.flower.apps import _bytes, _content
+from mira.fleet.flower.node import take_part
 from mira.fleet.identity.kit import load_site
 from mira.fleet.messages.packet import PROTOCOL, Packet, pack, unpack
 from mira.fleet.messages.transport import InProcessTransport
@@ -38,9 +27,11 @@ ONE = threading.Lock()  # a row at a time: all sites of a benchmark share one ma
 
 @dataclass(frozen=True)
 class Toy:
-    """``silent_from``: the round from which it answers no training any more, as one that hangs."""
+    """``silent_from``: the round from which it answers no training any more, as one that hangs. ``wires``: the format of rows of
+    each run."""
 
     silent_from: int | None = None
+    wires: dict[str, str] = field(default_factory=dict)
 
     def handle(self, request: bytes) -> bytes:
         with ONE:
@@ -55,11 +46,15 @@ class Toy:
     def _answer(self, asked: Packet) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         values = asked.values
         if asked.head.kind == "open":
+            self.wires[asked.head.run] = values["experiment"]["server"]["wire"]
             return {"protocol": PROTOCOL, "examples": 4, "releases": 0, "allow_transfer": False}, {}
         if asked.head.kind == "train":
             [job] = values["jobs"]
             row = asked.tensors[job["start"]]
-            row.view(torch.float32).add_(STEP)
+            if self.wires[asked.head.run] == "fp32":
+                row.view(torch.float32).add_(STEP)
+            else:
+                row.view(torch.bfloat16).fill_(STEP)  # the displacement
             answer = {"job": 0, "examples": 4, "tokens": 4, "steps": 1, "loss": 1.0}
             return {"jobs": [answer], "releases": 0}, {"row0": row}
         if asked.head.kind == "evaluate":
@@ -72,11 +67,12 @@ def serve(sockets: list[str]) -> None:
     """Toys at these sockets, where SuperNodes look for their workers."""
 
     def at(path: Path) -> None:
+        toy = Toy()
         with frames.listen(path) as listener:
             while True:
                 connection, _ = listener.accept()
                 with connection:
-                    frames.send(connection, Toy().handle(frames.receive(connection)))
+                    frames.send(connection, toy.handle(frames.receive(connection)))
 
     for path in sockets[1:]:
         threading.Thread(target=at, args=(Path(path),), daemon=True).start()
@@ -93,39 +89,15 @@ def nodes(kits: Path, silent: int, silent_from: int) -> None:
 
 
 def _node(folder: Path, toy: Toy) -> None:
-    """What a SuperNode does, and its app, in a thread."""
+    """A node of ``mira client`` in a thread, without a worker."""
     kit = load_site(folder)
-    private = serialization.load_ssh_private_key(kit.key.read_bytes(), None)
-    assert isinstance(private, ec.EllipticCurvePrivateKey)
-    keys = private, private.public_key()
-    with http_request_response(kit.address, False, str(kit.authority), keys) as line:
-        _, receive, send, _, _, pull_object, push_object, confirm = line
-        while True:
-            if (received := receive()) is None:
-                time.sleep(3)  # as a SuperNode does
-                continue
-            bare, tree = received
-            run, id = bare.metadata.run_id, bare.metadata.message_id
-            ids = [part.object_id for part in iterate_object_tree(tree)]
-            contents = pull_objects(ids, lambda part, run=run: pull_object(run, part), max_concurrent_pulls=1)  # type: ignore[misc]
-            confirm(run, id)
-            message = inflate_object_from_contents(id, contents)
-            assert isinstance(message, Flower)
-            message.metadata.__dict__["_message_id"] = id
-            request = _bytes(message)
-            if toy.hangs(request):
-                continue
-            reply = Flower(_content(toy.handle(request)), reply_to=message)
-            reply.metadata.__dict__["_message_id"] = reply.object_id
-            with no_object_id_recompute():
-                parts = get_all_nested_objects(reply)
-                wanted, session = send(reply, get_object_tree(reply), 0.0)
-                push_objects(
-                    parts,
-                    lambda part, data, run=run, session=session: push_object(run, session, part, data),  # type: ignore[misc]
-                    object_ids_to_push=wanted,
-                    max_concurrent_pushes=1,
-                )
+
+    def ask(request: bytes) -> bytes:
+        while toy.hangs(request):
+            time.sleep(3600)
+        return toy.handle(request)
+
+    take_part(kit.address, kit.authority, kit.key, ask)
 
 
 def together(plan: Path, out: Path, names: list[str]) -> None:

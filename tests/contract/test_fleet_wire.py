@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from helpers.in_process_federation import NAMES, World, lost_and_away, metrics, rows
@@ -60,6 +61,18 @@ def test_the_metrics_count_the_bytes_that_pass(world: World, wire: Wire, name: s
             each = {"fp32": (4 * size, 4 * size), "bf16": (2 * size, 2 * size)}
             by_hand = each.get(wire, (2 * size, size + 4 * -(-size // 256)))
             assert record["client_bytes"] == {site: dict(zip(("down", "up"), by_hand, strict=True)) for site in NAMES}
+
+
+@pytest.mark.parametrize(("name", "wire"), [("mira", "bf16"), ("flora", "fp32")])
+def test_a_server_that_is_told_no_format_takes_one_that_its_method_allows(world: World, name: str, wire: Wire) -> None:
+    """The run folder keeps it, and the sites are told."""
+    plan: dict[str, Any] = {"evaluation": {"generate": False, "transfer_clients": 0}, "training": {"local_steps": 1}}
+    _, transport = world.apart(world.sites(), rounds=1, method={"name": name}, server={"wire": None}, **plan)
+    opened = [unpack(data) for _, data in transport.sent]
+    told = {m.values["experiment"]["server"]["wire"] for m in opened if m.head.kind == "open"}
+    assert told == {wire}
+    kept = yaml.safe_load((world.folder / "apart" / "config.yaml").read_text())
+    assert kept["server"]["wire"] == wire
 
 
 @pytest.mark.parametrize(("wire", "name"), [("bf16", "mira"), ("int8", "mira"), ("int8", "fedsa-lora")])

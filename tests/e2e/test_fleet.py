@@ -48,6 +48,7 @@ def federation(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     plan: dict[str, Any] = settings(
         tiny_folder, folder / "all", engine={"threads": 1, "tokens_per_pass": 1}, graph={"name": "complete"},
         evaluation={"generate": False, "transfer_clients": 0, "every": 3},
+        server={"wire": "fp32"},
     )  # fmt: skip
     plan["data"] = {"source": "jsonl", "path": str(folder / "all")}
     (folder / "c.yaml").write_text(json.dumps(plan))
@@ -140,8 +141,8 @@ def test_who_is_refused(federation: Federation) -> None:
 def attack(federation: Federation) -> None:
     """What a site can do with its kit but what a site is for: nothing, though it knows another's number."""
     folder = federation.folder
-    *_, victim = re.findall(r"SuperNode ID: (\d+)", (folder / f"{NAMES[0]}-state" / "supernode.log").read_text())
-    *_, own = re.findall(r"SuperNode ID: (\d+)", (folder / "visitor-state" / "supernode.log").read_text())
+    *_, victim = re.findall(r"SuperNode ID: (\d+)", (folder / f"{NAMES[0]}-state" / "node.log").read_text())
+    *_, own = re.findall(r"SuperNode ID: (\d+)", (folder / "visitor-state" / "node.log").read_text())
 
     def post(path: str, body: bytes = b"") -> int:
         proof = signed((folder / "visitor-kit" / "site.key").read_bytes(), datetime.now(UTC))
@@ -266,7 +267,7 @@ def three_sites(federation: Federation, proxy: dict[str, str]) -> None:
     shutil.rmtree(federation.held("first"))  # with SIGKILL nobody else does
     pid = int(re.findall(r"worker is ready \(process (\d+)\)", federation.log(NAMES[1]))[-1])
     os.kill(pid, signal.SIGKILL)
-    # A key is replaced while no round is under way: a round that begins while the SuperNode starts again may lose the site.
+    # A key is replaced while no round is under way: a round that begins while its node starts again may lose the site.
     site = folder / f"{NAMES[2]}-kit"
     federation.admit(join.join_again(site), site)
     federation.until(NAMES[2], "goes on with its new key")
@@ -283,7 +284,7 @@ def three_sites(federation: Federation, proxy: dict[str, str]) -> None:
     assert f"{NAMES[2]} does not take part" not in federation.log("again"), "it is known under its new key"
     keys = [entry for entry in registry.read_registry(folder / "server-kit")[1] if entry.name == NAMES[2]]
     assert [entry.revoked is None for entry in keys] == [False, True]
-    assert "flower-superlink" in federation.log("first")
+    assert "superlink_process" in federation.log("first")
     size = load_file(folder / "run" / "start.safetensors")["start"].nbytes
     assert sum(map(len, federation.heard)) > len(NAMES) * 3 * size, "what was trained passed the tap"
     kept(federation)

@@ -37,10 +37,9 @@ MIRA = [sys.executable, "-c", "from mira.cli import main; main()"]
 MARK = "MIRA_CHAOS"  # in the environment of every process of ours: the folder, and whose it is
 ROLES = {  # what a command line holds. The gate is a thread of mira server, and dies with it.
     "mira": "from mira.cli import main",
-    "SuperLink": "flower-superlink",
-    "SuperNode": "mira.fleet.flower.supernode_process",
+    "SuperLink": "mira.fleet.flower.superlink_process",
+    "node": "mira.fleet.flower.node",
     "SuperExec": "flower-superexec",
-    "executor": "mira.fleet.flower.app_launcher",
     "ServerApp": "flwr-serverapp",
     "worker": "mira.fleet.site.worker",
     "flwr": "/flwr ",
@@ -104,14 +103,11 @@ class Fleet:
             try:
                 environment = (entry / "environ").read_bytes().split(b"\0")
                 line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                leads = os.getpgid(int(entry.name)) == int(entry.name)
             except OSError:  # it ended, or is another user's
                 continue
             mark = next((v.decode() for v in environment if v.startswith(f"{MARK}={self.folder}|".encode())), None)
             if mark is not None and line:
                 role = next((role for role, part in ROLES.items() if part in line), line[:60])
-                if role == "executor" and not leads:
-                    role = "ClientApp"  # a fork of it
                 found.append(Running(int(entry.name), mark.split("|")[1], role))
         return found
 
@@ -146,7 +142,7 @@ def prepare(folder: Path, given: argparse.Namespace) -> tuple[Fleet, Experiment]
     plan = settings(
         save_tiny(folder / "model"), folder / "all", rounds=given.rounds, engine={"threads": 1, "tokens_per_pass": 1},
         graph={"name": "complete"}, method={"name": given.method}, training={"keep_optimizer": True},
-        evaluation={"generate": False, "transfer_clients": 0, "every": 2}, server={"deadline": given.deadline},
+        evaluation={"generate": False, "transfer_clients": 0, "every": 2}, server={"deadline": given.deadline, "wire": "fp32"},
     )  # fmt: skip
     plan["data"] = {"source": "jsonl", "path": str(folder / "all")}
     (folder / "c.yaml").write_text(json.dumps(plan))

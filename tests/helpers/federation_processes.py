@@ -125,7 +125,7 @@ class Federation:
 
     def log_tail(self) -> str:
         """The ends of all logs: what one process waits for, another one knows."""
-        logs = sorted([*self.folder.glob("*.log"), *self.folder.glob("*/supernode.log")])
+        logs = sorted([*self.folder.glob("*.log"), *self.folder.glob("*/node.log")])
         return "\n".join(f"--- {log.relative_to(self.folder)}\n{log.read_text()[-2000:]}" for log in logs)
 
     def gave_up(self, name: str, why: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import httpx
 
-from mira.fleet.gate.proxy import Limits, Upstream, opened, server_tls, upstream_tls
+from mira.fleet.gate.proxy import Limits, opened, server_tls, upstream_tls
+from mira.fleet.gate.upstream import Upstream
 from mira.fleet.identity.signatures import admission, signed
 
 LIMITS = Limits(body=1 << 20, head=5.0, stall=5.0)
@@ -22,10 +23,11 @@ LIMITS = Limits(body=1 << 20, head=5.0, stall=5.0)
 
 @dataclass
 class SuperLink:
-    """Answers with what it was sent, and remembers it."""
+    """Answers with what it was sent, and remembers it. ``peers``: the ports of the connections that came."""
 
     port: int = 0
     seen: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
+    peers: set[int] = field(default_factory=set)
 
 
 class Silent(BaseHTTPRequestHandler):
@@ -55,14 +57,21 @@ def listening(handler: type[Silent], tls: ssl.SSLContext | None = None) -> Itera
 
 @contextmanager
 def superlink(
-    answers: Sequence[bytes] = (), tls: ssl.SSLContext | None = None, chunked: bool = False, status: int = 200
+    answers: Sequence[bytes] = (),
+    tls: ssl.SSLContext | None = None,
+    chunked: bool = False,
+    status: int = 200,
+    closes: bool = False,
 ) -> Iterator[SuperLink]:
-    """``answers``: to the first requests; all others are answered with what they sent."""
+    """``answers``: to the first requests; all others are answered with what they sent. ``closes``: it closes each connection
+    after an answer, without a word before."""
     left, link = list(answers), SuperLink()
 
     class Handler(Silent):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
+            link.peers.add(self.client_address[1])
+            self.close_connection = closes
             link.seen.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
             back = left.pop(0) if left else body
             self.send_response(status)
@@ -87,7 +96,7 @@ class Outside:
 
     address: tuple[str, int]
     trust: ssl.SSLContext
-    ring: Callable[[], object]
+    ring: Callable[[Iterable[str]], object]
     answered: Callable[[], set[str]]
     allow: Callable[[Mapping[str, int]], object]
 

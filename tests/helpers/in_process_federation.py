@@ -78,6 +78,7 @@ class World:
     def experiment(self, **sections: Any) -> Experiment:
         values = settings(self.model, self.data, engine=ALONE, graph={"name": "complete"})
         values["data"] = {"source": "jsonl", "path": str(self.data)}
+        values["server"] = {"wire": "fp32"}  # exact, as a run in one process
         for key, value in sections.items():
             values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
         return Experiment(**values)

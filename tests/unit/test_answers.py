@@ -6,14 +6,14 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs the extra 'flower'")
 
-from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse, Reconnect
 from flwr.proto.message_pb2 import Message, Metadata
 from flwr.proto.node_pb2 import Node
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mira.fleet.gate.push_request import own_answer
+from mira.fleet.gate.push_request import own_answer, parts_wanted
 
 MINE, THEIRS = 2**64 - 5, 7
 
@@ -60,3 +60,14 @@ def test_what_passes_is_read_the_same_by_flower(changes: list[tuple[int, int]], 
     [message] = read.messages_list
     assert message.metadata.src_node_id == read.node.node_id
     assert message.metadata.reply_to_message_id == question
+
+
+@pytest.mark.parametrize("parts", [0, 1, 40])
+def test_the_parts_that_a_superlink_lacks_are_counted(parts: int) -> None:
+    told = PushMessagesResponse(
+        reconnect=Reconnect(reconnect=5), results={"cd" * 32: 0}, objects_to_push=[f"{n:064x}" for n in range(parts)],
+        session_id="s",
+    )  # fmt: skip
+    assert parts_wanted(told.SerializeToString()) == parts
+    for other in (b"", b"\x0b"):
+        assert parts_wanted(other) is None

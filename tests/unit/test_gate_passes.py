@@ -49,9 +49,30 @@ def test_a_connection_serves_many_requests(kits: Path) -> None:
         httpx.Client(verify=outside.trust, trust_env=False) as client,
     ):
         for n in range(3):
-            url = "https://{}:{}/v1/fleet/pull-messages".format(*outside.address)
+            url = "https://{}:{}/v1/fleet/get-run".format(*outside.address)
             assert client.post(url, content=b"%d" % n).content == b"%d" % n
         assert len(link.seen) == 3
+        assert len(link.peers) == 1, "over one connection to the SuperLink"
+
+
+def test_no_site_s_connection_shares_one_to_the_superlink(kits: Path) -> None:
+    with superlink() as link, gate(kits, link.port) as outside:
+        for _ in range(3):
+            assert outside.post("/v1/fleet/get-run").status_code == 200
+        assert len(link.peers) == 3
+
+
+def test_a_connection_that_the_superlink_has_closed_is_not_used_again(kits: Path) -> None:
+    with (
+        superlink(closes=True) as link,
+        gate(kits, link.port) as outside,
+        httpx.Client(verify=outside.trust, trust_env=False) as client,
+    ):
+        for n in range(3):
+            url = "https://{}:{}/v1/fleet/push-object".format(*outside.address)
+            assert client.post(url, content=b"%d" % n).content == b"%d" % n
+            time.sleep(0.1)
+        assert len(link.peers) == 3
 
 
 def test_the_superlink_may_speak_tls_itself_and_must_then_be_ours(kits: Path, tmp_path: Path) -> None:
@@ -86,16 +107,36 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_a_question_for_messages_is_held_until_something_was_pushed(kits: Path) -> None:
+def test_a_question_for_messages_is_held_until_something_was_pushed_to_its_site(kits: Path) -> None:
     limits = replace(LIMITS, hold=60.0)
     with superlink([b"", b"", b"news"]) as link, gate(kits, link.port, limits) as outside, ThreadPoolExecutor() as pool:
         answer = pool.submit(outside.post, PULL, b"node")
         for asked in (1, 2):
             until(lambda asked=asked: len(link.seen) == asked)  # type: ignore[misc]
             assert not answer.done()
-            outside.ring()
+            outside.ring(["somebody-else"])
+            time.sleep(0.1)
+            assert len(link.seen) == asked
+            outside.ring(["anybody"])
         assert answer.result(20).content == b"news"
         assert [(path, body) for path, _, body in link.seen] == [(PULL, b"node")] * 3
+
+
+def test_a_question_is_put_at_once_only_where_something_may_lie_there(kits: Path) -> None:
+    """Before anything is known of the site, after a push that nobody asked for, and after its node has begun anew."""
+    limits = replace(LIMITS, hold=60.0)
+    with superlink([b"1", b"2", b"joined", b"3"]) as link, gate(kits, link.port, limits) as outside:
+        assert outside.post(PULL).content == b"1"
+        outside.ring(["anybody"])
+        assert outside.post(PULL).content == b"2"
+        outside.post("/v1/fleet/activate-node")
+        assert outside.post(PULL).content == b"3"
+        with ThreadPoolExecutor() as pool:
+            held = pool.submit(outside.post, PULL, b"4")
+            time.sleep(0.2)
+            assert len(link.seen) == 4, "held, without a question to the SuperLink"
+            outside.ring(["anybody"])
+            assert held.result(20).content == b"4"
 
 
 def test_or_for_a_while_and_nothing_else_is_held(kits: Path) -> None:
@@ -124,7 +165,7 @@ def test_nothing_is_fetched_for_who_left_or_was_revoked_meanwhile(tmp_path: Path
             until(lambda: len(link.seen) == 2)
         kit.revoke(server, "a")
         assert outside.post("/v1/fleet/get-run", headers=b).status_code == 200, "by now the gate knows who left"
-        outside.ring()
+        outside.ring(["a", "b"])
         assert revoked.result(20).status_code == 401
         assert outside.post("/v1/fleet/get-run", headers=b).status_code == 200
         assert [path for path, _, _ in link.seen].count(PULL) == 2

@@ -1,5 +1,5 @@
 """A site behind an HTTP proxy, and a server behind a TCP balancer with an organisation's certificate: real processes and TLS, for
-the site's own check and for Flower's SuperNode alike."""
+the site's own check and for its node alike."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
 
 
 def node(site: SiteKit, folder: Path, until: str) -> str:
-    """The output of a real SuperNode, once it has said ``until``."""
-    line = ["--superlink", site.address, "--root-certificates", str(site.authority), "--isolation", "process"]
-    line += ["--auth-supernode-private-key", str(site.key), "--host", "127.0.0.1", "--port", str(free_port())]
+    """The output of a real node, once it has said ``until``."""
+    line = ["--superlink", site.address, "--root-certificates", str(site.authority), "--key", str(site.key)]
+    line += ["--worker", str(folder / "worker")]
     log = folder / "node.log"
     with log.open("w") as out:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "mira.fleet.flower.supernode_process", *line, "--max-retries", "1"],
+            [sys.executable, "-P", "-m", "mira.fleet.flower.node", *line, "--max-retries", "1"],
             env=child_environment({"FLWR_HOME": str(folder / "flower")}), stdout=out, stderr=out,
         )  # fmt: skip
     end = time.monotonic() + PATIENCE
@@ -173,7 +173,7 @@ def test_a_proxy_is_passed_by_the_check_and_is_told_where_it_refuses(
 
 
 @pytest.mark.slow
-def test_a_supernode_passes_proxy_and_balancer(
+def test_a_node_passes_proxy_and_balancer(
     federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     joined = ActivateNodeResponse(node_id=7).SerializeToString()

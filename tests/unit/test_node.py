@@ -1,4 +1,4 @@
-"""A SuperNode that takes part in nothing any more is no process any more: else nobody would start it again."""
+"""A site's node: it answers by its worker, checks what it is sent, and ends where it takes part in nothing any more."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
 
 from helpers.gate_on_loopback import Silent, listening
 from mira.fleet.flower.processes import child_environment
-from mira.fleet.flower.superlink import free_port
 from mira.fleet.gate.proxy import server_tls
 from mira.fleet.identity import kit
 
@@ -54,7 +53,7 @@ def superlink(kits: Path, answer: Callable[[str], Answer]) -> Iterator[str]:
 
 
 def ended(tmp_path: Path, answer: Callable[[str], Answer]) -> tuple[int, str, list[str]]:
-    """The status of a SuperNode, once it has ended by itself, what it said, and what it asked."""
+    """The status of a node, once it has ended by itself, what it said, and what it asked."""
     heard: list[str] = []
 
     def told(asked: str) -> Answer:
@@ -64,10 +63,10 @@ def ended(tmp_path: Path, answer: Callable[[str], Answer]) -> tuple[int, str, li
     kit.make_server(tmp_path / "server", "127.0.0.1:9443", days=2)
     site = kit.make_site(tmp_path / "server", "a", tmp_path / "a")
     with superlink(tmp_path / "server", told) as address:
-        line = ["--superlink", address, "--root-certificates", str(site.authority), "--isolation", "process"]
-        line += ["--auth-supernode-private-key", str(site.key), "--host", "127.0.0.1", "--port", str(free_port())]
+        line = ["--superlink", address, "--root-certificates", str(site.authority), "--key", str(site.key)]
+        line += ["--worker", str(tmp_path / "worker")]
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "mira.fleet.flower.supernode_process", *line],
+            [sys.executable, "-P", "-m", "mira.fleet.flower.node", *line],
             env=child_environment({"FLWR_HOME": str(tmp_path / "flower")}), timeout=PATIENCE, check=False, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
@@ -104,18 +103,11 @@ def test_it_ends_with_its_heartbeat(tmp_path: Path) -> None:
     assert "deactivate-node" in asked
 
 
-def test_what_is_wrong_with_its_arguments_is_said() -> None:
-    line = [
-        sys.executable,
-        "-P",
-        "-m",
-        "mira.fleet.flower.supernode_process",
-        "--insecure",
-        "--root-certificates",
-        "/etc/hosts",
-    ]
+def test_what_is_wrong_with_its_arguments_is_said(tmp_path: Path) -> None:
+    line = [sys.executable, "-P", "-m", "mira.fleet.flower.node", "--superlink", "127.0.0.1:1", "--worker", "w"]
+    line += ["--root-certificates", "/etc/hosts", "--key", str(tmp_path / "none")]
     done = subprocess.run(
         line, env=child_environment({}), timeout=PATIENCE, check=False, text=True, capture_output=True
     )
     assert done.returncode == 1
-    assert "Conflicting options" in done.stderr
+    assert "No such file" in done.stderr

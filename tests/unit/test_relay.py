@@ -280,12 +280,12 @@ def test_large_rows_pass_through_the_app_one_by_one_and_the_sites_are_told_of_ea
 ) -> None:
     monkeypatch.setattr("mira.fleet.flower.transport._SHARE", 10)
     app = App(tmp_path / "relay", echo)
-    told: list[int] = []
-    relay.pushed = lambda: told.append(len(app.pushed))
+    told: list[tuple[int, list[str]]] = []
+    relay.pushed = lambda sites: told.append((len(app.pushed), sites))
     app.start()
     assert relay.exchange({"ann": b"1" * 9, "bob": b"2"}, 30.0, 2) == {"ann": b"ann" + b"1" * 9, "bob": b"bob2"}
     assert relay.exchange({"ann": b"1" * 11, "bob": b"2"}, 30.0, 2) == {"ann": b"ann" + b"1" * 11, "bob": b"bob2"}
-    assert told == [2, 3, 4]
+    assert told == [(2, ["ann", "bob"]), (3, ["ann"]), (4, ["bob"])]
 
 
 def test_a_request_that_is_too_long_is_not_sent_and_the_others_are(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 from mira.fleet.gate import quota as uploads
 from mira.fleet.gate.quota import Uploads
 
@@ -18,6 +21,33 @@ def test_an_answer_is_whole_once_its_site_is_quiet() -> None:
     assert seen.whole() == {"q", "r"}
     seen.quiet = 60.0
     assert seen.whole() == set()
+
+
+def test_an_answer_is_whole_at_once_where_its_parts_were_counted() -> None:
+    seen = Uploads(quiet=60.0)
+    with seen.pushing("ann"):
+        seen.announce("q", "ann", 2)
+        seen.came("ann")
+        seen.came("bob")  # nobody waits for a part of it
+        assert seen.whole() == set()
+        seen.came("ann")
+        assert seen.whole() == {"q"}
+    seen.announce("r", "ann", 1)
+    assert "r" not in seen.whole(), "its parts are those of the last answer"
+    seen.announce("s", "bob", 0)
+    assert "s" in seen.whole(), "the SuperLink has all of it already"
+
+
+def test_who_waits_for_an_answer_goes_on_when_it_is_whole() -> None:
+    seen = Uploads(quiet=60.0)
+    seen.announce("q", "ann", 1)
+    seen.announce("r", "bob", 0)
+    threading.Timer(0.05, seen.came, ("ann",)).start()
+    began = time.monotonic()
+    seen.wait({"r"}, 20.0)
+    assert seen.whole() >= {"q"}
+    assert time.monotonic() - began < 10.0
+    seen.wait({"q", "r"}, 0.01)  # nothing else comes
 
 
 def test_a_site_pushes_what_it_was_asked_for_and_no_more() -> None:

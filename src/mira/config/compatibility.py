@@ -42,10 +42,10 @@ def check_base(method: Method, quantization: str, spreads: bool) -> None:
         )
 
 
-def check_wire(method: Method, wire: Wire) -> None:
+def check_wire(method: Method, wire: Wire | None) -> None:
     """Raise UserError where a site would add the rounding error of an adapter in the format ``wire`` to another adapter: a method
     with ``begins_anew`` draws one each round."""
-    if wire != "fp32" and getattr(method, "begins_anew", False):
+    if wire not in (None, "fp32") and getattr(method, "begins_anew", False):
         raise UserError(
             f"server.wire={wire}: method.name={method.name} begins each round with a new adapter, to which the rounding error of"
             " the former one does not belong; set server.wire=fp32, or method.name=fedex-lora"

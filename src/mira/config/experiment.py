@@ -29,6 +29,7 @@ from mira.config.yaml_io import read
 from mira.core.errors import UserError
 from mira.core.pydantic_config import STRICT, Count
 from mira.core.training import Training
+from mira.core.types import Method
 from mira.core.wire import Wire
 from mira.data.federation import SplitSizes
 from mira.graphs import GRAPHS
@@ -140,9 +141,13 @@ class ServerSection:
     max_norm: Annotated[float, Field(gt=0)] | None = None
     """Maximum Euclidean distance that an adapter may move in a round; others are rejected. Of three or more replies, those above
     ten times the median distance are always rejected."""
-    wire: Wire = "fp32"
+    wire: Wire | None = None
     """Number format of adapters on the network. fp32: exact. bf16. int8: for uploads; downloads are bf16 then. A site adds its
-    rounding error to its next upload."""
+    rounding error to its next upload. null: bf16, or fp32 for a method that begins each round with a new adapter."""
+
+    def wire_for(self, method: Method) -> Wire:
+        """The format of a run of ``method``."""
+        return self.wire or ("fp32" if getattr(method, "begins_anew", False) else "bf16")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

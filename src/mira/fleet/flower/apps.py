@@ -1,6 +1,6 @@
-"""Flower's apps: the server's passes messages between Flower and ``mira server``, a site's between Flower and its worker.
+"""Flower's app on the server, which passes messages between Flower and ``mira server``. It decides nothing.
 
-They decide nothing. They import neither torch nor the rest of mira, since every message has a process of its own."""
+Flower asks for an app of the sites too. That is empty: a site of MIRA runs no app (``node``)."""
 
 from __future__ import annotations
 
@@ -11,39 +11,21 @@ import threading
 import time
 from collections.abc import Sequence
 
-from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from httpx import HTTPError
 
 from mira.fleet.flower import frames
+from mira.fleet.flower.contents import NotOurs, content_of, record_of
 from mira.fleet.flower.fetch import Fetches
 
 _TYPE = "query"  # Flower's least specific kind of message
-_RECORD = "mira"
 _SHARE = 1 << 26  # bytes of replies held at a time, or one reply
 _ENDLESS = 64  # unfinished uploads in memory, after which this app ends itself
-_WORKER = 60.0  # seconds until a worker that died is back: its supervisor waits 30 at most
 server_app = ServerApp()  # plain assignments: Flower looks for them in the text of this file
 client_app = ClientApp()
-
-
-class Unanswered(Exception):
-    """The failure of a site's app. Flower sends its text to the server, so it names no path."""
-
-
-@client_app.query()
-def answer(message: Message, context: Context) -> Message:
-    """The answer of the site's worker. Raises Unanswered when none comes; Flower then tells the server."""
-    _end_with_parent()
-    try:
-        with frames.connect(str(context.node_config["worker"]), patience=_WORKER) as worker:
-            frames.send(worker, _bytes(message))
-            reply = frames.receive(worker)
-    except Exception as error:
-        raise Unanswered("the site's worker did not answer") from error  # the cause stays in the site's log
-    return Message(_content(reply), reply_to=message)
 
 
 @server_app.main()
@@ -84,7 +66,7 @@ def _end_with_parent() -> None:
 
 def _push(grid: Grid, nodes: Sequence[str], contents: Sequence[bytes], ttl: float) -> list[str | None]:
     messages = [
-        Message(_content(content), dst_node_id=int(node), message_type=_TYPE, ttl=ttl)
+        Message(record_of(content), dst_node_id=int(node), message_type=_TYPE, ttl=ttl)
         for node, content in zip(nodes, contents, strict=True)
     ]
     return list(grid.push_messages(messages))
@@ -111,8 +93,8 @@ def _opened(message: Message | Exception) -> bytes | str:
     if message.has_error():
         return _why(message.error)
     try:
-        data = _bytes(message)
-    except ValueError as error:
+        data = content_of(message)
+    except NotOurs as error:
         return str(error)
     return data if len(data) <= frames.LIMIT else f"its reply has {len(data)} bytes; at most {frames.LIMIT} are read"
 
@@ -122,16 +104,3 @@ def _why(error: Error) -> str:
     if error.code == ErrorCode.NODE_UNAVAILABLE:
         return frames.GONE
     return f"no answer from the site's worker (Flower's error {error.code})"
-
-
-def _content(data: bytes) -> RecordDict:
-    return RecordDict({_RECORD: ArrayRecord({"0": Array("uint8", (len(data),), "bytes", data)})})
-
-
-def _bytes(message: Message) -> bytes:
-    """The inverse of ``_content``. Raises ValueError for any other message."""
-    record = message.content.get(_RECORD)
-    array = record.get("0") if isinstance(record, ArrayRecord) else None
-    if array is None:
-        raise ValueError("its message is none of mira's")
-    return array.data

@@ -48,6 +48,7 @@ default = "fleet"
 address = "127.0.0.1:{port}"
 root-certificates = "{authority}"
 """
+_PROGRAM = (sys.executable, "-P", "-m", "mira.fleet.flower.superlink_process")
 _HOST = "127.0.0.1"
 _PORTS = range(20000, 32768)  # below the ports that Linux, macOS and Windows give to outgoing connections
 _DAYS = 30  # validity of the loopback certificate, made anew at every start
@@ -82,7 +83,7 @@ class SuperLink:
         self._process = SupervisedProcess(
             "SuperLink",
             [
-                command("flower-superlink"), "--host", _HOST, "--port", str(self.port), *paths,
+                *_PROGRAM, "--host", _HOST, "--port", str(self.port), *paths,
                 "--enable-supernode-auth", "--disable-runtime-dependency-installation", "--isolation", "process",
             ],
             self.folder / "superlink.log", self._environment, self.tell,

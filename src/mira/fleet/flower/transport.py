@@ -17,7 +17,7 @@ from mira.fleet.messages.transport import NoReply, OnReply, Reply, any_bytes
 log = logging.getLogger(__name__)
 
 _POLL = 0.5  # seconds between two pulls
-_GLANCE = 0.1  # seconds between two looks at the answers that passed the gate
+_GLANCE = 0.5  # seconds between two looks at the answers that passed the gate, where none is whole before
 _ALL = 10.0  # seconds between two pulls of all messages, also those without an answer seen
 _SHARE = 1 << 26  # bytes of rows that Flower's app holds at a time, or one row
 _STEP = 120.0  # seconds of one step of the app, after which it counts as dead
@@ -33,18 +33,20 @@ class FlowerTransport:
 
     ``listener``: the socket that Flower's app on the server connects to. ``names``: the sites admitted now, by the names of their
     nodes. ``revive``: called while the app is away, to bring it back. ``dropped``: called when it goes away. ``pushed``: called
-    when requests lie ready for the sites. ``answered``: the numbers of the messages whose answers have passed the gate, so that
-    only these are pulled; None without a gate. ``allow``: called with the bytes that the answer of each site may have, before it
-    is asked. ``say``: called with a line when sites come and go. ``patience``: seconds that an app may take to come. ``grace``:
-    seconds in which the sites return after the app did.
+    with the sites for which requests lie ready. ``answered``: the numbers of the messages whose answers have passed the gate, so
+    that only these are pulled; None without a gate. ``wait``: returns once there are others than those that it is given, or after
+    so many seconds. ``allow``: called with the bytes that the answer of each site may have, before it is asked. ``say``: called
+    with a line when sites come and go. ``patience``: seconds that an app may take to come. ``grace``: seconds in which the sites
+    return after the app did.
     """
 
     listener: socket.socket
     names: Callable[[], Mapping[str, str]]
     revive: Callable[[], None] = lambda: None
     dropped: Callable[[], None] = lambda: None
-    pushed: Callable[[], object] = lambda: None
+    pushed: Callable[[list[str]], object] = lambda sites: None
     answered: Callable[[], set[str]] | None = None
+    wait: Callable[[set[str], float], object] = lambda known, patience: time.sleep(patience)
     allow: Callable[[Mapping[str, int]], object] = lambda most: None
     say: Callable[[str], None] = lambda line: None
     patience: float = 300.0
@@ -55,6 +57,7 @@ class FlowerTransport:
     _missed: set[str] = field(default_factory=set)  # sites online when the app went away, and not seen since
     _back: float = 0.0  # end of the grace for these sites
     _asked: float = 0.0  # time of the last pull of all messages
+    _whole: set[str] = field(default_factory=set)  # the messages whose answers had passed the gate at the last look
     _looked: float = 0.0  # time of the last look at the sites online
     _keys: dict[str, str] = field(default_factory=dict)  # the names of the nodes of the sites online
     _sent: dict[str, str] = field(default_factory=dict)  # the name of the node that a site's last request went to
@@ -119,7 +122,7 @@ class FlowerTransport:
             if good >= minimum:
                 break
             if waiting and not came:
-                time.sleep(_POLL if self.answered is None else _GLANCE)
+                self._rest()
         self._late |= waiting.keys()
         for name in requests.keys() - replies.keys():
             late = "it was not waited for" if time.monotonic() < until else f"no reply within {deadline:g} s"
@@ -143,7 +146,7 @@ class FlowerTransport:
             ttl = max(until - time.monotonic(), 1.0)
             asked = {"do": "push", "nodes": [self._nodes[name] for name in share], "ttl": ttl}
             ids += json.loads(self._do(asked, [requests[name] for name in share])[0])
-            self.pushed()
+            self.pushed(share)
         refused = {name for name, id in zip(here, ids, strict=True) if id is None}
         replies |= {name: NoReply("Flower did not take the message") for name in refused}
         return {id: name for name, id in zip(here, ids, strict=True) if id is not None}
@@ -171,8 +174,15 @@ class FlowerTransport:
         if self.answered is None or time.monotonic() > self._asked + _ALL:
             self._asked = time.monotonic()
             return [*waiting, *self._late]
-        answered = self.answered()
-        return [id for id in waiting if id in answered]
+        self._whole = self.answered()
+        return [id for id in waiting if id in self._whole]
+
+    def _rest(self) -> None:
+        """Wait for another answer that passes the gate, or a while where there is no gate."""
+        if self.answered is None:
+            time.sleep(_POLL)
+        else:
+            self.wait(self._whole, _GLANCE)
 
     def _pull(self, waiting: Mapping[str, str]) -> dict[str, Reply]:
         if not waiting or not (ids := self._due(waiting)):

@@ -2,11 +2,11 @@
 
 A SuperLink serves its fleet, control and runtime APIs on one port and asks for a proof of identity on the fleet API alone; anyone
 who reaches the port may submit code to every site. Therefore sites reach it only through this proxy. A SuperNode speaks HTTP/1.1:
-POST, no query, a body of known length. Everything else is refused. Requests that pass are parsed and written anew, each on a
-connection of its own to the SuperLink, so that both agree on the end of a request.
+POST, no query, a body of known length. Everything else is refused. Requests that pass are parsed and written anew, on a
+connection to the SuperLink that no other connection of a site shares.
 
-Long polling: a SuperNode that asks for messages when there are none would ask again after 3 s. The gate holds its question until
-something was pushed, and repeats it then.
+Long polling: a SuperNode that asks for messages when there are none would ask again after 3 s. The gate holds a site's question
+until something was pushed to that site, and asks the SuperLink then. It asks at once where something may lie there already.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import ssl
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,14 +27,14 @@ import h11
 from mira.core.errors import UserError
 from mira.fleet.gate import rules
 from mira.fleet.gate.connection import PIECE, HttpConnection, HttpRefusal, hang_up, refuse
-from mira.fleet.gate.push_request import own_answer
+from mira.fleet.gate.push_request import own_answer, parts_wanted
 from mira.fleet.gate.quota import Uploads
 from mira.fleet.gate.rules import Limits
 from mira.fleet.gate.tls_accept import Raw, allow_files, secured
+from mira.fleet.gate.upstream import Address, Line, Upstream
 
 log = logging.getLogger(__name__)
 
-Address = tuple[str, int]  # host, port
 Listen = tuple[str | None, int]
 Admit = Callable[[Mapping[str, str]], str | None]
 """A request's headers → the name of the site that signed it; None for a stranger. Raises UserError for an unreadable kit."""
@@ -44,25 +44,14 @@ _LOOK = 0.2  # seconds between two looks at a SuperLink that is not ready
 
 
 @dataclass(frozen=True)
-class Upstream:
-    """The SuperLink behind the gate. With node authentication it speaks TLS itself; ``tls`` trusts its CA. Requests wait until it
-    is ``ready``, since a SuperNode that is refused returns only after up to 30 s. ``knows``: whether a site is registered with
-    it; an admitted site will be."""
-
-    address: Address
-    tls: ssl.SSLContext | None = None
-    ready: Callable[[], bool] = lambda: True
-    knows: Callable[[str], bool] = lambda site: True
-
-
-@dataclass(frozen=True)
 class OpenGate:
-    """An open gate. ``ring``: repeat held questions, since something was pushed; for any thread. ``answered``: the numbers of the
-    questions that sites answered lately, as ``Uploads.whole``. ``allow``: set the bytes that they may push."""
+    """An open gate. ``ring``: put the held questions of these sites to the SuperLink, since something was pushed to them; for any
+    thread. ``answered``, ``wait`` and ``allow``: those of ``Uploads``."""
 
     address: Address
-    ring: Callable[[], object]
+    ring: Callable[[Iterable[str]], object]
     answered: Callable[[], set[str]]
+    wait: Callable[[set[str], float], object]
     allow: Callable[[Mapping[str, int]], object]
 
 
@@ -96,8 +85,8 @@ def opened(
         server = asyncio.run_coroutine_threadsafe(gate.listen(listen, tls), loop).result()
         try:
             yield OpenGate(
-                server.sockets[0].getsockname()[:2], partial(loop.call_soon_threadsafe, gate.ring), gate.uploads.whole,
-                gate.uploads.allow,
+                server.sockets[0].getsockname()[:2], lambda sites: loop.call_soon_threadsafe(gate.ring, sites),
+                gate.uploads.whole, gate.uploads.wait, gate.uploads.allow,
             )  # fmt: skip
         finally:
             asyncio.run_coroutine_threadsafe(gate.close(server), loop).result()
@@ -122,7 +111,7 @@ class _Gate:
         self.upstream, self.admit, self.limits = upstream, admit, limits
         self.tasks: set[asyncio.Task[None]] = set()
         self.hosts: Counter[str] = Counter()
-        self.bell = asyncio.Event()
+        self.bells: dict[str, asyncio.Event] = {}
         self.uploads = Uploads()
 
     async def listen(self, address: Listen, tls: ssl.SSLContext) -> asyncio.Server:
@@ -137,9 +126,16 @@ class _Gate:
             await asyncio.sleep(0)
         await asyncio.sleep(0)  # transports end one step after they are closed
 
-    def ring(self) -> None:
-        self.bell.set()
-        self.bell = asyncio.Event()
+    def ring(self, sites: Iterable[str]) -> None:
+        for site in sites:
+            self.bell(site).set()
+
+    def bell(self, site: str) -> asyncio.Event:
+        """Set while messages for ``site`` may lie at the SuperLink, as they may before its first question."""
+        if site not in self.bells:
+            self.bells[site] = asyncio.Event()
+            self.bells[site].set()
+        return self.bells[site]
 
     def accept(self, tls: ssl.SSLContext, transport: asyncio.Transport) -> None:
         """Count a new connection before anything is read: silent connections use up the share of their own host."""
@@ -173,6 +169,13 @@ class _Gate:
 
     async def converse(self, host: str, outside: HttpConnection) -> None:
         """Serve one request after the other, until one is refused, the peer leaves or none comes."""
+        line = Line(self.upstream, self.limits.stall)
+        try:
+            await self.requests(host, outside, line)
+        finally:
+            await line.close()
+
+    async def requests(self, host: str, outside: HttpConnection, line: Line) -> None:
         while True:
             try:
                 async with asyncio.timeout(self.limits.head):
@@ -184,7 +187,7 @@ class _Gate:
                 if site is None:
                     raise rules.stranger(request.target)
                 await self.readiness()
-                status = await self.forward(request.target, site, headers, outside)
+                status = await self.forward(request.target, site, headers, outside, line)
                 log.debug("%s: %s %s: %d", host, site, request.target.decode(), status)
             except HttpRefusal as refused:
                 return await refuse(outside, host, refused)
@@ -205,84 +208,64 @@ class _Gate:
                 while not self.upstream.ready():
                     await asyncio.sleep(_LOOK)
 
-    async def forward(self, target: bytes, site: str, headers: Mapping[str, str], outside: HttpConnection) -> int:
+    async def forward(
+        self, target: bytes, site: str, headers: Mapping[str, str], outside: HttpConnection, line: Line
+    ) -> int:
         """Forward one request and its answer. Returns the answer's status. Raises HttpRefusal before any of it is sent."""
         if target == rules.QUESTIONS:
-            return await self.hold(headers, outside)
+            return await self.hold(site, headers, outside, line)
         size = int(headers["content-length"]) if target in (rules.ANSWERS, rules.PIECES) else None
         if size is None:
-            async with self.asked(target, headers, outside.body()) as (answer, inside):
+            async with line.asked(target, headers, outside.body()) as (answer, inside):
                 if target == rules.BEGIN and answer.status_code == rules.UNKNOWN and not self.upstream.knows(site):
                     raise HttpRefusal(503, f"the SuperLink does not know {site} yet")  # not a refusal: it tries again
+                if target == rules.BEGIN:
+                    self.ring([site])  # for what an earlier process of it did not fetch
                 return await _pass_back(answer, inside, outside)
         if not self.uploads.take(site, size):
             raise HttpRefusal(413, "more than it was asked for")
         with self.uploads.pushing(site):
             try:
                 if target == rules.ANSWERS:
-                    return await self.announce(site, headers, outside)
-                async with self.asked(target, headers, outside.body()) as (answer, inside):
-                    return await _pass_back(answer, inside, outside)
+                    return await self.announce(site, headers, outside, line)
+                async with line.asked(target, headers, outside.body()) as (answer, inside):
+                    status = await _pass_back(answer, inside, outside)
+                if status == 200:
+                    self.uploads.came(site)
+                return status
             except HttpRefusal:
                 self.uploads.give_back(site, size)  # incomplete: it will be sent again
                 raise
 
-    async def announce(self, site: str, headers: Mapping[str, str], outside: HttpConnection) -> int:
+    async def announce(self, site: str, headers: Mapping[str, str], outside: HttpConnection, line: Line) -> int:
         """As ``forward``, for a message that must be the site's own answer."""
         body = b"".join([piece async for piece in outside.body()])
         if (question := own_answer(body)) is None:
             raise HttpRefusal(403, "not an answer of the site that sent it")
-        async with self.asked(rules.ANSWERS, headers, _each([body])) as (answer, inside):
+        async with line.asked(rules.ANSWERS, headers, _each([body])) as (answer, inside):
+            told = b"".join([piece async for piece in inside.body()])
             if answer.status_code == 200:
-                self.uploads.announce(question, site)
-            return await _pass_back(answer, inside, outside)
+                self.uploads.announce(question, site, parts_wanted(told))
+            return await _send_back(answer, _each([told]), outside)
 
-    async def hold(self, headers: Mapping[str, str], outside: HttpConnection) -> int:
-        """As ``forward``, for a question for messages: where there are none, repeat it when something was pushed."""
+    async def hold(self, site: str, headers: Mapping[str, str], outside: HttpConnection, line: Line) -> int:
+        """As ``forward``, for a question for messages: where there are none, put it again when something was pushed."""
         body = [piece async for piece in outside.body()]
-        until = asyncio.get_running_loop().time() + self.limits.hold
+        until, bell = asyncio.get_running_loop().time() + self.limits.hold, self.bell(site)
         while True:
-            bell = self.bell  # taken before the question: any later push rings it
-            async with self.asked(rules.QUESTIONS, headers, _each(body)) as (answer, inside):
-                nothing = answer.status_code == 200 and (b"content-length", b"0") in answer.headers
-                if not nothing or asyncio.get_running_loop().time() >= until:
-                    return await _pass_back(answer, inside, outside)
-            with suppress(TimeoutError):
-                async with asyncio.timeout_at(until):
-                    await bell.wait()
-            if outside.gone:  # a message fetched now would be lost
-                raise HttpRefusal(408, "it left")
-            if self.identify(headers) is None:
-                raise rules.stranger(rules.QUESTIONS)
-
-    @asynccontextmanager
-    async def asked(
-        self, target: bytes, headers: Mapping[str, str], body: AsyncIterator[bytes]
-    ) -> AsyncIterator[tuple[h11.Response, HttpConnection]]:
-        """The head of the SuperLink's answer to one request, and the connection that its body comes on."""
-        host, port = self.upstream.address
-        try:
-            reader, writer = await asyncio.open_connection(host, port, ssl=self.upstream.tls, limit=PIECE)
-        except OSError as error:
-            raise HttpRefusal(502, f"the SuperLink does not answer ({error})") from None
-        inside = HttpConnection(h11.Connection(h11.CLIENT, rules.HEAD_BYTES), reader, writer, self.limits.stall)
-        try:
-            kept = [
-                (name, value) for name, value in headers.items() if name in rules.SENT_ON or name.startswith("flwr-")
-            ]
-            length = headers["content-length"]
-            head = [("host", f"{host}:{port}"), ("connection", "close"), ("content-length", length), *kept]
-            await inside.send(h11.Request(method=b"POST", target=target, headers=head))
-            async for piece in body:
-                await inside.send(h11.Data(data=piece))
-            await inside.send(h11.EndOfMessage())
-            while isinstance(answer := await inside.next(), h11.InformationalResponse):
-                pass
-            if not isinstance(answer, h11.Response):
-                raise HttpRefusal(502, "the SuperLink hung up")
-            yield answer, inside
-        finally:
-            await hang_up(writer)
+            if not bell.is_set():
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(until):
+                        await bell.wait()
+                if outside.gone:  # a message fetched now would be lost
+                    raise HttpRefusal(408, "it left")
+                if self.identify(headers) is None:
+                    raise rules.stranger(rules.QUESTIONS)
+            bell.clear()  # before the question: any later push sets it
+            async with line.asked(rules.QUESTIONS, headers, _each(body)) as (answer, inside):
+                told = b"".join([piece async for piece in inside.body()])
+                if told or answer.status_code != 200 or asyncio.get_running_loop().time() >= until:
+                    return await _send_back(answer, _each([told]), outside)
 
 
 async def _each(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
@@ -291,9 +274,13 @@ async def _each(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
 
 
 async def _pass_back(answer: h11.Response, inside: HttpConnection, outside: HttpConnection) -> int:
+    return await _send_back(answer, inside.body(), outside)
+
+
+async def _send_back(answer: h11.Response, body: AsyncIterator[bytes], outside: HttpConnection) -> int:
     back = [(n, v) for n, v in answer.headers if n in (b"content-type", b"content-length") or n.startswith(b"flwr-")]
     await outside.send(h11.Response(status_code=answer.status_code, headers=back))
-    async for piece in inside.body():
+    async for piece in body:
         await outside.send(h11.Data(data=piece))
     await outside.send(h11.EndOfMessage())
     return answer.status_code

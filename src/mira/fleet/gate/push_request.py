@@ -28,6 +28,16 @@ def own_answer(body: bytes) -> str | None:
         return None
 
 
+def parts_wanted(body: bytes) -> int | None:
+    """The number of parts of an answer that the SuperLink does not have yet, by its answer to the announcement: a
+    PushMessagesResponse of flwr 1.41. None for any other body."""
+    try:
+        told = _fields(body)
+        return len(told.get(3, ())) if 4 in told else None  # 4: the session of the upload
+    except ValueError:
+        return None
+
+
 def _fields(data: int | bytes) -> Fields:
     """All occurrences of each field, by number: varints as int, the rest as bytes. Raises ValueError for anything else."""
     if isinstance(data, int):

@@ -16,15 +16,17 @@ _UNASKED = 16 << 20
 
 @dataclass
 class Uploads:
-    """Written by the gate and read by the transport, each in its thread. A site announces an answer and then pushes its pieces;
-    once it has pushed nothing for ``quiet`` seconds, the answer counts as complete. Old answers are forgotten."""
+    """Written by the gate and read by the transport, each in its thread. A site announces an answer and then pushes its parts.
+    The answer counts as complete once as many came as the SuperLink lacked, or once its site has pushed nothing for ``quiet``
+    seconds. This says when to fetch it, and proves nothing. Old answers are forgotten."""
 
     quiet: float = 0.25
     _answers: deque[tuple[str, str]] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))  # question, site
+    _lacks: dict[str, tuple[str, int]] = field(default_factory=dict)  # the last answer of a site, and its parts to come
     _busy: Counter[str] = field(default_factory=Counter)
     _last: dict[str, float] = field(default_factory=dict)  # when a site ended a push
     _left: dict[str, int] = field(default_factory=dict)  # bytes a site may still push
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _lock: threading.Condition = field(default_factory=threading.Condition)
 
     @contextmanager
     def pushing(self, site: str) -> Iterator[None]:
@@ -58,15 +60,37 @@ class Uploads:
         with self._lock:
             self._left[site] += size
 
-    def announce(self, question: str, site: str) -> None:
+    def announce(self, question: str, site: str, parts: int | None = None) -> None:
+        """Note that ``site`` begins to push its answer to ``question``. ``parts``: those that will come, where that is known."""
         with self._lock:
             self._answers.append((question, site))
+            self._lacks.pop(site, None)
+            if parts is not None:
+                self._lacks[site] = question, parts
+                self._lock.notify_all()
+
+    def came(self, site: str) -> None:
+        """Note that a part of the answer of ``site`` has come."""
+        with self._lock:
+            if site in self._lacks:
+                question, parts = self._lacks[site]
+                self._lacks[site] = question, parts - 1
+                self._lock.notify_all()
 
     def whole(self) -> set[str]:
         """The numbers of the questions whose answers seem to be complete."""
         with self._lock:
-            now = time.monotonic()
-            return {
-                question for question, site in self._answers
-                if not self._busy[site] and now - self._last.get(site, 0.0) > self.quiet
-            }  # fmt: skip
+            return self._whole()
+
+    def wait(self, known: set[str], patience: float) -> None:
+        """Return once answers are complete that are not ``known``, or after ``patience`` seconds."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._whole() - known, patience)
+
+    def _whole(self) -> set[str]:
+        now = time.monotonic()
+        ended = {question for question, parts in self._lacks.values() if parts <= 0}
+        return {
+            question for question, site in self._answers
+            if question in ended or (not self._busy[site] and now - self._last.get(site, 0.0) > self.quiet)
+        }  # fmt: skip

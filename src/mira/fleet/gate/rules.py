@@ -25,7 +25,7 @@ HEAD_BYTES = 1 << 14
 class Limits:
     """The limits of a peer. Times in seconds."""
 
-    body: int = 8 << 20  # bytes of a piece of an answer; Flower sends an array in pieces of 5 MiB
+    body: int = 17 << 20  # bytes of a piece of an answer; sites send an array in pieces of 16 MiB
     answer: int = 1 << 20  # bytes of an answer's announcement: its sender, its question and its pieces
     question: int = 64 << 10  # bytes of any other request
     connections: int = 1024

@@ -68,12 +68,18 @@ def signer(headers: Mapping[str, str], keys: Collection[str], now: datetime) -> 
         return None
 
 
-def signed(private: bytes, now: datetime) -> dict[str, str]:
-    """The headers that prove the site with the node key ``private`` (OpenSSH). Raises ValueError unless it is an ECDSA key."""
+def key_pair(private: bytes) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]:
+    """The node key in ``private`` (OpenSSH), with its public half. Raises ValueError unless it is an ECDSA key."""
     key = serialization.load_ssh_private_key(private, password=None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ValueError("not an ECDSA key")
-    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return key, key.public_key()
+
+
+def signed(private: bytes, now: datetime) -> dict[str, str]:
+    """The headers that prove the site with the node key ``private`` (OpenSSH). Raises ValueError unless it is an ECDSA key."""
+    key, half = key_pair(private)
+    public = half.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     stamp = now.isoformat()
     signature = key.sign(stamp.encode("ascii"), ec.ECDSA(hashes.SHA256()))
     return {

@@ -17,6 +17,7 @@ from mira.fleet.flower.tempdirs import temporary_folder
 from mira.fleet.flower.transport import FlowerTransport
 from mira.fleet.gate import proxy
 from mira.fleet.gate.rules import Limits
+from mira.fleet.gate.upstream import Upstream
 from mira.fleet.identity import expiry
 from mira.fleet.identity.kit import ServerKit, load_server, split_address, until
 from mira.fleet.identity.registry import admitted
@@ -89,7 +90,7 @@ def _federation(kit: ServerKit, options: ServerOptions) -> Iterator[FlowerTransp
         superlink = SuperLink(folder, lambda: admitted(kit.folder), folder / "relay", options.tell)
         stack.callback(superlink.stop)
         trust = proxy.upstream_tls(superlink.authority)
-        inside = proxy.Upstream(("127.0.0.1", superlink.port), trust, superlink.ready, superlink.knows)
+        inside = Upstream(("127.0.0.1", superlink.port), trust, superlink.ready, superlink.knows)
         tls = proxy.server_tls(kit.certificate, kit.key)
         listen = _place(kit, options.listen)
         listener = stack.enter_context(closing(frames.listen(folder / "relay")))
@@ -107,7 +108,7 @@ def _federation(kit: ServerKit, options: ServerOptions) -> Iterator[FlowerTransp
 
         relay = FlowerTransport(
             listener, names, revive=superlink.revive, dropped=superlink.dropped, pushed=door.ring,
-            answered=door.answered, allow=door.allow, say=options.say,
+            answered=door.answered, wait=door.wait, allow=door.allow, say=options.say,
         )  # fmt: skip
         try:
             yield stack.enter_context(closing(relay))

@@ -57,6 +57,8 @@ class Opener:
         folder: Path | None = None,
     ) -> Session:
         _check(experiment)
+        wire = experiment.server.wire_for(experiment.method)
+        experiment = experiment.model_copy(update={"server": replace(experiment.server, wire=wire)})
         data = experiment.data if isinstance(experiment.data, Sites) else Sites()
         begin = sorted(data.examples or set(self.names()) - set(data.expected))
         if not begin:

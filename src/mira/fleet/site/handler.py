@@ -65,8 +65,8 @@ class JoinedRun:
 
     @property
     def wire(self) -> Wire:
-        """The format of the rows that the server sends."""
-        return down(self.session.experiment.server.wire)
+        """The format of the rows that this site sends. A server names it; one of before that was its default."""
+        return self.session.experiment.server.wire or "fp32"
 
     def kept_parts(self, values: Values) -> dict[str, Tensor]:
         """The private parts kept of the round that a request of ``values`` goes on from."""
@@ -184,7 +184,7 @@ class SiteHandler:
         here, values = self._based(packet)[0], packet.values
         since = int(values["since"])
         kept = here.state.get(since) if _keeps_state(here, values) else {}
-        work = work_of(packet, here.number, here.start, kept, here.wire)
+        work = work_of(packet, here.number, here.start, kept, down(here.wire))
         here.charge(work)
         trained = screen(here.session.engine.train(work, packet.head.round, float(values["lr"])))
         if trained.failed:
@@ -201,7 +201,7 @@ class SiteHandler:
     def _choose(self, packet: Packet) -> Answer:
         here, _ = self._based(packet)
         try:
-            offer = offer_of(packet, here.number, here.start, here.kept_parts(packet.values), here.wire)
+            offer = offer_of(packet, here.number, here.start, here.kept_parts(packet.values), down(here.wire))
         except (ValueError, LookupError) as error:
             raise RefusedRequest(f"not an offer: {error}") from None
         if offer.split == "train" and here.session.accountant is not None:
@@ -239,7 +239,7 @@ class SiteHandler:
 def _keeps_state(here: JoinedRun, values: Values) -> bool:
     """True where the training of a round needs state that the site kept of an earlier one."""
     experiment = here.session.experiment
-    return values["private_parts"] or experiment.training.keep_optimizer or experiment.server.wire != "fp32"
+    return values["private_parts"] or experiment.training.keep_optimizer or here.wire != "fp32"
 
 
 def _uploads(
@@ -261,7 +261,7 @@ def _encoded(here: JoinedRun, row: Tensor, start: Tensor, residual: Tensor | Non
     In fp32 without noise the row itself leaves. Otherwise its displacement from ``start`` [n] does: clipped, with noise, with the
     last ``residual`` added, and rounded. Raises RefusedRequest where a number is not finite.
     """
-    wire, privacy = here.session.experiment.server.wire, here.session.experiment.privacy
+    wire, privacy = here.wire, here.session.experiment.privacy
     if privacy is not None and privacy.by_example:
         privacy = None  # the row has its noise
     try:

@@ -1,4 +1,4 @@
-"""A site of a federation: a worker and a SuperNode, supervised until this process is ended."""
+"""A site of a federation: a worker and a node, supervised until this process is ended."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from types import FrameType
 from mira.core.errors import UserError
 from mira.fleet.flower.preflight import proxy_of, refusal
 from mira.fleet.flower.processes import SupervisedProcess
-from mira.fleet.flower.superlink import check_installed, free_port
+from mira.fleet.flower.superlink import check_installed
 from mira.fleet.flower.tempdirs import temporary_folder
 from mira.fleet.identity import expiry
 from mira.fleet.identity.key_files import own_folder
@@ -63,9 +63,7 @@ def run_site(kit_folder: Path, options: SiteOptions, say: Say, tell: Say) -> Non
 
 
 def _take_part(kit: SiteKit, options: SiteOptions, folder: Path, say: Say, tell: Say) -> None:
-    port = free_port()
-    worker = _worker(kit, options, folder, tell)
-    node, executor = _node(kit, options, folder, port, tell), _executor(options, folder, port, tell)
+    worker, node = _worker(kit, options, folder, tell), _node(kit, options, folder, tell)
     signal.signal(signal.SIGTERM, _end)
     try:
         if (through := proxy_of(kit.address)) is not None:
@@ -80,7 +78,6 @@ def _take_part(kit: SiteKit, options: SiteOptions, folder: Path, say: Say, tell:
         while True:
             if (new := _key(kit, key)) != key:
                 node.stop()  # signs off with the old key, which the server ends when the new one is used
-                executor.stop()
                 say(f"{kit.name}: goes on with its new key")
                 key, asked = new, -_ASK
             if node.ended or time.monotonic() > asked + _ASK:
@@ -88,21 +85,18 @@ def _take_part(kit: SiteKit, options: SiteOptions, folder: Path, say: Say, tell:
                 remind()
                 asked = time.monotonic()
             worker.tend()
-            if node.tend():
-                executor.tend()
-            else:
-                executor.stop()  # with the apps of the SuperNode that died
+            node.tend()
             time.sleep(_LOOK)
     except (KeyboardInterrupt, _Ended):
         say(f"{kit.name}: leaving")
     finally:
-        for process in (node, executor, worker):
+        for process in (node, worker):
             process.stop()
 
 
 def _ask(kit: SiteKit, key: bytes | None = None) -> None:
-    """Raises UserError where the site is not admitted or the server's certificate is invalid. ``key``: the one that the SuperNode
-    has: to ask with a newer one would end it."""
+    """Raises UserError where the site is not admitted or the server's certificate is invalid. ``key``: the one that the node has:
+    to ask with a newer one would end it."""
     if (why := refusal(kit, key)) is not None:
         raise UserError(why)
 
@@ -135,24 +129,13 @@ def _worker(kit: SiteKit, options: SiteOptions, folder: Path, tell: Say) -> Supe
     return SupervisedProcess("worker", line, None, {"OMP_WAIT_POLICY": "PASSIVE"}, tell)
 
 
-def _node(kit: SiteKit, options: SiteOptions, folder: Path, port: int, tell: Say) -> SupervisedProcess:
+def _node(kit: SiteKit, options: SiteOptions, folder: Path, tell: Say) -> SupervisedProcess:
     line = [
-        sys.executable, "-P", "-m", "mira.fleet.flower.supernode_process", "--superlink", kit.address,
-            "--root-certificates", str(kit.authority),
-        "--auth-supernode-private-key", str(kit.key), "--node-config", f'worker="{folder / "worker"}"',
-        "--host", "127.0.0.1", "--port", str(port), "--isolation", "process",
+        sys.executable, "-P", "-m", "mira.fleet.flower.node", "--superlink", kit.address,
+        "--root-certificates", str(kit.authority), "--key", str(kit.key), "--worker", str(folder / "worker"),
     ]  # fmt: skip
-    return SupervisedProcess(
-        "SuperNode", line, options.state / "supernode.log", {"FLWR_HOME": str(folder / "flower")}, tell
-    )
-
-
-def _executor(options: SiteOptions, folder: Path, port: int, tell: Say) -> SupervisedProcess:
-    """The process that starts the SuperNode's apps."""
-    line = [sys.executable, "-P", "-m", "mira.fleet.flower.app_launcher", "--node", f"127.0.0.1:{port}"]
-    return SupervisedProcess(
-        "executor", line, options.state / "supernode.log", {"FLWR_HOME": str(folder / "flower")}, tell
-    )
+    home = {"FLWR_HOME": str(folder / "flower")}
+    return SupervisedProcess("node", line, options.state / "node.log", home, tell)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
