@@ -178,6 +178,7 @@ def _opening(session: Session, experiment: Experiment) -> dict[str, Any]:
         "protocol": PROTOCOL,
         "experiment": {key: value for key, value in given.items() if key not in _NOT_SENT},
         "adapter_package": f"{plugin.package} {plugin.version}" if plugin is not None and plugin.package else None,
+        "about": {"run": experiment.name, "method": experiment.method.name},  # for the cards of adapters
         "threads": session.surroundings["threads"],
         "trainings": times_of(experiment),
         **fingerprints(session),

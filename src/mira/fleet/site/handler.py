@@ -24,6 +24,7 @@ from mira.data.types import Source
 from mira.fleet.messages.packet import PROTOCOL, Packet, other_protocol, pack, row_key, unpack
 from mira.fleet.site.account import check_terms, describe, private, terms_of
 from mira.fleet.site.offset import rebase
+from mira.fleet.site.origin import note_losses, origin_of
 from mira.fleet.site.privacy import release
 from mira.fleet.site.refusals import RefusedRequest, check_adapter, check_noise, check_sources
 from mira.fleet.site.state import SiteState
@@ -38,7 +39,6 @@ from mira.fleet.site.training import (
     work_of,
 )
 from mira.runner import evaluation
-from mira.serving.card import Origin
 from mira.serving.folders import export_row
 from mira.setup.build import open_session
 from mira.setup.session import Session
@@ -216,6 +216,7 @@ class SiteHandler:
         rows = torch.stack([_deployed(here, packet, n) for n in range(values["rows"])])
         client = torch.full((len(rows),), here.number)
         scores = here.session.engine.evaluate(rows, client, values["splits"], values["limit"])
+        note_losses(here.state, values["splits"], scores)
         return {}, {"nll": scores.nll, "tokens": scores.tokens}
 
     def _grade(self, packet: Packet) -> Answer:
@@ -228,7 +229,7 @@ class SiteHandler:
     def _finish(self, packet: Packet) -> Answer:
         here, offset = self._based(packet)
         place = self.state / "adapter"
-        origin = Origin(here.session.federation.clients[0], here.session.experiment.rounds)
+        origin = origin_of(here.session, here.state, packet.values.get("round"), here.number, here.releases)
         export_row(here.session, place, _deployed(here, packet, 0), origin, offset)
         log.info("adapter written to %s", place)
         if (asked := here.session.experiment.privacy) is not None:
