@@ -20,6 +20,7 @@ from mira.core.example_privacy import ExamplePrivacy
 from mira.core.training import Training
 from mira.core.types import Trained, Work
 from mira.methods import METHODS
+from mira.setup import accounting
 from mira.setup.accounting import epsilon, noise_for
 from mira.setup.privacy import Accountant, AccountedTrainer, check_delta
 
@@ -44,6 +45,14 @@ def by_formula(noise: float, rate: float, steps: int) -> float:
 def test_epsilon_is_that_of_the_published_formula(noise: float, rate: float, steps: int) -> None:
     pytest.importorskip("dp_accounting", reason="needs the extra 'privacy'")
     assert epsilon(noise, rate, steps, DELTA) == pytest.approx(by_formula(noise, rate, steps), rel=1e-6)
+
+
+def test_the_divergence_of_a_step_is_computed_once_for_all_rounds() -> None:
+    pytest.importorskip("dp_accounting", reason="needs the extra 'privacy'")
+    before = accounting._of_step.cache_info().misses
+    spent = [epsilon(1.2345, 0.0625, steps, DELTA) for steps in range(1, 6)]
+    assert spent == sorted(set(spent))
+    assert accounting._of_step.cache_info().misses == before + 1
 
 
 def least(noise: float, rate: float) -> float:

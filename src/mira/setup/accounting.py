@@ -21,11 +21,18 @@ _MOST = 2.0**20  # noise above this is no training any more
 @cache
 def epsilon(noise: float, rate: float, steps: int, delta: float) -> float:
     """ε at ``delta`` after ``steps``; 0 before the first. Raises UserError where the accountant is not installed."""
-    events, rdp = _library()
+    _, rdp = _library()
     if steps == 0:
         return 0.0
+    return float(rdp.compute_epsilon(_ORDERS, steps * _of_step(noise, rate), delta)[0])
+
+
+@cache
+def _of_step(noise: float, rate: float) -> Any:
+    """The Rényi divergences of one step at all orders: those of several steps add up, so each round needs them again."""
+    events, rdp = _library()
     sampled = events.PoissonSampledDpEvent(rate, events.GaussianDpEvent(noise))
-    return float(rdp.RdpAccountant(_ORDERS).compose(sampled, steps).get_epsilon(delta))
+    return rdp.RdpAccountant(_ORDERS).compose(sampled).rdp
 
 
 @cache
