@@ -32,6 +32,9 @@ class PrivacySection:
     simulation: bool = False
     """Draw samples and noise from the run's seed, so that the run can be repeated. It then protects nobody: who knows the seed
     can subtract the noise. Only with unit: example."""
+    metrics: Literal["exact", "none"] = "exact"
+    """Losses, metrics and counts that a client tells beside its adapter. exact: as they are. none: nothing that depends on its
+    data; adapters are averaged with equal weights, and no round is measured."""
 
     def __post_init__(self) -> None:
         if self.unit == "site":
@@ -45,6 +48,11 @@ class PrivacySection:
         elif (self.noise is None) == (self.epsilon is None):
             given = "neither" if self.noise is None else "both"
             raise UserError(f"privacy: {given} of epsilon and noise given; set exactly one, e.g. epsilon: 8")
+
+    @property
+    def tells(self) -> bool:
+        """True where clients tell losses, metrics and counts."""
+        return self.metrics != "none"
 
     @property
     def by_example(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,11 +29,15 @@ def measurer(
     """The evaluation after each round: losses every n rounds, answers at the start and at the end, transfer at the end.
 
     All metrics but the validation loss use the test split; they are left out if the configuration excludes it. A round with which
-    a callback ends the run is evaluated as the last one. ``known``: the last losses of each client, updated in place.
+    a callback ends the run is evaluated as the last one. ``known``: the last losses of each client, updated in place. With
+    privacy.metrics=none nothing is measured, and training losses are None.
     """
-    plan, rounds = session.experiment.evaluation, session.experiment.rounds
+    plan, rounds, privacy = session.experiment.evaluation, session.experiment.rounds, session.experiment.privacy
+    told = privacy is None or privacy.tells
 
     def evaluated(state: ServerState, last: bool) -> Record:
+        if not told:
+            return _nothing_told(session.names) if last or not state.round else {}
         answers = plan.test and plan.generate and (last or state.round == 0)
         if not last and state.round % plan.every:
             return {}
@@ -46,10 +50,17 @@ def measurer(
         if reason is not None:
             found = evaluated(state, last=True) | {"stopped": reason}
         known.update(evaluation.known_from([{"round": state.round} | found]))
+        found |= {} if told or "train_loss" not in record else {"train_loss": dict.fromkeys(record["train_loss"])}
         found |= clients_of(session).round_extras()
         return found | {"peak_memory_bytes": peak_memory(session.base.model.device)}
 
     return look
+
+
+def _nothing_told(names: Sequence[str]) -> Record:
+    """The fields of an evaluation without numbers, for clients that tell none."""
+    scores = dict.fromkeys(("validation_loss", "test_loss", "perplexity"))
+    return {"validation_loss": None, "local_loss": None, "clients": {name: dict(scores) for name in names}}
 
 
 def measured(

@@ -30,7 +30,7 @@ from mira.runner.recording import FolderRecorder, state_of
 from mira.runner.summary import ADAPTERS, Result, located, summary
 from mira.serving.folders import export_adapters
 from mira.setup.environment import check_environment
-from mira.setup.privacy import AccountedTrainer
+from mira.setup.privacy import AccountedTrainer, UntoldTrainer
 from mira.setup.session import TOKENS, Session
 from mira.store import Store
 from mira.trackers import Trackers
@@ -130,6 +130,8 @@ def _go_on(session: Session, store: Store, state: ServerState, told: Callbacks) 
             trainer = (
                 clients.engine if session.accountant is None else AccountedTrainer(clients.engine, session.accountant)
             )
+            if experiment.privacy is not None and not experiment.privacy.tells:
+                trainer = UntoldTrainer(trainer)
             run_rounds(
                 method,
                 trainer,

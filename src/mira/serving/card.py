@@ -72,7 +72,7 @@ def card(folder: Path, session: Session, origin: Origin, use: Use, base: str | N
         **_quantised(session),
         "adapter": _adapter(session, client.name, origin.offset_ranks if use != "merged" else 0),
         "method": f"{origin.method or session.experiment.method.name}, {origin.round} round{'s' * (origin.round != 1)}",
-        "examples": _examples(client),
+        **_examples(session, client),
         **_prompts(session, client),
         **{f"{split} loss": f"{b:.3f} before, {a:.3f} after" for split, (b, a) in origin.losses.items()},
         **_privacy(session, origin),
@@ -161,10 +161,13 @@ def _adapter(session: Session, client: str, more: int) -> str:
     return f"{experiment.adapter.kind} of rank {rank} on {', '.join(ends)}"
 
 
-def _examples(client: SplitClient) -> str:
+def _examples(session: Session, client: SplitClient) -> dict[str, str]:
+    """The row of the numbers of examples; none where the client tells no counts."""
+    if session.experiment.privacy is not None and not session.experiment.privacy.tells:
+        return {}
     if client.elsewhere is not None:  # the other splits are at the site
-        return f"{client.elsewhere} train"
-    return f"{len(client.train)} train, {len(client.validation)} validation, {len(client.test)} test"
+        return {"examples": f"{client.elsewhere} train"}
+    return {"examples": f"{len(client.train)} train, {len(client.validation)} validation, {len(client.test)} test"}
 
 
 def _privacy(session: Session, origin: Origin) -> dict[str, str]:

@@ -16,6 +16,7 @@ from mira.config.privacy import PrivacySection
 from mira.core.engine import Trainer
 from mira.core.errors import UserError
 from mira.core.example_privacy import ExamplePrivacy, rate
+from mira.core.loop import screen
 from mira.core.training import Training
 from mira.core.types import Failure, Trained, Work
 from mira.data.corpus import Corpus
@@ -58,7 +59,7 @@ class Accountant:
 
     ``names``: of the clients, by number; ``number``: of the training examples of each. ``planned``: the steps of each in the
     whole run, which ``target`` (an ε, set by ``limit``; None: there is none) allows. ``steps``: those done so far, updated in
-    place.
+    place. ``tells``: clients tell losses, metrics and counts.
     """
 
     privacy: ExamplePrivacy
@@ -70,6 +71,7 @@ class Accountant:
     target: float | None = None
     limit: str = "privacy.epsilon"
     steps: Counter[int] = field(default_factory=Counter)
+    tells: bool = True
 
     @staticmethod
     def of(experiment: Experiment, corpus: Corpus, times: int) -> Accountant | None:
@@ -85,7 +87,7 @@ class Accountant:
         seed = experiment.seed if section.simulation else None
         made = Accountant(
             ExamplePrivacy(section.clip, training.batch_size, noise, seed), section.delta, training, names, number,
-            {k: times * training.steps_for(n) for k, n in number.items()}, section.epsilon,
+            {k: times * training.steps_for(n) for k, n in number.items()}, section.epsilon, tells=section.tells,
         )  # fmt: skip
         made.tell()
         return made
@@ -107,12 +109,14 @@ class Accountant:
 
     def spent(self) -> dict[str, dict[str, Any]]:
         """The steps of each client, and the (ε, δ) that they add up to, for a round's record."""
-        simulated = {"simulation": True} if self.privacy.seed is not None else {}
+        more = ({"simulation": True} if self.privacy.seed is not None else {}) | (
+            {} if self.tells else {"metrics": "none"}
+        )
         return {
             name: {
                 "steps": self.steps[k], "noise": self.privacy.noise[k], "epsilon": self.epsilon(k, self.steps[k]),
                 "delta": self.delta,
-            } | simulated
+            } | more
             for k, name in self.names.items()
         }  # fmt: skip
 
@@ -157,3 +161,23 @@ class AccountedTrainer:
         trained = self.inner.train(part(work, jobs), round, lr)
         trained = replace(trained, job=torch.tensor(jobs)[trained.job])
         return replace(trained, failed=(*trained.failed, *failed))
+
+
+@dataclass(frozen=True)
+class UntoldTrainer:
+    """Trains by ``inner`` and tells nothing of the data but the rows."""
+
+    inner: Trainer
+
+    def train(self, work: Work, round: int, lr: float) -> Trained:
+        """See ``Trainer.train``."""
+        return untold(screen(self.inner.train(work, round, lr)))
+
+
+def untold(trained: Trained) -> Trained:
+    """``trained`` with a fixed value in the place of each count and loss: one example, no tokens, loss 0. The rows and the number
+    of steps, which the configuration sets, stay. Clients whose loss is not finite must be gone (``core.loop.screen``)."""
+    return replace(
+        trained, examples=torch.ones_like(trained.examples), tokens=torch.zeros_like(trained.tokens),
+        loss=torch.zeros_like(trained.loss),
+    )  # fmt: skip

@@ -19,7 +19,7 @@ from mira.fleet.messages.packet import PROTOCOL
 from mira.fleet.messages.policy import RemoteRun, RoundPolicy
 from mira.fleet.messages.transport import NoReply, Transport
 from mira.fleet.server.clients import RemoteClients
-from mira.fleet.site.handler import fingerprints
+from mira.fleet.site.fingerprints import fingerprints
 from mira.fleet.site.privacy import epsilon
 from mira.setup.build import open_session
 from mira.setup.environment import clients_told

@@ -21,10 +21,16 @@ _MOST_STEPS = 10**9  # of a run; the accountant computes with floats
 
 def spent(asked: PrivacySection, training: Training, number: int, times: int, count: int) -> dict[str, Any]:
     """The sum of the ``count`` releases, or private steps, that a site last reported, for a round's record. ``number``: its
-    training examples; ``times``: the trainings of an adapter that it does in the whole run."""
+    training examples; ``times``: the trainings of an adapter that it does in the whole run. Of a site that tells no counts: an
+    upper bound, as for one that takes all of its examples in each step."""
+    untold = {} if asked.tells else {"metrics": "none"}
     if not asked.by_example:
         found = privacy.epsilon(asked.given_noise, asked.delta, count)
-        return {"releases": count, "epsilon": found, "delta": asked.delta}
+        return {"releases": count, "epsilon": found, "delta": asked.delta, **untold}
+    if not asked.tells:
+        found = accounting.epsilon(asked.noise, 1.0, count, asked.delta) if asked.noise else asked.epsilon
+        known = {"steps": count, "noise": asked.noise, "epsilon": found if count else 0.0, "delta": asked.delta}
+        return known | {"at_most": True, "reported": True} | untold
     noise = noise_of(asked, training, number, times)
     found = accounting.epsilon(noise, rate(training.batch_size, number), count, asked.delta)
     return {"steps": count, "noise": noise, "epsilon": found, "delta": asked.delta, "reported": True}
@@ -45,18 +51,20 @@ def private(session: Session, client: int, opened: Mapping[str, Any], count: int
         raise UserError(
             "privacy.unit=example: the server does not tell how often a site trains; it runs another version of mira"
         )
+    # In words that may leave the site, where these may tell of its data.
+    refused = RefusedRequest if asked.tells else UserError
     if times * session.experiment.training.steps_for(session.corpus.num_train(client)) > _MOST_STEPS:
         raise RefusedRequest(f"trainings, training: more than {_MOST_STEPS:g} private steps")
     try:
         check_delta(asked.delta, session.corpus.num_train(client))
-    except UserError as error:  # in words that may leave the site
-        raise RefusedRequest(str(error)) from None
+    except UserError as error:
+        raise refused(str(error)) from None
     accountant = Accountant.of(session.experiment, session.corpus, times)
     assert accountant is not None
     if most is not None:
         cost = accountant.epsilon(client, accountant.planned[client])
         if cost > most:
-            raise RefusedRequest(f"epsilon={cost:.3g} is too much: it takes part up to {most:g}")
+            raise refused(f"epsilon={cost:.3g} is too much: it takes part up to {most:g}")
         if asked.epsilon is None:  # so that more steps than planned are refused
             accountant = replace(accountant, target=most, limit="--max-epsilon")
     accountant.steps[client] = count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from mira.data.sources.sites import Own
 from mira.data.types import Source
 from mira.fleet.messages.packet import PROTOCOL, Packet, other_protocol, pack, row_key, unpack
 from mira.fleet.site.account import check_terms, describe, private, terms_of
+from mira.fleet.site.fingerprints import fingerprints
 from mira.fleet.site.offset import rebase
 from mira.fleet.site.origin import note_losses, origin_of
 from mira.fleet.site.privacy import release
@@ -41,6 +41,7 @@ from mira.fleet.site.training import (
 from mira.runner import evaluation
 from mira.serving.folders import export_row
 from mira.setup.build import open_session
+from mira.setup.privacy import untold
 from mira.setup.session import Session
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ Values = dict[str, Any]
 Answer = tuple[Values, dict[str, Tensor]]
 # In the place of an error, which may hold text or file names.
 SEE_LOG = "it failed; the reason is in the site's own log"
+_NOT_TOLD = "privacy.metrics=none: losses and metrics stay at this site"
 _NO_NOISE = "the loss on its training examples has no noise (privacy.unit=example)"
 
 
@@ -67,6 +69,12 @@ class JoinedRun:
     def wire(self) -> Wire:
         """The format of the rows that the server sends."""
         return down(self.session.experiment.server.wire)
+
+    @property
+    def tells(self) -> bool:
+        """True where the site tells losses, metrics and counts."""
+        asked = self.session.experiment.privacy
+        return asked is None or asked.tells
 
     def kept_parts(self, values: Values) -> dict[str, Tensor]:
         """The private parts kept of the round that a request of ``values`` goes on from."""
@@ -131,8 +139,8 @@ class SiteHandler:
         here.state.note("open", packet.values)
         log.info("joined run %s", packet.head.run)
         return {
-            "protocol": PROTOCOL, "examples": here.session.federation.clients[0].num_train, "releases": here.releases,
-            "allow_transfer": self.allow_transfer,
+            "protocol": PROTOCOL, "examples": here.session.federation.clients[0].num_train if here.tells else 1,
+            "releases": here.releases, "allow_transfer": self.allow_transfer,
         }, {}  # fmt: skip
 
     def _run(self, run: str, values: Values | None = None) -> JoinedRun:
@@ -151,6 +159,12 @@ class SiteHandler:
         """The run of ``packet``, its base with the packet's offset, and that offset [n,P]."""
         here = self._run(packet.head.run)
         return here, rebase(here.session, here.state, packet, here.start)
+
+    def _measuring(self, packet: Packet) -> tuple[JoinedRun, Tensor | None]:
+        """As ``_based``, for a request of numbers that depend on the data. Raises RefusedRequest where the run tells none."""
+        if not self._run(packet.head.run).tells:
+            raise RefusedRequest(_NOT_TOLD)
+        return self._based(packet)
 
     def _join(self, state: SiteState, values: Values) -> JoinedRun:
         if (difference := other_protocol(values.get("protocol"))) is not None:
@@ -188,18 +202,18 @@ class SiteHandler:
         here.charge(work)
         trained = screen(here.session.engine.train(work, packet.head.round, float(values["lr"])))
         if trained.failed:
-            raise RefusedRequest(trained.failed[0].reason)
+            raise (RefusedRequest if here.tells else UserError)(trained.failed[0].reason)
         here.state.keep({since, *values["keep"]})
         rows, residuals = _uploads(here, work, trained, kept)
         things = (private_parts(work, trained) if values["private_parts"] else {}) | optimizer_states(trained)
         if things | residuals:
             here.state.put(packet.head.round + 1, things | residuals)
-        jobs = answers(trained)
-        log.info("round %d: trained, mean loss %.3f", packet.head.round + 1, jobs[-1]["loss"])
+        log.info("round %d: trained, mean loss %.3f", packet.head.round + 1, float(trained.loss[-1]))
+        jobs = answers(trained if here.tells else untold(trained))
         return {"jobs": jobs, "releases": here.releases}, rows
 
     def _choose(self, packet: Packet) -> Answer:
-        here, _ = self._based(packet)
+        here, _ = self._measuring(packet)
         try:
             offer = offer_of(packet, here.number, here.start, here.kept_parts(packet.values), here.wire)
         except (ValueError, LookupError) as error:
@@ -210,7 +224,7 @@ class SiteHandler:
         return {}, {"nll": scores.nll, "tokens": scores.tokens}
 
     def _evaluate(self, packet: Packet) -> Answer:
-        here, values = self._based(packet)[0], packet.values
+        here, values = self._measuring(packet)[0], packet.values
         if here.session.accountant is not None and not set(values["splits"]) <= {"validation", "test"}:
             raise RefusedRequest(_NO_NOISE)
         rows = torch.stack([_deployed(here, packet, n) for n in range(values["rows"])])
@@ -220,7 +234,7 @@ class SiteHandler:
         return {}, {"nll": scores.nll, "tokens": scores.tokens}
 
     def _grade(self, packet: Packet) -> Answer:
-        here, limit, most = self._based(packet)[0], packet.values["limit"], packet.values["max_new_tokens"]
+        here, limit, most = self._measuring(packet)[0], packet.values["limit"], packet.values["max_new_tokens"]
         row, client = _deployed(here, packet, 0)[None], torch.tensor([here.number])
         references = [here.session.corpus.references(here.number, "test", limit)]
         metrics = here.session.experiment.evaluation.metrics
@@ -281,16 +295,3 @@ def _encoded(here: JoinedRun, row: Tensor, start: Tensor, residual: Tensor | Non
 def _deployed(here: JoinedRun, packet: Packet, n: int) -> Tensor:
     """Row ``n`` of ``packet``, with the private parts of this site put into it."""
     return with_private_parts(packet.tensors[row_key(n)], here.kept_parts(packet.values))
-
-
-def fingerprints(session: Session) -> dict[str, str]:
-    """SHA-256 of the base model's weights, with its quantisation, of the tokenizer, and of the adapter that clients start from,
-    where one is given: a site's must be those of its server."""
-    tokenizer = session.base.tokenizer
-    inner = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab()))
-    about = json.dumps([inner, tokenizer.chat_template, tokenizer.special_tokens_map], default=str)
-    weights = f"{session.base.sha256} {session.base.quantization}"
-    found = {"base model": weights, "tokenizer": hashlib.sha256(about.encode()).hexdigest()}
-    if getattr(session.experiment.adapter, "start", None) is None:  # the seed gives the start, everywhere the same
-        return found
-    return found | {"start adapter": hashlib.sha256(session.start().numpy().tobytes()).hexdigest()}
