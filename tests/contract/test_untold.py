@@ -76,7 +76,7 @@ def test_a_site_refuses_to_measure(world: World) -> None:
     # The reason for which it cannot take part would tell how many examples it has.
     given = opened.values["experiment"]
     strict = opened.values | {"experiment": given | {"privacy": given["privacy"] | {"delta": 0.25}}}
-    said = unpack(site.handle(pack(Packet(opened.head, strict, {})))).values
+    said = unpack(world.sites("other")[name].handle(pack(Packet(opened.head, strict, {})))).values
     assert said == {"failed": "it failed; the reason is in the site's own log"}
 
 

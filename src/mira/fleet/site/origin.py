@@ -1,4 +1,4 @@
-"""What a site's card says of its adapter beyond the run's settings: its own losses, and the account of its privacy."""
+"""The facts of a site's card beyond the run's settings: its own losses, and the account of its privacy."""
 
 from __future__ import annotations
 
