@@ -28,8 +28,8 @@ def spent(asked: PrivacySection, training: Training, number: int, times: int, co
         found = privacy.epsilon(asked.given_noise, asked.delta, count)
         return {"releases": count, "epsilon": found, "delta": asked.delta, **untold}
     if not asked.tells:
-        found = accounting.epsilon(asked.noise, 1.0, count, asked.delta) if asked.noise else asked.epsilon
-        known = {"steps": count, "noise": asked.noise, "epsilon": found if count else 0.0, "delta": asked.delta}
+        most = accounting.epsilon(asked.noise, 1.0, count, asked.delta) if asked.noise else asked.epsilon
+        known = {"steps": count, "noise": asked.noise, "epsilon": most if count else 0.0, "delta": asked.delta}
         return known | {"at_most": True, "reported": True} | untold
     noise = noise_of(asked, training, number, times)
     found = accounting.epsilon(noise, rate(training.batch_size, number), count, asked.delta)
