@@ -72,7 +72,7 @@ def test_a_site_refuses_to_measure(world: World) -> None:
     for kind in ("evaluate", "choose", "grade"):
         head: Any = replace(opened.head, kind=kind)
         said = unpack(site.handle(pack(Packet(head, {}, {})))).values
-        assert said == {"failed": "privacy.metrics=none: losses and metrics stay at this site"}
+        assert said == {"failed": "privacy.metrics: losses and metrics as they are stay at this site"}
     # The reason for which it cannot take part would tell how many examples it has.
     given = opened.values["experiment"]
     strict = opened.values | {"experiment": given | {"privacy": given["privacy"] | {"delta": 0.25}}}
@@ -123,5 +123,5 @@ def test_a_comparison_needs_losses(tmp_path: Path) -> None:
         "rounds": 1, "model": {"name": "m"}, "training": {"local_steps": 1}, "data": {"source": "builtin"}, "privacy": PRIVATE,
     }  # fmt: skip
     (tmp_path / "c.yaml").write_text(json.dumps({"experiment": experiment, "seeds": [0], "entries": {"MIRA": {}}}))
-    with pytest.raises(UserError, match=r"privacy\.metrics=none: a comparison chooses by validation losses"):
+    with pytest.raises(UserError, match=r"privacy\.metrics=none: a comparison measures losses"):
         plan.load(tmp_path / "c.yaml")

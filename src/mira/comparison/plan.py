@@ -206,9 +206,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Plan:
     if "seed" in {text.partition("=")[0].strip() for text in [*_texts(comparison.set), *overrides]}:
         raise UserError("seed: give the seeds of a comparison in seeds")
     base = config.parse(common)
-    if base.privacy is not None and not base.privacy.tells:
+    if base.privacy is not None and not base.privacy.exact:
         raise UserError(
-            "privacy.metrics=none: a comparison chooses by validation losses, which clients do not tell; set"
+            f"privacy.metrics={base.privacy.metrics}: a comparison measures losses as they are, to choose by them; set"
             " privacy.metrics=exact, or use mira run"
         )
     jobs, outside = {}, {}

@@ -137,6 +137,10 @@ def is_untold(spent: dict[str, dict[str, Any]]) -> bool:
 def privacy(spent: dict[str, dict[str, Any]]) -> str:
     """One sentence for people, from a record's ``privacy``: (ε, δ) of each client, as accounted by its site or by the run."""
     rest = "losses, metrics and counts are not " + ("told" if is_untold(spent) else "covered")
+    if any(s.get("metrics") == "noised" for s in spent.values()):
+        rest = (
+            "losses have noise, which is counted; other metrics are not told, the numbers of examples are not covered"
+        )
     if any("steps" in s for s in spent.values()):
         each = ", ".join(
             f"{name} ({'at most ' * ('at_most' in s)}{s['epsilon']:.3g}, {s['delta']:g}) of {s['steps']} steps"

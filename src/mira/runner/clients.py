@@ -53,10 +53,10 @@ class LocalClients:
                 " examples, which has no noise; take another method"
             )
         privacy = self.session.experiment.privacy
-        if privacy is not None and not privacy.tells:
+        if privacy is not None and not privacy.exact:
             raise UserError(
-                f"privacy.metrics=none: method.name={self.session.experiment.method.name} chooses by losses, which clients do not"
-                " tell; take another method"
+                f"privacy.metrics={privacy.metrics}: method.name={self.session.experiment.method.name} chooses by losses, which"
+                " clients do not tell; take another method"
             )
         with enough_memory(self.session.experiment):
             return option_scores(self.session.engine, offer, limit).loss

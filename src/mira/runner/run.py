@@ -130,8 +130,8 @@ def _go_on(session: Session, store: Store, state: ServerState, told: Callbacks) 
             trainer: Trainer = clients.engine
             if session.accountant is not None:
                 trainer = AccountedTrainer(trainer, session.accountant)
-            if experiment.privacy is not None and not experiment.privacy.tells:
-                trainer = UntoldTrainer(trainer)
+            if experiment.privacy is not None and not experiment.privacy.exact:
+                trainer = UntoldTrainer(trainer, experiment.privacy.tells)
             run_rounds(
                 method,
                 trainer,

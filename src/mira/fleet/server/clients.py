@@ -157,7 +157,7 @@ class RemoteClients:
         if asked is None:
             return joined
         return joined | {"privacy": {
-            name: spent(asked, policy.training, self.run.examples[name], policy.times, n)
+            name: spent(asked, policy.training, self.run.examples[name], policy.times, n, policy.measurements)
             for name, n in sorted(self._releases.items()) if name in self.run.examples
         }}  # fmt: skip
 

@@ -23,6 +23,7 @@ from mira.fleet.site.fingerprints import fingerprints
 from mira.fleet.site.privacy import epsilon
 from mira.setup.build import open_session
 from mira.setup.environment import clients_told
+from mira.setup.noised import measurements_of
 from mira.setup.privacy import times_of
 from mira.setup.session import Session
 from mira.store import Store
@@ -88,6 +89,7 @@ class Opener:
             privacy=experiment.privacy,
             training=experiment.training,
             times=times_of(experiment),
+            measurements=measurements_of(experiment),
         )
         run = RemoteRun(
             number, secrets.token_hex(8), session.names, _opening(session, experiment), experiment.clients.rank,
@@ -181,6 +183,7 @@ def _opening(session: Session, experiment: Experiment) -> dict[str, Any]:
         "about": {"run": experiment.name, "method": experiment.method.name},  # for the cards of adapters
         "threads": session.surroundings["threads"],
         "trainings": times_of(experiment),
+        "measurements": measurements_of(experiment),
         **fingerprints(session),
     }
 

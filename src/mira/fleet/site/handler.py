@@ -21,7 +21,7 @@ from mira.core.wire import Wire, compress, down, encode
 from mira.data.sources.sites import Own
 from mira.data.types import Source
 from mira.fleet.messages.packet import PROTOCOL, Packet, other_protocol, pack, row_key, unpack
-from mira.fleet.site.account import check_terms, describe, private, terms_of
+from mira.fleet.site.account import MEASURED, check_terms, describe, evaluator, private, terms_of
 from mira.fleet.site.fingerprints import fingerprints
 from mira.fleet.site.offset import rebase
 from mira.fleet.site.origin import note_losses, origin_of
@@ -50,7 +50,7 @@ Values = dict[str, Any]
 Answer = tuple[Values, dict[str, Tensor]]
 # In the place of an error, which may hold text or file names.
 SEE_LOG = "it failed; the reason is in the site's own log"
-_NOT_TOLD = "privacy.metrics=none: losses and metrics stay at this site"
+_NOT_TOLD = "privacy.metrics: losses and metrics as they are stay at this site"
 _NO_NOISE = "the loss on its training examples has no noise (privacy.unit=example)"
 
 
@@ -71,10 +71,10 @@ class JoinedRun:
         return down(self.session.experiment.server.wire)
 
     @property
-    def tells(self) -> bool:
-        """True where the site tells losses, metrics and counts."""
+    def metrics(self) -> str:
+        """privacy.metrics: what the site tells beside its rows."""
         asked = self.session.experiment.privacy
-        return asked is None or asked.tells
+        return "exact" if asked is None else asked.metrics
 
     def kept_parts(self, values: Values) -> dict[str, Tensor]:
         """The private parts kept of the round that a request of ``values`` goes on from."""
@@ -139,7 +139,7 @@ class SiteHandler:
         here.state.note("open", packet.values)
         log.info("joined run %s", packet.head.run)
         return {
-            "protocol": PROTOCOL, "examples": here.session.federation.clients[0].num_train if here.tells else 1,
+            "protocol": PROTOCOL, "examples": here.session.federation.clients[0].num_train if here.metrics != "none" else 1,
             "releases": here.releases, "allow_transfer": self.allow_transfer,
         }, {}  # fmt: skip
 
@@ -162,7 +162,8 @@ class SiteHandler:
 
     def _measuring(self, packet: Packet) -> tuple[JoinedRun, Tensor | None]:
         """As ``_based``, for a request of numbers that depend on the data. Raises RefusedRequest where the run tells none."""
-        if not self._run(packet.head.run).tells:
+        here = self._run(packet.head.run)
+        if here.metrics != "exact" and (packet.head.kind != "evaluate" or here.metrics == "none"):
             raise RefusedRequest(_NOT_TOLD)
         return self._based(packet)
 
@@ -182,7 +183,8 @@ class SiteHandler:
         session = open_session(experiment, threads, folder=state.folder, first=number)
         terms = terms_of(session, number, values)
         check_terms(terms, state.noted("terms"))
-        session = private(session, number, values, (state.noted("releases") or {"count": 0})["count"], self.max_epsilon)
+        done, measured = ((state.noted(what) or {"count": 0})["count"] for what in ("releases", MEASURED))
+        session = private(session, number, values, done, self.max_epsilon, measured)
         for what, ours in fingerprints(session).items():
             if values[what] != ours:
                 raise RefusedRequest(
@@ -202,14 +204,14 @@ class SiteHandler:
         here.charge(work)
         trained = screen(here.session.engine.train(work, packet.head.round, float(values["lr"])))
         if trained.failed:
-            raise (RefusedRequest if here.tells else UserError)(trained.failed[0].reason)
+            raise (RefusedRequest if here.metrics == "exact" else UserError)(trained.failed[0].reason)
         here.state.keep({since, *values["keep"]})
         rows, residuals = _uploads(here, work, trained, kept)
         things = (private_parts(work, trained) if values["private_parts"] else {}) | optimizer_states(trained)
         if things | residuals:
             here.state.put(packet.head.round + 1, things | residuals)
         log.info("round %d: trained, mean loss %.3f", packet.head.round + 1, float(trained.loss[-1]))
-        jobs = answers(trained if here.tells else untold(trained))
+        jobs = answers(trained if here.metrics == "exact" else untold(trained, here.metrics != "none"))
         return {"jobs": jobs, "releases": here.releases}, rows
 
     def _choose(self, packet: Packet) -> Answer:
@@ -229,7 +231,8 @@ class SiteHandler:
             raise RefusedRequest(_NO_NOISE)
         rows = torch.stack([_deployed(here, packet, n) for n in range(values["rows"])])
         client = torch.full((len(rows),), here.number)
-        scores = here.session.engine.evaluate(rows, client, values["splits"], values["limit"])
+        engine = evaluator(here.session, here.state, values["splits"], len(rows))
+        scores = engine.evaluate(rows, client, values["splits"], values["limit"])
         note_losses(here.state, values["splits"], scores)
         return {}, {"nll": scores.nll, "tokens": scores.tokens}
 
