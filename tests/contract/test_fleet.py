@@ -55,8 +55,14 @@ def test_rows_and_scores_are_those_of_one_process_to_the_last_bit(
     for client in together["clients"]:
         own = world.folder / "sites" / client["name"] / "adapter" / "adapter_model.safetensors"
         assert own.read_bytes() == (Path(client["adapter"]) / "adapter_model.safetensors").read_bytes()
-        assert f"| client | {client['name']} |" in (own.parent / "README.md").read_text(encoding="utf-8")
+        here, there = card_in(Path(client["adapter"])), card_in(own.parent)
+        assert f"| test loss | {client['loss_start']:.3f} before, {client['loss']:.3f} after |" in there
+        assert there == here
         assert (own.parent / "prompt_template.jinja").is_file()
+
+
+def card_in(folder: Path) -> list[str]:
+    return (folder / "README.md").read_text(encoding="utf-8").splitlines()
 
 
 def test_every_rounds_rows_on_the_server_are_those_of_one_process(world: World) -> None:
@@ -265,6 +271,8 @@ def test_noise_is_put_on_at_the_site_and_every_release_counts(world: World, wire
     assert [record["privacy"]["ann"]["releases"] for record in records] == [0, 1, 1, 3]
     assert records[3]["privacy"]["ann"]["epsilon"] == epsilon(2.0, 1e-5, 3)
     assert result["privacy"] == records[3]["privacy"]
+    row = f"ε = {epsilon(2.0, 1e-5, 3):.3g}, δ = 1e-05 for all data of the client, in its 3 uploads;"
+    assert row in "\n".join(card_in(world.folder / "sites" / "bob" / "adapter"))
     page = world.folder / "page.html"
     assert mira("report", world.folder / "apart", "--out", page).status == 0
     assert f"bob ({epsilon(2.0, 1e-5, 3):.3g}, 1e-05) of 3" in page.read_text()

@@ -40,6 +40,8 @@ def test_steps_count_at_the_site_before_they_are_done(world: World) -> None:
     told = {"steps": 6, "noise": 1.5, "epsilon": epsilon(1.5, RATE, 6, 1e-5), "delta": 1e-5, "reported": True}
     assert result["privacy"] == records[3]["privacy"] == dict.fromkeys(NAMES, told)
     assert [sorted(record["lost"]) for record in records[1:]] == [[], ["ann"], []]
+    card = (world.folder / "sites" / "bob" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert f"| privacy | ε = {told['epsilon']:.3g}, δ = 1e-05 for each training example, after 6 steps;" in card
     # Ann's own account after round 2 has two steps more.
     assert "of each training example, as sites last reported: ann" in tables.privacy(records[2]["privacy"])
 

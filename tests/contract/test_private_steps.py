@@ -16,10 +16,12 @@ from mira.core.encoded import Encoded
 from mira.core.example_privacy import ExamplePrivacy
 from mira.core.seeds import generator
 from mira.core.training import Training
-from mira.core.types import Work
+from mira.core.types import Failure, Work
 from mira.engine import private
 from mira.engine.batched import BatchedEngine
+from mira.engine.memory import OUT_OF_MEMORY
 from mira.engine.reference import ReferenceEngine
+from mira.engine.step import StepSums
 
 ONE_STEP = Training(lr=1.0, local_steps=1, optimizer="sgd", clip=None)  # the row moves by the gradient itself
 CLIENTS = torch.tensor([1, 0, 2])
@@ -234,3 +236,28 @@ def test_samples_are_poisson_and_keyed() -> None:
     assert abs(float(sizes.var()) - 19) < 5 * 19 * (2 / 500) ** 0.5
     counts = torch.bincount(torch.tensor([n for sample in samples for n in sample]), minlength=400).double()
     assert abs(float(counts.var()) - 500 * 0.05 * 0.95) < 5 * 23.75 * (2 / 400) ** 0.5  # no example is preferred
+
+
+def test_examples_that_do_not_fit_together_are_halved_and_one_that_does_not_fit_alone_loses_its_client(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    privacy, work = with_noise(0.0), Work(CLIENTS, starts("llama"))
+    ours = engine_of("batched", "llama", privacy)
+    plenty, plain = ours.train(work, 2, 1.0), BatchedEngine._add_passes
+    [sample] = ours.spec.batches(work, 0, 2)
+    large: list[Encoded] = []
+
+    def small(self: BatchedEngine, sums: StepSums, budget: int) -> None:
+        examples = [one for batch in sums.batches.values() for one in batch]
+        if len(examples) > 2 or any(one == each for one in examples for each in large):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        plain(self, sums, budget)
+
+    monkeypatch.setattr(BatchedEngine, "_add_passes", small)
+    little = ours.train(work, 2, 1.0)
+    # The same sums in another order: float64 is right to about 1e-13 of them.
+    torch.testing.assert_close(little.rows, plenty.rows, rtol=0, atol=1e-10)
+    large.append(sample[0])
+    lost = ours.train(work, 2, 1.0)
+    assert lost.failed == (Failure(int(CLIENTS[0]), OUT_OF_MEMORY),)
+    torch.testing.assert_close(lost.rows, little.rows[little.client != CLIENTS[0]], rtol=0, atol=1e-10)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import subprocess
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
-from functools import cache
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
@@ -17,13 +15,12 @@ from typing import Any
 import click
 import jsonschema
 import pytest
-import typer
 import yaml
 
 import mira
+from helpers.commands import check_command
 from helpers.sample_config import settings, write_clients
 from mira import Experiment, config
-from mira.cli import app
 from mira.comparison import plan as comparison
 from mira.config.experiment import SECTIONS
 
@@ -48,33 +45,6 @@ def commands(text: str) -> Iterator[tuple[str, bool]]:
             yield " ".join(found[1].split()), True
     for code in re.findall(r"`(mira [^`]+)`", prose):
         yield " ".join(code.split()), False
-
-
-@cache
-def command_line() -> Any:
-    """The group of all commands; it takes 30 ms to make."""
-    return typer.main.get_command(app)
-
-
-def check_command(command: str) -> None:
-    """Parses ``command`` as the command line would, without running it. Raises UsageError or UserError."""
-    words = shlex.split(re.sub(r"[\[\]…]", " ", command), comments=True)
-    words = words[: next((n for n, word in enumerate(words) if word in ("|", ">", ">>", "2>", "&&", ";")), None)]
-    group = command_line()
-    context, arguments = None, words[1:]
-    if arguments == ["--version"]:
-        return
-    while isinstance(group, click.Group):
-        context = click.Context(group, parent=context, info_name=group.name)
-        _, command_found, arguments = group.resolve_command(context, arguments)
-        if not arguments and isinstance(command_found, click.Group):
-            return  # a group by itself prints its help
-        group = command_found
-    with group.make_context(group.name, list(arguments), parent=context) as parsed:
-        file = parsed.params.get("target") or parsed.params.get("file")
-        if file is not None and (ROOT / file).is_file():
-            read = comparison.load if group.name == "compare" else config.load
-            read(ROOT / file, parsed.params.get("overrides") or [])
 
 
 def completed(block: dict[str, Any]) -> dict[str, Any]:

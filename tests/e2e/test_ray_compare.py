@@ -15,14 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
-from helpers.odd_machine import OddRemote
 from helpers.ray_cluster import RayCluster, ray_cluster, wait_for
-from helpers.sample_config import mira, outcome, settings, write_clients
+from helpers.ray_comparison import compared, comparison_file, small
+from helpers.sample_config import mira, outcome, write_clients
 from mira.comparison import on_ray
 from mira.store import mirror
 from mira.store.mirror import Parcel
-
-ENTRIES = {"Local": {"method.name": "local"}, "MIRA": {}}
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +43,7 @@ def cluster(head: RayCluster, second: Any) -> RayCluster:
 @pytest.fixture(scope="module")
 def file(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ray")
-    values = {
-        "experiment": settings(tiny_folder, write_clients(folder / "data.jsonl"), rounds=2), "seeds": [0, 1], "tune_seeds": [0],
-        "grid": {"training.lr": [0.001, 0.03]}, "entries": ENTRIES,
-    }  # fmt: skip
-    (folder / "c.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    return folder / "c.yaml"
+    return comparison_file(folder, tiny_folder, write_clients(folder / "data.jsonl"))
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +64,6 @@ def results(out: Path) -> dict[str, Any]:
         "tests": tests,
         "adapters": adapters,
     }
-
-
-def compared(file: Path, out: Path, cluster: RayCluster) -> str:
-    """The output of the command."""
-    ended = mira("compare", file, "--out", out, "--ray", cluster.address)
-    assert ended.status == 0, ended.err
-    assert not list(out.glob(".ray-*"))
-    return ended.err
 
 
 def own_folders() -> set[Path]:
@@ -150,36 +135,6 @@ def test_a_run_that_no_node_can_hold_is_refused(file: Path, cluster: RayCluster,
 def records(folder: Path) -> list[Path]:
     """The committed rounds of all runs."""
     return list(folder.rglob("rounds/*.json"))
-
-
-def small(file: Path, folder: Path, **changes: Any) -> Path:
-    """A comparison of two runs."""
-    values = yaml.safe_load(file.read_text(encoding="utf-8")) | {"seeds": [0], "grid": {}, **changes}
-    (folder / "small.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    return folder / "small.yaml"
-
-
-def test_a_node_of_another_kind_is_left_alone_and_workers_with_a_gpu_leave_nothing_behind(
-    file: Path, head: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whichever of two nodes comes first decides the kind. A worker with a GPU ends after each task."""
-    private = tmp_path / "private"
-    private.mkdir()
-    nodes = [head.add(1, 1, {"TMPDIR": str(private), **odd}) for odd in ({}, {"ODD_MACHINE": "1"})]
-    monkeypatch.setattr(on_ray, "left_mark", lambda out: out / ".ray-elsewhere")
-    monkeypatch.setattr(on_ray, "Remote", OddRemote)
-    try:
-        told = compared(small(file, tmp_path, resources={"gpus": 1}), tmp_path / "o", head)
-    finally:
-        for node in nodes:
-            head.remove(node)
-    assert "which does not share the folder" in told
-    assert told.count("is not used: its processor is") == 1, told
-    assert "put back" not in told
-    places = [json.loads(place.read_text()) for place in (tmp_path / "o").rglob("where.json")]
-    assert len(places) == 2
-    assert len({place["processor"] for run in places for place in run}) == 1
-    assert not list(private.glob("mira-compare-*"))
 
 
 def test_a_comparison_without_a_node_says_so_and_goes_on_with_the_next_one(

@@ -20,22 +20,23 @@ from mira.core.example_privacy import ExamplePrivacy
 from mira.core.training import Training
 from mira.core.types import Trained, Work
 from mira.methods import METHODS
+from mira.setup import accounting
 from mira.setup.accounting import epsilon, noise_for
 from mira.setup.privacy import Accountant, AccountedTrainer, check_delta
 
 DELTA = 1e-5
 
 
-def by_formula(noise: float, rate: float, steps: int) -> float:
+def by_formula(noise: float, rate: float, steps: int, more: float = 0.0) -> float:
     """min over α of RDP(α) + log((α−1)/α) − (log δ + log α)/(α−1): Mironov, Talwar and Zhang 2019, section 3.3, for integer α,
-    and Canonne, Kamath and Steinke 2020, proposition 12."""
+    and Canonne, Kamath and Steinke 2020, proposition 12. ``more``: RDP(α)/α of what is told besides."""
     found = []
     for alpha in range(2, 65):
         terms = [
             log(comb(alpha, k)) + (alpha - k) * log(1 - rate) + k * log(rate) + (k * k - k) / (2 * noise**2)
             for k in range(alpha + 1)
         ]
-        spent = steps * float(torch.tensor(terms, dtype=torch.float64).logsumexp(0)) / (alpha - 1)
+        spent = steps * float(torch.tensor(terms, dtype=torch.float64).logsumexp(0)) / (alpha - 1) + more * alpha
         found.append(spent + log((alpha - 1) / alpha) - (log(DELTA) + log(alpha)) / (alpha - 1))
     return min(found)
 
@@ -44,6 +45,26 @@ def by_formula(noise: float, rate: float, steps: int) -> float:
 def test_epsilon_is_that_of_the_published_formula(noise: float, rate: float, steps: int) -> None:
     pytest.importorskip("dp_accounting", reason="needs the extra 'privacy'")
     assert epsilon(noise, rate, steps, DELTA) == pytest.approx(by_formula(noise, rate, steps), rel=1e-6)
+
+
+def test_measurements_with_noise_are_part_of_the_same_account() -> None:
+    """Each is the Gaussian mechanism: RDP(α) = α/(2z²), Mironov 2017."""
+    pytest.importorskip("dp_accounting", reason="needs the extra 'privacy'")
+    found = epsilon(1.3, 0.2, 40, DELTA, 12, 7.0)
+    assert found == pytest.approx(by_formula(1.3, 0.2, 40, 12 / (2 * 7.0**2)), rel=1e-6)
+    assert found > epsilon(1.3, 0.2, 40, DELTA) > 0
+    noise = noise_for(4.0, 0.2, 40, DELTA, 12, 7.0)
+    assert 3.97 < epsilon(noise, 0.2, 40, DELTA, 12, 7.0) <= 4.0
+    with pytest.raises(UserError, match=r"leave nothing for the training; raise metrics_noise or evaluation\.every"):
+        noise_for(1.0, 0.2, 40, DELTA, 12, 2.0)
+
+
+def test_the_divergence_of_a_step_is_computed_once_for_all_rounds() -> None:
+    pytest.importorskip("dp_accounting", reason="needs the extra 'privacy'")
+    before = accounting._of_step.cache_info().misses
+    spent = [epsilon(1.2345, 0.0625, steps, DELTA) for steps in range(1, 6)]
+    assert spent == sorted(set(spent))
+    assert accounting._of_step.cache_info().misses == before + 1
 
 
 def least(noise: float, rate: float) -> float:

@@ -83,9 +83,10 @@ def test_ci_calls_exactly_the_test_command() -> None:
     assert [line for line in lines if line.startswith("make ")] == ["make test"]
 
 
-def test_the_dockerfile_passes_the_linter() -> None:
+@pytest.mark.parametrize("file", ["Dockerfile", "deploy/Dockerfile"])
+def test_the_dockerfiles_pass_the_linter(file: str) -> None:
     hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent))
     if hadolint is None:
         pytest.skip("hadolint has no build for this platform")
-    done = subprocess.run([hadolint, str(ROOT / "Dockerfile")], capture_output=True, text=True)
+    done = subprocess.run([hadolint, str(ROOT / file)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -7,13 +7,17 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import gguf
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from jinja2 import Template
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 
 from helpers.sample_config import ADAPTERS, NAMES, begin, mira, write_clients, write_config
 from helpers.tiny_models import make_tokenizer, save_tiny
@@ -21,7 +25,8 @@ from mira.config import load
 from mira.core.errors import UserError
 from mira.data.text import Encoder
 from mira.data.types import Example
-from mira.serving import card, lines
+from mira.model.files import sha256, weight_files
+from mira.serving import lines, prompts
 from mira.serving.families import FAMILIES
 
 # The template and the card
@@ -32,7 +37,7 @@ from mira.serving.families import FAMILIES
 def test_the_raw_template_renders_what_was_trained(template: str, given: str) -> None:
     tokenizer = make_tokenizer()
     encoder = Encoder(tokenizer, template, 512)
-    name, text = card.template(encoder)
+    name, text = prompts.template(encoder)
     assert name == "prompt_template.jinja"
     rendered = Template(text).render(instruction="Add [b].", input=given)
     asked = encoder.prompt(Example("Add [b].", given, "7"))
@@ -41,7 +46,7 @@ def test_the_raw_template_renders_what_was_trained(template: str, given: str) ->
 
 def test_the_chat_template_is_the_tokenizers() -> None:
     tokenizer = make_tokenizer()
-    assert card.template(Encoder(tokenizer, "chat", 512)) == ("chat_template.jinja", tokenizer.chat_template)
+    assert prompts.template(Encoder(tokenizer, "chat", 512)) == ("chat_template.jinja", tokenizer.chat_template)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +62,7 @@ def head_of(text: str) -> dict[str, Any]:
     return head
 
 
-def test_every_adapter_folder_has_its_template_and_card(base: Path) -> None:
+def test_every_adapter_folder_has_its_template_and_card(base: Path, tiny_folder: Path) -> None:
     result = json.loads((base / "run" / "result.json").read_text())
     for client in result["clients"]:
         folder = base / "run" / ADAPTERS / client["name"]
@@ -71,7 +76,49 @@ def test_every_adapter_folder_has_its_template_and_card(base: Path) -> None:
         assert "| examples | 4 train, 2 validation, 2 test |" in text
         assert "| method | mira, 3 rounds |" in text
         assert "| adapter | lora of rank 2 on q_proj, v_proj |" in text
+        assert "| base model | llama |" in text
+        assert f"| SHA-256 of the base | {sha256(weight_files(tiny_folder))} |" in text
+        assert "privacy" not in text
+        assert f'vllm serve llama --enable-lora --max-lora-rank 8 --lora-modules {client["name"]}="$PWD"\n' in text
+        assert str(tiny_folder.parent) not in text, "no path of this machine"
         assert (folder / "chat_template.jinja").read_text(encoding="utf-8") == make_tokenizer().chat_template
+
+
+def test_the_code_of_a_card_loads_the_adapter(
+    base: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the adapter's folder, beside the base under the name that the card has for it."""
+    place = copytree(base / "run" / ADAPTERS / "ann", tmp_path / "ann")
+    (place / "llama").symlink_to(tiny_folder)
+    monkeypatch.chdir(place)
+    [code] = re.findall(r"```python\n(.*?)```", (place / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    made: dict[str, Any] = {}
+    exec(code, made)
+    trained = load_file(place / "adapter_model.safetensors")
+    loaded = get_peft_model_state_dict(made["model"])
+    assert loaded.keys() == trained.keys()
+    assert all(torch.equal(loaded[name], trained[name]) for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("more", "row"),
+    [
+        (
+            {},
+            r"ε = \d+(\.\d+)?, δ = 1e-05 for each training example, after 6 steps; not for the losses and counts here",
+        ),
+        ({"simulation": True}, "none: a simulation, whose noise comes from the run's seed"),
+    ],
+)
+def test_the_card_tells_the_price_of_noise(more: dict[str, Any], row: str, tiny_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("dp_accounting", reason="needs the extra 'privacy'")
+    privacy = {"unit": "example", "clip": 0.5, "noise": 1.5, **more}
+    file = write_config(tmp_path / "c.yaml", tiny_folder, write_clients(tmp_path / "d.jsonl"), privacy=privacy)
+    assert mira("run", file, "--out", tmp_path / "run", "--set", "evaluation.test=false").status == 0
+    text = (tmp_path / "run" / ADAPTERS / "ann" / "README.md").read_text(encoding="utf-8")
+    assert re.search(rf"^\| privacy \| {row} \|$", text, re.MULTILINE), text
+    assert "validation loss" in text
+    assert "test loss" not in text
 
 
 def test_the_card_of_the_best_round_tells_its_losses(base: Path) -> None:
@@ -118,7 +165,11 @@ def test_export_for_llamacpp(base: Path) -> None:
         reader = gguf.GGUFReader(file)
         assert reader.fields["general.architecture"].contents() == "llama"
         assert len(reader.tensors) == 8
-        assert head_of((file.parent / "README.md").read_text(encoding="utf-8"))["library_name"] == "gguf"
+        text = (file.parent / "README.md").read_text(encoding="utf-8")
+        assert head_of(text)["library_name"] == "gguf"
+        assert (
+            f"llama-server -m base.gguf --lora {file.name} --jinja --chat-template-file chat_template.jinja\n" in text
+        )
 
 
 def test_export_for_sglang_and_lorax(base: Path) -> None:

@@ -209,13 +209,19 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Plan:
             raise UserError(f"override '{text}': entries or grid set {key}; change it there")
     if "seed" in {text.partition("=")[0].strip() for text in [*_texts(comparison.set), *overrides]}:
         raise UserError("seed: give the seeds of a comparison in seeds")
+    base = config.parse(common)
+    if base.privacy is not None and not base.privacy.exact:
+        raise UserError(
+            f"privacy.metrics={base.privacy.metrics}: a comparison measures losses as they are, to choose by them; set"
+            " privacy.metrics=exact, or use mira run"
+        )
     jobs, outside = {}, {}
     for name in comparison.entries:
         grid = comparison.grid_of(name)
         jobs[name] = [_jobs(comparison, common, name, point) for point in points(grid)]
         lower, upper = (_possible(comparison, common, name, side) for side in beyond(grid, comparison.extend))
         outside[name] = lower, upper
-    return Plan(path.stem, comparison, config.parse(common), jobs, outside)
+    return Plan(path.stem, comparison, base, jobs, outside)
 
 
 def parse(values: Mapping[str, Any]) -> Comparison:

@@ -72,6 +72,22 @@ def check_private(method: Method, layout: Layout, dropout: float) -> None:
         raise UserError("privacy.unit=example: adapter.kind=seeds has no gradients to clip; set adapter.kind=lora")
 
 
+def check_untold(method: Method, metrics: str, by_epochs: bool) -> None:
+    """Raise UserError where a run with privacy.metrics=``metrics``, not exact, would need what its clients do not tell: losses of
+    several adapters for ``method``, or the number of examples for the steps of a round (``by_epochs``: training.local_epochs sets
+    them)."""
+    if by_epochs and metrics == "none":
+        raise UserError(
+            "privacy.metrics=none: training.local_epochs makes the number of steps tell the number of examples; set"
+            " training.local_steps"
+        )
+    if chooses_by_training_loss(method) or getattr(method, "strength", None) == "personal":
+        raise UserError(
+            f"privacy.metrics={metrics}: method.name={method.name} chooses by losses, which clients do not tell; take a method or"
+            " a method.strength that needs none"
+        )
+
+
 def trainings(method: Method, layout: Layout, rounds: int) -> int:
     """The number of times that a client which takes part in each of ``rounds`` trains an adapter."""
     state = _begun(method, layout, False, rounds, True)

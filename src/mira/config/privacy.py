@@ -32,6 +32,14 @@ class PrivacySection:
     simulation: bool = False
     """Draw samples and noise from the run's seed, so that the run can be repeated. It then protects nobody: who knows the seed
     can subtract the noise. Only with unit: example."""
+    metrics: Literal["exact", "noised", "none"] = "exact"
+    """Losses, metrics and counts that a client tells beside its adapter. exact: as they are. noised: the numbers of its examples,
+    and validation and test losses with noise, whose cost is part of ε (unit: example). none: nothing that depends on its data;
+    adapters are averaged with equal weights, and no round is measured."""
+    metrics_clip: Annotated[float, Field(ge=1e-3, le=1e3)] = 8.0
+    """Loss of one example, in nats a label token, that a larger one counts as, with metrics: noised."""
+    metrics_noise: Annotated[float, Field(ge=0.1, le=1e6)] = 10.0
+    """Standard deviation of the noise on the sum of the examples' losses, as a multiple of metrics_clip, with metrics: noised."""
 
     def __post_init__(self) -> None:
         if self.unit == "site":
@@ -42,9 +50,23 @@ class PrivacySection:
                     )
             if self.noise is None:
                 raise UserError("privacy.noise: missing; unit: site needs it, e.g. noise: 8.0")
+            if self.metrics == "noised":
+                raise UserError(
+                    "privacy.metrics=noised: belongs to unit: example; set metrics: none, or leave metrics out"
+                )
         elif (self.noise is None) == (self.epsilon is None):
             given = "neither" if self.noise is None else "both"
             raise UserError(f"privacy: {given} of epsilon and noise given; set exactly one, e.g. epsilon: 8")
+
+    @property
+    def exact(self) -> bool:
+        """True where clients tell losses, metrics and counts as they are."""
+        return self.metrics == "exact"
+
+    @property
+    def tells(self) -> bool:
+        """False where clients tell nothing that depends on their data."""
+        return self.metrics != "none"
 
     @property
     def by_example(self) -> bool:

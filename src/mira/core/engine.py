@@ -26,15 +26,19 @@ class Trainer(Protocol):
         ...
 
 
-class ClientEngine(Trainer, Protocol):
-    """Training and measurement of clients, in this process or at their sites.
-
-    All engines see the same batches, which are functions of (seed, round, client).
-    """
+class Evaluator(Protocol):
+    """Measurement of clients' losses."""
 
     def evaluate(self, rows: Tensor, client: Tensor, splits: Sequence[str], limit: int | None = None) -> Scores:
         """Loss of row i [n,P] on the data of client[i] [n], for each split; at most ``limit`` examples of a split."""
         ...
+
+
+class ClientEngine(Trainer, Evaluator, Protocol):
+    """Training and measurement of clients, in this process or at their sites.
+
+    All engines see the same batches, which are functions of (seed, round, client).
+    """
 
     def generate(
         self, rows: Tensor, client: Tensor, split: str, limit: int | None, max_new_tokens: int

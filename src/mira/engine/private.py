@@ -6,6 +6,7 @@ needs no pass of its own. A shared prefix would belong to several rows: each exa
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from mira.core.device import sent
 from mira.core.encoded import Encoded
 from mira.core.example_privacy import Draws, ExamplePrivacy, factors
 from mira.core.types import Work
+from mira.engine.memory import OUT_OF_MEMORY, is_out_of_memory
 from mira.engine.packing import labels_of
 from mira.engine.spec import Batches, EngineSpec
 from mira.engine.step import StepSums
@@ -71,15 +73,32 @@ def add_clipped(
 ) -> None:  # fmt: skip
     """Add to ``sums.grad`` the clipped gradient of each example, and to ``sums.loss`` its mean label loss.
 
-    An example whose gradient or loss is not finite adds nothing: a lost client would tell that it is there.
+    An example whose gradient or loss is not finite adds nothing: a lost client would tell that it is there. Examples that do not
+    fit into memory together are halved; a client with one that does not fit alone is lost.
 
     ``passes``: adds gradients and losses of a step, whose rows are examples. ``most``: examples in memory together. ``frozen``
     [n]: places of a row that never move. ``ratio`` [R,P]: the scale of ``sums.rows`` relative to that of the clients' rows;
     None: 1.
     """
     given = [(row, one) for row, batch in sums.batches.items() for one in labelled(batch)]
-    for begin in range(0, len(given), most):
-        part = given[begin : begin + most]
+    waiting = deque(given[begin : begin + most] for begin in range(0, len(given), most))
+    while waiting:
+        part = [(row, one) for row, one in waiting.popleft() if row not in sums.lost]
+        if not part or _fits(part, sums, passes, clip, frozen, ratio):
+            continue
+        if len(part) == 1:
+            sums.lost[part[0][0]] = OUT_OF_MEMORY
+        else:
+            half = len(part) // 2
+            waiting.extendleft((part[half:], part[:half]))
+
+
+def _fits(
+    part: Sequence[tuple[int, Encoded]], sums: StepSums, passes: Callable[[StepSums], None], clip: float,
+    frozen: Tensor | None, ratio: Tensor | None,
+) -> bool:  # fmt: skip
+    """Add the examples of ``part`` as in ``add_clipped``. False: they do not fit into memory together, and nothing was added."""
+    try:
         owners = [row for row, _ in part]
         owner = sent(torch.tensor(owners), sums.rows.device)
         rows = sums.rows[owner]
@@ -93,9 +112,14 @@ def add_clipped(
         norms = torch.linalg.vector_norm(grad, dim=1)
         finite = norms.isfinite() & each.loss.isfinite()
         grad.mul_(factors(norms, clip)[:, None])[~finite] = 0
-        sums.grad.index_add_(0, owner, grad)
-        sums.loss.index_add_(0, owner, each.loss.where(finite, 0.0))
-        sums.lost.update({owners[n]: reason for n, reason in each.lost.items()})
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    sums.grad.index_add_(0, owner, grad)
+    sums.loss.index_add_(0, owner, each.loss.where(finite, 0.0))
+    sums.lost.update({owners[n]: reason for n, reason in each.lost.items()})
+    return True
 
 
 def labelled(batch: Sequence[Encoded]) -> list[Encoded]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mira.core.loop import Record
@@ -54,7 +54,10 @@ def export(order: Order, session: Session, run: Path, state: ServerState, metric
     rank = _rank(session, state)
     if not order.merge:
         lines.check_rank(order.format, rank)
-    origins = [origin(session.federation.clients[k], state.round, metrics) for k in order.clients]
+    more = rank - session.layout.rank
+    origins = [
+        replace(origin(session.federation.clients[k], state.round, metrics), offset_ranks=more) for k in order.clients
+    ]
     places = [run / order.folder / each.client.slug for each in origins]
     if order.merge:
         for k, place, each in zip(order.clients, places, origins, strict=True):
@@ -72,7 +75,8 @@ def export(order: Order, session: Session, run: Path, state: ServerState, metric
     if order.hub:
         base = push.base(order.hub, session)
         for place, each in zip(places, origins, strict=True):
-            yield push.push(order.hub, place, card(session, each, order.use, base), base)
+            told = card(place, session, each, order.use, base, order.hub.repository(place.name))
+            yield push.push(order.hub, place, told, base)
 
 
 def _rank(session: Session, state: ServerState) -> int:

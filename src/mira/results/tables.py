@@ -66,19 +66,22 @@ def table(result: Result) -> Group:
     if answered:
         grid.add_column("exact match", justify="right", no_wrap=True)
         grid.add_column("ROUGE-L", justify="right", no_wrap=True)
-    clients = result["clients"]
+    clients, told = result["clients"], not is_untold(result.get("privacy", {}))
     for c in clients:
-        grid.add_row(Text(c["name"]), *_line(str(c["examples"]), c, answered))
-    mean = {key: _mean(clients, key) for key in _SHOWN}
-    grid.add_section()
-    grid.add_row("mean", *_line("", mean, answered), style="bold")
+        grid.add_row(Text(c["name"]), *_line(NOT_TOLD if c["examples"] is None else str(c["examples"]), c, answered))
+    if told:
+        mean = {key: _mean(clients, key) for key in _SHOWN}
+        grid.add_section()
+        grid.add_row("mean", *_line("", mean, answered), style="bold")
     best, model = result["best"], result["model"]
     lines = [
         f"global loss {number(result['global_loss'])} (adapters on other clients' data)"
         if result["global_loss"] is not None
         else "",
         f"best round {best['round']} by validation: test loss {number(best['local_loss'])}"
-        + (f", exact match {number(best['exact_match'], 2)}" if best["exact_match"] is not None else ""),
+        + (f", exact match {number(best['exact_match'], 2)}" if best["exact_match"] is not None else "")
+        if told
+        else "",
         ", ".join(
             f"{name} {number(m['start'])} → {number(m['last'])}" for name, m in result.get("metrics", {}).items()
         ),
@@ -86,8 +89,9 @@ def table(result: Result) -> Group:
         + (f"; clients lost from a round: {result['lost']}" if result["lost"] else ""),
         privacy(result["privacy"]) if "privacy" in result else "",
         f"ended early: {result['stopped']}" if "stopped" in result else "",
-        f"{result['seconds']:.0f} s, {result['tokens_per_second']:.0f} training tokens/s,"
-        f" peak memory {data_size(result['peak_memory_bytes'])}",
+        f"{result['seconds']:.0f} s,"
+        + (f" {result['tokens_per_second']:.0f} training tokens/s," if told else "")
+        + f" peak memory {data_size(result['peak_memory_bytes'])}",
         f"model {model['name']} ({model['source']}, sha256 {model['sha256'][:12]})"
         + (f", {result['template']} prompts" if result.get("template") else ""),
         f"run folder {_relative(result['run'])}",
@@ -95,6 +99,7 @@ def table(result: Result) -> Group:
     return Group(Fitting([grid]), *[Text(line, overflow="fold") for line in lines if line])
 
 
+NOT_TOLD = "not told"
 _SHOWN = ("loss_start", "loss", "exact_match_start", "exact_match", "rouge_l_start", "rouge_l")
 
 
@@ -108,6 +113,8 @@ def probability(p: float) -> str:
 
 
 def _line(examples: str, values: dict[str, Any], answered: bool) -> list[str]:
+    if examples == NOT_TOLD:
+        return [examples, NOT_TOLD]
     shown = [("loss_start", "loss", 3)]
     if answered:
         shown += [("exact_match_start", "exact_match", 2), ("rouge_l_start", "rouge_l", 2)]
@@ -122,21 +129,29 @@ def _mean(clients: Sequence[dict[str, Any]], key: str) -> float | None:
 _REPORTED = ", as sites last reported"  # a lost reply or round counts at the site before the server hears of it
 
 
+def is_untold(spent: dict[str, dict[str, Any]]) -> bool:
+    """Tell whether the clients of a record's ``privacy`` told no losses, metrics and counts."""
+    return any(s.get("metrics") == "none" for s in spent.values())
+
+
 def privacy(spent: dict[str, dict[str, Any]]) -> str:
     """One sentence for people, from a record's ``privacy``: (ε, δ) of each client, as accounted by its site or by the run."""
+    rest = "losses, metrics and counts are not " + ("told" if is_untold(spent) else "covered")
+    if any(s.get("metrics") == "noised" for s in spent.values()):
+        rest = (
+            "losses have noise, which is counted; other metrics are not told, the numbers of examples are not covered"
+        )
     if any("steps" in s for s in spent.values()):
         each = ", ".join(
-            f"{name} ({s['epsilon']:.3g}, {s['delta']:g}) of {s['steps']} steps" for name, s in spent.items()
+            f"{name} ({'at most ' * ('at_most' in s)}{s['epsilon']:.3g}, {s['delta']:g}) of {s['steps']} steps"
+            for name, s in spent.items()
         )
         source = _REPORTED if any(s.get("reported") for s in spent.values()) else ""
-        found = (
-            f"differential privacy (ε, δ) of each training example{source}: {each}; losses, metrics and counts are not"
-            " covered"
-        )
+        found = f"differential privacy (ε, δ) of each training example{source}: {each}; {rest}"
         simulated = any(s.get("simulation") for s in spent.values())
         return f"a simulation, which protects nobody: {found}" if simulated else found
     each = ", ".join(f"{name} ({s['epsilon']:.3g}, {s['delta']:g}) of {s['releases']}" for name, s in spent.items())
-    return f"differential privacy (ε, δ) of released adapters{_REPORTED}: {each}; losses, metrics and counts are not covered"
+    return f"differential privacy (ε, δ) of released adapters{_REPORTED}: {each}; {rest}"
 
 
 def data_size(count: float) -> str:

@@ -52,6 +52,12 @@ class LocalClients:
                 f"privacy.unit=example: method.name={self.session.experiment.method.name} chooses by the loss on training"
                 " examples, which has no noise; take another method"
             )
+        privacy = self.session.experiment.privacy
+        if privacy is not None and not privacy.exact:
+            raise UserError(
+                f"privacy.metrics={privacy.metrics}: method.name={self.session.experiment.method.name} chooses by losses, which"
+                " clients do not tell; take another method"
+            )
         with enough_memory(self.session.experiment):
             return option_scores(self.session.engine, offer, limit).loss
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mira.core.engine import ClientEngine, Grade
+from mira.core.engine import ClientEngine, Evaluator, Grade
 from mira.core.errors import UserError, did_you_mean
 from mira.core.layout import Layout
 from mira.core.seeds import generator
@@ -52,7 +52,7 @@ def check_metrics(names: Sequence[str]) -> None:
 
 
 def losses(
-    method: Method, engine: ClientEngine, state: ServerState, names: Sequence[str], limit: int | None, test: bool = True,
+    method: Method, engine: Evaluator, state: ServerState, names: Sequence[str], limit: int | None, test: bool = True,
     known: Mapping[str, Record] | None = None,
 ) -> Record:  # fmt: skip
     """Validation and test loss of every client, and their means. Without ``test`` the test split is not read, and its losses are

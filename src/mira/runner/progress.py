@@ -59,17 +59,20 @@ class RunProgress(Callback):
         done = record["round"]
         self._spent += record["seconds"]
         left = self._spent / (done - self._first) * (self._rounds - done)
-        loss = sum(record["train_loss"].values()) / len(record["train_loss"]) if record["train_loss"] else None
+        losses = [loss for loss in record["train_loss"].values() if loss is not None]
         asked, lost = len(record["cohort"]), len(record["lost"])
         came = f"{asked - lost} of {asked} clients" if 0 < lost < asked else f"{asked} clients"
         parts = [f"round {done}/{self._rounds}", came]
-        parts.append(f"train loss {loss:.3f}" if loss is not None else "no client came back")
+        if losses:
+            parts.append(f"train loss {sum(losses) / len(losses):.3f}")
+        else:
+            parts.append("losses not told" if record["train_loss"] else "no client came back")
         if record.get("validation_loss") is not None:
             away = len(record.get("unmeasured", ()))
             measured = f" ({self._clients - away} of {self._clients} measured)" if away else ""
             parts.append(f"validation {record['validation_loss']:.3f}{measured}")
+        parts += [f"{record['tokens_per_second']:.0f} tokens/s"] if record["tokens"] else []
         parts += [
-            f"{record['tokens_per_second']:.0f} tokens/s",
             f"{record['seconds']:.1f} s",
             f"about {left:.0f} s left",
         ]

@@ -15,7 +15,7 @@ import torch
 
 from mira import config
 from mira.config import Experiment
-from mira.core.engine import ClientBackend
+from mira.core.engine import ClientBackend, Trainer
 from mira.core.graph_io import to_tensors
 from mira.core.loop import Record, Schedule, run_rounds
 from mira.core.offset import offset_of
@@ -30,7 +30,7 @@ from mira.runner.recording import FolderRecorder, state_of
 from mira.runner.summary import ADAPTERS, Result, located, summary
 from mira.serving.folders import export_adapters
 from mira.setup.environment import check_environment
-from mira.setup.privacy import AccountedTrainer
+from mira.setup.privacy import AccountedTrainer, UntoldTrainer
 from mira.setup.session import TOKENS, Session
 from mira.store import Store
 from mira.trackers import Trackers
@@ -127,9 +127,11 @@ def _go_on(session: Session, store: Store, state: ServerState, told: Callbacks) 
         schedule = Schedule(experiment.seed, experiment.rounds, experiment.cohort, experiment.training, clients.wire)
         if "stopped" not in store.metrics()[-1]:
             losses = partial(clients.losses, limit=experiment.evaluation.examples)
-            trainer = (
-                clients.engine if session.accountant is None else AccountedTrainer(clients.engine, session.accountant)
-            )
+            trainer: Trainer = clients.engine
+            if session.accountant is not None:
+                trainer = AccountedTrainer(trainer, session.accountant)
+            if experiment.privacy is not None and not experiment.privacy.exact:
+                trainer = UntoldTrainer(trainer, experiment.privacy.tells)
             run_rounds(
                 method,
                 trainer,

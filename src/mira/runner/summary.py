@@ -19,14 +19,15 @@ _NONE = {"up": 0, "down": 0}  # bytes of a client outside the round's cohort
 
 def summary(session: Session, store: Store, last: Record, best_answers: Record) -> Result:
     """The result of a run with ``last`` as its last evaluation, with paths relative to the run folder."""
-    clients, joined = session.federation.clients, last.get("joined", {})
+    clients, joined, privacy = session.federation.clients, last.get("joined", {}), session.experiment.privacy
+    told = privacy is None or privacy.tells
     adapters = [f"{ADAPTERS}/{client.slug}" for client in clients]
     return summarise(
         session.experiment,
         store,
         last,
         [client.task for client in clients],
-        [joined.get(client.name, client.num_train) for client in clients],
+        [None if not told else joined.get(client.name, client.num_train) for client in clients],
         adapters,
         best_answers,
     )
@@ -44,13 +45,13 @@ def located(result: Result, folder: Path) -> Result:
 
 
 def summarise(
-    experiment: Experiment, store: Store, last: dict[str, Any], tasks: Sequence[str], examples: Sequence[int],
+    experiment: Experiment, store: Store, last: dict[str, Any], tasks: Sequence[str], examples: Sequence[int | None],
     adapters: Sequence[str], best_answers: dict[str, Any],
 ) -> Result:  # fmt: skip
     """The result of a run from its records and the ``last`` evaluation; docs/commands/run.md documents the fields.
 
-    ``adapters``: the clients' PEFT folders, relative to the run folder. ``best_answers``: the metrics of answers at the best
-    round.
+    ``examples``: None of clients that tell no counts. ``adapters``: the clients' PEFT folders, relative to the run folder.
+    ``best_answers``: the metrics of answers at the best round.
     """
     records = store.metrics()
     start, best = records[0], records[store.best_round or 0]

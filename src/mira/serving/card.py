@@ -1,132 +1,126 @@
-"""Files beside an adapter for serving: the template of its prompts, and a model card."""
+"""The model card beside an adapter: metadata for the hub, then its origin, its losses, its privacy and its use for people.
+
+It holds no text of the data except the client's system message, and no path of this machine.
+"""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mira.core.loop import Record
 from mira.data.federation import SplitClient
-from mira.data.templates import CHAT, TEMPLATES
-from mira.data.text import Encoder
+from mira.serving import lines
+from mira.serving.bases import hub_name, told_name
+from mira.serving.prompts import is_raw, template, write_template
 from mira.setup.session import Session
 
-CHAT_TEMPLATE = "chat_template.jinja"
-PROMPT_TEMPLATE = "prompt_template.jinja"
 Use = Literal["peft", "gguf", "merged", "seeds"]
-_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+Losses = Mapping[str, tuple[float, float]]
+
+CARD = "README.md"
+_SPLITS = ("validation", "test")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The origin of an adapter: the client and the round. ``losses``: those on the client's test split before and after training;
-    None where not measured. ``offset_ranks``: the ranks in the adapter that are the base's offset."""
+    """The origin of an adapter: the client and the round.
+
+    ``losses``: before and after training, by split; none where not measured. ``privacy``: what a round's record has of the client
+    under ``privacy``; None: the run added no noise. ``offset_ranks``: the ranks in the adapter that are the base's offset.
+    ``run`` and ``method``: their names; None: those of the configuration.
+    """
 
     client: SplitClient
     round: int
-    losses: tuple[float | None, float | None] = (None, None)
+    losses: Losses = field(default_factory=dict)
+    privacy: Mapping[str, Any] | None = None
     offset_ranks: int = 0
+    run: str | None = None
+    method: str | None = None
 
 
 def origin(client: SplitClient, round: int, metrics: Sequence[Record]) -> Origin:
-    """The origin of the adapter of ``client`` after ``round``, with its losses from the ``metrics`` of the rounds."""
-    of = {record["round"]: record.get("clients", {}).get(client.name, {}).get("test_loss") for record in metrics}
-    return Origin(client, round, (of.get(0), of.get(round)))
-
-
-def base_name(session: Session) -> str:
-    """The name of an adapter's base: the hub's name only where the run had the hub's weights, else the folder."""
-    base = session.base
-    return base.name if base.source == "hub" or base.path is None else str(base.path.resolve())
-
-
-def hub_name(session: Session) -> str | None:
-    """The base's name on the model hub, where the run gives one."""
-    base = session.base
-    return base.name if base.source in ("hub", "wheel") and _ON_HUB.fullmatch(base.name) else None
+    """The origin of the adapter of ``client`` after ``round``, with losses and privacy from the ``metrics`` of the rounds."""
+    of = {record["round"]: record for record in metrics}
+    before, after = (of.get(n, {}).get("clients", {}).get(client.name, {}) for n in (0, round))
+    found = {split: (before.get(f"{split}_loss"), after.get(f"{split}_loss")) for split in _SPLITS}
+    losses = {split: (b, a) for split, (b, a) in found.items() if b is not None and a is not None}
+    return Origin(client, round, losses, of.get(round, {}).get("privacy", {}).get(client.name))
 
 
 def write(folder: Path, session: Session, origin: Origin, use: Use = "peft") -> None:
     """Write the prompt template, where there is one, and the card into an adapter's folder."""
-    if not is_raw(session, origin.client):
-        name, text = template(session.corpus.encoder)
-        (folder / name).write_text(text, encoding="utf-8")
-    (folder / "README.md").write_text(card(session, origin, use, hub_name(session)), encoding="utf-8")
+    write_template(folder, session, origin.client)
+    (folder / CARD).write_text(card(folder, session, origin, use), encoding="utf-8")
 
 
-def template(encoder: Encoder) -> tuple[str, str]:
-    """The file name and the text of the Jinja template that rendered the prompts. It takes ``messages`` for a server's chat
-    interface, or ``instruction`` and ``input`` for a completion interface."""
-    if encoder.template == CHAT:
-        given = "".join(f"{{% set {key} = {_jinja(value)} %}}" for key, value in encoder.wording.values.items())
-        return CHAT_TEMPLATE, given + encoder.rendering.source()
-    wording = TEMPLATES[encoder.template]
-    with_input, without = wording("{{ instruction }}", "{{ input }}"), wording("{{ instruction }}", "")
-    return PROMPT_TEMPLATE, f"{{% if input %}}{with_input}{{% else %}}{without}{{% endif %}}"
-
-
-def _jinja(value: Any) -> str:
-    """A value of the configuration in Jinja's syntax."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)}: {_jinja(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_jinja, value))}]"
-    return "none" if value is None else json.dumps(value)
-
-
-def is_own(encoder: Encoder) -> bool:
-    """Tell whether servers need the exported chat template, since it differs from the tokenizer's."""
-    return encoder.template == CHAT and (encoder.wording.own is not None or bool(encoder.wording.values))
-
-
-def is_raw(session: Session, client: SplitClient) -> bool:
-    """Tell whether the prompts of ``client`` are continued as they stand, without a template."""
-    return client.manner.raw and not session.corpus.encoder.wording.wrapped
-
-
-def card(session: Session, origin: Origin, use: Use, base: str | None) -> str:
-    """The text of the card: metadata for the hub, then text for people. ``base``: the base's name on the hub."""
+def card(folder: Path, session: Session, origin: Origin, use: Use, base: str | None = None, place: str = ".") -> str:
+    """The text of the card for the adapter in ``folder``. ``base``: the base's name on the hub; None: the run's, if any.
+    ``place``: the name under which readers load the adapter, by default the folder that they are in."""
     client = origin.client
+    base = base or hub_name(session)
     use = "seeds" if use == "peft" and session.adapter.directions is not None else use
-    rows = {
+    told = {
+        "run": origin.run or session.experiment.name,
         "client": client.name,
-        "base model": base or session.base.name,
+        "base model": base or told_name(session),
+        "SHA-256 of the base": session.base.sha256,
+        **_quantised(session),
         "adapter": _adapter(session, client.name, origin.offset_ranks if use != "merged" else 0),
-        "method": f"{session.experiment.method.name}, {origin.round} round{'s' * (origin.round != 1)}",
-        "examples": _examples(client),
+        "method": f"{origin.method or session.experiment.method.name}, {origin.round} round{'s' * (origin.round != 1)}",
+        **_examples(session, client),
         **_prompts(session, client),
-        **_losses(origin),
+        **{f"{split} loss": f"{b:.3f} before, {a:.3f} after" for split, (b, a) in origin.losses.items()},
+        **_privacy(session, origin),
     }
-    told = {"run": session.experiment.name, **{key: _cell(value) for key, value in rows.items()}}
-    table = "\n".join(f"| {key} | {value} |" for key, value in told.items())
-    title, using = " ".join(client.name.split()), _USE[use].replace("BASE", json.dumps(base or session.base.name))
+    table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in told.items())
+    using = "\n\n".join(_using(folder, session, origin, use, base or told_name(session), place))
     return (
-        f"{_metadata(session, use, base)}\n# {title}\n\n{_WHAT}\n\n| | |\n|---|---|\n{table}\n\n{using}\n"
-        f"{_TEXT if is_raw(session, client) else _PROMPTS}\n"
+        f"{_metadata(session, use, base)}\n# {' '.join(client.name.split())}\n\n{_WHAT}\n\n| | |\n|---|---|\n{table}\n\n"
+        f"{using}\n\n{_TEXT if is_raw(session, client) else _PROMPTS}\n"
     )
 
 
 _WHAT = "An adapter of one client, trained together with those of others by MIRA."
 _PROMPTS = "Render prompts with the template beside this file: the adapter was trained on such prompts."
 _TEXT = "Prompts are texts to be continued: use a server's completion interface, without a template."
-_USE: dict[Use, str] = {
-    "peft": """```python
+_PEFT = """With transformers and PEFT:
+
+```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained(BASE)
-model = PeftModel.from_pretrained(base, "this folder")
-```
-""",
-    "gguf": "An adapter file of llama.cpp, for a GGUF file of the base: `llama-server -m base.gguf --lora FILE.gguf`\n",
-    "merged": "The whole model with the adapter in its weights: `AutoModelForCausalLM.from_pretrained` loads this folder.\n",
-    "seeds": "`coefficients.safetensors` holds the coefficients of seeds; `mira export --merge` writes the whole model.\n",
-}
+model = PeftModel.from_pretrained(base, PLACE)
+```"""
+_MERGED = """The whole model, with the adapter in its weights:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(PLACE)
+```"""
+_SEEDS = "`coefficients.safetensors` holds the coefficients of seeds; `mira export --merge` writes the whole model."
 _LIBRARY = {"peft": "peft", "gguf": "gguf", "merged": "transformers"}
+
+
+def _using(folder: Path, session: Session, origin: Origin, use: Use, base: str, place: str) -> Iterator[str]:
+    """The paragraphs on how to load and serve the adapter, whose base is called ``base``."""
+    if use == "seeds":
+        yield _SEEDS
+        return
+    if use == "gguf":
+        command = lines.with_llama(session, origin.client)
+        yield f"An adapter file of llama.cpp, for a GGUF file of the base:\n\n```sh\n{command}\n```"
+        return
+    code = _PEFT if use == "peft" else _MERGED
+    yield code.replace("BASE", json.dumps(base)).replace("PLACE", json.dumps(place))
+    if use == "peft" and (line := lines.with_vllm(folder, session, origin.client, base, origin.offset_ranks)):
+        yield f"With vLLM, in this folder:\n\n```sh\n{line}\n```"
 
 
 def _metadata(session: Session, use: Use, base: str | None) -> str:
@@ -136,6 +130,10 @@ def _metadata(session: Session, use: Use, base: str | None) -> str:
     lora = ["lora"] if session.layout.modules and use != "merged" else []
     values |= {"pipeline_tag": "text-generation", "tags": ["federated-learning", "mira", *lora]}
     return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items()) + "---\n"
+
+
+def _quantised(session: Session) -> dict[str, str]:
+    return {} if session.base.quantization == "none" else {"base in training": session.base.quantization}
 
 
 def _prompts(session: Session, client: SplitClient) -> dict[str, str]:
@@ -163,17 +161,30 @@ def _adapter(session: Session, client: str, more: int) -> str:
     return f"{experiment.adapter.kind} of rank {rank} on {', '.join(ends)}"
 
 
-def _examples(client: SplitClient) -> str:
-    if client.elsewhere is not None:  # the other splits are at the site
-        return f"{client.elsewhere} train"
-    return f"{len(client.train)} train, {len(client.validation)} validation, {len(client.test)} test"
-
-
-def _losses(origin: Origin) -> Mapping[str, str]:
-    before, after = origin.losses
-    if before is None or after is None:
+def _examples(session: Session, client: SplitClient) -> dict[str, str]:
+    """The row of the numbers of examples; none where the client tells no counts."""
+    if session.experiment.privacy is not None and not session.experiment.privacy.tells:
         return {}
-    return {"test loss": f"{before:.3f} before, {after:.3f} after"}
+    if client.elsewhere is not None:  # the other splits are at the site
+        return {"examples": f"{client.elsewhere} train"}
+    return {"examples": f"{len(client.train)} train, {len(client.validation)} validation, {len(client.test)} test"}
+
+
+def _privacy(session: Session, origin: Origin) -> dict[str, str]:
+    """The row about differential privacy; none where the run added no noise, or the client has no account."""
+    section, told = session.experiment.privacy, origin.privacy
+    if section is None or told is None:
+        return {}
+    if told.get("simulation"):
+        return {"privacy": "none: a simulation, whose noise comes from the run's seed"}
+    cost = f"ε = {told['epsilon']:.3g}, δ = {told['delta']:g}"
+    if section.by_example:
+        return {
+            "privacy": f"{cost} for each training example, after {told['steps']} steps; not for the losses and counts here"
+        }
+    return {
+        "privacy": f"{cost} for all data of the client, in its {told['releases']} uploads; not for the losses and counts here"
+    }
 
 
 def _cell(value: str) -> str:

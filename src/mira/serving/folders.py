@@ -20,6 +20,7 @@ from mira.core.offset import offset_of
 from mira.core.types import ServerState
 from mira.model.whole import save_whole
 from mira.serving import card, gguf
+from mira.serving.bases import base_name
 from mira.serving.card import Origin
 from mira.setup.session import Session
 
@@ -55,9 +56,9 @@ def export_row(
 
     def write(place: Path) -> None:
         if equal is None:
-            session.save(place, row, offset, card.base_name(session))
+            session.save(place, row, offset, base_name(session))
         else:
-            others = shutil.ignore_patterns("README.md", "*.jinja")  # those of the client, written below
+            others = shutil.ignore_patterns(card.CARD, "*.jinja")  # those of the client, written below
             shutil.copytree(equal, place, copy_function=_linked, ignore=others)
         card.write(place, session, told)
 

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 from mira.core.errors import UserError
+from mira.data.federation import SplitClient
+from mira.data.templates import CHAT
 from mira.model.wheel import WHEELS
 from mira.serving import gguf
-from mira.serving.card import CHAT_TEMPLATE, base_name, is_own
+from mira.serving.bases import base_name
+from mira.serving.prompts import CHAT_TEMPLATE, is_own, is_raw
 from mira.setup.session import Session
 
 Format = Literal["peft", "vllm", "sglang", "lorax", "gguf"]
@@ -131,14 +134,42 @@ def served(format: Format, session: Session, places: Sequence[Path], rank: int) 
     named = " ".join(shlex.quote(f"{path.name}={path.resolve()}") for path in places)
     template = f" --chat-template {_template(places)}" if is_own(session.corpus.encoder) and _template(places) else ""
     if format == "vllm":
-        rank = next(r for r in _VLLM_RANKS if r >= rank)
-        yield f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {named}{template}"
+        yield f"{_vllm(base, rank)} {named}{template}"
     elif format == "sglang":
         yield f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {named}{template}"
     elif format == "lorax":
         yield f"lorax-launcher --model-id {base} --adapter-source local"
     elif format == "gguf":
         yield from _llama_server(session, places)
+
+
+def with_vllm(folder: Path, session: Session, client: SplitClient, base: str, offset_ranks: int) -> str | None:
+    """The command that serves the adapter in ``folder``, the working folder, with vLLM; None where vLLM cannot. ``base``: the
+    base's name, which is on the hub or a folder; ``offset_ranks``: the ranks in the adapter beside its own."""
+    rank = session.layout.rank + offset_ranks
+    try:
+        check("vllm", session, merge=False)
+        check_rank("vllm", rank)
+        check_folder("vllm", folder)
+    except UserError:
+        return None
+    own = is_own(session.corpus.encoder) and not is_raw(session, client)
+    return f'{_vllm(shlex.quote(base), rank)} {shlex.quote(client.slug)}="$PWD"' + (
+        f" --chat-template {CHAT_TEMPLATE}" if own else ""
+    )
+
+
+def with_llama(session: Session, client: SplitClient) -> str:
+    """The command that serves the adapter file of ``client`` in the working folder with llama.cpp, on a base called base.gguf."""
+    chat = session.corpus.encoder.template == CHAT and not is_raw(session, client)
+    template = f" --jinja --chat-template-file {CHAT_TEMPLATE}" if chat else ""
+    return f"llama-server -m base.gguf --lora {shlex.quote(f'{client.slug}.gguf')}{template}"
+
+
+def _vllm(base: str, rank: int) -> str:
+    """The command of vLLM up to the names of the adapters."""
+    most = next(r for r in _VLLM_RANKS if r >= rank)
+    return f"vllm serve {base} --enable-lora --max-lora-rank {most} --lora-modules"
 
 
 def _template(places: Sequence[Path]) -> str:

@@ -15,7 +15,8 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from mira.core.errors import UserError
 from mira.model.files import first_line
-from mira.serving.card import base_name, hub_name
+from mira.serving.bases import base_name, hub_name
+from mira.serving.card import CARD
 from mira.setup.session import Session
 
 CLIENT = "{client}"
@@ -92,7 +93,7 @@ def base(hub: Hub, session: Session) -> str:
 
 def push(hub: Hub, place: Path, card: str, base: str) -> str:
     """Push the folder of a client. ``base`` replaces the base's name, which may be a folder of this machine."""
-    changed = {"README.md": card}
+    changed = {CARD: card}
     for file, key in _BASE_NAMED.items():
         if (place / file).is_file():
             values = json.loads((place / file).read_text(encoding="utf-8")) | {key: base}

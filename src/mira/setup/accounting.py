@@ -19,29 +19,60 @@ _MOST = 2.0**20  # noise above this is no training any more
 
 
 @cache
-def epsilon(noise: float, rate: float, steps: int, delta: float) -> float:
-    """ε at ``delta`` after ``steps``; 0 before the first. Raises UserError where the accountant is not installed."""
-    events, rdp = _library()
-    if steps == 0:
+def epsilon(
+    noise: float, rate: float, steps: int, delta: float, measurements: int = 0, metrics_noise: float = 1.0
+) -> float:
+    """ε at ``delta`` after ``steps`` and ``measurements``, each of them the Gaussian mechanism with ``metrics_noise``; 0 before
+    the first. Raises UserError where the accountant is not installed."""
+    _, rdp = _library()
+    if steps == measurements == 0:
         return 0.0
-    sampled = events.PoissonSampledDpEvent(rate, events.GaussianDpEvent(noise))
-    return float(rdp.RdpAccountant(_ORDERS).compose(sampled, steps).get_epsilon(delta))
+    spent: Any = 0.0
+    if steps:
+        spent = steps * _of_step(noise, rate)
+    if measurements:
+        spent = spent + measurements * _of_measurement(metrics_noise)
+    return float(rdp.compute_epsilon(_ORDERS, spent, delta)[0])
 
 
 @cache
-def noise_for(target: float, rate: float, steps: int, delta: float) -> float:
-    """The least noise with which ``steps`` stay within ``target`` (ε) at ``delta``, 0.1 % too large at most.
+def _of_measurement(noise: float) -> Any:
+    """The Rényi divergences of one measurement at all orders α: α / (2·noise²) (Mironov 2017, proposition 7)."""
+    events, rdp = _library()
+    return rdp.RdpAccountant(_ORDERS).compose(events.GaussianDpEvent(noise)).rdp
+
+
+@cache
+def _of_step(noise: float, rate: float) -> Any:
+    """The Rényi divergences of one step at all orders: those of several steps add up, so each round needs them again."""
+    events, rdp = _library()
+    sampled = events.PoissonSampledDpEvent(rate, events.GaussianDpEvent(noise))
+    return rdp.RdpAccountant(_ORDERS).compose(sampled).rdp
+
+
+@cache
+def noise_for(
+    target: float, rate: float, steps: int, delta: float, measurements: int = 0, metrics_noise: float = 1.0
+) -> float:
+    """The least noise with which ``steps`` beside ``measurements`` stay within ``target`` (ε) at ``delta``, 0.1 % too large at
+    most.
 
     Raises UserError where no noise does, or the accountant is not installed.
     """
+    besides = measurements, metrics_noise
+    if measurements and epsilon(1.0, rate, 0, delta, *besides) > 0.9 * target:
+        raise UserError(
+            f"privacy.epsilon={target:g}: {measurements} measurements with metrics_noise={metrics_noise:g} leave nothing for the"
+            " training; raise metrics_noise or evaluation.every"
+        )
     low, high = 0.0, 1.0
-    while epsilon(high, rate, steps, delta) > target:
+    while epsilon(high, rate, steps, delta, *besides) > target:
         low, high = high, 2 * high
         if high > _MOST:
             raise UserError(f"privacy.epsilon={target:g}: no noise gives it at delta={delta:g}; raise epsilon or delta")
     while high - low > _CLOSE * high:
         middle = (low + high) / 2
-        low, high = (low, middle) if epsilon(middle, rate, steps, delta) <= target else (middle, high)
+        low, high = (low, middle) if epsilon(middle, rate, steps, delta, *besides) <= target else (middle, high)
     return high
 
 

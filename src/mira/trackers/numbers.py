@@ -40,7 +40,7 @@ def of_round(record: Record, labels: Labels) -> dict[str, float]:
     numbers = _plain(record, without=("round",))
     numbers |= _plain(record.get("answers", {})) | _plain(record.get("transfer", {}))
     numbers |= {"lost": float(len(record["lost"]))} if "lost" in record else {}
-    trained = record.get("train_loss", {})
+    trained = {name: loss for name, loss in record.get("train_loss", {}).items() if loss is not None}
     if trained:
         numbers["train_loss"] = sum(trained.values()) / len(trained)
     numbers |= {f"train/{labels[name]}": loss for name, loss in trained.items() if name in labels}

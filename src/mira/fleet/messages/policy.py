@@ -35,7 +35,7 @@ class RoundPolicy:
     """``rounds`` of the run. ``deadline``: the longest wait of a round, in seconds. ``minimum``: the number of replies that end
     it sooner, None for all. ``max_norm``: the longest displacement of a row in a round, None for any that is not far from the
     others'. ``wire``: the format of rows. ``privacy``: the noise that sites add. ``training``: the local training.
-    ``times``: the trainings of an adapter that a site does in the whole run."""
+    ``times``: the trainings of an adapter that a site does in the whole run; ``measurements``: its losses with noise."""
 
     rounds: int
     deadline: float
@@ -45,6 +45,7 @@ class RoundPolicy:
     wire: Wire = "fp32"
     privacy: PrivacySection | None = None
     times: int = 0
+    measurements: int = 0
 
     @property
     def noisy_uploads(self) -> bool:

@@ -60,6 +60,7 @@ class RemoteClients:
     """Standing and number of the best committed round: sites keep their private parts of it."""
     _offset: OffsetOfSites = field(default_factory=OffsetOfSites)
     _round: int = 0
+    _done: int = 0  # the last round committed
     _private_parts: bool = False
     _releases: dict[str, int] = field(default_factory=dict)
     _missed: set[str] = field(default_factory=set)  # clients that were lost from a round
@@ -156,7 +157,7 @@ class RemoteClients:
         if asked is None:
             return joined
         return joined | {"privacy": {
-            name: spent(asked, policy.training, self.run.examples[name], policy.times, n)
+            name: spent(asked, policy.training, self.run.examples[name], policy.times, n, policy.measurements)
             for name, n in sorted(self._releases.items()) if name in self.run.examples
         }}  # fmt: skip
 
@@ -168,6 +169,7 @@ class RemoteClients:
         self.run = replace(self.run, examples={**self.run.examples, **record.get("joined", {})})
         for name, told in record.get("privacy", {}).items():  # of a site that is away as well
             self._releases[name] = max(told.get("releases", 0), told.get("steps", 0), self._releases.get(name, 0))
+        self._done = record["round"]
         self._missed |= set(record.get("cohort", ())) - set(record.get("train_loss", ()))
         for name in record.get("cohort", ()):
             rounds = [r for r in self.took_part.get(name, []) if r < record["round"]]
@@ -178,7 +180,10 @@ class RemoteClients:
     def finish(self, deployed: Callable[[Tensor], Tensor]) -> None:
         names = self.run.names
         rows = deployed(torch.arange(len(names)))
-        self._ask("finish", {n: Request(self._kept(n), {row_key(0): row}) for n, row in zip(names, rows, strict=True)})
+        self._ask("finish", {
+            name: Request({"round": self._done, **self._kept(name)}, {row_key(0): row})
+            for name, row in zip(names, rows, strict=True)
+        })  # fmt: skip
 
     def join(self, names: Sequence[str]) -> dict[str, Values | NoReply]:
         """Open the run at these sites. Returns the values that each reports, or the reason why it does not take part."""

@@ -19,10 +19,11 @@ from mira.fleet.messages.packet import PROTOCOL
 from mira.fleet.messages.policy import RemoteRun, RoundPolicy
 from mira.fleet.messages.transport import NoReply, Transport
 from mira.fleet.server.clients import RemoteClients
-from mira.fleet.site.handler import fingerprints
+from mira.fleet.site.fingerprints import fingerprints
 from mira.fleet.site.privacy import epsilon
 from mira.setup.build import open_session
 from mira.setup.environment import clients_told
+from mira.setup.noised import measurements_of
 from mira.setup.privacy import times_of
 from mira.setup.session import Session
 from mira.store import Store
@@ -90,6 +91,7 @@ class Opener:
             privacy=experiment.privacy,
             training=experiment.training,
             times=times_of(experiment),
+            measurements=measurements_of(experiment),
         )
         run = RemoteRun(
             number, secrets.token_hex(8), session.names, _opening(session, experiment), experiment.clients.rank,
@@ -180,8 +182,10 @@ def _opening(session: Session, experiment: Experiment) -> dict[str, Any]:
         "protocol": PROTOCOL,
         "experiment": {key: value for key, value in given.items() if key not in _NOT_SENT},
         "adapter_package": f"{plugin.package} {plugin.version}" if plugin is not None and plugin.package else None,
+        "about": {"run": experiment.name, "method": experiment.method.name},  # for the cards of adapters
         "threads": session.surroundings["threads"],
         "trainings": times_of(experiment),
+        "measurements": measurements_of(experiment),
         **fingerprints(session),
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -22,8 +21,10 @@ from mira.core.wire import Wire, compress, down, encode
 from mira.data.sources.sites import Own
 from mira.data.types import Source
 from mira.fleet.messages.packet import PROTOCOL, Packet, other_protocol, pack, row_key, unpack
-from mira.fleet.site.account import check_terms, describe, private, terms_of
+from mira.fleet.site.account import MEASURED, check_terms, describe, evaluator, private, terms_of
+from mira.fleet.site.fingerprints import fingerprints
 from mira.fleet.site.offset import rebase
+from mira.fleet.site.origin import note_losses, origin_of
 from mira.fleet.site.privacy import release
 from mira.fleet.site.refusals import RefusedRequest, check_adapter, check_noise, check_sources
 from mira.fleet.site.state import SiteState
@@ -38,9 +39,9 @@ from mira.fleet.site.training import (
     work_of,
 )
 from mira.runner import evaluation
-from mira.serving.card import Origin
 from mira.serving.folders import export_row
 from mira.setup.build import open_session
+from mira.setup.privacy import untold
 from mira.setup.session import Session
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ Values = dict[str, Any]
 Answer = tuple[Values, dict[str, Tensor]]
 # In the place of an error, which may hold text or file names.
 SEE_LOG = "it failed; the reason is in the site's own log"
+_NOT_TOLD = "privacy.metrics: losses and metrics as they are stay at this site"
 _NO_NOISE = "the loss on its training examples has no noise (privacy.unit=example)"
 
 
@@ -67,6 +69,12 @@ class JoinedRun:
     def wire(self) -> Wire:
         """The format of the rows that this site sends. A server names it; one of before that was its default."""
         return self.session.experiment.server.wire or "fp32"
+
+    @property
+    def metrics(self) -> str:
+        """privacy.metrics: what the site tells beside its rows."""
+        asked = self.session.experiment.privacy
+        return "exact" if asked is None else asked.metrics
 
     def kept_parts(self, values: Values) -> dict[str, Tensor]:
         """The private parts kept of the round that a request of ``values`` goes on from."""
@@ -131,8 +139,8 @@ class SiteHandler:
         here.state.note("open", packet.values)
         log.info("joined run %s", packet.head.run)
         return {
-            "protocol": PROTOCOL, "examples": here.session.federation.clients[0].num_train, "releases": here.releases,
-            "allow_transfer": self.allow_transfer,
+            "protocol": PROTOCOL, "examples": here.session.federation.clients[0].num_train if here.metrics != "none" else 1,
+            "releases": here.releases, "allow_transfer": self.allow_transfer,
         }, {}  # fmt: skip
 
     def _run(self, run: str, values: Values | None = None) -> JoinedRun:
@@ -152,6 +160,13 @@ class SiteHandler:
         here = self._run(packet.head.run)
         return here, rebase(here.session, here.state, packet, here.start)
 
+    def _measuring(self, packet: Packet) -> tuple[JoinedRun, Tensor | None]:
+        """As ``_based``, for a request of numbers that depend on the data. Raises RefusedRequest where the run tells none."""
+        here = self._run(packet.head.run)
+        if here.metrics != "exact" and (packet.head.kind != "evaluate" or here.metrics == "none"):
+            raise RefusedRequest(_NOT_TOLD)
+        return self._based(packet)
+
     def _join(self, state: SiteState, values: Values) -> JoinedRun:
         if (difference := other_protocol(values.get("protocol"))) is not None:
             raise RefusedRequest(difference)
@@ -168,7 +183,8 @@ class SiteHandler:
         session = open_session(experiment, threads, folder=state.folder, first=number)
         terms = terms_of(session, number, values)
         check_terms(terms, state.noted("terms"))
-        session = private(session, number, values, (state.noted("releases") or {"count": 0})["count"], self.max_epsilon)
+        done, measured = ((state.noted(what) or {"count": 0})["count"] for what in ("releases", MEASURED))
+        session = private(session, number, values, done, self.max_epsilon, measured)
         for what, ours in fingerprints(session).items():
             if values[what] != ours:
                 raise RefusedRequest(
@@ -188,18 +204,18 @@ class SiteHandler:
         here.charge(work)
         trained = screen(here.session.engine.train(work, packet.head.round, float(values["lr"])))
         if trained.failed:
-            raise RefusedRequest(trained.failed[0].reason)
+            raise (RefusedRequest if here.metrics == "exact" else UserError)(trained.failed[0].reason)
         here.state.keep({since, *values["keep"]})
         rows, residuals = _uploads(here, work, trained, kept)
         things = (private_parts(work, trained) if values["private_parts"] else {}) | optimizer_states(trained)
         if things | residuals:
             here.state.put(packet.head.round + 1, things | residuals)
-        jobs = answers(trained)
-        log.info("round %d: trained, mean loss %.3f", packet.head.round + 1, jobs[-1]["loss"])
+        log.info("round %d: trained, mean loss %.3f", packet.head.round + 1, float(trained.loss[-1]))
+        jobs = answers(trained if here.metrics == "exact" else untold(trained, here.metrics != "none"))
         return {"jobs": jobs, "releases": here.releases}, rows
 
     def _choose(self, packet: Packet) -> Answer:
-        here, _ = self._based(packet)
+        here, _ = self._measuring(packet)
         try:
             offer = offer_of(packet, here.number, here.start, here.kept_parts(packet.values), down(here.wire))
         except (ValueError, LookupError) as error:
@@ -210,16 +226,18 @@ class SiteHandler:
         return {}, {"nll": scores.nll, "tokens": scores.tokens}
 
     def _evaluate(self, packet: Packet) -> Answer:
-        here, values = self._based(packet)[0], packet.values
+        here, values = self._measuring(packet)[0], packet.values
         if here.session.accountant is not None and not set(values["splits"]) <= {"validation", "test"}:
             raise RefusedRequest(_NO_NOISE)
         rows = torch.stack([_deployed(here, packet, n) for n in range(values["rows"])])
         client = torch.full((len(rows),), here.number)
-        scores = here.session.engine.evaluate(rows, client, values["splits"], values["limit"])
+        engine = evaluator(here.session, here.state, values["splits"], len(rows))
+        scores = engine.evaluate(rows, client, values["splits"], values["limit"])
+        note_losses(here.state, values["splits"], scores)
         return {}, {"nll": scores.nll, "tokens": scores.tokens}
 
     def _grade(self, packet: Packet) -> Answer:
-        here, limit, most = self._based(packet)[0], packet.values["limit"], packet.values["max_new_tokens"]
+        here, limit, most = self._measuring(packet)[0], packet.values["limit"], packet.values["max_new_tokens"]
         row, client = _deployed(here, packet, 0)[None], torch.tensor([here.number])
         references = [here.session.corpus.references(here.number, "test", limit)]
         metrics = here.session.experiment.evaluation.metrics
@@ -228,7 +246,7 @@ class SiteHandler:
     def _finish(self, packet: Packet) -> Answer:
         here, offset = self._based(packet)
         place = self.state / "adapter"
-        origin = Origin(here.session.federation.clients[0], here.session.experiment.rounds)
+        origin = origin_of(here.session, here.state, packet.values.get("round"), here.number, here.releases)
         export_row(here.session, place, _deployed(here, packet, 0), origin, offset)
         log.info("adapter written to %s", place)
         if (asked := here.session.experiment.privacy) is not None:
@@ -280,16 +298,3 @@ def _encoded(here: JoinedRun, row: Tensor, start: Tensor, residual: Tensor | Non
 def _deployed(here: JoinedRun, packet: Packet, n: int) -> Tensor:
     """Row ``n`` of ``packet``, with the private parts of this site put into it."""
     return with_private_parts(packet.tensors[row_key(n)], here.kept_parts(packet.values))
-
-
-def fingerprints(session: Session) -> dict[str, str]:
-    """SHA-256 of the base model's weights, with its quantisation, of the tokenizer, and of the adapter that clients start from,
-    where one is given: a site's must be those of its server."""
-    tokenizer = session.base.tokenizer
-    inner = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab()))
-    about = json.dumps([inner, tokenizer.chat_template, tokenizer.special_tokens_map], default=str)
-    weights = f"{session.base.sha256} {session.base.quantization}"
-    found = {"base model": weights, "tokenizer": hashlib.sha256(about.encode()).hexdigest()}
-    if getattr(session.experiment.adapter, "start", None) is None:  # the seed gives the start, everywhere the same
-        return found
-    return found | {"start adapter": hashlib.sha256(session.start().numpy().tobytes()).hexdigest()}

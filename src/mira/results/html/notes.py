@@ -66,6 +66,8 @@ def _of_run(run: RunData, alone: bool) -> list[str]:
 
 def _of_variant(variant: Variant, names: Sequence[str], alone: bool) -> list[str]:
     who = "" if alone else f"{variant.label}: "
+    if variant.first.config.get("privacy.metrics") == '"none"':
+        return [f"{who}its clients told no losses, metrics and counts (privacy.metrics: none)."]
     pairs = [(name, variant.start.get(name), variant.after.get(name)) for name in names]
     endless = [name for name, _, after in pairs if after is None]
     worse = [name for name, before, after in pairs if before is not None and after is not None and after > before]
