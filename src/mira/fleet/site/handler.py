@@ -119,7 +119,7 @@ class SiteHandler:
                 raise RefusedRequest("the message is meant for another site")
             values, tensors = act(packet)
         except RefusedRequest as refusal:
-            log.warning("round %d: %s", packet.head.round, refusal)
+            log.warning("round %d: %s", packet.head.round, refusal, extra={"round": packet.head.round})
             values, tensors = {"failed": str(refusal)}, {}
         except UserError as error:
             log.error("%s", error)
@@ -195,7 +195,8 @@ class SiteHandler:
         if things | residuals:
             here.state.put(packet.head.round + 1, things | residuals)
         jobs = answers(trained)
-        log.info("round %d: trained, mean loss %.3f", packet.head.round + 1, jobs[-1]["loss"])
+        number = packet.head.round + 1
+        log.info("round %d: trained, mean loss %.3f", number, jobs[-1]["loss"], extra={"round": number})
         return {"jobs": jobs, "releases": here.releases}, rows
 
     def _choose(self, packet: Packet) -> Answer:
