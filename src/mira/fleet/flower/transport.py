@@ -69,6 +69,16 @@ class FlowerTransport:
         self._missed.clear()
         return here
 
+    @property
+    def online(self) -> set[str]:
+        """The sites online at the last look, or before the app went away; for any thread."""
+        return set(self._nodes)
+
+    @property
+    def away(self) -> bool:
+        """True while Flower's app, which was here, is not."""
+        return self._app is None and bool(self._keys)
+
     def _look(self) -> set[str]:
         nodes = json.loads(self._do({"do": "roster"})[0])
         names = self.names()
