@@ -15,12 +15,14 @@ from mira.cli.terminal import (
     Verbose,
     err_console,
     log_as_json,
+    out_console,
     print_result,
     say,
     silent,
 )  # fmt: skip
 from mira.cli.training import configuration
 from mira.core.errors import UserError
+from mira.core.escape import visible
 from mira.core.json_log import JsonFormatter
 from mira.runner.callbacks import Callback
 from mira.runner.progress import RunProgress
@@ -44,12 +46,20 @@ def server(
             help="Where to listen (default: the port of the kit's address, all addresses).",
         ),
     ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            "--metrics",
+            metavar="[HOST:]PORT",
+            help="Serve Prometheus metrics, /healthz and the run's live page there (default host: 127.0.0.1).",
+        ),
+    ] = None,
     log_format: LogFormat = "text",
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Run an experiment whose clients are sites on other machines: all sites of the kit that are not revoked."""
-    from mira.fleet.server.main import ServerOptions, run_server
+    from mira.fleet.server.main import MonitorOptions, ServerOptions, run_server
 
     progress = RunProgress(err_console)
     callbacks: list[Callback] = [progress]
@@ -59,7 +69,8 @@ def server(
         raise UserError("server: give either a configuration or --resume RUN")
     wanted = None if target is None else configuration(target, overrides or [])
     try:
-        options = ServerOptions(out, resume, relay, say, say if verbose else silent, listen)
+        monitor = None if metrics is None else MonitorOptions(metrics, _page)
+        options = ServerOptions(out, resume, relay, say, say if verbose else silent, listen, monitor)
         result = run_server(wanted, kit, options, callbacks)
     except KeyboardInterrupt:
         err_console.print("interrupted; committed rounds are kept, go on with: mira server --kit DIR --resume RUN")
@@ -67,6 +78,12 @@ def server(
     finally:
         progress.close()
     print_result(result, as_json)
+
+
+def _page(folder: Path) -> str:
+    from mira.results import html
+
+    return html.of_run(folder)
 
 
 @dataclass
@@ -84,6 +101,14 @@ class _RoundOfLines(Callback):
 
     def round(self, record: dict[str, Any]) -> None:
         self.lines.round = record["round"] + 1 if record["round"] < self.rounds else None
+
+
+def status(kit: Annotated[Path, typer.Argument(metavar="KIT", help="The server's kit.")]) -> None:
+    """Show the last server of a kit, while it runs and after: its rounds, its sites, their replies, bytes and ε."""
+    from mira.fleet.monitor.status import lines
+
+    for line in lines(kit):
+        out_console.print(visible(line), soft_wrap=True)
 
 
 def client(
