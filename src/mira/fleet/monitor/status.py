@@ -118,8 +118,8 @@ def _of_run(run: StoredRun, live: Samples) -> Iterator[str]:
     found = run.totals
     losses = {"train": found.train_loss, "validation": found.validation_loss}
     told = [f"{split} loss {loss:.3f}" for split, loss in losses.items() if loss is not None]
-    told += [f"{sum(found.seconds.values()):.0f} s in rounds"] if found.seconds else []
-    told += [f"{phase} {seconds:.0f} s" for phase, seconds in found.seconds.items()]
+    told += [f"{sum(found.seconds.values()):.1f} s in rounds"] if found.seconds else []
+    told += [f"{phase} {seconds:.1f} s" for phase, seconds in found.seconds.items()]
     if (last := live.get("mira_last_round_timestamp_seconds")) is not None:
         told.append(f"last round {ago(last[''])}")
     if (memory := live.get("process_resident_memory_bytes")) is not None:
