@@ -105,7 +105,10 @@ class _RoundOfLines(Callback):
 
 def status(kit: Annotated[Path, typer.Argument(metavar="KIT", help="The server's kit.")]) -> None:
     """Show the last server of a kit, while it runs and after: its rounds, its sites, their replies, bytes and ε."""
-    from mira.fleet.monitor.status import lines
+    try:
+        from mira.fleet.monitor.status import lines
+    except ModuleNotFoundError as error:
+        raise UserError(f"mira server status: {error.name} is missing; pip install 'mira-fl[flower]'") from None
 
     for line in lines(kit):
         out_console.print(visible(line), soft_wrap=True)

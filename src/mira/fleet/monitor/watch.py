@@ -77,7 +77,7 @@ def _minimum(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class Health:
-    """Whether the run can go on. ``reason``: one line where it cannot."""
+    """The state of a run: it can go on unless there is a ``reason`` why not, in one line."""
 
     reason: str | None
     doing: str
