@@ -114,7 +114,7 @@ def unasked(welcomed: Values | NoReply | None) -> NoReply:
     if welcomed is None:
         return NoReply("it is not online", sent=False, kind="offline")
     if isinstance(welcomed, NoReply):
-        return replace(welcomed, sent=False)
+        return replace(welcomed, sent=False, busy=False)
     return NoReply("it has just joined", sent=False, kind="offline")
 
 
