@@ -7,12 +7,13 @@ from typing import Any
 import click
 import typer
 
-from mira.cli import app
+from mira.cli import app, joined
 
 
 def options(name: str) -> str:
     """Usage, arguments and options of ``name`` ('mira kit site') as Markdown. Raises KeyError for an unknown command."""
-    command, path = typer.main.get_command(app), name.split()
+    program, *words = name.split()
+    command, path = typer.main.get_command(app), [program, *joined(words)]
     context: Any = click.Context(command, info_name=path[0])
     for word in path[1:]:
         assert isinstance(command, click.Group), f"{name}: no such command"

@@ -337,6 +337,7 @@ def test_a_row_that_went_astray_is_rejected_with_the_reason_and_the_others_are_u
     assert [sorted(record["lost"]) for record in records[1:]] == [[], ["ann"], ["ann"]]
     assert "more than 10 times the round's median" in records[2]["lost"]["ann"]
     assert "not finite" in records[3]["lost"]["ann"]
+    assert [record["lost_kind"] for record in records[1:]] == [{}, {"ann": "norm"}, {"ann": "not finite"}]
 
 
 def test_a_largest_norm_of_the_configuration_is_kept(world: World) -> None:

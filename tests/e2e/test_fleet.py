@@ -8,9 +8,10 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -252,15 +253,43 @@ def test_three_sites_one_killed_and_the_server_too(federation: Federation) -> No
         assert "s3cret" not in log.read_text(), log
 
 
+def watch(federation: Federation, port: int) -> None:
+    """The server is watched while it runs, and by some who mean it harm; nothing of it reaches the run."""
+    url, kit_folder = f"http://127.0.0.1:{port}", federation.folder / "server-kit"
+    with ExitStack() as stack:
+        for _ in range(8):  # never a whole request
+            slow = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            slow.sendall(b"GET /metrics HTTP/1.1\r\nx: ")
+        client = stack.enter_context(httpx.Client(trust_env=False, timeout=PATIENCE))
+        told = client.get(f"{url}/healthz")
+        found = dict(line.rsplit(" ", 1) for line in client.get(f"{url}/metrics").text.splitlines())
+        page = client.get(f"{url}/").text
+        assert client.get(f"{url}/{'a' * 60_000}").status_code in (404, 431)
+        assert client.get(f"{url}/metrics", headers={"host": "rebound.example"}).status_code == 421
+    assert (told.status_code, told.json()["reason"], told.json()["online"]) == (200, None, 3)
+    assert [found[f"mira_{name}"] for name in ("rounds_planned", "sites_online", "healthy")] == ["3.0", "3.0", "1.0"]
+    done = found["mira_rounds_total"]
+    assert done in ("1.0", "2.0")
+    for name in NAMES:
+        assert found[f'mira_site_replies_total{{outcome="accepted",site="{name}"}}'] == done
+        assert time.time() - float(found[f'mira_site_last_seen_timestamp_seconds{{site="{name}"}}']) < PATIENCE
+    assert float(found["mira_superlink_process_resident_memory_bytes"]) > 2**20
+    assert "Loss over rounds" in page
+    assert f"run and {url}/metrics" in mira("server", "status", kit_folder).out
+
+
 def three_sites(federation: Federation, proxy: dict[str, str]) -> None:
     folder = federation.folder
     nowhere = f"http://127.0.0.1:{free_port()}"  # Flower's processes at the server speak with loopback alone
-    federation.server("first", "c.yaml", "--out", "run", HTTPS_PROXY=nowhere, NO_PROXY="", no_proxy="")
+    watched = free_port()
+    options = ("c.yaml", "--out", "run", "--metrics", watched)
+    federation.server("first", *options, HTTPS_PROXY=nowhere, NO_PROXY="", no_proxy="")
     federation.site(NAMES[0], **proxy)
     for name in NAMES[1:]:
         federation.site(name)
     federation.until("first", r"online: .*\(3 of 3\)")
     federation.until("first", r"round 1/3")
+    watch(federation, watched)
     # The server dies without a word, and a site's worker too.
     federation.started["first"].send_signal(signal.SIGKILL)
     federation.started["first"].wait()
@@ -271,11 +300,24 @@ def three_sites(federation: Federation, proxy: dict[str, str]) -> None:
     site = folder / f"{NAMES[2]}-kit"
     federation.admit(join.join_again(site), site)
     federation.until(NAMES[2], "goes on with its new key")
-    federation.server("again", "--resume", "run")
+    assert (
+        "the server has ended; 1 of 3 rounds done, not finished" in mira("server", "status", folder / "server-kit").out
+    )
+    federation.server("again", "--resume", "run", "--log-format", "json")
     federation.until("again", r"online: .*\(3 of 3\)")
     federation.until("again", r"best round")
     assert federation.started["again"].wait(PATIENCE) == 0
     assert result(federation)["lost"] == 0
+    lines = [line for line in federation.log("again").splitlines() if line.startswith("{")]
+    assert federation.log("again").startswith("\n".join(lines)), (
+        "the table on standard output, and nothing else, follows"
+    )
+    assert {json.loads(line).get("round") for line in lines} >= {None, 2, 3}
+    told = mira("server", "status", folder / "server-kit").out
+    assert "the server has ended; 3 of 3 rounds done, finished" in told
+    assert len(re.findall(r"^hospital-\d +\? +\? +3 +0 +0 +0 +0 ", told, flags=re.MULTILINE)) == 3, (
+        "accepted in each round"
+    )
     assert mira("run", folder / "c.yaml", "--out", folder / "together").status == 0
     for name in NAMES:
         own = adapter(folder / f"{name}-state" / "adapter")

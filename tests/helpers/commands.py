@@ -12,7 +12,7 @@ import click
 import typer
 
 from mira import config
-from mira.cli import app
+from mira.cli import app, joined
 from mira.comparison import plan as comparison
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def check_command(command: str) -> None:
     words = shlex.split(re.sub(r"[\[\]…]", " ", command), comments=True)
     words = words[: next((n for n, word in enumerate(words) if word in ("|", ">", ">>", "2>", "&&", ";")), None)]
     group = command_line()
-    context, arguments = None, words[1:]
+    context, arguments = None, joined(words[1:])
     if arguments == ["--version"]:
         return
     while isinstance(group, click.Group):

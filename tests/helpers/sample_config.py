@@ -58,7 +58,7 @@ def write_config(file: Path, model: Path, data: Path, /, **sections: Any) -> Pat
 
 
 # What a run's records and result hold of time and memory; all else is the same whenever it is run again.
-VOLATILE = ("seconds", "tokens_per_second", "peak_memory_bytes")
+VOLATILE = ("seconds", "tokens_per_second", "phase_seconds", "peak_memory_bytes")
 
 
 def lasting(value: dict[str, Any]) -> dict[str, Any]:

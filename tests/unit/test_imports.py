@@ -30,7 +30,8 @@ ONLY_IN = {
     "transformers": ("model", "data/tokenizing", "adapters", "engine", "testing"),
     "flwr": ("fleet/flower",),
     "cryptography": ("fleet/identity",),
-    "h11": ("fleet/gate",),
+    "prometheus_client": ("fleet/monitor",),
+    "h11": ("fleet/gate", "fleet/monitor"),
     "peft": ("adapters", "engine", "testing"),
     "ray": ("core/ray", "comparison/on_ray", "setup/crew", "setup/sending", "setup/spread"),
 }

@@ -134,6 +134,8 @@ def test_measure_then_commit_then_observe() -> None:
         events.append(f"commit {number}")
         assert record["measured"] == number
         assert {"tokens_per_second", "seconds", "cohort", "train_loss"} <= record.keys()
+        assert list(record["phase_seconds"]) == ["prepare", "train", "aggregate", "measure"]
+        assert sum(record["phase_seconds"].values()) == record["seconds"]
         real(number, change, optimizer, record)
 
     def measure(state: ServerState, record: Record) -> Record:
@@ -322,7 +324,7 @@ def test_describe_counts_what_travels() -> None:
     )  # fmt: skip
     change = Change(client[:2], done.rows, {}, {"mixing_step": 0.5})
     assert describe(4, work, done, change, NAMES) == {
-        "round": 4, "lr": 0.01, "cohort": ["c", "a", "b"], "lost": {"b": "out of memory"},
+        "round": 4, "lr": 0.01, "cohort": ["c", "a", "b"], "lost": {"b": "out of memory"}, "lost_kind": {"b": "failed"},
         "train_loss": {"c": 0.5, "a": 0.25}, "steps": {"c": 3, "a": 4}, "tokens": 120,
         "bytes_down": 60, "bytes_up": 40,
         "client_bytes": {

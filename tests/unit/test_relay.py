@@ -107,7 +107,7 @@ def test_each_gets_its_own_and_answers_find_their_question(relay: FlowerTranspor
     replies = relay.exchange(
         {"ann": b"1", "bob": b"2", "cleo": b"3"}, 30.0, 3, lambda name, reply: not seen.update({name: reply})
     )
-    assert replies == {"ann": b"ann1", "bob": b"bob2", "cleo": NoReply("it went offline", sent=False)}
+    assert replies == {"ann": b"ann1", "bob": b"bob2", "cleo": NoReply("it went offline", sent=False, kind="offline")}
     assert app.pushed == [("ann", b"1"), ("bob", b"2")]
     assert {name: seen[name] for name in ("ann", "bob")} == {"ann": b"ann1", "bob": b"bob2"}
 
@@ -125,14 +125,14 @@ def test_how_much_each_may_answer_is_told_before_it_is_asked(relay: FlowerTransp
 def test_a_round_ends_by_its_deadline(relay: FlowerTransport, tmp_path: Path) -> None:
     App(tmp_path / "relay", lambda name, data: echo(name, data) if name == "ann" else None).start()
     replies = relay.exchange({"ann": b"1", "bob": b"2"}, 1.0, 2)
-    assert replies == {"ann": b"ann1", "bob": NoReply("no reply within 1 s", busy=True)}
+    assert replies == {"ann": b"ann1", "bob": NoReply("no reply within 1 s", busy=True, kind="late")}
 
 
 def test_or_when_enough_are_in(relay: FlowerTransport, tmp_path: Path) -> None:
     App(tmp_path / "relay", lambda name, data: echo(name, data) if name == "ann" else None).start()
     assert relay.exchange({"ann": b"1", "bob": b"2"}, 600.0, 1) == {
         "ann": b"ann1",
-        "bob": NoReply("it was not waited for", busy=True),
+        "bob": NoReply("it was not waited for", busy=True, kind="late"),
     }
 
 
@@ -161,7 +161,9 @@ def test_an_app_that_dies_is_brought_back_and_asked_again(relay: FlowerTransport
     assert len(lives) == 2
 
 
-@pytest.mark.parametrize(("comes_back", "answer"), [(True, b"bob2"), (False, NoReply("it went offline"))])
+@pytest.mark.parametrize(
+    ("comes_back", "answer"), [(True, b"bob2"), (False, NoReply("it went offline", kind="offline"))]
+)
 def test_a_superlink_that_began_anew_is_given_time_to_meet_its_sites(
     relay: FlowerTransport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_back: bool, answer: bytes | NoReply
 ) -> None:
@@ -318,7 +320,9 @@ def test_what_came_too_late_is_fetched_with_the_next_answers_and_dropped(
         return echo(name, data)
 
     App(tmp_path / "relay", reply).start()
-    assert relay.exchange({"ann": b"1", "bob": b"1"}, 600.0, 1)["bob"] == NoReply("it was not waited for", busy=True)
+    assert relay.exchange({"ann": b"1", "bob": b"1"}, 600.0, 1)["bob"] == NoReply(
+        "it was not waited for", busy=True, kind="late"
+    )
     assert relay.exchange({"ann": b"2", "bob": b"2"}, 600.0, 2) == {"ann": b"ann2", "bob": b"bob2"}
     assert len(late) == 2
     relay.exchange({"ann": b"3"}, 600.0, 1)

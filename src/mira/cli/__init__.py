@@ -21,7 +21,7 @@ from mira.core.errors import UserError
 from mira.core.escape import visible
 from mira.core.versions import version_of
 
-__all__ = ["app", "main", "out_console"]
+__all__ = ["app", "joined", "main", "out_console"]
 
 app = typer.Typer(
     name="mira",
@@ -47,6 +47,7 @@ def about(
 
 
 app.command(name="runs")(runs.list_runs)
+app.command(name="server status")(fleet.status)
 app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
 app.add_typer(kit_app, name="kit")
@@ -67,7 +68,7 @@ def main() -> None:
     log.propagate = False  # else a library that configures the root logger prints every line twice
     try:
         _check_utf8(sys.argv[1:])
-        status = app(prog_name="mira", standalone_mode=False)
+        status = app(joined(sys.argv[1:]), prog_name="mira", standalone_mode=False)
     except UserError as error:
         status = _refuse(str(error))
     except click.exceptions.NoArgsIsHelpError as error:  # its message is the help, printed already
@@ -77,6 +78,12 @@ def main() -> None:
         where = f" (see: {context.command_path} --help)" if context else ""
         status = _refuse(error.format_message() + where)
     sys.exit(status)
+
+
+def joined(arguments: Sequence[str]) -> list[str]:
+    """The arguments with ``server status`` as one word. ``server`` takes a file, so it cannot have commands below it."""
+    words = list(arguments)
+    return ["server status", *words[2:]] if words[:2] == ["server", "status"] else words
 
 
 def _open_closed_streams() -> None:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mira.cli.terminal import Json, Set, Verbose, err_console, print_result, say, silent
+from mira.cli.terminal import (
+    Json,
+    LogFormat,
+    Set,
+    Verbose,
+    err_console,
+    log_as_json,
+    out_console,
+    print_result,
+    say,
+    silent,
+)  # fmt: skip
 from mira.cli.training import configuration
 from mira.core.errors import UserError
+from mira.core.escape import visible
+from mira.core.json_log import JsonFormatter
+from mira.runner.callbacks import Callback
 from mira.runner.progress import RunProgress
 
 
@@ -31,25 +46,72 @@ def server(
             help="Where to listen (default: the port of the kit's address, all addresses).",
         ),
     ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            "--metrics",
+            metavar="[HOST:]PORT",
+            help="Serve Prometheus metrics, /healthz and the run's live page there (default host: 127.0.0.1).",
+        ),
+    ] = None,
+    log_format: LogFormat = "text",
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Run an experiment whose clients are sites on other machines: all sites of the kit that are not revoked."""
-    from mira.fleet.server.main import ServerOptions, run_server
+    from mira.fleet.server.main import MonitorOptions, ServerOptions, run_server
 
+    progress = RunProgress(err_console)
+    callbacks: list[Callback] = [progress]
+    if log_format == "json":
+        callbacks.append(_RoundOfLines(log_as_json()))
     if (target is None) == (resume is None):
         raise UserError("server: give either a configuration or --resume RUN")
     wanted = None if target is None else configuration(target, overrides or [])
-    progress = RunProgress(err_console)
     try:
-        options = ServerOptions(out, resume, relay, say, say if verbose else silent, listen)
-        result = run_server(wanted, kit, options, [progress])
+        monitor = None if metrics is None else MonitorOptions(metrics, _page)
+        options = ServerOptions(out, resume, relay, say, say if verbose else silent, listen, monitor)
+        result = run_server(wanted, kit, options, callbacks)
     except KeyboardInterrupt:
         err_console.print("interrupted; committed rounds are kept, go on with: mira server --kit DIR --resume RUN")
         raise typer.Exit(130) from None
     finally:
         progress.close()
     print_result(result, as_json)
+
+
+def _page(folder: Path) -> str:
+    from mira.results import html
+
+    return html.of_run(folder)
+
+
+@dataclass
+class _RoundOfLines(Callback):
+    """The round under way, for the lines of the log; none after the last one."""
+
+    lines: JsonFormatter
+    rounds: int = 0
+
+    def start(self, folder: Path, rounds: int, clients: int, done: int) -> None:
+        self.lines.round, self.rounds = 0, rounds
+
+    def earlier(self, record: dict[str, Any]) -> None:
+        self.round(record)
+
+    def round(self, record: dict[str, Any]) -> None:
+        self.lines.round = record["round"] + 1 if record["round"] < self.rounds else None
+
+
+def status(kit: Annotated[Path, typer.Argument(metavar="KIT", help="The server's kit.")]) -> None:
+    """Show the last server of a kit, while it runs and after: its rounds, its sites, their replies, bytes and ε."""
+    try:
+        from mira.fleet.monitor.status import lines
+    except ModuleNotFoundError as error:
+        raise UserError(f"mira server status: {error.name} is missing; pip install 'mira-fl[flower]'") from None
+
+    for line in lines(kit):
+        out_console.print(visible(line), soft_wrap=True)
 
 
 def client(
@@ -79,10 +141,13 @@ def client(
         float | None,
         typer.Option("--max-epsilon", min=0, help="Take part only in runs that protect each example within this ε."),
     ] = None,
+    log_format: LogFormat = "text",
     verbose: Verbose = False,
 ) -> None:
     """Take part in a federation as one site, until interrupted. The data stays here."""
     from mira.fleet.site.main import SiteOptions, run_site
 
-    options = SiteOptions(data, state, model, threads, allow_transfer, min_noise, max_epsilon)
+    if log_format == "json":
+        log_as_json()
+    options = SiteOptions(data, state, model, threads, allow_transfer, min_noise, max_epsilon, log_format)
     run_site(kit, options, say, say if verbose else silent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -12,10 +13,26 @@ import typer
 from rich.console import Console
 
 from mira.core.escape import visible
+from mira.core.json_log import JsonFormatter
+
+_LEVELS = {"red": logging.ERROR, "yellow": logging.WARNING}
 
 
 class _Messages(Console):
-    """The console of progress and messages. Where their reader is gone (``2>&1 | head``), the work goes on without them."""
+    """The console of progress and messages. Where their reader is gone (``2>&1 | head``), the work goes on without them.
+    ``instead``: takes the lines in place of the terminal, with the level that their colour stands for."""
+
+    instead: logging.Logger | None = None
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.instead is None and super().is_terminal
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if self.instead is None:
+            super().print(*objects, **options)
+        else:
+            self.instead.log(_LEVELS.get(str(options.get("style")), logging.INFO), " ".join(map(str, objects)))
 
     def on_broken_pipe(self) -> None:
         # The descriptor, so that libraries and child processes are rid of the pipe as well.
@@ -45,6 +62,24 @@ Model = Annotated[
 Which = Annotated[
     Literal["last", "best"], typer.Option("--round", help="last, or best: the round with the lowest validation loss.")
 ]
+
+
+LogFormat = Annotated[
+    Literal["text", "json"],
+    typer.Option("--log-format", help="json: each line on standard error is one JSON object, for a log collector."),
+]
+
+
+def log_as_json() -> JsonFormatter:
+    """Make every line on standard error a JSON object: MIRA's own, those of libraries, warnings, and the traceback of a bug."""
+    formatter, handler, log = JsonFormatter(), logging.StreamHandler(sys.stderr), logging.getLogger("mira")
+    handler.setFormatter(formatter)
+    log.handlers = [handler]
+    logging.getLogger().handlers = [handler]
+    logging.captureWarnings(True)
+    err_console.instead = logging.getLogger("mira.cli")
+    sys.excepthook = lambda kind, error, trace: log.critical("a bug of MIRA", exc_info=(kind, error, trace))
+    return formatter
 
 
 def say(line: str) -> None:

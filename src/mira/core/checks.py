@@ -19,7 +19,7 @@ from mira.core.types import Change, Method, Offer, ServerState, Work
 FIELDS = frozenset({
     "round", "lr", "cohort", "lost", "train_loss", "steps", "tokens", "bytes_up", "bytes_down", "client_bytes",
     "validation_loss", "local_loss", "unmeasured", "clients", "answers", "transfer", "privacy", "stopped", "seconds",
-    "tokens_per_second", "peak_memory_bytes", "joined", "offers", "offset_bytes",
+    "tokens_per_second", "phase_seconds", "peak_memory_bytes", "lost_kind", "joined", "offers", "offset_bytes",
 })  # fmt: skip
 """The fields of a round's record that are not a method's notes."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
-from time import perf_counter
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +16,7 @@ from mira.core.offers import Choice, begun, choose, described, named, settled, u
 from mira.core.offset import offset_of, with_offset
 from mira.core.payload import is_private, jobs_of, parcel
 from mira.core.seeds import generator
+from mira.core.stopwatch import Stopwatch
 from mira.core.training import Training
 from mira.core.types import Change, Failure, Method, Offer, OptimizerStates, Overlay, Rows, ServerState, Trained, Work
 from mira.core.wire import Wire, down, num_bytes
@@ -71,7 +71,7 @@ def run_rounds(
     """
     rebase(offset_of(state))
     while state.round < schedule.rounds:
-        began = perf_counter()
+        watch = Stopwatch()
         cohort = sample_cohort(schedule.seed, state.round, len(names), schedule.share)
         lr = schedule.training.lr_at(state.round, schedule.rounds)
         work = checked_work(method, method.broadcast(state, cohort), len(names))
@@ -79,9 +79,9 @@ def run_rounds(
             work = replace(work, optimizer=recorder.optimizer())
         start = None if work.offer is None else choose(work.offer, losses(work.offer))
         work = work if start is None else begun(work, start)
-        training = perf_counter()
+        watch.lap("prepare")
         trained = screen(engine.train(work, state.round, lr))
-        training_seconds = perf_counter() - training
+        watch.lap("train")
         if start is not None:
             trained = replace(trained, option=start.of_jobs(len(work.client))[trained.job])
         change = aggregate(method, state, trained)
@@ -91,9 +91,11 @@ def run_rounds(
         rebase(offset_of(mixed))
         choices = [choice for choice in (start, end) if choice is not None]
         record = describe(mixed.round, work, trained, change, names, schedule.wire, choices)
+        watch.lap("aggregate")
         record |= measure(mixed, record)
-        record["tokens_per_second"] = record["tokens"] / training_seconds
-        record["seconds"] = perf_counter() - began
+        watch.lap("measure")
+        record["tokens_per_second"] = record["tokens"] / watch.laps["train"]
+        record |= {"seconds": sum(watch.laps.values()), "phase_seconds": watch.laps}
         recorder.commit(mixed.round, change, _kept(work, trained), record)
         state = replace(mixed, rows=recorder.rows() if len(change.index) else state.rows)
         del (
@@ -139,7 +141,9 @@ def screen(trained: Trained) -> Trained:
     good = torch.isfinite(trained.loss) & whole
     fix = "lower training.lr or set training.clip"
     failed = [
-        Failure(int(k), f"adapter is not finite; {fix}" if isfinite(loss) else f"loss is {loss:g}; {fix}")
+        Failure(
+            int(k), f"adapter is not finite; {fix}" if isfinite(loss) else f"loss is {loss:g}; {fix}", kind="not finite"
+        )
         for k, loss in zip(trained.client[~good], trained.loss[~good].tolist(), strict=True)
     ]
     lost = torch.tensor([f.client for f in (*trained.failed, *failed)], dtype=torch.int64)
@@ -200,6 +204,7 @@ def describe(
         "lr": trained.lr,
         "cohort": list(client_bytes),
         "lost": {names[f.client]: f.reason for f in trained.failed},
+        "lost_kind": {names[f.client]: f.kind for f in trained.failed},
         "train_loss": dict(zip(came, trained.loss.tolist(), strict=True)),
         "steps": dict(zip(came, trained.steps.tolist(), strict=True)),
         "tokens": int(trained.tokens.sum()),

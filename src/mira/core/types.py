@@ -174,11 +174,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that was lost from a round, and the reason in one line. ``asked``: whether its work was sent to it."""
+    """A client that was lost from a round, and the reason in one line. ``asked``: whether its work was sent to it. ``kind``: the
+    reason for programs, one of few words (docs/run-folder.md)."""
 
     client: int
     reason: str
     asked: bool = True
+    kind: str = "failed"
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,8 @@ class SupervisedProcess:
     @property
     def ended(self) -> bool:
         """True where it has ended since the last ``tend``."""
-        return self._child is not None and self._child.poll() is not None
+        child = self._child  # another thread may ask
+        return child is not None and child.poll() is not None
 
     def tend(self) -> bool:
         """Start it again if it ended and its pause is over. Returns whether it runs."""
@@ -100,7 +101,8 @@ class SupervisedProcess:
 
     @property
     def pid(self) -> int | None:
-        return None if self._child is None else self._child.pid
+        child = self._child  # another thread may ask
+        return None if child is None else child.pid
 
     def _kill_group(self, number: int) -> None:
         if self._child is not None:

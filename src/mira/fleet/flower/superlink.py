@@ -125,6 +125,15 @@ class SuperLink:
         """True while it runs with the sites registered."""
         return self._process.pid is not None and self._process.pid == self._pid
 
+    @property
+    def died(self) -> bool:
+        """True where it has run and does not now, until it runs again with the sites registered."""
+        return self._pid is not None and (self._process.ended or not self.ready())
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
     def knows(self, name: str) -> bool:
         """True where the site ``name`` is registered under each key that is admitted now."""
         keys = {site.public_key for site in self.sites() if site.name == name}

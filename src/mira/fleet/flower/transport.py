@@ -72,6 +72,16 @@ class FlowerTransport:
         self._missed.clear()
         return here
 
+    @property
+    def online(self) -> set[str]:
+        """The sites online at the last look, or before the app went away; for any thread."""
+        return set(self._nodes)
+
+    @property
+    def away(self) -> bool:
+        """True while Flower's app, which was here, is not."""
+        return self._app is None and bool(self._keys)
+
     def _look(self) -> set[str]:
         nodes = json.loads(self._do({"do": "roster"})[0])
         names = self.names()
@@ -126,7 +136,7 @@ class FlowerTransport:
         self._late |= waiting.keys()
         for name in requests.keys() - replies.keys():
             late = "it was not waited for" if time.monotonic() < until else f"no reply within {deadline:g} s"
-            replies[name] = NoReply(late, busy=name in pushed)
+            replies[name] = NoReply(late, busy=name in pushed, kind="late")
             on_reply(name, replies[name])
         return {
             name: reply if isinstance(reply, bytes) else replace(reply, sent=name in pushed)
@@ -138,7 +148,7 @@ class FlowerTransport:
         self.roster(until)  # a node that came back has a new number
         here = [name for name in requests if name in self._nodes]
         self._sent |= {name: self._keys[name] for name in here}
-        replies |= {name: NoReply("it went offline") for name in requests if name not in self._nodes}
+        replies |= {name: NoReply("it went offline", kind="offline") for name in requests if name not in self._nodes}
         if not here:
             return {}
         ids = []
@@ -193,7 +203,7 @@ class FlowerTransport:
             told = json.loads(frames.receive(app))
             found: dict[str, Reply] = {}
             for id, why in told:
-                reply = frames.receive(app) if why is None else NoReply(why)
+                reply = frames.receive(app) if why is None else _absent(why)
                 self._late.discard(id)
                 if id in waiting:  # else late, a duplicate, or unknown
                     found[waiting[id]] = reply
@@ -255,6 +265,10 @@ class FlowerTransport:
         if self._app is not None:
             self._app.close()
         self.listener.close()
+
+
+def _absent(why: str) -> NoReply:
+    return NoReply(why, kind="offline" if why == frames.GONE else "failed")
 
 
 def _too_long(requests: Mapping[str, bytes]) -> dict[str, Reply]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ import h11
 from mira.core.errors import UserError
 from mira.fleet.gate import rules
 from mira.fleet.gate.connection import PIECE, HttpConnection, HttpRefusal, hang_up, refuse
+from mira.fleet.gate.loop_thread import running_loop
 from mira.fleet.gate.push_request import own_answer, parts_wanted
 from mira.fleet.gate.quota import Uploads
 from mira.fleet.gate.rules import Limits
@@ -76,12 +76,8 @@ def opened(
 ) -> Iterator[OpenGate]:
     """Run a gate in a thread of its own at ``listen`` (no host: all addresses, IPv4 and IPv6; port 0, with a host: any free
     port). Raises OSError when it cannot listen there."""
-    limits = _affordable(limits)
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="gate", daemon=True)
-    thread.start()
-    gate = _Gate(upstream, admit, limits)
-    try:
+    gate = _Gate(upstream, admit, _affordable(limits))
+    with running_loop("gate") as loop:
         server = asyncio.run_coroutine_threadsafe(gate.listen(listen, tls), loop).result()
         try:
             yield OpenGate(
@@ -90,10 +86,6 @@ def opened(
             )  # fmt: skip
         finally:
             asyncio.run_coroutine_threadsafe(gate.close(server), loop).result()
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
 
 
 def _affordable(limits: Limits) -> Limits:

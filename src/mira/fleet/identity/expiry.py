@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from math import inf
 from pathlib import Path
@@ -16,17 +17,35 @@ _AHEAD = timedelta(days=30)
 _DAY = 86400.0  # seconds
 
 
+@dataclass(frozen=True)
+class Ends:
+    """The ends of a server's certificate, of its CA, and of the admission of each site whose admission has one."""
+
+    certificate: datetime
+    authority: datetime
+    sites: Mapping[str, datetime]
+
+
+def ends_of(kit: ServerKit) -> Ends:
+    """The ends of all that a server's kit holds. Raises UserError."""
+    last = {site.name: site.expires for site in kit.admitted}  # of two keys the new one
+    sites = {name: datetime.fromisoformat(ends) for name, ends in last.items() if ends is not None}
+    return Ends(kit.expires, _end_of_authority(kit.folder), sites)
+
+
 def of_server(folder: Path, now: datetime | None = None) -> list[str]:
     """A line for the certificate of a server's kit, for its CA, and for each site whose admission ends soon. Raises UserError."""
     kit, soon = read_server(folder), (now or datetime.now(UTC)) + _AHEAD
-    lines = [_certificate(kit)] if kit.expires < soon else []
-    if (ends := _end_of_authority(folder)) < soon:
-        lines.append(f"{folder / 'ca.pem'}: {until(ends)}; no renewal goes beyond it; do: make new kits before")
-    last = {site.name: site for site in kit.admitted}  # of two keys the new one
-    for name, site in last.items():
-        if site.expires is not None and (ends := datetime.fromisoformat(site.expires)) < soon:
+    ends = ends_of(kit)
+    lines = [_certificate(kit)] if ends.certificate < soon else []
+    if ends.authority < soon:
+        lines.append(
+            f"{folder / 'ca.pem'}: {until(ends.authority)}; no renewal goes beyond it; do: make new kits before"
+        )
+    for name, end in ends.sites.items():
+        if end < soon:
             lines.append(
-                f"{name}: its admission is {until(ends)}; do there: {RENEW_KEY.format('KIT')}, and admit its request"
+                f"{name}: its admission is {until(end)}; do there: {RENEW_KEY.format('KIT')}, and admit its request"
             )
     return lines
 

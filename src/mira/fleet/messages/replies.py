@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mira.core.engine import Grade
 from mira.fleet.messages.packet import Packet
-from mira.fleet.messages.transport import NoReply, Reply
+from mira.fleet.messages.transport import LossKind, NoReply, Reply
 from mira.fleet.messages.validate import Expected, Rejection, validate
 
 Values = dict[str, Any]
@@ -19,15 +19,19 @@ _MOST = 2**53  # of a count: beyond, it is no number of examples, tokens or step
 
 
 class RejectedReply(Exception):
-    """A reply that is not used, and the reason."""
+    """A reply that is not used, and the reason. ``kind``: the reason for programs."""
+
+    def __init__(self, reason: str, kind: LossKind = "counts") -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
 def read_reply(reply: Reply | None, expected: Expected) -> Packet | NoReply:
     """The packet in ``reply`` if it answers the request."""
     if reply is None:
-        return NoReply("no reply within the deadline")
+        return NoReply("no reply within the deadline", kind="late")
     found = reply if isinstance(reply, NoReply) else validate(expected, reply)
-    return NoReply(found.reason) if isinstance(found, Rejection) else found
+    return NoReply(found.reason, kind=found.kind) if isinstance(found, Rejection) else found
 
 
 def is_count(value: object) -> TypeGuard[int]:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
+
+RejectionKind = Literal[
+    "oversized", "malformed", "foreign", "stale", "failed", "shape", "dtype", "not finite", "counts", "norm"
+]
+"""The kinds of replies that came and are not used. "failed": the site itself says so."""
+LossKind = Literal["offline", "late"] | RejectionKind
+"""The kinds of replies that are missing."""
 
 
 @dataclass(frozen=True)
 class NoReply:
     """A missing reply and its ``reason`` (one line for people). ``sent``: the request may have reached the site; ``busy``: the
-    site may still be at work on it."""
+    site may still be at work on it; ``kind``: the reason for programs."""
 
     reason: str
     sent: bool = True
     busy: bool = False
+    kind: LossKind = "failed"
 
 
 Reply = bytes | NoReply
@@ -61,7 +69,7 @@ class InProcessTransport:
         good = 0
         for name, request in requests.items():
             if good >= minimum:
-                replies[name] = NoReply("it was not waited for", sent=False)
+                replies[name] = NoReply("it was not waited for", sent=False, kind="late")
                 on_reply(name, replies[name])
                 continue
             try:

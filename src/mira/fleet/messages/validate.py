@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mira.fleet.messages.packet import Head, Malformed, Packet, unpack
+from mira.fleet.messages.transport import RejectionKind
 
-RejectionKind = Literal["oversized", "malformed", "foreign", "stale", "failed", "shape", "dtype", "not finite", "norm"]
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 _HEAD_BYTES = 2**20  # of names, counts and losses beside the tensors
 _TOO_FAR = 10.0  # times the round's median displacement

@@ -15,7 +15,7 @@ from mira.core.best_round import UNMEASURED, Standing, standing
 from mira.core.engine import Grade
 from mira.core.errors import UserError
 from mira.core.payload import jobs_of
-from mira.core.types import Failure, Offer, Scores, Trained, Work
+from mira.core.types import Offer, Scores, Trained, Work
 from mira.core.wire import Wire
 from mira.fleet.messages.packet import Head, Packet, RequestKind, other_protocol, pack, row_key
 from mira.fleet.messages.policy import RemoteRun, RoundPolicy
@@ -91,10 +91,9 @@ class RemoteClients:
         last = round + 1 >= self.policy.rounds  # after it, nothing is faster without the stragglers
         self._busy = set() if last else stragglers(replies)
         rows, answers, failed = training_results(replies, jobs, work, self.policy, self.run)
-        for k, reason in astray(work, rows, sorted(answers), self.policy.max_norm).items():
-            failed.append(Failure(k, reason))
-            answers = {j: answer for j, answer in answers.items() if int(work.client[j]) != k}
-        done = sorted(answers)
+        failed += (wrong := astray(work, rows, sorted(answers), self.policy.max_norm))
+        gone = {failure.client for failure in wrong}
+        done = sorted(j for j in answers if int(work.client[j]) not in gone)
         for k in sorted(set(work.client[done].tolist())):
             self.took_part.setdefault(self.run.names[k], []).append(round + 1)
         return Trained(

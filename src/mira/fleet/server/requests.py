@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import nan
 from typing import Any
 
@@ -112,8 +112,10 @@ def addressed(head: Head, request: Request) -> tuple[Packet, Expected]:
 def unasked(welcomed: Values | NoReply | None) -> NoReply:
     """The reason why a site got no request. ``welcomed``: its answer to the opening of the run; None where it was not asked."""
     if welcomed is None:
-        return NoReply("it is not online", sent=False)
-    return NoReply(welcomed.reason if isinstance(welcomed, NoReply) else "it has just joined", sent=False)
+        return NoReply("it is not online", sent=False, kind="offline")
+    if isinstance(welcomed, NoReply):
+        return replace(welcomed, sent=False, busy=False)
+    return NoReply("it has just joined", sent=False, kind="offline")
 
 
 def stragglers(replies: Mapping[str, Packet | NoReply]) -> set[str]:
@@ -121,11 +123,12 @@ def stragglers(replies: Mapping[str, Packet | NoReply]) -> set[str]:
     return {name for name, reply in replies.items() if isinstance(reply, NoReply) and reply.busy}
 
 
-def astray(work: Work, rows: Tensor, done: Sequence[int], max_norm: float | None) -> dict[int, str]:
+def astray(work: Work, rows: Tensor, done: Sequence[int], max_norm: float | None) -> list[Failure]:
     """The clients with a row [P] whose displacement is too long for this round, and its length."""
     sent = [j for j in done if not is_private(work, j)]
     norm = torch.tensor([distance(rows[j], work.start[j]) for j in sent], dtype=torch.float64)
-    return {int(work.client[sent[i]]): found.reason for i, found in too_far(norm, max_norm).items()}
+    wrong = {int(work.client[sent[i]]): found for i, found in too_far(norm, max_norm).items()}
+    return [Failure(k, found.reason, kind=found.kind) for k, found in wrong.items()]
 
 
 def training_results(
@@ -141,11 +144,11 @@ def training_results(
         reply = replies[name]
         try:
             if isinstance(reply, NoReply):
-                raise RejectedReply(reply.reason)
+                raise RejectedReply(reply.reason, reply.kind)
             found = read_training(reply, work, mine, policy, run.examples[name])
         except RejectedReply as reason:
             asked = not isinstance(reply, NoReply) or reply.sent
-            failed.append(Failure(run.names.index(name), str(reason), asked))
+            failed.append(Failure(run.names.index(name), str(reason), asked, reason.kind))
             continue
         answers |= found.answers
         for j, row in found.rows.items():
@@ -172,7 +175,7 @@ def read_training(
         try:
             given = decode(reply.tensors[row_key(n)], policy.wire, sent.numbers_back, work.start.dtype)
         except ValueError as error:
-            raise RejectedReply(str(error)) from None
+            raise RejectedReply(str(error), "not finite") from None
         rows[j] = work.start[j].clone()
         rows[j][travels] = given if exact else work.start[j, travels] + given
     return TrainingReply(checked, rows)

@@ -127,7 +127,7 @@ class SiteHandler:
                 raise RefusedRequest("the message is meant for another site")
             values, tensors = act(packet)
         except RefusedRequest as refusal:
-            log.warning("round %d: %s", packet.head.round, refusal)
+            log.warning("round %d: %s", packet.head.round, refusal, extra={"round": packet.head.round})
             values, tensors = {"failed": str(refusal)}, {}
         except UserError as error:
             log.error("%s", error)
@@ -198,7 +198,7 @@ class SiteHandler:
 
     def _train(self, packet: Packet) -> Answer:
         here, values = self._based(packet)[0], packet.values
-        since = int(values["since"])
+        since, number = int(values["since"]), packet.head.round + 1
         kept = here.state.get(since) if _keeps_state(here, values) else {}
         work = work_of(packet, here.number, here.start, kept, down(here.wire))
         here.charge(work)
@@ -209,8 +209,8 @@ class SiteHandler:
         rows, residuals = _uploads(here, work, trained, kept)
         things = (private_parts(work, trained) if values["private_parts"] else {}) | optimizer_states(trained)
         if things | residuals:
-            here.state.put(packet.head.round + 1, things | residuals)
-        log.info("round %d: trained, mean loss %.3f", packet.head.round + 1, float(trained.loss[-1]))
+            here.state.put(number, things | residuals)
+        log.info("round %d: trained, mean loss %.3f", number, float(trained.loss[-1]), extra={"round": number})
         jobs = answers(trained if here.metrics == "exact" else untold(trained, here.metrics != "none"))
         return {"jobs": jobs, "releases": here.releases}, rows
 

@@ -35,7 +35,7 @@ class _Ended(Exception):
 class SiteOptions:
     """``state``: the folder of what the site keeps; ``model``: the base model's name or folder here; ``allow_transfer``: other
     sites' adapters may be tried on its data; ``min_noise``: the least ``privacy.noise`` of a run it takes part in;
-    ``max_epsilon``: the largest ε of each example in such a run."""
+    ``max_epsilon``: the largest ε of each example in such a run; ``log_format``: of the worker's lines, text or json."""
 
     data: Path
     state: Path
@@ -44,6 +44,7 @@ class SiteOptions:
     allow_transfer: bool = False
     min_noise: float = 0.0
     max_epsilon: float | None = None
+    log_format: str = "text"
 
 
 def run_site(kit_folder: Path, options: SiteOptions, say: Say, tell: Say) -> None:
@@ -123,7 +124,7 @@ def _worker(kit: SiteKit, options: SiteOptions, folder: Path, tell: Say) -> Supe
     line += ["--data", str(options.data), "--state", str(options.state)]
     line += ["--model", options.model] if options.model else []
     line += ["--threads", str(options.threads)] if options.threads else []
-    line += ["--min-noise", str(options.min_noise)]
+    line += ["--min-noise", str(options.min_noise), "--log-format", options.log_format]
     line += [] if options.max_epsilon is None else ["--max-epsilon", str(options.max_epsilon)]
     line += ["--allow-transfer"] if options.allow_transfer else []
     return SupervisedProcess("worker", line, None, {"OMP_WAIT_POLICY": "PASSIVE"}, tell)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from mira.core.errors import UserError
+from mira.core.json_log import JsonFormatter
 from mira.fleet.flower import frames
 from mira.fleet.identity.key_files import own_folder
 from mira.fleet.messages.packet import Malformed
@@ -44,9 +45,13 @@ def main() -> None:
     parser.add_argument("--min-noise", type=float, default=0.0)
     parser.add_argument("--max-epsilon", type=float)
     parser.add_argument("--allow-transfer", action="store_true")
+    parser.add_argument("--log-format", choices=("text", "json"), default="text")
     given = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if given.log_format == "json" else logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.captureWarnings(given.log_format == "json")
     logging.getLogger("mira").setLevel(logging.INFO)
     try:
         own_folder(Path(given.state))
@@ -63,7 +68,7 @@ def main() -> None:
         site.source.load(0)
         answer_requests(site, Path(given.socket))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        log.error("error: %s", error)
         sys.exit(2)
 
 

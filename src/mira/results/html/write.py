@@ -53,6 +53,11 @@ def write(folders: Sequence[Path], out: Path) -> Path:
     return out
 
 
+def of_run(folder: Path) -> str:
+    """The page of one run, as of its last committed round. Raises UserError where nothing was measured yet."""
+    return page([read(folder)])
+
+
 def page(runs: Sequence[RunData], compared: ComparedRuns | None = None) -> str:
     names = _common(runs)
     variants = sorted(
