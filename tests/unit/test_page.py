@@ -20,7 +20,7 @@ from mira.results.html.load import read
 from mira.results.html.notes import notes
 from mira.results.html.strengths import strengths
 from mira.results.html.svg import Scale, cividis, scale, spread, tag
-from mira.results.html.tables import call, client_table
+from mira.results.html.tables import call, client_table, ranges
 from mira.results.html.variants import differing, group
 from mira.results.html.verdict import difference, row, wins
 from mira.results.html.write import page
@@ -150,6 +150,20 @@ def test_notes(tmp_path: Path) -> None:
     assert "have different clients" in told
     assert "Fewer than three seeds" in told
     assert "local: validation loss was lowest in round 0 of 3" in told
+
+
+def test_clients_that_counted_for_little_are_listed(tmp_path: Path) -> None:
+    run = read(write_run(tmp_path / "a", NAMES, GROUPS))
+    assert "<h2>Defence</h2>" not in page([run])
+    for record, share in zip(run.records[1:], (0.2, 0.9, 0.04), strict=True):
+        record["counted"] = {"ann": 1.1, "<bob>": share}
+    assert run.doubted == [("<bob>", [1, 3], 0.04)]
+    html = page([run])
+    assert (
+        '<th scope="row">&lt;bob&gt;</th><td>1, 3</td><td>too unlike the others: counted for 4% of its weight' in html
+    )
+    assert "let clients count for little: <bob>; see Defence" in " ".join(notes([run], group([run]), NAMES))
+    assert ranges([1, 2, 3, 5, 7, 8]) == "1–3, 5, 7–8"
 
 
 def test_a_report_is_one_file_beside_the_run_or_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ The method itself decides, on the smallest layout of the kind. A comparison chec
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,8 +15,10 @@ from mira.core.example_privacy import chooses_by_training_loss
 from mira.core.graph import Groups
 from mira.core.layout import Layout
 from mira.core.offset import offset_of
+from mira.core.robust import Robust
 from mira.core.types import Method, ServerState, Setting
 from mira.core.wire import Wire
+from mira.methods import METHODS
 
 
 def check(method: Method, layout: Layout, ranks_differ: bool, rounds: int, plain_sgd: bool) -> bool:
@@ -50,6 +53,25 @@ def check_wire(method: Method, wire: Wire | None) -> None:
             f"server.wire={wire}: method.name={method.name} begins each round with a new adapter, to which the rounding error of"
             " the former one does not belong; set server.wire=fp32, or method.name=fedex-lora"
         )
+
+
+def check_defence(method: Method, robust: Robust) -> None:
+    """Raise UserError where the server step of ``method`` has no place for the rule ``robust``: its ``defences`` are empty or do
+    not name it."""
+    possible: Sequence[str] = getattr(method, "defences", ())
+    if robust == "none" or robust in possible:
+        return
+    if possible:
+        space = getattr(method, "space", "")
+        raise UserError(
+            f"server.robust={robust}: looks at single numbers of A and B, which say nothing where method.space={space}"
+            f" mixes their products; set server.robust={possible[0]}, or method.space=factors"
+        )
+    able = ", ".join(sorted(name for name, found in METHODS.items() if hasattr(found, "defences")))
+    raise UserError(
+        f"server.robust={robust}: the server step of method.name={method.name} is no plain mean or mixture of adapters, and would"
+        f" stay undefended; set server.robust=none, or method.name to one of {able}"
+    )
 
 
 def check_private(method: Method, layout: Layout, dropout: float) -> None:

@@ -28,6 +28,7 @@ from mira.config.validation_errors import explain
 from mira.config.yaml_io import read
 from mira.core.errors import UserError
 from mira.core.pydantic_config import STRICT, Count
+from mira.core.robust import Robust
 from mira.core.training import Training
 from mira.core.types import Method
 from mira.core.wire import Wire
@@ -131,7 +132,7 @@ class EvaluationSection:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ServerSection:
-    """Rules of a server for its sites on other machines (mira server). mira run does not use them."""
+    """Rules of a server for its sites on other machines (mira server). mira run uses robust alone."""
 
     deadline: Annotated[float, Field(gt=0)] = 600.0
     """Seconds to wait for the replies of a round's training, and again for those of its evaluation. Clients that do not answer in
@@ -144,6 +145,9 @@ class ServerSection:
     wire: Wire | None = None
     """Number format of adapters on the network. fp32: exact. bf16. int8: for uploads; downloads are bf16 then. A site adds its
     rounding error to its next upload. null: bf16, or fp32 for a method that begins each round with a new adapter."""
+    robust: Robust = "none"
+    """Defence against wrong adapters in the method's means and mixtures (docs/robustness.md). clip: far adapters count less, by
+    their distance. median: the median of each number. trimmed: the mean of each number without its extremes."""
 
     def wire_for(self, method: Method) -> Wire:
         """The format of a run of ``method``."""
@@ -250,6 +254,7 @@ class Experiment(BaseModel):
         if compatibility.check(self.method, layout, bool(self.clients.rank), self.rounds, self.training.plain_sgd):
             compatibility.check_base(self.method, self.model.quantization, self.engine.spreads)
         compatibility.check_wire(self.method, self.server.wire)
+        compatibility.check_defence(self.method, self.server.robust)
         dropout = getattr(self.adapter, "dropout", 0.0)
         if self.privacy is not None and self.privacy.by_example:
             compatibility.check_private(self.method, layout, 0.0 if self.privacy.simulation else dropout)

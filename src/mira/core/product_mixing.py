@@ -7,7 +7,7 @@ for one shared adapter Bai et al., FlexLoRA, NeurIPS 2024). The sum [out,in] is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,6 +49,22 @@ def rotated_mix(
         return new_a, stay * b[k] + torch.einsum("n,nor->or", weight[near], b[near] @ turn)
 
     return _mixed(rows, own, pull, others, pairs, share, mix)
+
+
+def product_distances(rows: Tensor, others: Sequence[Tensor], pull: Tensor, pairs: Tensor) -> Tensor:
+    """‖B_k·A_k − B_l·A_l‖ over all layers as float64 [M,N], of ``rows`` [M,P] to these and ``others``, where ``pull`` [M,N] is
+    not 0. With [B_k, −B_l] = Q·R and [A_k; A_l]ᵀ = Q'·R' it is ‖R·R'ᵀ‖, of 2r rows at most: products [out,in] are not formed."""
+    pool, square = torch.cat([rows, *others]), torch.zeros_like(pull)
+    for at_a, at_b, fan_in, fan_out, rank in pairs.tolist():
+        a = pool[:, at_a : at_a + rank * fan_in].view(-1, rank, fan_in).double()
+        b = pool[:, at_b : at_b + fan_out * rank].view(-1, fan_out, rank).double()
+        for k in (pull != 0).any(1).nonzero()[:, 0].tolist():
+            near = pull[k].nonzero()[:, 0]
+            mine_a, mine_b = a[k].expand(len(near), -1, -1), b[k].expand(len(near), -1, -1)
+            r_b = torch.linalg.qr(torch.cat([mine_b, -b[near]], 2), mode="r").R
+            r_a = torch.linalg.qr(torch.cat([mine_a, a[near]], 1).mT, mode="r").R
+            square[k, near] += (r_b @ r_a.mT).square().sum((1, 2))
+    return square.sqrt()
 
 
 def _mixed(

@@ -13,7 +13,7 @@ s_k = α/r_k. Means follow two rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -26,6 +26,12 @@ from mira.core.mixing import mix, weighted_mean
 
 Weigh = Callable[[Tensor], tuple[Tensor, Tensor]]  # a [M,N] -> the coefficients of ``mixing.mix``
 Known = Callable[[Tensor], Iterator[tuple[Tensor, Tensor]]]  # clients -> blocks of these clients and their rows
+Mix = Callable[[Tensor, Tensor, Tensor, Iterable[Tensor]], Tensor]  # as ``mixing.mix``
+Mean = Callable[[Tensor, Tensor], Tensor]  # rows [n,p], the former row [p] -> their mean [p]
+
+
+def _plain(client: Tensor) -> Mix:
+    return mix
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,21 @@ class Ranks:
         share = self.layout.share(self.rank[client], p).to(rows.dtype)
         return torch.where(share > 0, weighted_mean(self.to_common_scale(rows, client), weight) / share, otherwise)
 
-    def mix(self, rows: Tensor, client: Tensor, absent: Tensor, known: Known, a: Tensor, weigh: Weigh) -> Tensor:
+    def mean_by(self, rows: Tensor, client: Tensor, otherwise: Tensor, by: Callable[[Tensor], Mean]) -> Tensor:
+        """``mean`` by another function, which ``by`` gives for the clients that have a number."""
+        common, mean = self.to_common_scale(rows, client), otherwise.clone()
+        for numbers, has in self._bands():
+            if len(mine := has[client].nonzero()[:, 0]):
+                mean[numbers] = by(client[mine])(common[mine[:, None], numbers], otherwise[numbers])
+        return mean
+
+    def mix(
+        self, rows: Tensor, client: Tensor, absent: Tensor, known: Known, a: Tensor, weigh: Weigh,
+        by: Callable[[Tensor], Mix] = _plain,
+    ) -> Tensor:  # fmt: skip
         """The rows [M,P] of ``client`` [M] pulled along a [M,N] towards each other and towards those of ``absent`` [N − M], which
         ``known`` reads. Each number is mixed among the clients that have it. Numbers that mixing leaves alone keep their bits.
+        ``by``: the function that mixes the rows of these clients.
         """
         common = self.to_common_scale(rows, client)
         mixed = common.clone()
@@ -65,8 +83,9 @@ class Ranks:
             if not len(mine):
                 break
             own, pull = weigh(a[mine][:, torch.cat([mine, len(client) + theirs])])
-            others = (self.to_common_scale(found, who)[:, numbers] for who, found in known(absent[theirs]))
-            mixed[mine[:, None], numbers] = mix(common[mine[:, None], numbers], own, pull, others)
+            others = (self.to_common_scale(found, each)[:, numbers] for each, found in known(absent[theirs]))
+            who = torch.cat([client[mine], absent[theirs]])
+            mixed[mine[:, None], numbers] = by(who)(common[mine[:, None], numbers], own, pull, others)
         return torch.where(mixed == common, rows, self.to_client_scale(mixed, client))
 
     def _bands(self) -> Iterator[tuple[Tensor, Tensor]]:

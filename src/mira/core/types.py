@@ -16,6 +16,7 @@ from torch import Tensor
 from mira.core.graph import Graph
 from mira.core.layout import Layout
 from mira.core.ranks import Ranks
+from mira.core.robust import Defence
 
 
 class Rows(Protocol):
@@ -90,7 +91,7 @@ class Setting:
 class ServerState:
     """The server's state after ``round`` rounds.
 
-    ``extra``: small tensors that the method owns. ``ranks``: the ranks of the clients, for the methods' means; None: all equal.
+    ``extra``: small tensors that the method owns. For means, the clients' ``ranks``, None: all equal, and a ``defence``, if any.
     """
 
     rows: Rows
@@ -98,6 +99,7 @@ class ServerState:
     extra: dict[str, Tensor]
     round: int = 0
     ranks: Ranks | None = None
+    defence: Defence | None = None
 
 
 @dataclass(frozen=True)

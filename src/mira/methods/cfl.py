@@ -6,13 +6,14 @@ runs of tens of rounds are not. Here the clients of each round are clustered ane
 by silhouette.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from mira.core.pydantic_config import STRICT
+from mira.core.robust import RULES, Rule
 from mira.core.similarity import cosines
 from mira.core.types import Change, ServerState, Setting, Trained, Work
 from mira.methods.clusters import best_cut, cluster_weights, cuts
@@ -25,6 +26,8 @@ _START = "cfl.start"  # in extra: the common start row [P]
 class CFL:
     """θ_k ← Σ_l p_l·θ̂_l over the cluster of client k, p_l = n_l/Σn within it. The distance of two clients is
     1 − cos(θ̂_k − θ⁰, θ̂_l − θ⁰)."""
+
+    defences: ClassVar[tuple[Rule, ...]] = RULES
 
     name: Literal["cfl"] = "cfl"
     silhouette: Annotated[float, Field(ge=0, le=1)] = 0.1

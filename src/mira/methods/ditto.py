@@ -4,7 +4,7 @@ Li et al., "Ditto: Fair and Robust Federated Learning Through Personalization", 
 row as it was sent. The personal row does as many local steps as the global one, so a round costs twice FedAvg's training.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from mira.core.pydantic_config import STRICT
+from mira.core.robust import RULES, Rule
 from mira.core.types import Change, ServerState, Setting, Trained, Work
 from mira.methods.rows import GLOBAL, global_and_personal_state, global_rows, mean
 
@@ -19,6 +20,8 @@ from mira.methods.rows import GLOBAL, global_and_personal_state, global_rows, me
 @dataclass(frozen=True, config=STRICT)
 class Ditto:
     """θ ← Σ_k p_k·θ̂_k as FedAvg; θ_k ≈ argmin F_k(w) + λ/2·‖w − θ‖² from its last value. Client k deploys θ_k."""
+
+    defences: ClassVar[tuple[Rule, ...]] = RULES
 
     name: Literal["ditto"] = "ditto"
     lam: Annotated[float, Field(ge=0)] = 0.1

@@ -5,7 +5,7 @@ Huang et al., "Personalized Cross-Silo Federated Learning on Non-IID Data", AAAI
 the clients of a round. As in PFLlib's code a client trains on from its own last row.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from mira.core.pydantic_config import STRICT
+from mira.core.robust import RULES, Rule
 from mira.core.similarity import square_distances
 from mira.core.types import Change, MemoryRows, ServerState, Setting, Trained, Work
 from mira.methods.rows import combined, compared
@@ -22,6 +23,8 @@ from mira.methods.rows import combined, compared
 class FedAMP:
     """u_k = Σ_{l≠k} a_kl·θ̂_l + (1 − Σ_{l≠k} a_kl)·θ̂_k with a_kl = α·e^(−‖θ̂_k − θ̂_l‖²/σ)/σ; then
     θ̂_k ≈ argmin F_k(w) + λ/(2α)·‖w − u_k‖² from its last value. Client k deploys θ̂_k."""
+
+    defences: ClassVar[tuple[Rule, ...]] = RULES
 
     name: Literal["fedamp"] = "fedamp"
     others: Annotated[float, Field(ge=0, le=1)] = 1.0

@@ -6,7 +6,7 @@ rounds of the run are the fine-tuning, so that it has the same number of local s
 travel to the server, which deploys them.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mira.core.errors import UserError
 from mira.core.pydantic_config import STRICT
+from mira.core.robust import RULES, Rule
 from mira.core.types import Change, ServerState, Setting, Trained, Work
 from mira.methods.rows import GLOBAL, global_and_personal_state, global_rows, mean, own_or_global
 
@@ -26,6 +27,8 @@ _COMMON = "fedavg-ft.common"  # in extra: rounds of FedAvg
 class FedAvgFT:
     """Rounds 1…R−F: θ ← Σ_k p_k·θ̂_k as FedAvg. Last F rounds: θ_k ← θ̂_k from its last value, at first from θ. Client k
     deploys θ, and once it has fine-tuned θ_k."""
+
+    defences: ClassVar[tuple[Rule, ...]] = RULES
 
     name: Literal["fedavg-ft"] = "fedavg-ft"
     fine_tuning_rounds: Annotated[int, Field(ge=0)] = 1

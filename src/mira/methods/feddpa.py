@@ -5,7 +5,7 @@ published weight of the local adapter depends on the input; here it is the same 
 one, so that the client's model is the global one before its first local step. It travels to the server, which deploys it.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mira.core.errors import UserError
 from mira.core.pydantic_config import STRICT
+from mira.core.robust import RULES, Rule
 from mira.core.types import Change, ServerState, Setting, Trained, Work
 from mira.methods.halves import half_mask, halves
 from mira.methods.rows import GLOBAL, factor_mask, global_and_personal_state, global_rows, mean
@@ -28,6 +29,8 @@ _COMMON = "feddpa.common"  # in extra: rounds of FedAvg
 class FedDPA:
     """Rounds 1…R−F: g ← Σ_k p_k·ĝ_k as FedAvg. Last F rounds: client k trains its local adapter l_k, at first g, in
     W₀x + (1−α)·g(x) + α·l_k(x) with g frozen. adapter.rank counts the ranks of both. Client k deploys both adapters."""
+
+    defences: ClassVar[tuple[Rule, ...]] = RULES
 
     name: Literal["feddpa"] = "feddpa"
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5

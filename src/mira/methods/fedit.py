@@ -6,12 +6,13 @@ McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentra
 Cost under 18 Kilobytes" (FedKSeed), ICML 2024.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from mira.core.pydantic_config import STRICT
+from mira.core.robust import RULES, Rule
 from mira.core.types import Change, ServerState, Setting, Trained, Work
 from mira.methods.rows import GLOBAL, global_rows, global_state, mean
 
@@ -19,6 +20,8 @@ from mira.methods.rows import GLOBAL, global_rows, global_state, mean
 @dataclass(frozen=True, config=STRICT)
 class FedIT:
     """θ ← Σ_k p_k·θ̂_k over the cohort, p_k = n_k/Σn with n_k the client's number of training examples."""
+
+    defences: ClassVar[tuple[Rule, ...]] = RULES
 
     name: Literal["fedit"] = "fedit"
 

@@ -4,7 +4,7 @@ Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020. Here 
 weighted by its number of examples, as in FedAvg. The paper also allows partial work, and samples clients by size instead.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from mira.core.pydantic_config import STRICT
+from mira.core.robust import RULES, Rule
 from mira.core.types import Change, ServerState, Setting, Trained, Work
 from mira.methods.rows import GLOBAL, global_rows, global_state, mean
 
@@ -19,6 +20,8 @@ from mira.methods.rows import GLOBAL, global_rows, global_state, mean
 @dataclass(frozen=True, config=STRICT)
 class FedProx:
     """θ̂_k ≈ argmin F_k(w) + μ/2·‖w − θ‖² from w = θ, then θ ← Σ_k p_k·θ̂_k with p_k = n_k/Σn."""
+
+    defences: ClassVar[tuple[Rule, ...]] = RULES
 
     name: Literal["fedprox"] = "fedprox"
     mu: Annotated[float, Field(ge=0)] = 0.01

@@ -3,13 +3,14 @@
 Guo et al., "Selective Aggregation for Low-Rank Adaptation in Federated Learning", ICLR 2025.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from mira.core.pydantic_config import STRICT
+from mira.core.robust import RULES, Rule
 from mira.core.types import Change, ServerState, Setting, Trained, Work
 from mira.methods.rows import GLOBAL, factor_mask, global_and_personal_state, global_rows, mean
 
@@ -19,6 +20,8 @@ _A = "fedsa-lora.A"  # in extra: mask [P] of the numbers of A
 @dataclass(frozen=True, config=STRICT)
 class FedSALoRA:
     """A ← Σ_k p_k·Â_k with p_k = n_k/Σn; B_k ← B̂_k. Client k trains from and deploys (A, B_k). Only A travels."""
+
+    defences: ClassVar[tuple[Rule, ...]] = RULES
 
     name: Literal["fedsa-lora"] = "fedsa-lora"
 
@@ -30,7 +33,7 @@ class FedSALoRA:
 
     def aggregate(self, state: ServerState, trained: Trained) -> Change:
         """Write A to the global row and B to each client's row; their other numbers are never used."""
-        together = torch.where(state.extra[_A], mean(state, trained), state.rows[GLOBAL])
+        together = torch.where(state.extra[_A], mean(state, trained, state.extra[_A]), state.rows[GLOBAL])
         return Change(torch.cat([GLOBAL, trained.client + 1]), torch.cat([together, trained.rows]), {}, notes={})
 
     def deployed(self, state: ServerState, client: Tensor) -> Tensor:

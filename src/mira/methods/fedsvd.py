@@ -5,7 +5,7 @@ every round. A has orthonormal rows from the first round on, which bounds the gr
 sites add noise.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mira.core.product_mixing import best_factors
 from mira.core.pydantic_config import STRICT
+from mira.core.robust import RULES, Rule
 from mira.core.types import Change, ServerState, Setting, Trained, Work
 from mira.methods.layers import refuse_experts, refuse_unlike_ranks
 from mira.methods.rows import GLOBAL, factor_mask, factor_pairs, global_rows, global_state, mean
@@ -24,6 +25,8 @@ _PLACES = "fedsvd.factors"  # in extra: offsets of A and B of each layer in a ro
 @dataclass(frozen=True, config=STRICT)
 class FedSVD:
     """B̄ = Σ_k p_k·B̂_k with p_k = n_k/Σn, U·Σ·Vᵀ = B̄·A; then A ← V_rᵀ and B ← U_r·Σ_r. Only B returns."""
+
+    defences: ClassVar[tuple[Rule, ...]] = RULES
 
     name: Literal["fedsvd"] = "fedsvd"
 

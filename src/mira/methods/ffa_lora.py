@@ -3,13 +3,14 @@
 Sun et al., "Improving LoRA in Privacy-preserving Federated Learning", ICLR 2024.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from mira.core.pydantic_config import STRICT
+from mira.core.robust import RULES, Rule
 from mira.core.types import Change, ServerState, Setting, Trained, Work
 from mira.methods.rows import GLOBAL, factor_mask, global_rows, global_state, mean
 
@@ -19,6 +20,8 @@ _B = "ffa-lora.B"  # in extra: mask [P] of the numbers of B
 @dataclass(frozen=True, config=STRICT)
 class FFALoRA:
     """B ← Σ_k p_k·B̂_k with p_k = n_k/Σn, A fixed: Σ_k p_k·(B̂_k·A) = (Σ_k p_k·B̂_k)·A exactly. Only B travels."""
+
+    defences: ClassVar[tuple[Rule, ...]] = RULES
 
     name: Literal["ffa-lora"] = "ffa-lora"
 

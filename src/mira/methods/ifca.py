@@ -15,9 +15,11 @@ from torch import Tensor
 
 from mira.core.mixing import weighted_mean
 from mira.core.pydantic_config import STRICT
+from mira.core.robust import RULES, Rule
 from mira.core.similarity import cosines
 from mira.core.types import Change, MemoryRows, Offer, ServerState, Setting, Trained, Work
 from mira.methods.layers import refuse_unlike_ranks
+from mira.methods.rows import robust_mean
 
 _START = "ifca.start"  # in extra: the common start row [P]
 _CLIENT = "ifca.client"  # in extra: the clients that have a cluster [n]; empty before the clusters begin
@@ -30,6 +32,7 @@ class IFCA:
     the row of its last cluster."""
 
     chooses_by_training_loss: ClassVar[bool] = True
+    defences: ClassVar[tuple[Rule, ...]] = RULES
 
     name: Literal["ifca"] = "ifca"
     clusters: Annotated[int, Field(ge=1)] = 4
@@ -54,7 +57,7 @@ class IFCA:
         else:  # a client that did not answer stays in its cluster
             cluster = trained.option.where(trained.option >= 0, _last(state, trained.client))
         found = cluster.unique()
-        means = [weighted_mean(trained.rows[cluster == j], trained.examples[cluster == j]) for j in found]
+        means = [_mean(state, trained, cluster, j) for j in found.split(1)]
         others = ~torch.isin(state.extra[_CLIENT], trained.client)
         extra = {
             _CLIENT: torch.cat([state.extra[_CLIENT][others], trained.client]),
@@ -64,6 +67,13 @@ class IFCA:
 
     def deployed(self, state: ServerState, client: Tensor) -> Tensor:
         return state.rows[_last(state, client)]
+
+
+def _mean(state: ServerState, trained: Trained, cluster: Tensor, j: Tensor) -> Tensor:
+    """The mean [P] of the rows whose ``cluster`` [M] is ``j`` [1]."""
+    if state.defence is not None:
+        return robust_mean(state, trained.select(cluster == j, ()), state.rows[j][0])
+    return weighted_mean(trained.rows[cluster == j], trained.examples[cluster == j])
 
 
 def _last(state: ServerState, client: Tensor) -> Tensor:

@@ -1,18 +1,21 @@
 """Local: every client trains alone. It is MIRA with λ = 0, and the baseline that a federated method has to beat."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from mira.core.pydantic_config import STRICT
+from mira.core.robust import RULES, Rule
 from mira.core.types import Change, MemoryRows, ServerState, Setting, Trained, Work
 
 
 @dataclass(frozen=True, config=STRICT)
 class Local:
     """Adapters are never mixed and never leave the client."""
+
+    defences: ClassVar[tuple[Rule, ...]] = RULES  # nothing of another client enters a row
 
     name: Literal["local"] = "local"
 

@@ -6,7 +6,7 @@ Learning with Laplacian Regularization" (FedU).
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from decimal import ROUND_FLOOR, Context
 from functools import partial
@@ -20,13 +20,14 @@ from torch import Tensor
 from mira.core.errors import UserError
 from mira.core.graph import Edges, Graph, Groups
 from mira.core.layout import Layout
-from mira.core.mixing import mix, normalised_weights, paper_weights
-from mira.core.product_mixing import product_mix, rotated_mix
+from mira.core.mixing import normalised_weights, paper_weights
+from mira.core.product_mixing import product_distances, product_mix, rotated_mix
 from mira.core.pydantic_config import STRICT
 from mira.core.ranks import Weigh
+from mira.core.robust import RULES, Rule
 from mira.core.types import Change, Offer, ServerState, Setting, Trained, Work
 from mira.methods.layers import pairs, shares
-from mira.methods.rows import GLOBAL, compared, global_and_personal_state, mean, own_or_global, personal_state
+from mira.methods.rows import GLOBAL, compared, global_and_personal_state, mean, mixer, own_or_global, personal_state
 from mira.methods.strength import of_similarity
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,11 @@ class Mira:
                 f"{given}: compares displacements of this round, which absent neighbours do not have; set"
                 " method.neighbours=cohort"
             )
+
+    @property
+    def defences(self) -> tuple[Rule, ...]:
+        """Single numbers of a product's factors say nothing: the product is the same in any rotation of them."""
+        return RULES if self.space == "factors" else ("clip",)
 
     def init(self, setting: Setting) -> ServerState:
         alone = len(setting.graph.isolated())
@@ -221,16 +227,20 @@ class Mira:
             blocks = who.split(max(1, _BLOCK // rows.shape[1]))
             return ((block, self._rows(state, block)) for block in blocks if len(block))
 
-        others = (block for _, block in known(absent))
-        if self.space == "rotated":
-            on_b = state.round % 2 == 1
-            return rotated_mix(rows, *weigh(a), others, extra[_PAIRS], extra[_SHARES], on_b)
+        others: Iterable[Tensor] = (block for _, block in known(absent))
+        who = torch.cat([trained.client, absent])
         if _PAIRS in extra:
-            return product_mix(rows, *weigh(a), others, extra[_PAIRS], extra[_SHARES])
+            own, pull = weigh(a)
+            if state.defence is not None:
+                others = list(others)
+                pull = state.defence.clipped(who, pull, product_distances(rows, others, pull, extra[_PAIRS]))
+            if self.space == "product":
+                return product_mix(rows, own, pull, others, extra[_PAIRS], extra[_SHARES])
+            return rotated_mix(rows, own, pull, others, extra[_PAIRS], extra[_SHARES], on_b=state.round % 2 == 1)
         if state.ranks is None:
-            mixed = mix(rows, *weigh(a), others)
+            mixed = mixer(state)(who)(rows, *weigh(a), others)
         else:
-            mixed = state.ranks.mix(rows, trained.client, absent, known, a, weigh)
+            mixed = state.ranks.mix(rows, trained.client, absent, known, a, weigh, mixer(state))
         if _PLACES in extra:
             for (start, stop), share in zip(extra[_PLACES].tolist(), extra[_SHARES].tolist(), strict=True):
                 mixed[:, start:stop] = rows[:, start:stop].lerp(mixed[:, start:stop], share)

@@ -5,7 +5,7 @@ have a closed form here (projection onto the simplex), where the code calls a so
 the code's inner product with the normalised θ_k. The graph is inferred among the clients of a round.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from mira.core.pydantic_config import STRICT
+from mira.core.robust import RULES, Rule
 from mira.core.similarity import cosines
 from mira.core.types import Change, ServerState, Setting, Trained, Work
 from mira.methods.rows import combined, compared, personal_state
@@ -24,6 +25,8 @@ _START = "pfedgraph.start"  # in extra: the common start row [P]
 class PFedGraph:
     """θ_k ← Σ_l v_kl·θ̂_l with v_k = argmin ‖v − p‖² − α·Σ_l v_l·cos(θ̂_k − θ⁰, θ̂_l − θ⁰) over the simplex, p_l = n_l/Σn; then
     θ̂_k ≈ argmin F_k(w) + λ/2·‖w − θ_k‖² from w = θ_k. Client k deploys θ_k."""
+
+    defences: ClassVar[tuple[Rule, ...]] = RULES
 
     name: Literal["pfedgraph"] = "pfedgraph"
     alpha: Annotated[float, Field(ge=0)] = 1.25

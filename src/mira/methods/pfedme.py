@@ -5,7 +5,7 @@ paper's R = 1): its local rate η and its server rate β then act only as the pr
 same as of every method, solves the inner problem. Clients are weighted by their number of examples.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from mira.core.pydantic_config import STRICT
+from mira.core.robust import RULES, Rule
 from mira.core.types import Change, ServerState, Setting, Trained, Work
 from mira.methods.rows import GLOBAL, global_and_personal_state, global_rows, mean
 
@@ -21,6 +22,8 @@ from mira.methods.rows import GLOBAL, global_and_personal_state, global_rows, me
 class PFedMe:
     """θ_k ≈ argmin F_k(w) + λ/2·‖w − θ‖² from w = θ; then θ ← θ − s·(θ − Σ_k p_k·θ_k), s = βηλ. Client k deploys θ_k.
     One such step per round."""
+
+    defences: ClassVar[tuple[Rule, ...]] = RULES
 
     name: Literal["pfedme"] = "pfedme"
     lam: Annotated[float, Field(ge=0)] = 0.1

@@ -4,13 +4,14 @@ Chen et al., "Robust Federated Finetuning of LLMs via Alternating Optimization o
 factor is the average of the products, as with FFA-LoRA, and A still learns.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from mira.core.pydantic_config import STRICT
+from mira.core.robust import RULES, Rule
 from mira.core.types import Change, ServerState, Setting, Trained, Work
 from mira.methods.rows import GLOBAL, factor_mask, global_rows, global_state, mean
 
@@ -21,6 +22,8 @@ _B = "rolora.B"  # in extra: mask [P] of the numbers of B
 class RoLoRA:
     """Rounds 1, 3, …: B ← Σ_k p_k·B̂_k with A fixed. Rounds 2, 4, …: A ← Σ_k p_k·Â_k with B fixed. p_k = n_k/Σn. Only the trained
     factor returns."""
+
+    defences: ClassVar[tuple[Rule, ...]] = RULES
 
     name: Literal["rolora"] = "rolora"
 

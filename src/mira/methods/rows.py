@@ -1,5 +1,8 @@
 """The rows that methods keep: one global row in place 0, alone or with a row for each client k in place k + 1."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -7,6 +10,7 @@ from mira.core.errors import UserError
 from mira.core.layout import Entry
 from mira.core.mixing import mix, weighted_mean
 from mira.core.offset import no_offset
+from mira.core.ranks import Mix
 from mira.core.types import MemoryRows, ServerState, Setting, Trained
 from mira.methods.layers import refuse_experts
 
@@ -42,15 +46,28 @@ def own_or_global(state: ServerState, client: Tensor, start: Tensor) -> Tensor:
     return torch.where((own == start).all(1, keepdim=True), global_rows(state, client), own)
 
 
-def mean(state: ServerState, trained: Trained) -> Tensor:
-    """FedAvg's mean [P] of trained rows, weighted by the clients' numbers of training examples.
+def mean(state: ServerState, trained: Trained, shared: Tensor | None = None) -> Tensor:
+    """FedAvg's mean [P] of trained rows, weighted by the clients' numbers of training examples, or a robust one of equal weights.
 
     Where ranks differ, each number is averaged over the clients that have it (``mira.core.ranks``); numbers that none has keep
-    the value of the global row.
+    the value of the global row. ``shared``: mask [P] of the numbers that leave the clients, None: all; others of the mean have no
+    meaning.
     """
+    if state.defence is not None:
+        return robust_mean(state, trained, state.rows[GLOBAL][0], shared)
     if state.ranks is None:
         return weighted_mean(trained.rows, trained.examples)
     return state.ranks.mean(trained.rows, trained.client, trained.examples, otherwise=state.rows[GLOBAL][0])
+
+
+def robust_mean(state: ServerState, trained: Trained, former: Tensor, shared: Tensor | None = None) -> Tensor:
+    """The mean [P] of trained rows by the state's defence, about the ``former`` row [P]; ``shared`` as for ``mean``."""
+    defence = state.defence
+    assert defence is not None
+    rows = trained.rows if shared is None else trained.rows.where(shared, former)
+    if state.ranks is None:
+        return defence.mean(trained.client, rows, former)
+    return state.ranks.mean_by(rows, trained.client, former, lambda client: partial(defence.mean, client))
 
 
 def compared(state: ServerState, rows: Tensor) -> Tensor:
@@ -63,10 +80,18 @@ def combined(state: ServerState, trained: Trained, weight: Tensor) -> Tensor:
 
     Where ranks differ, each number is combined over the clients that have it, their weights normalised (``mira.core.ranks``).
     """
+    by = mixer(state)
     if state.ranks is None:
-        return mix(trained.rows, *_shares(weight))
+        return by(trained.client)(trained.rows, *_shares(weight), ())
     nobody = torch.empty(0, dtype=torch.int64)
-    return state.ranks.mix(trained.rows, trained.client, nobody, lambda absent: iter(()), weight, _shares)
+    return state.ranks.mix(trained.rows, trained.client, nobody, lambda absent: iter(()), weight, _shares, by)
+
+
+def mixer(state: ServerState) -> Callable[[Tensor], Mix]:
+    """The function that mixes the rows of these clients: ``mixing.mix``, or that of the state's defence."""
+    if (defence := state.defence) is None:
+        return lambda client: mix
+    return lambda client: partial(defence.mix, client)
 
 
 def _shares(weight: Tensor) -> tuple[Tensor, Tensor]:

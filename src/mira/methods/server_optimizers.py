@@ -4,7 +4,7 @@ Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federa
 Reddi et al., "Adaptive Federated Optimization", ICLR 2021 (FedAdam, algorithm 2: no bias correction, v starts at τ²).
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from mira.core.pydantic_config import STRICT
+from mira.core.robust import RULES, Rule
 from mira.core.types import Change, ServerState, Setting, Trained, Work
 from mira.methods.rows import GLOBAL, global_rows, global_state, mean
 
@@ -22,6 +23,8 @@ Positive = Annotated[float, Field(gt=0)]
 @dataclass(frozen=True, config=STRICT)
 class FedAvgM:
     """FedAvg with server momentum. With Δ = Σ_k p_k·θ̂_k − θ, p_k = n_k/Σn:  m ← β·m + Δ,  θ ← θ + lr·m."""
+
+    defences: ClassVar[tuple[Rule, ...]] = RULES
 
     name: Literal["fedavgm"] = "fedavgm"
     lr: Positive = 1.0
@@ -47,6 +50,8 @@ class FedAvgM:
 @dataclass(frozen=True, config=STRICT)
 class FedAdam:
     """Adam on the server. With FedAvgM's Δ:  m ← β₁·m + (1−β₁)·Δ,  v ← β₂·v + (1−β₂)·Δ²,  θ ← θ + lr·m/(√v + τ)."""
+
+    defences: ClassVar[tuple[Rule, ...]] = RULES
 
     name: Literal["fedadam"] = "fedadam"
     lr: Positive = 0.01

@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 from mira.core.errors import UserError, did_you_mean
 from mira.core.loop import Record
+from mira.core.robust import COUNTED
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_OF_CLIENT = ("train_loss", "steps", "lost")  # keys of a record that hold a value for each client
+_OF_CLIENT = ("train_loss", "steps", "lost", COUNTED)  # keys of a record that hold a value for each client
 
 
 def table(records: Sequence[Record], names: Sequence[str]) -> pd.DataFrame:
     """A table with a row for each round and client (index: round, client) and a column for each metric; NaN if not evaluated.
 
-    Columns: validation_loss, test_loss, perplexity, train_loss, steps, lost (the reason), bytes_up, bytes_down, and those of
-    answers. Raises UserError without pandas.
+    Columns: validation_loss, test_loss, perplexity, train_loss, steps, lost (the reason), counted (the share of its weight, with
+    server.robust), bytes_up, bytes_down, and those of answers. Raises UserError without pandas.
     """
     try:
         import pandas as pd

@@ -20,6 +20,7 @@ from mira.core.graph_io import to_tensors
 from mira.core.loop import Record, Schedule, run_rounds
 from mira.core.offset import offset_of
 from mira.core.pydantic_config import expanded
+from mira.core.robust import doubted
 from mira.core.types import ServerState, has_private_parts
 from mira.runner import evaluation
 from mira.runner.callbacks import Callback, Callbacks
@@ -166,6 +167,8 @@ class _Observer:
         self.clients.committed(record)
         for name, reason in record["lost"].items():
             log.warning("round %d lost %s: %s", record["round"], name, reason)
+        for name, reason in doubted(record).items():
+            log.warning("round %d doubts %s: %s", record["round"], name, reason)
         self.shown.record(record)
         self.told.round(record)
 

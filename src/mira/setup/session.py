@@ -30,6 +30,7 @@ from mira.data.federation import Federation
 from mira.engine.embed import embed
 from mira.engine.memory import is_out_of_memory
 from mira.engine.spread import SpreadEngine
+from mira.methods.defended import defended
 from mira.methods.heterogeneous_ranks import with_ranks
 from mira.methods.warm_start import WarmStart
 from mira.model import Base
@@ -115,12 +116,13 @@ class Session:
 
     @property
     def method(self) -> Method:
-        """The experiment's method, for the ranks of its clients."""
+        """The experiment's method, for the ranks of its clients and with its defence."""
         return self.method_as(self.experiment.method)
 
     def method_as(self, method: Method) -> Method:
-        """``method`` for the ranks of this experiment's clients."""
-        return with_ranks(method, self.layout, self.experiment.clients.rank, self.names)
+        """``method`` for the ranks of this experiment's clients, and with its defence."""
+        e = self.experiment
+        return defended(with_ranks(method, self.layout, e.clients.rank, self.names), e.server.robust)
 
     def method_of(self, experiment: Experiment, names: Sequence[str]) -> Method:
         """The method of another ``experiment`` on this base model, whose clients are ``names``."""

@@ -14,6 +14,7 @@ from mira.config.yaml_io import flat, mapping
 from mira.core.errors import UserError
 from mira.core.graph import Graph, Groups
 from mira.core.graph_io import in_use, restorer
+from mira.core.robust import COUNTED, doubted
 from mira.store import Store
 
 Losses = dict[str, float | None]
@@ -101,6 +102,15 @@ class RunData:
     def lost(self) -> list[tuple[int, str, str]]:
         """(round, client, reason) of every client that was lost from a round."""
         return [(r["round"], name, why) for r in self.records for name, why in r.get("lost", {}).items()]
+
+    @property
+    def doubted(self) -> list[tuple[str, list[int], float]]:
+        """(client, rounds, least share of its weight) of every client that a defence let count for little."""
+        rounds: dict[str, list[int]] = {}
+        for record in self.records:
+            for name in doubted(record):
+                rounds.setdefault(name, []).append(record["round"])
+        return [(name, found, min(self.records[n][COUNTED][name] for n in found)) for name, found in rounds.items()]
 
 
 def read(folder: Path) -> RunData:

@@ -54,6 +54,8 @@ def _of_run(run: RunData, alone: bool) -> list[str]:
         found.append(
             f"{who} continued without a client {times}: {_list([name for _, name, _ in lost])}; see Lost clients."
         )
+    if doubted := run.doubted:
+        found.append(f"{who} let clients count for little: {_list([name for name, *_ in doubted])}; see Defence.")
     if spent := run.records[-1].get("privacy"):
         found.append(f"{who} added noise: {privacy(spent)}.")
     cut = run.environment.get("truncated", {})

@@ -122,6 +122,17 @@ def environments(runs: Sequence[RunData]) -> list[tuple[str, str]]:
     ]
 
 
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending ``numbers`` in words, such as "1–3, 7"."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and n == parts[-1][-1] + 1:
+            parts[-1].append(n)
+        else:
+            parts.append([n])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}–{part[-1]}" for part in parts)
+
+
 def _either(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 

@@ -25,7 +25,7 @@ from mira.results.html.load import RunData, read
 from mira.results.html.notes import notes
 from mira.results.html.strengths import strengths
 from mira.results.html.svg import text
-from mira.results.html.tables import call, client_table, configurations, environments, extremes, tiles
+from mira.results.html.tables import call, client_table, configurations, environments, extremes, ranges, tiles
 from mira.results.html.variants import Variant, differing, group
 from mira.results.html.verdict import row, wins
 from mira.results.statistics import Mean
@@ -109,6 +109,7 @@ def _content(runs: Sequence[RunData], variants: Sequence[Variant], names: list[s
         "transfers": _transfers(variants, order), "graphs": _graphs(variants, order),
         "differences": differences, "configurations": configurations(variants), "environments": environments(runs),
         "lost": [(run.folder.name, *each) for run in runs for each in run.lost],
+        "doubted": [(run.folder.name, name, ranges(n), f"{least:.0%}") for run in runs for name, n, least in run.doubted],
         "log_note": len(variants) > curves.COLOURS,
     }  # fmt: skip
 
