@@ -225,9 +225,8 @@ def main() -> None:
     runs = [compared(TRIALS[given.trial](seed), method) for seed in range(given.seeds)]
     write({"environment": environment(), "trial": given.trial, "method": given.method, "runs": runs},
           OUT.with_stem(f"liars-{given.trial}-{given.method}"))  # fmt: skip
-    table = Table(
-        title=f"{given.trial}, {given.method}, {given.seeds} seeds: loss of honest clients (the liar counted for, the least of an honest one)"
-    )
+    shown = "loss of honest clients (the liar counted for, the least of an honest one)"
+    table = Table(title=f"{given.trial}, {given.method}, {given.seeds} seeds: {shown}")
     for column in ("", *next(iter(runs[0].values()))):
         table.add_column(column, justify="right" if column else "left")
     for name, columns in runs[0].items():
