@@ -29,7 +29,7 @@ from mira.core.loop import Record, Schedule, run_rounds
 from mira.core.robust import COUNTED, RULES, Robust
 from mira.core.seeds import generator
 from mira.core.training import Training
-from mira.core.types import Failure, Method, Setting, Trained, Work
+from mira.core.types import Failure, MemoryRows, Method, Setting, Trained, Work
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.engine.spec import EngineSpec, Text
@@ -89,7 +89,8 @@ def drifting_faster(rows: Tensor, start: Tensor, k: int, round: int) -> Tensor:
 
 def _noise(rows: Tensor, start: Tensor, *key: str | int) -> Tensor:
     noise = torch.randn(rows.shape[1], generator=generator(*key), dtype=rows.dtype)
-    return noise * ((rows - start).norm(dim=1).median() / noise.norm())
+    length: Tensor = (rows - start).norm(dim=1).median() / noise.norm()
+    return noise * length
 
 
 LIES: dict[str, Lie] = {
@@ -131,6 +132,7 @@ class Trial:
         method, records = defended(method, robust), list[Record]()
         steps, lr = self.training.steps_for(1), self.training.lr
         state = method.init(Setting(self.layout, self.start, len(NAMES), graph, lr, steps, rounds=self.rounds))
+        assert isinstance(state.rows, MemoryRows)
         end = run_rounds(
             method, clients, state, Schedule(0, self.rounds, 1.0, self.training), NAMES, MemoryRecorder(state.rows),
             lambda state, record: {}, records.append,

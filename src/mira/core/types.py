@@ -250,8 +250,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Scores:
-    """Summed loss of label tokens ``nll`` [n,s] (nats) and their number ``tokens`` [n,s], for each row and split. NaN and 0 tokens
-    where the client did not answer."""
+    """Summed loss of label tokens ``nll`` [n,s] (nats) and their number ``tokens`` [n,s], for each row and split. NaN and 0
+    tokens where the client did not answer."""
 
     nll: Tensor  # float64
     tokens: Tensor  # int64

@@ -23,7 +23,8 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 _MESSAGES = ("/v1/fleet/", "/v1/runtime/")
-_NEEDED = (BaseHTTPMiddleware, ProtobufTranslationMiddleware, NodeAuthMiddleware)  # the first translates errors
+# The first translates errors.
+_NEEDED: tuple[object, ...] = (BaseHTTPMiddleware, ProtobufTranslationMiddleware, NodeAuthMiddleware)
 _create = superlink.create_app
 
 
