@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,9 +85,13 @@ class Opener:
 
     def _clients(self, session: Session, experiment: Experiment, data: Sites, number: str) -> RemoteClients:
         """The sites of the run ``number``, none of which has joined yet."""
+        section = experiment.server
         policy = RoundPolicy(
             experiment.rounds,
-            **asdict(experiment.server),
+            deadline=section.deadline,
+            minimum=section.minimum,
+            max_norm=section.max_norm,
+            wire=section.wire,
             privacy=experiment.privacy,
             training=experiment.training,
             times=times_of(experiment),
