@@ -91,7 +91,7 @@ class Opener:
             deadline=section.deadline,
             minimum=section.minimum,
             max_norm=section.max_norm,
-            wire=section.wire,
+            wire=section.wire_for(experiment.method),
             privacy=experiment.privacy,
             training=experiment.training,
             times=times_of(experiment),
