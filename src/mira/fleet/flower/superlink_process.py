@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 _MESSAGES = ("/v1/fleet/", "/v1/runtime/")
 # The first translates errors.
-_NEEDED: tuple[object, ...] = (BaseHTTPMiddleware, ProtobufTranslationMiddleware, NodeAuthMiddleware)
+_NEEDED: list[object] = [BaseHTTPMiddleware, ProtobufTranslationMiddleware, NodeAuthMiddleware]
 _create = superlink.create_app
 
 
@@ -33,7 +33,7 @@ def shortened(app: FastAPI) -> FastAPI:
     another version of Flower."""
     layers = app.user_middleware
     needed = [layer for layer in layers if layer.cls in _NEEDED]
-    if [layer.cls for layer in needed] != list(_NEEDED):
+    if [layer.cls for layer in needed] != _NEEDED:
         raise RuntimeError("this version of Flower has other layers; install flwr 1.41")
     whole = app.build_middleware_stack()
     app.user_middleware = needed
