@@ -6,7 +6,7 @@ import socket
 import sys
 from pathlib import Path
 
-_PARTS = {"mira.fleet.site.worker": "worker", "mira.fleet.flower.supernode_process": "SuperNode"}
+_PARTS = {"mira.fleet.site.worker": "worker", "mira.fleet.flower.node": "node"}
 
 
 def server(port: int) -> str | None:
@@ -19,7 +19,7 @@ def server(port: int) -> str | None:
 
 
 def site(processes: Path = Path("/proc")) -> str | None:
-    """The reason for which the site is not ready; None where its worker and its SuperNode run."""
+    """The reason for which the site is not ready; None where its worker and its node run."""
     running: set[str] = set()
     for line in processes.glob("[0-9]*/cmdline"):
         try:

@@ -75,7 +75,10 @@ def test_a_server_that_is_told_no_format_takes_one_that_its_method_allows(world:
     assert kept["server"]["wire"] == wire
 
 
-@pytest.mark.parametrize(("wire", "name"), [("bf16", "mira"), ("int8", "mira"), ("int8", "fedsa-lora")])
+@pytest.mark.parametrize(
+    ("wire", "name"),
+    [("bf16", "mira"), ("int8", "mira"), ("int8", "fedsa-lora"), ("int8", "rolora"), ("bf16", "feddpa")],
+)
 def test_rounded_rows_train_as_exact_ones_do(world: World, wire: Wire, name: str) -> None:
     """Three rounds of a tiny model: the loss moves by far more than the rounding changes it."""
     plan: dict[str, Any] = {"method": {"name": name}, "evaluation": {"generate": False, "transfer_clients": 0}}
@@ -94,4 +97,4 @@ def test_what_rounding_took_away_is_kept_with_the_round_that_counted(world: Worl
     a, b = rows(world.folder / "a-run"), rows(world.folder / "b-run")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
-    assert all("residual0" in load_file(file) for file in (world.folder / "sites").rglob("r3.safetensors"))
+    assert all("residuals0" in load_file(file) for file in (world.folder / "sites").rglob("r3.safetensors"))

@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 import socket
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,13 @@ def test_the_health_of_a_server_is_its_gate() -> None:
     assert HEALTH["server"](port).startswith(f"no gate at port {port}: ")
 
 
-def test_the_health_of_a_site_is_its_worker_and_its_supernode(tmp_path: Path) -> None:
+def test_the_health_of_a_site_is_its_worker_and_its_node(tmp_path: Path) -> None:
     def running(number: int, module: str) -> None:
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "cmdline").write_text("\0".join(["python", "-P", "-m", module, "--name", "x"]) + "\0")
 
     running(7, "mira.fleet.site.worker")
-    assert HEALTH["site"](tmp_path) == "not running: SuperNode"
-    running(9, "mira.fleet.flower.supernode_process")
+    assert HEALTH["site"](tmp_path) == "not running: node"
+    running(9, "mira.fleet.flower.node")
     assert HEALTH["site"](tmp_path) is None
+    assert all(find_spec(module) for module in HEALTH["_PARTS"])

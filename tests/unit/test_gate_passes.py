@@ -123,20 +123,23 @@ def test_a_question_for_messages_is_held_until_something_was_pushed_to_its_site(
 
 
 def test_a_question_is_put_at_once_only_where_something_may_lie_there(kits: Path) -> None:
-    """Before anything is known of the site, after a push that nobody asked for, and after its node has begun anew."""
+    """Before anything is known of the site, after a push that nobody asked for, after its node has begun anew, and after a
+    message: an answer has one, and there may be more."""
     limits = replace(LIMITS, hold=60.0)
-    with superlink([b"1", b"2", b"joined", b"3"]) as link, gate(kits, link.port, limits) as outside:
+    with superlink([b"1", b"2", b"joined", b"3", b"4", b""]) as link, gate(kits, link.port, limits) as outside:
         assert outside.post(PULL).content == b"1"
         outside.ring(["anybody"])
         assert outside.post(PULL).content == b"2"
         outside.post("/v1/fleet/activate-node")
         assert outside.post(PULL).content == b"3"
         with ThreadPoolExecutor() as pool:
-            held = pool.submit(outside.post, PULL, b"4")
+            assert outside.post(PULL).content == b"4"
+            held = pool.submit(outside.post, PULL, b"5")
+            until(lambda: len(link.seen) == 6)
             time.sleep(0.2)
-            assert len(link.seen) == 4, "held, without a question to the SuperLink"
+            assert len(link.seen) == 6, "held, without another question to the SuperLink"
             outside.ring(["anybody"])
-            assert held.result(20).content == b"4"
+            assert held.result(20).content == b"5"
 
 
 def test_or_for_a_while_and_nothing_else_is_held(kits: Path) -> None:

@@ -106,6 +106,11 @@ def test_counters_are_there_from_the_start() -> None:
     assert value(found, "mira_rejected_replies_total", reason="norm") == 0
 
 
+def test_losses_that_sites_do_not_tell_count_as_none() -> None:
+    assert totals([{**RECORDS[1], "train_loss": {"a": None, "b": 2.0}}]).train_loss == 2.0
+    assert totals([{**RECORDS[1], "train_loss": {"a": None}}]).train_loss is None
+
+
 def test_a_record_of_an_earlier_version_counts() -> None:
     old = {key: value for key, value in RECORDS[1].items() if key not in ("lost_kind", "phase_seconds")}
     found = totals([old])
@@ -122,18 +127,18 @@ def test_sums_do_not_change_what_they_came_from() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "begun", "minimum", "reason"),
+    ("changes", "begun", "reason"),
     [
-        ({}, True, 1, None),
-        ({}, True, 2, "1 of 2 sites are online; a round needs 2"),
-        ({}, False, 1, "1 of 2 sites are online; the start of the run needs 2"),
-        ({"online": lambda: {"a", "b"}}, False, 1, None),
-        ({"online": lambda: set()}, True, 1, "0 of 2 sites are online; a round needs 1"),
-        ({"trouble": lambda: "the SuperLink has ended"}, True, 1, "the SuperLink has ended"),
+        ({}, True, None),
+        ({}, False, "1 of 2 sites are online; the start of the run needs 2"),
+        ({"online": lambda: {"a", "b"}}, False, None),
+        ({"online": lambda: set()}, True, "0 of 2 sites are online; a round needs 1"),
+        ({"online": lambda: {"stranger"}}, True, "0 of 2 sites are online; a round needs 1"),
+        ({"trouble": lambda: "the SuperLink has ended"}, True, "the SuperLink has ended"),
     ],
 )
-def test_health_has_the_reason(changes: dict[str, Any], begun: bool, minimum: int, reason: str | None) -> None:
-    run = RunWatch(folder=Path("run") if begun else None, minimum=minimum)
+def test_health_has_the_reason(changes: dict[str, Any], begun: bool, reason: str | None) -> None:
+    run = RunWatch(folder=Path("run") if begun else None, places=frozenset("ab"))
     federation = replace(FEDERATION, **changes)
     found = health(run, federation)
     assert (found.reason, found.well) == (reason, reason is None)
@@ -146,11 +151,12 @@ def test_sites_that_come_later_are_not_waited_for() -> None:
 
 
 def test_the_watch_knows_the_run_once_it_begins(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", ["a", "b", "c"], [""] * 3, server={"minimum": 2})
+    data = {"source": "sites", "examples": {"a": 4, "b": 4}, "expected": ["c"]}
+    write_run(tmp_path / "run", ["a", "b", "c"], [""] * 3, data=data)
     began: list[Path] = []
     run = RunWatch(began=began.append)
     run.start(tmp_path / "run", 3, 3, 0)
-    assert (run.folder, run.rounds, run.places, run.minimum, began) == (tmp_path / "run", 3, 3, 2, [tmp_path / "run"])
+    assert (run.folder, run.rounds, run.places, began) == (tmp_path / "run", 3, {*"abc"}, [tmp_path / "run"])
     run.stage("measuring the start")
     assert run.doing == "measuring the start"
     run.earlier(RECORDS[0])

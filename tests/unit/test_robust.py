@@ -133,6 +133,15 @@ def test_without_outliers_a_mixture_is_close_to_the_plain_one(rule: Rule) -> Non
     assert 0 < apart < (0.05 if rule == "clip" else 0.5 * 0.5)
 
 
+@pytest.mark.parametrize("weights", [(0.1, 0.2, 0.3), (0.05, 0.1, 0.15), (0.2, 0.4, 0.6)])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_neighbour_with_half_of_the_weight_is_no_rounding_error(rule: Rule, weights: tuple[float, ...]) -> None:
+    """Its share is 0.5 − 6e-17 in float64."""
+    a = torch.zeros(4, 4, dtype=torch.float64)
+    a[0, 1:] = a[1:, 0] = torch.tensor(weights, dtype=torch.float64)
+    assert mixed(rule, draw(4, 300), a).isfinite().all()
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_one_neighbour_is_no_majority(rule: Rule) -> None:
     """Nobody can tell which of two is wrong: the neighbour counts in full, or half where the own row is a second value."""

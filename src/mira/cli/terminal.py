@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from mira.core import json_log
 from mira.core.escape import visible
 from mira.core.json_log import JsonFormatter
 
@@ -71,15 +72,9 @@ LogFormat = Annotated[
 
 
 def log_as_json() -> JsonFormatter:
-    """Make every line on standard error a JSON object: MIRA's own, those of libraries, warnings, and the traceback of a bug."""
-    formatter, handler, log = JsonFormatter(), logging.StreamHandler(sys.stderr), logging.getLogger("mira")
-    handler.setFormatter(formatter)
-    log.handlers = [handler]
-    logging.getLogger().handlers = [handler]
-    logging.captureWarnings(True)
+    """Make every line on standard error a JSON object, those of the console too."""
     err_console.instead = logging.getLogger("mira.cli")
-    sys.excepthook = lambda kind, error, trace: log.critical("a bug of MIRA", exc_info=(kind, error, trace))
-    return formatter
+    return json_log.log_as_json("mira")
 
 
 def say(line: str) -> None:

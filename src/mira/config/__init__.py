@@ -156,10 +156,14 @@ def schema() -> dict[str, Any]:
     return Experiment.model_json_schema()
 
 
+_OVER_MACHINES = ("server.deadline", "server.minimum", "server.max_norm", "server.wire")
+
+
 def differences(here: Experiment, there: Experiment) -> list[str]:
-    """One line for each differing field: 'training.lr: 0.001 here, 0.002 there'."""
+    """One line for each differing field: 'training.lr: 0.001 here, 0.002 there'. Those of rounds over machines have no effect on
+    runs that are compared with a configuration."""
     a, b = (dict(flat("", each.model_dump(mode="json"))) for each in (here, there))
-    keys = [*a, *(key for key in b if key not in a)]
+    keys = [key for key in (*a, *(key for key in b if key not in a)) if key not in _OVER_MACHINES]
     return [
         f"{key}: {a.get(key, 'absent')} here, {b.get(key, 'absent')} there" for key in keys if a.get(key) != b.get(key)
     ]

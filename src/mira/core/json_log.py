@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import threading
 from datetime import UTC, datetime
 
 
@@ -30,3 +32,16 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             values["exception"] = self.formatException(record.exc_info)
         return json.dumps(values)
+
+
+def log_as_json(source: str) -> JsonFormatter:
+    """Make every line on standard error a JSON object: MIRA's own, those of libraries, warnings, and the traceback of a bug, in
+    any thread. ``source``: the logger of such a traceback."""
+    formatter, handler, log = JsonFormatter(), logging.StreamHandler(sys.stderr), logging.getLogger(source)
+    handler.setFormatter(formatter)
+    logging.getLogger("mira").handlers = [handler]
+    logging.getLogger().handlers = [handler]
+    logging.captureWarnings(True)
+    sys.excepthook = lambda kind, error, trace: log.critical("a bug of MIRA", exc_info=(kind, error, trace))
+    threading.excepthook = lambda failed: log.critical("a bug of MIRA", exc_info=failed.exc_value)
+    return formatter

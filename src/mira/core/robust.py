@@ -146,7 +146,7 @@ def _kept(rule: Rule, values: Tensor, share: Tensor) -> Tensor:
     order = values.argsort(dim=0)
     end = share[order].cumsum(0)
     begin, aside = end - share[order], _aside(share)
-    if rule == "median" or aside == 0.5:
+    if rule == "median" or aside > 0.5 - _NOTHING:
         left = ((begin <= 0.5 + _NOTHING) & (end >= 0.5 - _NOTHING)).double()
     else:
         left = end.clamp(max=1 - aside) - begin.clamp(min=aside)

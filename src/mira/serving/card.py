@@ -94,15 +94,15 @@ _PEFT = """With transformers and PEFT:
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained(BASE)
-model = PeftModel.from_pretrained(base, PLACE)
+base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, {place})
 ```"""
 _MERGED = """The whole model, with the adapter in its weights:
 
 ```python
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained(PLACE)
+model = AutoModelForCausalLM.from_pretrained({place})
 ```"""
 _SEEDS = "`coefficients.safetensors` holds the coefficients of seeds; `mira export --merge` writes the whole model."
 _LIBRARY = {"peft": "peft", "gguf": "gguf", "merged": "transformers"}
@@ -118,7 +118,7 @@ def _using(folder: Path, session: Session, origin: Origin, use: Use, base: str, 
         yield f"An adapter file of llama.cpp, for a GGUF file of the base:\n\n```sh\n{command}\n```"
         return
     code = _PEFT if use == "peft" else _MERGED
-    yield code.replace("BASE", json.dumps(base)).replace("PLACE", json.dumps(place))
+    yield code.format(base=json.dumps(base), place=json.dumps(place))
     if use == "peft" and (line := lines.with_vllm(folder, session, origin.client, base, origin.offset_ranks)):
         yield f"With vLLM, in this folder:\n\n```sh\n{line}\n```"
 

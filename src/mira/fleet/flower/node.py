@@ -37,6 +37,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
 from flwr.supernode.fleet_http_connection import http_request_response
 
+from mira.core.escape import visible
 from mira.fleet.flower import frames
 from mira.fleet.flower.contents import NotOurs, content_of, record_of
 from mira.fleet.identity.signatures import key_pair
@@ -59,9 +60,10 @@ def take_part(
         node, receive, send, _, _, pull, push, confirm = line
         say(f"SuperNode ID: {node}")
         while True:
+            asked = time.monotonic()
             received = receive()
             if received is None:
-                time.sleep(pause)
+                time.sleep(max(0.0, asked + pause - time.monotonic()))  # none where the gate held the question
                 continue
             bare, tree = received
             run, id = bare.metadata.run_id, bare.metadata.message_id
@@ -70,7 +72,7 @@ def take_part(
                 confirm(run, id)
                 _push(_reply(message, ask), send, partial(push, run))
             except Exception as error:  # its run may have ended, or the network was away: the next message may pass
-                say(f"message {id[:12]} was not answered: {type(error).__name__}: {error}")
+                say(visible(f"message {id[:12]} was not answered: {type(error).__name__}: {error}"))
 
 
 def _fetched(id: str, tree: ObjectTree, pull: Callable[[str], bytes]) -> Message:

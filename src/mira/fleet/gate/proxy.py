@@ -211,7 +211,7 @@ class _Gate:
             async with line.asked(target, headers, outside.body()) as (answer, inside):
                 if target == rules.BEGIN and answer.status_code == rules.UNKNOWN and not self.upstream.knows(site):
                     raise HttpRefusal(503, f"the SuperLink does not know {site} yet")  # not a refusal: it tries again
-                if target == rules.BEGIN:
+                if target == rules.BEGIN and answer.status_code == 200:
                     self.ring([site])  # for what an earlier process of it did not fetch
                 return await _pass_back(answer, inside, outside)
         if not self.uploads.take(site, size):
@@ -254,10 +254,16 @@ class _Gate:
                 if self.identify(headers) is None:
                     raise rules.stranger(rules.QUESTIONS)
             bell.clear()  # before the question: any later push sets it
-            async with line.asked(rules.QUESTIONS, headers, _each(body)) as (answer, inside):
-                told = b"".join([piece async for piece in inside.body()])
-                if told or answer.status_code != 200 or asyncio.get_running_loop().time() >= until:
-                    return await _send_back(answer, _each([told]), outside)
+            try:
+                async with line.asked(rules.QUESTIONS, headers, _each(body)) as (answer, inside):
+                    told = b"".join([piece async for piece in inside.body()])
+            except HttpRefusal:
+                bell.set()  # nobody has seen what it was rung for
+                raise
+            if told:
+                bell.set()  # an answer has one message, and there may be more
+            if told or answer.status_code != 200 or asyncio.get_running_loop().time() >= until:
+                return await _send_back(answer, _each([told]), outside)
 
 
 async def _each(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:

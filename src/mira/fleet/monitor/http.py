@@ -1,7 +1,7 @@
 """A small HTTP server for the operator: GET of a few paths, plain HTTP, and nothing that a client sends is used but the path.
 
-A request is answered in a thread of its own and the connection closed. Connections, bytes and times are limited, so that a client
-cannot hold the run back.
+A request is answered in the thread of its path, and its connection closed. Connections, bytes and times are limited, so that a
+client cannot hold the run back.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import h11
@@ -58,8 +58,10 @@ class Route:
 def opened(listen: tuple[str, int], routes: Mapping[str, Route], limits: Limits) -> Iterator[tuple[str, int]]:
     """Serve ``routes``, by path, at ``listen`` (port 0: any free port), in threads of their own. Yields host and port. Raises
     OSError when it cannot listen there."""
-    with running_loop("monitor") as loop, ThreadPoolExecutor(len(routes), "monitor") as pool:
-        door = _Door(routes, limits, pool)
+    with running_loop("monitor") as loop, ExitStack() as stack:
+        # One thread a path, so that an answer is made once at a time, also where nobody waits for it any more.
+        makers = {path: stack.enter_context(ThreadPoolExecutor(1, "monitor")) for path in routes}
+        door = _Door(routes, limits, makers)
         server = asyncio.run_coroutine_threadsafe(door.listen(listen), loop).result()
         try:
             yield server.sockets[0].getsockname()[:2]
@@ -70,9 +72,8 @@ def opened(listen: tuple[str, int], routes: Mapping[str, Route], limits: Limits)
 class _Door:
     """The open connections, counted, so that they can be limited and closed."""
 
-    def __init__(self, routes: Mapping[str, Route], limits: Limits, pool: ThreadPoolExecutor) -> None:
-        self.routes, self.limits, self.pool = routes, limits, pool
-        self.turns = {path: asyncio.Lock() for path in routes}  # an answer is made once at a time
+    def __init__(self, routes: Mapping[str, Route], limits: Limits, makers: Mapping[str, ThreadPoolExecutor]) -> None:
+        self.routes, self.limits, self.makers = routes, limits, makers
         self.tasks: set[asyncio.Task[None]] = set()
 
     async def listen(self, address: tuple[str, int]) -> asyncio.Server:
@@ -115,22 +116,25 @@ class _Door:
             if not isinstance(request, h11.Request):
                 return
             path = checked(request, peer, self.routes)
+            answer = await self.answer(path)
             async with asyncio.timeout(self.limits.answer):
-                await send(client, await self.answer(path))
+                await send(client, answer)
         except TimeoutError:
             log.debug("%s: closed, too slow", peer)
         except HttpRefusal as refused:
             await refuse(client, peer, refused)
 
     async def answer(self, path: str) -> Answer:
-        async with self.turns[path]:
-            try:
-                return await asyncio.get_running_loop().run_in_executor(self.pool, self.routes[path].answer)
-            except UserError as error:
-                return Answer(503, PLAIN, f"{error}\n".encode())
-            except Exception:
-                log.exception("%s could not be answered", path)
-                return Answer(500, PLAIN, b"it failed; the reason is in the server's log\n")
+        try:
+            async with asyncio.timeout(self.limits.answer):
+                return await asyncio.get_running_loop().run_in_executor(self.makers[path], self.routes[path].answer)
+        except TimeoutError:
+            return Answer(503, PLAIN, b"it takes too long; ask again later\n")
+        except UserError as error:
+            return Answer(503, PLAIN, f"{error}\n".encode())
+        except Exception:
+            log.exception("%s could not be answered", path)
+            return Answer(500, PLAIN, b"it failed; the reason is in the server's log\n")
 
 
 def checked(request: h11.Request, peer: str, routes: Mapping[str, Route]) -> str:

@@ -39,8 +39,8 @@ def noted(kit: Path, url: str | None) -> Iterator[Callable[[Path], None]]:
         yield lambda folder: None
         return
     try:
-        _write(descriptor, None, url)
-        yield lambda folder: _write(descriptor, folder, url)
+        _write(kit / NOTE, descriptor, None, url)
+        yield lambda folder: _write(kit / NOTE, descriptor, folder, url)
     finally:
         os.close(descriptor)
 
@@ -50,7 +50,7 @@ def _taken(path: Path) -> int | None:
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     except OSError as error:
-        log.warning("%s: cannot be written (%s); mira server status will not know this run", path, error.strerror)
+        _unwritten(path, error)
         return None
     try:
         files.lock(descriptor)
@@ -61,10 +61,17 @@ def _taken(path: Path) -> int | None:
     return descriptor
 
 
-def _write(descriptor: int, run: Path | None, url: str | None) -> None:
+def _write(path: Path, descriptor: int, run: Path | None, url: str | None) -> None:
     data = key_files.pack({"run": None if run is None else str(run.resolve()), "metrics": url})
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, data, 0)
+    try:
+        os.pwrite(descriptor, data, 0)  # before the rest is cut off: a reader never finds the file empty
+        os.ftruncate(descriptor, len(data))
+    except OSError as error:
+        _unwritten(path, error)
+
+
+def _unwritten(path: Path, error: OSError) -> None:
+    log.warning("%s: cannot be written (%s); mira server status will not know this run", path, error.strerror)
 
 
 def read_note(kit: Path) -> Note:

@@ -37,7 +37,7 @@ class Totals:
         """The sums with one more round's ``record`` (docs/run-folder.md). Fields that older records lack count as none."""
         kinds = _kinds(record)
         outcomes = [(name, outcome_of(kinds.get(name))) for name in record.get("cohort", ())]
-        losses = list(record.get("train_loss", {}).values())
+        losses = [loss for loss in record.get("train_loss", {}).values() if loss is not None]  # None: not told
         validation = record.get("validation_loss")
         privacy = record.get("privacy", {})
         return replace(

@@ -43,16 +43,15 @@ class RunWatch(Callback):
     expected: Collection[str] = ()
     began: Callable[[Path], None] = lambda folder: None
     folder: Path | None = None
-    places: int = 0
+    places: frozenset[str] = frozenset()
     rounds: int = 0
-    minimum: int = 1
     doing: str = "preparing"
     totals: Totals = field(default_factory=Totals)
     last: float = field(default_factory=time.time)
     """Unix time of the last commit, or of the start of this process."""
 
     def start(self, folder: Path, rounds: int, clients: int, done: int) -> None:
-        self.rounds, self.places, self.minimum = rounds, clients, _minimum(folder)
+        self.rounds, self.places = rounds, _places(folder)
         self.folder = folder
         self.began(folder)
 
@@ -68,11 +67,11 @@ class RunWatch(Callback):
         self.doing = "training"
 
 
-def _minimum(folder: Path) -> int:
-    """The number of sites that a round of the run needs."""
+def _places(folder: Path) -> frozenset[str]:
+    """The sites that have a place in the run."""
     with Store.open(folder, writable=False) as store:
-        server = mapping(store.config(), str(folder / "config.yaml")).get("server") or {}
-    return int(server.get("minimum") or 1)
+        data = mapping(store.config(), str(folder / "config.yaml"))["data"]
+    return frozenset({*data.get("examples", ()), *data.get("expected", ())})
 
 
 @dataclass(frozen=True)
@@ -93,17 +92,19 @@ class Health:
 
 
 def health(run: RunWatch, federation: Federation) -> Health:
-    """The health of a server. It is not well while the SuperLink or its app is away, and while fewer sites are online than a
-    round needs, or than the start of the run waits for."""
-    names, online = set(federation.names()), set(federation.online())
-    waited = names - set(run.expected)
-    required = run.minimum if run.folder is not None else max(1, len(waited))
-    here = online if run.folder is not None else online & waited
+    """The health of a server. It is not well while the SuperLink or its app is away, while a run waits for sites to begin, and
+    while none of its sites is online: a round needs one."""
+    names, begun = set(federation.names()), run.folder is not None
+    places = run.places if begun else names - set(run.expected)
+    required = 1 if begun else max(1, len(places))
+    here = set(federation.online()) & places
     reason = federation.trouble()
     if reason is None and len(here) < required:
-        whose = "a round" if run.folder is not None else "the start of the run"
-        reason = f"{len(here)} of {len(names)} sites are online; {whose} needs {required}"
-    return Health(reason, run.doing, run.totals.rounds, run.rounds, len(online), required, run.places or len(names))
+        whose = "a round" if begun else "the start of the run"
+        reason = f"{len(here)} of {len(places)} sites are online; {whose} needs {required}"
+    return Health(
+        reason, run.doing, run.totals.rounds, run.rounds, len(here), required, len(places if begun else names)
+    )
 
 
 def is_here(host: str) -> bool:

@@ -101,15 +101,25 @@ def terms_of(session: Session, client: int, opened: Mapping[str, Any]) -> dict[s
     }  # fmt: skip
 
 
+def note_terms(state: SiteState, terms: Mapping[str, Any]) -> None:
+    """Keep the ``terms`` of the first private step or measurement of a run, before it is done."""
+    if state.noted("terms") is None:
+        state.note("terms", dict(terms))
+
+
 def check_terms(terms: Mapping[str, Any], first: Mapping[str, Any] | None) -> None:
-    """Raise RefusedRequest where a run is opened again under other terms than those of its ``first`` private step: its steps
-    would be priced by a noise that they did not have. None: it has done none."""
+    """Raise RefusedRequest where a run is opened again under other terms than those of its ``first`` private step or
+    measurement: these would be priced by a noise that they did not have. None: it has done none."""
     changed = [key for key in terms if first is not None and terms[key] != first[key]]
     if changed:
-        raise RefusedRequest(f"{' and '.join(changed)}: not as in this run's first private step; start a new run")
+        raise RefusedRequest(
+            f"{' and '.join(changed)}: not as in this run's first private step or measurement; start a new run"
+        )
 
 
-def evaluator(session: Session, state: SiteState, splits: Sequence[str], rows: int) -> Evaluator:
+def evaluator(
+    session: Session, state: SiteState, terms: Mapping[str, Any], splits: Sequence[str], rows: int
+) -> Evaluator:
     """The measurement of losses at a site. With privacy.metrics=noised each is counted in ``state`` before it is made. Raises
     RefusedRequest for one of several ``rows`` then, or twice of one of the ``splits``: it would count once."""
     accountant = session.accountant
@@ -119,6 +129,7 @@ def evaluator(session: Session, state: SiteState, splits: Sequence[str], rows: i
         raise RefusedRequest("privacy.metrics=noised: it measures one adapter at a time, and each split once")
 
     def counted(client: int) -> None:
+        note_terms(state, terms)
         state.note(MEASURED, {"count": accountant.measured[client]})
 
     return NoisedEngine.of(session.experiment, session.engine, session.corpus, accountant, counted)

@@ -21,23 +21,14 @@ from mira.core.wire import Wire, compress, down, encode
 from mira.data.sources.sites import Own
 from mira.data.types import Source
 from mira.fleet.messages.packet import PROTOCOL, Packet, other_protocol, pack, row_key, unpack
-from mira.fleet.site.account import MEASURED, check_terms, describe, evaluator, private, terms_of
+from mira.fleet.site import training
+from mira.fleet.site.account import MEASURED, check_terms, describe, evaluator, note_terms, private, terms_of
 from mira.fleet.site.fingerprints import fingerprints
 from mira.fleet.site.offset import rebase
 from mira.fleet.site.origin import note_losses, origin_of
 from mira.fleet.site.privacy import release
 from mira.fleet.site.refusals import RefusedRequest, check_adapter, check_noise, check_sources
 from mira.fleet.site.state import SiteState
-from mira.fleet.site.training import (
-    answers,
-    is_sent,
-    offer_of,
-    optimizer_states,
-    private_parts,
-    travelling,
-    with_private_parts,
-    work_of,
-)
 from mira.runner import evaluation
 from mira.serving.folders import export_row
 from mira.setup.build import open_session
@@ -91,8 +82,7 @@ class JoinedRun:
         if accountant is not None:
             if len(accountant.charge(work)) < len(work.client):
                 raise RefusedRequest(accountant.refusal)
-            if self.state.noted("terms") is None:
-                self.state.note("terms", self.terms)
+            note_terms(self.state, self.terms)
             self.state.note("releases", {"count": accountant.steps[self.number]})
 
 
@@ -199,25 +189,26 @@ class SiteHandler:
     def _train(self, packet: Packet) -> Answer:
         here, values = self._based(packet)[0], packet.values
         since, number = int(values["since"]), packet.head.round + 1
-        kept = here.state.get(since) if _keeps_state(here, values) else {}
-        work = work_of(packet, here.number, here.start, kept, down(here.wire))
+        kept = here.state.get(since, _needs_state(here, values))
+        work = training.work_of(packet, here.number, here.start, kept, down(here.wire))
         here.charge(work)
         trained = screen(here.session.engine.train(work, packet.head.round, float(values["lr"])))
         if trained.failed:
             raise (RefusedRequest if here.metrics == "exact" else UserError)(trained.failed[0].reason)
         here.state.keep({since, *values["keep"]})
         rows, residuals = _uploads(here, work, trained, kept)
-        things = (private_parts(work, trained) if values["private_parts"] else {}) | optimizer_states(trained)
+        own = training.private_parts(work, trained) if values["private_parts"] else {}
+        things = own | training.optimizer_states(trained)
         if things | residuals:
             here.state.put(number, things | residuals)
         log.info("round %d: trained, mean loss %.3f", number, float(trained.loss[-1]), extra={"round": number})
-        jobs = answers(trained if here.metrics == "exact" else untold(trained, here.metrics != "none"))
+        jobs = training.answers(trained if here.metrics == "exact" else untold(trained, here.metrics != "none"))
         return {"jobs": jobs, "releases": here.releases}, rows
 
     def _choose(self, packet: Packet) -> Answer:
         here, _ = self._measuring(packet)
         try:
-            offer = offer_of(packet, here.number, here.start, here.kept_parts(packet.values), down(here.wire))
+            offer = training.offer_of(packet, here.number, here.start, here.kept_parts(packet.values), down(here.wire))
         except (ValueError, LookupError) as error:
             raise RefusedRequest(f"not an offer: {error}") from None
         if offer.split == "train" and here.session.accountant is not None:
@@ -231,7 +222,7 @@ class SiteHandler:
             raise RefusedRequest(_NO_NOISE)
         rows = torch.stack([_deployed(here, packet, n) for n in range(values["rows"])])
         client = torch.full((len(rows),), here.number)
-        engine = evaluator(here.session, here.state, values["splits"], len(rows))
+        engine = evaluator(here.session, here.state, here.terms, values["splits"], len(rows))
         scores = engine.evaluate(rows, client, values["splits"], values["limit"])
         note_losses(here.state, values["splits"], scores)
         return {}, {"nll": scores.nll, "tokens": scores.tokens}
@@ -254,26 +245,27 @@ class SiteHandler:
         return {}, {}
 
 
-def _keeps_state(here: JoinedRun, values: Values) -> bool:
-    """True where the training of a round needs state that the site kept of an earlier one."""
-    experiment = here.session.experiment
-    return values["private_parts"] or experiment.training.keep_optimizer or here.wire != "fp32"
+def _needs_state(here: JoinedRun, values: Values) -> bool:
+    """True where the training of a round needs state that the site kept of an earlier one. Rounding residuals are only useful."""
+    needed: bool = values["private_parts"] or here.session.experiment.training.keep_optimizer
+    return needed
 
 
 def _uploads(
     here: JoinedRun, work: Work, trained: Trained, kept: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The encoded rows of all jobs that send theirs, and the new rounding residuals, to be kept."""
-    rows, residuals, travels = dict[str, Tensor](), dict[str, Tensor](), travelling(work)
+    """The encoded rows of all jobs that send theirs, and the new rounding residuals of whole rows [P], to be kept: methods may
+    send other numbers in each round."""
+    rows, residuals, travels = dict[str, Tensor](), dict[str, Tensor](), training.travelling(work)
     for m, j in enumerate(trained.job.tolist()):
-        if is_sent(work, j):
-            residual = kept.get(f"residual{j}")
-            rows[row_key(j)], left = _encoded(here, trained.rows[m, travels], work.start[j, travels], residual)
-            residuals |= {} if left is None else {f"residual{j}": left}
+        if training.is_sent(work, j):
+            residual = kept.get(key := f"residuals{j}", torch.zeros_like(work.start[j]))
+            rows[row_key(j)], left = _encoded(here, trained.rows[m, travels], work.start[j, travels], residual[travels])
+            residuals |= {} if left is None else {key: training.with_numbers(residual, travels, left)}
     return rows, residuals
 
 
-def _encoded(here: JoinedRun, row: Tensor, start: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _encoded(here: JoinedRun, row: Tensor, start: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
     """The bytes in which a trained row [n] leaves, and the next rounding residual [n], None without rounding.
 
     In fp32 without noise the row itself leaves. Otherwise its displacement from ``start`` [n] does: clipped, with noise, with the
@@ -291,10 +283,11 @@ def _encoded(here: JoinedRun, row: Tensor, start: Tensor, residual: Tensor | Non
             moved = release(moved, privacy.clip, privacy.given_noise)
         data, left = compress(moved, residual, wire)
     except ValueError as error:
-        raise RefusedRequest(f"its adapter cannot be sent: {error}") from None
+        refused = RefusedRequest if here.metrics == "exact" else UserError
+        raise refused(f"its adapter cannot be sent: {error}") from None
     return data, None if wire == "fp32" else left
 
 
 def _deployed(here: JoinedRun, packet: Packet, n: int) -> Tensor:
     """Row ``n`` of ``packet``, with the private parts of this site put into it."""
-    return with_private_parts(packet.tensors[row_key(n)], here.kept_parts(packet.values))
+    return training.with_private_parts(packet.tensors[row_key(n)], here.kept_parts(packet.values))

@@ -37,11 +37,12 @@ class SiteState:
         files.replace(self._path(round), files.pack_tensors(things))
         files.sync(self.folder)
 
-    def get(self, round: int) -> dict[str, Tensor]:
-        """The tensors put there as of ``round``; none before the first round. Raises UserError where they are gone."""
-        if round == 0:
-            return {}
+    def get(self, round: int, needed: bool = True) -> dict[str, Tensor]:
+        """The tensors put there as of ``round``; none before the first round. Raises UserError where they are gone and are
+        ``needed``."""
         path = self._path(round)
+        if round == 0 or not (needed or path.exists()):
+            return {}
         if not path.exists():
             raise UserError(
                 f"{path}: the file that this site kept of round {round} is gone; restore it, or start a new run"

@@ -77,6 +77,13 @@ def travelling(work: Work) -> Tensor | slice:
     return slice(None) if back is None else back
 
 
+def with_numbers(row: Tensor, where: Tensor | slice, value: Tensor) -> Tensor:
+    """A copy of ``row`` [P] with ``value`` [n] at the index ``where``."""
+    changed = row.clone()
+    changed[where] = value
+    return changed
+
+
 def private_parts(work: Work, trained: Trained) -> dict[str, Tensor]:
     """The trained rows of which a part never leaves the site, to be kept here. Of several such jobs the last is deployed."""
     kept = dict[str, Tensor]()

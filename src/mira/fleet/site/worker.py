@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from mira.core.errors import UserError
-from mira.core.json_log import JsonFormatter
+from mira.core.json_log import log_as_json
 from mira.fleet.flower import frames
 from mira.fleet.identity.key_files import own_folder
 from mira.fleet.messages.packet import Malformed
@@ -48,10 +48,10 @@ def main() -> None:
     parser.add_argument("--log-format", choices=("text", "json"), default="text")
     given = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if given.log_format == "json" else logging.Formatter("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.captureWarnings(given.log_format == "json")
+    if given.log_format == "json":
+        log_as_json("mira")
+    else:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("mira").setLevel(logging.INFO)
     try:
         own_folder(Path(given.state))
