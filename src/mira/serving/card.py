@@ -177,14 +177,12 @@ def _privacy(session: Session, origin: Origin) -> dict[str, str]:
         return {}
     if told.get("simulation"):
         return {"privacy": "none: a simulation, whose noise comes from the run's seed"}
-    cost = f"ε = {told['epsilon']:.3g}, δ = {told['delta']:g}"
-    if section.by_example:
-        return {
-            "privacy": f"{cost} for each training example, after {told['steps']} steps; not for the losses and counts here"
-        }
-    return {
-        "privacy": f"{cost} for all data of the client, in its {told['releases']} uploads; not for the losses and counts here"
-    }
+    cost = f"ε {'at most' if 'at_most' in told else '='} {told['epsilon']:.3g}, δ = {told['delta']:g}"
+    what = f"each training example, after {told['steps']} steps" if section.by_example else (
+        f"all data of the client, in its {told['releases']} uploads"
+    )  # fmt: skip
+    beside = {"exact": "; not for the losses and counts here", "noised": "; not for the counts here", "none": ""}
+    return {"privacy": f"{cost} for {what}{beside[section.metrics]}"}
 
 
 def _cell(value: str) -> str:
