@@ -28,7 +28,6 @@ from mira.store.folders import alone_in
 
 KINDS = {
     **TYPES,
-    "integer or null": (int, type(None)),
     "true or false": (bool,),
     "true, false or null": (bool, type(None)),
     "mean and interval": TYPES["number or null"],

@@ -14,6 +14,7 @@ PAGES = Path(__file__).parents[2] / "docs" / "commands"
 TYPES: dict[str, tuple[type, ...]] = {
     "text": (str,),
     "integer": (int,),
+    "integer or null": (int, type(None)),
     "text or null": (str, type(None)),
     "number": (int, float),
     "number or null": (int, float, type(None)),

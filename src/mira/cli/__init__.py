@@ -68,7 +68,7 @@ def main() -> None:
     log.propagate = False  # else a library that configures the root logger prints every line twice
     try:
         _check_utf8(sys.argv[1:])
-        status = app(joined(sys.argv[1:]), prog_name="mira", standalone_mode=False)
+        status = app(args=joined(sys.argv[1:]), prog_name="mira", standalone_mode=False)
     except UserError as error:
         status = _refuse(str(error))
     except click.exceptions.NoArgsIsHelpError as error:  # its message is the help, printed already

@@ -71,7 +71,7 @@ class RunProgress(Callback):
             away = len(record.get("unmeasured", ()))
             measured = f" ({self._clients - away} of {self._clients} measured)" if away else ""
             parts.append(f"validation {record['validation_loss']:.3f}{measured}")
-        parts += [f"{record['tokens_per_second']:.0f} tokens/s"] if record["tokens"] else []
+        parts += [f"{record['tokens_per_second']:.0f} tokens/s"] if record["tokens_per_second"] else []
         parts += [
             f"{record['seconds']:.1f} s",
             f"about {left:.0f} s left",
