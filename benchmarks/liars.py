@@ -1,4 +1,4 @@
-"""What one liar among eight clients does to the others, and what ``server.robust`` leaves of it: ``python -m benchmarks.liars``.
+"""The harm that a liar among eight clients does, with and without ``server.robust``: ``python -m benchmarks.liars``.
 
 Two groups of four clients; the liar is in the first. The figures are losses of the seven honest clients on data that none has
 trained on, relative to a run without the liar. ``quadratic``: the optimum of a client's data is that of its group and noise, and

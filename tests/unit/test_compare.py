@@ -58,7 +58,7 @@ def test_every_shipped_comparison_resolves(file: Path) -> None:
 
 
 def config_of_all(experiment: Any) -> str:
-    """What decides data, order and schedule. An entry may have a base of its own precision."""
+    """The settings that decide data, order and schedule, as text. An entry may have a base of its own precision."""
     training = experiment.training
     schedule = (training.local_steps, training.local_epochs, training.batch_size, experiment.rounds, experiment.cohort)
     model = replace(experiment.model, dtype="float32")

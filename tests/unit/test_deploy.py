@@ -25,7 +25,7 @@ HEALTH = runpy.run_path(str(DEPLOY / "health.py"))
 
 
 def mounts(service: str) -> dict[str, str]:
-    """What is mounted, by its place."""
+    """The mounts, by place."""
     return {
         place: source for source, place in (each.split(":")[:2] for each in COMPOSE["services"][service]["volumes"])
     }

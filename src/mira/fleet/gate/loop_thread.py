@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own."""
+"""An event loop in a thread of its own, and the end of a server in it."""
 
 from __future__ import annotations
 
@@ -20,3 +20,14 @@ def running_loop(name: str) -> Iterator[asyncio.AbstractEventLoop]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+async def closed(server: asyncio.Server, tasks: set[asyncio.Task[None]]) -> None:
+    """Close ``server`` and end the ``tasks`` of its connections, which take themselves out of the set."""
+    server.close()
+    while tasks:  # a connection that is accepted meanwhile has one more
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)  # transports end one step after they are closed

@@ -26,7 +26,7 @@ import h11
 from mira.core.errors import UserError
 from mira.fleet.gate import rules
 from mira.fleet.gate.connection import PIECE, HttpConnection, HttpRefusal, hang_up, refuse
-from mira.fleet.gate.loop_thread import running_loop
+from mira.fleet.gate.loop_thread import closed, running_loop
 from mira.fleet.gate.push_request import own_answer, parts_wanted
 from mira.fleet.gate.quota import Uploads
 from mira.fleet.gate.rules import Limits
@@ -85,7 +85,7 @@ def opened(
                 gate.uploads.whole, gate.uploads.wait, gate.uploads.allow,
             )  # fmt: skip
         finally:
-            asyncio.run_coroutine_threadsafe(gate.close(server), loop).result()
+            asyncio.run_coroutine_threadsafe(closed(server, gate.tasks), loop).result()
 
 
 def _affordable(limits: Limits) -> Limits:
@@ -108,15 +108,6 @@ class _Gate:
 
     async def listen(self, address: Listen, tls: ssl.SSLContext) -> asyncio.Server:
         return await asyncio.get_running_loop().create_server(lambda: Raw(partial(self.accept, tls)), *address)
-
-    async def close(self, server: asyncio.Server) -> None:
-        server.close()
-        while self.tasks:  # a connection that is accepted meanwhile has one more
-            for task in self.tasks:
-                task.cancel()
-            await asyncio.gather(*self.tasks, return_exceptions=True)
-            await asyncio.sleep(0)
-        await asyncio.sleep(0)  # transports end one step after they are closed
 
     def ring(self, sites: Iterable[str]) -> None:
         for site in sites:

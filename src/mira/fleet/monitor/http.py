@@ -17,7 +17,7 @@ import h11
 
 from mira.core.errors import UserError
 from mira.fleet.gate.connection import PIECE, HttpConnection, HttpRefusal, hang_up, refuse
-from mira.fleet.gate.loop_thread import running_loop
+from mira.fleet.gate.loop_thread import closed, running_loop
 from mira.fleet.monitor.watch import is_here
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def opened(listen: tuple[str, int], routes: Mapping[str, Route], limits: Limits)
         try:
             yield server.sockets[0].getsockname()[:2]
         finally:
-            asyncio.run_coroutine_threadsafe(door.close(server), loop).result()
+            asyncio.run_coroutine_threadsafe(closed(server, door.tasks), loop).result()
 
 
 class _Door:
@@ -78,15 +78,6 @@ class _Door:
 
     async def listen(self, address: tuple[str, int]) -> asyncio.Server:
         return await asyncio.start_server(self.serve, *address, limit=PIECE)
-
-    async def close(self, server: asyncio.Server) -> None:
-        server.close()
-        while self.tasks:  # a connection that is accepted meanwhile has one more
-            for task in self.tasks:
-                task.cancel()
-            await asyncio.gather(*self.tasks, return_exceptions=True)
-            await asyncio.sleep(0)
-        await asyncio.sleep(0)  # transports end one step after they are closed
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self.tasks) >= self.limits.connections:
