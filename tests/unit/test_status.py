@@ -40,7 +40,10 @@ def server(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    return write_run(tmp_path / "run", ["a", "b"], ["", ""], finished=False, lost={"b": "no reply within 5 s"})
+    data = {"source": "sites", "examples": {"a": 4, "b": 4}}
+    return write_run(
+        tmp_path / "run", ["a", "b"], ["", ""], finished=False, lost={"b": "no reply within 5 s"}, data=data
+    )
 
 
 def shown(server: Path) -> str:
@@ -69,8 +72,8 @@ def test_while_it_runs_with_metrics(server: Path, run: Path) -> None:
         }
         assert rows["a"][:10] == ["a", "yes", "30", "s", "ago", "2", "0", "0", "0", "0"]
         assert rows["b"][:8] == ["b", "no", "?", "1", "0", "0", "1", "0"], "lost once, for a reason without a kind"
-        watch.minimum = 2
-        assert "NOT WELL: 1 of 2 sites are online; a round needs 2" in shown(server)
+        watch.places = frozenset("b")
+        assert "NOT WELL: 0 of 1 sites are online; a round needs 1" in shown(server)
 
 
 def test_after_it_ended_it_says_so(server: Path, run: Path) -> None:
