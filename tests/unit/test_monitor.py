@@ -36,7 +36,7 @@ RECORDS: list[dict[str, Any]] = [
         "round": 2, "cohort": ["a", "b"], "lost": {"b": "no reply within 9 s"}, "lost_kind": {"b": "late"},
         "train_loss": {"a": 2.0}, "tokens": 100, "phase_seconds": {"prepare": 0.25, "train": 4.0, "measure": 1.0},
         "client_bytes": {"a": {"down": 10, "up": 20}, "b": {"down": 10, "up": 0}},
-        "privacy": {"a": {"epsilon": 1.5, "delta": 1e-5, "steps": 6}},
+        "privacy": {"a": {"epsilon": 1.5, "delta": 1e-5, "steps": 6}}, "counted": {"a": 1.25, "b": 0.375},
     },
 ]  # fmt: skip
 
@@ -76,7 +76,12 @@ def test_metrics_are_the_sums_of_the_records() -> None:
         name: [value(found, "mira_site_replies_total", site=name, outcome=each) for each in OUTCOMES] for name in "ab"
     }
     assert of == {"a": [2, 0, 0, 0, 0], "b": [0, 1, 0, 0, 1]}, "accepted, late, offline, failed, rejected"
-    assert {kind for kind in REJECTIONS if value(found, "mira_rejected_replies_total", reason=kind)} == {"norm"}
+    name = "mira_site_rejected_replies_total"
+    assert {(site, kind) for site in "ab" for kind in REJECTIONS if value(found, name, site=site, reason=kind)} == {
+        ("b", "norm")
+    }
+    assert [value(found, "mira_site_counted_ratio", site=site) for site in "ab"] == [1.25, 0.375]
+    assert [value(found, "mira_site_doubted_rounds_total", site=site) for site in "ab"] == [0, 1]
     assert value(found, "mira_site_adapter_bytes_total", site="a", direction="up") == 40
     assert value(found, "mira_site_adapter_bytes_total", site="b", direction="down") == 20
     assert value(found, "mira_loss", split="train") == 2.0
@@ -103,7 +108,8 @@ def test_counters_are_there_from_the_start() -> None:
     found = samples(RunWatch())
     for name in "ab":
         assert [value(found, "mira_site_replies_total", site=name, outcome=each) for each in OUTCOMES] == [0] * 5
-    assert value(found, "mira_rejected_replies_total", reason="norm") == 0
+        assert value(found, "mira_site_rejected_replies_total", site=name, reason="norm") == 0
+        assert value(found, "mira_site_doubted_rounds_total", site=name) == 0
 
 
 def test_losses_that_sites_do_not_tell_count_as_none() -> None:

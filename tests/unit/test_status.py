@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import torch
 
 pytest.importorskip("prometheus_client", reason="needs prometheus-client: pip install 'mira-fl[flower]'")
 pytest.importorskip("cryptography", reason="needs cryptography: pip install 'mira-fl[flower]'")
@@ -152,3 +153,15 @@ def test_the_end_of_a_run_folder_is_named(server: Path, tmp_path: Path) -> None:
         began(tmp_path / "gone")
     with pytest.raises(UserError, match="gone: there is no run here"):
         list(status.lines(server))
+
+
+def test_who_is_rejected_or_counts_for_little_is_named(server: Path, run: Path) -> None:
+    nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, 2)
+    lost = {"cohort": ["a", "b"], "lost": {"b": "its adapter moved by 9"}, "lost_kind": {"b": "norm"}}
+    with Store.open(run) as store:
+        store.commit(3, *nothing, {}, {}, {"round": 3, **lost, "counted": {"a": 0.25}})
+    with noted(server, None) as began:
+        began(run)
+        text = shown(server)
+    assert "rejected replies: b 1 × norm\n" in text
+    assert "a: its adapter counted for little in 1 of 3 rounds, for 25% of its weight in its last" in text

@@ -87,8 +87,15 @@ def _of_sites(totals: Totals, names: set[str]) -> Iterator[Metric]:
     replies = {(name, each): totals.replies.get((name, each), 0) for name in everyone for each in OUTCOMES}
     told = "Replies of the site in training, by outcome."
     yield _counter("mira_site_replies", told, replies, "site", "outcome")
-    rejected = {(kind,): totals.rejected.get(kind, 0) for kind in REJECTIONS}
-    yield _counter("mira_rejected_replies", "Rejected replies in training, by reason.", rejected, "reason")
+    rejected = {(name, kind): totals.rejected.get((name, kind), 0) for name in everyone for kind in REJECTIONS}
+    told = "Rejected replies of the site in training, by reason."
+    yield _counter("mira_site_rejected_replies", told, rejected, "site", "reason")
+    doubted = {(name,): totals.doubted.get(name, 0) for name in everyone}
+    told = "Rounds in which server.robust let the site's adapter count for less than half of its weight."
+    yield _counter("mira_site_doubted_rounds", told, doubted, "site")
+    counted = {(name,): share for name, share in sorted(totals.counted.items())}
+    told = "Share of its weight that the site's adapter counted for in its last round, with server.robust."
+    yield _gauge("mira_site_counted_ratio", told, counted, "site")
     sent = {(name, way): totals.sent.get((name, way), 0) for name in everyone for way in ("up", "down")}
     told = "Bytes of adapters in training: up from the site, down to it."
     yield _counter("mira_site_adapter_bytes", told, sent, "site", "direction")

@@ -127,7 +127,13 @@ def _of_run(run: StoredRun, live: Samples) -> Iterator[str]:
     if told:
         yield " · ".join(told)
     if found.rejected:
-        yield "rejected replies: " + ", ".join(f"{kind} {count}" for kind, count in sorted(found.rejected.items()))
+        each = (f"{name} {count} × {kind}" for (name, kind), count in sorted(found.rejected.items()))
+        yield "rejected replies: " + ", ".join(each)
+    for name, rounds in sorted(found.doubted.items()):
+        yield (
+            f"{name}: its adapter counted for little in {rounds} of {found.rounds} rounds, for {found.counted[name]:.0%} of its"
+            " weight in its last; too unlike the others (server.robust)"
+        )
 
 
 def _sites(kit: ServerKit, found: Totals, ends: Ends, live: Samples) -> Iterator[tuple[str, ...]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, get_args
 
+from mira.core.robust import COUNTED, doubted
 from mira.fleet.messages.transport import RejectionKind
 
 K = TypeVar("K")
@@ -19,19 +20,22 @@ _OUTCOME: dict[str, Outcome] = {"late": "late", "offline": "offline", **dict.fro
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over the committed rounds of a run. ``replies``: by site and outcome; ``rejected``: by kind; ``sent``: bytes of
-    adapters by site and direction, up or down; ``seconds``: by phase. The losses are those of the last round that has them,
-    means over sites. ``epsilon``: of each site with noise, as of the last round."""
+    """Sums over the committed rounds of a run. ``replies``: by site and outcome; ``rejected``: by site and kind; ``sent``:
+    bytes of adapters by site and direction, up or down; ``seconds``: by phase. The losses are those of the last round that has
+    them, means over sites. ``epsilon``: of each site with noise, as of the last round. ``counted``: the share of its weight that
+    the adapter of each site had under a defence in its last round; ``doubted``: by site, the rounds in which it was little."""
 
     rounds: int = 0
     tokens: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
     replies: Mapping[tuple[str, Outcome], int] = field(default_factory=dict)
-    rejected: Mapping[str, int] = field(default_factory=dict)
+    rejected: Mapping[tuple[str, str], int] = field(default_factory=dict)
     sent: Mapping[tuple[str, str], int] = field(default_factory=dict)
     train_loss: float | None = None
     validation_loss: float | None = None
     epsilon: Mapping[str, float] = field(default_factory=dict)
+    counted: Mapping[str, float] = field(default_factory=dict)
+    doubted: Mapping[str, int] = field(default_factory=dict)
 
     def after(self, record: Mapping[str, Any]) -> Totals:
         """The sums with one more round's ``record`` (docs/run-folder.md). Fields that older records lack count as none."""
@@ -46,13 +50,15 @@ class Totals:
             tokens=self.tokens + record.get("tokens", 0),
             seconds=_added(self.seconds, record.get("phase_seconds", {}).items()),
             replies=_added(self.replies, ((key, 1) for key in outcomes)),
-            rejected=_added(self.rejected, ((kind, 1) for kind in kinds.values() if kind in REJECTIONS)),
+            rejected=_added(self.rejected, ((key, 1) for key in kinds.items() if key[1] in REJECTIONS)),
             sent=_added(self.sent, (
                 ((name, way), size) for name, ways in record.get("client_bytes", {}).items() for way, size in ways.items()
             )),
             train_loss=sum(losses) / len(losses) if losses else self.train_loss,
             validation_loss=self.validation_loss if validation is None else validation,
             epsilon={name: told["epsilon"] for name, told in privacy.items()} if privacy else self.epsilon,
+            counted={**self.counted, **record.get(COUNTED, {})},
+            doubted=_added(self.doubted, ((name, 1) for name in doubted(record))),
         )  # fmt: skip
 
 
