@@ -16,6 +16,7 @@ from mira import Experiment
 from mira.comparison import plan
 from mira.core.errors import UserError
 from mira.fleet.messages.packet import Packet, pack, unpack
+from mira.runner import run as experiment
 from mira.setup.accounting import epsilon
 
 pytest.importorskip("dp_accounting", reason="needs the extra 'privacy'")
@@ -66,7 +67,10 @@ def test_what_sites_send_beside_rows_is_the_same_for_all_data(world: World, priv
 
 @pytest.mark.quick
 def test_a_site_refuses_to_measure(world: World) -> None:
-    _, transport = world.apart(world.sites(), privacy=PRIVATE, rounds=1)
+    lines, transport = list[str](), world.transport()
+    opener = replace(world.opener(transport), say=lines.append)
+    experiment.run(world.experiment(privacy=PRIVATE, rounds=1), world.folder / "apart", (), opener)
+    assert "ann has joined, and tells no number of training examples" in lines
     name, opened = next((name, unpack(data)) for name, data in transport.sent if unpack(data).head.kind == "open")
     site = world.sites()[name]
     for kind in ("evaluate", "choose", "grade"):

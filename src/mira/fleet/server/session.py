@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mira.config import Experiment
+from mira.config.privacy import PrivacySection
 from mira.config.sections import SECTIONS
 from mira.core.errors import UserError
 from mira.core.pydantic_config import is_folder
@@ -134,7 +135,7 @@ class Opener:
                     log.warning("%s does not take part: %s", name, said.reason)
                     again[name] = now + _REFUSED
                 else:
-                    self.say(f"{name} has joined, with {said['examples']} training examples")
+                    self.say(f"{name} has joined, {_with_examples(remote.policy.privacy, said['examples'])}")
             absent = [name for name in missing if name not in remote.joined]
             if absent and absent != told:
                 self.say(f"waiting for {', '.join(absent)}")
@@ -143,6 +144,13 @@ class Opener:
             told = absent
             time.sleep(_PAUSE if absent else 0)
         return []
+
+
+def _with_examples(asked: PrivacySection | None, count: int) -> str:
+    """The number of training examples of a site that has joined, for people."""
+    if asked is not None and not asked.tells:
+        return "and tells no number of training examples"
+    return f"with {count} training example{'' if count == 1 else 's'}"
 
 
 def _settled(experiment: Experiment, data: Sites, counts: dict[str, int], gone: Set[str]) -> Experiment:
