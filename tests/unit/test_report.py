@@ -93,6 +93,9 @@ def test_progress(terminal: bool) -> None:
     watcher.stage("preparing")
     watcher.start(Path("runs/[/]"), rounds=4, clients=2, done=1)
     assert watcher.advice == "committed rounds are kept, go on with: mira run 'runs/[/]' --resume"
+    other = RunProgress(Console(file=StringIO()), lambda run: f"mira server --kit k --resume {run}")
+    other.start(Path("runs/[/]"), rounds=4, clients=2, done=1)
+    assert other.advice == "committed rounds are kept, go on with: mira server --kit k --resume 'runs/[/]'"
     watcher.tokens(100)
     watcher.round(record(2))
     watcher.round(record(3, train_loss={}, validation_loss=None, seconds=4.0))

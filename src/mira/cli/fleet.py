@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,7 +62,7 @@ def server(
     """Run an experiment whose clients are sites on other machines: all sites of the kit that are not revoked."""
     from mira.fleet.server.main import MonitorOptions, ServerOptions, run_server
 
-    progress = RunProgress(err_console)
+    progress = RunProgress(err_console, lambda run: f"mira server --kit {shlex.quote(str(kit))} --resume {run}")
     callbacks: list[Callback] = [progress]
     if log_format == "json":
         callbacks.append(_RoundOfLines(log_as_json()))
@@ -73,7 +74,7 @@ def server(
         options = ServerOptions(out, resume, relay, say, say if verbose else silent, listen, monitor)
         result = run_server(wanted, kit, options, callbacks)
     except KeyboardInterrupt:
-        err_console.print("interrupted; committed rounds are kept, go on with: mira server --kit DIR --resume RUN")
+        err_console.print(f"interrupted; {progress.advice}")
         raise typer.Exit(130) from None
     finally:
         progress.close()

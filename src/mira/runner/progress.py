@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from mira.runner.callbacks import Callback
 class RunProgress(Callback):
     """Display of rounds, clients, tokens per second and remaining time."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(
+        self, console: Console, onward: Callable[[str], str] = lambda folder: f"mira run {folder} --resume"
+    ) -> None:
+        """``onward``: the command that goes on with an interrupted run, by its folder, quoted."""
+        self._console, self._onward = console, onward
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._rounds = 0
@@ -32,7 +36,7 @@ class RunProgress(Callback):
     def start(self, folder: Path, rounds: int, clients: int, done: int) -> None:
         self._rounds, self._clients, self._first = rounds, clients, done
         self._spent, self._tokens, self._since = 0.0, 0, time.perf_counter()
-        self.advice = f"committed rounds are kept, go on with: mira run {shlex.quote(str(folder))} --resume"
+        self.advice = f"committed rounds are kept, go on with: {self._onward(shlex.quote(str(folder)))}"
         self._console.print(
             f"run folder {folder}: {clients} clients, {rounds} rounds"
             + (f", going on after round {done}" if done else ""),
