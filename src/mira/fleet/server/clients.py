@@ -268,7 +268,7 @@ class RemoteClients:
             if isinstance(reply, bytes) and minimum < len(asked):
                 reply = found if isinstance(found := read_reply(reply, expected[name]), NoReply) else reply
             what = expected[name].head.kind
-            self.watch(name, f"{what}: {reply.reason if isinstance(reply, NoReply) else 'done'}")
+            self.watch(name, f"{what}: {reply.reason if isinstance(reply, NoReply) else 'answered'}")
             return isinstance(reply, bytes) and (name in requests or not requests)
 
         packed = {name: pack(packet) for name, (packet, _) in asked.items()}
