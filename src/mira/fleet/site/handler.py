@@ -117,7 +117,9 @@ class SiteHandler:
                 raise RefusedRequest("the message is meant for another site")
             values, tensors = act(packet)
         except RefusedRequest as refusal:
-            log.warning("round %d: %s", packet.head.round, refusal, extra={"round": packet.head.round})
+            number = packet.head.round + 1
+            what = f"round {number}" if packet.head.kind == "train" else packet.head.kind
+            log.warning("%s: %s", what, refusal, extra={"round": number})
             values, tensors = {"failed": str(refusal)}, {}
         except UserError as error:
             log.error("%s", error)
