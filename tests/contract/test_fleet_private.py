@@ -9,10 +9,12 @@ import pytest
 
 from helpers.in_process_federation import NAMES, Troubled, World, metrics
 from helpers.sample_config import Interrupt
+from mira.config.privacy import METRICS, Metrics, PrivacySection
 from mira.core.errors import UserError
 from mira.fleet.messages.packet import Head, Packet, pack, unpack
 from mira.fleet.messages.transport import InProcessTransport, NoReply
 from mira.fleet.site.handler import SiteHandler
+from mira.fleet.site.refusals import RefusedRequest, check_metrics
 from mira.results import tables
 from mira.runner import run as experiment
 from mira.runner.callbacks import Callback
@@ -134,6 +136,7 @@ def test_a_site_refuses_what_would_escape_its_noise(world: World, caplog: pytest
         (PRIVATE, {"max_epsilon": 2.0}, "did not join"),
         (PRIVATE | {"delta": 0.25}, {"max_epsilon": 100.0}, "did not join"),  # of 4 examples
         ({"clip": 0.5, "noise": 2.0}, {"max_epsilon": 100.0}, "did not join"),
+        (PRIVATE | {"metrics": "noised"}, {"privacy_metrics": "none"}, "did not join"),
     ],
 )
 def test_a_run_that_its_sites_refuse_does_not_begin(
@@ -141,3 +144,24 @@ def test_a_run_that_its_sites_refuse_does_not_begin(
 ) -> None:
     with pytest.raises(UserError, match=told):
         world.apart(world.sites(**options), privacy=privacy)
+
+
+@pytest.mark.quick
+def test_a_site_insists_on_what_it_tells() -> None:
+    def refused(asked: Metrics | None, most: Metrics) -> str | None:
+        section = None if asked is None else PrivacySection(unit="example", clip=1.0, epsilon=8.0, metrics=asked)
+        try:
+            check_metrics(section, most)
+        except RefusedRequest as refusal:
+            return str(refusal)
+        return None
+
+    assert {(asked, most) for asked in (None, *METRICS) for most in METRICS if refused(asked, most) is None} == {
+        (None, "exact"), ("exact", "exact"), ("noised", "exact"), ("noised", "noised"), ("none", "exact"), ("none", "noised"),
+        ("none", "none"),
+    }  # fmt: skip
+    assert (
+        refused(None, "noised")
+        == "privacy.metrics=exact tells too much: it takes part only in runs with noised or none"
+    )
+    assert refused("noised", "none") == "privacy.metrics=noised tells too much: it takes part only in runs with none"

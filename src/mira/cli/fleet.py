@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -142,6 +142,13 @@ def client(
         float | None,
         typer.Option("--max-epsilon", min=0, help="Take part only in runs that protect each example within this ε."),
     ] = None,
+    privacy_metrics: Annotated[
+        Literal["exact", "noised", "none"],
+        typer.Option(
+            "--privacy-metrics",
+            help="Take part only in runs whose privacy.metrics tells no more than this; exact: in any.",
+        ),
+    ] = "exact",
     log_format: LogFormat = "text",
     verbose: Verbose = False,
 ) -> None:
@@ -150,5 +157,7 @@ def client(
 
     if log_format == "json":
         log_as_json()
-    options = SiteOptions(data, state, model, threads, allow_transfer, min_noise, max_epsilon, log_format)
+    options = SiteOptions(
+        data, state, model, threads, allow_transfer, min_noise, max_epsilon, privacy_metrics, log_format
+    )
     run_site(kit, options, say, say if verbose else silent)

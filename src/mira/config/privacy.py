@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from mira.core.errors import UserError
 from mira.core.pydantic_config import STRICT
+
+Metrics = Literal["exact", "noised", "none"]
+METRICS: tuple[Metrics, ...] = get_args(Metrics)
+"""Each tells less of a client's data than the one before."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -32,7 +36,7 @@ class PrivacySection:
     simulation: bool = False
     """Draw samples and noise from the run's seed, so that the run can be repeated. It then protects nobody: who knows the seed
     can subtract the noise. Only with unit: example."""
-    metrics: Literal["exact", "noised", "none"] = "exact"
+    metrics: Metrics = "exact"
     """Losses, metrics and counts that a client tells beside its adapter. exact: as they are. noised: the numbers of its examples,
     and validation and test losses with noise, whose cost is part of ε (unit: example). none: nothing that depends on its data;
     adapters are averaged with equal weights, and no round is measured."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mira import config
+from mira.config.privacy import Metrics
 from mira.core.errors import UserError
 from mira.core.loop import screen
 from mira.core.offers import option_scores
@@ -27,7 +28,7 @@ from mira.fleet.site.fingerprints import fingerprints
 from mira.fleet.site.offset import rebase
 from mira.fleet.site.origin import note_losses, origin_of
 from mira.fleet.site.privacy import release
-from mira.fleet.site.refusals import RefusedRequest, check_adapter, check_noise, check_sources
+from mira.fleet.site.refusals import RefusedRequest, check_adapter, check_metrics, check_noise, check_sources
 from mira.fleet.site.state import SiteState
 from mira.runner import evaluation
 from mira.serving.folders import export_row
@@ -93,6 +94,7 @@ class SiteHandler:
     ``state``: the folder of all that the site keeps. ``model``: the base model's name or folder here, None as the server calls
     it. ``allow_transfer``: other sites' adapters may be tried on its data. ``min_noise``: the least ``privacy.noise`` of a run
     that it takes part in. ``max_epsilon``: the largest ε of each example in such a run; None: it need not protect examples.
+    ``privacy_metrics``: the most that such a run may ask it to tell.
     """
 
     name: str
@@ -103,6 +105,7 @@ class SiteHandler:
     threads: int | None = None
     min_noise: float = 0.0
     max_epsilon: float | None = None
+    privacy_metrics: Metrics = "exact"
     _joined: dict[str, JoinedRun] = field(default_factory=dict)
 
     def handle(self, request: bytes) -> bytes:
@@ -169,6 +172,7 @@ class SiteHandler:
             given["model"] = given["model"] | {"name": self.model, "source": "auto", "revision": None}
         experiment = config.parse(given | {"data": {"source": "builtin"}})
         check_noise(experiment.privacy, self.min_noise, self.max_epsilon)
+        check_metrics(experiment.privacy, self.privacy_metrics)
         experiment = experiment.model_copy(update={"data": Own(self.source, self.name)})
         number = int(values["number"])
         threads = {"threads": self.threads or values["threads"]}

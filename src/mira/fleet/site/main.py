@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from mira.config.privacy import Metrics
 from mira.core.errors import UserError
 from mira.fleet.flower.preflight import proxy_of, refusal
 from mira.fleet.flower.processes import SupervisedProcess
@@ -35,7 +36,8 @@ class _Ended(Exception):
 class SiteOptions:
     """``state``: the folder of what the site keeps; ``model``: the base model's name or folder here; ``allow_transfer``: other
     sites' adapters may be tried on its data; ``min_noise``: the least ``privacy.noise`` of a run it takes part in;
-    ``max_epsilon``: the largest ε of each example in such a run; ``log_format``: of the worker's lines, text or json."""
+    ``max_epsilon``: the largest ε of each example in such a run; ``privacy_metrics``: the most that it tells beside its adapter;
+    ``log_format``: of the worker's lines, text or json."""
 
     data: Path
     state: Path
@@ -44,6 +46,7 @@ class SiteOptions:
     allow_transfer: bool = False
     min_noise: float = 0.0
     max_epsilon: float | None = None
+    privacy_metrics: Metrics = "exact"
     log_format: str = "text"
 
 
@@ -126,6 +129,7 @@ def _worker(kit: SiteKit, options: SiteOptions, folder: Path, tell: Say) -> Supe
     line += ["--threads", str(options.threads)] if options.threads else []
     line += ["--min-noise", str(options.min_noise), "--log-format", options.log_format]
     line += [] if options.max_epsilon is None else ["--max-epsilon", str(options.max_epsilon)]
+    line += ["--privacy-metrics", options.privacy_metrics]
     line += ["--allow-transfer"] if options.allow_transfer else []
     return SupervisedProcess("worker", line, None, {"OMP_WAIT_POLICY": "PASSIVE"}, tell)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mira.config.privacy import PrivacySection
+from mira.config.privacy import METRICS, Metrics, PrivacySection
 from mira.config.sections import SECTIONS
 from mira.core.pydantic_config import is_folder
 from mira.fleet.site.privacy import epsilon
@@ -60,3 +60,11 @@ def check_noise(asked: PrivacySection | None, least: float, max_epsilon: float |
         raise RefusedRequest(f"privacy.noise={noise:g} is too little: it takes part from {least:g} on")
     if asked is not None:
         epsilon(noise, asked.delta, 1)
+
+
+def check_metrics(asked: PrivacySection | None, most: Metrics) -> None:
+    """Raises RefusedRequest where a run asks a site to tell more of its data than ``most``."""
+    told: Metrics = "exact" if asked is None else asked.metrics
+    if METRICS.index(told) < METRICS.index(most):
+        allowed = " or ".join(METRICS[METRICS.index(most) :])
+        raise RefusedRequest(f"privacy.metrics={told} tells too much: it takes part only in runs with {allowed}")

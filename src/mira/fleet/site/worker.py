@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from mira.config.privacy import METRICS
 from mira.core.errors import UserError
 from mira.core.json_log import log_as_json
 from mira.fleet.flower import frames
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--min-noise", type=float, default=0.0)
     parser.add_argument("--max-epsilon", type=float)
+    parser.add_argument("--privacy-metrics", choices=METRICS, default="exact")
     parser.add_argument("--allow-transfer", action="store_true")
     parser.add_argument("--log-format", choices=("text", "json"), default="text")
     given = parser.parse_args()
@@ -64,6 +66,7 @@ def main() -> None:
             given.threads,
             given.min_noise,
             given.max_epsilon,
+            given.privacy_metrics,
         )
         site.source.load(0)
         answer_requests(site, Path(given.socket))
