@@ -118,8 +118,8 @@ def by_served(_: Callable[[], Workload], stack: ExitStack) -> list[Point]:
     folder = Path(stack.enter_context(TemporaryDirectory()))
     points = []
     for series, method, graph in (
-        ("groups, neighbours in the cohort", Mira(), _families),
-        ("ring, absent neighbours read from disk", Mira(neighbours="all"), _edges),
+        ("groups, neighbours in the cohort", Mira(strength=0.5), _families),
+        ("ring, absent neighbours read from disk", Mira(strength=0.5, neighbours="all"), _edges),
     ):
         for clients in SERVED:
             made = graph(clients)

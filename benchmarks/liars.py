@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--method", choices=METHODS, default="mira")
     given = parser.parse_args()
-    method = METHODS[given.method]()
+    method = METHODS[given.method](**{"strength": 0.5} if given.method == "mira" else {})
     runs = [compared(TRIALS[given.trial](seed), method) for seed in range(given.seeds)]
     write({"environment": environment(), "trial": given.trial, "method": given.method, "runs": runs},
           OUT.with_stem(f"liars-{given.trial}-{given.method}"))  # fmt: skip

@@ -55,7 +55,7 @@ def comparison(rounds: int) -> dict[str, Any]:
     entries = {
         "Local": {"method.name": "local"},
         "FedIT": {"method.name": "fedit"},
-        "MIRA": {"method.name": "mira", "graph.name": "groups"},
+        "MIRA": {"method.name": "mira", "method.strength": 0.5, "graph.name": "groups"},
         "Ditto": {"method.name": "ditto"},
     }
     return {"experiment": experiment, "seeds": [0, 1, 2], "entries": entries}

@@ -200,8 +200,8 @@ def scale_samples(repeats: int) -> Samples:
     """
     samples: Samples = {}
     for name, method, graph in (
-        ("server.cost_ratio_100k_vs_1k", Mira(), _families),
-        ("server.cost_ratio_100k_vs_1k_all", Mira(neighbours="all"), _edges),
+        ("server.cost_ratio_100k_vs_1k", Mira(strength=0.5), _families),
+        ("server.cost_ratio_100k_vs_1k_all", Mira(strength=0.5, neighbours="all"), _edges),
     ):
         cost: dict[int, list[float]] = {FEW: [], MANY: []}
         with tempfile.TemporaryDirectory() as folder:
@@ -238,7 +238,7 @@ def memory_samples(rounds: int = 12) -> Samples:
 
 
 def _memory(rounds: int) -> Samples:
-    method = Mira(neighbours="all")
+    method = Mira(strength=0.5, neighbours="all")
     with tempfile.TemporaryDirectory() as folder:
         server = Server.create(Path(folder) / "run", method, _edges(MANY), torch.arange(0))
         server.play()

@@ -47,6 +47,7 @@ def plan(
         "data": data,
         "split": {"train": 4, "validation": 2, "test": 2},
         "training": {"lr": 0.001, "local_steps": 1, "batch_size": 1},
+        "method": {"strength": 0.5},  # toys have no losses to choose by
         "graph": {"name": "complete"},
         "engine": {"threads": 1},
         "evaluation": {"generate": False, "transfer_clients": 0, "every": rounds},

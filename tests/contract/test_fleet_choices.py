@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from helpers.in_process_federation import NAMES, Troubled, World, metrics
+from mira.config import load
 from mira.core.wire import Wire
 from mira.fleet.messages.packet import Packet, pack, unpack
 from mira.fleet.messages.transport import InProcessTransport, NoReply, Reply
@@ -42,24 +44,33 @@ def test_the_metrics_count_the_rows_offered(world: World, wire: Wire, method: di
         assert offered[-1] == rows * train[-1]
 
 
-@pytest.mark.parametrize("kind", ["silent", "negative", "not finite", "other shape", "broken"])
-def test_a_site_without_a_good_answer_keeps_its_own_row(world: World, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["silent", "no data", "negative", "not finite", "other shape", "broken"])
+def test_a_site_without_a_good_answer_goes_half_of_the_way_and_is_named_once(
+    world: World, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     def change(name: str, request: bytes, reply: bytes) -> Reply:
         message = unpack(reply)
         if name != "ann" or message.head.kind != "choose":
             return reply
         nll = message.tensors["nll"]
         wrong = {"negative": -nll, "not finite": nll / 0, "other shape": nll[:, :2]}.get(kind, nll)
-        made = pack(replace(message, tensors=message.tensors | {"nll": wrong}))
+        none = {"nll": nll * 0, "tokens": message.tensors["tokens"] * 0}
+        made = pack(replace(message, tensors=message.tensors | (none if kind == "no data" else {"nll": wrong})))
         return {"silent": NoReply("late"), "broken": made[:-3]}.get(kind, made)
 
     transport = Troubled(InProcessTransport({name: site.handle for name, site in world.sites().items()}), change=change)
-    experiment.run(world.experiment(rounds=1, **PERSONAL), world.folder / "apart", (), world.opener(transport))
-    record = metrics(world.folder / "apart")[-1]
-    assert not record["lost"]
-    assert sorted(record["strength"]) == ["bob", "cleo"]
-    assert record["offers"]["strength"]["losses"]["ann"] == [None] * 5
-    assert min(record["offers"]["strength"]["losses"]["bob"]) > 0
+    plan = PERSONAL | {"method": {"name": "mira"}}  # personal is the default
+    with caplog.at_level(logging.WARNING, "mira"):
+        experiment.run(world.experiment(rounds=2, **plan), world.folder / "apart", (), world.opener(transport))
+    for record in metrics(world.folder / "apart")[1:]:
+        assert not record["lost"]
+        assert sorted(record["strength"]) == list(NAMES)
+        assert record["strength"]["ann"] == 0.5
+        assert record["offers"]["strength"]["losses"]["ann"] == [None] * 5
+        assert min(record["offers"]["strength"]["losses"]["bob"]) > 0
+    told = [line for line in caplog.messages if "to choose by" in line]
+    assert told == ["ann tells no loss to choose by, first in round 1, and takes strength 0.5"]
+    assert load(world.folder / "apart" / "config.yaml").method.strength == "personal"  # type: ignore[attr-defined]
 
 
 WRONG: dict[str, Any] = {

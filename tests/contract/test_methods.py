@@ -256,6 +256,13 @@ def test_no_strength_is_local(method: Any) -> None:
     assert torch.equal(off.aggregate(state, done).value, VARIANTS["local"].aggregate(state, done).value)
 
 
+def test_the_papers_form_takes_the_former_default_of_strength() -> None:
+    """It stands in run folders and files of before, and has no effect."""
+    paper, old = METHODS["mira"](form="paper"), METHODS["mira"](form="paper", strength=0.5)
+    state, done = state_of(paper), trained(paper)
+    assert torch.equal(old.aggregate(state, done).value, paper.aggregate(state, done).value)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

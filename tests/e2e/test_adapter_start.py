@@ -254,7 +254,7 @@ def test_peft_alone_keeps_too_little_of_a_prompt(values: Any, tmp_path: Path) ->
 def test_a_folder_is_written_in_full(exported: Path, values: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(exported.parent)
     experiment = Experiment(**values(SECTIONS["lora"] | {"start": exported.name}))
-    assert config.absolute(experiment).adapter.start == str(exported)
+    assert config.resolved(experiment).adapter.start == str(exported)
 
 
 def test_orthogonal_and_a_start_exclude_each_other(values: Any) -> None:

@@ -121,9 +121,8 @@ def test_descriptions_relate_clients_of_the_same_task(tiny_folder: Path, data: P
     assert result["rounds"] == 1
     row = 2 * 2 * ((32 + 32) + (32 + 16))  # 2 layers, rank 2, q maps 32 to 32 and v 32 to 16
     for client in result["clients"]:
-        assert (client["bytes_up"], client["bytes_down"]) == (4 * row + 4 * 32, 4 * row), (
-            "and the description, 32 numbers"
-        )
+        # Down: its start and the two ends of the line that it chooses on. Up: its row and the description, 32 numbers.
+        assert (client["bytes_up"], client["bytes_down"]) == (4 * row + 4 * 32, 3 * 4 * row)
     assert result["bytes_up"] == sum(client["bytes_up"] for client in result["clients"])
     with Store.open(tmp_path / "run", writable=False) as store:
         graph = from_tensors(store.graph())

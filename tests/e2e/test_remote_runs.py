@@ -31,7 +31,7 @@ def log() -> Iterator[None]:
 @pytest.fixture
 def task(tiny_folder: Path, tmp_path: Path) -> Task:
     experiment = config.parse(settings(tiny_folder, write_clients(tmp_path / "data.jsonl"), rounds=1))
-    job = Job("MIRA", {}, 0, config.absolute(experiment), RUN)
+    job = Job("MIRA", {}, 0, config.resolved(experiment), RUN)
     return Task("run", job, 1, Share(10**9, 1.0), "2026-01-01")
 
 

@@ -41,9 +41,15 @@ FILE = Path(__file__).with_name("curves.json")
 NAMES = ("add-1", "add-2", "repeat", "reverse")
 FAMILY = torch.tensor([0, 0, 1, 1])
 ROUNDS = 5
-OWN = [name for name in METHODS if METHODS.plugin(name) is None]
+HALF = "mira, strength 0.5"
+OWN = [*(name for name in METHODS if METHODS.plugin(name) is None), HALF]
 # Settings that show more of a method than its defaults do.
-SHOWN = {"fedavg-ft": {"fine_tuning_rounds": 2}, "feddpa": {"local_rounds": 2}, "ifca": {"clusters": 2}}
+SHOWN = {
+    "fedavg-ft": {"fine_tuning_rounds": 2},
+    "feddpa": {"local_rounds": 2},
+    "ifca": {"clusters": 2},
+    HALF: {"strength": 0.5},
+}
 TRAINED = {"scaffold": {"optimizer": "sgd", "lr": 2.0}}  # it refuses AdamW
 CURVES = ("train_loss", "validation_loss", "local_loss")
 Curves = dict[str, list[float]]
@@ -76,7 +82,8 @@ class Tasks:
 
 
 def curves(name: str) -> Curves:
-    method, given = METHODS[name](**SHOWN.get(name, {})), {"lr": 2e-2} | TRAINED.get(name, {})
+    method = METHODS["mira" if name == HALF else name](**SHOWN.get(name, {}))
+    given = {"lr": 2e-2} | TRAINED.get(name, {})
     training = Training(**given, local_steps=3, schedule="cosine", warmup_rounds=1)
     model = make_tiny("llama", torch.float64)
     layout = Lora(rank=4, alpha=8.0, targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")).layout(model)

@@ -139,9 +139,10 @@ def write_data(folder: Path) -> None:
 def prepare(folder: Path, given: argparse.Namespace) -> tuple[Fleet, Experiment]:
     (folder / "tmp").mkdir()
     write_data(folder)
+    half = {"strength": 0.5} if given.method == "mira" else {}  # replies to choices are not lost again in the replay
     plan = settings(
         save_tiny(folder / "model"), folder / "all", rounds=given.rounds, engine={"threads": 1, "tokens_per_pass": 1},
-        graph={"name": "complete"}, method={"name": given.method}, training={"keep_optimizer": True},
+        graph={"name": "complete"}, method={"name": given.method, **half}, training={"keep_optimizer": True},
         evaluation={"generate": False, "transfer_clients": 0, "every": 2}, server={"deadline": given.deadline, "wire": "fp32"},
     )  # fmt: skip
     plan["data"] = {"source": "jsonl", "path": str(folder / "all")}

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import threading
 import zlib
 from array import array
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 
+from mira.fleet.gate.connection import hang_up
+from mira.fleet.gate.loop_thread import closed, running_loop
 from mira.fleet.gate.proxy import Address, server_tls, upstream_tls
 
 _PACKED = re.compile(rb"\x78[\x01\x5e\x9c\xda]|\x1f\x8b\x08")  # how zlib and gzip begin
@@ -23,39 +24,31 @@ _MOST = 1 << 24  # bytes unpacked of one place
 def wiretap(listen: Address, certificate: Path, key: Path, gate: Address, authority: Path) -> Iterator[list[bytearray]]:
     """What each connection to ``listen`` sent so far, TLS taken off; it is passed on to ``gate``, and the answers come back."""
     heard: list[bytearray] = []
+    tasks: set[asyncio.Task[None]] = set()
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         heard.append(kept := bytearray())
-        with suppress(OSError):  # no gate, or somebody hung up: so do we
-            try:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        async with AsyncExitStack() as ends:
+            ends.push_async_callback(hang_up, writer)
+            with suppress(OSError):  # no gate, or somebody hung up: so do we
                 back, on = await asyncio.open_connection(*gate, ssl=upstream_tls(authority))
+                ends.push_async_callback(hang_up, on)
                 up, down = _pump(reader, on, kept.extend), _pump(back, writer, lambda data: None)
                 await asyncio.gather(up, down, return_exceptions=True)
-            finally:
-                writer.close()
 
     async def serve() -> asyncio.Server:
         return await asyncio.start_server(connected, *listen, ssl=server_tls(certificate, key))
 
-    async def close(server: asyncio.Server) -> None:
-        server.close()
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
-            task.cancel()
-        await asyncio.sleep(0)
-
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    try:
+    with running_loop("wiretap") as loop:
         server = asyncio.run_coroutine_threadsafe(serve(), loop).result()
         try:
             yield heard
         finally:
-            asyncio.run_coroutine_threadsafe(close(server), loop).result()
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+            asyncio.run_coroutine_threadsafe(closed(server, tasks), loop).result()
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, keep: Callable[[bytes], None]) -> None:

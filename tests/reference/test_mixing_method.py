@@ -190,13 +190,15 @@ def test_a_learned_graph_is_checked_when_it_changes() -> None:
 
 def test_the_graph_learned_is_the_one_mixed_along_and_kept() -> None:
     rows = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    state = Mira().init(replace(setting(Groups(torch.arange(6))), graph=Learned.start(6, 2, 3, 0.0)))
-    change = Mira().aggregate(state, trained(list(range(6)), rows))
+    state = Mira(strength=0.5).init(replace(setting(Groups(torch.arange(6))), graph=Learned.start(6, 2, 3, 0.0)))
+    change = Mira(strength=0.5).aggregate(state, trained(list(range(6)), rows))
     after = apply(state, change)
     a = after.graph.weights(torch.arange(6), torch.arange(6))
     assert a.any()
     close(change.value, normalised_np(rows.numpy(), rows.numpy(), a.numpy(), 0.5))
-    idle = Mira().aggregate(after, trained(list(range(6)), rows * 2))  # round 2 of every second: not its turn
+    idle = Mira(strength=0.5).aggregate(
+        after, trained(list(range(6)), rows * 2)
+    )  # round 2 of every second: not its turn
     assert idle.extra == {}
     assert apply(after, idle).graph is after.graph
 

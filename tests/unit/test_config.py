@@ -312,7 +312,7 @@ def test_differences_name_every_field_that_differs() -> None:
         "training.lr: 0.001 here, 0.002 there",
         'method.name: "mira" here, "fedit" there',
         'method.form: "normalised" here, absent there',
-        "method.strength: 0.5 here, absent there",
+        "method.strength: null here, absent there",
         "method.regularisation: 0.001 here, absent there",
         'method.neighbours: "cohort" here, absent there',
         'method.space: "factors" here, absent there',

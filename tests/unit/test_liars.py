@@ -20,7 +20,7 @@ NAMED = [lie for lie, damage in DAMAGE.items() if damage]  # a liar that harms i
 
 @pytest.mark.parametrize("lie", LIES)
 def test_honest_clients_end_within_five_per_cent_of_the_loss_without_the_liar(lie: str) -> None:
-    trial, method = quadratic(0, rounds=12), METHODS["mira"]()
+    trial, method = quadratic(0, rounds=12), METHODS["mira"](strength=0.5)
     alone = trial.run(method, "none", GROUPS, Lying(trial.clients, None))[0]
     bare = trial.run(method, "none", GROUPS, Lying(trial.clients, LIES[lie]))[0]
     clipped, records = trial.run(method, "clip", GROUPS, Lying(trial.clients, LIES[lie]))
@@ -33,7 +33,7 @@ def test_honest_clients_end_within_five_per_cent_of_the_loss_without_the_liar(li
 
 @pytest.mark.parametrize("rule", ["clip", "median", "trimmed"])
 def test_a_defence_without_a_liar_costs_little_and_names_nobody(rule: str) -> None:
-    trial, method = quadratic(0, rounds=12), METHODS["mira"]()
+    trial, method = quadratic(0, rounds=12), METHODS["mira"](strength=0.5)
     plain = trial.run(method, "none", GROUPS, trial.clients)[0]
     defended, records = trial.run(method, rule, GROUPS, trial.clients)  # type: ignore[arg-type]
     assert defended < (1.001 if rule == "clip" else 1.05) * plain
@@ -42,5 +42,5 @@ def test_a_defence_without_a_liar_costs_little_and_names_nobody(rule: str) -> No
 
 def test_no_defence_is_the_method_itself() -> None:
     """So that a run with robust: none is bit-identical to one of a version without defences."""
-    method = METHODS["mira"]()
+    method = METHODS["mira"](strength=0.5)
     assert defended(method, "none") is method

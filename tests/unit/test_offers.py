@@ -14,9 +14,9 @@ from helpers.quadratic_rounds import K, start_of
 from mira.core.checks import checked_change, checked_work
 from mira.core.errors import UserError
 from mira.core.loop import Schedule, run_rounds
-from mira.core.offers import choose, settled, unanswered
+from mira.core.offers import choose, described, settled, unanswered, unmeasured
 from mira.core.training import Training
-from mira.core.types import Change, MemoryRows, Offer, ServerState, Setting, Trained, Work
+from mira.core.types import Change, MemoryRows, Offer, Scores, ServerState, Setting, Trained, Work
 from mira.testing.quadratic import LAYOUT, QuadraticClients
 from mira.testing.recorders import MemoryRecorder
 
@@ -70,6 +70,26 @@ def test_a_client_without_an_answer_keeps_the_value_and_counts_as_no_step() -> N
     assert torch.equal(done.value[2], made.row(1)[0])
     assert done.notes == {"effective_step": pytest.approx(0.5 / 3)}
     assert done.offer is None
+
+
+def test_a_client_without_a_loss_takes_the_option_that_the_offer_names() -> None:
+    """Not the first of its equal losses; of one with no example of the split they are 0 nats / 0 tokens each."""
+    everyone, value, rows = torch.arange(3), drawn(3, 2), (drawn(3), drawn(3, 1))
+    made = Offer("strength", everyone, everyone, rows, "validation", (0.0, 0.5, 1.0), otherwise=1)
+    empty = Scores(torch.zeros(3).double(), torch.zeros(3, dtype=torch.int64)).loss
+    loss = torch.stack(
+        [torch.tensor([3.0, 2.0, 1.0]).double(), empty, torch.tensor([torch.nan, torch.inf, 4.0]).double()]
+    )
+    choice = choose(made, loss)
+    assert choice.labels == {0: 1.0, 1: 0.5, 2: 1.0}
+    done = settled(Change(everyone, value, {}, {}, offer=made), choice)
+    assert torch.equal(done.value[1], made.row(1)[1])
+    assert done.notes == {"effective_step": pytest.approx(2.5 / 3)}
+    record = described([choice], NAMES)
+    assert record["offers"]["strength"]["losses"]["c1"] == [None] * 3
+    assert unmeasured(record) == {"c1": "strength 0.5"}
+    assert unmeasured(described([choose(replace(made, otherwise=None), loss)], NAMES)) == {}
+    assert unmeasured({"round": 0}) == {}
 
 
 # In the round loop.
@@ -154,6 +174,7 @@ def test_where_nobody_answers_everybody_starts_from_and_keeps_the_plain_row() ->
         (lambda o: replace(o, points=(0.0,), rows=o.rows[:1]), "points lie between two rows; it has 1"),
         (lambda o: replace(o, points=()), "has no option"),
         (lambda o: replace(o, rows=()), "has no option"),
+        (lambda o: replace(o, otherwise=2), "otherwise must be an option from 0 to 1; it is 2"),
         (lambda o: replace(o, rows=(o.rows[0], o.rows[1][:1])), "rows[1] must be float64 [2, 10]"),
     ],
 )

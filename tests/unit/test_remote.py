@@ -22,7 +22,7 @@ def test_a_file_that_a_node_lacks_is_named(absent: str, tmp_path: Path) -> None:
     for path in paths.values():
         path.mkdir()
     given = settings(paths["model.name"], paths["data.path"], adapter={"start": str(paths["adapter.start"])})
-    experiment = config.absolute(config.parse(given))
+    experiment = config.resolved(config.parse(given))
     assert remote.missing(experiment) is None
     paths[absent].rmdir()
     told = remote.missing(experiment)
@@ -34,7 +34,7 @@ def test_a_file_that_a_node_lacks_is_named(absent: str, tmp_path: Path) -> None:
 
 def test_a_name_on_the_hub_is_no_path(tmp_path: Path) -> None:
     given = settings(Path("Org/Model"), tmp_path)
-    assert remote.missing(config.absolute(config.parse(given))) is None
+    assert remote.missing(config.resolved(config.parse(given))) is None
 
 
 def test_folders_of_killed_workers_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from mira.methods.mira import Mira
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("method", [Mira(), Mira(neighbours="all")])
+@pytest.mark.parametrize("method", [Mira(strength=0.5), Mira(strength=0.5, neighbours="all")])
 def test_rounds_are_played_on_disk_and_gone_on_with(method: Mira, tmp_path: Path) -> None:
     graph = Groups(torch.arange(200) % 20)
     server = Server.create(tmp_path / "run", method, graph, torch.arange(5))

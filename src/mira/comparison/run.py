@@ -48,6 +48,8 @@ def compare(
     check_main()
     with alone_in(out):
         log.info("%d runs: %s", plan.total, sizes(plan))
+        for line in fixed_strengths(plan):
+            log.info("%s", line)
         if results is not None:
             _check_writable(results)
         _check_privacy(plan)
@@ -90,7 +92,7 @@ class _Tasks:
     day: str
 
     def __call__(self, kind: Kind, job: Job) -> Task:
-        return Task(kind, replace(job, experiment=config.absolute(job.experiment)), self.threads, self.share, self.day)
+        return Task(kind, replace(job, experiment=config.resolved(job.experiment)), self.threads, self.share, self.day)
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def _existing(plan: Plan, out: Path, same: Same) -> Iterator[tuple[dict[str, Any
         with Store.open(folder, writable=False) as store:
             environment, result = store.environment(), store.result()
             there = config.recorded(store.config(), environment, store.folder)
-        wanted = config.dated(config.absolute(job.experiment), there.prompt.date)
+        wanted = config.dated(config.resolved(job.experiment), there.prompt.date)
         if differences := config.differences(there, wanted):
             raise UserError(
                 f"{folder}: was started with another configuration: {'; '.join(differences)} (here: the run folder,"
@@ -133,6 +135,12 @@ def _existing(plan: Plan, out: Path, same: Same) -> Iterator[tuple[dict[str, Any
             )
         same.check(job, environment, places_of(folder, environment))
         yield environment, result
+
+
+def fixed_strengths(plan: Plan) -> list[str]:
+    """A line for each entry with a strength that is a number because its clients cannot choose."""
+    told = ((job.entry, config.strength_told(job.experiment)) for job in plan.every_job())
+    return list(dict.fromkeys(f"entries.{entry}: {line}" for entry, line in told if line is not None))
 
 
 def _this_machine(plan: Plan) -> Machine:

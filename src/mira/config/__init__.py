@@ -13,6 +13,7 @@ from mira.config.moved import check_there, moved
 from mira.config.overrides import override
 from mira.config.placement import Placement
 from mira.config.sections import SECTIONS
+from mira.config.strength import strength_told, with_strength
 from mira.config.yaml_io import flat, mapping, read, write
 from mira.core.errors import UserError
 from mira.core.pydantic_config import expanded
@@ -23,7 +24,6 @@ from mira.methods.heterogeneous_ranks import check_names
 
 __all__ = [
     "Experiment",
-    "absolute",
     "check_ranks",
     "check_there",
     "clients_are_remote",
@@ -43,7 +43,9 @@ __all__ = [
     "plugins",
     "read",
     "recorded",
+    "resolved",
     "schema",
+    "strength_told",
 ]  # fmt: skip
 
 
@@ -67,7 +69,7 @@ def recorded(text: str, environment: Mapping[str, Any], where: Path | str) -> Ex
     the run is neither installed nor registered."""
     for section, origin in environment.get("plugins", {}).items():
         SECTIONS[section].check_recorded(origin["name"], origin, str(where))
-    return parse_text(text)
+    return with_strength(parse_text(text))
 
 
 def plugins(experiment: Experiment) -> dict[str, dict[str, str]]:
@@ -99,8 +101,9 @@ def dump(experiment: Experiment) -> str:
     return write(values)
 
 
-def absolute(experiment: Experiment) -> Experiment:
-    """The same experiment with absolute paths and the text of its chat template: its run folder works from any directory."""
+def resolved(experiment: Experiment) -> Experiment:
+    """``experiment`` as its run folder holds it: with absolute paths and the text of its chat template, so that the folder works
+    from any directory, and with the strength of its method."""
     update: dict[str, Any] = {"prompt": experiment.prompt.read()}
     for section in ("data", "graph"):
         value: Any = getattr(experiment, section)
@@ -111,7 +114,7 @@ def absolute(experiment: Experiment) -> Experiment:
         update["adapter"] = replace(experiment.adapter, start=str(folder.absolute()))
     if (folder := expanded(Path(experiment.model.name))).is_dir():
         update["model"] = replace(experiment.model, name=str(folder.absolute()))
-    return experiment.model_copy(update=update)
+    return with_strength(experiment.model_copy(update=update))
 
 
 def placed(experiment: Experiment, given: Placement) -> Experiment:

@@ -21,7 +21,7 @@ from mira.core.types import Change, Offer, Scores, Work
 
 @dataclass(frozen=True)
 class Choice:
-    """The ``option`` [n] (int64) that each client of ``offer`` takes, −1 where it did not answer, and the ``loss`` [n,c] of each
+    """The ``option`` [n] (int64) that each client of ``offer`` takes, −1 where it takes none, and the ``loss`` [n,c] of each
     option (float64, nats per label token)."""
 
     offer: Offer
@@ -62,10 +62,11 @@ def option_scores(engine: ClientEngine, offer: Offer, limit: int | None) -> Scor
 
 
 def choose(offer: Offer, loss: Tensor) -> Choice:
-    """The first option of the least ``loss`` [n,c] for each client that has a finite one."""
+    """The first option of the least ``loss`` [n,c] for each client that has a finite one, else ``offer.otherwise``."""
     answered = loss.isfinite()
     option = loss.where(answered, torch.inf).argmin(1)
-    return Choice(offer, option.where(answered.any(1), -1), loss)
+    otherwise = -1 if offer.otherwise is None else offer.otherwise
+    return Choice(offer, option.where(answered.any(1), otherwise), loss)
 
 
 def begun(work: Work, choice: Choice) -> Work:
@@ -96,6 +97,16 @@ def described(choices: Sequence[Choice], names: Sequence[str]) -> dict[str, Any]
         } for choice in choices
     }  # fmt: skip
     return {"offers": offers} | named({choice.offer.name: choice.labels for choice in choices}, names)
+
+
+def unmeasured(record: Mapping[str, Any]) -> dict[str, str]:
+    """What clients without a finite loss took in the round of ``record``, by their names, such as 'strength 0.5'."""
+    return {
+        client: f"{what} {record[what][client]:g}"
+        for what, offer in record.get("offers", {}).items()
+        for client, losses in offer["losses"].items()
+        if client in record[what] and all(loss is None for loss in losses)
+    }
 
 
 def named(of_clients: Mapping[str, Mapping[int, float]], names: Sequence[str]) -> dict[str, dict[str, float]]:

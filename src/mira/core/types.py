@@ -106,9 +106,8 @@ class ServerState:
 class Offer:
     """Several rows offered to each of n clients, which takes the one of least loss on its own ``split``; of equal ones the first.
 
-    ``points``: None offers the ``rows`` themselves. Otherwise there are two, a and b, and the options are the points
-    a + s·(b − a) for each s of ``points``: over a network two rows travel, in memory there is one option at a time.
-    """
+    ``points``: None offers the ``rows`` themselves; else there are two, a and b, and the options are a + s·(b − a) for each s of
+    ``points``: two rows travel. ``otherwise``: the option of a client without a finite loss or an answer; None: none."""
 
     name: str  # of the metrics' field with what each client took, e.g. "strength"
     place: Tensor  # [n] int64: the job of the Work, or the place in the Change's value, that the row taken is for
@@ -116,6 +115,7 @@ class Offer:
     rows: tuple[Tensor, ...]  # each [n,P]
     split: Literal["train", "validation"]
     points: tuple[float, ...] | None = None
+    otherwise: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -160,7 +160,7 @@ class Work:
     private: Tensor | None = None  # [J] bool: the row stays with the client and is never sent; None: none
     slot: Tensor | None = None  # [J] int64: the number of a job's kept optimiser state; None: its client's
     optimizer: OptimizerStates | None = None  # kept states, read when a job begins; None: all begin fresh
-    # Rows to start from, of which each client takes one; ``start`` is that of jobs without one, and of clients without an answer.
+    # Rows to start from, of which each client takes one; ``start`` is that of jobs without one, and of clients that take none.
     offer: Offer | None = None
 
     @property
@@ -234,7 +234,7 @@ class Change:
 
     ``notes``: numbers for the round's metrics (e.g. the effective mixing step); ``of_clients``: such numbers of single clients.
     ``graph``: the graph re-estimated in this round; None: the graph stays. ``offer``: rows of which each client takes one in the
-    place of its ``value``, which stays where it does not answer; it is settled before the commit. ``offset``: rows [n,P] whose
+    place of its ``value``, which stays where it takes none; it is settled before the commit. ``offset``: rows [n,P] whose
     products the base's weights take up, in the layout's scale (``mira.core.offset``).
     """
 

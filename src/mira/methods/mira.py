@@ -28,7 +28,7 @@ from mira.core.robust import RULES, Rule
 from mira.core.types import Change, Offer, ServerState, Setting, Trained, Work
 from mira.methods.layers import pairs, shares
 from mira.methods.rows import GLOBAL, compared, global_and_personal_state, mean, mixer, own_or_global, personal_state
-from mira.methods.strength import of_similarity
+from mira.methods.strength import FIXED, POINTS, check_own, of_similarity
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,6 @@ _PLACES = "mira.places"  # in extra: begin and end of each tensor in a row [n,2]
 _PAIRS = "mira.pairs"  # in extra: ``layers.pairs``
 _SHARES = "mira.shares"  # in extra: the share of the step for each of these
 _STEP = "mira.step"  # in extra: the largest lr·steps, for checking a graph that is learned
-_POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # s offered to a client that chooses its own
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -54,10 +53,11 @@ class Mira:
     form: Literal["normalised", "paper"] = "normalised"
     """Form of the server step. normalised: θ_k ← (1−s)·θ̂_k + s·weighted mean of its neighbours. paper: θ_k ← θ̂_k −
     ηEλ·Σ_l a_kl(θ̂_k − θ̂_l)."""
-    strength: Share | Literal["personal", "similarity"] = 0.5
+    strength: Share | Literal["personal", "similarity"] | None = None
     """s of the normalised form; 0 is local training. personal: each client takes the s out of 0, 0.25, 0.5, 0.75 and 1 with the
-    least loss on its own validation data, in each round. similarity: s = m·c/(1 + m·c), c ≥ 0 the mean cosine of the client's
-    displacement in the round to those of its m neighbours."""
+    least loss on its own validation data; that costs five forward passes over these data in each round, and a number costs none.
+    similarity: s = m·c/(1 + m·c), c ≥ 0 the mean cosine of the client's displacement in the round to those of its m neighbours.
+    null: personal, or 0.5 where clients cannot choose: with space=product, strength_end, or privacy.metrics other than exact."""
     regularisation: Annotated[float, Field(ge=0)] = 1e-3
     """λ of the paper's form; the step is c = learning rate × local steps × λ. 0 is local training."""
     neighbours: Literal["cohort", "all"] = "cohort"
@@ -71,7 +71,7 @@ class Mira:
     """Share of the step in the model's highest layer, linear from 1 in the lowest layer. A list gives shares from the lowest to
     the highest layer, at equal distances and linear in between: one for each layer, or fewer."""
     strength_end: Share | None = None
-    """s in the last round, linear from strength in the first round; null: constant."""
+    """s in the last round, linear from strength (null: 0.5) in the first round; null: constant."""
     common_rounds: Annotated[int, Field(ge=0)] = 0
     """First rounds, in which all clients share one adapter (FedAvg). Each then goes on from it with one of its own, mixed along
     the graph. With strength=0 this is fedavg-ft."""
@@ -79,14 +79,16 @@ class Mira:
     def __post_init__(self) -> None:
         """Refuse settings that would have no effect, such as a strength of the other form."""
         if isinstance(self.strength, str):
-            self._check_adaptive()
-        unused, form = ("strength", "normalised") if self.form == "paper" else ("regularisation", "paper")
-        if getattr(self, unused) != getattr(type(self), unused):
+            check_own(self.strength, self.form, self.space, self.strength_end, self.neighbours)
+        paper = self.form == "paper"
+        unused, form = ("strength", "normalised") if paper else ("regularisation", "paper")
+        # 0.5 was the default of strength once, in both forms, and stands in run folders and files.
+        if getattr(self, unused) not in ((None, FIXED) if paper else (type(self).regularisation,)):
             raise UserError(
                 f"method.{unused}={getattr(self, unused):g}: belongs to form '{form}', not '{self.form}'; "
                 f"set method.form={form} or leave {unused} out"
             )
-        if self.form == "paper" and self.strength_end is not None:
+        if paper and self.strength_end is not None:
             raise UserError(
                 f"method.strength_end={self.strength_end:g}: belongs to form 'normalised', not 'paper'; leave it out"
             )
@@ -102,23 +104,21 @@ class Mira:
                 "set method.space=factors or method.factors=all"
             )
 
-    def _check_adaptive(self) -> None:
-        """Refuse settings that a strength of each client's own cannot have."""
-        given = f"method.strength={self.strength}"
-        if self.form == "paper":
-            raise UserError(f"{given}: belongs to form 'normalised', not 'paper'; set method.form=normalised")
+    @property
+    def fixed_by(self) -> str | None:
+        """The setting with which clients have no strength to choose; None without one."""
         if self.strength_end is not None:
-            raise UserError(f"{given}: changes by itself; leave method.strength_end out, or give strength as a number")
-        if self.space == "product":
-            raise UserError(
-                f"{given}: moves along a line between adapters, and space=product mixes their products; set"
-                " method.space=factors or rotated"
-            )
-        if self.strength == "similarity" and self.neighbours == "all":
-            raise UserError(
-                f"{given}: compares displacements of this round, which absent neighbours do not have; set"
-                " method.neighbours=cohort"
-            )
+            return f"method.strength_end={self.strength_end:g}"
+        return "method.space=product" if self.space == "product" else None
+
+    def strength_for(self, told: bool = True) -> float | Literal["personal", "similarity"] | None:
+        """strength, and in the place of null personal, or 0.5 where clients cannot choose; None in the paper's form. ``told``:
+        whether clients tell losses as they are."""
+        if self.form == "paper":
+            return None
+        if self.strength is not None:
+            return self.strength
+        return "personal" if told and self.fixed_by is None else FIXED
 
     @property
     def defences(self) -> tuple[Rule, ...]:
@@ -176,27 +176,28 @@ class Mira:
             near = state.graph.neighbours(client)
             absent = near[~torch.isin(near, client)]
         a = state.graph.weights(client, torch.cat([client, absent]))
-        if isinstance(self.strength, str):
-            change = self._own_strength(state, trained, absent, a)
-        elif self.form == "normalised":
-            step = self._strength(self.strength, state)
-            mixed = self._mixed(state, trained, absent, a, partial(normalised_weights, s=step))
-            change = _step(client, mixed, step, step * float((a.sum(1) > 0).double().mean()))
-        else:
+        strength = self.strength_for()
+        if strength is None:
             step = trained.lr * float(trained.steps.double().mean()) * self.regularisation
             mixed = self._mixed(state, trained, absent, a, partial(paper_weights, c=step))
             change = _step(client, mixed, step, step * float(a.sum(1).mean()))
+        elif isinstance(strength, str):
+            change = self._own_strength(strength, state, trained, absent, a)
+        else:
+            step = self._strength(strength, state)
+            mixed = self._mixed(state, trained, absent, a, partial(normalised_weights, s=step))
+            change = _step(client, mixed, step, step * float((a.sum(1) > 0).double().mean()))
         return replace(change, index=client + 1) if self.common_rounds else change
 
-    def _own_strength(self, state: ServerState, trained: Trained, absent: Tensor, a: Tensor) -> Change:
+    def _own_strength(self, kind: str, state: ServerState, trained: Trained, absent: Tensor, a: Tensor) -> Change:
         """The step with a strength of each client's own: a point between its row and the mean of its neighbours."""
         rows, client, related = trained.rows, trained.client, a.sum(1) > 0
         towards = self._mixed(state, trained, absent, a, partial(normalised_weights, s=1.0))
-        if self.strength == "personal":
-            change = _step(client, rows, _POINTS[-1], 0.0)
+        if kind == "personal":
+            change = _step(client, rows, POINTS[-1], 0.0)
             who = related.nonzero()[:, 0]
             lines = rows[who], towards[who]
-            offer = Offer("strength", who, client[who], lines, "validation", _POINTS)
+            offer = Offer("strength", who, client[who], lines, "validation", POINTS, POINTS.index(FIXED))
             return replace(change, offer=offer) if len(who) else change
         s = of_similarity(self._moved(state, trained), a)
         change = _step(client, rows + s[:, None].to(rows.dtype) * (towards - rows), float(s.max()), float(s.mean()))

@@ -1,11 +1,33 @@
-"""The strength of each client's mixing step, from the similarity of its displacement to those of its neighbours."""
+"""The strength of each client's mixing step: the options to choose from, or a number from similarity to its neighbours."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from mira.core.errors import UserError
 from mira.core.similarity import cosines
+
+POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # s offered to a client that chooses its own
+FIXED = 0.5  # s of clients that cannot choose
+
+
+def check_own(strength: str, form: str, space: str, strength_end: float | None, neighbours: str) -> None:
+    """Raise UserError for settings of MIRA that a ``strength`` of each client's own cannot have."""
+    given = f"method.strength={strength}"
+    if form == "paper":
+        raise UserError(f"{given}: belongs to form 'normalised', not 'paper'; set method.form=normalised")
+    if strength_end is not None:
+        raise UserError(f"{given}: changes by itself; leave method.strength_end out, or give strength as a number")
+    if space == "product":
+        raise UserError(
+            f"{given}: moves along a line between adapters, and space=product mixes their products; set"
+            " method.space=factors or rotated"
+        )
+    if strength == "similarity" and neighbours == "all":
+        raise UserError(
+            f"{given}: compares displacements of this round, which absent neighbours do not have; set method.neighbours=cohort"
+        )
 
 
 def of_similarity(displacement: Tensor, a: Tensor) -> Tensor:

@@ -15,8 +15,11 @@ from mira.runner.evaluation import check_metrics
 
 
 def check(experiment: Experiment, where: str) -> Iterator[str]:
-    """Check the configuration ``where``. Yields lines for people: the encoding of prompts, and the result. Raises UserError."""
+    """Check the configuration ``where``. Yields lines for people: a strength that clients cannot choose, the encoding of prompts,
+    and the result. Raises UserError."""
     check_metrics(experiment.evaluation.metrics)
+    if (line := config.strength_told(experiment)) is not None:
+        yield line
     about = f"{experiment.rounds} rounds of {experiment.method.name}"
     if config.clients_are_remote(experiment) and not getattr(experiment.data, "examples", None):
         # The server's kit lists the clients; only they know their data.

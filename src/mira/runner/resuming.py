@@ -23,7 +23,7 @@ def to_resume(
         raise UserError(f"--resume {target}: no such folder or file; name a run folder, made by 'mira run'")
     if out is None:
         raise UserError(f"--resume: name the run folder, as in 'mira run DIR --resume', or with --out beside {target}")
-    asked = config.absolute(config.moved(config.load(target, overrides), data, model))
+    asked = config.resolved(config.moved(config.load(target, overrides), data, model))
     with Store.open(out, writable=False) as store:
         started = config.recorded(store.config(), store.environment(), store.folder)
     there, here = (getattr(each.data, "path", None) for each in (started, asked))

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from mira.config import Experiment
 from mira.core.engine import ClientBackend, Trainer
 from mira.core.graph_io import to_tensors
 from mira.core.loop import Record, Schedule, run_rounds
+from mira.core.offers import unmeasured
 from mira.core.offset import offset_of
 from mira.core.pydantic_config import expanded
 from mira.core.robust import doubted
@@ -65,7 +66,9 @@ def run(
     told = Callbacks(callbacks)
     began = time.strftime("%Y%m%d-%H%M%S")
     folder = Path("runs") / f"{experiment.name}-{began}" if out is None else expanded(Path(out))
-    experiment = config.absolute(experiment)
+    if (line := config.strength_told(experiment)) is not None:
+        log.info("%s", line)
+    experiment = config.resolved(experiment)
     Store.check_vacant(folder)
     experiment.tracking.check()
     evaluation.check_metrics(experiment.evaluation.metrics)
@@ -157,8 +160,10 @@ class _Observer:
     clients: ClientBackend
     shown: Trackers
     told: Callbacks
+    named: set[str] = field(default_factory=set)  # clients whose want of a loss to choose by was named
 
     def earlier(self, record: Record) -> None:
+        self.named.update(unmeasured(record))
         self.shown.record(record)
         self.clients.committed(record)
         self.told.earlier(record)
@@ -169,6 +174,12 @@ class _Observer:
             log.warning("round %d lost %s: %s", record["round"], name, reason)
         for name, reason in doubted(record).items():
             log.warning("round %d doubts %s: %s", record["round"], name, reason)
+        for name, taken in unmeasured(record).items():
+            if name not in self.named:
+                log.warning(
+                    "%s tells no loss to choose by, first in round %d, and takes %s", name, record["round"], taken
+                )
+                self.named.add(name)
         self.shown.record(record)
         self.told.round(record)
 

@@ -87,5 +87,8 @@ async def refuse(connection: HttpConnection, host: str, refused: HttpRefusal) ->
 
 async def hang_up(writer: asyncio.StreamWriter) -> None:
     writer.close()
-    with suppress(OSError, TimeoutError):  # the peer may be gone
-        await writer.wait_closed()
+    try:
+        with suppress(OSError, TimeoutError):  # the peer may be gone
+            await writer.wait_closed()
+    finally:
+        writer.transport.abort()  # cancelled: TLS would wait for the peer's farewell, and keep the socket

@@ -20,4 +20,4 @@ def source_of(data: Path) -> Source:
         given = read(data)
         section = given.get("data", given)
     needed = {"rounds": 1, "model": {"name": "-"}, "training": {"local_steps": 1}}
-    return config.absolute(config.parse({**needed, "data": section})).data
+    return config.resolved(config.parse({**needed, "data": section})).data
