@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -61,8 +62,9 @@ def kill_amid_a_round(federation: Federation) -> None:
         time.sleep(0.1)
     server = federation.held("server").name
     for entry in [entry for entry, line in processes() if "flwr-serverapp" in line]:
-        if server in (entry / "environ").read_bytes().decode(errors="replace"):
-            os.kill(int(entry.name), signal.SIGKILL)
+        with suppress(OSError):  # another's process, or one that has ended
+            if server in (entry / "environ").read_bytes().decode(errors="replace"):
+                os.kill(int(entry.name), signal.SIGKILL)
     federation.until("server", "Flower's app on the server went away")
     [worker] = re.findall(r"worker is ready \(process (\d+)\)", federation.log(KILLED))
     os.kill(int(worker), signal.SIGKILL)
@@ -89,8 +91,9 @@ def test_a_site_killed_amid_a_round_pays_twice_and_leaves_when_its_budget_is_spe
     path = os.pathsep.join([str(tmp_path / "hanging"), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         federation.server("server", "c.yaml", "--out", "run")
-        start_site(federation, KILLED, "--max-epsilon", 8, "--privacy-metrics", "noised", PYTHONPATH=path)
         start_site(federation, STRICT, "--privacy-metrics", "none")
+        federation.until("server", f"online: {STRICT}")
+        start_site(federation, KILLED, "--max-epsilon", 8, "--privacy-metrics", "noised", PYTHONPATH=path)
         kill_amid_a_round(federation)
         assert counted(federation, KILLED) == 2 * STEPS, "before any of them was done"
         assert federation.started["server"].wait(PATIENCE) == 0, federation.log_tail()

@@ -34,6 +34,7 @@ def experiment(**sections: Any) -> Experiment:
         ({"privacy": NOISED | {"metrics": "exact"}}, "personal", None),
         ({"privacy": NOISED}, 0.5, "privacy.metrics=noised"),
         ({"privacy": UNTOLD}, 0.5, "privacy.metrics=none"),
+        ({"privacy": UNTOLD | {"metrics": "exact"}}, 0.5, "privacy.unit=site"),
         ({"method": {"space": "product"}}, 0.5, "method.space=product"),
         ({"method": {"strength_end": 0.0}}, 0.5, "method.strength_end=0"),
         ({"method": {"space": "product", "strength": 0.3}}, 0.3, None),

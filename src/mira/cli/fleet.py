@@ -62,7 +62,11 @@ def server(
     """Run an experiment whose clients are sites on other machines: all sites of the kit that are not revoked."""
     from mira.fleet.server.main import MonitorOptions, ServerOptions, run_server
 
-    progress = RunProgress(err_console, lambda run: f"mira server --kit {shlex.quote(str(kit))} --resume {run}")
+    again = {"--kit": kit, "--relay": relay, "--listen": listen, "--metrics": metrics}
+    command = shlex.join(["mira", "server", *(str(part) for pair in again.items() if pair[1] for part in pair)])
+    progress = RunProgress(err_console, lambda run: f"{command} --resume {run}")
+    if resume is not None:
+        progress.advice = f"go on with: {command} --resume {shlex.quote(str(resume))}"
     callbacks: list[Callback] = [progress]
     if log_format == "json":
         callbacks.append(_RoundOfLines(log_as_json()))

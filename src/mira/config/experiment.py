@@ -135,8 +135,8 @@ class ServerSection:
     """Rules of a server for its sites on other machines (mira server). mira run uses robust alone."""
 
     deadline: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds to wait for the replies of a round's training, and again for those of its evaluation. Clients that do not answer in
-    time are lost from that round."""
+    """Seconds to wait for the replies of a round's training, and again for those of a choice and of its evaluation. Clients that
+    do not answer in time are lost from that round."""
     minimum: Count | None = None
     """Number of valid replies that ends the training of a round before its deadline; null: the replies of all clients asked."""
     max_norm: Annotated[float, Field(gt=0)] | None = None

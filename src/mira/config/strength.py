@@ -28,6 +28,9 @@ def strength_told(experiment: Experiment) -> str | None:
 
 
 def _untold(experiment: Experiment) -> str | None:
-    """The setting with which clients do not tell losses as they are; None without one."""
+    """The setting with which losses are not told as they are, or must not move an adapter; None without one."""
     privacy = experiment.privacy
-    return None if privacy is None or privacy.exact else f"privacy.metrics={privacy.metrics}"
+    if privacy is None or (privacy.exact and privacy.by_example):
+        return None
+    # A choice on a site's data, which has no noise, would move the adapters whose noise is to cover all of these data.
+    return "privacy.unit=site" if privacy.exact else f"privacy.metrics={privacy.metrics}"

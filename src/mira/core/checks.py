@@ -189,7 +189,7 @@ def _check_offer(offer: Any, places: int, num_clients: int, row: Tensor, place: 
         raise UserError(f"{place}: points lie between two rows; it has {len(offer.rows)}")
     if not len(offer):
         raise UserError(f"{place}: has no option")
-    if offer.otherwise is not None and offer.otherwise not in range(len(offer)):
+    if offer.otherwise is not None and not (type(offer.otherwise) is int and 0 <= offer.otherwise < len(offer)):
         raise UserError(f"{place}: otherwise must be an option from 0 to {len(offer) - 1}; it is {offer.otherwise!r}")
     for number, rows in enumerate(offer.rows):
         _check_rows(rows, len(offer.place), row, f"{place}: rows[{number}]")

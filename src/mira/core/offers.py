@@ -1,8 +1,8 @@
 """Offers of rows to clients: each takes the one of least loss on its own data. A choice costs forward passes alone.
 
-With the points of a line from the client's own row to another one, s = 0 among them, no client takes a row that is worse on its
-data than its own. With the rows of clusters it is the cluster estimate of IFCA (Ghosh et al., "An Efficient Framework for
-Clustered Federated Learning", NeurIPS 2020).
+With the points of a line from the client's own row to another one, s = 0 among them, no client that measures them takes a row
+that is worse on its data than its own. With the rows of clusters it is the cluster estimate of IFCA (Ghosh et al., "An
+Efficient Framework for Clustered Federated Learning", NeurIPS 2020).
 """
 
 from __future__ import annotations

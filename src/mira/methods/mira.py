@@ -57,7 +57,8 @@ class Mira:
     """s of the normalised form; 0 is local training. personal: each client takes the s out of 0, 0.25, 0.5, 0.75 and 1 with the
     least loss on its own validation data; that costs five forward passes over these data in each round, and a number costs none.
     similarity: s = m·c/(1 + m·c), c ≥ 0 the mean cosine of the client's displacement in the round to those of its m neighbours.
-    null: personal, or 0.5 where clients cannot choose: with space=product, strength_end, or privacy.metrics other than exact."""
+    null: personal, or 0.5 where clients cannot choose: with space=product, strength_end, privacy.unit=site, or
+    privacy.metrics other than exact."""
     regularisation: Annotated[float, Field(ge=0)] = 1e-3
     """λ of the paper's form; the step is c = learning rate × local steps × λ. 0 is local training."""
     neighbours: Literal["cohort", "all"] = "cohort"

@@ -16,13 +16,15 @@ def check_own(strength: str, form: str, space: str, strength_end: float | None, 
     """Raise UserError for settings of MIRA that a ``strength`` of each client's own cannot have."""
     given = f"method.strength={strength}"
     if form == "paper":
-        raise UserError(f"{given}: belongs to form 'normalised', not 'paper'; set method.form=normalised")
+        raise UserError(
+            f"{given}: belongs to form 'normalised', not 'paper'; set method.form=normalised, or method.strength=null"
+        )
     if strength_end is not None:
         raise UserError(f"{given}: changes by itself; leave method.strength_end out, or give strength as a number")
     if space == "product":
         raise UserError(
             f"{given}: moves along a line between adapters, and space=product mixes their products; set"
-            " method.space=factors or rotated"
+            " method.space=factors or rotated, or method.strength=0.5"
         )
     if strength == "similarity" and neighbours == "all":
         raise UserError(

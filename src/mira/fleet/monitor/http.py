@@ -96,7 +96,6 @@ class _Door:
                     async with asyncio.timeout(self.limits.patience):  # for a peer that does not read
                         await hang_up(writer)
             finally:
-                writer.transport.abort()
                 self.tasks.discard(task)
 
     async def converse(self, peer: str, client: HttpConnection) -> None:

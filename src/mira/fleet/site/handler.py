@@ -122,7 +122,9 @@ class SiteHandler:
         except RefusedRequest as refusal:
             number = packet.head.round + 1
             what = f"round {number}" if packet.head.kind == "train" else packet.head.kind
-            log.warning("%s: %s", what, refusal, extra={"round": number})
+            log.warning(
+                "%s: %s", what, refusal, extra={"round": number} if packet.head.kind in ("train", "choose") else {}
+            )
             values, tensors = {"failed": str(refusal)}, {}
         except UserError as error:
             log.error("%s", error)

@@ -89,7 +89,9 @@ def differing(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
 
 
 def _essence(run: RunData) -> dict[str, str]:
-    return {key: value for key, value in run.config.items() if key not in _ASIDE}
+    """The configuration of a variant. Older runs have a strength in the paper's form, which has none."""
+    unused = {"method.strength"} if run.config.get("method.form") == '"paper"' else set()
+    return {key: value for key, value in run.config.items() if key not in {*_ASIDE, *unused}}
 
 
 def _labels(runs: Sequence[RunData]) -> list[str]:
