@@ -100,7 +100,7 @@ def described(choices: Sequence[Choice], names: Sequence[str]) -> dict[str, Any]
 
 
 def unmeasured(record: Mapping[str, Any]) -> dict[str, str]:
-    """What clients without a finite loss took in the round of ``record``, by their names, such as 'strength 0.5'."""
+    """Options that clients without a finite loss took in the round of ``record``, by their names, such as 'strength 0.5'."""
     return {
         client: f"{what} {record[what][client]:g}"
         for what, offer in record.get("offers", {}).items()

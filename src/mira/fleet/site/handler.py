@@ -120,11 +120,9 @@ class SiteHandler:
                 raise RefusedRequest("the message is meant for another site")
             values, tensors = act(packet)
         except RefusedRequest as refusal:
-            number = packet.head.round + 1
-            what = f"round {number}" if packet.head.kind == "train" else packet.head.kind
-            log.warning(
-                "%s: %s", what, refusal, extra={"round": number} if packet.head.kind in ("train", "choose") else {}
-            )
+            kind, number = packet.head.kind, packet.head.round + 1
+            known = {"round": number} if kind in ("train", "choose") else {}
+            log.warning("%s: %s", f"round {number}" if kind == "train" else kind, refusal, extra=known)
             values, tensors = {"failed": str(refusal)}, {}
         except UserError as error:
             log.error("%s", error)
