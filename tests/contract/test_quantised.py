@@ -22,7 +22,7 @@ from helpers.engines import RandomCorpus, layout_on, make_engine, warm_row
 from helpers.sample_config import ADAPTERS, mira, settings, write_clients
 from helpers.tiny_models import KINDS, Kind, make_tiny, make_tokenizer, save_tiny
 from mira import run
-from mira.config import Experiment, differences
+from mira.config import Experiment, differences, resolved
 from mira.core.errors import UserError
 from mira.core.training import Training
 from mira.core.types import Trained, Work
@@ -187,7 +187,7 @@ def test_a_run_on_a_quantised_base(tiny_folder: Path, tmp_path: Path, bits: str)
     torch.testing.assert_close(of_merged, plain(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
     assert mira("export", folder, "--client", "ann").out == f"{folder}/{ADAPTERS}/ann\n"
     values["model"]["quantization"] = "none"
-    assert differences(Experiment(**values), Experiment.from_yaml(folder / "config.yaml")) == [
+    assert differences(resolved(Experiment(**values)), Experiment.from_yaml(folder / "config.yaml")) == [
         f'model.quantization: "none" here, "{bits}" there'
     ]
 
