@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,15 +42,20 @@ FILE = Path(__file__).with_name("curves.json")
 NAMES = ("add-1", "add-2", "repeat", "reverse")
 FAMILY = torch.tensor([0, 0, 1, 1])
 ROUNDS = 5
-HALF = "mira, strength 0.5"
-OWN = [*(name for name in METHODS if METHODS.plugin(name) is None), HALF]
 # Settings that show more of a method than its defaults do.
 SHOWN = {
     "fedavg-ft": {"fine_tuning_rounds": 2},
     "feddpa": {"local_rounds": 2},
     "ifca": {"clusters": 2},
-    HALF: {"strength": 0.5},
 }
+# Further settings of mira, each a curve beside that of its defaults.
+OF_MIRA: dict[str, dict[str, Any]] = {
+    "mira, strength 0.5": {"strength": 0.5},
+    "mira, similarity": {"strength": "similarity"},
+    "mira, rotated": {"strength": 0.5, "space": "rotated"},
+    "mira, two common rounds": {"strength": 0.5, "common_rounds": 2},
+}
+OWN = [*(name for name in METHODS if METHODS.plugin(name) is None), *OF_MIRA]
 TRAINED = {"scaffold": {"optimizer": "sgd", "lr": 2.0}}  # it refuses AdamW
 CURVES = ("train_loss", "validation_loss", "local_loss")
 Curves = dict[str, list[float]]
@@ -82,7 +88,7 @@ class Tasks:
 
 
 def curves(name: str) -> Curves:
-    method = METHODS["mira" if name == HALF else name](**SHOWN.get(name, {}))
+    method = METHODS["mira"](**OF_MIRA[name]) if name in OF_MIRA else METHODS[name](**SHOWN.get(name, {}))
     given = {"lr": 2e-2} | TRAINED.get(name, {})
     training = Training(**given, local_steps=3, schedule="cosine", warmup_rounds=1)
     model = make_tiny("llama", torch.float64)
