@@ -228,11 +228,17 @@ def test_mr_mtl_and_mira_end_in_the_same_rows_as_steps_shrink() -> None:
     assert off[1] / off[2] == pytest.approx(2, rel=0.1)
 
 
-def test_ffas_average_of_b_is_the_average_of_the_products() -> None:
-    state, done = one_round(METHODS["ffa-lora"](), start_of(METHODS["ffa-lora"]()))
-    row = all_rows(state)[0]
-    products = torch.einsum("k,kor,kri->oi", torch.from_numpy(weights(done)), B.view(done.rows), A.view(done.rows))
-    torch.testing.assert_close(B.view(row) @ A.view(row), products, **EXACT)
+@pytest.mark.parametrize("name", ["ffa-lora", "rolora"])
+def test_while_one_factor_is_fixed_the_average_of_the_other_is_that_of_the_products(name: str) -> None:
+    """In each round. RoLoRA fixes A in the first and B in the second, whose average is taken over A."""
+    state = start_of(method := METHODS[name]())
+    for seed in range(2):
+        before = all_rows(state)[0]
+        state, done = one_round(method, state, seed)
+        row = all_rows(state)[0]
+        products = torch.einsum("k,kor,kri->oi", torch.from_numpy(weights(done)), B.view(done.rows), A.view(done.rows))
+        torch.testing.assert_close(B.view(row) @ A.view(row), products, **EXACT)
+        assert float((row - before).abs().max()) > 0.1
 
 
 def test_scaffold_ends_at_the_optimum_of_all_clients_and_fedavg_beside_it() -> None:

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.quadratic_rounds import COHORT, EXACT, A, B, K, go, one_round, same, start_of, weights
+from helpers.quadratic_rounds import COHORT, EXACT, A, B, K, complete, go, one_round, same, start_of, weights
 from mira.core.errors import UserError
 from mira.core.layout import Layout
+from mira.core.loop import apply
+from mira.core.types import Setting
 from mira.methods import METHODS
-from mira.testing.quadratic import all_rows
+from mira.testing.quadratic import LAYOUT, QuadraticClients, all_rows
 
 EVERYONE = torch.arange(K)
 
@@ -39,6 +41,22 @@ def test_fedalt() -> None:
     served = method.deployed(state, EVERYONE)
     same(adapter(served, 0), own)
     same(adapter(served, 1), np.stack([np.delete(own.numpy(), k, axis=0).mean(0) for k in range(K)]))
+
+
+def test_fedalt_with_one_client_is_local_training_of_its_own_adapter() -> None:
+    """There are no others to take a mean of: the second adapter stays as it began, and adds nothing where that is B = 0. The
+    toy's numbers are trained apart, so that half a row is half of what a whole one becomes."""
+    toy, alone, found = QuadraticClients.draw(1), torch.tensor([0]), dict[str, Tensor]()
+    start = torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    for name in ("fedalt", "local"):
+        method = METHODS[name]()
+        state = method.init(Setting(LAYOUT, start, 1, complete(1), 0.1, 3, rounds=3))
+        for round in range(3):
+            state = apply(state, method.aggregate(state, toy.train(method.broadcast(state, alone), round, 0.1)))
+        found[name] = method.deployed(state, alone)
+    assert torch.equal(adapter(found["fedalt"], 0), adapter(found["local"], 0))
+    assert torch.equal(adapter(found["fedalt"], 1), adapter(start[None], 1))
+    assert float((found["local"] - start).abs().min()) > 0
 
 
 def test_feddpa() -> None:
