@@ -17,6 +17,7 @@ from mira.core.errors import UserError
 from mira.core.graph import Groups
 from mira.core.layout import Layout
 from mira.core.loop import apply
+from mira.core.offers import Choice, settled, unanswered
 from mira.core.robust import COUNTED, RULES, Robust
 from mira.core.types import Method, Setting, Trained
 from mira.methods import METHODS
@@ -31,7 +32,7 @@ LAYOUT = Layout.of({"layer": (300, 200)}, rank=2, alpha=1.0)
 CLIENTS, LIAR = 7, 3
 HONEST = torch.tensor([k for k in range(CLIENTS) if k != LIAR])
 # Without a defence, too, one far row may move others little: none enters, or none yet; Adam bounds the step; A is still 0.
-UNMOVED = {"local", "mira-personal", "fedadam", "fedsvd"}
+UNMOVED = {"local", "fedadam", "fedsvd"}
 # Of a cluster of two nobody can tell who is wrong, and clusters and learned graphs may leave one neighbour, or none.
 FEW = {"ifca", "cfl", "mira-learned"}
 
@@ -67,6 +68,9 @@ def seen(method: Method, far: float) -> tuple[Tensor, dict[int, float]]:
     ones = torch.ones(jobs, dtype=torch.int64)
     trained = Trained(work.client, torch.arange(jobs), rows, ones, ones, ones, ones.double(), 0.01)
     change = method.aggregate(state, trained)
+    if (offer := change.offer) is not None:  # the mean of the neighbours, in full: the most that a client can take
+        last = torch.full((len(offer.client),), len(offer) - 1)
+        change = settled(change, Choice(offer, last, unanswered(offer)))
     after = apply(state, change)
     work, deployed = method.broadcast(after, HONEST), method.deployed(after, HONEST)
     shown = torch.cat([deployed, work.start, *(() if work.anchor is None else (work.anchor,))])
