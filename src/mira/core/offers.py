@@ -1,7 +1,7 @@
 """Offers of rows to clients: each takes the one of least loss on its own data. A choice costs forward passes alone.
 
-With the points of a line from the client's own row to another one, s = 0 among them, no client that measures them takes a row
-that is worse on its data than its own. With the rows of clusters it is the cluster estimate of IFCA (Ghosh et al., "An
+With the points of a line from the client's own row to another one, s = 0 among them, no client takes a row that it has measured
+as worse on its data than its own. With the rows of clusters it is the cluster estimate of IFCA (Ghosh et al., "An
 Efficient Framework for Clustered Federated Learning", NeurIPS 2020).
 """
 
@@ -29,7 +29,8 @@ class Choice:
     loss: Tensor
 
     def put_into(self, rows: Tensor) -> Tensor:
-        """A copy of ``rows`` with the rows taken in their places, to the bit those that were measured."""
+        """A copy of ``rows`` with the rows taken in their places. In one process these are to the bit those measured; over
+        machines a site has measured them as ``server.wire`` rounds the rows offered."""
         chosen, place = rows.clone(), self.offer.place
         taken = self.offer.taken(self.option.clamp(min=0))
         chosen[place] = torch.where((self.option >= 0)[:, None], taken, rows[place])
