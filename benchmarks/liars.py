@@ -1,9 +1,10 @@
 """The harm that a liar among eight clients does, with and without ``server.robust``: ``python -m benchmarks.liars``.
 
 Two groups of four clients; the liar is in the first. The figures are losses of the seven honest clients on data that none has
-trained on, relative to a run without the liar. ``quadratic``: the optimum of a client's data is that of its group and noise, and
-training is exact. ``llama``: each group has a code for ten symbols, learned by a tiny Llama from few examples. Its training is
-chaotic: a few per cent are chance, and the ``honest`` row tells how many.
+trained on, relative to a run without the liar. ``quadratic``: the optimum of a client's data is that of its group and noise,
+drawn for its training and its validation data apart, and training is exact. ``llama``: each group has a code for ten symbols,
+learned by a tiny Llama from few examples. Its training is chaotic: a few per cent are chance, and the ``honest`` row tells how
+many.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from mira.core.engine import Trainer
 from mira.core.graph import Graph, Groups
 from mira.core.layout import Layout
 from mira.core.loop import Record, Schedule, run_rounds
+from mira.core.offers import option_scores
 from mira.core.robust import COUNTED, RULES, Robust
 from mira.core.seeds import generator
 from mira.core.training import Training
-from mira.core.types import Failure, MemoryRows, Method, Setting, Trained, Work
+from mira.core.types import Failure, MemoryRows, Method, Offer, Setting, Trained, Work, uses_graph
 from mira.data.text import Encoded
 from mira.engine.batched import BatchedEngine
 from mira.engine.spec import EngineSpec, Text
@@ -43,9 +45,11 @@ from mira.testing.recorders import MemoryRecorder
 OUT = Path(__file__).parent / "out" / "liars.json"
 NAMES = tuple(f"{group}-{n}" for group in "ab" for n in range(4))
 GROUPS = Groups(torch.tensor([0] * 4 + [1] * 4))
+COMPLETE = Groups(torch.zeros(len(NAMES), dtype=torch.int64))
 LIAR = 3
 HONEST = torch.tensor([k for k in range(len(NAMES)) if k != LIAR])
 _LOUD = 9.0  # times a displacement: a server rejects ten times the median
+_HALF = 0.5  # mira's strength unless another is given
 
 Lie = Callable[[Tensor, Tensor, int, int], Tensor]
 """(rows [M,P], the rows that they began from [M,P], the liar's place, the round from 0) ↦ the row [P] that it sends."""
@@ -118,10 +122,12 @@ class Lying:
 
 @dataclass(frozen=True)
 class Trial:
-    """Clients, the loss [7] of the honest ones with rows [7,P], and the setting of their rounds."""
+    """Clients, the loss [7] of the honest ones with rows [7,P], those of an offer on validation data [n,c], and the setting of
+    their rounds."""
 
     clients: Trainer
     loss: Callable[[Tensor], Tensor]
+    validation: Callable[[Offer], Tensor]
     layout: Layout
     start: Tensor
     training: Training
@@ -135,7 +141,7 @@ class Trial:
         assert isinstance(state.rows, MemoryRows)
         end = run_rounds(
             method, clients, state, Schedule(0, self.rounds, 1.0, self.training), NAMES, MemoryRecorder(state.rows),
-            lambda state, record: {}, records.append,
+            lambda state, record: {}, records.append, self.validation,
         )  # fmt: skip
         return float(self.loss(method.deployed(end, HONEST)).mean()), records
 
@@ -147,10 +153,12 @@ def quadratic(seed: int, noise: float = 0.3, rounds: int = 15) -> Trial:
     centre = torch.randn(2, size, generator=draw, dtype=torch.float64).repeat_interleave(4, 0)
     target = centre + noise * torch.randn(clients, size, generator=draw, dtype=torch.float64)
     curvature = 0.5 + torch.rand(clients, size, generator=draw, dtype=torch.float64)
+    unseen = centre + noise * torch.randn(clients, size, generator=draw, dtype=torch.float64)
     training = Training(lr=0.3, local_steps=3)
     return Trial(
         QuadraticClients(target, curvature, steps=3),
         lambda rows: 0.5 * ((rows - centre[HONEST]).square().mean(1) + noise**2),
+        QuadraticClients(unseen, torch.ones_like(unseen)).losses,
         layout, torch.zeros(size, dtype=torch.float64), training, rounds,
     )  # fmt: skip
 
@@ -188,8 +196,8 @@ def llama(seed: int, rounds: int = 15) -> Trial:
     spec = EngineSpec(model, text, LoraAdapter(model, layout), corpus, training, seed)
     engine = BatchedEngine.of(spec, tokens_per_pass=2048)
     return Trial(
-        engine, lambda rows: engine.evaluate(rows, HONEST, ("test",), None).loss[:, 0], layout, start_row(layout, seed),
-        training, rounds,
+        engine, lambda rows: engine.evaluate(rows, HONEST, ("test",), None).loss[:, 0],
+        lambda offer: option_scores(engine, offer, None).loss, layout, start_row(layout, seed), training, rounds,
     )  # fmt: skip
 
 
@@ -197,16 +205,23 @@ TRIALS: dict[str, Callable[[int], Trial]] = {"quadratic": quadratic, "llama": ll
 
 
 def compared(trial: Trial, method: Method) -> dict[str, dict[str, dict[str, float | None]]]:
-    """For each lie and rule: the loss of the honest clients relative to that without the liar, and the mean share of its weight
-    that the liar counted for, beside the least of an honest client in any round."""
+    """For each lie and rule: the loss of the honest clients relative to that without the liar and without a rule (on the complete
+    graph: to that there), and the mean share of its weight that the liar counted for, beside the least of an honest client in any
+    round."""
     learned = GRAPHS["learned"]().build(NAMES, [""] * len(NAMES), 0, lambda: torch.empty(0))
-    columns: dict[str, tuple[Robust, Graph]] = {"none": ("none", GROUPS), **{rule: (rule, GROUPS) for rule in RULES}}
-    columns["learned graph"] = "none", learned
-    base = trial.run(method, "none", GROUPS, Lying(trial.clients, None))[0]
+    without, without_complete = (
+        trial.run(method, "none", graph, Lying(trial.clients, None))[0] for graph in (GROUPS, COMPLETE)
+    )
+    columns: dict[str, tuple[Robust, Graph, float]] = {rule: (rule, GROUPS, without) for rule in ("none", *RULES)}
+    if uses_graph(method):
+        columns |= {
+            "learned graph": ("none", learned, without), "complete graph": ("none", COMPLETE, without_complete),
+            "complete, clip": ("clip", COMPLETE, without_complete),
+        }  # fmt: skip
     found: dict[str, dict[str, dict[str, float | None]]] = {}
     for name, lie in ({"honest": None} | LIES).items():
         clients = trial.clients if lie is None else Lying(trial.clients, lie)
-        for column, (rule, graph) in columns.items():
+        for column, (rule, graph, base) in columns.items():
             loss, records = trial.run(method, rule, graph, clients)
             shares = [record[COUNTED] for record in records if COUNTED in record]
             found.setdefault(name, {})[column] = {
@@ -222,18 +237,25 @@ def main() -> None:
     parser.add_argument("trial", choices=TRIALS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--method", choices=METHODS, default="mira")
+    parser.add_argument("--strength", type=_strength, default=_HALF, help="of mira: a number, personal or similarity")
     given = parser.parse_args()
-    method = METHODS[given.method](**{"strength": 0.5} if given.method == "mira" else {})
+    settings = {"strength": given.strength} if given.method == "mira" else {}
+    method, own = METHODS[given.method](**settings), [f"{s}" for s in settings.values() if s != _HALF]
+    which = "-".join([given.method, *own])
     runs = [compared(TRIALS[given.trial](seed), method) for seed in range(given.seeds)]
-    write({"environment": environment(), "trial": given.trial, "method": given.method, "runs": runs},
-          OUT.with_stem(f"liars-{given.trial}-{given.method}"))  # fmt: skip
+    write({"environment": environment(), "trial": given.trial, "method": given.method, **settings, "runs": runs},
+          OUT.with_stem(f"liars-{given.trial}-{which}"))  # fmt: skip
     shown = "loss of honest clients (the liar counted for, the least of an honest one)"
-    table = Table(title=f"{given.trial}, {given.method}, {given.seeds} seeds: {shown}")
+    table = Table(title=f"{given.trial}, {which}, {given.seeds} seeds: {shown}")
     for column in ("", *next(iter(runs[0].values()))):
         table.add_column(column, justify="right" if column else "left")
     for name, columns in runs[0].items():
         table.add_row(name, *(_cell([run[name][column] for run in runs]) for column in columns))
     console.print(table, markup=False)
+
+
+def _strength(given: str) -> float | str:
+    return given if given in ("personal", "similarity") else float(given)
 
 
 def _cell(found: Sequence[dict[str, Any]]) -> str:

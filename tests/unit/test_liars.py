@@ -31,6 +31,21 @@ def test_honest_clients_end_within_five_per_cent_of_the_loss_without_the_liar(li
     assert any(named) or lie not in NAMED
 
 
+@pytest.mark.parametrize(("lie", "most"), [("flipped and scaled", 1.05), ("sign-flipped", 1.10)])
+def test_clients_that_choose_their_strength_end_below_training_alone_even_without_a_defence(
+    lie: str, most: float
+) -> None:
+    """They go no further than their validation data allow. The sign-flipped displacement is not held within 5 % by any rule: the
+    liar chooses s = 1, and begins from its neighbours' mean."""
+    trial, method = quadratic(0, rounds=12), METHODS["mira"](strength="personal")
+    alone, local = (
+        trial.run(each, "none", GROUPS, Lying(trial.clients, None))[0] for each in (method, METHODS["local"]())
+    )
+    bare, clipped = (trial.run(method, rule, GROUPS, Lying(trial.clients, LIES[lie]))[0] for rule in ("none", "clip"))
+    assert alone < bare < local
+    assert clipped < most * alone
+
+
 @pytest.mark.parametrize("rule", ["clip", "median", "trimmed"])
 def test_a_defence_without_a_liar_costs_little_and_names_nobody(rule: str) -> None:
     trial, method = quadratic(0, rounds=12), METHODS["mira"](strength=0.5)
