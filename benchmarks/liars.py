@@ -212,7 +212,8 @@ def compared(trial: Trial, method: Method) -> dict[str, dict[str, dict[str, floa
     without, without_complete = (
         trial.run(method, "none", graph, Lying(trial.clients, None))[0] for graph in (GROUPS, COMPLETE)
     )
-    columns: dict[str, tuple[Robust, Graph, float]] = {rule: (rule, GROUPS, without) for rule in ("none", *RULES)}
+    rules: tuple[Robust, ...] = ("none", *RULES)
+    columns: dict[str, tuple[Robust, Graph, float]] = {rule: (rule, GROUPS, without) for rule in rules}
     if uses_graph(method):
         columns |= {
             "learned graph": ("none", learned, without), "complete graph": ("none", COMPLETE, without_complete),
