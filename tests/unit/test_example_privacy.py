@@ -140,6 +140,29 @@ def test_what_would_escape_the_noise_is_refused(section: str, value: dict[str, A
 
 
 def test_a_simulation_may_have_dropout() -> None:
+SITE = {"clip": 1.0, "noise": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        (
+            {"name": "mira", "strength": "personal"},
+            r"method\.strength=personal: .* leave method\.strength out, which means 0\.5",
+        ),
+        ({"name": "ifca"}, r"method\.name=ifca: .* take another method"),
+    ],
+)
+def test_a_choice_without_noise_is_refused_where_all_data_of_a_site_are_protected(
+    method: dict[str, Any], told: str
+) -> None:
+    plain = settings(Path("model"), Path("data"), privacy=SITE)
+    with pytest.raises(UserError, match=told):
+        Experiment(**plain | {"method": method})
+    for other in ({"name": "mira"}, {"name": "mira", "strength": "similarity"}, {"name": "fedit"}):
+        assert Experiment(**plain | {"method": other}).privacy
+
+
     assert experiment(PRIVATE | {"simulation": True}, adapter={"dropout": 0.1}).privacy
 
 

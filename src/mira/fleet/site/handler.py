@@ -28,7 +28,15 @@ from mira.fleet.site.fingerprints import fingerprints
 from mira.fleet.site.offset import rebase
 from mira.fleet.site.origin import note_losses, origin_of
 from mira.fleet.site.privacy import release
-from mira.fleet.site.refusals import RefusedRequest, check_adapter, check_metrics, check_noise, check_sources
+from mira.fleet.site.refusals import (
+    RefusedRequest,
+    check_adapter,
+    check_metrics,
+    check_noise,
+    check_offer,
+    check_sources,
+    check_splits,
+)  # fmt: skip
 from mira.fleet.site.state import SiteState
 from mira.runner import evaluation
 from mira.serving.folders import export_row
@@ -43,7 +51,6 @@ Answer = tuple[Values, dict[str, Tensor]]
 # In the place of an error, which may hold text or file names.
 SEE_LOG = "it failed; the reason is in the site's own log"
 _NOT_TOLD = "privacy.metrics: losses and metrics as they are stay at this site"
-_NO_NOISE = "the loss on its training examples has no noise (privacy.unit=example)"
 
 
 @dataclass(frozen=True)
@@ -217,15 +224,13 @@ class SiteHandler:
             offer = training.offer_of(packet, here.number, here.start, here.kept_parts(packet.values), down(here.wire))
         except (ValueError, LookupError) as error:
             raise RefusedRequest(f"not an offer: {error}") from None
-        if offer.split == "train" and here.session.accountant is not None:
-            raise RefusedRequest(_NO_NOISE)
+        check_offer(here.session.experiment.privacy, offer.split)
         scores = option_scores(here.session.engine, offer, packet.values["limit"])
         return {}, {"nll": scores.nll, "tokens": scores.tokens}
 
     def _evaluate(self, packet: Packet) -> Answer:
         here, values = self._measuring(packet)[0], packet.values
-        if here.session.accountant is not None and not set(values["splits"]) <= {"validation", "test"}:
-            raise RefusedRequest(_NO_NOISE)
+        check_splits(here.session.experiment.privacy, values["splits"])
         rows = torch.stack([_deployed(here, packet, n) for n in range(values["rows"])])
         client = torch.full((len(rows),), here.number)
         engine = evaluator(here.session, here.state, here.terms, values["splits"], len(rows))
