@@ -100,7 +100,8 @@ class SiteHandler:
 
     ``state``: the folder of all that the site keeps. ``model``: the base model's name or folder here, None as the server calls
     it. ``allow_transfer``: other sites' adapters may be tried on its data. ``min_noise``: the least ``privacy.noise`` of a run
-    that it takes part in. ``max_epsilon``: the largest ε of each example in such a run; None: it need not protect examples.
+    that it takes part in. ``max_epsilon``: the largest ε of each example in such a run; None: it need not protect examples;
+    ``max_delta``: the largest δ at which it counts; None: 0.01 over the number of the site's training examples.
     ``privacy_metrics``: the most that such a run may ask it to tell.
     """
 
@@ -113,6 +114,7 @@ class SiteHandler:
     min_noise: float = 0.0
     max_epsilon: float | None = None
     privacy_metrics: Metrics = "exact"
+    max_delta: float | None = None
     _joined: dict[str, JoinedRun] = field(default_factory=dict)
 
     def handle(self, request: bytes) -> bytes:
@@ -187,7 +189,7 @@ class SiteHandler:
         terms = terms_of(session, number, values)
         check_terms(terms, state.noted("terms"))
         done, measured = ((state.noted(what) or {"count": 0})["count"] for what in ("releases", MEASURED))
-        session = private(session, number, values, done, self.max_epsilon, measured)
+        session = private(session, number, values, done, self.max_epsilon, self.max_delta, measured)
         for what, ours in fingerprints(session).items():
             if values[what] != ours:
                 raise RefusedRequest(
