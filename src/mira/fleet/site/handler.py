@@ -22,21 +22,13 @@ from mira.core.wire import Wire, compress, down, encode
 from mira.data.sources.sites import Own
 from mira.data.types import Source
 from mira.fleet.messages.packet import PROTOCOL, Packet, other_protocol, pack, row_key, unpack
-from mira.fleet.site import training
+from mira.fleet.site import refusals, training
 from mira.fleet.site.account import MEASURED, check_terms, describe, evaluator, note_terms, private, terms_of
 from mira.fleet.site.fingerprints import fingerprints
 from mira.fleet.site.offset import rebase
 from mira.fleet.site.origin import note_losses, origin_of
 from mira.fleet.site.privacy import release
-from mira.fleet.site.refusals import (
-    RefusedRequest,
-    check_adapter,
-    check_metrics,
-    check_noise,
-    check_offer,
-    check_sources,
-    check_splits,
-)  # fmt: skip
+from mira.fleet.site.refusals import RefusedRequest
 from mira.fleet.site.state import SiteState
 from mira.runner import evaluation
 from mira.serving.folders import export_row
@@ -175,13 +167,13 @@ class SiteHandler:
         if (difference := other_protocol(values.get("protocol"))) is not None:
             raise RefusedRequest(difference)
         given = dict(values["experiment"])
-        check_sources(given)
-        check_adapter(given["adapter"], values.get("adapter_package"))
+        refusals.check_sources(given)
+        refusals.check_adapter(given["adapter"], values.get("adapter_package"))
         if self.model is not None:
             given["model"] = given["model"] | {"name": self.model, "source": "auto", "revision": None}
         experiment = config.parse(given | {"data": {"source": "builtin"}})
-        check_noise(experiment.privacy, self.min_noise, self.max_epsilon)
-        check_metrics(experiment.privacy, self.privacy_metrics)
+        refusals.check_noise(experiment.privacy, self.min_noise, self.max_epsilon)
+        refusals.check_metrics(experiment.privacy, self.privacy_metrics)
         experiment = experiment.model_copy(update={"data": Own(self.source, self.name)})
         number = int(values["number"])
         threads = {"threads": self.threads or values["threads"]}
@@ -226,13 +218,13 @@ class SiteHandler:
             offer = training.offer_of(packet, here.number, here.start, here.kept_parts(packet.values), down(here.wire))
         except (ValueError, LookupError) as error:
             raise RefusedRequest(f"not an offer: {error}") from None
-        check_offer(here.session.experiment.privacy, offer.split)
+        refusals.check_offer(here.session.experiment.privacy, offer.split)
         scores = option_scores(here.session.engine, offer, packet.values["limit"])
         return {}, {"nll": scores.nll, "tokens": scores.tokens}
 
     def _evaluate(self, packet: Packet) -> Answer:
         here, values = self._measuring(packet)[0], packet.values
-        check_splits(here.session.experiment.privacy, values["splits"])
+        refusals.check_splits(here.session.experiment.privacy, values["splits"])
         rows = torch.stack([_deployed(here, packet, n) for n in range(values["rows"])])
         client = torch.full((len(rows),), here.number)
         engine = evaluator(here.session, here.state, here.terms, values["splits"], len(rows))
