@@ -82,9 +82,9 @@ def private(
         check_delta(asked.delta, examples)
     except UserError as error:
         raise refused(str(error)) from None
-    bound = _DELTA / examples if most_delta is None else most_delta
-    if most is not None and asked.delta > bound:
-        raise refused(f"privacy.delta={asked.delta:g} is too large for --max-epsilon: it takes part up to {bound:.3g}")
+    if most is not None and asked.delta > (_DELTA / examples if most_delta is None else most_delta):
+        bound = f"{_DELTA:g}/{examples}, by its {examples} examples" if most_delta is None else f"{most_delta:g}"
+        raise refused(f"privacy.delta={asked.delta:g} is too large for --max-epsilon: it takes part up to {bound}")
     accountant = Accountant.of(session.experiment, session.federation, times, measurements, client)
     assert accountant is not None
     if most is not None:
