@@ -85,8 +85,7 @@ def _leaves(name: str, value: Any, texts: bool) -> Iterator[tuple[str, bool | in
             yield from _leaves(f"{name}.{each.name}", getattr(value, each.name), texts or choice)
     elif isinstance(value, bool | int | float):
         yield name, value
-    elif texts and value is not None and not isinstance(value, Mapping):
-        plain = to_jsonable_python(value)
+    elif texts and (plain := to_jsonable_python(value)) is not None and not isinstance(plain, dict):
         text = plain if isinstance(plain, str) else json.dumps(plain)
         yield name, Path(text).name if Path(text).is_absolute() else text
 
