@@ -96,10 +96,10 @@ def test_hyper_parameters_are_numbers_choices_and_names() -> None:
     [
         (
             {"data": {
-                "source": "jsonl", "path": "planted", "client_column": "planted", "columns": {"input": "planted"},
+                "source": "hub", "path": "planted", "subset": "planted", "columns": {"input": "planted"},
                 "partition": {"by": "column", "column": "planted"},
             }},
-            {"data.source": "jsonl", "data.partition.by": "column"},
+            {"data.source": "hub", "data.partition.by": "column"},
         ),
         ({"data": {"source": "builtin", "tasks": ["planted"], "suite": "hard"}}, {"data.suite": "hard"}),
         (
