@@ -18,13 +18,13 @@ from mira.setup.noised import accountant_of
 
 def check(experiment: Experiment, where: str) -> Iterator[str]:
     """Check the configuration ``where``. Yields lines for people: a strength that clients cannot choose, the encoding of prompts,
-    and the result. Raises UserError."""
+    and the result. Raises UserError, before any line."""
     check_metrics(experiment.evaluation.metrics)
-    if (line := config.strength_told(experiment)) is not None:
-        yield line
+    told = [line] if (line := config.strength_told(experiment)) is not None else []
     about = f"{experiment.rounds} rounds of {experiment.method.name}"
     if config.clients_are_remote(experiment) and not getattr(experiment.data, "examples", None):
         # The server's kit lists the clients; only they know their data.
+        yield from told
         yield f"{where}: fine for mira server; {about}; each site checks its own data"
         return
     if not config.clients_are_remote(experiment):
@@ -36,8 +36,9 @@ def check(experiment: Experiment, where: str) -> Iterator[str]:
     reader = open_reader(model.name, model.source, model.trust_remote_code, model.revision)
     if reader is not None:
         federation, encoder = preview.check(experiment, federation, reader)
-        yield from (encoder.about, *encoder.cautions)
+        told += [encoder.about, *encoder.cautions]
     accountant_of(experiment, federation)
+    yield from told
     unseen = "" if reader else f"; prompts not checked: {model.name} is not on this machine yet"
     yield f"{where}: fine; {len(federation.clients)} clients, {about}{unseen}"
 
