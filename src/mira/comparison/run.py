@@ -53,8 +53,8 @@ def compare(
         if results is not None:
             _check_writable(results)
         _check_privacy(plan)
-        if (line := privacy_told(plan)) is not None:
-            log.warning("%s", line)
+        if (caution := privacy_told(plan)) is not None:
+            log.warning("%s", caution)
         same = Same(unlike)
         there = _Existing.checked(plan, out, same)
         weights, here = weights_of(plan.base), _this_machine(plan)
