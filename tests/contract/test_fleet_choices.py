@@ -73,6 +73,25 @@ def test_a_site_without_a_good_answer_goes_half_of_the_way_and_is_named_once(
     assert load(world.folder / "apart" / "config.yaml").method.strength == "personal"  # type: ignore[attr-defined]
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("split", ["validation", "train"])
+def test_a_site_whose_uploads_have_noise_chooses_nothing(world: World, split: str) -> None:
+    """Whatever method the server has: sites are not told it."""
+    pytest.importorskip("dp_accounting", reason="needs the extra 'privacy'")
+    sites = world.sites(min_noise=2.0)
+    private = PERSONAL | {"method": {"name": "mira"}, "privacy": {"clip": 0.5, "noise": 2.0}}
+    _, transport = world.apart(sites, rounds=1, **private)
+    name, trained = next(
+        (name, packet) for name, data in transport.sent if (packet := unpack(data)).head.kind == "train"
+    )
+    row = trained.tensors["row0"]
+    offer = {"points": [0.0, 1.0], "split": split, "limit": None, "since": 0, "private_parts": False}
+    asked = Packet(replace(trained.head, kind="choose"), offer, {"row0": row, "row1": row})
+    said = unpack(sites[name].handle(pack(asked)))
+    assert said.values == {"failed": "a choice by losses on its data has no noise (privacy.unit=site)"}
+    assert not said.tensors
+
+
 WRONG: dict[str, Any] = {
     "no split": {"split": "test"}, "points beyond": {"points": [0.0, 2.0]}, "points of text": {"points": ["0"]},
     "no points": {"points": []},

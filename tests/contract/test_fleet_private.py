@@ -103,6 +103,13 @@ def test_a_site_refuses_what_would_escape_its_noise(world: World, caplog: pytest
     assert "epsilon=" in str(failed(world.sites("strict", max_epsilon=0.5)[opened.head.name], "open", many))
     assert "a site draws noise of its own" in str(failed(site, "open", with_sections(privacy={"simulation": True})))
     assert "no protection for 4 examples" in str(failed(site, "open", with_sections(privacy={"delta": 0.25})))
+    # A server could make any ε small by its δ.
+    large = with_sections(privacy={"delta": 0.003})
+    assert failed(site, "open", large) == (
+        "privacy.delta=0.003 is too large for --max-epsilon: it takes part up to 0.01/4, by its 4 examples"
+    )
+    assert failed(world.sites("lax", max_epsilon=100.0, max_delta=0.003)[opened.head.name], "open", large) is None
+    assert failed(world.sites("open")[opened.head.name], "open", large) is None, "it insists on no ε"
     assert failed(site, "open", opened.values) is None
     offer = {"points": None, "split": "train", "limit": None, "since": 0, "private_parts": False}
     assert "has no noise" in str(failed(site, "choose", offer, row0=row))
@@ -135,6 +142,7 @@ def test_a_site_refuses_what_would_escape_its_noise(world: World, caplog: pytest
         (PRIVATE, {"min_noise": 1.0}, "did not join"),
         (PRIVATE, {"max_epsilon": 2.0}, "did not join"),
         (PRIVATE | {"delta": 0.25}, {"max_epsilon": 100.0}, "did not join"),  # of 4 examples
+        (PRIVATE | {"delta": 2e-6}, {"max_epsilon": 100.0, "max_delta": 1e-6}, "did not join"),
         ({"clip": 0.5, "noise": 2.0}, {"max_epsilon": 100.0}, "did not join"),
         (PRIVATE | {"metrics": "noised"}, {"privacy_metrics": "none"}, "did not join"),
     ],

@@ -101,17 +101,31 @@ def test_clipped_sums_equal_a_pass_for_each_example(
         (sample,) = oracle.spec.batches(work, job, round)
         assert len(sample) > 0
         wanted.append(clipped_sum(oracle, start[job], sample, privacy.clip) / 3)
+    parts, fits = list[int](), private._fits
+    monkeypatch.setattr(private, "_fits", lambda part, *rest: (parts.append(len(part)), fits(part, *rest))[1])
     for name, budget, memory in (
         ("reference", 0, 0),
         ("batched", 4096, 2**29),
         ("batched", 60, 2**29),
         ("batched", 4096, 1),
     ):
+        parts.clear()
         monkeypatch.setattr(private, "_BYTES", memory)
         ours = engine_of(name, kind, privacy, **({"tokens_per_pass": budget} if budget else {}))
         moved = start - ours.train(work, round, 1.0).rows
         # 1e-10 of the gradient: float64 sums of some thousand products are right to about 1e-13
         assert float((moved - torch.stack(wanted)).norm() / torch.stack(wanted).norm()) < 1e-10, (name, budget, memory)
+        assert (set(parts) == {1}) is (memory == 1), "an example at a time where memory has no room for two"
+
+
+@pytest.mark.quick
+def test_examples_in_memory_are_as_many_as_their_rows_gradients_and_scales_have_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(private, "_BYTES", 7 * 3 * 4000)
+    rows = torch.zeros(5, 1000)  # 4000 bytes each, however many
+    assert [private.examples_at_a_time(rows, threads) for threads in (1, 2, 7, 8)] == [7, 3, 1, 1]
+    assert private.examples_at_a_time(rows.double(), 1) == 3
 
 
 @pytest.mark.parametrize("name", ["batched", "reference"])
@@ -154,6 +168,20 @@ def test_noise_is_added_once_to_numbers_that_are_trained(name: str) -> None:
     for job, (client, rank) in enumerate(zip(CLIENTS.tolist(), (2, 4, 4), strict=True)):
         drawn = privacy.draws(0, client, client).normal(layout.size) * layout.within(rank) * trainable
         torch.testing.assert_close((quiet - loud)[job], drawn * z * clip / 3, rtol=0, atol=1e-12)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ["batched", "reference"])
+def test_a_shift_is_added_after_clipping_noise_and_division(name: str) -> None:
+    """Such as SCAFFOLD's control variates, which come of noised rows."""
+    start = starts("llama")
+    shift = torch.randn(start.shape, generator=generator("shift"), dtype=torch.float64)  # far longer than clip
+    plain, shifted = (
+        engine_of(name, "llama", with_noise(1.5)).train(Work(CLIENTS, start, shift=each), 0, 1.0).rows
+        for each in (None, shift)
+    )
+    # The noise is the same in both; numbers below 10 in float64 are right to about 1e-15.
+    torch.testing.assert_close(plain - shifted, shift, rtol=0, atol=1e-12)
 
 
 @pytest.mark.quick

@@ -156,6 +156,29 @@ def test_config_check(file: Path) -> None:
     assert unknown == "clients.rank.bop=1: no client is named 'bop'; did you mean 'bob'?"
 
 
+@pytest.mark.parametrize(
+    ("privacy", "told"),
+    [
+        ("{unit: example, noise: 1.0, clip: 1.0, delta: 0.3}", "privacy.delta=0.3: is no protection for 4 examples"),
+        (
+            "{unit: example, epsilon: 0.5, clip: 1.0, metrics: noised}",
+            "leave nothing for the training; raise epsilon, metrics_noise or evaluation.every",
+        ),
+        ("{noise: 8.0, clip: 1.0}", "one process has no sites; set privacy.unit=example"),
+    ],
+)
+def test_config_check_refuses_the_privacy_that_a_run_refuses(
+    file: Path, tmp_path: Path, privacy: str, told: str
+) -> None:
+    pytest.importorskip("dp_accounting", reason="needs the extra 'privacy'")
+    given = [file, "--set", f"privacy={privacy}"]
+    refused = mira("config", "check", *given).error
+    assert told in refused
+    assert f"error: {refused}\n" in mira("run", *given, "--out", tmp_path / "run").err
+    if "delta" in privacy:  # without the tokenizer too
+        assert mira("config", "check", *given, "--set", "model.name=nobody/nothing").error == refused
+
+
 def test_config_check_of_a_federation_over_machines(file: Path) -> None:
     ended = mira("config", "check", file, "--set", "data={source: sites, groups: {ann: north}}")
     assert (ended.status, ended.out) == (

@@ -19,6 +19,7 @@ from mira.comparison.grid import beyond, edges, points
 from mira.comparison.paired import against, primary
 from mira.comparison.plan import Primary, parse, shown
 from mira.comparison.progress import of_a_run
+from mira.comparison.run import compare
 from mira.comparison.summary import MEASURES
 from mira.comparison.tables import csv_text, latex, markdown, rich_tables
 from mira.core.errors import UserError
@@ -43,6 +44,17 @@ def write(folder: Path, **changes: Any) -> Path:
 
 
 # The file
+
+
+def test_runs_with_real_noise_are_said_to_add_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    private = {"unit": "example", "clip": 1.0, "noise": 1.0}
+    told = "privacy: each run counts its own epsilon; all runs of this comparison are on the same data and cost more together"
+    for privacy, lines in ((None, 0), (private | {"simulation": True}, 0), (private, 1)):
+        caplog.clear()
+        plan = load(write(tmp_path, experiment=EXPERIMENT | {"privacy": privacy}))
+        with caplog.at_level("WARNING", "mira"), pytest.raises(UserError, match="give one of the two"):
+            compare(plan, tmp_path / "out", "again", workers=3, ray="auto")  # refused, but after the warning
+        assert caplog.text.count(told) == lines
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from math import comb, erfc, exp, log, sqrt
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.sample_config import settings
+from helpers.sample_config import mira, settings
 from mira import Experiment
 from mira.adapters import ADAPTERS
 from mira.config.compatibility import trainings
@@ -139,6 +140,29 @@ def test_what_would_escape_the_noise_is_refused(section: str, value: dict[str, A
         Experiment(**settings(Path("model"), Path("data"), privacy=PRIVATE) | {section: value})
 
 
+SITE = {"clip": 1.0, "noise": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        (
+            {"name": "mira", "strength": "personal"},
+            r"method\.strength=personal: .* leave method\.strength out, which means 0\.5",
+        ),
+        ({"name": "ifca"}, r"method\.name=ifca: .* take another method"),
+    ],
+)
+def test_a_choice_without_noise_is_refused_where_all_data_of_a_site_are_protected(
+    method: dict[str, Any], told: str
+) -> None:
+    plain = settings(Path("model"), Path("data"), privacy=SITE)
+    with pytest.raises(UserError, match=told):
+        Experiment(**plain | {"method": method})
+    for other in ({"name": "mira"}, {"name": "mira", "strength": "similarity"}, {"name": "fedit"}):
+        assert Experiment(**plain | {"method": other}).privacy
+
+
 def test_a_simulation_may_have_dropout() -> None:
     assert experiment(PRIVATE | {"simulation": True}, adapter={"dropout": 0.1}).privacy
 
@@ -231,3 +255,9 @@ def test_no_number_has_a_gradient_without_noise() -> None:
     found: Tensor = privacy.finished(torch.ones(3), privacy.draws(0, 0, 0), 0, 40, held)
     assert found[1] == 0
     assert bool((found[[0, 2]] != 0.25).all())
+
+
+def test_a_bound_of_delta_belongs_to_one_of_epsilon() -> None:
+    pytest.importorskip("flwr", reason="needs Flower: pip install 'mira-fl[flower]'")
+    refused = mira("client", "--kit", "kit", "--data", "data", "--max-delta", "1e-6").error
+    assert re.search(r"--max-delta 1e-06: .* give that too, e\.g\. --max-epsilon 8", refused)

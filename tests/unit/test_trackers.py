@@ -28,7 +28,8 @@ def settings(tiny_folder: Path, tmp_path: Path) -> Experiment:
     """Three rounds of two clients whose names, file and column all hold a planted word."""
     data = write_clients(tmp_path / "planted.jsonl", TENANTS)
     data.write_text(data.read_text().replace("Add.", "Planted add."))
-    return load(write_config(tmp_path / "config.yaml", tiny_folder, data))
+    told = {"clients": {"rank": {TENANTS[0]: 1}}, "prompt": {"template": "chat", "system": "Planted: be brief."}}
+    return load(write_config(tmp_path / "config.yaml", tiny_folder, data, **told))
 
 
 def tracked(settings: Experiment, **trackers: Any) -> Experiment:
@@ -70,21 +71,58 @@ def test_of_very_many_clients_only_means_are_shown() -> None:
     assert list(numbers.by_number(few).values())[:2] == ["client 00", "client 01"]
 
 
-def test_hyper_parameters_say_nothing_of_the_data() -> None:
-    config = {
-        "name": "x", "rounds": 3, "model": {"name": "/home/planted/model", "device": "auto"},
-        "data": {
-            "source": "jsonl", "path": "/planted", "client_column": "planted", "tasks": ["planted"], "share": 0.2,
-            "partition": {"by": "column", "column": "planted"},
-        },
-        "adapter": {"targets": ["q_proj"], "rank": 8, "rslora": False}, "method": {"clip": None},
+def parameters(**sections: Any) -> dict[str, Any]:
+    """The hyper-parameters of an experiment."""
+    needed: dict[str, Any] = {
+        "rounds": 3, "model": {"name": "/home/planted/model"}, "data": {"source": "sites"}, "training": {"local_steps": 1},
         "tracking": {"wandb": {"project": "planted"}},
     }  # fmt: skip
-    assert numbers.hyper_parameters(config) == {
-        "name": "x", "rounds": 3, "model.name": "model", "model.device": "auto", "data.source": "jsonl",
-        "data.share": 0.2, "data.partition.by": "column", "adapter.targets": '["q_proj"]', "adapter.rank": 8,
-        "adapter.rslora": False,
+    return numbers.hyper_parameters(dict(Experiment(**needed | sections)))
+
+
+def test_hyper_parameters_are_numbers_choices_and_names() -> None:
+    shown = parameters(name="x", adapter={"targets": ["q_proj"], "rank": 8}, method={"upper_layers": [1.0, 0.5]})
+    wanted = {
+        "name": "x", "rounds": 3, "model.name": "model", "model.device": "auto", "model.trust_remote_code": False,
+        "adapter.targets": '["q_proj"]', "adapter.rank": 8, "method.strength": None, "method.upper_layers": "[1.0, 0.5]",
+        "data.source": "sites", "prompt.template": "auto", "prompt.max_length": 1024, "split.train": 0.8,
     }  # fmt: skip
+    assert {key: shown.get(key) for key in wanted} == wanted
+    assert all(isinstance(value, bool | int | float | str) for value in shown.values())
+
+
+@pytest.mark.parametrize(
+    ("sections", "kept"),
+    [
+        (
+            {"data": {
+                "source": "hub", "path": "planted", "subset": "planted", "columns": {"input": "planted"},
+                "partition": {"by": "column", "column": "planted"},
+            }},
+            {"data.source": "hub", "data.partition.by": "column"},
+        ),
+        ({"data": {"source": "builtin", "tasks": ["planted"], "suite": "hard"}}, {"data.suite": "hard"}),
+        (
+            {"data": {
+                "source": "sites", "examples": {"planted": 40}, "groups": {"planted": "planted"}, "expected": ["planted"],
+                "descriptions": {"planted": "planted"},
+            }},
+            {"data.source": "sites"},
+        ),
+        ({"clients": {"rank": {"planted": 4}}}, {}),
+        (
+            {"prompt": {
+                "system": "planted", "chat_template": "planted", "template_kwargs": {"planted": 1}, "template": "chat",
+                "overlong": "drop",
+            }},
+            {"prompt.template": "chat", "prompt.overlong": "drop"},
+        ),
+    ],
+)  # fmt: skip
+def test_hyper_parameters_hold_no_name_of_a_client_and_no_text(sections: dict[str, Any], kept: dict[str, Any]) -> None:
+    shown = parameters(**sections)
+    assert "planted" not in json.dumps(shown)
+    assert {key: shown.get(key) for key in kept} == kept
 
 
 # TensorBoard

@@ -146,6 +146,15 @@ def client(
         float | None,
         typer.Option("--max-epsilon", min=0, help="Take part only in runs that protect each example within this ε."),
     ] = None,
+    max_delta: Annotated[
+        float | None,
+        typer.Option(
+            "--max-delta",
+            min=0,
+            max=1,
+            help="The largest privacy.delta of such runs (default: 0.01 over the number of this site's training examples).",
+        ),
+    ] = None,
     privacy_metrics: Annotated[
         Literal["exact", "noised", "none"],
         typer.Option(
@@ -162,6 +171,6 @@ def client(
     if log_format == "json":
         log_as_json()
     options = SiteOptions(
-        data, state, model, threads, allow_transfer, min_noise, max_epsilon, privacy_metrics, log_format
+        data, state, model, threads, allow_transfer, min_noise, max_epsilon, privacy_metrics, log_format, max_delta
     )
     run_site(kit, options, say, say if verbose else silent)

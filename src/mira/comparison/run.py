@@ -53,6 +53,8 @@ def compare(
         if results is not None:
             _check_writable(results)
         _check_privacy(plan)
+        if (caution := privacy_told(plan)) is not None:
+            log.warning("%s", caution)
         same = Same(unlike)
         there = _Existing.checked(plan, out, same)
         weights, here = weights_of(plan.base), _this_machine(plan)
@@ -141,6 +143,16 @@ def fixed_strengths(plan: Plan) -> list[str]:
     """A line for each entry with a strength that is a number because its clients cannot choose."""
     told = ((job.entry, config.strength_told(job.experiment)) for job in plan.every_job())
     return list(dict.fromkeys(f"entries.{entry}: {line}" for entry, line in told if line is not None))
+
+
+def privacy_told(plan: Plan) -> str | None:
+    """A line for people where the runs protect examples and are no simulations; None elsewhere."""
+    if all(job.experiment.privacy is None or job.experiment.privacy.simulation for job in plan.every_job()):
+        return None
+    return (
+        "privacy: each run counts its own epsilon; all runs of this comparison are on the same data and cost more together"
+        " (docs/privacy.md)"
+    )
 
 
 def _this_machine(plan: Plan) -> Machine:

@@ -94,6 +94,21 @@ def check_private(method: Method, layout: Layout, dropout: float) -> None:
         raise UserError("privacy.unit=example: adapter.kind=seeds has no gradients to clip; set adapter.kind=lora")
 
 
+def check_uploads(method: Method) -> None:
+    """Raise UserError where ``method`` would move adapters by losses on a site's data, which have no noise: privacy.unit=site
+    covers all of these data."""
+    if getattr(method, "strength", None) == "personal":
+        raise UserError(
+            "method.strength=personal: chooses by losses without noise, and privacy.unit=site covers all data of a site; leave"
+            " method.strength out, which means 0.5, or set a number or similarity"
+        )
+    if chooses_by_training_loss(method):
+        raise UserError(
+            f"method.name={method.name}: chooses by losses without noise, and privacy.unit=site covers all data of a site; take"
+            " another method"
+        )
+
+
 def check_untold(method: Method, metrics: str, by_epochs: bool) -> None:
     """Raise UserError where a run with privacy.metrics=``metrics``, not exact, would need what its clients do not tell: losses of
     several adapters for ``method``, or the number of examples for the steps of a round (``by_epochs``: training.local_epochs sets

@@ -12,27 +12,33 @@ from mira.data.federation import Federation, make_federation
 from mira.model.reader import open_reader, weights_bytes
 from mira.runner import preview
 from mira.runner.evaluation import check_metrics
+from mira.runner.objects import check_unit
+from mira.setup.noised import accountant_of
 
 
 def check(experiment: Experiment, where: str) -> Iterator[str]:
     """Check the configuration ``where``. Yields lines for people: a strength that clients cannot choose, the encoding of prompts,
-    and the result. Raises UserError."""
+    and the result. Raises UserError, before any line."""
     check_metrics(experiment.evaluation.metrics)
-    if (line := config.strength_told(experiment)) is not None:
-        yield line
+    told = [line] if (line := config.strength_told(experiment)) is not None else []
     about = f"{experiment.rounds} rounds of {experiment.method.name}"
     if config.clients_are_remote(experiment) and not getattr(experiment.data, "examples", None):
         # The server's kit lists the clients; only they know their data.
+        yield from told
         yield f"{where}: fine for mira server; {about}; each site checks its own data"
         return
+    if not config.clients_are_remote(experiment):
+        check_unit(experiment)
     federation, model = make_federation(experiment.data, experiment.split, experiment.seed), experiment.model
     config.check_ranks(experiment, [client.name for client in federation.clients])
     if config.mixes_along_graph(experiment.method.name):
         _check_graph(experiment, federation)
     reader = open_reader(model.name, model.source, model.trust_remote_code, model.revision)
     if reader is not None:
-        encoder = preview.check(experiment, federation, reader)
-        yield from (encoder.about, *encoder.cautions)
+        federation, encoder = preview.check(experiment, federation, reader)
+        told += [encoder.about, *encoder.cautions]
+    accountant_of(experiment, federation)
+    yield from told
     unseen = "" if reader else f"; prompts not checked: {model.name} is not on this machine yet"
     yield f"{where}: fine; {len(federation.clients)} clients, {about}{unseen}"
 

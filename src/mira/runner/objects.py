@@ -53,11 +53,8 @@ class Objects:
     ) -> Session:
         """Open the session of ``experiment`` on these objects. ``clients``: the clients recorded by a run, if no examples are
         needed. ``to_run``: see ``open_session``. Raises UserError."""
-        if recorded is None and experiment.privacy is not None and not experiment.privacy.by_example:
-            raise UserError(
-                "privacy: sites add the noise (mira server), and one process has no sites; set privacy.unit=example, or leave"
-                " privacy out"
-            )
+        if recorded is None:
+            check_unit(experiment)
         if self.clients is not None:
             clients = make_federation(Given(self.clients), experiment.split, experiment.seed)
         return open_session(
@@ -74,3 +71,12 @@ class Objects:
         """Open the session of a run that begins or is resumed: on the workers that the configuration asks for. A run that is only
         read needs none."""
         return self.open(experiment, recorded, progress, folder, to_run=True)
+
+
+def check_unit(experiment: Experiment) -> None:
+    """Raise UserError where sites are to add the noise of a run in one process."""
+    if experiment.privacy is not None and not experiment.privacy.by_example:
+        raise UserError(
+            "privacy: sites add the noise (mira server), and one process has no sites; set privacy.unit=example, or leave privacy"
+            " out"
+        )

@@ -70,14 +70,15 @@ def look(source: Source, experiment: Experiment, reader: Reader | None) -> Previ
     }
 
 
-def check(experiment: Experiment, federation: Federation, reader: Reader) -> Encoder:
-    """The encoder of a run. Raises UserError if a run would refuse the examples because of their template or length."""
+def check(experiment: Experiment, federation: Federation, reader: Reader) -> tuple[Federation, Encoder]:
+    """The clients of a run, without the examples that it would leave out, and its encoder. Raises UserError if it would refuse
+    examples because of their template or length."""
     encoder, training = encoder_of(experiment, reader), experiment.training
     if encoder.wording.overlong == "drop":
         federation = without_overlong(federation, encoder)
     prove(federation, encoder)
     Corpus(federation, encoder, training.batch_size, training.local_steps, training.local_epochs).truncated()
-    return encoder
+    return federation, encoder
 
 
 def encoder_of(experiment: Experiment, reader: Reader, endless: bool = False) -> Encoder:

@@ -122,7 +122,7 @@ def _go_on(session: Session, store: Store, state: ServerState, told: Callbacks) 
         state = _measure_start(session, store, state, told, look)
     # The work of the method itself, without ranks: the zeros beyond a client's rank are not private.
     clients.begin(has_private_parts(experiment.method.broadcast(state, torch.zeros(1, dtype=torch.int64))))
-    shown = Trackers(experiment.tracking, experiment.model_dump(mode="json"), store.folder, names)
+    shown = Trackers(experiment.tracking, dict(experiment), store.folder, names)
     with closing(shown):
         observer = _Observer(clients, shown, told)
         for record in store.metrics():

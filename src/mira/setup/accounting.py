@@ -63,7 +63,7 @@ def noise_for(
     if measurements and epsilon(1.0, rate, 0, delta, *besides) > 0.9 * target:
         raise UserError(
             f"privacy.epsilon={target:g}: {measurements} measurements with metrics_noise={metrics_noise:g} leave nothing for the"
-            " training; raise metrics_noise or evaluation.every"
+            " training; raise epsilon, metrics_noise or evaluation.every"
         )
     low, high = 0.0, 1.0
     while epsilon(high, rate, steps, delta, *besides) > target:

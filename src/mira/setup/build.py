@@ -24,8 +24,7 @@ from mira.engine.memory import share_heap
 from mira.model import Base, Device, load
 from mira.setup.engine import EnginePlan
 from mira.setup.environment import environment_of
-from mira.setup.noised import measurements_of
-from mira.setup.privacy import Accountant, times_of
+from mira.setup.noised import accountant_of
 from mira.setup.session import TOKENS, Session
 from mira.setup.spread import check_gpus
 
@@ -65,9 +64,7 @@ def open_session(
         federation = without_overlong(federation, encoder)
     prove_prompts(federation, encoder)
     corpus, truncated = _corpus(experiment, federation, encoder, first, folder)
-    accountant = (
-        Accountant.of(experiment, corpus, times_of(experiment), measurements_of(experiment)) if to_run else None
-    )
+    accountant = accountant_of(experiment, federation) if to_run else None
     plan = EnginePlan(
         experiment, base, adapter, encoder, corpus, recorded, progress, accountant.privacy if accountant else None
     )

@@ -22,7 +22,8 @@ from mira.core.noise import normal
 from mira.core.seeds import generator
 from mira.core.types import Scores
 from mira.data.corpus import Corpus
-from mira.setup.privacy import Accountant
+from mira.data.federation import Federation
+from mira.setup.privacy import Accountant, times_of
 
 _SPARE = 3  # measurements of rounds that are done again
 
@@ -83,6 +84,11 @@ class NoisedEngine:
 def clipped_sum(losses: Tensor, clip: float) -> float:
     """Σ min(l_i, R) of ``losses`` [m]; a loss that is not finite counts as R."""
     return float(losses.double().nan_to_num(clip, clip, clip).clamp(0, clip).sum())
+
+
+def accountant_of(experiment: Experiment, federation: Federation) -> Accountant | None:
+    """The accountant of a run of all clients of ``federation`` in this process; None where the run has none. Raises UserError."""
+    return Accountant.of(experiment, federation, times_of(experiment), measurements_of(experiment))
 
 
 def measurements_of(experiment: Experiment) -> int:

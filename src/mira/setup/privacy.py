@@ -19,7 +19,7 @@ from mira.core.example_privacy import ExamplePrivacy, rate
 from mira.core.loop import screen
 from mira.core.training import Training
 from mira.core.types import Failure, Trained, Work
-from mira.data.corpus import Corpus
+from mira.data.federation import Federation
 from mira.engine.spread import part
 from mira.setup.accounting import epsilon, noise_for
 
@@ -79,15 +79,17 @@ class Accountant:
     measured: Counter[int] = field(default_factory=Counter)
 
     @staticmethod
-    def of(experiment: Experiment, corpus: Corpus, times: int, measurements: int = 0) -> Accountant | None:
-        """The accountant of a run in which each client of ``corpus`` trains ``times`` times and tells losses with noise
-        ``measurements`` times; None where it is none of DP-SGD.
+    def of(
+        experiment: Experiment, federation: Federation, times: int, measurements: int = 0, first: int = 0
+    ) -> Accountant | None:
+        """The accountant of a run in which each client of ``federation`` trains ``times`` times and tells losses with noise
+        ``measurements`` times; None where it is none of DP-SGD. ``first``: the number of the first client.
         Raises UserError where no noise gives privacy.epsilon, or the accountant is not installed."""
         section, training = experiment.privacy, experiment.training
         if section is None or not section.by_example:
             return None
-        names = {k: client.name for k, client in enumerate(corpus.federation.clients, corpus.first)}
-        number = {k: corpus.num_train(k) for k in names}
+        clients = dict(enumerate(federation.clients, first))
+        names, number = ({k: getattr(c, what) for k, c in clients.items()} for what in ("name", "num_train"))
         check_delta(section.delta, max(number.values()))
         noise = {k: noise_of(section, training, n, times, measurements) for k, n in number.items()}
         seed = experiment.seed if section.simulation else None

@@ -47,13 +47,14 @@ class Tracking:
 
 
 class Trackers:
-    """The trackers of one run. No function here raises, and only ``finish`` and ``close`` wait."""
+    """The trackers of one run, whose experiment has ``sections``. No function here raises, and only ``finish`` and ``close``
+    wait."""
 
-    def __init__(self, tracking: Tracking, config: Mapping[str, Any], folder: Path, clients: Sequence[str]) -> None:
+    def __init__(self, tracking: Tracking, sections: Mapping[str, Any], folder: Path, clients: Sequence[str]) -> None:
         self._near, self._far = numbers.by_name(clients), numbers.by_number(clients)
         asked: dict[str, Tracker | None] = {"wandb": tracking.wandb, "mlflow": tracking.mlflow}
         folder = folder.resolve()
-        show = partial(_start, parameters=numbers.hyper_parameters(config), name=folder.name, folder=folder)
+        show = partial(_start, parameters=numbers.hyper_parameters(sections), name=folder.name, folder=folder)
         self._here = _TrackerThread("TensorBoard", partial(show, TensorBoard()))
         self._away = [
             _TrackerThread(f"tracking.{name}", partial(show, tracker)) for name, tracker in asked.items() if tracker

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin
+
+from pydantic_core import to_jsonable_python
 
 from mira.core.checks import FIELDS
 
 CLIENTS = 100  # with more clients only means are shown: a curve for each would be slow and unreadable
+
+_OF_DATA = ("data", "prompt")  # sections whose texts are columns, tasks and instructions
 
 Record = Mapping[str, Any]
 Labels = Mapping[str, str]  # client name → label of its curves
@@ -62,22 +68,26 @@ def of_result(result: Record) -> dict[str, float]:
     return {f"final/{key}": value for key, value in last.items()} | {f"best/{key}": v for key, v in best.items()}
 
 
-def hyper_parameters(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """The configuration under its dotted keys. The data section gives its kinds and numbers alone, since paths, columns and tasks
-    reveal the data. Other paths give their last part. Null values are absent."""
-    return dict(_leaves("", {key: value for key, value in config.items() if key != "tracking"}))
+def hyper_parameters(sections: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """The ``sections`` of an experiment under dotted keys. Left out: mappings, whose keys are words of the user's own, such as
+    names of clients; the texts of the sections data and prompt, except choices from a fixed list; null values; the section
+    tracking. Other paths give their last part."""
+    told = (_leaves(name, section, name not in _OF_DATA) for name, section in sections.items() if name != "tracking")
+    return dict(chain.from_iterable(told))
 
 
-def _leaves(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, bool | int | float | str]]:
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _leaves(f"{name}.", value)
-        elif isinstance(value, bool | int | float):
-            yield name, value
-        elif value is not None and (not prefix.startswith("data.") or key in ("source", "by")):
-            text = value if isinstance(value, str) else json.dumps(value)
-            yield name, Path(text).name if Path(text).is_absolute() else text
+def _leaves(name: str, value: Any, texts: bool) -> Iterator[tuple[str, bool | int | float | str]]:
+    """The values in ``value``, which is called ``name``. ``texts``: texts are among them, not only choices."""
+    if is_dataclass(value):
+        known = getattr(value, "__pydantic_fields__", {})
+        for each in fields(value):
+            choice = each.name in known and get_origin(known[each.name].annotation) is Literal
+            yield from _leaves(f"{name}.{each.name}", getattr(value, each.name), texts or choice)
+    elif isinstance(value, bool | int | float):
+        yield name, value
+    elif texts and (plain := to_jsonable_python(value)) is not None and not isinstance(plain, dict):
+        text = plain if isinstance(plain, str) else json.dumps(plain)
+        yield name, Path(text).name if Path(text).is_absolute() else text
 
 
 def _plain(values: Record, without: Sequence[str] = ()) -> dict[str, float]:

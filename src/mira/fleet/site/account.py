@@ -25,6 +25,7 @@ _BESIDE = {
     "noised": "so are its losses together with them, for each example; the numbers of its examples are not covered",
     "none": "it tells no losses, metrics and counts",
 }
+_DELTA = 0.01  # the most that δ times the number of a site's examples may be, where the site insists on an ε
 _MOST_STEPS = 10**9  # of a run; the accountant computes with floats
 
 
@@ -50,15 +51,17 @@ def spent(
 
 
 def private(
-    session: Session, client: int, opened: Mapping[str, Any], count: int, most: float | None = None, measured: int = 0
-) -> Session:
+    session: Session, client: int, opened: Mapping[str, Any], count: int, most: float | None = None,
+    most_delta: float | None = None, measured: int = 0,
+) -> Session:  # fmt: skip
     """``session`` as it trains where the run protects examples, with noise and account of this site's own.
 
     ``opened``: the values that the server opened the run with. ``count``: the private steps of ``client`` in this run so far;
     ``measured``: its losses with noise.
-    ``most``: the largest ε that the site accepts. A server that tells fewer trainings than it asks for makes less noise, and its
-    site leaves the run so much sooner. Raises UserError where it tells none, RefusedRequest where its steps are too many, its
-    delta is no protection, or the run would cost more than ``most``.
+    ``most``: the largest ε that the site accepts, at a δ of at most ``most_delta`` (None: 0.01 over the number of its examples).
+    A server that tells fewer trainings than it asks for makes less noise, and its site leaves the run so much sooner. Raises
+    UserError where it tells none, RefusedRequest where its steps are too many, its delta is no protection, or the run would cost
+    more than ``most``.
     """
     asked, times = session.experiment.privacy, opened.get("trainings")
     if asked is None or not asked.by_example:
@@ -72,13 +75,17 @@ def private(
         raise UserError("privacy.metrics=noised: the server does not tell how often a site measures")
     # In words that may leave the site, where these may tell of its data.
     refused = RefusedRequest if asked.tells else UserError
-    if times * session.experiment.training.steps_for(session.corpus.num_train(client)) > _MOST_STEPS:
+    examples = session.corpus.num_train(client)
+    if times * session.experiment.training.steps_for(examples) > _MOST_STEPS:
         raise RefusedRequest(f"trainings, training: more than {_MOST_STEPS:g} private steps")
     try:
-        check_delta(asked.delta, session.corpus.num_train(client))
+        check_delta(asked.delta, examples)
     except UserError as error:
         raise refused(str(error)) from None
-    accountant = Accountant.of(session.experiment, session.corpus, times, measurements)
+    if most is not None and asked.delta > (_DELTA / examples if most_delta is None else most_delta):
+        bound = f"{_DELTA:g}/{examples}, by its {examples} examples" if most_delta is None else f"{most_delta:g}"
+        raise refused(f"privacy.delta={asked.delta:g} is too large for --max-epsilon: it takes part up to {bound}")
+    accountant = Accountant.of(session.experiment, session.federation, times, measurements, client)
     assert accountant is not None
     if most is not None:
         cost = accountant.epsilon(client, accountant.planned[client], measurements)

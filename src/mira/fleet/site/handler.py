@@ -22,13 +22,13 @@ from mira.core.wire import Wire, compress, down, encode
 from mira.data.sources.sites import Own
 from mira.data.types import Source
 from mira.fleet.messages.packet import PROTOCOL, Packet, other_protocol, pack, row_key, unpack
-from mira.fleet.site import training
+from mira.fleet.site import refusals, training
 from mira.fleet.site.account import MEASURED, check_terms, describe, evaluator, note_terms, private, terms_of
 from mira.fleet.site.fingerprints import fingerprints
 from mira.fleet.site.offset import rebase
 from mira.fleet.site.origin import note_losses, origin_of
 from mira.fleet.site.privacy import release
-from mira.fleet.site.refusals import RefusedRequest, check_adapter, check_metrics, check_noise, check_sources
+from mira.fleet.site.refusals import RefusedRequest
 from mira.fleet.site.state import SiteState
 from mira.runner import evaluation
 from mira.serving.folders import export_row
@@ -43,7 +43,6 @@ Answer = tuple[Values, dict[str, Tensor]]
 # In the place of an error, which may hold text or file names.
 SEE_LOG = "it failed; the reason is in the site's own log"
 _NOT_TOLD = "privacy.metrics: losses and metrics as they are stay at this site"
-_NO_NOISE = "the loss on its training examples has no noise (privacy.unit=example)"
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,8 @@ class SiteHandler:
 
     ``state``: the folder of all that the site keeps. ``model``: the base model's name or folder here, None as the server calls
     it. ``allow_transfer``: other sites' adapters may be tried on its data. ``min_noise``: the least ``privacy.noise`` of a run
-    that it takes part in. ``max_epsilon``: the largest ε of each example in such a run; None: it need not protect examples.
+    that it takes part in. ``max_epsilon``: the largest ε of each example in such a run; None: it need not protect examples;
+    ``max_delta``: the largest δ at which it counts; None: 0.01 over the number of the site's training examples.
     ``privacy_metrics``: the most that such a run may ask it to tell.
     """
 
@@ -106,6 +106,7 @@ class SiteHandler:
     min_noise: float = 0.0
     max_epsilon: float | None = None
     privacy_metrics: Metrics = "exact"
+    max_delta: float | None = None
     _joined: dict[str, JoinedRun] = field(default_factory=dict)
 
     def handle(self, request: bytes) -> bytes:
@@ -166,13 +167,13 @@ class SiteHandler:
         if (difference := other_protocol(values.get("protocol"))) is not None:
             raise RefusedRequest(difference)
         given = dict(values["experiment"])
-        check_sources(given)
-        check_adapter(given["adapter"], values.get("adapter_package"))
+        refusals.check_sources(given)
+        refusals.check_adapter(given["adapter"], values.get("adapter_package"))
         if self.model is not None:
             given["model"] = given["model"] | {"name": self.model, "source": "auto", "revision": None}
         experiment = config.parse(given | {"data": {"source": "builtin"}})
-        check_noise(experiment.privacy, self.min_noise, self.max_epsilon)
-        check_metrics(experiment.privacy, self.privacy_metrics)
+        refusals.check_noise(experiment.privacy, self.min_noise, self.max_epsilon)
+        refusals.check_metrics(experiment.privacy, self.privacy_metrics)
         experiment = experiment.model_copy(update={"data": Own(self.source, self.name)})
         number = int(values["number"])
         threads = {"threads": self.threads or values["threads"]}
@@ -180,7 +181,7 @@ class SiteHandler:
         terms = terms_of(session, number, values)
         check_terms(terms, state.noted("terms"))
         done, measured = ((state.noted(what) or {"count": 0})["count"] for what in ("releases", MEASURED))
-        session = private(session, number, values, done, self.max_epsilon, measured)
+        session = private(session, number, values, done, self.max_epsilon, self.max_delta, measured)
         for what, ours in fingerprints(session).items():
             if values[what] != ours:
                 raise RefusedRequest(
@@ -217,15 +218,13 @@ class SiteHandler:
             offer = training.offer_of(packet, here.number, here.start, here.kept_parts(packet.values), down(here.wire))
         except (ValueError, LookupError) as error:
             raise RefusedRequest(f"not an offer: {error}") from None
-        if offer.split == "train" and here.session.accountant is not None:
-            raise RefusedRequest(_NO_NOISE)
+        refusals.check_offer(here.session.experiment.privacy, offer.split)
         scores = option_scores(here.session.engine, offer, packet.values["limit"])
         return {}, {"nll": scores.nll, "tokens": scores.tokens}
 
     def _evaluate(self, packet: Packet) -> Answer:
         here, values = self._measuring(packet)[0], packet.values
-        if here.session.accountant is not None and not set(values["splits"]) <= {"validation", "test"}:
-            raise RefusedRequest(_NO_NOISE)
+        refusals.check_splits(here.session.experiment.privacy, values["splits"])
         rows = torch.stack([_deployed(here, packet, n) for n in range(values["rows"])])
         client = torch.full((len(rows),), here.number)
         engine = evaluator(here.session, here.state, here.terms, values["splits"], len(rows))

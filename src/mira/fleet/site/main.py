@@ -36,7 +36,8 @@ class _Ended(Exception):
 class SiteOptions:
     """``state``: the folder of what the site keeps; ``model``: the base model's name or folder here; ``allow_transfer``: other
     sites' adapters may be tried on its data; ``min_noise``: the least ``privacy.noise`` of a run it takes part in;
-    ``max_epsilon``: the largest ε of each example in such a run; ``privacy_metrics``: the most that it tells beside its adapter;
+    ``max_epsilon``: the largest ε of each example in such a run, at a δ of at most ``max_delta`` (None: 0.01 over the number of
+    its training examples); ``privacy_metrics``: the most that it tells beside its adapter;
     ``log_format``: of the worker's lines, text or json."""
 
     data: Path
@@ -48,6 +49,14 @@ class SiteOptions:
     max_epsilon: float | None = None
     privacy_metrics: Metrics = "exact"
     log_format: str = "text"
+    max_delta: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_delta is not None and self.max_epsilon is None:
+            raise UserError(
+                f"--max-delta {self.max_delta:g}: is for the ε of --max-epsilon; give that too, e.g. --max-epsilon 8, or leave"
+                " --max-delta out"
+            )
 
 
 def run_site(kit_folder: Path, options: SiteOptions, say: Say, tell: Say) -> None:
@@ -129,6 +138,7 @@ def _worker(kit: SiteKit, options: SiteOptions, folder: Path, tell: Say) -> Supe
     line += ["--threads", str(options.threads)] if options.threads else []
     line += ["--min-noise", str(options.min_noise), "--log-format", options.log_format]
     line += [] if options.max_epsilon is None else ["--max-epsilon", str(options.max_epsilon)]
+    line += [] if options.max_delta is None else ["--max-delta", str(options.max_delta)]
     line += ["--privacy-metrics", options.privacy_metrics]
     line += ["--allow-transfer"] if options.allow_transfer else []
     return SupervisedProcess("worker", line, None, {"OMP_WAIT_POLICY": "PASSIVE"}, tell)

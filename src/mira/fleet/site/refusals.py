@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mira.config.privacy import METRICS, Metrics, PrivacySection
@@ -40,6 +40,19 @@ def check_adapter(given: Mapping[str, Any], package: str | None) -> None:
         raise RefusedRequest(
             f"adapter.{adapters.tag}={kind}: this site has no adapter of that kind; install {source} at the site too"
         )
+
+
+def check_offer(asked: PrivacySection | None, split: str) -> None:
+    """Raises RefusedRequest where losses on ``split`` would move adapters by data that their noise is to cover."""
+    if asked is not None and not asked.by_example:
+        raise RefusedRequest("a choice by losses on its data has no noise (privacy.unit=site)")
+    check_splits(asked, [split])
+
+
+def check_splits(asked: PrivacySection | None, splits: Sequence[str]) -> None:
+    """Raises RefusedRequest where the run protects examples and ``splits`` has others than validation and test."""
+    if asked is not None and asked.by_example and not set(splits) <= {"validation", "test"}:
+        raise RefusedRequest("the loss on its training examples has no noise (privacy.unit=example)")
 
 
 def check_noise(asked: PrivacySection | None, least: float, max_epsilon: float | None) -> None:

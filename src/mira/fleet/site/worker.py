@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--min-noise", type=float, default=0.0)
     parser.add_argument("--max-epsilon", type=float)
+    parser.add_argument("--max-delta", type=float)
     parser.add_argument("--privacy-metrics", choices=METRICS, default="exact")
     parser.add_argument("--allow-transfer", action="store_true")
     parser.add_argument("--log-format", choices=("text", "json"), default="text")
@@ -67,6 +68,7 @@ def main() -> None:
             given.min_noise,
             given.max_epsilon,
             given.privacy_metrics,
+            given.max_delta,
         )
         site.source.load(0)
         answer_requests(site, Path(given.socket))
