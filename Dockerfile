@@ -1,4 +1,3 @@
-# syntax=docker/dockerfile:1
 # Images with the `mira` command: `docker build --target cpu .` or `docker build --target cuda .` (docs/containers.md).
 ARG PYTHON=3.12
 
