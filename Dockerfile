@@ -1,10 +1,14 @@
-# syntax=docker/dockerfile:1
 # Images with the `mira` command: `docker build --target cpu .` or `docker build --target cuda .` (docs/containers.md).
 ARG PYTHON=3.12
 
 FROM python:${PYTHON}-slim AS base
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
-RUN useradd --create-home --uid 1000 mira && mkdir /work && chown mira:mira /work
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 HOME=/home/mira
+# A new volume has the owner and the mode of its place in the image. `docker run --user` may name a user that has no home.
+RUN useradd --create-home --uid 1000 mira \
+    && mkdir /work /home/mira/.cache \
+    && chown mira:mira /work /home/mira/.cache \
+    && chmod 755 /home/mira \
+    && chmod 1777 /home/mira/.cache
 WORKDIR /build
 COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY src ./src

@@ -86,6 +86,17 @@ def test_an_image_is_pinned_and_copies_what_there_is() -> None:
         assert f"!{file}" in allowed
 
 
+def test_a_new_volume_of_the_page_is_its_users_own() -> None:
+    """Docker gives a new volume the owner of its place in the image, and to root where the image has no such place."""
+    page = (DEPLOY.parent / "docs" / "containers.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^docker run .*$", page, re.MULTILINE)
+    volumes = [(command, place) for command in commands for place in re.findall(r" -v [\w-]+:(/[^ :]+)", command)]
+    assert {place for _, place in volumes} == {"/home/mira/.cache", "/kit", "/state", "/cache"}
+    for command, place in volumes:
+        image = (DEPLOY if " mira-site " in command else DEPLOY.parent) / "Dockerfile"
+        assert re.search(rf"mkdir .*{re.escape(place)}(\s|$)", image.read_text(encoding="utf-8"), re.MULTILINE), command
+
+
 def test_the_trial_has_enough_data() -> None:
     split = config.load(DEPLOY / "trial.yaml").split
     for name in SITES:
