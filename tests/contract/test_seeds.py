@@ -116,6 +116,22 @@ def test_local_steps_are_the_published_ones(name: str, prox: float) -> None:
     assert all(torch.equal(w, w0[name]) for name, w in weights(engine).items())
 
 
+def test_equal_starts_are_applied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that start alike cost one change of the weights, with the numbers of each alone, to the bit."""
+    engine = make_seeds("batched", torch.float32)
+    common = torch.randn(COUNT, generator=generator("start")) * 0.01
+    start = torch.stack([common, torch.zeros(COUNT), common])
+    clients = torch.tensor([0, 1, 1])
+    alone = [
+        engine.train(Work(clients[j : j + 1], start[j : j + 1]), round=2, lr=LR).rows[0] for j in range(len(start))
+    ]
+    added, add = list[int](), Directions.add
+    monkeypatch.setattr(Directions, "add", lambda self, s, factor: (added.append(s), add(self, s, factor)))
+    together = engine.train(Work(clients, start), round=2, lr=LR)
+    assert torch.equal(together.rows, torch.stack(alone))
+    assert len(added) == COUNT + 3 * int(together.steps.sum())
+
+
 def test_only_trainable_coefficients_move_and_loss_falls() -> None:
     engine = make_seeds("batched", torch.float32, RandomCorpus((40,)))
     before = weights(engine)

@@ -29,15 +29,20 @@ class Directions:
             tensor.data.add_(z.to(tensor), alpha=factor)
 
     @contextmanager
-    def applied(self, row: Tensor) -> Iterator[None]:
-        """Set the weights to w0 + Σ_s c_s·z_s, c = ``row`` [N], while the context is open. Afterwards they are w0 to the last
-        bit, whatever was added in between: a copy of the tensors is kept meanwhile."""
+    def kept(self) -> Iterator[None]:
+        """Restore the weights at the end, to the last bit, whatever was added in between. Keeps a copy of the tensors."""
         before = [tensor.detach().clone() for tensor in self.tensors.values()]
         try:
-            for s, c in enumerate(row.tolist()):
-                if c != 0:
-                    self.add(s, c)
             yield
         finally:
             for tensor, original in zip(self.tensors.values(), before, strict=True):
                 tensor.data.copy_(original)
+
+    @contextmanager
+    def applied(self, row: Tensor) -> Iterator[None]:
+        """Set the weights to w0 + Σ_s c_s·z_s, c = ``row`` [N], while the context is open. Afterwards they are w0 (``kept``)."""
+        with self.kept():
+            for s, c in enumerate(row.tolist()):
+                if c != 0:
+                    self.add(s, c)
+            yield

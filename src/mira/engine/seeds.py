@@ -42,7 +42,7 @@ def without_gradients(
 class SeedsEngine:
     """Computes rows by changing the base's weights: ``inner`` runs the base without an adapter.
 
-    The weights hold one row at a time and are restored afterwards. Memory use is that of inference plus a copy of the tensors
+    The weights hold one row at a time and are restored afterwards. Memory use is that of inference plus two copies of the tensors
     that have directions.
     """
 
@@ -52,17 +52,19 @@ class SeedsEngine:
     seed: int
 
     def train(self, work: Work, round: int, lr: float) -> Trained:
-        """See ``Engine.train``."""
+        """See ``Engine.train``. Equal starts cost one change of the weights."""
         batches = [self.corpus.batches(round, int(client)) for client in work.client]
         rows, loss, failed = work.start.clone(), torch.zeros(len(batches), dtype=torch.float64), {}
-        for job, steps in enumerate(batches):
-            draw = generator("seeds", self.seed, round, int(work.client[job]))
-            try:
-                loss[job] = self._descend(rows[job], work, job, steps, draw, lr)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                failed[job] = Failure(int(work.client[job]), OUT_OF_MEMORY)
+        for places in _alike(work.start):
+            with self.directions.applied(work.start[places[0]]):
+                for job in places.tolist():
+                    draw = generator("seeds", self.seed, round, int(work.client[job]))
+                    try:
+                        loss[job] = self._descend(rows[job], work, job, batches[job], draw, lr)
+                    except RuntimeError as error:
+                        if not is_out_of_memory(error):
+                            raise
+                        failed[job] = Failure(int(work.client[job]), OUT_OF_MEMORY)
         trained = Trained(
             client=work.client, job=torch.arange(len(batches)), rows=rows,
             examples=torch.tensor([self.corpus.num_train(int(client)) for client in work.client]),
@@ -75,10 +77,10 @@ class SeedsEngine:
     def _descend(
         self, row: Tensor, work: Work, job: int, batches: Sequence[Sequence[Encoded]], draw: torch.Generator, lr: float
     ) -> float:
-        """Train ``row`` [N] in place; returns the mean of F(w ± ε·z) over the steps."""
+        """Train ``row`` [N], which the weights hold, in place; returns the mean of F(w ± ε·z) over the steps."""
         seeds = torch.arange(len(row)) if work.trainable is None else work.trainable.nonzero()[:, 0]
         total = 0.0
-        with self.directions.applied(row):
+        with self.directions.kept():
             for batch in batches:
                 s = int(seeds[torch.randint(len(seeds), (), generator=draw)])
                 self.directions.add(s, self.directions.epsilon)
@@ -136,6 +138,6 @@ class SeedsEngine:
 
 
 def _alike(rows: Tensor) -> Iterator[Tensor]:
-    """The places of each distinct row: beyond its passes, evaluation costs one change of the weights for each."""
+    """The places of each distinct row: beyond passes, work costs one change of the weights for each."""
     _, group = rows.unique(dim=0, return_inverse=True)
     return ((group == number).nonzero()[:, 0] for number in group.unique())
