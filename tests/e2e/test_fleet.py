@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from helpers.sample_config import mira, settings
 from helpers.tunnel import tunnel
 from mira.fleet.flower import frames
 from mira.fleet.gate import proxy as gate
-from mira.fleet.identity import certificates, join, kit, registry
+from mira.fleet.identity import certificates, join, key_files, kit, registry
 from mira.fleet.identity.signatures import signed
 
 pytestmark = pytest.mark.slow
@@ -82,13 +83,24 @@ def expired(folder: Path) -> Iterator[int]:
         yield door.address[1]
 
 
+def lapse(server: Path, name: str) -> None:
+    """Let the admission of a site have ended a minute ago."""
+    past = registry.stamp(datetime.now(UTC) - timedelta(minutes=1))
+    with key_files.locked(server):
+        address, sites = registry.read_registry(server)
+        ended = tuple(replace(site, expires=past) if site.name == name else site for site in sites)
+        registry.commit(server, address, ended)
+
+
 def test_who_is_refused(federation: Federation) -> None:
-    """Strangers, the revoked and the careless come while one site joins: nobody but the admitted is ever online."""
+    """Strangers, the revoked, the expired and the careless come while one site joins: nobody but the admitted is ever online."""
     folder, port = federation.folder, federation.gate
     kit.make_server(folder / "other-kit", f"127.0.0.1:{port}", days=2)
     federation.issue(NAMES[1], "foreign-kit", "other-kit")
     federation.issue("gone")
     kit.revoke(folder / "server-kit", "gone")
+    federation.issue("lapsed")
+    lapse(folder / "server-kit", "lapsed")
     federation.issue("visitor", called=NAMES[1])  # its own key under another's name
     federation.server("server", "c.yaml", "--out", "never")
     federation.until("server", "sites may connect")
@@ -98,7 +110,8 @@ def test_who_is_refused(federation: Federation) -> None:
         kit.revoke(folder / "server-kit", "late")  # no run waits for it
         untrusted = "the certificate of the server there is refused"
         for name, why in (
-            ("gone", "does not admit this kit's key: it is revoked"), ("foreign", f"{untrusted} ("),
+            ("gone", "does not admit this kit's key: it is revoked, expired"),
+            ("lapsed", "does not admit this kit's key: it is revoked, expired"), ("foreign", f"{untrusted} ("),
             ("late", f"{untrusted} (certificate has expired)"),
         ):  # fmt: skip
             told = mira(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,14 @@ import pytest
 pytest.importorskip("flwr", reason="needs the extra 'flower'")
 
 from flwr.app import Message, Metadata
+from flwr.supercore.corestate.in_memory_corestate import InMemoryCoreState
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, inflate_object_from_contents
+from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 
 from mira.fleet.flower import contents, frames, node
 from mira.fleet.flower.contents import content_of, record_of
@@ -71,6 +74,48 @@ class Line:
         return back
 
 
+class Parts(InMemoryCoreState):
+    """The parts of messages at a SuperLink, without messages."""
+
+    def get_node_id(self) -> int:
+        raise NotImplementedError
+
+    def store_message_and_object_tree(self, *_: object) -> tuple[bool, list[str]]:
+        raise NotImplementedError
+
+
+class Shaky(Line):
+    """A line to the store of a SuperLink, which keeps each part of an answer once. ``lost``: pushes whose answer is lost, so that
+    Flower's client repeats them; ``missed``: pushes that the SuperLink does not take, as after a long silence."""
+
+    def __init__(self, lost: int = 0, missed: int = 0) -> None:
+        super().__init__(b"?")
+        self.lost, self.missed, self.one = lost, missed, threading.Lock()
+        self.store = InMemoryObjectStore()
+        self.state = Parts(self.store)
+
+    def send(self, message: Message, tree: Any, seconds: float) -> tuple[set[str], str]:
+        session = self.state.start_session(5)
+        if not self.replies:
+            self.replies.append(message)
+        return set(self.state.preregister_object_tree(tree, session)), session
+
+    def push(self, run: int, session: str, part: str, content: bytes) -> None:
+        with self.one:
+            missed, self.missed = self.missed, max(self.missed - 1, 0)
+            lost, self.lost = (self.lost, self.lost) if missed else (self.lost, max(self.lost - 1, 0))
+            taken = not missed and self.state.store_object(run, session, part, content)
+            if lost and not missed:
+                taken = self.state.store_object(run, session, part, content)
+        if not taken:
+            raise ObjectPushError(part, run, session)
+
+    @property
+    def answer(self) -> Message:
+        self.pushed = {id: self.store.get(id) or b"" for id in self.store.store}
+        return super().answer
+
+
 def taken_part(monkeypatch: pytest.MonkeyPatch, folder: Path, line: Line, ask: Callable[[bytes], bytes]) -> None:
     @contextmanager
     def connected(*_: object) -> Iterator[Any]:
@@ -91,6 +136,25 @@ def test_a_message_is_answered_by_the_worker(monkeypatch: pytest.MonkeyPatch, tm
     assert content_of(line.answer) == b"!" + b"?" * size
     assert line.confirmed == [(5, line.number)], "so that the SuperLink forgets it"
     assert sorted(line.fetched) == sorted(line.parts), "each part once"
+
+
+@pytest.mark.parametrize("trouble", [{"lost": 3}, {"missed": 3}, {"lost": 1, "missed": 1}], ids=str)
+def test_an_answer_arrives_though_the_network_loses_some_of_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trouble: dict[str, int]
+) -> None:
+    """A SuperLink refuses a part that it has, and waits three minutes for the others."""
+    line = Shaky(**trouble)
+    taken_part(monkeypatch, tmp_path, line, lambda request: b"!")
+    assert content_of(line.answer) == b"!"
+
+
+def test_a_part_that_is_never_taken_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    line = Shaky(missed=100)
+    taken_part(monkeypatch, tmp_path, line, lambda request: b"!")
+    assert line.missed == 100 - 2 * 3, "three parts, tried twice"
+    assert "was not answered: ObjectPushError" in capfd.readouterr().err
 
 
 def test_a_worker_that_does_not_answer_is_told_without_its_path(

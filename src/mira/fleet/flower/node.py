@@ -34,7 +34,12 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPushError,
+    inflate_object_from_contents,
+    pull_objects,
+    push_objects,
+)
 from flwr.supernode.fleet_http_connection import http_request_response
 
 from mira.core.escape import visible
@@ -111,11 +116,26 @@ def _push(
     send: Callable[[Message, ObjectTree, float], tuple[set[str], str]],
     push: Callable[[str, str, bytes], None],
 ) -> None:
+    """Push ``reply``: what it consists of, then the parts that the SuperLink lacks. Raises ObjectPushError for a part that it
+    still lacks after two attempts."""
     with no_object_id_recompute():  # each part is hashed once
         reply.metadata.__dict__["_message_id"] = reply.object_id
-        parts = get_all_nested_objects(reply)
-        wanted, session = send(reply, get_object_tree(reply), 0.0)
-        push_objects(parts, partial(push, session), object_ids_to_push=wanted)
+        for _ in range(2):
+            wanted, session = send(reply, get_object_tree(reply), 0.0)
+            refused: list[ObjectPushError] = []
+
+            def part(id: str, content: bytes, session: str = session, refused: list[ObjectPushError] = refused) -> None:
+                try:
+                    push(session, id, content)
+                except (
+                    ObjectPushError
+                ) as error:  # also of a part that it has: Flower repeats a request whose answer was lost
+                    refused.append(error)
+
+            push_objects(get_all_nested_objects(reply), part, object_ids_to_push=wanted)
+            if not refused:
+                return
+        raise refused[0]
 
 
 def ask_worker(path: Path, request: bytes) -> bytes:
