@@ -34,6 +34,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "graph": {"name": "learned"},
         "evaluation": {"every": 2},
     },
+    "private-simulation": {
+        "rounds": 8,
+        "privacy": {"unit": "example", "clip": 0.5, "noise": 1.0, "simulation": True},
+    },
 }
 
 

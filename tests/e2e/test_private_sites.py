@@ -1,4 +1,5 @@
-"""Private sites over TLS, in real processes: one is killed amid its training, and pays for the round twice."""
+"""Private sites over TLS, in real processes: one is killed amid its training, and pays for the round twice; others insist on more
+than the run gives."""
 
 from __future__ import annotations
 
@@ -22,7 +23,15 @@ from mira.fleet.site.state import SiteState
 
 pytestmark = pytest.mark.slow
 
-KILLED, STRICT = "killed", "strict"
+KILLED, STRICT, COSTLY, LOOSE = "killed", "strict", "costly", "loose"
+INSISTS = {
+    STRICT: ("--privacy-metrics", "none"), COSTLY: ("--max-epsilon", 2), LOOSE: ("--max-epsilon", 8, "--max-delta", 1e-6),
+}  # fmt: skip
+REFUSED = {
+    STRICT: r"privacy\.metrics=noised tells too much: it takes part only in runs with none",
+    COSTLY: r"epsilon=(8|7\.9\d) is too much: it takes part up to 2",
+    LOOSE: r"privacy\.delta=1e-05 is too large for --max-epsilon: it takes part up to 1e-06",
+}
 ROUNDS, STEPS = 3, 2
 HANGS = "hangs"  # the file that says so, in the folder of the federation
 HANGING = f"""\
@@ -76,7 +85,7 @@ def test_a_site_killed_amid_a_round_pays_twice_and_leaves_when_its_budget_is_spe
     port = free_port()
     federation = Federation(tmp_path, port, port)
     kit.make_server(tmp_path / "server-kit", f"127.0.0.1:{port}", days=2)
-    for name in (KILLED, STRICT):
+    for name in (KILLED, *INSISTS):
         federation.issue(name)
         write_data(tmp_path, 0, name)
     plan = settings(
@@ -84,15 +93,17 @@ def test_a_site_killed_amid_a_round_pays_twice_and_leaves_when_its_budget_is_spe
         training={"local_steps": STEPS}, evaluation={"generate": False, "transfer_clients": 0, "every": ROUNDS},
         privacy={"unit": "example", "epsilon": 8.0, "clip": 0.5, "metrics": "noised", "metrics_noise": 20.0},
     )  # fmt: skip
-    plan["data"] = {"source": "sites", "expected": [STRICT]}
+    plan["data"] = {"source": "sites", "expected": list(INSISTS)}
     (tmp_path / "c.yaml").write_text(json.dumps(plan))
     (tmp_path / "hanging").mkdir()
     (tmp_path / "hanging" / "sitecustomize.py").write_text(HANGING)
     path = os.pathsep.join([str(tmp_path / "hanging"), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         federation.server("server", "c.yaml", "--out", "run")
-        start_site(federation, STRICT, "--privacy-metrics", "none")
-        federation.until("server", f"online: {STRICT}")
+        for name, options in INSISTS.items():
+            start_site(federation, name, *options)
+        for name in INSISTS:
+            federation.until("server", f"online: .*{name}")
         start_site(federation, KILLED, "--max-epsilon", 8, "--privacy-metrics", "noised", PYTHONPATH=path)
         kill_amid_a_round(federation)
         assert counted(federation, KILLED) == 2 * STEPS, "before any of them was done"
@@ -104,10 +115,14 @@ def test_a_site_killed_amid_a_round_pays_twice_and_leaves_when_its_budget_is_spe
     account = [record["privacy"].get(KILLED) for record in records]
     assert [told["steps"] for told in account] == [0, STEPS, 3 * STEPS, 3 * STEPS]
     assert 7.5 < account[-1]["epsilon"] <= 8
-    tells_too_much = "privacy.metrics=noised tells too much: it takes part only in runs with none"
-    assert [record["lost"] for record in records[1:]] == [
-        {STRICT: tells_too_much}, {STRICT: tells_too_much}, {STRICT: tells_too_much, KILLED: "privacy.epsilon=8 is spent"},
-    ]  # fmt: skip
+    lost = [record["lost"] for record in records[1:]]
+    assert lost == [lost[0], lost[0], lost[0] | {KILLED: "privacy.epsilon=8 is spent"}]
+    assert sorted(lost[0]) == sorted(INSISTS)
+    said = " ".join(federation.log("server").split())
+    for name, reason in lost[0].items():
+        assert re.fullmatch(REFUSED[name], reason)
+        assert f"open: {reason}" in federation.log(name)
+        assert f"lost {name}: {reason}" in said
     assert counted(federation, KILLED) == ROUNDS * STEPS
     assert [record["train_loss"] for record in records[1:]] == [{KILLED: None}, {KILLED: None}, {}]
     assert records[-1]["clients"][KILLED]["validation_loss"] >= 0

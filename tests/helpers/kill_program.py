@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,5 +167,7 @@ def supervise(base: Path, kills: int) -> None:
 if __name__ == "__main__":
     # No waiting for the disk: a process that is killed loses nothing that it has written.
     os.fsync = lambda descriptor: None
+    with suppress(ModuleNotFoundError):  # slow, and every attempt with privacy would import it again
+        import dp_accounting.rdp  # noqa: F401
     for place in sys.argv[2:]:
         supervise(Path(place), int(sys.argv[1]))
