@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from pathlib import Path
 
 _PARTS = {"mira.fleet.site.worker": "worker", "mira.fleet.flower.node": "node"}
+_YOUNG = 20.0  # seconds within which a process that cannot begin has ended; its supervisor starts it again
 
 
 def server(port: int) -> str | None:
@@ -19,15 +21,24 @@ def server(port: int) -> str | None:
 
 
 def site(processes: Path = Path("/proc")) -> str | None:
-    """The reason for which the site is not ready; None where its worker and its node run."""
+    """The reason for which the site is not ready; None where its worker and its node have run for a while."""
     running: set[str] = set()
-    for line in processes.glob("[0-9]*/cmdline"):
+    up = float((processes / "uptime").read_text().split()[0])
+    for process in processes.glob("[0-9]*"):
         try:
-            running |= _PARTS.keys() & set(line.read_text(errors="replace").split("\0"))
+            modules = _PARTS.keys() & set((process / "cmdline").read_text(errors="replace").split("\0"))
+            if modules and up - _started(process) >= _YOUNG:
+                running |= modules
         except OSError:  # it has ended
             continue
     missing = [name for module, name in _PARTS.items() if module not in running]
     return f"not running: {', '.join(missing)}" if missing else None
+
+
+def _started(process: Path) -> float:
+    """The start of a process in seconds since that of the system, by field 22 of its ``stat`` (proc(5))."""
+    after_its_name = (process / "stat").read_text(errors="replace").rpartition(")")[2].split()
+    return int(after_its_name[19]) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shlex
@@ -113,12 +114,20 @@ def test_the_health_of_a_server_is_its_gate() -> None:
 
 
 def test_the_health_of_a_site_is_its_worker_and_its_node(tmp_path: Path) -> None:
-    def running(number: int, module: str) -> None:
-        (tmp_path / str(number)).mkdir()
-        (tmp_path / str(number) / "cmdline").write_text("\0".join(["python", "-P", "-m", module, "--name", "x"]) + "\0")
+    """A part that ends at its start and is started again does not count."""
+    (tmp_path / "uptime").write_text("1000.00 1.00\n")
 
-    running(7, "mira.fleet.site.worker")
+    def running(number: int, module: str, seconds: int) -> None:
+        (tmp_path / str(number)).mkdir(exist_ok=True)
+        (tmp_path / str(number) / "cmdline").write_text("\0".join(["python", "-P", "-m", module, "--name", "x"]) + "\0")
+        ticks = (1000 - seconds) * os.sysconf("SC_CLK_TCK")
+        (tmp_path / str(number) / "stat").write_text(f"{number} (a (b) c) {'S ' * 19}{ticks} 0 0\n")
+
+    running(7, "mira.fleet.site.worker", seconds=60)
     assert HEALTH["site"](tmp_path) == "not running: node"
-    running(9, "mira.fleet.flower.node")
+    running(9, "mira.fleet.flower.node", seconds=3)
+    assert HEALTH["site"](tmp_path) == "not running: node"
+    running(9, "mira.fleet.flower.node", seconds=60)
     assert HEALTH["site"](tmp_path) is None
+    assert HEALTH["_started"](Path("/proc/self")) > 0
     assert all(find_spec(module) for module in HEALTH["_PARTS"])
