@@ -120,7 +120,9 @@ def test_a_site_killed_amid_a_round_pays_twice_and_leaves_when_its_budget_is_spe
     assert last.pop(KILLED) == "privacy.epsilon=8 is spent"
     for each in lost:
         assert each.keys() == INSISTS.keys()
-        assert all(reason in (last[name], "it was not waited for") for name, reason in each.items())  # that of a busy site
+        assert all(
+            reason in (last[name], "it was not waited for") for name, reason in each.items()
+        )  # that of a busy site
     said = " ".join(federation.log("server").split())
     for name, reason in last.items():
         assert re.fullmatch(REFUSED[name], reason)

@@ -56,7 +56,9 @@ def test_measurements_with_noise_are_part_of_the_same_account() -> None:
     assert found > epsilon(1.3, 0.2, 40, DELTA) > 0
     noise = noise_for(4.0, 0.2, 40, DELTA, 12, 7.0)
     assert 3.97 < epsilon(noise, 0.2, 40, DELTA, 12, 7.0) <= 4.0
-    with pytest.raises(UserError, match=r"leave nothing for the training; raise epsilon, metrics_noise or evaluation\.every"):
+    with pytest.raises(
+        UserError, match=r"leave nothing for the training; raise epsilon, metrics_noise or evaluation\.every"
+    ):
         noise_for(1.0, 0.2, 40, DELTA, 12, 2.0)
 
 
