@@ -98,6 +98,12 @@ def test_a_new_volume_of_the_page_is_its_users_own() -> None:
         assert re.search(rf"mkdir .*{re.escape(place)}(\s|$)", image.read_text(encoding="utf-8"), re.MULTILINE), command
 
 
+def test_models_of_the_page_are_put_where_an_image_looks() -> None:
+    page = (DEPLOY.parent / "docs" / "containers.md").read_text(encoding="utf-8")
+    [home] = re.findall(r"^ENV .*\bHOME=(\S+)", DOCKERFILE, re.MULTILINE)
+    assert re.findall(r"-xf - -C (\S+) < models.tar", page) == [home, home]
+
+
 def test_the_trial_has_enough_data() -> None:
     split = config.load(DEPLOY / "trial.yaml").split
     for name in SITES:
