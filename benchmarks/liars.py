@@ -240,6 +240,8 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, default="mira")
     parser.add_argument("--strength", type=_strength, default=_HALF, help="of mira: a number, personal or similarity")
     given = parser.parse_args()
+    if given.method != "mira" and given.strength != _HALF:
+        parser.error(f"--strength {given.strength}: is of mira; leave it out with --method {given.method}")
     settings = {"strength": given.strength} if given.method == "mira" else {}
     method, own = METHODS[given.method](**settings), [f"{s}" for s in settings.values() if s != _HALF]
     which = "-".join([given.method, *own])

@@ -106,7 +106,8 @@ def test_a_site_refuses_what_would_escape_its_noise(world: World, caplog: pytest
     # A server could make any ε small by its δ.
     large = with_sections(privacy={"delta": 0.003})
     assert failed(site, "open", large) == (
-        "privacy.delta=0.003 is too large for --max-epsilon: it takes part up to 0.01/4, by its 4 examples"
+        "privacy.delta=0.003 is too large for --max-epsilon: it takes part up to 0.01/4, by its 4 examples; set"
+        " privacy.delta at the server, or --max-delta here"
     )
     assert failed(world.sites("lax", max_epsilon=100.0, max_delta=0.003)[opened.head.name], "open", large) is None
     assert failed(world.sites("open")[opened.head.name], "open", large) is None, "it insists on no ε"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -164,6 +164,31 @@ def test_memory_is_that_of_inference(name: str) -> None:
         assert not kept
         lora.train(Work(client, row), 0, LR)
     assert kept
+
+
+@pytest.mark.parametrize(("call", "lost"), [(1, [0, 1]), (2, [0]), (3, [1]), (4, [2])])
+def test_who_has_no_memory_for_a_copy_of_the_weights_fails_alone(
+    monkeypatch: pytest.MonkeyPatch, call: int, lost: list[int]
+) -> None:
+    """Two jobs with one start need a copy for it and one each, a third job of its own one."""
+    engine, start = make_seeds("batched"), torch.zeros(3, COUNT, dtype=torch.float64)
+    start[2] = 1e-3  # after the others, as starts go in the order of their numbers
+    work = Work(torch.tensor([0, 1, 0]), start)
+    whole, w0, kept, calls = engine.train(work, 0, LR), weights(engine), Directions.kept, iter(range(1, 10))
+
+    @contextmanager
+    def short(self: Directions) -> Iterator[None]:
+        if next(calls) == call:
+            raise torch.OutOfMemoryError("pretend")
+        with kept(self):
+            yield
+
+    monkeypatch.setattr(Directions, "kept", short)
+    trained = engine.train(work, 0, LR)
+    assert [failure.client for failure in trained.failed] == [int(work.client[job]) for job in lost]
+    assert torch.equal(trained.rows, whole.rows[[job for job in range(3) if job not in lost]])
+    assert next(calls) == (3 if call == 1 else 5), "copies made"
+    assert all(torch.equal(w, w0[name]) for name, w in weights(engine).items())
 
 
 def test_averaging_coefficients_averages_weights() -> None:

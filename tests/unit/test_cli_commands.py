@@ -187,6 +187,25 @@ def test_config_check_of_a_federation_over_machines(file: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["privacy={unit: example, noise: 1.0, clip: 1.0, simulation: true}"], "sites draw noise of their own"),
+        (
+            ["privacy={noise: 8.0, clip: 1.0}", "method.strength=personal"],
+            "method.strength=personal: chooses by losses",
+        ),
+    ],
+)
+def test_config_check_refuses_what_a_server_refuses(file: Path, settings: list[str], told: str) -> None:
+    given = [
+        argument
+        for setting in ["data={source: sites, groups: {ann: north}}", *settings]
+        for argument in ("--set", setting)
+    ]
+    assert told in mira("config", "check", file, *given).error
+
+
 def test_config_schema() -> None:
     ended = mira("config", "schema")
     assert ended.status == 0

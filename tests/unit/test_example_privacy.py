@@ -21,6 +21,7 @@ from mira.core.example_privacy import ExamplePrivacy
 from mira.core.training import Training
 from mira.core.types import Trained, Work
 from mira.methods import METHODS
+from mira.runner.checking import check_for_sites
 from mira.setup import accounting
 from mira.setup.accounting import epsilon, noise_for
 from mira.setup.privacy import Accountant, AccountedTrainer, check_delta
@@ -158,11 +159,12 @@ SITE = {"clip": 1.0, "noise": 8.0}
 def test_a_choice_without_noise_is_refused_where_all_data_of_a_site_are_protected(
     method: dict[str, Any], told: str
 ) -> None:
+    """Where a run begins: a configuration that an earlier run has recorded can be read."""
     plain = settings(Path("model"), Path("data"), privacy=SITE)
     with pytest.raises(UserError, match=told):
-        Experiment(**plain | {"method": method})
+        check_for_sites(Experiment(**plain | {"method": method}))
     for other in ({"name": "mira"}, {"name": "mira", "strength": "similarity"}, {"name": "fedit"}):
-        assert Experiment(**plain | {"method": other}).privacy
+        check_for_sites(Experiment(**plain | {"method": other}))
 
 
 def test_a_simulation_may_have_dropout() -> None:
@@ -257,6 +259,24 @@ def test_no_number_has_a_gradient_without_noise() -> None:
     found: Tensor = privacy.finished(torch.ones(3), privacy.draws(0, 0, 0), 0, 40, held)
     assert found[1] == 0
     assert bool((found[[0, 2]] != 0.25).all())
+
+
+def test_the_delta_that_is_advised_is_one_that_a_site_takes() -> None:
+    """0.01 over the number of its examples, where it insists on an ε; the advice has one digit."""
+    for examples in (*range(1, 200), 1500, 6667, 10**6):
+        with pytest.raises(UserError, match=r"e\.g\. (?P<advised>\S+)$") as refused:
+            check_delta(1.0, examples)
+        advised = float(str(refused.value).rpartition(" ")[2])
+        assert 0 < advised <= min(1e-5, 0.01 / examples)
+
+
+@pytest.mark.parametrize("option", ["--min-noise", "--max-epsilon", "--max-delta"])
+def test_a_bound_that_is_no_number_is_refused(option: str) -> None:
+    """Nothing is above nan, so it would bound nothing."""
+    pytest.importorskip("flwr", reason="needs Flower: pip install 'mira-fl[flower]'")
+    refused = mira("client", "--kit", "kit", "--data", "data", option, "nan")
+    assert refused.status == 2
+    assert f"{option} nan: must be a finite number" in refused.error
 
 
 def test_a_bound_of_delta_belongs_to_one_of_epsilon() -> None:

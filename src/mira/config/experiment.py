@@ -258,8 +258,6 @@ class Experiment(BaseModel):
         dropout = getattr(self.adapter, "dropout", 0.0)
         if self.privacy is not None and self.privacy.by_example:
             compatibility.check_private(self.method, layout, 0.0 if self.privacy.simulation else dropout)
-        if self.privacy is not None and not self.privacy.by_example:
-            compatibility.check_uploads(self.method)
         if self.privacy is not None and not self.privacy.exact:
             by_epochs = self.training.local_epochs is not None
             compatibility.check_untold(self.method, self.privacy.metrics, by_epochs)

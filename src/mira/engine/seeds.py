@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -42,8 +43,8 @@ def without_gradients(
 class SeedsEngine:
     """Computes rows by changing the base's weights: ``inner`` runs the base without an adapter.
 
-    The weights hold one row at a time and are restored afterwards. Memory use is that of inference plus two copies of the tensors
-    that have directions.
+    The weights hold one row at a time and are restored afterwards. Memory use is that of inference plus one copy of the tensors
+    that have directions, and one more where several clients train from one start.
     """
 
     inner: Engine
@@ -54,17 +55,17 @@ class SeedsEngine:
     def train(self, work: Work, round: int, lr: float) -> Trained:
         """See ``Engine.train``. Equal starts cost one change of the weights."""
         batches = [self.corpus.batches(round, int(client)) for client in work.client]
-        rows, loss, failed = work.start.clone(), torch.zeros(len(batches), dtype=torch.float64), {}
+        rows, loss = work.start.clone(), torch.zeros(len(batches), dtype=torch.float64)
+        failed: dict[int, Failure] = {}
         for places in _alike(work.start):
-            with self.directions.applied(work.start[places[0]]):
-                for job in places.tolist():
+            jobs = places.tolist()
+            with _failing(failed, work.client, jobs), self.directions.applied(work.start[jobs[0]]):
+                for job in jobs:
                     draw = generator("seeds", self.seed, round, int(work.client[job]))
-                    try:
+                    # A single job needs no second copy of the weights.
+                    restored = self.directions.kept() if len(jobs) > 1 else nullcontext()
+                    with _failing(failed, work.client, [job]), restored:
                         loss[job] = self._descend(rows[job], work, job, batches[job], draw, lr)
-                    except RuntimeError as error:
-                        if not is_out_of_memory(error):
-                            raise
-                        failed[job] = Failure(int(work.client[job]), OUT_OF_MEMORY)
         trained = Trained(
             client=work.client, job=torch.arange(len(batches)), rows=rows,
             examples=torch.tensor([self.corpus.num_train(int(client)) for client in work.client]),
@@ -77,23 +78,22 @@ class SeedsEngine:
     def _descend(
         self, row: Tensor, work: Work, job: int, batches: Sequence[Sequence[Encoded]], draw: torch.Generator, lr: float
     ) -> float:
-        """Train ``row`` [N], which the weights hold, in place; returns the mean of F(w ± ε·z) over the steps."""
+        """Train ``row`` [N] in place, and the weights, which hold it; returns the mean of F(w ± ε·z) over the steps."""
         seeds = torch.arange(len(row)) if work.trainable is None else work.trainable.nonzero()[:, 0]
         total = 0.0
-        with self.directions.kept():
-            for batch in batches:
-                s = int(seeds[torch.randint(len(seeds), (), generator=draw)])
-                self.directions.add(s, self.directions.epsilon)
-                above = self._loss(batch)
-                self.directions.add(s, -2 * self.directions.epsilon)
-                below = self._loss(batch)
-                g = (above - below) / (2 * self.directions.epsilon)
-                if work.anchor is not None and work.prox is not None:
-                    g += float(work.prox[job]) * float(row[s] - work.anchor[job, s])
-                g += 0.0 if work.shift is None else float(work.shift[job, s])
-                self.directions.add(s, self.directions.epsilon - lr * g)  # back to w, and the step
-                row[s] -= lr * g
-                total += (above + below) / 2
+        for batch in batches:
+            s = int(seeds[torch.randint(len(seeds), (), generator=draw)])
+            self.directions.add(s, self.directions.epsilon)
+            above = self._loss(batch)
+            self.directions.add(s, -2 * self.directions.epsilon)
+            below = self._loss(batch)
+            g = (above - below) / (2 * self.directions.epsilon)
+            if work.anchor is not None and work.prox is not None:
+                g += float(work.prox[job]) * float(row[s] - work.anchor[job, s])
+            g += 0.0 if work.shift is None else float(work.shift[job, s])
+            self.directions.add(s, self.directions.epsilon - lr * g)  # back to w, and the step
+            row[s] -= lr * g
+            total += (above + below) / 2
         return total / len(batches)
 
     def _loss(self, batch: Sequence[Encoded]) -> float:
@@ -135,6 +135,17 @@ class SeedsEngine:
             for i, given in zip(places.tolist(), part, strict=True):
                 answers[i] = given
         return answers
+
+
+@contextmanager
+def _failing(failed: dict[int, Failure], client: Tensor, jobs: Sequence[int]) -> Iterator[None]:
+    """Note an out-of-memory error inside as the failure of ``jobs``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        failed.update({job: Failure(int(client[job]), OUT_OF_MEMORY) for job in jobs})
 
 
 def _alike(rows: Tensor) -> Iterator[Tensor]:

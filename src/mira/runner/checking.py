@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from mira import config
-from mira.config import Experiment
+from mira.config import Experiment, compatibility
+from mira.core.errors import UserError
+from mira.core.pydantic_config import is_folder
 from mira.data.federation import Federation, make_federation
 from mira.model.reader import open_reader, weights_bytes
 from mira.runner import preview
@@ -24,6 +26,7 @@ def check(experiment: Experiment, where: str) -> Iterator[str]:
     about = f"{experiment.rounds} rounds of {experiment.method.name}"
     if config.clients_are_remote(experiment) and not getattr(experiment.data, "examples", None):
         # The server's kit lists the clients; only they know their data.
+        check_for_sites(experiment)
         yield from told
         yield f"{where}: fine for mira server; {about}; each site checks its own data"
         return
@@ -41,6 +44,28 @@ def check(experiment: Experiment, where: str) -> Iterator[str]:
     yield from told
     unseen = "" if reader else f"; prompts not checked: {model.name} is not on this machine yet"
     yield f"{where}: fine; {len(federation.clients)} clients, {about}{unseen}"
+
+
+def check_for_sites(experiment: Experiment) -> None:
+    """Raise UserError for settings that sites on other machines cannot follow."""
+    if (asked := experiment.privacy) is not None:
+        if asked.simulation:
+            raise UserError("privacy.simulation=true: is for mira run; sites draw noise of their own, leave it out")
+        if not asked.by_example:
+            compatibility.check_uploads(experiment.method)
+    if experiment.engine.spreads:
+        raise UserError(
+            "engine: devices and workers spread a run of one process; each site computes its own, leave them out"
+        )
+    for key in ("template_file", "chat_template", "template_kwargs"):
+        if getattr(experiment.prompt, key):
+            raise UserError(f"prompt.{key}: sites render texts with their model's own template alone; leave it out")
+    start = getattr(experiment.adapter, "start", None)
+    if start is not None and is_folder(start):
+        raise UserError(
+            f"adapter.start={start}: sites read no folder that a server names; put the adapter on the model hub and give its"
+            " name there"
+        )
 
 
 def weights_of(experiment: Experiment) -> int | None:

@@ -24,6 +24,7 @@ from mira.engine.spread import part
 from mira.setup.accounting import epsilon, noise_for
 
 log = logging.getLogger(__name__)
+_MANY = 10  # different numbers of examples, each of which takes a third of a second
 
 
 def noise_of(section: PrivacySection, training: Training, number: int, times: int, measurements: int = 0) -> float:
@@ -42,7 +43,7 @@ def check_delta(delta: float, examples: int) -> None:
     if delta * examples >= 1:
         raise UserError(
             f"privacy.delta={delta:g}: is no protection for {examples} examples; set it well below 1/{examples}, e.g."
-            f" {min(1e-5, 0.01 / examples):.1g}"
+            f" {min(1e-5, 0.005 / examples):.1g}"  # at most 0.01 over their number, however the digit is rounded
         )
 
 
@@ -91,6 +92,8 @@ class Accountant:
         clients = dict(enumerate(federation.clients, first))
         names, number = ({k: getattr(c, what) for k, c in clients.items()} for what in ("name", "num_train"))
         check_delta(section.delta, max(number.values()))
+        if section.epsilon is not None and (unlike := len(set(number.values()))) > _MANY:
+            log.info("privacy: solving for the noise of clients with %d different numbers of examples", unlike)
         noise = {k: noise_of(section, training, n, times, measurements) for k, n in number.items()}
         seed = experiment.seed if section.simulation else None
         made = Accountant(

@@ -116,26 +116,21 @@ def _push(
     send: Callable[[Message, ObjectTree, float], tuple[set[str], str]],
     push: Callable[[str, str, bytes], None],
 ) -> None:
-    """Push ``reply``: what it consists of, then the parts that the SuperLink lacks. Raises ObjectPushError for a part that it
-    still lacks after two attempts."""
+    """Push ``reply``: what it consists of, then the parts that the SuperLink lacks. Tells how many of these it refused."""
     with no_object_id_recompute():  # each part is hashed once
         reply.metadata.__dict__["_message_id"] = reply.object_id
-        for _ in range(2):
-            wanted, session = send(reply, get_object_tree(reply), 0.0)
-            refused: list[ObjectPushError] = []
+        wanted, session = send(reply, get_object_tree(reply), 0.0)
+        refused: list[str] = []
 
-            def part(id: str, content: bytes, session: str = session, refused: list[ObjectPushError] = refused) -> None:
-                try:
-                    push(session, id, content)
-                except (
-                    ObjectPushError
-                ) as error:  # also of a part that it has: Flower repeats a request whose answer was lost
-                    refused.append(error)
+        def part(id: str, content: bytes) -> None:
+            try:
+                push(session, id, content)
+            except ObjectPushError:  # also of a part that it has: Flower repeats a request whose answer was lost
+                refused.append(id)
 
-            push_objects(get_all_nested_objects(reply), part, object_ids_to_push=wanted)
-            if not refused:
-                return
-        raise refused[0]
+        push_objects(get_all_nested_objects(reply), part, object_ids_to_push=wanted)
+    if refused:
+        say(f"the server has, or no longer takes, {len(refused)} of {len(wanted)} parts of an answer")
 
 
 def ask_worker(path: Path, request: bytes) -> bytes:

@@ -14,7 +14,6 @@ from mira.config import Experiment
 from mira.config.privacy import PrivacySection
 from mira.config.sections import SECTIONS
 from mira.core.errors import UserError
-from mira.core.pydantic_config import is_folder
 from mira.data.sources.sites import Sites
 from mira.fleet.messages.packet import PROTOCOL
 from mira.fleet.messages.policy import RemoteRun, RoundPolicy
@@ -22,6 +21,7 @@ from mira.fleet.messages.transport import NoReply, Transport
 from mira.fleet.server.clients import RemoteClients
 from mira.fleet.site.fingerprints import fingerprints
 from mira.fleet.site.privacy import epsilon
+from mira.runner.checking import check_for_sites
 from mira.setup.build import open_session
 from mira.setup.environment import clients_told
 from mira.setup.noised import measurements_of
@@ -165,24 +165,10 @@ def _settled(experiment: Experiment, data: Sites, counts: dict[str, int], gone: 
 
 
 def _check(experiment: Experiment) -> None:
-    """Raises UserError for settings that sites cannot follow."""
-    if (asked := experiment.privacy) is not None:
-        if asked.simulation:
-            raise UserError("privacy.simulation=true: is for mira run; sites draw noise of their own, leave it out")
-        epsilon(asked.noise or 1.0, asked.delta, 1)  # a missing accountant is found now
-    if experiment.engine.spreads:
-        raise UserError(
-            "engine: devices and workers spread a run of one process; each site computes its own, leave them out"
-        )
-    for key in ("template_file", "chat_template", "template_kwargs"):
-        if getattr(experiment.prompt, key):
-            raise UserError(f"prompt.{key}: sites render texts with their model's own template alone; leave it out")
-    start = getattr(experiment.adapter, "start", None)
-    if start is not None and is_folder(start):
-        raise UserError(
-            f"adapter.start={start}: sites read no folder that a server names; put the adapter on the model hub and give its"
-            " name there"
-        )
+    """Raises UserError for settings that sites cannot follow, or without the accountant that they need."""
+    check_for_sites(experiment)
+    if experiment.privacy is not None:
+        epsilon(experiment.privacy.noise or 1.0, experiment.privacy.delta, 1)  # a missing accountant is found now
 
 
 def _opening(session: Session, experiment: Experiment) -> dict[str, Any]:

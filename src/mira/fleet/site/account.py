@@ -84,7 +84,10 @@ def private(
         raise refused(str(error)) from None
     if most is not None and asked.delta > (_DELTA / examples if most_delta is None else most_delta):
         bound = f"{_DELTA:g}/{examples}, by its {examples} examples" if most_delta is None else f"{most_delta:g}"
-        raise refused(f"privacy.delta={asked.delta:g} is too large for --max-epsilon: it takes part up to {bound}")
+        raise refused(
+            f"privacy.delta={asked.delta:g} is too large for --max-epsilon: it takes part up to {bound};"
+            " set privacy.delta at the server, or --max-delta here"
+        )
     accountant = Accountant.of(session.experiment, session.federation, times, measurements, client)
     assert accountant is not None
     if most is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import sys
 import time
@@ -52,6 +53,10 @@ class SiteOptions:
     max_delta: float | None = None
 
     def __post_init__(self) -> None:
+        for name in ("min_noise", "max_epsilon", "max_delta"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):  # nan would refuse nothing
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be a finite number")
         if self.max_delta is not None and self.max_epsilon is None:
             raise UserError(
                 f"--max-delta {self.max_delta:g}: is for the ε of --max-epsilon; give that too, e.g. --max-epsilon 8, or leave"

@@ -50,9 +50,9 @@ def check_offer(asked: PrivacySection | None, split: str) -> None:
 
 
 def check_splits(asked: PrivacySection | None, splits: Sequence[str]) -> None:
-    """Raises RefusedRequest where the run protects examples and ``splits`` has others than validation and test."""
-    if asked is not None and asked.by_example and not set(splits) <= {"validation", "test"}:
-        raise RefusedRequest("the loss on its training examples has no noise (privacy.unit=example)")
+    """Raises RefusedRequest where the run protects data and ``splits`` has others than validation and test."""
+    if asked is not None and not set(splits) <= {"validation", "test"}:
+        raise RefusedRequest(f"the loss on its training examples has no noise (privacy.unit={asked.unit})")
 
 
 def check_noise(asked: PrivacySection | None, least: float, max_epsilon: float | None) -> None:
