@@ -90,12 +90,24 @@ def test_an_image_is_pinned_and_copies_what_there_is() -> None:
 def test_a_new_volume_of_the_page_is_its_users_own() -> None:
     """Docker gives a new volume the owner of its place in the image, and to root where the image has no such place."""
     page = (DEPLOY.parent / "docs" / "containers.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = re.findall(r"^docker run .*$", page, re.MULTILINE)
+    commands = re.findall(r"^(?:docker run|confined) .*$", page, re.MULTILINE)
     volumes = [(command, place) for command in commands for place in re.findall(r" -v [\w-]+:(/[^ :]+)", command)]
     assert {place for _, place in volumes} == {"/home/mira/.cache", "/kit", "/state", "/cache"}
     for command, place in volumes:
         image = (DEPLOY if " mira-site " in command else DEPLOY.parent) / "Dockerfile"
         assert re.search(rf"mkdir .*{re.escape(place)}(\s|$)", image.read_text(encoding="utf-8"), re.MULTILINE), command
+
+
+def test_a_site_on_its_own_is_confined_as_in_the_trial() -> None:
+    page = (DEPLOY.parent / "docs" / "containers.md").read_text(encoding="utf-8")
+    [alias] = re.findall(r"^alias confined='(.*)'$", page, re.MULTILINE)
+    assert {"--read-only", "--cap-drop ALL", "--security-opt no-new-privileges"} <= set(
+        re.findall(r"--\S+(?: [^-]\S+)?", alias)
+    )
+    commands = re.findall(r"^confined .* mira-site ([a-z].*)$", page, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        check_command(f"mira {command}")
 
 
 def test_models_of_the_page_are_put_where_an_image_looks() -> None:
