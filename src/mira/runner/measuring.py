@@ -88,7 +88,8 @@ def measured(
             callbacks.stage("generating answers")
             record["answers"] = _answers(session, state)
         if transfer:
-            callbacks.stage("measuring transfer")
+            if plan.transfer_clients:
+                callbacks.stage("measuring transfer")
             record["transfer"] = evaluation.transfer(
                 method, clients.engine, state, session.layout, names, e.seed, plan.transfer_clients, plan.transfer_examples,
                 plan.examples, clients.allow_transfer(),
