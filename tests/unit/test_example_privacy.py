@@ -159,7 +159,7 @@ SITE = {"clip": 1.0, "noise": 8.0}
 def test_a_choice_without_noise_is_refused_where_all_data_of_a_site_are_protected(
     method: dict[str, Any], told: str
 ) -> None:
-    """Where a run begins: a configuration that an earlier run has recorded can be read."""
+    """The refusal is where a run begins: a configuration that an earlier run has recorded can be read."""
     plain = settings(Path("model"), Path("data"), privacy=SITE)
     with pytest.raises(UserError, match=told):
         check_for_sites(Experiment(**plain | {"method": method}))
