@@ -90,6 +90,12 @@ def test_a_site_whose_uploads_have_noise_chooses_nothing(world: World, split: st
     said = unpack(sites[name].handle(pack(asked)))
     assert said.values == {"failed": "a choice by losses on its data has no noise (privacy.unit=site)"}
     assert not said.tensors
+    measure = {"rows": 1, "splits": ["test", split], "limit": None, "since": 0, "private_parts": False}
+    asked = Packet(replace(trained.head, kind="evaluate"), measure, {"row0": row})
+    refused = {"failed": "the loss on its training examples has no noise (privacy.unit=site)"}
+    told = unpack(sites[name].handle(pack(asked)))
+    assert (told.values == refused) == (split == "train")
+    assert bool(told.tensors) == (split == "validation")
 
 
 WRONG: dict[str, Any] = {
